@@ -1,0 +1,62 @@
+# Everything that a checkout needs; `make` alone says what there is.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all bench native clean
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt -e
+# Stamps, so that packages are installed again only when what is asked for has changed.
+SETUP := $(VENV)/.setup
+BENCH := $(VENV)/.setup-bench
+RECORD := benchmarks/test-all.txt
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(SETUP) ## a virtual environment in .venv with the pinned versions
+$(SETUP): setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit(f"FlexMoE needs Python 3.10 or newer, and \
+	$(PYTHON) is {sys.version.split()[0]}; choose another one with make PYTHON=…")'
+	@echo "installing into $(VENV) (torch is large, so this takes minutes)" >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) '.[test]'
+	@touch $@
+$(BENCH): $(SETUP)
+	@$(INSTALL) '.[test,bench,plot]'
+	@touch $@
+
+demo: $(SETUP) ## a small model across all three tiers, from requests to completions
+	@$(RUN) -m scripts.demo
+
+test: $(SETUP) ## the tests, in minutes
+	@$(RUN) -m pytest -q -m "not slow and not gpu"
+
+test-all: $(SETUP) ## every test that needs no GPU, and its record in benchmarks/
+	@mkdir -p build
+	@$(RUN) -m pytest -q --color=no -m "not gpu" | tee build/test-all.log
+	@{ date -u '+date      %Y-%m-%d %H:%M UTC'; \
+	   echo "machine   $$(uname -sm), $$(nproc) cores"; \
+	   echo "versions  $$($(RUN) -c "$$VERSIONS")"; \
+	   echo "result    $$(tail -n 1 build/test-all.log)"; } > $(RECORD)
+	@cat $(RECORD)
+
+define VERSIONS
+import platform
+from importlib.metadata import version
+names = ("torch", "transformers", "safetensors", "numpy", "pytest")
+print(f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in names), sep=", ")
+endef
+export VERSIONS
+
+bench: $(BENCH) ## speed against its limit and against transformers and accelerate
+	@$(RUN) -m scripts.bench $(ARGS)
+
+native: $(SETUP) ## compile the CPU attention ahead of its first use
+	@$(RUN) -m flexmoe.native
+
+clean: ## remove what the other targets made, except .venv
+	@rm -rf build demo .pytest_cache *.egg-info
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,372 @@
+"""The engine: submit requests, step sweep by sweep, collect what finishes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from cost_model.costs import MemoryPlan, Sizes, plan_memory, sizes
+from flexmoe.activations import Activations
+from flexmoe.block import Block, Run
+from flexmoe.device import Device, keep_freed_memory
+from flexmoe.errors import InfeasibleError, StorageError, UsageError
+from flexmoe.executor import Executor, Units
+from flexmoe.kv_cache import KVCache, KVShape
+from flexmoe.kv_lanes import KVBuffers, KVLanes
+from flexmoe.loader import Model, compute_dtype
+from flexmoe.machine import available_host_bytes, free_disk_bytes
+from flexmoe.params import CompletionOutput, EngineRequest, RequestOutput
+from flexmoe.scheduler import Row, Scheduler
+from flexmoe.stream import WeightStream
+from flexmoe.trace import Recorder
+from flexmoe.weights import EmbeddingTable, WeightStore
+from policies.placement import describe
+from policies.policy import Policy, Workload
+from policies.schedule import SweepShape, UnitStep, experts_in_compute_order, fetch_order
+
+log = logging.getLogger(__name__)
+GIB = 1 << 30
+_REMEDY = {
+    "gpu": "raise --gpu-mem, or lower the GPU percents, --gpu-batch-size or --prefill-tokens",
+    "cpu": "raise --cpu-mem, or lower the CPU percents or the block size",
+    "gpu+cpu": "on device cpu both tiers are RAM: lower the GPU and CPU percents, or the block size",
+    "disk": "raise --nvme-mem or free disk space, or lower the disk shares",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How to run a model.
+
+    Attributes:
+        policy: placement, batch sizes and schedule.
+        workload: mean prompt and completion lengths, from which the KV capacity follows.
+        kv_tokens: KV capacity over all tiers, in tokens; None: from policy and workload.
+        longest_row: tokens of the longest row; None: that of the workload.
+        device: ``auto``, ``cuda`` or ``cpu``.
+        dtype: compute dtype; ``auto`` is the checkpoint's.
+        gpu_mem, cpu_mem, nvme_mem: budgets in GiB; None: what the machine has.
+        offload_dir: where the disk tier's files go.
+        gen_len: ``max_tokens`` of requests without one.
+        keep_spans: record spans for a trace.
+        eos_ids: ids that end a row.
+    """
+
+    policy: Policy
+    workload: Workload
+    kv_tokens: int | None = None
+    longest_row: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    gpu_mem: float | None = None
+    cpu_mem: float | None = None
+    nvme_mem: float | None = None
+    offload_dir: Path = field(default_factory=lambda: Path.home() / "flexmoe_offload_dir")
+    gen_len: int = 32
+    keep_spans: bool = False
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "offload_dir", Path(self.offload_dir).expanduser())
+
+
+class Engine:
+    """Runs requests in rolling blocks under a policy.
+
+    Args:
+        model: from `loader.load_model`.
+        config: how to run it.
+
+    Raises:
+        UsageError: the policy asks for something the runtime does not have.
+        InfeasibleError: the policy needs more bytes than a tier has; raised before anything is loaded.
+        StorageError: the offload directory cannot be written.
+    """
+
+    def __init__(self, model: Model, config: EngineConfig):
+        self.config, self.model = config, model
+        _refuse_unsupported(config.policy)
+        self.device = Device(config.device)
+        self.dtype = compute_dtype(config.dtype, model, self.device.torch)
+        self.sizes, self.memory = plan(model, config, self.device.torch.type, self.dtype)
+        self.memory.check(self._budgets(), _REMEDY)
+        log.info("%s", self.describe_placement())
+        self._build()
+        self.rows_in_flight: list[int] = []
+        self.tokens_per_sweep: list[int] = []
+        self.prompt_tokens = self.generated_tokens = 0
+        self.wall_s = 0.0
+
+    def check(self, request: EngineRequest) -> str | None:
+        """Why a request can never run, as a sentence; None if it can."""
+        arch, prompt = self.model.arch, request.prompt_token_ids
+        if not prompt:
+            return "the prompt has no tokens"
+        wrong = next((t for t in prompt if not 0 <= t < arch.vocab_size), None)
+        if wrong is not None:
+            return f"token id {wrong} is outside the vocabulary of {arch.vocab_size}"
+        if len(prompt) >= arch.max_position:
+            return f"the prompt has {len(prompt)} tokens; the model's context of {arch.max_position} leaves no room for one more"
+        room = self.scheduler.largest_row_tokens()
+        if self._limit(request) - 1 > room:
+            return (
+                f"prompt and completion may reach {self._limit(request)} tokens, but no memory tier's KV cache holds "
+                f"more than {room} for one row"
+            )
+        return None
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            UsageError: it can never run (`check`).
+        """
+        problem = self.check(request)
+        if problem is not None:
+            raise UsageError(f"request {request.request_id}: {problem}")
+        self.scheduler.waiting.append(Row(request, list(request.prompt_token_ids), self._limit(request)))
+
+    @property
+    def unfinished(self) -> int:
+        """Requests waiting or in flight."""
+        return len(self.scheduler.waiting) + len(self.scheduler.running)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one sweep.
+
+        Returns:
+            list[RequestOutput]: the requests that finished in it.
+
+        Raises:
+            StorageError: a disk transfer failed.
+        """
+        start = time.perf_counter()
+        runs = self.scheduler.plan()
+        if not runs:
+            return []
+        block = Block(runs, self.config.policy.gpu_batch_size)
+        logits = self.executor.run(block)
+        tokens = self._choose(logits)
+        finished = self._commit(block, tokens)
+        self.rows_in_flight.append(len(runs))
+        self.tokens_per_sweep.append(block.tokens)
+        self.wall_s += time.perf_counter() - start
+        return finished
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a request that waits or is in flight; its place and KV are free for the next sweep."""
+        for row in self.scheduler.running:
+            if row.request.request_id == request_id:
+                self.scheduler.finish(row)
+                return True
+        for row in self.scheduler.waiting:
+            if row.request.request_id == request_id:
+                self.scheduler.waiting.remove(row)
+                return True
+        return False
+
+    def clear(self) -> None:
+        """Drop every request."""
+        self.scheduler.waiting.clear()
+        for row in list(self.scheduler.running):
+            self.scheduler.finish(row)
+
+    def logits(self, token_ids: list[int]) -> torch.Tensor:
+        """Logits after every token of one sequence, by the same path that generates.
+
+        Returns:
+            torch.Tensor: float32 ``[len(token_ids), vocab]`` on the host.
+        """
+        tier = max(("gpu", "cpu", "disk"), key=self.cache.total)
+        kv = self.cache.open(tier)
+        try:
+            pieces, step = [], self.config.policy.prefill_tokens
+            for i in range(0, len(token_ids), step):
+                tokens = token_ids[i : i + step]
+                self.cache.reserve(kv, len(tokens))
+                mode = "gpu" if tier == "gpu" else "fetch" if self.sizes.fetch_blocks else "cpu"
+                pieces.append(self.executor.run(Block([Run(kv, tokens, mode, len(tokens))], 1)).float().cpu())
+                kv.length += len(tokens)
+            return torch.cat(pieces)
+        finally:
+            self.cache.close(kv)
+
+    def close(self) -> None:
+        """Stop the threads and close the files."""
+        self.stream.close()
+        self.kv.close()
+        self.activations.close()
+        self.store.close()
+
+    def describe_placement(self) -> str:
+        """Asked and achieved shares of the weights."""
+        p = self.config.policy
+        asked = (p.w_gpu_percent, p.w_cpu_percent, 100 - p.w_gpu_percent - p.w_cpu_percent)
+        return describe(asked, self.sizes.placement.achieved_percent)
+
+    def _limit(self, request: EngineRequest) -> int:
+        wanted = request.params.max_tokens or self.config.gen_len
+        return min(len(request.prompt_token_ids) + wanted, self.model.arch.max_position)
+
+    def _choose(self, logits: torch.Tensor) -> list[int]:
+        """Greedy choice; the sweep's last host wait."""
+        return logits.argmax(dim=-1).tolist()
+
+    def _commit(self, block: Block, tokens: list[int]) -> list[RequestOutput]:
+        chosen = dict(zip(block.logit_owners, tokens))
+        done = []
+        for run in block.runs:
+            row: Row = run.owner
+            if not row.generated:
+                self.prompt_tokens += row.run
+            self.scheduler.commit(row, chosen.get(row))
+            if row in chosen:
+                self.generated_tokens += 1
+                reason = self._finish_reason(row)
+                if reason is not None:
+                    done.append((row, reason))
+        for row, _ in done:
+            self.scheduler.finish(row)
+        self.scheduler.end_sweep()
+        return [_output(row, reason) for row, reason in done]
+
+    def _finish_reason(self, row: Row) -> str | None:
+        params, token = row.request.params, row.tokens[-1]
+        if token in params.stop_token_ids or (not params.ignore_eos and token in self.config.eos_ids):
+            return "stop"
+        return "length" if len(row.tokens) >= row.limit else None
+
+    def _budgets(self) -> Mapping[str, int | None]:
+        c = self.config
+        asked = {"gpu": c.gpu_mem, "cpu": c.cpu_mem, "disk": c.nvme_mem}
+        for name, value in asked.items():
+            if value is not None and not 0 <= value < float("inf"):
+                raise UsageError(f"the {name} budget is {value}; give GiB of at least 0")
+        budgets = {tier: None if gib is None else int(gib * GIB) for tier, gib in asked.items()}
+        host = available_host_bytes()
+        if self.device.is_cuda:
+            free = torch.cuda.mem_get_info(self.device.torch)[0]
+            budgets["gpu"] = min(free, budgets["gpu"] or free)
+            budgets["cpu"] = min(host, host if budgets["cpu"] is None else budgets["cpu"])
+        else:
+            budgets["gpu+cpu"] = host
+        if self._writes_bytes() > free_disk_bytes(c.offload_dir):
+            raise InfeasibleError(
+                f"{c.offload_dir} has {free_disk_bytes(c.offload_dir) / GIB:.2f} GiB free, but the disk tier writes "
+                f"{self._writes_bytes() / GIB:.2f} GiB there; free space, choose another --offload-dir or lower the disk shares"
+            )
+        return budgets
+
+    def _writes_bytes(self) -> int:
+        """Bytes that the disk tier writes; a checkpoint's own weights are already there."""
+        parts = self.memory.parts["disk"]
+        return sum(size for item, size in parts.items() if item != "weights" or self.model.checkpoint is None)
+
+    def _build(self) -> None:
+        c, policy, arch, counts = self.config, self.config.policy, self.model.arch, self.sizes
+        keep_freed_memory()
+        if self._writes_bytes():
+            _make_directory(c.offload_dir)
+        if c.gpu_mem is not None:
+            self.device.cap_memory(int(c.gpu_mem * GIB))
+        self.recorder = Recorder(c.keep_spans)
+        source = self.model.source(c.offload_dir)
+        tier_of = counts.placement.tier_of
+        self.store = WeightStore(self.device, self.recorder, source, tier_of, self.dtype, policy.pin_weight)
+        units = _units(self.model, tier_of)
+        shape = SweepShape(
+            attention=units.attention, experts=units.experts, head=units.head, activation_tiers=counts.activation_tiers
+        )
+        self.stream = WeightStream(
+            self.store, fetch_order(shape), counts.slots, counts.staging_slots, overlap=policy.overlap
+        )
+        kv_shape = KVShape(layers=arch.num_layers, kv_heads=arch.num_kv_heads, head_dim=arch.head_dim, dtype=self.dtype)
+        self.cache = KVCache(self.device, kv_shape, counts.kv_blocks, counts.tails, c.offload_dir)
+        buffers = KVBuffers(
+            staging_blocks=counts.fetch_blocks, batch_tokens=counts.batch_tokens, write_blocks=counts.write_blocks
+        )
+        self.kv = KVLanes(self.device, self.recorder, self.cache, buffers, arch.num_heads, arch.sliding_window)
+        self.activations = Activations(
+            self.device,
+            self.recorder,
+            counts.activation_tiers,
+            counts.batch_tokens,
+            arch.hidden,
+            self.dtype,
+            c.offload_dir,
+        )
+        self.scheduler = Scheduler(policy, self.cache)
+        self.executor = Executor(
+            device=self.device,
+            recorder=self.recorder,
+            family=self.model.family,
+            units=units,
+            stream=self.stream,
+            embed=EmbeddingTable(self.store, source, "embed", counts.max_tokens),
+            kv=self.kv,
+            activations=self.activations,
+            activation_tiers=counts.activation_tiers,
+            max_tokens=counts.max_tokens,
+            dtype=self.dtype,
+            overlap=policy.overlap,
+        )
+
+
+def plan(model: Model, config: EngineConfig, device: str, dtype: torch.dtype) -> tuple[Sizes, MemoryPlan]:
+    """What would be allocated, without allocating it (``--dry-run``)."""
+    counts = sizes(
+        model.arch,
+        config.policy,
+        config.workload,
+        device=device,
+        kv_tokens=config.kv_tokens,
+        longest_row=config.longest_row or 0,
+    )
+    return counts, plan_memory(model.arch, config.policy, counts, device=device, compute_bytes=dtype.itemsize)
+
+
+def _refuse_unsupported(policy: Policy) -> None:
+    for name in ("compress_weight", "compress_cache"):
+        if getattr(policy, name):
+            raise UsageError(f"the policy asks for {name}, which this runtime does not have; set it to false")
+
+
+def _units(model: Model, tier_of: Mapping[str, str]) -> Units:
+    arch = model.arch
+    attention, experts, head, index, rows = [], [[] for _ in range(arch.num_layers)], [], {}, {}
+    for unit in arch.units():
+        step, number = UnitStep(name=unit.name, tier=tier_of[unit.name]), unit.name.rsplit(".", 1)[-1]
+        if unit.kind == "attention":
+            attention.append(step)
+        elif unit.kind == "expert":
+            experts[unit.layer].append(step)
+            index[unit.name] = int(number)
+        elif unit.kind == "head":
+            head.append(step)
+            rows[unit.name] = arch.head_rows(int(number))
+    ordered = tuple(tuple(experts_in_compute_order(e)) for e in experts)
+    return Units(
+        attention=tuple(attention), experts=ordered, head=tuple(head), expert_index=index, head_rows=rows
+    )
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise StorageError(f"cannot create the offload directory {path}: {e.strerror}") from e
+
+
+def _output(row: Row, reason: str) -> RequestOutput:
+    return RequestOutput(
+        request_id=row.request.request_id,
+        prompt=None,
+        prompt_token_ids=row.request.prompt_token_ids,
+        outputs=[CompletionOutput(index=0, text=None, token_ids=tuple(row.generated), finish_reason=reason)],
+        finished=True,
+    )

@@ -1,0 +1,12 @@
+"""The user-facing errors, re-exported so that the runtime's callers need not know the policies package."""
+
+from policies.errors import (
+    DataError,
+    FlexMoEError,
+    InfeasibleError,
+    InputMissingError,
+    StorageError,
+    UsageError,
+)
+
+__all__ = ["DataError", "FlexMoEError", "InfeasibleError", "InputMissingError", "StorageError", "UsageError"]

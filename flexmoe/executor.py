@@ -1,0 +1,260 @@
+"""Runs one sweep: walks the schedule's operations and hands each to the lane that does it.
+
+The executor knows no model (that is ``family``) and no homes (that are the stream, the KV lanes and the activations);
+it knows the order, and what waits for what. An operation on another lane leaves a future; whoever depends on it waits
+for that future, and on CUDA for the event it carries, never for the device.
+
+Legend: T tokens of the block, D hidden, E experts, R rows of logits.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from flexmoe.activations import Activations
+from flexmoe.block import Batch, Block
+from flexmoe.device import Device
+from flexmoe.experts import ExpertDispatch
+from flexmoe.kv_lanes import Arrived, KVLanes
+from flexmoe.stream import WeightStream
+from flexmoe.trace import Recorder
+from flexmoe.weights import EmbeddingTable
+from policies.schedule import Op, SweepShape, UnitStep, sweep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Units:
+    """The weight units of the model as the schedule wants them; ``expert_index`` and ``head_rows`` by unit name."""
+
+    attention: tuple[UnitStep, ...]
+    experts: tuple[tuple[UnitStep, ...], ...]
+    head: tuple[UnitStep, ...]
+    expert_index: dict[str, int]
+    head_rows: dict[str, tuple[int, int]]
+
+
+class Executor:
+    """Executes sweeps.
+
+    Args:
+        device, recorder: as everywhere.
+        family: the model's mathematics.
+        units: its weight units.
+        stream: brings the units.
+        embed: the embedding table.
+        kv: brings and stores KV.
+        activations: keeps hidden states.
+        activation_tiers: home of each GPU batch's hidden states.
+        max_tokens: most tokens of a sweep.
+        dtype: compute dtype.
+        overlap: False runs every operation after the one before it.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: Device,
+        recorder: Recorder,
+        family,
+        units: Units,
+        stream: WeightStream,
+        embed: EmbeddingTable,
+        kv: KVLanes,
+        activations: Activations,
+        activation_tiers: tuple[str, ...],
+        max_tokens: int,
+        dtype: torch.dtype,
+        overlap: bool,
+    ):
+        self._device, self._recorder, self._family, self._units = device, recorder, family, units
+        self._stream, self._embedding, self._kv, self._hidden = stream, embed, kv, activations
+        self._tiers, self._overlap = activation_tiers, overlap
+        arch = family.arch
+        self._vocab, self._layers = arch.vocab_size, arch.num_layers
+        self._experts = ExpertDispatch(device, arch.num_experts, max_tokens, arch.top_k)
+        new = {"dtype": dtype, "device": device.torch}
+        self._x_TD = torch.empty(max_tokens, arch.hidden, **new)
+        self._y_TD = torch.empty(max_tokens, arch.hidden, **new)
+        self._router_TE = torch.empty(max_tokens, arch.num_experts, **new)
+        self._heads = (arch.num_heads, arch.head_dim)
+        self._dtype = dtype
+
+    @torch.inference_mode()
+    def run(self, block: Block) -> torch.Tensor:
+        """Advance every row of the block by its run.
+
+        Returns:
+            torch.Tensor: logits ``[R, vocab]`` on the compute device, one row per requested position, in block order.
+        """
+        self._block, self._pending, self._qkv = block, {}, {}
+        self._kv.begin(block)
+        for batch in block.batches:
+            batch.positions_T = batch.positions_T.to(self._device.torch)
+            batch.rope = self._family.rope(batch.positions_T)
+        for op in sweep(self._shape(block), overlap=self._overlap):
+            self._dispatch(op)
+        self._kv.drain()
+        self._recorder.resolve()
+        return self._logits
+
+    def _dispatch(self, op: Op) -> None:
+        handler = getattr(self, f"_op_{op.kind}")
+        if op.lane == "gpu":  # the other lanes wait for each other themselves, not in this thread
+            for dep in op.deps:
+                self._wait(dep)
+            with self._device.timed(self._recorder, "gpu", f"{op.kind} {op.unit or op.layer}"):
+                result = handler(op)
+        else:
+            result = handler(op)
+        if isinstance(result, Future):
+            self._pending[op.id] = result
+        if not self._overlap:
+            self._wait(op.id)
+
+    def _wait(self, op_id: int):
+        """The result of an operation on another lane; the compute stream waits for its event."""
+        future = self._pending.get(op_id)
+        if future is None:
+            return None
+        result = future.result()
+        event = result.event if isinstance(result, Arrived) else result
+        if event is not None:
+            event.wait()
+        return result
+
+    def _shape(self, block: Block) -> SweepShape:
+        def having(test) -> frozenset[int]:
+            return frozenset(b.index for b in block.batches if any(test(g) for g in b.groups))
+
+        return SweepShape(
+            attention=self._units.attention,
+            experts=self._units.experts,
+            head=self._units.head,
+            activation_tiers=self._tiers[: len(block.batches)],
+            fetched_batches=having(lambda g: g.mode == "fetch"),
+            cpu_batches=having(lambda g: g.mode == "cpu"),
+            stored_batches=having(lambda g: g.mode != "gpu"),
+            disk_batches=having(lambda g: any(r.kv.tier == "disk" for r in g.runs)),
+        )
+
+    def _batch(self, op: Op) -> Batch:
+        return self._block.batches[op.batch]
+
+    # Weights.
+
+    def _op_read(self, op: Op) -> None:
+        """The stream is already ahead of this; in the serial variant the copy asks for both."""
+
+    def _op_copy(self, op: Op) -> None:
+        if not self._overlap:
+            self._stream.get(op.unit)
+
+    # Attention of one GPU batch.
+
+    def _op_embed(self, op: Op) -> None:
+        batch = self._batch(op)
+        self._hidden.put(batch.index, self._embedding(self._block.token_ids[batch.start : batch.stop]))
+
+    def _op_load_act(self, op: Op) -> Future:
+        return self._hidden.load(op.batch)
+
+    def _op_store_act(self, op: Op) -> Future:
+        return self._hidden.store(op.batch)
+
+    def _op_load_kv(self, op: Op) -> Future:
+        future = self._kv.load(op.layer, self._batch(op))
+        self._batch(op).futures["loaded"] = future
+        return future
+
+    def _op_project(self, op: Op) -> None:
+        batch = self._batch(op)
+        h_TD = self._hidden[batch.index]
+        if op.layer > 0:
+            h_TD += self._y_TD[batch.start : batch.stop]
+        weights = self._stream.get(self._units.attention[op.layer].name)
+        q, k, v = self._family.project(h_TD, weights, batch.rope)
+        self._kv.append(op.layer, batch, k, v)
+        self._qkv[batch.index] = (q, k, v)
+
+    def _op_store_kv(self, op: Op) -> Future:
+        batch = self._batch(op)
+        loaded = batch.futures.get("loaded")
+        batch.futures["stored"] = self._kv.store(op.layer, batch, *self._qkv[batch.index], loaded)
+        return batch.futures["stored"]
+
+    def _op_write_kv(self, op: Op) -> Future:
+        return self._kv.write(op.layer, self._batch(op))
+
+    def _op_cpu_attend(self, op: Op) -> Future:
+        batch = self._batch(op)
+        batch.futures["attended"] = self._kv.cpu_attend(op.layer, batch, batch.futures["stored"])
+        return batch.futures["attended"]
+
+    def _op_attend(self, op: Op) -> None:
+        batch = self._batch(op)
+        q, k, v = self._qkv.pop(batch.index)
+        pieces = [self._attend_group(op.layer, batch, group.mode, q, k, v) for group in batch.groups]
+        attended = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        unit = self._units.attention[op.layer].name
+        here = slice(batch.start, batch.stop)
+        h_TD, x_TD, router_TE = self._family.output(self._hidden[batch.index], attended, self._stream.get(unit))
+        self._hidden.put(batch.index, h_TD)
+        self._x_TD[here] = x_TD
+        self._router_TE[here] = router_TE
+        if batch is self._block.batches[-1]:
+            self._stream.release(unit)
+
+    def _attend_group(self, layer: int, batch: Batch, mode: str, q, k, v) -> torch.Tensor:
+        if mode == "gpu":
+            return self._kv.attend_gpu(layer, batch, q)
+        if mode == "fetch":
+            return self._kv.attend_fetched(layer, batch, q, k, v, batch.futures["loaded"].result())
+        arrived = batch.futures["attended"].result()
+        if self._device.is_cuda:
+            arrived.tensor.record_stream(torch.cuda.current_stream())
+        return arrived.tensor
+
+    # Experts over the whole block.
+
+    def _op_route(self, op: Op) -> None:
+        tokens = self._block.tokens
+        ids_TK, weights_TK = self._family.route(self._router_TE[:tokens])
+        self._sizes = self._experts.route(ids_TK, weights_TK, self._dtype)
+        self._y_TD[:tokens].zero_()
+
+    def _op_expert(self, op: Op) -> None:
+        weights = self._stream.get(op.unit)
+        tokens = self._block.tokens
+        self._experts.add(
+            self._units.expert_index[op.unit],
+            self._x_TD[:tokens],
+            self._y_TD[:tokens],
+            lambda x_nD: self._family.expert(x_nD, weights),
+        )
+        self._stream.release(op.unit)
+
+    # Logits.
+
+    def _op_collect(self, op: Op) -> None:
+        rows = []
+        for batch in self._block.batches:
+            wanted = batch.logit_rows.to(self._device.torch, non_blocking=True)
+            h_TD = self._hidden[batch.index].index_select(0, wanted)
+            rows.append(h_TD + self._y_TD[batch.start : batch.stop].index_select(0, wanted))
+        self._hidden.clear()
+        self._rows_RD = torch.cat(rows)
+        self._logits = torch.empty(len(self._rows_RD), self._vocab, dtype=self._dtype, device=self._device.torch)
+
+    def _op_head(self, op: Op) -> None:
+        weights = self._stream.get(op.unit)
+        if "norm" in weights:
+            self._rows_RD = self._family.final_norm(self._rows_RD, weights)
+        first, last = self._units.head_rows[op.unit]
+        self._logits[:, first:last] = torch.nn.functional.linear(self._rows_RD, weights["head"])
+        self._stream.release(op.unit)
+
+    def _op_sample(self, op: Op) -> None:
+        """Marks the end of the sweep; the engine chooses tokens from the logits."""

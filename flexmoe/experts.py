@@ -1,0 +1,70 @@
+"""The MoE of a layer: tokens sorted by expert on the device, one pass per expert over the whole block.
+
+Legend: T tokens, D hidden, E experts, K chosen experts, n tokens of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from cost_model.costs import EXPERT_CHUNK_TOKENS
+from flexmoe.device import Device
+
+class ExpertDispatch:
+    """Routes the tokens of a block to experts and adds up what comes back.
+
+    Args:
+        device: compute device.
+        num_experts: E.
+        max_tokens: most tokens of a sweep.
+        top_k: K.
+    """
+
+    def __init__(self, device: Device, num_experts: int, max_tokens: int, top_k: int):
+        self._device, self._num_experts = device, num_experts
+        self._chunk = EXPERT_CHUNK_TOKENS[device.torch.type]
+        self._counts = device.host_buffer(num_experts * 8).view(torch.int64) if device.is_cuda else None
+
+    def route(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> list[int]:
+        """Sort the block's (token, expert) pairs by expert; the only host wait of the layer.
+
+        Args:
+            ids_TK: chosen experts.
+            weights_TK: their weights.
+            dtype: dtype in which the weights are applied.
+
+        Returns:
+            list[int]: tokens of each expert.
+        """
+        order = ids_TK.flatten().argsort(stable=True)
+        counts = torch.bincount(ids_TK.flatten(), minlength=self._num_experts)
+        if self._counts is not None:
+            self._counts.copy_(counts, non_blocking=True)
+            copied = self._device.record()
+        self._tokens = order // ids_TK.shape[1]
+        self._weights = weights_TK.flatten()[order].to(dtype).unsqueeze(1)
+        if self._counts is not None:
+            self._device.host_wait(copied)
+            counts = self._counts
+        sizes = counts.tolist()
+        self._starts = [0]
+        for size in sizes:
+            self._starts.append(self._starts[-1] + size)
+        return sizes
+
+    def add(self, expert: int, x_TD: torch.Tensor, y_TD: torch.Tensor, compute: Callable) -> None:
+        """Run one expert over its tokens and add the weighted result to the block's output.
+
+        Args:
+            expert: its index.
+            x_TD: normalized hidden states of the block.
+            y_TD: output of the MoE, added to in place.
+            compute: maps ``[n, D]`` to ``[n, D]``.
+        """
+        first, last = self._starts[expert], self._starts[expert + 1]
+        for start in range(first, last, self._chunk):
+            pairs = slice(start, min(last, start + self._chunk))
+            tokens = self._tokens[pairs]
+            y_TD.index_add_(0, tokens, compute(x_TD.index_select(0, tokens)).mul_(self._weights[pairs]))

@@ -1,0 +1,175 @@
+"""`LLM`: offline generation in the manner of vLLM's offline API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from flexmoe.engine import Engine, EngineConfig
+from flexmoe.errors import UsageError
+from flexmoe.loader import Model, load_model
+from flexmoe.params import EngineRequest, RequestOutput, SamplingParams
+from flexmoe.tokenizer import Tokenizer, eos_ids
+from policies.policy import Policy, PolicyFile, Workload
+
+Prompt = str | Sequence[int]
+
+#: Everything in (CPU or GPU) compute memory: what a model that fits wants.
+RESIDENT = (100, 0, 100, 0, 100, 0)
+
+
+class LLM:
+    """A model ready to generate.
+
+    Args:
+        model: checkpoint directory, hub id, or with ``load_format="dummy"`` a known shape; or a `Model`.
+        policy: a `Policy`, or a path to a policy file; None keeps everything on the compute device.
+        load_format: ``auto`` or ``dummy``.
+        workload: mean prompt and completion lengths; with the policy they size the KV cache. Default 512/32.
+        **options: fields of `EngineConfig` (``device``, ``dtype``, ``gpu_mem``, ``cpu_mem``, ``nvme_mem`` in GiB,
+            ``offload_dir``, ``kv_tokens``, ``longest_row``, ``gen_len``, ``keep_spans``).
+
+    Raises:
+        FlexMoEError: the model is missing or broken, or the policy does not fit; before any weight is loaded.
+
+    Example:
+        >>> llm = LLM("checkpoints/mixtral", policy="policy.json")
+        >>> [out.outputs[0].text for out in llm.generate(["The capital of France is"], SamplingParams(max_tokens=8))]
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Model,
+        *,
+        policy: Policy | str | Path | None = None,
+        load_format: str = "auto",
+        workload: Workload | None = None,
+        **options,
+    ):
+        self.model = model if isinstance(model, Model) else load_model(str(model), load_format)
+        self.tokenizer = Tokenizer.load(self.model.directory) if self.model.directory else Tokenizer(None, "a dummy")
+        workload, policy = self._read_policy(policy, workload)
+        try:
+            config = EngineConfig(policy=policy, workload=workload, **options)
+        except TypeError as e:
+            raise UsageError(f"LLM: {e}") from e
+        if not config.eos_ids:
+            ids = eos_ids(self.model.generation_config, self.model.config, self.tokenizer)
+            config = replace(config, eos_ids=ids)
+        self.engine = Engine(self.model, config)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Complete prompts; rows that run longest start first.
+
+        Args:
+            prompts: texts or lists of token ids; one or several.
+            params: for all prompts, or one per prompt.
+
+        Returns:
+            list[RequestOutput]: in the order of the prompts.
+
+        Raises:
+            UsageError: a prompt can never run; nothing has been generated then.
+        """
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise UsageError(f"{len(prompts)} prompts but {len(params)} sampling parameters; give one per prompt")
+        ids = [tuple(self.tokenizer.encode(p) if isinstance(p, str) else p) for p in prompts]
+        requests = [EngineRequest(request_id=str(i), prompt_token_ids=t, params=s) for i, (t, s) in enumerate(zip(ids, params))]
+        for request in requests:
+            problem = self.check(request)
+            if problem is not None:
+                raise UsageError(f"prompt {request.request_id}: {problem}")
+        longest_first = sorted(requests, key=lambda r: -(r.params.max_tokens or self.engine.config.gen_len))
+        outputs = {int(out.request_id): out for out in self.stream(longest_first)}
+        return [self._with_text(outputs[i], prompts[i]) for i in range(len(prompts))]
+
+    def stream(self, requests: Iterable[EngineRequest]) -> Iterator[RequestOutput]:
+        """Run requests as they come and yield each when it finishes, in any order.
+
+        Requests are pulled lazily: no more wait in the engine than one block. One that can never run is
+        yielded with its ``error``. The engine is empty again when the iterator ends or is closed.
+        """
+        source, exhausted = iter(requests), False
+        ahead = self.engine.config.policy.block_size
+        try:
+            while not exhausted or self.engine.unfinished:
+                while not exhausted and len(self.engine.scheduler.waiting) < ahead:
+                    request = next(source, None)
+                    if request is None:
+                        exhausted = True
+                    elif problem := self.check(request):
+                        yield _failed(request, problem)
+                    else:
+                        self.engine.submit(request)
+                yield from self.engine.step()
+        finally:
+            self.engine.clear()
+
+    def check(self, request: EngineRequest) -> str | None:
+        """Why a request can never run, as a sentence; None if it can."""
+        return self.engine.check(request)
+
+    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Float32 logits ``[len(token_ids), vocab]`` after every token of one sequence."""
+        return self.engine.logits(list(token_ids))
+
+    def metrics(self) -> dict:
+        """What has been done so far: tokens, sweeps, bytes and busy seconds per lane, planned bytes per tier."""
+        e = self.engine
+        lanes = {lane: {"bytes": t.nbytes, "busy_s": t.busy_s} for lane, t in e.recorder.totals().items()}
+        return {
+            "sweeps": len(e.rows_in_flight),
+            "wall_s": e.wall_s,
+            "prompt_tokens": e.prompt_tokens,
+            "generated_tokens": e.generated_tokens,
+            "rows_in_flight": list(e.rows_in_flight),
+            "tokens_per_sweep": list(e.tokens_per_sweep),
+            "restarts": e.scheduler.restarts,
+            "lanes": lanes,
+            "memory": {t: {"planned_bytes": e.memory.total(t), **e.memory.parts[t]} for t in e.memory.parts},
+            "weights_stall_s": e.stream.stall_s,
+        }
+
+    def close(self) -> None:
+        """Stop the threads and close the files."""
+        self.engine.close()
+
+    def _read_policy(self, policy, workload: Workload | None) -> tuple[Workload, Policy]:
+        if isinstance(policy, (str, Path)):
+            file = PolicyFile.load(policy)
+            file.check_model(self.model.arch.fingerprint())
+            planned = Workload(**file.workload) if file.workload else None
+            return workload or planned or Workload(prompt_len=512, gen_len=32), file.policy
+        workload = workload or Workload(prompt_len=512, gen_len=32)
+        if policy is None:
+            policy = Policy.from_percent(
+                RESIDENT, gpu_batch_size=32, num_gpu_batches=1, prompt_len=workload.prompt_len, gen_len=workload.gen_len
+            )
+        return workload, policy
+
+    def _with_text(self, output: RequestOutput, prompt: Prompt) -> RequestOutput:
+        completion = output.outputs[0]
+        ended = completion.finish_reason == "stop"
+        text = self.tokenizer.decode(completion.token_ids[:-1] if ended else completion.token_ids)
+        prompt_text = prompt if isinstance(prompt, str) else None
+        return replace(output, prompt=prompt_text, outputs=[replace(completion, text=text)])
+
+
+def _failed(request: EngineRequest, problem: str) -> RequestOutput:
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=None,
+        prompt_token_ids=request.prompt_token_ids,
+        outputs=[],
+        finished=True,
+        error=problem,
+    )

@@ -1,0 +1,12 @@
+"""`python -m flexmoe.native`: compile the library ahead of its first use and print its path."""
+
+import sys
+
+from flexmoe.native import _BuildError, build
+
+if __name__ == "__main__":
+    try:
+        print(build())
+    except _BuildError as error:
+        print(f"native attention was not built: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,6 @@
+"""What to do: policies, placement and schedules. Standard library only."""
+
+from policies.placement import TIERS, Placement, Unit
+from policies.policy import Policy, PolicyFile, Workload
+
+__all__ = ["TIERS", "Placement", "Policy", "PolicyFile", "Unit", "Workload"]

@@ -1,0 +1,226 @@
+"""Fractions in, whole units, KV blocks and batches per tier out: the only place where a share is rounded.
+
+A user asks for percents; memory holds whole units. When every caller rounds for itself, asking for 20 % of the weights
+on a tier can give 8 %, and planner and executor disagree about what fits. Here the rounding is done once, the
+achieved percents are reported beside the asked ones (`describe`), and placing the achieved percents again gives
+the same placement, so that a policy file means one thing.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
+from numbers import Integral, Real
+
+from policies.errors import UsageError
+
+TIERS = ("gpu", "cpu", "disk")
+KINDS = ("embed", "attention", "expert", "head")
+PERCENT_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """The smallest piece of weight that is placed and moved.
+
+    Args:
+        name: "embed", "layers.3.attention", "layers.3.expert.5", "head.0".
+        layer: the layer it belongs to; -1 for the embedding, the number of layers for the head.
+        kind: one of `KINDS`.
+        stored_bytes: its size at rest, at least 1.
+
+    Raises:
+        UsageError: the kind is unknown, or the size is not a positive whole number.
+    """
+
+    name: str
+    layer: int
+    kind: str
+    stored_bytes: int
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise UsageError(f"unit {self.name} has kind {self.kind!r}; the kinds are {', '.join(KINDS)}.")
+        check_count(f"stored_bytes of unit {self.name}", self.stored_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where every unit lives at home.
+
+    Args:
+        tier_of: unit name to tier, in the order in which the units were given.
+        bytes_per_tier: stored bytes per tier; all three tiers are present.
+    """
+
+    tier_of: Mapping[str, str]
+    bytes_per_tier: Mapping[str, int]
+
+    @property
+    def achieved_percent(self) -> tuple[float, float, float]:
+        """(gpu, cpu, disk) in percent of all stored bytes; placing these again returns this placement."""
+        total_bytes = sum(self.bytes_per_tier.values())
+        gpu, cpu, disk = (100.0 * self.bytes_per_tier[tier] / total_bytes for tier in TIERS)
+        return gpu, cpu, disk
+
+
+def place_weights(units: Iterable[Unit], gpu_percent: float, cpu_percent: float) -> Placement:
+    """Gives every unit a home tier, near the asked percents and spread evenly over the layers.
+
+    All units stand in one fixed order (`residency_order`). The GPU holds the prefix whose bytes are nearest to
+    `gpu_percent` of the total, GPU and CPU together the prefix nearest to `gpu_percent + cpu_percent`, and the disk
+    the rest; of two equally near prefixes the shorter one is taken. Both boundaries are then exact prefix sums,
+    which is why the achieved percents lead back to the same placement. 0 % is no unit at all, 100 % is all.
+
+    Args:
+        units: all units of the model, in schedule order.
+        gpu_percent, cpu_percent: shares of the stored bytes, 0 to 100; the rest is disk.
+
+    Raises:
+        UsageError: there are no units, two share a name, or the percents do not add up.
+    """
+    units = list(units)
+    gpu_percent, cpu_percent = check_shares("weights", gpu_percent, cpu_percent)
+    if not units:
+        raise UsageError("there are no weight units to place; give at least one.")
+    order = residency_order(units)
+    prefix_bytes = list(accumulate((unit.stored_bytes for unit in order), initial=0))
+    gpu_end = _nearest_prefix(prefix_bytes, gpu_percent)
+    cpu_end = _nearest_prefix(prefix_bytes, gpu_percent + cpu_percent)
+
+    tiers = ["gpu"] * gpu_end + ["cpu"] * (cpu_end - gpu_end) + ["disk"] * (len(order) - cpu_end)
+    tier_by_name = {unit.name: tier for unit, tier in zip(order, tiers, strict=True)}
+    if len(tier_by_name) != len(units):
+        raise UsageError(f"{len(units)} units have only {len(tier_by_name)} different names; each needs its own.")
+    sizes_bytes = (
+        prefix_bytes[gpu_end],
+        prefix_bytes[cpu_end] - prefix_bytes[gpu_end],
+        prefix_bytes[-1] - prefix_bytes[cpu_end],
+    )
+    tier_of = {unit.name: tier_by_name[unit.name] for unit in units}
+    return Placement(tier_of, dict(zip(TIERS, sizes_bytes, strict=True)))
+
+
+def residency_order(units: Sequence[Unit]) -> list[Unit]:
+    """All units, those that most deserve a fast tier first; it depends on the units alone, not on percents.
+
+    Embedding, attention and head serve every token in every sweep and are small, so they come before the experts.
+    Experts follow by their index within the layer, and for each index the layers come in bit-reversed (van der Corput)
+    order. That order is the same for every index, so any interval of the experts is a window of one repeating
+    sequence: two layers differ by at most one expert in a prefix (GPU) and in an interval (CPU) alike, and the layers
+    that hold the extra one are spread over the depth of the model.
+    """
+    layers = sorted({unit.layer for unit in units if unit.kind in ("attention", "expert")})
+    rank = {layer: place for place, layer in enumerate(_spread(layers))}
+    by_kind = {kind: [unit for unit in units if unit.kind == kind] for kind in KINDS}
+    attention = sorted(by_kind["attention"], key=lambda unit: rank[unit.layer])
+
+    experts_seen: dict[int, int] = {}
+    keyed_experts = []
+    for unit in by_kind["expert"]:
+        index = experts_seen.get(unit.layer, 0)
+        experts_seen[unit.layer] = index + 1
+        keyed_experts.append(((index, rank[unit.layer]), unit))
+    keyed_experts.sort(key=lambda keyed: keyed[0])
+    return by_kind["embed"] + attention + by_kind["head"] + [unit for _, unit in keyed_experts]
+
+
+def place_blocks(total: int, gpu_percent: float, cpu_percent: float) -> dict[str, int]:
+    """Splits `total` equal pieces (KV blocks, rows) over the tiers by largest remainder.
+
+    The counts sum to `total`, each is within one of its exact share, a tier asked for 0 % gets none, and splitting
+    by the achieved percents gives the same counts. Of equal remainders the slower tier wins, as room there is cheaper.
+
+    Raises:
+        UsageError: `total` is not a whole number of at least 0, or the percents do not add up.
+    """
+    check_count("the number of blocks", total, minimum=0)
+    gpu_percent, cpu_percent = check_shares("blocks", gpu_percent, cpu_percent)
+    disk_percent = 100.0 - gpu_percent - cpu_percent
+    if disk_percent <= PERCENT_TOLERANCE:
+        disk_percent = 0.0
+    percents = [Fraction(percent) for percent in (gpu_percent, cpu_percent, disk_percent)]
+    shares = [total * percent / sum(percents) for percent in percents]
+    counts = [math.floor(share) for share in shares]
+    by_remainder = sorted(range(len(TIERS)), key=lambda tier: (shares[tier] - counts[tier], tier), reverse=True)
+    for tier in by_remainder[: total - sum(counts)]:
+        counts[tier] += 1
+    return dict(zip(TIERS, counts, strict=True))
+
+
+def place_batches(num_batches: int, gpu_percent: float, cpu_percent: float) -> tuple[str, ...]:
+    """The tier of the activations of each GPU batch: the counts of `place_blocks`, evenly interleaved.
+
+    Interleaving (each turn goes to the tier that is furthest behind its share) keeps transfers of neighbouring
+    batches from bunching up on one lane.
+
+    Raises:
+        UsageError: as `place_blocks`.
+    """
+    counts = place_blocks(num_batches, gpu_percent, cpu_percent)
+    behind = dict.fromkeys(TIERS, 0)
+    turns = []
+    for _ in range(num_batches):
+        for tier in TIERS:
+            behind[tier] += counts[tier]
+        turn = max(TIERS, key=behind.__getitem__)
+        behind[turn] -= num_batches
+        turns.append(turn)
+    return tuple(turns)
+
+
+def describe(asked: Sequence[float], achieved: Sequence[float], what: str = "weights") -> str:
+    """One line that sets achieved percents beside asked ones, both (gpu, cpu, disk).
+
+    Example:
+        >>> describe((10, 20, 70), (10.2, 19.8, 70.0))
+        'weights: asked 10/20/70 %, placed 10.2/19.8/70.0 %'
+    """
+    asked_text = "/".join(f"{percent:g}" for percent in asked)
+    achieved_text = "/".join(f"{percent:.1f}" for percent in achieved)
+    return f"{what}: asked {asked_text} %, placed {achieved_text} %"
+
+
+def check_count(name: str, value: int, minimum: int = 1) -> int:
+    """Returns `value` as an int, or raises UsageError unless it is a whole number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+        raise UsageError(f"{name} is {value!r}; it must be a whole number of at least {minimum}.")
+    return int(value)
+
+
+def check_percent(name: str, value: float) -> float:
+    """Returns `value` as a float, or raises UsageError unless it is a number from 0 to 100."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 100:
+        raise UsageError(f"{name} is {value!r}; it must be a number from 0 to 100.")
+    return float(value) + 0.0  # -0.0 becomes 0.0
+
+
+def check_shares(name: str, gpu_percent: float, cpu_percent: float) -> tuple[float, float]:
+    """Returns both percents as floats, or raises UsageError unless each is 0 to 100 and they sum to at most 100."""
+    gpu_percent = check_percent(f"the GPU percent of {name}", gpu_percent)
+    cpu_percent = check_percent(f"the CPU percent of {name}", cpu_percent)
+    if gpu_percent + cpu_percent > 100 + PERCENT_TOLERANCE:
+        raise UsageError(
+            f"{name}: {gpu_percent:g} % on the GPU and {cpu_percent:g} % on the CPU add up to "
+            f"{gpu_percent + cpu_percent:g} %; lower one, so that they sum to at most 100 (the rest goes to disk)."
+        )
+    return gpu_percent, cpu_percent
+
+
+def _nearest_prefix(prefix_bytes: Sequence[int], percent: float) -> int:
+    """The number of units whose bytes are nearest to `percent` of the total; the smaller one on a tie."""
+    target_bytes = percent * prefix_bytes[-1] / 100
+    above = min(bisect_left(prefix_bytes, target_bytes), len(prefix_bytes) - 1)
+    if above == 0:
+        return 0
+    below_is_nearer = target_bytes - prefix_bytes[above - 1] <= prefix_bytes[above] - target_bytes
+    return above - 1 if below_is_nearer else above
+
+
+def _spread(layers: Sequence[int]) -> list[int]:
+    """The layers in bit-reversed order: any window of it is spread over the depth of the model."""
+    bits = max(len(layers) - 1, 0).bit_length()
+    reversed_places = (int(format(place, f"0{bits}b")[::-1], 2) for place in range(1 << bits))
+    return [layers[place] for place in reversed_places if place < len(layers)]

@@ -1,0 +1,286 @@
+"""What the runtime is told to do: a frozen, validated policy, and the JSON file that carries it."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+
+from policies import strict_json
+from policies.errors import DataError, FlexMoEError, InfeasibleError, InputMissingError, StorageError, UsageError
+from policies.placement import check_count, check_percent, check_shares
+
+KIND = "flexmoe.policy"
+SCHEMA_VERSION = 1
+SCHEDULES = ("rolling", "static")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """The job in two numbers.
+
+    Args:
+        prompt_len: mean tokens of a prompt, at least 1.
+        gen_len: mean tokens generated for it, at least 1.
+
+    Raises:
+        UsageError: a value is not a whole number of at least 1.
+    """
+
+    prompt_len: int
+    gen_len: int
+
+    def __post_init__(self):
+        for name in ("prompt_len", "gen_len"):
+            object.__setattr__(self, name, check_count(name, getattr(self, name)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """Where things live, how many rows run together, and in which order. Names follow FlexLLMGen.
+
+    Args:
+        gpu_batch_size: rows whose attention runs together.
+        num_gpu_batches: GPU batches in a block; all rows in flight are their product, `block_size`.
+        w_gpu_percent, w_cpu_percent: share of the stored weight bytes at home on the GPU and in host memory, 0 to 100;
+            here and in the next two pairs the rest is on disk, and 0 is a value like any other.
+        cache_gpu_percent, cache_cpu_percent: the same for the KV cache, in blocks.
+        act_gpu_percent, act_cpu_percent: the same for the hidden states, in GPU batches.
+        prefill_tokens: prompt tokens that may enter one sweep.
+        overlap: copies and computation run at the same time; off, one after the other.
+        pin_weight: host weights are pinned, so that copies to the GPU run asynchronously.
+        compress_weight: weights are stored compressed.
+        compress_cache: the KV cache is stored compressed.
+        cpu_attention_percent: share of the host-resident KV that is attended to on the CPU, 0 to 100.
+        schedule: "rolling" (a finished row's place is refilled in the next sweep) or "static" (a block starts and
+            ends together).
+
+    Raises:
+        UsageError: a value is of the wrong type or out of range, or the percents of a pair add up to more than 100.
+    """
+
+    gpu_batch_size: int
+    num_gpu_batches: int
+    w_gpu_percent: float
+    w_cpu_percent: float
+    cache_gpu_percent: float
+    cache_cpu_percent: float
+    act_gpu_percent: float
+    act_cpu_percent: float
+    prefill_tokens: int
+    overlap: bool = True
+    pin_weight: bool = True
+    compress_weight: bool = False
+    compress_cache: bool = False
+    cpu_attention_percent: float = 0.0
+    schedule: str = "rolling"
+
+    def __post_init__(self):
+        for name in ("gpu_batch_size", "num_gpu_batches", "prefill_tokens"):
+            object.__setattr__(self, name, check_count(name, getattr(self, name)))
+        percent_names = [field.name for field in fields(self) if field.name.endswith("_percent")]
+        for name in percent_names:
+            object.__setattr__(self, name, check_percent(name, getattr(self, name)))
+        check_shares("weights", self.w_gpu_percent, self.w_cpu_percent)
+        check_shares("cache", self.cache_gpu_percent, self.cache_cpu_percent)
+        check_shares("activations", self.act_gpu_percent, self.act_cpu_percent)
+        for name in ("overlap", "pin_weight", "compress_weight", "compress_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
+        if self.schedule not in SCHEDULES:
+            raise UsageError(f"schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}.")
+
+    @property
+    def block_size(self) -> int:
+        """Rows in flight."""
+        return self.gpu_batch_size * self.num_gpu_batches
+
+    @classmethod
+    def from_percent(
+        cls,
+        percent: Sequence[float],
+        *,
+        gpu_batch_size: int,
+        num_gpu_batches: int,
+        prompt_len: int,
+        gen_len: int,
+        schedule: str = "rolling",
+        prefill_tokens: int | None = None,
+        **rest,
+    ) -> "Policy":
+        """A policy from FlexLLMGen's six numbers.
+
+        Args:
+            percent: weight GPU, weight CPU, cache GPU, cache CPU, activation GPU, activation CPU.
+            prompt_len, gen_len: mean tokens of a row; they only choose `prefill_tokens` where that is None.
+            prefill_tokens: None means what keeps the block full: rolling, the prompts of the rows that end in a
+                sweep (block_size · prompt_len / gen_len, rounded up); static, all prompts of the block.
+            rest: further fields of `Policy`.
+
+        Raises:
+            UsageError: not six numbers, an unknown field, or a value that `Policy` refuses.
+        """
+        if isinstance(percent, str) or not isinstance(percent, Sequence) or len(percent) != 6:
+            raise UsageError(f"percent is {percent!r}; give six numbers: weight, cache, activation, each GPU then CPU.")
+        names = [field.name for field in fields(cls)]
+        percent_names = [name for name in names if name.startswith(("w_", "cache_", "act_"))]
+        unknown = [name for name in rest if name not in names or name in percent_names]
+        if unknown:
+            raise UsageError(
+                f"{', '.join(unknown)} cannot be given beside the six percents; a policy has {', '.join(names)}."
+            )
+        workload = Workload(prompt_len=prompt_len, gen_len=gen_len)
+        if prefill_tokens is None:
+            rows = check_count("gpu_batch_size", gpu_batch_size) * check_count("num_gpu_batches", num_gpu_batches)
+            sweeps = workload.gen_len if schedule == "rolling" else 1
+            prefill_tokens = -(-rows * workload.prompt_len // sweeps)
+        return cls(
+            **dict(zip(percent_names, percent, strict=True)),
+            gpu_batch_size=gpu_batch_size,
+            num_gpu_batches=num_gpu_batches,
+            schedule=schedule,
+            prefill_tokens=prefill_tokens,
+            **rest,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyFile:
+    """A policy with what it was made for. An empty section means the same as none.
+
+    Args:
+        policy: what to do.
+        model: the shape fingerprint of the model it was made for, or None.
+        hardware: the machine it was made for, or None.
+        workload: the job it was made for, or None.
+        predicted: what the planner expects of it, or None.
+    """
+
+    policy: Policy
+    model: dict | None = None
+    hardware: dict | None = None
+    workload: dict | None = None
+    predicted: dict | None = None
+
+    def __post_init__(self):
+        for name in _SECTIONS:
+            object.__setattr__(self, name, getattr(self, name) or None)
+
+    def to_json(self) -> dict:
+        """The content of the file as a dict of JSON values; `policy.schema.json` describes it."""
+        sections = {name: getattr(self, name) or {} for name in _SECTIONS}
+        document = {"kind": KIND, "schema_version": SCHEMA_VERSION} | sections
+        return document | {"policy": asdict(self.policy), "predicted": document.pop("predicted")}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the file under its final name in one step: either all of it is there, or what was there before.
+
+        Raises:
+            StorageError: the directory is missing, read-only or full.
+        """
+        path = Path(path)
+        text = json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
+        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
+            raise StorageError(f"the policy could not be written to {path}: {error.strerror}.") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "PolicyFile":
+        """Reads and checks a policy file.
+
+        Raises:
+            InputMissingError: there is no such file, or it cannot be read.
+            DataError: it is not strict JSON, not a policy file, newer than this program, or holds a key or value that
+                a policy does not have; the sentence names it.
+        """
+        try:
+            text = Path(path).read_bytes().decode("utf-8")
+        except OSError as error:
+            raise InputMissingError(f"the policy file {path} cannot be read: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"the policy file {path} is not UTF-8 text.") from error
+        try:
+            return cls._from_document(_strict_json(text))
+        except FlexMoEError as error:
+            raise DataError(f"the policy file {path} cannot be used: {error}") from error
+
+    @classmethod
+    def _from_document(cls, document) -> "PolicyFile":
+        if not isinstance(document, dict) or document.get("kind") != KIND:
+            raise DataError(f'it is not a policy file: it must be a JSON object with "kind": "{KIND}".')
+        version = check_count("schema_version", document.get("schema_version"))
+        if version > SCHEMA_VERSION:
+            raise DataError(
+                f"it has schema_version {version}, and this program reads up to {SCHEMA_VERSION}; "
+                "it was written by a newer FlexMoE, so update this one or make the policy again."
+            )
+        known = {"kind", "schema_version", "policy", *_SECTIONS}
+        _refuse_unknown("the file", document, known)
+        for name in (*_SECTIONS, "policy"):
+            if not isinstance(document.get(name, {}), dict):
+                raise DataError(f'"{name}" must be a JSON object.')
+        sections = {name: document.get(name) for name in _SECTIONS}
+        return cls(policy=_policy_from_json(document.get("policy", {})), **sections)
+
+    def check_model(self, arch_fingerprint: Mapping) -> None:
+        """Refuses a model that the policy was not made for; a policy without a model fits any.
+
+        Args:
+            arch_fingerprint: `ModelArch.fingerprint()` of the model at hand.
+
+        Raises:
+            InfeasibleError: a field differs; each one is named with both values.
+        """
+        if self.model is None:
+            return
+        names = list(dict.fromkeys([*self.model, *arch_fingerprint]))
+        differing = [
+            f"{name} is {self.model.get(name, 'absent')} in the policy and "
+            f"{arch_fingerprint.get(name, 'absent')} in the model"
+            for name in names
+            if name not in self.model or name not in arch_fingerprint or self.model[name] != arch_fingerprint[name]
+        ]
+        if differing:
+            raise InfeasibleError(
+                f"the policy was made for another model: {'; '.join(differing)}. "
+                "Make a policy for this model, or override with --force-policy."
+            )
+
+
+_SECTIONS = ("model", "hardware", "workload", "predicted")
+
+
+def _policy_from_json(values: Mapping) -> Policy:
+    _refuse_unknown('"policy"', values, [field.name for field in fields(Policy)])
+    missing = [field.name for field in fields(Policy) if field.default is MISSING and field.name not in values]
+    if missing:
+        raise DataError(f'"policy" lacks {", ".join(missing)}.')
+    return Policy(**values)
+
+
+def _refuse_unknown(where: str, values: Mapping, known) -> None:
+    unknown = [repr(key) for key in values if key not in known]
+    if unknown:
+        raise DataError(
+            f"{where} has unknown keys: {', '.join(unknown)}; the known ones are {', '.join(sorted(known))}."
+        )
+
+
+def _strict_json(text: str):
+    try:
+        return strict_json.parse(text)
+    except strict_json.RepeatedKeyError as error:
+        raise DataError(f"{', '.join(map(repr, sorted(error.keys)))} is given more than once.") from error
+    except strict_json.NotFiniteError as error:
+        raise DataError(f"{error.literal} is not a finite number.") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"it is not valid JSON: {error}.") from error

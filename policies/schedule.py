@@ -1,0 +1,189 @@
+"""The zig-zag block schedule of one sweep: which operations, on which lane, after which others.
+
+Pure: no durations, no tensors, no device. The executor walks the operations in the order given (issue order) and the
+planner's simulator walks the same ones with durations, so what is predicted is what runs.
+
+Layer by layer; inside a layer attention runs GPU batch by GPU batch, then every expert once over the tokens of the
+whole block (module batching). A column-by-column ("zig-zag") walk would re-read the weights for every GPU batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+LANES = ("disk_read", "disk_write", "h2d", "d2h", "gpu", "cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitStep:
+    """One weight unit as the schedule sees it: its name and where it lives."""
+
+    name: str
+    tier: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepShape:
+    """What a sweep consists of; nothing about how large or how fast it is.
+
+    Attributes:
+        attention: the attention unit of each layer.
+        experts: the expert units of each layer, in compute order.
+        head: the head units, in order.
+        activation_tiers: home tier of the hidden states of each GPU batch; its length is the number of GPU batches.
+        fetched_batches: GPU batches that have rows whose KV is not on the GPU and is attended there.
+        cpu_batches: GPU batches that have rows attended on the CPU.
+        stored_batches: GPU batches that have rows whose KV home is not the GPU.
+        disk_batches: GPU batches that have rows whose KV home is the disk.
+    """
+
+    attention: Sequence[UnitStep]
+    experts: Sequence[Sequence[UnitStep]]
+    head: Sequence[UnitStep]
+    activation_tiers: Sequence[str]
+    fetched_batches: frozenset[int] = frozenset()
+    cpu_batches: frozenset[int] = frozenset()
+    stored_batches: frozenset[int] = frozenset()
+    disk_batches: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """One operation: ``kind`` on ``lane`` after the operations whose ids are in ``deps``.
+
+    ``batch`` is a GPU batch and ``unit`` a weight unit, where the kind has one.
+    """
+
+    id: int
+    kind: str
+    lane: str
+    layer: int
+    batch: int = -1
+    unit: str = ""
+    deps: tuple[int, ...] = ()
+
+
+class _Builder:
+    """Numbers the operations and, in the serial variant, chains each one to its predecessor."""
+
+    def __init__(self, overlap: bool):
+        self.overlap = overlap
+        self.ops: list[Op] = []
+        self._last = -1
+
+    def add(self, kind: str, lane: str, layer: int, deps: Sequence[int] = (), **where: int | str) -> int:
+        index = self._last + 1
+        chain = () if self.overlap or self._last < 0 else (self._last,)
+        after = tuple(sorted({d for d in (*deps, *chain) if d >= 0}))
+        self.ops.append(Op(id=index, kind=kind, lane=lane, layer=layer, deps=after, **where))
+        self._last = index
+        return index
+
+    def drain(self) -> list[Op]:
+        ops, self.ops = self.ops, []
+        return ops
+
+
+def fetch_order(shape: SweepShape) -> list[str]:
+    """Names of the units that a sweep moves, in the order it needs them: what the weight stream cycles over."""
+    steps = [s for unit, experts in zip(shape.attention, shape.experts) for s in (unit, *experts)]
+    return [s.name for s in (*steps, *shape.head) if s.tier != "gpu"]
+
+
+def experts_in_compute_order(experts: Sequence[UnitStep]) -> list[UnitStep]:
+    """GPU-resident experts first: they compute while the streamed ones arrive."""
+    return sorted(experts, key=lambda step: step.tier != "gpu")
+
+
+def sweep(shape: SweepShape, *, overlap: bool = True) -> Iterator[Op]:
+    """The operations of one sweep in issue order.
+
+    Kinds, with their lanes: ``read`` (disk_read) and ``copy`` (h2d) of a weight unit; ``embed``, ``load_act`` and
+    ``store_act`` of a GPU batch's hidden states; ``project`` (norm, QKV, rope, new KV); ``load_kv`` (h2d),
+    ``store_kv`` (d2h), ``write_kv`` (disk_write); ``cpu_attend`` (cpu); ``attend`` (gpu; includes the output
+    projection); ``route`` once per layer; ``expert`` once per unit; ``head`` once per head unit; ``sample``.
+
+    Args:
+        shape: the units, tiers and GPU batches of the sweep.
+        overlap: False chains every operation to the one before it (FlexLLMGen's ``--overlap false``).
+
+    Yields:
+        Op: ids count up from 0; every dependency has a smaller id.
+    """
+    build = _Builder(overlap)
+    count = len(shape.activation_tiers)
+    ready, first_kv = [-1] * count, _load_kv(build, shape, 0, 0)
+    for layer, (unit, experts) in enumerate(zip(shape.attention, shape.experts)):
+        attended = _attention(build, shape, layer, _fetch(build, layer, unit), ready, first_kv)
+        first_kv = _load_kv(build, shape, layer + 1, 0) if layer + 1 < len(shape.attention) else -1
+        route = build.add("route", "gpu", layer, attended)
+        done = []
+        for step in experts:
+            arrived = _fetch(build, layer, step)
+            done.append(build.add("expert", "gpu", layer, (arrived, route), unit=step.name))
+        ready = [done[-1]] * count
+        yield from build.drain()
+    yield from _head(build, shape, ready)
+
+
+def _head(build: _Builder, shape: SweepShape, ready: Sequence[int]) -> list[Op]:
+    last = len(shape.attention)
+    gathered = [_load_act(build, shape, last, j, ready[j]) for j in range(len(shape.activation_tiers))]
+    done = [build.add("collect", "gpu", last, gathered)]
+    for step in shape.head:
+        done.append(build.add("head", "gpu", last, (_fetch(build, last, step), done[-1]), unit=step.name))
+    build.add("sample", "gpu", last, done)
+    return build.drain()
+
+
+def _fetch(build: _Builder, layer: int, step: UnitStep) -> int:
+    """The transfers that bring a unit to the compute device; -1 when it lives there."""
+    if step.tier == "gpu":
+        return -1
+    read = build.add("read", "disk_read", layer, unit=step.name) if step.tier == "disk" else -1
+    return build.add("copy", "h2d", layer, (read,), unit=step.name)
+
+
+def _load_kv(build: _Builder, shape: SweepShape, layer: int, batch: int) -> int:
+    return build.add("load_kv", "h2d", layer, batch=batch) if batch in shape.fetched_batches else -1
+
+
+def _load_act(build: _Builder, shape: SweepShape, layer: int, batch: int, after: int) -> int:
+    if layer == 0:
+        return build.add("embed", "gpu", layer, batch=batch)
+    if shape.activation_tiers[batch] == "gpu":
+        return after
+    return build.add("load_act", "h2d", layer, (after,), batch=batch)
+
+
+def _attention(
+    build: _Builder, shape: SweepShape, layer: int, weights: int, ready: Sequence[int], first_kv: int
+) -> list[int]:
+    """Attention of one layer. Batch j + 1 is projected, and its KV requested, before batch j is attended: the CPU
+    and the copy lanes then always have the next piece of work while the GPU works on this one. The KV of the first
+    batch is requested a layer's experts earlier."""
+    count = len(shape.activation_tiers)
+    ahead, ends = [_project(build, shape, layer, 0, weights, ready[0], first_kv)], []
+    for j in range(count):
+        if j + 1 < count:
+            loaded = _load_kv(build, shape, layer, j + 1)
+            ahead.append(_project(build, shape, layer, j + 1, weights, ready[j + 1], loaded))
+        end = build.add("attend", "gpu", layer, (*ahead[j], weights), batch=j)
+        if shape.activation_tiers[j] != "gpu":
+            build.add("store_act", "d2h", layer, (end,), batch=j)
+        ends.append(end)
+    return ends
+
+
+def _project(
+    build: _Builder, shape: SweepShape, layer: int, j: int, weights: int, after: int, loaded: int
+) -> tuple[int, ...]:
+    """Everything that a batch's ``attend`` waits for; returns those ids."""
+    hidden = _load_act(build, shape, layer, j, after)
+    project = build.add("project", "gpu", layer, (weights, hidden), batch=j)
+    stored = build.add("store_kv", "d2h", layer, (project, loaded), batch=j) if j in shape.stored_batches else -1
+    if j in shape.disk_batches:
+        build.add("write_kv", "disk_write", layer, (stored,), batch=j)
+    on_cpu = build.add("cpu_attend", "cpu", layer, (stored,), batch=j) if j in shape.cpu_batches else -1
+    return tuple(d for d in (loaded, project, on_cpu) if d >= 0)

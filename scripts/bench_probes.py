@@ -1,0 +1,193 @@
+"""What the machine gives without any engine: disk rate, GEMM rate, memory of a process, and what the machine is."""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PAGE_BYTES = mmap.PAGESIZE
+READ_THREADS = (1, 2, 4)
+READ_SIZES = (4 << 20, 16 << 20)
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
+
+
+class DirectReader:
+    """The files as one run of bytes, read with O_DIRECT in pieces that do not cross a file's end.
+
+    Raises:
+        OSError: a file cannot be opened for direct reads; a buffered rate would measure the page cache.
+    """
+
+    def __init__(self, paths: Sequence[str]):
+        self._files = [os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC) for path in sorted(paths)]
+        self._sizes = [os.fstat(file).st_size // PAGE_BYTES * PAGE_BYTES for file in self._files]
+        self.total_bytes = sum(self._sizes)
+
+    def read_into(self, buffer: memoryview, start: int) -> int:
+        """Fill `buffer` from byte `start` of the run (which wraps round); returns the bytes read, maybe fewer."""
+        start %= self.total_bytes
+        for file, size in zip(self._files, self._sizes, strict=True):
+            if start < size:
+                return os.preadv(file, [buffer[: size - start]], start)
+            start -= size
+        raise AssertionError("unreachable: the start lies within the run")
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
+            os.close(file)
+
+
+def disk_rate(paths: Sequence[str], each_bytes: int) -> dict:
+    """The best O_DIRECT read rate over thread counts and piece sizes; each combination reads another part of the files.
+
+    Returns:
+        dict: `best` in bytes/s, and `rates` by "threads x MiB".
+    """
+    reader = DirectReader(paths)
+    each_bytes = min(each_bytes, reader.total_bytes)
+    rates, start = {}, 0
+    for threads, size in itertools.product(READ_THREADS, READ_SIZES):
+        rates[f"{threads} x {size >> 20} MiB"] = _read_rate(reader, threads, size, start, each_bytes)
+        start += each_bytes
+    reader.close()
+    return {"best": max(rates.values()), "rates": rates}
+
+
+def _read_rate(reader: DirectReader, threads: int, size: int, start: int, total_bytes: int) -> float:
+    offsets = iter(range(start // PAGE_BYTES * PAGE_BYTES, start + total_bytes, size))
+    lock, done = threading.Lock(), []
+
+    def work(buffer: memoryview) -> None:
+        read = 0
+        while True:
+            with lock:
+                offset = next(offsets, None)
+            if offset is None:
+                break
+            read += reader.read_into(buffer, offset)
+        with lock:
+            done.append(read)
+
+    buffers = [mmap.mmap(-1, size) for _ in range(threads)]
+    for buffer in buffers:
+        buffer.write(bytes(size))  # touch every page before the clock starts
+    workers = [threading.Thread(target=work, args=(memoryview(buffer),)) for buffer in buffers]
+    begin = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return sum(done) / (time.perf_counter() - begin)
+
+
+def gemm_rate(tokens: int, hidden: int, ffn: int, seconds: float, experts: int = 0) -> float:
+    """FLOP/s of the three products of an expert over `tokens` tokens, bf16, with weights that no cache holds.
+
+    Args:
+        experts: different experts to cycle over; 0 takes 1 GiB of them.
+    """
+    import torch
+    from torch.nn.functional import linear
+
+    torch.set_num_threads(os.cpu_count())
+    experts = experts or max(2, (1 << 30) // (6 * hidden * ffn))
+    first = [torch.randn(ffn, hidden), torch.randn(ffn, hidden), torch.randn(hidden, ffn)]
+    weights = [[w.to(torch.bfloat16) / hidden**0.5 for w in first] for _ in range(experts)]
+    x_TD = torch.randn(tokens, hidden).to(torch.bfloat16)
+    begin, calls = 0.0, 0
+    with torch.inference_mode():
+        for number, (w1_FD, w3_FD, w2_DF) in enumerate(itertools.cycle(weights)):
+            if number == 2:  # two rounds to warm up
+                begin = time.perf_counter()
+            h_TF = linear(x_TD, w1_FD)
+            linear(x_TD, w3_FD)
+            linear(h_TF, w2_DF)
+            calls = max(0, number - 1)
+            if calls >= 2 and time.perf_counter() - begin > seconds:
+                break
+    return calls * 6 * tokens * hidden * ffn / (time.perf_counter() - begin)
+
+
+class Repeater:
+    """Calls a function every `interval_s` in a thread until `stop`."""
+
+    def __init__(self, function: Callable[[], None], interval_s: float):
+        self._function, self._interval_s = function, interval_s
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        while not self._stopped.wait(self._interval_s):
+            self._function()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopped.set()
+        self._thread.join()
+
+
+class PeakMemory:
+    """The largest RssAnon + RssShmem of this process, looked at every 20 ms: file pages are the kernel's to take."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._look()
+        self._repeater = Repeater(self._look, 0.02)
+
+    def _look(self) -> None:
+        status = Path("/proc/self/status").read_text()
+        kib = sum(int(line.split()[1]) for line in status.splitlines() if line.startswith(("RssAnon", "RssShmem")))
+        self.peak_bytes = max(self.peak_bytes, kib << 10)
+
+    def stop(self) -> int:
+        """The peak in bytes."""
+        self._repeater.stop()
+        self._look()
+        return self.peak_bytes
+
+
+def drop_pages(directories: Sequence[str]) -> None:
+    """Ask the kernel to forget the cached pages of every file in the directories."""
+    for directory in directories:
+        for entry in os.scandir(directory):
+            if entry.is_file():
+                file = os.open(entry.path, os.O_RDONLY)
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(file)
+
+
+def machine() -> dict:
+    """What the record says about the machine."""
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.split(":", 1)[1].strip()
+            break
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory_bytes / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that matter for speed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
