@@ -5,74 +5,37 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from cost_model.costs import MemoryPlan, Sizes, plan_memory, sizes
 from flexmoe.activations import Activations
 from flexmoe.block import Block, Run
-from flexmoe.device import Device, keep_freed_memory
-from flexmoe.errors import InfeasibleError, StorageError, UsageError
+from flexmoe.device import keep_freed_memory
+from flexmoe.errors import StorageError, UsageError
 from flexmoe.executor import Executor, Units
 from flexmoe.kv_cache import KVCache, KVShape
 from flexmoe.kv_lanes import KVBuffers, KVLanes
-from flexmoe.loader import Model, compute_dtype
-from flexmoe.machine import available_host_bytes, free_disk_bytes
+from flexmoe.loader import Model
 from flexmoe.params import CompletionOutput, EngineRequest, RequestOutput
+from flexmoe.planning import GIB, EngineConfig, EnginePlan
 from flexmoe.scheduler import Row, Scheduler
 from flexmoe.stream import WeightStream
 from flexmoe.trace import Recorder
 from flexmoe.weights import EmbeddingTable, WeightStore
-from policies.placement import describe
-from policies.policy import Policy, Workload
 from policies.schedule import SweepShape, UnitStep, experts_in_compute_order, fetch_order
 
 log = logging.getLogger(__name__)
-GIB = 1 << 30
-_REMEDY = {
-    "gpu": "raise --gpu-mem, or lower the GPU percents, --gpu-batch-size or --prefill-tokens",
-    "cpu": "raise --cpu-mem, or lower the CPU percents or the block size",
-    "gpu+cpu": "on device cpu both tiers are RAM: lower the GPU and CPU percents, or the block size",
-    "disk": "raise --nvme-mem or free disk space, or lower the disk shares",
-}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """How to run a model.
+class Sweep:
+    """What one sweep did."""
 
-    Attributes:
-        policy: placement, batch sizes and schedule.
-        workload: mean prompt and completion lengths, from which the KV capacity follows.
-        kv_tokens: KV capacity over all tiers, in tokens; None: from policy and workload.
-        longest_row: tokens of the longest row; None: that of the workload.
-        device: ``auto``, ``cuda`` or ``cpu``.
-        dtype: compute dtype; ``auto`` is the checkpoint's.
-        gpu_mem, cpu_mem, nvme_mem: budgets in GiB; None: what the machine has.
-        offload_dir: where the disk tier's files go.
-        gen_len: ``max_tokens`` of requests without one.
-        keep_spans: record spans for a trace.
-        eos_ids: ids that end a row.
-    """
-
-    policy: Policy
-    workload: Workload
-    kv_tokens: int | None = None
-    longest_row: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    gpu_mem: float | None = None
-    cpu_mem: float | None = None
-    nvme_mem: float | None = None
-    offload_dir: Path = field(default_factory=lambda: Path.home() / "flexmoe_offload_dir")
-    gen_len: int = 32
-    keep_spans: bool = False
-    eos_ids: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        object.__setattr__(self, "offload_dir", Path(self.offload_dir).expanduser())
+    wall_s: float
+    rows: int
+    tokens: int
+    prompt_tokens: int
+    generated_tokens: int
 
 
 class Engine:
@@ -83,24 +46,18 @@ class Engine:
         config: how to run it.
 
     Raises:
-        UsageError: the policy asks for something the runtime does not have.
+        UsageError: no such device or dtype.
         InfeasibleError: the policy needs more bytes than a tier has; raised before anything is loaded.
         StorageError: the offload directory cannot be written.
     """
 
     def __init__(self, model: Model, config: EngineConfig):
         self.config, self.model = config, model
-        _refuse_unsupported(config.policy)
-        self.device = Device(config.device)
-        self.dtype = compute_dtype(config.dtype, model, self.device.torch)
-        self.sizes, self.memory = plan(model, config, self.device.torch.type, self.dtype)
-        self.memory.check(self._budgets(), _REMEDY)
-        log.info("%s", self.describe_placement())
+        self.plan = EnginePlan.of(model, config)
+        self.device = self.plan.device
+        log.info("%s", self.plan.describe_weights())
         self._build()
-        self.rows_in_flight: list[int] = []
-        self.tokens_per_sweep: list[int] = []
-        self.prompt_tokens = self.generated_tokens = 0
-        self.wall_s = 0.0
+        self.sweeps: list[Sweep] = []
 
     def check(self, request: EngineRequest) -> str | None:
         """Why a request can never run, as a sentence; None if it can."""
@@ -153,9 +110,16 @@ class Engine:
         logits = self.executor.run(block)
         tokens = self._choose(logits)
         finished = self._commit(block, tokens)
-        self.rows_in_flight.append(len(runs))
-        self.tokens_per_sweep.append(block.tokens)
-        self.wall_s += time.perf_counter() - start
+        prompt = sum(len(run.tokens) for run in runs if run.logits == 0 or not run.owner.generated[1:])
+        self.sweeps.append(
+            Sweep(
+                wall_s=time.perf_counter() - start,
+                rows=len(runs),
+                tokens=block.tokens,
+                prompt_tokens=prompt,
+                generated_tokens=len(block.logit_owners),
+            )
+        )
         return finished
 
     def abort(self, request_id: str) -> bool:
@@ -189,7 +153,7 @@ class Engine:
             for i in range(0, len(token_ids), step):
                 tokens = token_ids[i : i + step]
                 self.cache.reserve(kv, len(tokens))
-                mode = "gpu" if tier == "gpu" else "fetch" if self.sizes.fetch_blocks else "cpu"
+                mode = "gpu" if tier == "gpu" else "fetch" if self.plan.sizes.fetch_blocks else "cpu"
                 pieces.append(self.executor.run(Block([Run(kv, tokens, mode, len(tokens))], 1)).float().cpu())
                 kv.length += len(tokens)
             return torch.cat(pieces)
@@ -202,12 +166,6 @@ class Engine:
         self.kv.close()
         self.activations.close()
         self.store.close()
-
-    def describe_placement(self) -> str:
-        """Asked and achieved shares of the weights."""
-        p = self.config.policy
-        asked = (p.w_gpu_percent, p.w_cpu_percent, 100 - p.w_gpu_percent - p.w_cpu_percent)
-        return describe(asked, self.sizes.placement.achieved_percent)
 
     def _limit(self, request: EngineRequest) -> int:
         wanted = request.params.max_tokens or self.config.gen_len
@@ -222,11 +180,8 @@ class Engine:
         done = []
         for run in block.runs:
             row: Row = run.owner
-            if not row.generated:
-                self.prompt_tokens += row.run
             self.scheduler.commit(row, chosen.get(row))
             if row in chosen:
-                self.generated_tokens += 1
                 reason = self._finish_reason(row)
                 if reason is not None:
                     done.append((row, reason))
@@ -241,43 +196,18 @@ class Engine:
             return "stop"
         return "length" if len(row.tokens) >= row.limit else None
 
-    def _budgets(self) -> Mapping[str, int | None]:
-        c = self.config
-        asked = {"gpu": c.gpu_mem, "cpu": c.cpu_mem, "disk": c.nvme_mem}
-        for name, value in asked.items():
-            if value is not None and not 0 <= value < float("inf"):
-                raise UsageError(f"the {name} budget is {value}; give GiB of at least 0")
-        budgets = {tier: None if gib is None else int(gib * GIB) for tier, gib in asked.items()}
-        host = available_host_bytes()
-        if self.device.is_cuda:
-            free = torch.cuda.mem_get_info(self.device.torch)[0]
-            budgets["gpu"] = min(free, budgets["gpu"] or free)
-            budgets["cpu"] = min(host, host if budgets["cpu"] is None else budgets["cpu"])
-        else:
-            budgets["gpu+cpu"] = host
-        if self._writes_bytes() > free_disk_bytes(c.offload_dir):
-            raise InfeasibleError(
-                f"{c.offload_dir} has {free_disk_bytes(c.offload_dir) / GIB:.2f} GiB free, but the disk tier writes "
-                f"{self._writes_bytes() / GIB:.2f} GiB there; free space, choose another --offload-dir or lower the disk shares"
-            )
-        return budgets
-
-    def _writes_bytes(self) -> int:
-        """Bytes that the disk tier writes; a checkpoint's own weights are already there."""
-        parts = self.memory.parts["disk"]
-        return sum(size for item, size in parts.items() if item != "weights" or self.model.checkpoint is None)
-
     def _build(self) -> None:
-        c, policy, arch, counts = self.config, self.config.policy, self.model.arch, self.sizes
+        c, policy, arch, counts = self.config, self.config.policy, self.model.arch, self.plan.sizes
+        dtype = self.plan.dtype
         keep_freed_memory()
-        if self._writes_bytes():
+        if self.plan.written_bytes:
             _make_directory(c.offload_dir)
         if c.gpu_mem is not None:
             self.device.cap_memory(int(c.gpu_mem * GIB))
         self.recorder = Recorder(c.keep_spans)
         source = self.model.source(c.offload_dir)
         tier_of = counts.placement.tier_of
-        self.store = WeightStore(self.device, self.recorder, source, tier_of, self.dtype, policy.pin_weight)
+        self.store = WeightStore(self.device, self.recorder, source, tier_of, dtype, policy.pin_weight)
         units = _units(self.model, tier_of)
         shape = SweepShape(
             attention=units.attention, experts=units.experts, head=units.head, activation_tiers=counts.activation_tiers
@@ -285,7 +215,7 @@ class Engine:
         self.stream = WeightStream(
             self.store, fetch_order(shape), counts.slots, counts.staging_slots, overlap=policy.overlap
         )
-        kv_shape = KVShape(layers=arch.num_layers, kv_heads=arch.num_kv_heads, head_dim=arch.head_dim, dtype=self.dtype)
+        kv_shape = KVShape(layers=arch.num_layers, kv_heads=arch.num_kv_heads, head_dim=arch.head_dim, dtype=dtype)
         self.cache = KVCache(self.device, kv_shape, counts.kv_blocks, counts.tails, c.offload_dir)
         buffers = KVBuffers(
             staging_blocks=counts.fetch_blocks, batch_tokens=counts.batch_tokens, write_blocks=counts.write_blocks
@@ -297,7 +227,7 @@ class Engine:
             counts.activation_tiers,
             counts.batch_tokens,
             arch.hidden,
-            self.dtype,
+            dtype,
             c.offload_dir,
         )
         self.scheduler = Scheduler(policy, self.cache)
@@ -312,28 +242,9 @@ class Engine:
             activations=self.activations,
             activation_tiers=counts.activation_tiers,
             max_tokens=counts.max_tokens,
-            dtype=self.dtype,
+            dtype=dtype,
             overlap=policy.overlap,
         )
-
-
-def plan(model: Model, config: EngineConfig, device: str, dtype: torch.dtype) -> tuple[Sizes, MemoryPlan]:
-    """What would be allocated, without allocating it (``--dry-run``)."""
-    counts = sizes(
-        model.arch,
-        config.policy,
-        config.workload,
-        device=device,
-        kv_tokens=config.kv_tokens,
-        longest_row=config.longest_row or 0,
-    )
-    return counts, plan_memory(model.arch, config.policy, counts, device=device, compute_bytes=dtype.itemsize)
-
-
-def _refuse_unsupported(policy: Policy) -> None:
-    for name in ("compress_weight", "compress_cache"):
-        if getattr(policy, name):
-            raise UsageError(f"the policy asks for {name}, which this runtime does not have; set it to false")
 
 
 def _units(model: Model, tier_of: Mapping[str, str]) -> Units:

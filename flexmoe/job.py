@@ -24,6 +24,7 @@ from flexmoe.requests import Request
 from flexmoe.responses import ResponseEncoder, count_tokens, creation_time_s
 from flexmoe.spool import Spool
 from flexmoe.tokenizer import Tokenizer
+from flexmoe.workload import engine_requests
 
 log = logging.getLogger(__name__)
 
@@ -193,17 +194,7 @@ class _Job:
         return "", ""
 
     def _engine_requests(self, request: Request, row: int) -> list[EngineRequest]:
-        if request.messages is not None:
-            prompts = [self.tokenizer.encode_chat(request.messages)]
-        else:
-            prompts = [self.tokenizer.encode(p) if isinstance(p, str) else p for p in request.prompts]
-        params = request.params
-        if params.max_tokens is None:
-            params = replace(params, max_tokens=self.default_max_tokens)
-        return [
-            EngineRequest(request_id=f"{row}/{choice}", prompt_token_ids=ids, params=params)
-            for choice, ids in enumerate(prompts)
-        ]
+        return engine_requests(request, row, self.tokenizer, self.default_max_tokens)
 
     def _pull(self) -> Iterator[EngineRequest]:
         for row in range(len(self.requests)):

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from flexmoe.engine import Engine, EngineConfig
+from flexmoe.engine import Engine
 from flexmoe.errors import UsageError
 from flexmoe.loader import Model, load_model
 from flexmoe.params import EngineRequest, RequestOutput, SamplingParams
+from flexmoe.planning import EngineConfig
 from flexmoe.tokenizer import Tokenizer, eos_ids
 from policies.policy import Policy, PolicyFile, Workload
 
@@ -126,16 +127,19 @@ class LLM:
         """What has been done so far: tokens, sweeps, bytes and busy seconds per lane, planned bytes per tier."""
         e = self.engine
         lanes = {lane: {"bytes": t.nbytes, "busy_s": t.busy_s} for lane, t in e.recorder.totals().items()}
+        memory = e.plan.memory
         return {
-            "sweeps": len(e.rows_in_flight),
-            "wall_s": e.wall_s,
-            "prompt_tokens": e.prompt_tokens,
-            "generated_tokens": e.generated_tokens,
-            "rows_in_flight": list(e.rows_in_flight),
-            "tokens_per_sweep": list(e.tokens_per_sweep),
+            "sweeps": len(e.sweeps),
+            "wall_s": sum(s.wall_s for s in e.sweeps),
+            "prompt_tokens": sum(s.prompt_tokens for s in e.sweeps),
+            "generated_tokens": sum(s.generated_tokens for s in e.sweeps),
+            "rows_in_flight": [s.rows for s in e.sweeps],
+            "tokens_per_sweep": [s.tokens for s in e.sweeps],
+            "prompt_tokens_per_sweep": [s.prompt_tokens for s in e.sweeps],
+            "sweep_s": [s.wall_s for s in e.sweeps],
             "restarts": e.scheduler.restarts,
             "lanes": lanes,
-            "memory": {t: {"planned_bytes": e.memory.total(t), **e.memory.parts[t]} for t in e.memory.parts},
+            "memory": {t: {"planned_bytes": memory.total(t), **memory.parts[t]} for t in memory.parts},
             "weights_stall_s": e.stream.stall_s,
         }
 

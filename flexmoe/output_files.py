@@ -34,14 +34,25 @@ def resolve_outputs(input_path: Path, output_path: PathLike, error_path: PathLik
         if names[one] == names[other] or _same_file(names[one], names[other]):
             raise UsageError(f"the {one} file and the {other} file are both {names[one]}; choose another {other} file")
     for path in (output, errors):
-        with storage_errors(path):
-            if path.exists() and not path.is_file():
-                raise UsageError(f"{path} is no regular file; choose another output file")
-            if not path.parent.is_dir():
-                raise StorageError(f"cannot write {path}: there is no directory {path.parent}; create it")
-            with _temporary(path):  # that it can be made shows that the directory can be written
-                pass
+        check_writable(path)
     return output, errors
+
+
+def check_writable(path: PathLike) -> None:
+    """Show that a file can be made at ``path``, before any work is done for it.
+
+    Raises:
+        UsageError: ``path`` is there and no regular file.
+        StorageError: its directory is missing or cannot be written.
+    """
+    path = Path(path)
+    with storage_errors(path):
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is no regular file; choose another output file")
+        if not path.parent.is_dir():
+            raise StorageError(f"cannot write {path}: there is no directory {path.parent}; create it")
+        with _temporary(path):  # that it can be made shows that the directory can be written
+            pass
 
 
 def _same_file(one: Path, other: Path) -> bool:

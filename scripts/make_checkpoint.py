@@ -130,8 +130,7 @@ def _config(config_kwargs: Mapping[str, Any], dtype: torch.dtype, tokenizer: boo
     try:
         config = MixtralConfig(**(defaults | dict(config_kwargs)), architectures=["MixtralForCausalLM"], dtype=dtype)
     except (TypeError, ValueError, StrictDataclassError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise UsageError(f"no Mixtral has this shape: {reason}") from error
+        raise UsageError("no Mixtral has this shape: " + " ".join(str(error.__cause__ or error).split())) from error
     for key in SIZES["tiny"]:
         if getattr(config, key) < 1:
             raise UsageError(f"{key} is {getattr(config, key)}, but must be at least 1")

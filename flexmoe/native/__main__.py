@@ -7,6 +7,6 @@ from flexmoe.native import _BuildError, build
 if __name__ == "__main__":
     try:
         print(build())
-    except _BuildError as error:
+    except (_BuildError, OSError) as error:
         print(f"native attention was not built: {error}", file=sys.stderr)
         sys.exit(1)

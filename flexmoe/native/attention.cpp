@@ -10,10 +10,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <new>
+#include <exception>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -208,7 +210,7 @@ template <int STAGE = 1> INLINE void transpose(vf (&x)[W]) {
 // ---- the call --------------------------------------------------------------------------------------------------
 
 constexpr int CHUNK = 96;       // keys per step of the tile path; a multiple of every key blocking below
-constexpr int STREAM_CHUNK = 32;  // of every head: two chunks of K and V fit the L2 cache
+constexpr int STREAM_CHUNK = 16;  // of every head; the chunk ahead is prefetched into what is left of the L1 cache
 constexpr int STREAM_LINES = 8;  // at most this many lines take the stream path
 constexpr int TILE_VECTORS = many_registers ? 4 : 2;
 constexpr int TILE_LINES = TILE_VECTORS * W;
@@ -514,20 +516,68 @@ INLINE void tile_product(const float* a, const float* b, int64_t b_step, int64_t
     UNROLL for (int n = 0; n < NV; n++) *(vf*)(out + (i * NV + n) * W) = acc[i][n];
 }
 
-template <class T, int NV, int FIXED_D> struct Tile {
+// What one tile keeps; its arithmetic does not depend on the storage type.
+template <int NV> struct TileState {
   static constexpr int LINES = NV * W;
   static constexpr int BLOCKING = NV == TILE_VECTORS ? 6 : 8;  // accumulators: BLOCKING * NV
   static_assert(CHUNK % BLOCKING == 0, "keys are padded to whole blockings inside a chunk");
-  const Call& c;
-  const int row, head, D;
-  int valid, first_position, last_position;
-  float *q, *o, *s, *k, *v;
-  int32_t token[LINES], member[LINES];  // of each line: query token of the row, head of the group
+  int D, window, first_position, last_position;
+  float *q, *o, *s, *k, *v;  // [D][LINES], [D][LINES], [CHUNK][LINES], [CHUNK][D], [CHUNK][D]
   vf highest[NV], sum[NV], alpha[NV];
   vi position[NV];
 
-  Tile(const Call& call, const Item& item, float* scratch)
-      : c(call), row(item.row), head(item.head_begin), D(FIXED_D ? FIXED_D : call.D) {
+  // Attention of the tile's lines to the keys [t, t + keys) in k and v.
+  template <int FIXED_D> __attribute__((noinline)) void accumulate(int t, int keys) {
+    const int size = FIXED_D ? FIXED_D : D;
+    for (int i = 0; i < keys; i += BLOCKING)
+      tile_product<NV, BLOCKING, false>(q, k + i * size, 1, size, size, nullptr, s + i * LINES);
+    softmax(t, keys);
+    int d = 0;
+    for (; d + BLOCKING <= size; d += BLOCKING) values<BLOCKING>(d, size, keys);
+    for (; d + 4 <= size; d += 4) values<4>(d, size, keys);
+    for (; d < size; d++) values<1>(d, size, keys);
+  }
+  template <int I> INLINE void values(int d, int size, int keys) {
+    tile_product<NV, I, true>(s, v + d, size, 1, keys, alpha, o + d * LINES);
+  }
+  __attribute__((noinline)) void softmax(int t, int keys) {
+    if (t + keys - 1 > first_position || (window && t <= last_position - window)) mask(t, keys);
+    UNROLL for (int n = 0; n < NV; n++) {
+      vf *x = (vf*)s + n, top[2] = {highest[n], highest[n]};
+      int j = 0;
+      for (; j + 2 <= keys; j += 2) top[0] = vmax(top[0], x[j * NV]), top[1] = vmax(top[1], x[j * NV + NV]);
+      top[0] = vmax(top[0], top[1]);
+      alpha[n] = exp2_nonpositive(highest[n] - top[0]);
+      vf total = sum[n] * alpha[n];
+      for (j = 0; j < keys; j++) {
+        x[j * NV] = exp2_nonpositive(x[j * NV] - top[0]);
+        total += x[j * NV];
+      }
+      highest[n] = top[0], sum[n] = total;
+    }
+  }
+  void mask(int t, int keys) {
+    const vf nothing = (vf){} - __builtin_inff();
+    for (int j = 0; j < keys; j++)
+      UNROLL for (int n = 0; n < NV; n++) {
+        vi hidden = position[n] < t + j;
+        if (window) hidden |= position[n] >= t + j + window;
+        vf* x = (vf*)s + j * NV + n;
+        *x = hidden ? nothing : *x;
+      }
+  }
+};
+
+template <class T, int NV> struct Tile : TileState<NV> {
+  using State = TileState<NV>;
+  using State::D, State::q, State::o, State::s, State::k, State::v, State::LINES;
+  const Call& c;
+  const int row, head;
+  int valid;
+  int32_t token[LINES], member[LINES];  // of each line: query token of the row, head of the group
+
+  Tile(const Call& call, const Item& item, float* scratch) : c(call), row(item.row), head(item.head_begin) {
+    D = c.D, this->window = c.window;
     q = scratch, o = q + D * LINES, s = o + D * LINES, k = s + CHUNK * LINES;
     v = k + round_up(CHUNK * D, W);
     const int tokens = c.q_starts[row + 1] - c.q_starts[row], first_line = item.tile * TILE_LINES;
@@ -536,9 +586,9 @@ template <class T, int NV, int FIXED_D> struct Tile {
     for (int l = 0; l < LINES; l++) {
       const int line = first_line + std::min(l, valid - 1);
       token[l] = line / c.N, member[l] = line % c.N;
-      position[l / W][l % W] = past + token[l];
+      this->position[l / W][l % W] = past + token[l];
     }
-    first_position = past + token[0], last_position = past + token[LINES - 1];
+    this->first_position = past + token[0], this->last_position = past + token[LINES - 1];
   }
   static size_t scratch_floats(const Call& c) {
     return size_t(2 * c.D + CHUNK) * TILE_LINES + 2 * size_t(round_up(CHUNK * c.D, W)) + 64;
@@ -547,23 +597,16 @@ template <class T, int NV, int FIXED_D> struct Tile {
   void run() {
     pack_queries();
     std::fill(o, o + D * LINES, 0.0f);
-    for (int n = 0; n < NV; n++) highest[n] = (vf){} + LOWEST, sum[n] = (vf){};
-    const int end = last_position + 1;
-    for (int t = c.window ? std::max(0, first_position - c.window + 1) : 0; t < end; t += CHUNK) {
-      const int count = std::min(CHUNK, end - t), keys = round_up(count, BLOCKING);
+    for (int n = 0; n < NV; n++) this->highest[n] = (vf){} + LOWEST, this->sum[n] = (vf){};
+    const int end = this->last_position + 1;
+    for (int t = c.window ? std::max(0, this->first_position - c.window + 1) : 0; t < end; t += CHUNK) {
+      const int count = std::min(CHUNK, end - t), keys = round_up(count, State::BLOCKING);
       widen_keys(t, count, keys);
-      for (int i = 0; i < keys; i += BLOCKING)
-        tile_product<NV, BLOCKING, false>(q, k + i * D, 1, D, D, nullptr, s + i * LINES);
-      softmax(t, keys);
-      int d = 0;
-      for (; d + BLOCKING <= D; d += BLOCKING) values<BLOCKING>(d, keys);
-      for (; d + 4 <= D; d += 4) values<4>(d, keys);
-      for (; d < D; d++) values<1>(d, keys);
+      if (D == 64) this->template accumulate<64>(t, keys);
+      else if (D == 128) this->template accumulate<128>(t, keys);
+      else this->template accumulate<0>(t, keys);
     }
     write();
-  }
-  template <int I> INLINE void values(int d, int keys) {
-    tile_product<NV, I, true>(s, v + d, D, 1, keys, alpha, o + d * LINES);
   }
 
   void pack_queries() {
@@ -597,37 +640,10 @@ template <class T, int NV, int FIXED_D> struct Tile {
     std::fill(v + count * D, v + keys * D, 0.0f);
   }
 
-  void softmax(int t, int keys) {
-    if (t + keys - 1 > first_position || (c.window && t <= last_position - c.window)) mask(t, keys);
-    UNROLL for (int n = 0; n < NV; n++) {
-      vf *x = (vf*)s + n, top[2] = {highest[n], highest[n]};
-      int j = 0;
-      for (; j + 2 <= keys; j += 2) top[0] = vmax(top[0], x[j * NV]), top[1] = vmax(top[1], x[j * NV + NV]);
-      top[0] = vmax(top[0], top[1]);
-      alpha[n] = exp2_nonpositive(highest[n] - top[0]);
-      vf total = sum[n] * alpha[n];
-      for (j = 0; j < keys; j++) {
-        x[j * NV] = exp2_nonpositive(x[j * NV] - top[0]);
-        total += x[j * NV];
-      }
-      highest[n] = top[0], sum[n] = total;
-    }
-  }
-  void mask(int t, int keys) {
-    const vf nothing = (vf){} - __builtin_inff();
-    for (int j = 0; j < keys; j++)
-      UNROLL for (int n = 0; n < NV; n++) {
-        vi hidden = position[n] < t + j;
-        if (c.window) hidden |= position[n] >= t + j + c.window;
-        vf* x = (vf*)s + j * NV + n;
-        *x = hidden ? nothing : *x;
-      }
-  }
-
   void write() {
     for (int n = 0; n < NV; n++) {
       const int lines = std::min(W, valid - n * W);
-      const vf factor = 1.0f / sum[n];
+      const vf factor = 1.0f / this->sum[n];
       T* to[W];
       for (int i = 0; i < W; i++)
         to[i] = (T*)c.out + ((c.q_starts[row] + int64_t(token[n * W + i])) * c.H + head * c.N + member[n * W + i]) * D;
@@ -644,24 +660,21 @@ template <class T, int NV, int FIXED_D> struct Tile {
   }
 };
 
-template <class T, int FIXED_D> void run_tile(const Call& c, const Item& item, float* scratch) {
+template <class T> void run_tile(const Call& c, const Item& item, float* scratch) {
   const int lines = (c.q_starts[item.row + 1] - c.q_starts[item.row]) * c.N - item.tile * TILE_LINES;
-  const int vectors = std::min(TILE_VECTORS, (lines + W - 1) / W);
-  if (vectors == 1) Tile<T, 1, FIXED_D>(c, item, scratch).run();
-  else if (TILE_VECTORS > 2 && vectors <= 2) Tile<T, 2, FIXED_D>(c, item, scratch).run();
-  else Tile<T, TILE_VECTORS, FIXED_D>(c, item, scratch).run();
+  if (lines <= W) Tile<T, 1>(c, item, scratch).run();
+  else if (TILE_VECTORS > 2 && lines <= 2 * W) Tile<T, 2>(c, item, scratch).run();
+  else Tile<T, TILE_VECTORS>(c, item, scratch).run();
 }
 
 // ---- work items and threads ------------------------------------------------------------------------------------
 
 template <class T> bool run_item(const Call& c, const Item& item, const Item* following) {
   static thread_local Scratch scratch;
-  float* memory = scratch.get(std::max(Stream<T>::scratch_floats(c, c.G), Tile<T, 1, 0>::scratch_floats(c)));
+  float* memory = scratch.get(std::max(Stream<T>::scratch_floats(c, c.G), Tile<T, 1>::scratch_floats(c)));
   if (!memory) return false;
   if (item.tile < 0) Stream<T>(c, item, memory).run(item, following);
-  else if (c.D == 64) run_tile<T, 64>(c, item, memory);
-  else if (c.D == 128) run_tile<T, 128>(c, item, memory);
-  else run_tile<T, 0>(c, item, memory);
+  else run_tile<T>(c, item, memory);
   return true;
 }
 
@@ -717,7 +730,11 @@ void run_on_threads(Job& job, int threads) {
   if (threads <= 1) return work(&job);
   if (parallel) return parallel(work, &job, unsigned(threads), 0);
   std::vector<std::thread> others;
-  for (int i = 1; i < threads; i++) others.emplace_back(work, &job);
+  try {
+    for (int i = 1; i < threads; i++) others.emplace_back(work, &job);
+  } catch (const std::system_error&) {
+    // The system gives no more threads: those that there are share the work.
+  }
   work(&job);
   for (auto& thread : others) thread.join();
 }

@@ -1,0 +1,108 @@
+"""The command line's flags. Names and meanings are FlexLLMGen's where it has them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flexmoe.errors import UsageError
+
+_EPILOG = """\
+--percent W W C C A A: six numbers, in percent; what is left of each pair is on disk
+  1, 2   weights on the GPU, weights in CPU memory
+  3, 4   KV cache on the GPU, KV cache in CPU memory
+  5, 6   activations on the GPU, activations in CPU memory
+Shares are rounded to whole units (an attention module, an expert), KV blocks and GPU batches; the run prints what was
+achieved. On --device cpu the GPU tier is a budget in RAM too.
+
+exit codes: 0 all rows ok, 1 internal, 2 usage, 3 finished but some rows failed, 4 does not fit or other model,
+65 bad input or checkpoint, 66 input missing, 74 I/O error or disk full, 130 interrupted
+"""
+_DESCRIPTION = """\
+Complete a JSONL of requests with a Mixture-of-Experts model that does not fit on the GPU.
+
+  python -m flexmoe.run --model DIR -i requests.jsonl -o out.jsonl \\
+         --percent 10 20 0 100 100 0 --gpu-batch-size 16 --num-gpu-batches 4 --gen-len 32
+
+Without -i it is a benchmark: synthetic prompts of --prompt-len tokens, --gen-len tokens generated for each.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of exiting, so that one place maps errors to exit codes."""
+
+    def error(self, message: str):
+        raise UsageError(f"{message} (see --help)")
+
+
+def _flag(text: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return values[text.lower()]
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser of ``python -m flexmoe.run``."""
+    p = _Parser(
+        prog="python -m flexmoe.run",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _job_flags(p)
+    _policy_flags(p)
+    _machine_flags(p)
+    return p
+
+
+def _job_flags(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("job")
+    g.add_argument("--model", required=True, help="checkpoint directory, hub id, or a known shape with --load-format dummy")
+    g.add_argument("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights, only the shape is needed")
+    g.add_argument("-i", "--input-file", type=Path, help="requests: OpenAI Batch lines or plain {\"prompt\": …} rows")
+    g.add_argument("-o", "--output-file", type=Path, help="completions, in input order; failed rows go to <output>.errors.jsonl")
+    g.add_argument("--prompt-len", type=_count, default=512, help="benchmark: tokens per prompt (default 512)")
+    g.add_argument("--gen-len", type=_count, default=32, help="tokens per completion for rows without max_tokens (default 32)")
+    g.add_argument("--cut-gen-len", type=_count, help="benchmark: stop after so many tokens and project to --gen-len")
+    g.add_argument("--num-prompts", type=_count, help="benchmark: prompts (default: one block)")
+    g.add_argument("--seed", type=int, default=0, help="benchmark: seed of the synthetic prompts (default 0)")
+    g.add_argument("--dry-run", action="store_true", help="check everything, print placement and memory, load nothing")
+    g.add_argument("--metrics-json", type=Path, help="write what was measured as JSON")
+    g.add_argument("--trace", type=Path, help="write a Chrome trace (chrome://tracing, Perfetto), one track per lane")
+    g.add_argument("-v", "--verbose", action="store_true", help="log what is done, to stderr")
+
+
+def _policy_flags(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("policy")
+    g.add_argument("--policy", type=Path, help="policy file; instead of the flags of this group")
+    g.add_argument("--force-policy", action="store_true", help="run a policy file that was made for another model")
+    g.add_argument("--percent", nargs=6, type=float, metavar=("W", "W", "C", "C", "A", "A"), help="placement; see below")
+    g.add_argument("--gpu-batch-size", type=_count, help="rows whose attention runs together (default 16)")
+    g.add_argument("--num-gpu-batches", type=_count, help="GPU batches in flight (default 1)")
+    g.add_argument("--prefill-tokens", type=_count, help="most prompt tokens that enter a sweep (default: an even pace)")
+    g.add_argument("--schedule", choices=("rolling", "static"), help="refill finished rows at once, or march in blocks (default rolling)")
+    g.add_argument("--cpu-cache-compute", action="store_true", help="attend all KV in CPU memory on the CPU")
+    g.add_argument("--overlap", type=_flag, nargs="?", const=True, help="run transfers beside computation (default true)")
+    g.add_argument("--pin-weight", type=_flag, nargs="?", const=True, help="CUDA: keep CPU weights pinned (default true)")
+
+
+def _machine_flags(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("machine")
+    g.add_argument("--device", default="auto", help="auto, cuda or cpu (default auto)")
+    g.add_argument("--dtype", default="auto", help="auto (the checkpoint's), bfloat16, float16 or float32")
+    g.add_argument("--gpu-mem", type=float, metavar="GIB", help="GPU memory to stay under")
+    g.add_argument("--cpu-mem", type=float, metavar="GIB", help="CPU memory to stay under")
+    g.add_argument("--nvme-mem", type=float, metavar="GIB", help="disk space to stay under, weights on disk included")
+    g.add_argument("--offload-dir", type=Path, default=Path("~/flexmoe_offload_dir"), help="directory of the disk tier")
+    g.add_argument("--kv-tokens", type=_count, help="KV capacity in tokens (default: from the block and the rows' lengths)")

@@ -1,0 +1,126 @@
+"""What a run tells: the lines a person reads, and the JSON of `--metrics-json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from flexmoe.engine import Engine
+from flexmoe.errors import StorageError
+from flexmoe.planning import GIB
+
+_PACKAGES = ("flexmoe", "torch", "transformers", "safetensors", "numpy")
+
+
+def lane_lines(metrics: dict) -> list[str]:
+    """Bytes and achieved rate of every lane that moved any; busy time of the others."""
+    lines = []
+    for lane, t in sorted(metrics["lanes"].items()):
+        rate = f"{t['bytes'] / 1e9:.3f} GB at {t['bytes'] / 1e9 / t['busy_s']:.2f} GB/s while busy, " if t["bytes"] else ""
+        lines.append(f"lane {lane:>10}: {rate}busy {t['busy_s']:.2f} s of {metrics['wall_s']:.2f} s (sum over its workers)")
+    return lines
+
+
+def throughput_lines(metrics: dict) -> list[str]:
+    """Tokens per second with the denominator named."""
+    wall = max(metrics["wall_s"], 1e-9)
+    generated, prompt = metrics["generated_tokens"], metrics["prompt_tokens"]
+    rows = metrics["rows_in_flight"]
+    return [
+        f"end to end: {generated / wall:.2f} generated token/s = {generated} tokens / {wall:.2f} s (prefill and decode; "
+        f"loading excluded), {prompt / wall:.2f} prompt token/s",
+        f"sweeps: {len(rows)}, rows in flight: mean {sum(rows) / max(1, len(rows)):.1f}, most {max(rows, default=0)}",
+    ]
+
+
+def flexllmgen_lines(metrics: dict, engine: Engine, rows: int, gen_len: int, cut_gen_len: int | None) -> list[str]:
+    """FlexLLMGen's summary of a benchmark.
+
+    Prefill lasts until the last prompt is in; with the rolling schedule other rows decode meanwhile. With
+    ``cut_gen_len`` the decode latency is projected to ``gen_len`` tokens from the sweeps that ran.
+    """
+    first = max((i + 1 for i, n in enumerate(metrics["prompt_tokens_per_sweep"]) if n), default=0)
+    prefill_s, decode_s = sum(metrics["sweep_s"][:first]), sum(metrics["sweep_s"][first:])
+    note = ""
+    if cut_gen_len and cut_gen_len > 1:
+        decode_s *= (gen_len - 1) / (cut_gen_len - 1)
+        note = " (projected)"
+    total_s = max(prefill_s + decode_s, 1e-9)
+    decode_rate = rows * (gen_len - 1) / decode_s if decode_s else 0.0
+    memory = metrics["memory"].values()
+    cache = sum(tier.get("kv", 0) for tier in memory)
+    hidden = sum(tier.get("activations", 0) for tier in memory)
+    return [
+        f"model size: {engine.model.arch.total_bytes / GIB:.3f} GB\tcache size: {cache / GIB:.3f} GB\t"
+        f"hidden size (prefill): {hidden / GIB:.3f} GB",
+        f"peak gpu mem: {peak_gpu_bytes(engine) / GIB:.3f} GB",
+        f"prefill latency: {prefill_s:.3f} s\tprefill throughput: {metrics['prompt_tokens'] / max(prefill_s, 1e-9):.3f} token/s",
+        f"decode latency: {decode_s:.3f} s{note}\tdecode throughput: {decode_rate:.3f} token/s{note}",
+        f"total latency: {total_s:.3f} s{note}\ttotal throughput: {rows * gen_len / total_s:.3f} token/s{note}",
+    ]
+
+
+def peak_gpu_bytes(engine: Engine) -> int:
+    """Most bytes that torch held on the GPU; on device cpu the planned GPU tier."""
+    if engine.device.is_cuda:
+        import torch
+
+        return torch.cuda.max_memory_reserved(engine.device.torch)
+    return engine.plan.memory.total("gpu")
+
+
+def peak_process_bytes() -> int:
+    """Peak resident memory of this process (VmHWM)."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def metrics_record(metrics: dict, engine: Engine, rows_ok: int, rows_failed: int) -> dict:
+    """The content of `--metrics-json`: vLLM's throughput keys, then ours."""
+    wall = max(metrics["wall_s"], 1e-9)
+    total = metrics["prompt_tokens"] + metrics["generated_tokens"]
+    return {
+        "elapsed_time": wall,
+        "num_requests": rows_ok + rows_failed,
+        "total_num_tokens": total,
+        "requests_per_second": rows_ok / wall,
+        "tokens_per_second": total / wall,
+        "rows_ok": rows_ok,
+        "rows_failed": rows_failed,
+        **metrics,
+        "peak_process_bytes": peak_process_bytes(),
+        "peak_gpu_bytes": peak_gpu_bytes(engine),
+        "achieved_weight_percent": list(engine.plan.sizes.placement.achieved_percent),
+        "policy": asdict(engine.config.policy),
+        "device": str(engine.device.torch),
+        "dtype": str(engine.plan.dtype),
+        "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+    }
+
+
+def write_json(path: Path, record: dict) -> None:
+    """Write a JSON file under its final name only when it is complete.
+
+    Raises:
+        StorageError: the directory cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}: {e.strerror}") from e
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,202 @@
+"""The command line: ``python -m flexmoe.run``. Data goes to files, words to stdout, logs and progress to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import random
+import sys
+import traceback
+from collections.abc import Sequence
+
+from flexmoe import report
+from flexmoe.arguments import parser
+from flexmoe.errors import FlexMoEError, UsageError
+from flexmoe.job import check_job, run_job
+from flexmoe.llm import LLM, RESIDENT
+from flexmoe.loader import Model, load_model
+from flexmoe.output_files import check_writable
+from flexmoe.params import EngineRequest, SamplingParams
+from flexmoe.planning import EngineConfig, EnginePlan
+from flexmoe.request_file import RequestFile
+from flexmoe.tokenizer import Tokenizer
+from flexmoe.workload import Measured, measure
+from policies.policy import Policy, PolicyFile, Workload
+
+EXIT_INTERNAL, EXIT_ROWS_FAILED, EXIT_IO, EXIT_INTERRUPTED = 1, 3, 74, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        int: the exit code of DESIGN's contract.
+    """
+    try:
+        args = parser().parse_args(argv)
+        logging.basicConfig(
+            stream=sys.stderr, level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s"
+        )
+        return _run(args)
+    except FlexMoEError as e:
+        print(f"flexmoe: {e}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        print("flexmoe: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT):
+            raise
+        print(f"flexmoe: {e}", file=sys.stderr)
+        return EXIT_IO
+    except Exception:
+        traceback.print_exc()
+        return EXIT_INTERNAL
+
+
+def _run(args: argparse.Namespace) -> int:
+    _check_arguments(args)
+    model = load_model(args.model, args.load_format)
+    tokenizer = Tokenizer.load(model.directory) if model.directory else Tokenizer(None, args.model)
+    measured = _measure(args, model, tokenizer)
+    policy = _policy(args, model, measured.workload)
+    options = _options(args, measured)
+    if args.dry_run:
+        return _dry_run(model, policy, measured, options)
+    llm = LLM(model, policy=policy, workload=measured.workload, **options)
+    try:
+        print(llm.engine.plan.describe_weights())
+        print(llm.engine.plan.describe_cache())
+        if args.input_file:
+            code = _job(args, llm, tokenizer)
+        else:
+            code = _benchmark(args, llm, measured)
+        if args.trace:
+            llm.engine.recorder.write_chrome_trace(args.trace)
+            print(f"trace: {args.trace}")
+        return code
+    finally:
+        llm.close()
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """What can be known to be wrong before anything is opened."""
+    if (args.input_file is None) != (args.output_file is None):
+        raise UsageError("give both -i and -o, or neither for the benchmark")
+    given = [n for n in ("percent", "gpu_batch_size", "num_gpu_batches", "prefill_tokens", "schedule", "overlap", "pin_weight")
+             if getattr(args, n) is not None]  # fmt: skip
+    given += ["cpu_cache_compute"] if args.cpu_cache_compute else []
+    if args.policy and given:
+        flags = ", ".join("--" + n.replace("_", "-") for n in given)
+        raise UsageError(f"--policy already says what {flags} would; give one or the other")
+    if args.cut_gen_len and (args.input_file or args.cut_gen_len > args.gen_len):
+        raise UsageError("--cut-gen-len is for the benchmark and at most --gen-len")
+    for path in (args.trace, args.metrics_json):
+        if path is not None:
+            check_writable(path)
+    if args.input_file:
+        check_job(args.input_file, args.output_file)
+
+
+def _measure(args: argparse.Namespace, model: Model, tokenizer: Tokenizer) -> Measured:
+    if args.input_file is None:
+        workload = Workload(prompt_len=args.prompt_len, gen_len=args.gen_len)
+        return Measured(workload=workload, longest_row=args.prompt_len + args.gen_len, rows=args.num_prompts or 0)
+    with RequestFile.open(args.input_file) as requests:
+        return measure(requests, tokenizer, args.gen_len, model.arch.max_position)
+
+
+def _policy(args: argparse.Namespace, model: Model, workload: Workload) -> Policy:
+    if args.policy:
+        file = PolicyFile.load(args.policy)
+        if not args.force_policy:
+            file.check_model(model.arch.fingerprint())
+        return file.policy
+    flags = {"prefill_tokens": args.prefill_tokens, "schedule": args.schedule, "overlap": args.overlap, "pin_weight": args.pin_weight}
+    return Policy.from_percent(
+        args.percent if args.percent is not None else RESIDENT,
+        gpu_batch_size=args.gpu_batch_size or 16,
+        num_gpu_batches=args.num_gpu_batches or 1,
+        prompt_len=workload.prompt_len,
+        gen_len=workload.gen_len,
+        cpu_attention_percent=100.0 if args.cpu_cache_compute else 0.0,
+        **{name: value for name, value in flags.items() if value is not None},
+    )
+
+
+def _options(args: argparse.Namespace, measured: Measured) -> dict:
+    return {
+        "device": args.device,
+        "dtype": args.dtype,
+        "gpu_mem": args.gpu_mem,
+        "cpu_mem": args.cpu_mem,
+        "nvme_mem": args.nvme_mem,
+        "offload_dir": args.offload_dir,
+        "kv_tokens": args.kv_tokens,
+        "longest_row": measured.longest_row,
+        "gen_len": args.gen_len,
+        "keep_spans": args.trace is not None,
+    }
+
+
+def _dry_run(model: Model, policy: Policy, measured: Measured, options: dict) -> int:
+    config = EngineConfig(policy=policy, workload=measured.workload, **options)
+    plan = EnginePlan.of(model, config)
+    for line in (plan.describe_weights(), plan.describe_cache(), *plan.memory_lines()):
+        print(line)
+    s, n = measured.workload.prompt_len, measured.workload.gen_len
+    print(f"rows: {measured.rows}, mean prompt {s} tokens, mean completion at most {n}, longest row {measured.longest_row}")
+    return 0
+
+
+def _job(args: argparse.Namespace, llm: LLM, tokenizer: Tokenizer) -> int:
+    done = run_job(
+        args.input_file,
+        args.output_file,
+        llm,
+        tokenizer=tokenizer,
+        default_max_tokens=args.gen_len,
+        model_name=str(args.model),
+    )
+    print(f"rows: {done.rows_ok} ok, {done.rows_failed} failed; completions: {done.output_path}")
+    if done.error_path:
+        print(f"failed rows: {done.error_path}")
+    _finish(args, llm, done.rows_ok, done.rows_failed)
+    return EXIT_ROWS_FAILED if done.rows_failed else 0
+
+
+def _benchmark(args: argparse.Namespace, llm: LLM, measured: Measured) -> int:
+    vocab, rng = llm.model.arch.vocab_size, random.Random(args.seed)
+    params = SamplingParams(max_tokens=args.cut_gen_len or args.gen_len, ignore_eos=True)
+    requests = [
+        EngineRequest(
+            request_id=str(i),
+            prompt_token_ids=tuple(rng.randrange(vocab) for _ in range(args.prompt_len)),
+            params=params,
+        )
+        for i in range(measured.rows or llm.engine.config.policy.block_size)
+    ]
+    rows = 0
+    for output in llm.stream(requests):
+        if output.error:
+            raise UsageError(output.error)
+        rows += 1
+    for line in report.flexllmgen_lines(llm.metrics(), llm.engine, rows, args.gen_len, args.cut_gen_len):
+        print(line)
+    _finish(args, llm, rows, 0)
+    return 0
+
+
+def _finish(args: argparse.Namespace, llm: LLM, rows_ok: int, rows_failed: int) -> None:
+    metrics = llm.metrics()
+    lines = report.throughput_lines(metrics) + report.lane_lines(metrics) + llm.engine.plan.memory_lines()
+    for line in lines:
+        print(line)
+    print(f"peak process memory: {report.peak_process_bytes() / 2**30:.3f} GiB resident")
+    if args.metrics_json:
+        report.write_json(args.metrics_json, report.metrics_record(metrics, llm.engine, rows_ok, rows_failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Native paged attention beside its limits: memory for decode, fp32 matrix products for prefill; torch SDPA is the peer.
+
+Decode moves every row's keys and values once, so its limit is the rate at which this machine reads memory. Prefill
+counts the products that the causal mask leaves. Outputs of the two are compared before anything is printed.
+
+    python scripts/bench_attention.py [--dtype bf16] [--threads N] [--rounds 20]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from flexmoe import native  # noqa: E402
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-3}
+BLOCK_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    name: str
+    rows: int
+    context: int  # tokens per row
+    queries: int  # new tokens per row, the last of the context
+    heads: int
+    kv_heads: int
+    size: int
+
+    @property
+    def kv_elements(self) -> int:
+        return 2 * self.rows * self.context * self.kv_heads * self.size
+
+    @property
+    def flops(self) -> int:
+        past = self.context - self.queries
+        pairs = self.queries * past + self.queries * (self.queries + 1) // 2
+        return 4 * self.rows * self.heads * self.size * pairs
+
+
+SHAPES = [
+    Shape(name="decode", rows=256, context=320, queries=1, heads=16, kv_heads=4, size=64),
+    Shape(name="decode, Mixtral heads", rows=64, context=640, queries=1, heads=32, kv_heads=8, size=128),
+    Shape(name="prefill 128", rows=4, context=128, queries=128, heads=16, kv_heads=4, size=64),
+    Shape(name="prefill 512", rows=1, context=512, queries=512, heads=16, kv_heads=4, size=64),
+    Shape(name="prefill 2048", rows=1, context=2048, queries=2048, heads=16, kv_heads=4, size=64),
+    Shape(name="prefill 512, Mixtral heads", rows=1, context=512, queries=512, heads=32, kv_heads=8, size=128),
+]
+
+
+def best_s(run: Callable[[], object], rounds: int) -> float:
+    best = float("inf")
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def read_bytes_per_s(rounds: int) -> float:
+    values = torch.ones(64 * 2**20)  # 256 MiB: larger than caches
+    return values.numel() * values.element_size() / best_s(values.sum, rounds)
+
+
+def gemm_flops_per_s(rounds: int) -> float:
+    a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
+    return 2 * 1536**3 / best_s(lambda: a @ b, rounds)
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Return q, pool [N, 2, tokens, G, D], block tables (permuted), q starts, context lengths."""
+    per_row = -(-shape.context // BLOCK_TOKENS)
+    pool = torch.randn(shape.rows * per_row, 2, BLOCK_TOKENS, shape.kv_heads, shape.size).to(dtype)
+    tables = torch.randperm(len(pool)).int().view(shape.rows, per_row)
+    starts = torch.arange(shape.rows + 1, dtype=torch.int32) * shape.queries
+    q = torch.randn(shape.rows * shape.queries, shape.heads, shape.size).to(dtype)
+    return q, pool, tables, starts, torch.full((shape.rows,), shape.context, dtype=torch.int32)
+
+
+def torch_attention(shape: Shape, q: torch.Tensor, pool: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+    """The peer: gather the blocks of all (here equally long) rows, then SDPA."""
+    k, v = (
+        pool[:, i][tables.long()].view(shape.rows, -1, shape.kv_heads, shape.size)[:, : shape.context].transpose(1, 2)
+        for i in (0, 1)
+    )
+    q = q.view(shape.rows, shape.queries, shape.heads, shape.size).transpose(1, 2)
+    causal = shape.queries > 1
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    return out.transpose(1, 2).reshape(-1, shape.heads, shape.size)
+
+
+def measure(shape: Shape, dtype_name: str, threads: int, rounds: int) -> tuple[float, float]:
+    """Return the best seconds of the native call and of torch; raise when their outputs differ."""
+    q, pool, tables, starts, lengths = make_inputs(shape, DTYPES[dtype_name])
+    out = torch.empty_like(q)
+
+    def run_native() -> torch.Tensor:
+        return native.paged_attention(
+            q, pool[:, 0], pool[:, 1], tables, starts, lengths, out=out, scale=shape.size**-0.5, num_threads=threads
+        )
+
+    def run_torch() -> torch.Tensor:
+        return torch_attention(shape, q, pool, tables)
+
+    difference = (run_native().float() - run_torch().float()).abs().max().item()
+    if not difference < TOLERANCE[dtype_name]:
+        raise SystemExit(f"{shape.name}: native and torch outputs differ by {difference:.3g}")
+    return best_s(run_native, rounds), best_s(run_torch, max(2, rounds // 4))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args()
+    if not native.available():
+        raise SystemExit("native attention is not available on this machine; see the warning above")
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    read, gemm = read_bytes_per_s(options.rounds), gemm_flops_per_s(options.rounds)
+    print(f"{options.dtype}, {options.threads} threads, best of {options.rounds}, outputs equal to torch's within rounding")
+    print(f"limits: torch.sum reads {read / 1e9:.1f} GB/s; torch fp32 GEMM {gemm / 1e9:.0f} GFLOP/s")
+    print(f"{'shape':<28}{'native ms':>10}{'torch ms':>10}{'native':>14}{'torch':>14}{'of limit':>10}")
+    for shape in SHAPES:
+        native_s, torch_s = measure(shape, options.dtype, options.threads, options.rounds)
+        if shape.queries == 1:
+            work, limit, unit = shape.kv_elements * DTYPES[options.dtype].itemsize, read, "GB/s"
+        else:
+            work, limit, unit = shape.flops, gemm, "GFLOP/s"
+        rates = "".join(f"{work / seconds / 1e9:>6.1f} {unit:<7}" for seconds in (native_s, torch_s))
+        print(
+            f"{shape.name:<28}{native_s * 1e3:>10.2f}{torch_s * 1e3:>10.2f}{rates}{work / native_s / limit:>10.0%}"
+        )
+
+
+if __name__ == "__main__":
+    main()
