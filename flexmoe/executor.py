@@ -105,6 +105,7 @@ class Executor:
         if op.lane == "gpu":  # the other lanes wait for each other themselves, not in this thread
             for dep in op.deps:
                 self._wait(dep)
+            self._await_weights(op)
             with self._device.timed(self._recorder, "gpu", f"{op.kind} {op.unit or op.layer}"):
                 result = handler(op)
         else:
@@ -113,6 +114,12 @@ class Executor:
             self._pending[op.id] = result
         if not self._overlap:
             self._wait(op.id)
+
+    def _await_weights(self, op: Op) -> None:
+        """Wait for the unit that the operation computes with, outside of the time that counts as compute."""
+        unit = self._units.attention[op.layer].name if op.kind == "project" else op.unit
+        if unit:
+            self._stream.get(unit)
 
     def _wait(self, op_id: int):
         """The result of an operation on another lane; the compute stream waits for its event."""

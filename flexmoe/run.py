@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from cost_model.costs import BLOCK_TOKENS
 from flexmoe import report
 from flexmoe.arguments import parser
 from flexmoe.errors import FlexMoEError, UsageError
@@ -24,6 +25,7 @@ from flexmoe.tokenizer import Tokenizer
 from flexmoe.workload import Measured, measure
 from policies.policy import Policy, PolicyFile, Workload
 
+_MOST_PREFILL_TOKENS = 4096
 EXIT_INTERNAL, EXIT_ROWS_FAILED, EXIT_IO, EXIT_INTERRUPTED = 1, 3, 74, 130
 
 
@@ -60,8 +62,8 @@ def _run(args: argparse.Namespace) -> int:
     model = load_model(args.model, args.load_format)
     tokenizer = Tokenizer.load(model.directory) if model.directory else Tokenizer(None, args.model)
     measured = _measure(args, model, tokenizer)
-    policy = _policy(args, model, measured.workload)
-    options = _options(args, measured)
+    policy = _policy(args, model, measured)
+    options = _options(args, measured, policy)
     if args.dry_run:
         return _dry_run(model, policy, measured, options)
     llm = LLM(model, policy=policy, workload=measured.workload, **options)
@@ -102,22 +104,33 @@ def _check_arguments(args: argparse.Namespace) -> None:
 def _measure(args: argparse.Namespace, model: Model, tokenizer: Tokenizer) -> Measured:
     if args.input_file is None:
         workload = Workload(prompt_len=args.prompt_len, gen_len=args.gen_len)
-        return Measured(workload=workload, longest_row=args.prompt_len + args.gen_len, rows=args.num_prompts or 0)
+        rows = args.num_prompts or (args.gpu_batch_size or 16) * (args.num_gpu_batches or 1)
+        return Measured(workload=workload, longest_row=args.prompt_len + args.gen_len, rows=rows)
     with RequestFile.open(args.input_file) as requests:
         return measure(requests, tokenizer, args.gen_len, model.arch.max_position)
 
 
-def _policy(args: argparse.Namespace, model: Model, workload: Workload) -> Policy:
+def _is_one_block(measured: Measured, block_size: int) -> bool:
+    """A job this short starts and ends together: pacing its admission would only stretch it."""
+    return 0 < measured.rows <= block_size
+
+
+def _policy(args: argparse.Namespace, model: Model, measured: Measured) -> Policy:
+    workload = measured.workload
     if args.policy:
         file = PolicyFile.load(args.policy)
         if not args.force_policy:
             file.check_model(model.arch.fingerprint())
         return file.policy
-    flags = {"prefill_tokens": args.prefill_tokens, "schedule": args.schedule, "overlap": args.overlap, "pin_weight": args.pin_weight}
+    size, count = args.gpu_batch_size or 16, args.num_gpu_batches or 1
+    flags = {"schedule": args.schedule, "overlap": args.overlap, "pin_weight": args.pin_weight}
+    flags["prefill_tokens"] = args.prefill_tokens
+    if args.prefill_tokens is None and _is_one_block(measured, size * count):
+        flags["prefill_tokens"] = min(measured.rows * workload.prompt_len, _MOST_PREFILL_TOKENS)
     return Policy.from_percent(
         args.percent if args.percent is not None else RESIDENT,
-        gpu_batch_size=args.gpu_batch_size or 16,
-        num_gpu_batches=args.num_gpu_batches or 1,
+        gpu_batch_size=size,
+        num_gpu_batches=count,
         prompt_len=workload.prompt_len,
         gen_len=workload.gen_len,
         cpu_attention_percent=100.0 if args.cpu_cache_compute else 0.0,
@@ -125,7 +138,10 @@ def _policy(args: argparse.Namespace, model: Model, workload: Workload) -> Polic
     )
 
 
-def _options(args: argparse.Namespace, measured: Measured) -> dict:
+def _options(args: argparse.Namespace, measured: Measured, policy: Policy) -> dict:
+    kv_tokens, mean = args.kv_tokens, measured.workload
+    if kv_tokens is None and _is_one_block(measured, policy.block_size):
+        kv_tokens = measured.rows * (mean.prompt_len + mean.gen_len + BLOCK_TOKENS)
     return {
         "device": args.device,
         "dtype": args.dtype,
@@ -133,7 +149,7 @@ def _options(args: argparse.Namespace, measured: Measured) -> dict:
         "cpu_mem": args.cpu_mem,
         "nvme_mem": args.nvme_mem,
         "offload_dir": args.offload_dir,
-        "kv_tokens": args.kv_tokens,
+        "kv_tokens": kv_tokens,
         "longest_row": measured.longest_row,
         "gen_len": args.gen_len,
         "keep_spans": args.trace is not None,
@@ -175,7 +191,7 @@ def _benchmark(args: argparse.Namespace, llm: LLM, measured: Measured) -> int:
             prompt_token_ids=tuple(rng.randrange(vocab) for _ in range(args.prompt_len)),
             params=params,
         )
-        for i in range(measured.rows or llm.engine.config.policy.block_size)
+        for i in range(args.num_prompts or llm.engine.config.policy.block_size)
     ]
     rows = 0
     for output in llm.stream(requests):

@@ -36,7 +36,7 @@ class Scale:
 
 QUICK = Scale(
     repeats=1, run_s=2.0, probe_bytes=64 << 20, gemm_s=0.2, sizes=(1, 8), prompt_rows=8, ragged_rows=16, ragged_prompt=32,
-    ragged_new=8, peer_batches=(4, 8, 16), resident_bytes=120 << 20, steady_rows=16,
+    ragged_new=8, peer_batches=(4, 8, 16), resident_bytes=120 << 20, steady_rows=64,
 )  # fmt: skip
 
 

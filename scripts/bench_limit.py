@@ -9,6 +9,7 @@ from scripts.bench_worker import Worker
 
 TARGETS = {"disk-bound": 0.90, "balanced": 0.85, "compute-bound": 0.90}
 RESIDENT_TARGET = 0.70
+LARGEST_FRACTION = 1.03
 EXPERTS_ON_DISK = "experts on disk"
 
 
@@ -90,6 +91,8 @@ def _judge(bench: Bench, engine: Worker, kind: str, job: loads.Job, pair: dict) 
     pair["fraction"] = loads.limit_fraction(pair["disk_s"], pair["compute_s"], pair["wall_s"])
     if not loads.in_class(kind, pair["disk_s"], pair["compute_s"]):
         return pair | {"reason": "D/C drifted out of the class"}
+    if pair["fraction"] > LARGEST_FRACTION:
+        return pair | {"reason": "it ran faster than its limit, so the machine was not the same for both"}
     return pair | {"counts": True}
 
 

@@ -116,15 +116,17 @@ def _project(bench: Bench, peer: Worker, job: Job, drop: tuple[str, ...]) -> dic
     vocab, scale = bench.arch.vocab_size, bench.scale
     largest, middle = max(scale.peer_batches), scale.peer_batches[1]
     long_job = loads.equal_job(rows=middle, prompt_len=scale.ragged_prompt, new_tokens=1, vocab=vocab, seed=7)
-    short_job = loads.equal_job(rows=largest, prompt_len=16, new_tokens=1, vocab=vocab, seed=8)
-    measured, steps_s = {}, {}
-    measured[long_job.prompt_tokens] = _batch(peer, long_job.prompts, 1, drop)
+    short_len = max(4, scale.ragged_prompt // 32)
+    short_job = loads.equal_job(rows=largest, prompt_len=short_len, new_tokens=1, vocab=vocab, seed=8)
+    long_s = _batch(peer, long_job.prompts, 1, drop)
+    prefills_s, steps_s = {}, {}
     for size in scale.peer_batches:
         prompts = short_job.prompts[:size]
-        prefill_s = _batch(peer, prompts, 1, drop)
-        steps_s[size] = (_batch(peer, prompts, 1 + FEW_STEPS, drop) - prefill_s) / FEW_STEPS
-    measured[short_job.prompt_tokens] = prefill_s
-    fixed_s, token_s = loads.line_through(*sorted(measured.items()))
+        prefills_s[size] = _batch(peer, prompts, 1, drop)
+        steps_s[size] = (_batch(peer, prompts, 1 + FEW_STEPS, drop) - prefills_s[size]) / FEW_STEPS
+    fixed_s, token_s = loads.line_through(
+        (short_job.prompt_tokens, prefills_s[largest]), (long_job.prompt_tokens, long_s)
+    )
     projected = {
         str(size): sum(
             fixed_s + token_s * loads.padded_tokens(job, rows) + steps_s[size] * loads.batch_steps(job, rows)
@@ -134,8 +136,8 @@ def _project(bench: Bench, peer: Worker, job: Job, drop: tuple[str, ...]) -> dic
     }
     bench.say(f"ragged: accelerate projected at {', '.join(f'{size}: {s:.0f} s' for size, s in projected.items())}")
     return {
-        "projected_s": projected, "steps_s": steps_s, "prefills_s": measured, "prefill_fixed_s": fixed_s,
-        "prefill_token_s": token_s,
+        "projected_s": projected, "steps_s": steps_s, "prefills_s": prefills_s, "long_prefill_s": long_s,
+        "prefill_fixed_s": fixed_s, "prefill_token_s": token_s,
     }  # fmt: skip
 
 
