@@ -93,7 +93,7 @@ class Executor:
         self._kv.begin(block)
         for batch in block.batches:
             batch.positions_T = batch.positions_T.to(self._device.torch)
-            batch.rope = self._family.rope(batch.positions_T)
+            batch.rope = self._family.rope(batch.positions_T, self._dtype)
         for op in sweep(self._shape(block), overlap=self._overlap):
             self._dispatch(op)
         self._kv.drain()

@@ -17,11 +17,15 @@ _PACKAGES = ("flexmoe", "torch", "transformers", "safetensors", "numpy")
 
 
 def lane_lines(metrics: dict) -> list[str]:
-    """Bytes and achieved rate of every lane that moved any; busy time of the others."""
+    """Bytes of every lane with the rate over the run and while busy (busy time adds up the lane's workers)."""
+    wall = max(metrics["wall_s"], 1e-9)
     lines = []
     for lane, t in sorted(metrics["lanes"].items()):
-        rate = f"{t['bytes'] / 1e9:.3f} GB at {t['bytes'] / 1e9 / t['busy_s']:.2f} GB/s while busy, " if t["bytes"] else ""
-        lines.append(f"lane {lane:>10}: {rate}busy {t['busy_s']:.2f} s of {metrics['wall_s']:.2f} s (sum over its workers)")
+        moved = ""
+        if t["bytes"]:
+            busy = t["bytes"] / 1e9 / max(t["busy_s"], 1e-9)
+            moved = f"{t['bytes'] / 1e9:.3f} GB, {t['bytes'] / 1e9 / wall:.2f} GB/s over the run, {busy:.2f} GB/s a worker; "
+        lines.append(f"lane {lane:>10}: {moved}busy {t['busy_s']:.2f} s in {wall:.2f} s")
     return lines
 
 

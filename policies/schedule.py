@@ -113,21 +113,21 @@ def sweep(shape: SweepShape, *, overlap: bool = True) -> Iterator[Op]:
     """
     build = _Builder(overlap)
     count = len(shape.activation_tiers)
-    ready, first_kv = [-1] * count, _load_kv(build, shape, 0, 0)
+    ready, first_kv = [(-1,)] * count, _load_kv(build, shape, 0, 0)
     for layer, (unit, experts) in enumerate(zip(shape.attention, shape.experts)):
-        attended = _attention(build, shape, layer, _fetch(build, layer, unit), ready, first_kv)
+        attended, stored = _attention(build, shape, layer, _fetch(build, layer, unit), ready, first_kv)
         first_kv = _load_kv(build, shape, layer + 1, 0) if layer + 1 < len(shape.attention) else -1
         route = build.add("route", "gpu", layer, attended)
         done = []
         for step in experts:
             arrived = _fetch(build, layer, step)
             done.append(build.add("expert", "gpu", layer, (arrived, route), unit=step.name))
-        ready = [done[-1]] * count
+        ready = [(done[-1], home) for home in stored]
         yield from build.drain()
     yield from _head(build, shape, ready)
 
 
-def _head(build: _Builder, shape: SweepShape, ready: Sequence[int]) -> list[Op]:
+def _head(build: _Builder, shape: SweepShape, ready: Sequence[tuple[int, ...]]) -> list[Op]:
     last = len(shape.attention)
     gathered = [_load_act(build, shape, last, j, ready[j]) for j in range(len(shape.activation_tiers))]
     done = [build.add("collect", "gpu", last, gathered)]
@@ -149,35 +149,36 @@ def _load_kv(build: _Builder, shape: SweepShape, layer: int, batch: int) -> int:
     return build.add("load_kv", "h2d", layer, batch=batch) if batch in shape.fetched_batches else -1
 
 
-def _load_act(build: _Builder, shape: SweepShape, layer: int, batch: int, after: int) -> int:
+def _load_act(build: _Builder, shape: SweepShape, layer: int, batch: int, after: tuple[int, ...]) -> int:
+    """``after``: the last expert of the layer before and, for a batch that went home, its ``store_act``."""
     if layer == 0:
         return build.add("embed", "gpu", layer, batch=batch)
     if shape.activation_tiers[batch] == "gpu":
-        return after
-    return build.add("load_act", "h2d", layer, (after,), batch=batch)
+        return after[0]
+    return build.add("load_act", "h2d", layer, after, batch=batch)
 
 
 def _attention(
-    build: _Builder, shape: SweepShape, layer: int, weights: int, ready: Sequence[int], first_kv: int
-) -> list[int]:
-    """Attention of one layer. Batch j + 1 is projected, and its KV requested, before batch j is attended: the CPU
+    build: _Builder, shape: SweepShape, layer: int, weights: int, ready: Sequence[tuple[int, ...]], first_kv: int
+) -> tuple[list[int], list[int]]:
+    """Attention of one layer; returns each batch's ``attend`` and its ``store_act`` (-1: stays on the GPU). Batch j + 1 is projected, and its KV requested, before batch j is attended: the CPU
     and the copy lanes then always have the next piece of work while the GPU works on this one. The KV of the first
     batch is requested a layer's experts earlier."""
     count = len(shape.activation_tiers)
-    ahead, ends = [_project(build, shape, layer, 0, weights, ready[0], first_kv)], []
+    ahead, ends, stored = [_project(build, shape, layer, 0, weights, ready[0], first_kv)], [], []
     for j in range(count):
         if j + 1 < count:
             loaded = _load_kv(build, shape, layer, j + 1)
             ahead.append(_project(build, shape, layer, j + 1, weights, ready[j + 1], loaded))
         end = build.add("attend", "gpu", layer, (*ahead[j], weights), batch=j)
-        if shape.activation_tiers[j] != "gpu":
-            build.add("store_act", "d2h", layer, (end,), batch=j)
+        away = shape.activation_tiers[j] != "gpu"
+        stored.append(build.add("store_act", "d2h", layer, (end,), batch=j) if away else -1)
         ends.append(end)
-    return ends
+    return ends, stored
 
 
 def _project(
-    build: _Builder, shape: SweepShape, layer: int, j: int, weights: int, after: int, loaded: int
+    build: _Builder, shape: SweepShape, layer: int, j: int, weights: int, after: tuple[int, ...], loaded: int
 ) -> tuple[int, ...]:
     """Everything that a batch's ``attend`` waits for; returns those ids."""
     hidden = _load_act(build, shape, layer, j, after)

@@ -17,7 +17,6 @@ from torch.nn.functional import linear, silu
 from scripts.bench_probes import PAGE_BYTES, DirectReader
 from scripts.bench_worker import serve
 
-THREADS = 4
 PIECE_BYTES = 4 << 20
 SLOTS = 6
 
@@ -25,7 +24,7 @@ SLOTS = 6
 class Ring:
     """Slots of one expert each, filled in order by reader threads as they become free."""
 
-    def __init__(self, reader: DirectReader, expert_bytes: int):
+    def __init__(self, reader: DirectReader, expert_bytes: int, threads: int):
         self._reader = reader
         self._size = -(-expert_bytes // PAGE_BYTES) * PAGE_BYTES
         self._pieces: queue.SimpleQueue = queue.SimpleQueue()
@@ -33,7 +32,7 @@ class Ring:
         self._left = [0] * SLOTS
         self._full = [threading.Event() for _ in range(SLOTS)]
         self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(THREADS)]
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
 
@@ -71,9 +70,13 @@ class Ring:
 
 
 def run(
-    paths: list[str], *, hidden: int, ffn: int, units: int, sweeps: int, compute_s: float, calibrate_s: float
+    paths: list[str], *, hidden: int, ffn: int, units: int, sweeps: int, threads: int, compute_s: float, calibrate_s: float
 ) -> dict:
     """Read and compute `units` experts per sweep, with as many tokens per expert as make all GEMMs take `compute_s`.
+
+    Args:
+        threads: that read at once.
+        calibrate_s: time to spend on each guess of the tokens.
 
     Returns:
         dict: `wall_s` of the loop, `compute_s` of the same GEMMs on slots that are already filled, `tokens` per
@@ -81,7 +84,7 @@ def run(
     """
     torch.set_num_threads(os.cpu_count())
     reader = DirectReader(paths)
-    ring = Ring(reader, 6 * hidden * ffn)
+    ring = Ring(reader, 6 * hidden * ffn, threads)
     for number in range(SLOTS):
         ring.fetch(number)
     for number in range(SLOTS):

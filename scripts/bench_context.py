@@ -22,7 +22,7 @@ class Scale:
 
     repeats: int = 5
     run_s: float = 14.0
-    probe_bytes: int = 500 << 20
+    probe_bytes: int = 1000 << 20
     gemm_s: float = 0.8
     sizes: tuple[int, ...] = (1, 4, 16, 64, 256, 1024, 2048)
     prompt_rows: int = 64
@@ -35,7 +35,7 @@ class Scale:
 
 
 QUICK = Scale(
-    repeats=1, run_s=2.0, probe_bytes=64 << 20, gemm_s=0.2, sizes=(1, 8), prompt_rows=8, ragged_rows=16, ragged_prompt=32,
+    repeats=1, run_s=2.0, probe_bytes=200 << 20, gemm_s=0.2, sizes=(1, 8), prompt_rows=8, ragged_rows=16, ragged_prompt=32,
     ragged_new=8, peer_batches=(4, 8, 16), resident_bytes=120 << 20, steady_rows=64,
 )  # fmt: skip
 

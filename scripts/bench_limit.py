@@ -114,7 +114,8 @@ def _bare(bench: Bench, kind: str, pairs: list[dict]) -> dict | None:
         before = bench.probe()
         result = bare.ask(
             "run", paths=bench.shards, hidden=arch.hidden, ffn=arch.ffn, units=arch.num_layers * arch.num_experts,
-            sweeps=last["fewest_sweeps"], compute_s=last["compute_s"], calibrate_s=bench.scale.gemm_s,
+            sweeps=last["fewest_sweeps"], threads=before["threads"], compute_s=last["compute_s"],
+            calibrate_s=bench.scale.gemm_s,
         )  # fmt: skip
         after = bench.probe()
     rate = (before["best"] + after["best"]) / 2

@@ -51,7 +51,7 @@ def _balanced(bench: Bench, engine: Worker, peer: Worker, drop: tuple[str, ...])
         after = bench.probe()
         disk_s = disk_bytes * job.fewest_sweeps * 2 / (before["best"] + after["best"])
         ours.append(run | {"disk_s": disk_s, "before": before, "after": after})
-        bench.say(f"balanced, 1 GiB resident: FlexMoE {run['wall_s']:.1f} s, D {disk_s:.1f} s, {run['sweeps']} sweeps")
+        bench.say(f"balanced: FlexMoE {run['wall_s']:.1f} s, D {disk_s:.1f} s, {run['sweeps']} sweeps")
     engine.ask("close", name="few")
     compute_s = bench.resident_run(engine, job)["wall_s"]
     theirs_s = _batch(peer, job.prompts, job.fewest_sweeps, drop)
@@ -87,7 +87,7 @@ def _ragged(bench: Bench, engine: Worker, peer: Worker, drop: tuple[str, ...]) -
     disk_bytes = opened["memory"]["disk"]["weights"]
     disk_s = disk_bytes * job.fewest_sweeps * 2 / (before["best"] + after["best"])
     limit_s = max(disk_s, bench.flops(job.processed_tokens, job.new_tokens) / bench.gemm(engine, job.prefill_tokens))
-    bench.say(f"ragged, 1 GiB resident: FlexMoE {ours['wall_s']:.1f} s in {ours['sweeps']} sweeps; limit {limit_s:.1f} s")
+    bench.say(f"ragged: FlexMoE {ours['wall_s']:.1f} s in {ours['sweeps']} sweeps; limit {limit_s:.1f} s")
     theirs = _project(bench, peer, job, drop)
     best = min(theirs["projected_s"], key=theirs["projected_s"].__getitem__)
     how, theirs_s = "projected", theirs["projected_s"][best]

@@ -49,7 +49,7 @@ def disk_rate(paths: Sequence[str], each_bytes: int) -> dict:
     """The best O_DIRECT read rate over thread counts and piece sizes; each combination reads another part of the files.
 
     Returns:
-        dict: `best` in bytes/s, and `rates` by "threads x MiB".
+        dict: `best` in bytes/s, the `threads` that reached it, and `rates` by "threads x MiB".
     """
     reader = DirectReader(paths)
     each_bytes = min(each_bytes, reader.total_bytes)
@@ -58,7 +58,8 @@ def disk_rate(paths: Sequence[str], each_bytes: int) -> dict:
         rates[f"{threads} x {size >> 20} MiB"] = _read_rate(reader, threads, size, start, each_bytes)
         start += each_bytes
     reader.close()
-    return {"best": max(rates.values()), "rates": rates}
+    best = max(rates, key=rates.__getitem__)
+    return {"best": rates[best], "threads": int(best.split()[0]), "rates": rates}
 
 
 def _read_rate(reader: DirectReader, threads: int, size: int, start: int, total_bytes: int) -> float:

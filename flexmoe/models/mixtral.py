@@ -59,13 +59,13 @@ class Mixtral:
             shapes[table] = self._table
         return shapes
 
-    def rope(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine ``[T, 1, Dh]`` (float32) of the positions, on their device."""
+    def rope(self, positions_T: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine ``[T, 1, Dh]`` of the positions, on their device; computed in float32, then rounded."""
         a = self.arch
         exponent = torch.arange(0, a.head_dim, 2, device=positions_T.device).float() / a.head_dim
         angles = positions_T.float()[:, None] * (1.0 / a.rope_theta**exponent)
         angles = torch.cat([angles, angles], dim=-1)[:, None]
-        return angles.cos(), angles.sin()
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def project(
         self, h_TD: torch.Tensor, w: Weights, rope: tuple[torch.Tensor, torch.Tensor]
@@ -150,4 +150,4 @@ class Mixtral:
 def _rotate(x_THd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding, halves convention (Su et al. 2021, as in transformers)."""
     first, second = x_THd.chunk(2, dim=-1)
-    return x_THd * cos.to(x_THd.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x_THd.dtype)
+    return x_THd * cos + torch.cat([-second, first], dim=-1) * sin

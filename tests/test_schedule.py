@@ -1,0 +1,241 @@
+"""The schedule of a sweep: pure, ordered, complete, and free of deadlock on lanes that work in issue order."""
+
+import random
+
+import pytest
+
+from policies.schedule import LANES, SweepShape, UnitStep, experts_in_compute_order, fetch_order, sweep
+
+TIERS = ("gpu", "cpu", "disk")
+
+
+def step(name, tier):
+    return UnitStep(name=name, tier=tier)
+
+
+def small_shape():
+    return SweepShape(
+        attention=[step("a0", "cpu")],
+        experts=[[step("e0", "gpu"), step("e1", "disk")]],
+        head=[step("h0", "disk")],
+        activation_tiers=("gpu", "cpu"),
+        fetched_batches=frozenset({1}),
+        stored_batches=frozenset({1}),
+        disk_batches=frozenset({1}),
+    )
+
+
+def random_shape(rng):
+    layers, batches = rng.randint(1, 4), rng.randint(1, 5)
+
+    def some(of):
+        return frozenset(j for j in of if rng.random() < 0.5)
+
+    fetched, on_cpu = some(range(batches)), some(range(batches))
+    experts = [[step(f"e{i}.{e}", rng.choice(TIERS)) for e in range(rng.randint(1, 4))] for i in range(layers)]
+    return SweepShape(
+        attention=[step(f"a{i}", rng.choice(TIERS)) for i in range(layers)],
+        experts=[experts_in_compute_order(e) for e in experts],
+        head=[step(f"h{i}", rng.choice(TIERS)) for i in range(rng.randint(1, 3))],
+        activation_tiers=tuple(rng.choice(TIERS) for _ in range(batches)),
+        fetched_batches=fetched,
+        cpu_batches=on_cpu,
+        stored_batches=fetched | on_cpu,
+        disk_batches=some(fetched),
+    )
+
+
+def shapes(count=60):
+    return [random_shape(random.Random(seed)) for seed in range(count)]
+
+
+def find(ops, **fields):
+    return [op for op in ops if all(getattr(op, name) == value for name, value in fields.items())]
+
+
+def reaches(ops, op):
+    """Ids of all operations that ``op`` comes after, by dependencies alone."""
+    seen, open_ids = set(), list(op.deps)
+    while open_ids:
+        here = open_ids.pop()
+        if here not in seen:
+            seen.add(here)
+            open_ids += ops[here].deps
+    return seen
+
+
+def test_small_sweep_is_this_sequence():
+    ops = [(op.kind, op.lane, op.layer, op.batch, op.unit, op.deps) for op in sweep(small_shape())]
+    assert ops == [
+        ("copy", "h2d", 0, -1, "a0", ()),
+        ("embed", "gpu", 0, 0, "", ()),
+        ("project", "gpu", 0, 0, "", (0, 1)),
+        ("load_kv", "h2d", 0, 1, "", ()),
+        ("embed", "gpu", 0, 1, "", ()),
+        ("project", "gpu", 0, 1, "", (0, 4)),
+        ("store_kv", "d2h", 0, 1, "", (3, 5)),
+        ("write_kv", "disk_write", 0, 1, "", (6,)),
+        ("attend", "gpu", 0, 0, "", (0, 2)),
+        ("attend", "gpu", 0, 1, "", (0, 3, 5)),
+        ("store_act", "d2h", 0, 1, "", (9,)),
+        ("route", "gpu", 0, -1, "", (8, 9)),
+        ("expert", "gpu", 0, -1, "e0", (11,)),
+        ("read", "disk_read", 0, -1, "e1", ()),
+        ("copy", "h2d", 0, -1, "e1", (13,)),
+        ("expert", "gpu", 0, -1, "e1", (11, 14)),
+        ("load_act", "h2d", 1, 1, "", (10, 15)),
+        ("collect", "gpu", 1, -1, "", (15, 16)),
+        ("read", "disk_read", 1, -1, "h0", ()),
+        ("copy", "h2d", 1, -1, "h0", (18,)),
+        ("head", "gpu", 1, -1, "h0", (17, 19)),
+        ("sample", "gpu", 1, -1, "", (17, 20)),
+    ]
+
+
+def test_same_shape_gives_the_same_operations():
+    for overlap in (True, False):
+        shape = small_shape()
+        assert list(sweep(shape, overlap=overlap)) == list(sweep(shape, overlap=overlap))
+    assert shape == small_shape()
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_ids_count_up_and_dependencies_are_smaller(overlap):
+    for shape in shapes():
+        ops = list(sweep(shape, overlap=overlap))
+        assert [op.id for op in ops] == list(range(len(ops)))
+        for op in ops:
+            assert all(0 <= d < op.id for d in op.deps)
+            assert list(op.deps) == sorted(set(op.deps))
+            assert op.lane in LANES
+
+
+def test_serial_sweep_is_a_chain_of_the_same_operations():
+    for shape in shapes():
+        overlapped, serial = list(sweep(shape)), list(sweep(shape, overlap=False))
+        assert [(o.kind, o.layer, o.batch, o.unit) for o in serial] == [
+            (o.kind, o.layer, o.batch, o.unit) for o in overlapped
+        ]
+        for with_chain, without in zip(serial, overlapped):
+            chain = {with_chain.id - 1} if with_chain.id else set()
+            assert set(with_chain.deps) == set(without.deps) | chain
+
+
+def test_resident_experts_come_first_and_keep_their_order():
+    given = [step("e0", "disk"), step("e1", "gpu"), step("e2", "cpu"), step("e3", "gpu")]
+    assert [s.name for s in experts_in_compute_order(given)] == ["e1", "e3", "e0", "e2"]
+
+
+def test_route_waits_for_the_attention_of_every_batch():
+    for shape in shapes():
+        ops = list(sweep(shape))
+        for route in find(ops, kind="route"):
+            attends = find(ops, kind="attend", layer=route.layer)
+            assert sorted(op.batch for op in attends) == list(range(len(shape.activation_tiers)))
+            assert {op.id for op in attends} <= reaches(ops, route)
+
+
+def test_every_streamed_unit_is_read_and_copied_before_its_use():
+    for shape in shapes():
+        ops = list(sweep(shape))
+        users = {"a": "attend", "e": "expert", "h": "head"}
+        units = [*shape.attention, *(s for e in shape.experts for s in e), *shape.head]
+        for unit in units:
+            kind = users[unit.name[0]]
+            layer = {"layer": int(unit.name[1:])} if kind == "attend" else {"unit": unit.name}
+            uses = find(ops, kind=kind, **layer)
+            copies, reads = find(ops, kind="copy", unit=unit.name), find(ops, kind="read", unit=unit.name)
+            assert uses
+            assert len(copies) == (unit.tier != "gpu")
+            assert len(reads) == (unit.tier == "disk")
+            for use in uses:
+                assert {op.id for op in (*copies, *reads)} <= reaches(ops, use)
+            for read in reads:
+                assert read.id in copies[0].deps
+
+
+def test_attention_weights_arrive_before_the_first_projection():
+    for shape in shapes():
+        ops = list(sweep(shape))
+        for layer, unit in enumerate(shape.attention):
+            for copy in find(ops, kind="copy", unit=unit.name):
+                assert all(copy.id in op.deps for op in find(ops, kind="project", layer=layer))
+
+
+def test_kv_of_the_next_layers_first_batch_is_requested_before_the_experts():
+    for shape in shapes():
+        ops = list(sweep(shape))
+        for layer in range(1, len(shape.attention)):
+            loads = find(ops, kind="load_kv", layer=layer, batch=0)
+            assert len(loads) == (0 in shape.fetched_batches)
+            for load in loads:
+                assert load.id < find(ops, kind="expert", layer=layer - 1)[0].id
+                assert load.id > max(op.id for op in find(ops, kind="attend", layer=layer - 1))
+
+
+def test_kv_of_the_next_batch_is_requested_before_this_one_is_attended():
+    for shape in shapes():
+        ops = list(sweep(shape))
+        for load in find(ops, kind="load_kv"):
+            if load.batch > 0:
+                assert load.id < find(ops, kind="attend", layer=load.layer, batch=load.batch - 1)[0].id
+
+
+def test_new_kv_is_stored_after_the_old_was_loaded():
+    for shape in shapes():
+        ops = list(sweep(shape))
+        for store in find(ops, kind="store_kv"):
+            where = {"layer": store.layer, "batch": store.batch}
+            project, loads = find(ops, kind="project", **where)[0], find(ops, kind="load_kv", **where)
+            assert {project.id, *(op.id for op in loads)} <= set(store.deps)
+        for write in find(ops, kind="write_kv"):
+            assert find(ops, kind="store_kv", layer=write.layer, batch=write.batch)[0].id in write.deps
+        for attend in find(ops, kind="cpu_attend"):
+            assert find(ops, kind="store_kv", layer=attend.layer, batch=attend.batch)[0].id in attend.deps
+
+
+def test_hidden_states_are_stored_before_they_are_loaded_again():
+    for shape in shapes():
+        ops = list(sweep(shape))
+        for load in find(ops, kind="load_act"):
+            stored = find(ops, kind="store_act", layer=load.layer - 1, batch=load.batch)
+            assert len(stored) == 1
+            assert stored[0].id in load.deps
+            assert shape.activation_tiers[load.batch] != "gpu"
+
+
+def test_fetch_order_is_the_order_of_the_copies():
+    for shape in shapes():
+        assert fetch_order(shape) == [op.unit for op in find(sweep(shape), kind="copy")]
+
+
+def run_on_lanes(ops, slots, rng):
+    """Run every lane in issue order, the lanes in random turns; a copy takes a slot until its unit's last use."""
+    lanes = {lane: [op for op in ops if op.lane == lane] for lane in LANES}
+    last_attend = {op.layer: op.id for op in ops if op.kind == "attend"}
+    done, free, attention_slot = set(), slots, {}
+    while any(lanes.values()):
+        ready = [
+            queue for queue in lanes.values()
+            if queue and done.issuperset(queue[0].deps) and (queue[0].kind != "copy" or free > 0)
+        ]  # fmt: skip
+        if not ready:
+            return done
+        op = rng.choice(ready).pop(0)
+        done.add(op.id)
+        if op.kind == "copy":
+            free -= 1
+            attention_slot |= {op.layer: True} if op.unit.startswith("a") else {}
+        elif op.kind in ("expert", "head"):
+            free += any(o.kind == "copy" and o.unit == op.unit for o in ops)
+        elif op.id == last_attend.get(op.layer) and attention_slot.get(op.layer):
+            free += 1
+    return done
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_lanes_in_issue_order_never_wait_for_each_other_for_ever(slots):
+    for seed, shape in enumerate(shapes(25)):
+        for overlap in (True, False):
+            ops = list(sweep(shape, overlap=overlap))
+            assert len(run_on_lanes(ops, slots, random.Random(seed))) == len(ops)
