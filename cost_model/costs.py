@@ -17,6 +17,9 @@ from policies.policy import Policy, Workload
 #: Page-aligned supersets of a unit's file extents, and 256-byte boundaries on the device, cost at most this much.
 UNIT_SLACK_BYTES = 64 << 10
 BLOCK_TOKENS = 16
+PAGE_BYTES = 4096
+#: Host buffers that the runtime makes beside those of hidden states; each takes whole pages, an empty one too.
+HOST_BUFFERS = 24
 #: Tokens of one expert that are computed at once: bounds the workspace, and keeps it in cache on the CPU.
 EXPERT_CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}
 LOADS_IN_FLIGHT = 4
@@ -163,7 +166,7 @@ def plan_memory(
         compute_bytes: bytes of one number in the compute dtype.
     """
     weights = _weight_bytes(arch, counts, device, compute_bytes, policy)
-    kv = _kv_bytes(arch, counts, device, compute_bytes)
+    kv = _kv_bytes(arch, counts, device, compute_bytes, policy)
     act = _activation_bytes(arch, policy, counts, device, compute_bytes)
     parts = {tier: {**weights[tier], **kv[tier], **act[tier]} for tier in TIERS}
     return MemoryPlan(parts={t: {k: v for k, v in items.items() if v} for t, items in parts.items()})
@@ -188,16 +191,22 @@ def _weight_bytes(arch: ModelArch, counts: Sizes, device: str, b: int, policy: P
     }
 
 
-def _kv_bytes(arch: ModelArch, counts: Sizes, device: str, b: int) -> dict[str, dict[str, int]]:
+def _kv_bytes(arch: ModelArch, counts: Sizes, device: str, b: int, policy: Policy) -> dict[str, dict[str, int]]:
     block = arch.kv_bytes_per_token_layer(b) * BLOCK_TOKENS
     staging = 2 * counts.fetch_blocks * block
     on_disk = counts.kv_blocks["disk"] > 0
-    down = 0
+    down = landing = gathered = 0
     if device == "cuda":
         query = arch.num_heads * arch.head_dim * b
         down = 2 * counts.batch_tokens * (arch.kv_bytes_per_token_layer(b) + 2 * query)
+        landing = counts.fetch_blocks * block // 2  # K, then V
+        gathered = _gathered_blocks(policy, counts) * block
     return {
-        "gpu": {"kv": counts.kv_blocks["gpu"] * block * arch.num_layers, "kv staging": staging},
+        "gpu": {
+            "kv": counts.kv_blocks["gpu"] * block * arch.num_layers,
+            "kv staging": staging + landing,
+            "kv gathered": gathered,
+        },
         "cpu": {
             "kv": counts.kv_blocks["cpu"] * block * arch.num_layers,
             "kv tails": counts.tails * block * arch.num_layers,
@@ -205,6 +214,13 @@ def _kv_bytes(arch: ModelArch, counts: Sizes, device: str, b: int) -> dict[str, 
         },
         "disk": {"kv": counts.kv_blocks["disk"] * block * arch.num_layers},
     }
+
+
+def _gathered_blocks(policy: Policy, counts: Sizes) -> int:
+    """Blocks of one layer that attention on the GPU pads to rows of like length (`flexmoe.attention`) and holds at once."""
+    rows = policy.gpu_batch_size
+    attended = max(counts.fetch_blocks, counts.kv_blocks["gpu"])
+    return ceil(1.25 * attended) + 3 * rows if attended else 0
 
 
 def _activation_bytes(arch: ModelArch, policy: Policy, counts: Sizes, device: str, b: int) -> dict[str, dict[str, int]]:
@@ -221,6 +237,9 @@ def _activation_bytes(arch: ModelArch, policy: Policy, counts: Sizes, device: st
     resident = min(tokens * hidden * b, tiers.count("gpu") * home) + min(2, away) * home
     return {
         "gpu": {"activations": resident, "workspace": block + max(attention, expert, logits)},
-        "cpu": {"activations": tiers.count("cpu") * home + (2 * home if "disk" in tiers else 0)},
-        "disk": {"activations": tiers.count("disk") * (home + 4096)},
+        "cpu": {
+            "activations": tiers.count("cpu") * home + (2 * home if "disk" in tiers else 0),
+            "page rounding": (HOST_BUFFERS + len(tiers)) * PAGE_BYTES,
+        },
+        "disk": {"activations": tiers.count("disk") * (home + PAGE_BYTES)},
     }

@@ -45,14 +45,14 @@ class Activations:
         self._host = {j: device.host_buffer(self._bytes) for j, tier in enumerate(tiers) if tier == "cpu"}
         self._file: DirectFile | None = None
         if "disk" in tiers:
-            self._buffers = device.host_buffer(self._bytes), device.host_buffer(self._bytes)
+            self._buffers = device.host_buffer(_pages(self._bytes)), device.host_buffer(_pages(self._bytes))
             path = Path(offload_dir) / f"activations-{os.getpid()}-{id(self)}.bin"
             self._file = DirectFile(path, writable=True)
             os.unlink(path)  # the descriptor keeps it; a killed run leaves nothing behind
 
     def __getitem__(self, batch: int) -> torch.Tensor:
-        """The hidden states of a batch that are on the device now."""
-        return self._on_device[batch]
+        """The hidden states of a batch that are on the device now; a load made them on a stream of its own."""
+        return self._device.use_here(self._on_device[batch])
 
     def put(self, batch: int, h_TD: torch.Tensor) -> None:
         """Replace the hidden states of a batch, on the device."""

@@ -52,7 +52,13 @@ class Ragged:
 
 
 def paged_attention(
-    q_THD: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, rows: Ragged, *, window: int | None
+    q_THD: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    rows: Ragged,
+    *,
+    window: int | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of every row's run over its cached context.
 
@@ -61,6 +67,7 @@ def paged_attention(
         k_pool, v_pool: ``[blocks, block_tokens, G, Dh]``; the runs' own keys and values are already in them.
         rows: the rows, in the order of the queries.
         window: a query at position p sees keys in ``(p - window, p]``; None sees all.
+        out: contiguous, where the result goes; made when absent.
 
     Returns:
         torch.Tensor: ``[T, H, Dh]`` in the dtype of ``q_THD``.
@@ -68,16 +75,22 @@ def paged_attention(
     scale = q_THD.shape[-1] ** -0.5
     if q_THD.device.type == "cpu" and native.available():
         return native.paged_attention(
-            q_THD, k_pool, v_pool, rows.tables, rows.q_starts, rows.contexts, window=window or 0, scale=scale
+            q_THD, k_pool, v_pool, rows.tables, rows.q_starts, rows.contexts, window=window or 0, scale=scale, out=out
         )
-    return torch_paged_attention(q_THD, k_pool, v_pool, rows, window=window)
+    return torch_paged_attention(q_THD, k_pool, v_pool, rows, window=window, out=out)
 
 
 def torch_paged_attention(
-    q_THD: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, rows: Ragged, *, window: int | None
+    q_THD: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    rows: Ragged,
+    *,
+    window: int | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same in torch: rows of like length are padded to their longest and attended in one call."""
-    out_THD = torch.empty_like(q_THD)
+    out_THD = torch.empty_like(q_THD) if out is None else out
     key = (q_THD.device, k_pool.shape[1])
     if key not in rows._plans:
         rows._plans[key] = [_Bucket.of(rows, b, k_pool.shape[1], window, q_THD.device) for b in _buckets(rows)]
@@ -122,15 +135,16 @@ class _Bucket:
         return cls((starts[:, None] + torch.arange(run)).to(device), tables.to(device), mask.to(device))
 
     def attend(self, q_THD: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, out_THD: torch.Tensor) -> None:
-        heads, size = q_THD.shape[1:]
         kv_heads = k_pool.shape[2]
-        q_BHqd = q_THD[self.queries_Bq].transpose(1, 2)
+        shared = q_THD.shape[1] // kv_heads
+        # The heads that share a KV head are queries of it: SDPA's own grouping takes no mask in its fused kernels, and
+        # the other one repeats K and V per head in float32.
+        q_BGnd = q_THD[self.queries_Bq].unflatten(2, (kv_heads, shared)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        mask_B1nS = self.mask_BqS[:, None, None].expand(-1, -1, shared, -1, -1).flatten(2, 3)
         unused = ~self.mask_BqS.any(1)  # slots that no query sees may hold anything, NaN included
         k_BGSd, v_BGSd = (
             p[self.blocks].flatten(1, 2).masked_fill_(unused[:, :, None, None], 0).transpose(1, 2)
             for p in (k_pool, v_pool)
         )
-        attended = F.scaled_dot_product_attention(
-            q_BHqd, k_BGSd, v_BGSd, attn_mask=self.mask_BqS[:, None], enable_gqa=heads != kv_heads
-        )
-        out_THD[self.queries_Bq] = attended.transpose(1, 2)
+        attended = F.scaled_dot_product_attention(q_BGnd, k_BGSd, v_BGSd, attn_mask=mask_B1nS)
+        out_THD[self.queries_Bq] = attended.unflatten(2, (shared, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +88,21 @@ class Engine:
             raise UsageError(f"request {request.request_id}: {problem}")
         self.scheduler.waiting.append(Row(request, list(request.prompt_token_ids), self._limit(request)))
 
+    def enter_aged(self, request: EngineRequest, generated: Sequence[int]) -> None:
+        """Put a request in flight as if ``generated`` had been generated, with KV that nobody computed (benchmarks).
+
+        Raises:
+            UsageError: it can never run, or would have ended already.
+            KVExhausted: no tier has room for it.
+        """
+        problem, limit = self.check(request), self._limit(request)
+        tokens = [*request.prompt_token_ids, *generated]
+        if problem is None and not len(request.prompt_token_ids) < len(tokens) < limit:
+            problem = f"it has {len(generated)} generated tokens; an aged row has at least 1, and one left to generate"
+        if problem is not None:
+            raise UsageError(f"request {request.request_id}: {problem}")
+        self.scheduler.enter_aged(Row(request, tokens, limit))
+
     @property
     def unfinished(self) -> int:
         """Requests waiting or in flight."""
@@ -108,9 +123,9 @@ class Engine:
             return []
         block = Block(runs, self.config.policy.gpu_batch_size)
         logits = self.executor.run(block)
-        tokens = self._choose(logits)
-        finished = self._commit(block, tokens)
-        prompt = sum(len(run.tokens) for run in runs if run.logits == 0 or not run.owner.generated[1:])
+        chosen = dict(zip(block.logit_owners, self._choose(logits)))
+        prompt = sum(self.scheduler.commit(run.owner, chosen.get(run.owner)) for run in block.runs)
+        finished = self._end_sweep(chosen)
         self.sweeps.append(
             Sweep(
                 wall_s=time.perf_counter() - start,
@@ -175,16 +190,9 @@ class Engine:
         """Greedy choice; the sweep's last host wait."""
         return logits.argmax(dim=-1).tolist()
 
-    def _commit(self, block: Block, tokens: list[int]) -> list[RequestOutput]:
-        chosen = dict(zip(block.logit_owners, tokens))
-        done = []
-        for run in block.runs:
-            row: Row = run.owner
-            self.scheduler.commit(row, chosen.get(row))
-            if row in chosen:
-                reason = self._finish_reason(row)
-                if reason is not None:
-                    done.append((row, reason))
+    def _end_sweep(self, advanced: Iterable[Row]) -> list[RequestOutput]:
+        """Let go of the rows that have ended among those that got a token."""
+        done = [(row, reason) for row in advanced if (reason := self._finish_reason(row)) is not None]
         for row, _ in done:
             self.scheduler.finish(row)
         self.scheduler.end_sweep()

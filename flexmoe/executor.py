@@ -163,7 +163,8 @@ class Executor:
 
     def _op_embed(self, op: Op) -> None:
         batch = self._batch(op)
-        self._hidden.put(batch.index, self._embedding(self._block.token_ids[batch.start : batch.stop]))
+        ids_T = self._block.token_ids[batch.start : batch.stop]
+        self._hidden.put(batch.index, self._embedding(ids_T, batch.start))
 
     def _op_load_act(self, op: Op) -> Future:
         return self._hidden.load(op.batch)
@@ -219,10 +220,7 @@ class Executor:
             return self._kv.attend_gpu(layer, batch, q)
         if mode == "fetch":
             return self._kv.attend_fetched(layer, batch, q, k, v, batch.futures["loaded"].result())
-        arrived = batch.futures["attended"].result()
-        if self._device.is_cuda:
-            arrived.tensor.record_stream(torch.cuda.current_stream())
-        return arrived.tensor
+        return self._device.use_here(batch.futures["attended"].result().tensor)
 
     # Experts over the whole block.
 

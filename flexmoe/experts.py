@@ -23,9 +23,10 @@ class ExpertDispatch:
     """
 
     def __init__(self, device: Device, num_experts: int, max_tokens: int, top_k: int):
-        self._device, self._num_experts = device, num_experts
+        self._device = device
         self._chunk = EXPERT_CHUNK_TOKENS[device.torch.type]
-        self._counts = device.host_buffer(num_experts * 8).view(torch.int64) if device.is_cuda else None
+        self._bounds = torch.arange(num_experts + 1, device=device.torch)
+        self._starts_host = device.host_buffer((num_experts + 1) * 8).view(torch.int64) if device.is_cuda else None
 
     def route(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> list[int]:
         """Sort the block's (token, expert) pairs by expert; the only host wait of the layer.
@@ -38,21 +39,17 @@ class ExpertDispatch:
         Returns:
             list[int]: tokens of each expert.
         """
-        order = ids_TK.flatten().argsort(stable=True)
-        counts = torch.bincount(ids_TK.flatten(), minlength=self._num_experts)
-        if self._counts is not None:
-            self._counts.copy_(counts, non_blocking=True)
+        experts, order = ids_TK.flatten().sort(stable=True)
+        starts = torch.searchsorted(experts, self._bounds)  # bincount would wait for the device, twice
+        if self._starts_host is not None:
+            starts = self._starts_host.copy_(starts, non_blocking=True)
             copied = self._device.record()
         self._tokens = order // ids_TK.shape[1]
         self._weights = weights_TK.flatten()[order].to(dtype).unsqueeze(1)
-        if self._counts is not None:
+        if self._starts_host is not None:
             self._device.host_wait(copied)
-            counts = self._counts
-        sizes = counts.tolist()
-        self._starts = [0]
-        for size in sizes:
-            self._starts.append(self._starts[-1] + size)
-        return sizes
+        self._starts = starts.tolist()
+        return [stop - start for start, stop in zip(self._starts, self._starts[1:])]
 
     def add(self, expert: int, x_TD: torch.Tensor, y_TD: torch.Tensor, compute: Callable) -> None:
         """Run one expert over its tokens and add the weighted result to the block's output.

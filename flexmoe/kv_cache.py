@@ -60,6 +60,10 @@ class BlockAllocator:
         self._references[block] += 1
         return block
 
+    def is_shared(self, block: int) -> bool:
+        """Whether a block is held more than once: then nobody may write into it."""
+        return self._references[block] > 1
+
     def drop(self, block: int) -> None:
         """Give up one hold; the last one frees the block."""
         self._references[block] -= 1
@@ -137,6 +141,10 @@ class KVCache:
         """Blocks of a tier."""
         return self._allocators[tier].total
 
+    def free(self, tier: str) -> int:
+        """Blocks of a tier that no row holds."""
+        return self._allocators[tier].free
+
     @property
     def free_tails(self) -> int:
         """Rows that the disk tier can still take."""
@@ -166,15 +174,19 @@ class KVCache:
         """Forget the tokens from ``length`` on and free the blocks that only they needed.
 
         Raises:
-            ValueError: the row has fewer tokens; or a disk row would lose part of a block that is already on disk.
+            ValueError: the row has fewer tokens; or it would go on writing into a block that it shares or, on disk,
+                that has been written already.
         """
         if not 0 <= length <= row.length:
             raise ValueError(f"cannot truncate a row of {row.length} tokens to {length}")
         keep = self.blocks_for(length)
         if row.tier == "disk" and length % self.block_tokens and keep < self.blocks_for(row.length + 1):
             raise ValueError("a disk row can only be cut inside its tail or at a block boundary")
+        allocator = self._allocators[row.tier]
+        if length % self.block_tokens and allocator.is_shared(row.blocks[keep - 1]):
+            raise ValueError("a row cannot be cut inside a block that is shared with another row")
         for block in row.blocks[keep:]:
-            self._allocators[row.tier].drop(block)
+            allocator.drop(block)
         del row.blocks[keep:]
         row.length = length
 

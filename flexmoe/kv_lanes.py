@@ -73,6 +73,7 @@ class KVLanes:
         flat = (2, buffers.staging_blocks * cache.block_tokens, *token)
         self._staging = [torch.zeros(flat, dtype=s.dtype, device=device.torch) for _ in range(2)]
         self._packed = [self._host(flat) for _ in range(2)]
+        self._landing = torch.empty(flat[1:], dtype=s.dtype, device=device.torch) if device.is_cuda else None
         host_tokens = buffers.batch_tokens if device.is_cuda else 0  # on cpu the tensors already are host memory
         self._down = [self._host((2, host_tokens, *token)) for _ in range(2)]
         self._queries = [self._host((2, host_tokens, query_heads, s.head_dim)) for _ in range(2)]
@@ -156,6 +157,8 @@ class KVLanes:
         """End the threads."""
         for lane in self._lanes.values():
             lane.shutdown(wait=True)
+        for stream in filter(None, self._streams.values()):
+            stream.synchronize()  # buffers are freed after this
         self._disk.close()
 
     # What the lanes do.
@@ -174,8 +177,10 @@ class KVLanes:
                     torch.index_select(pool, 0, plan.past_home, out=packed[which, :count])
                     if plan.disk:
                         self._disk.gather(layer, which, plan.disk, raw, packed[which, count:])
-                    on_device = packed[which].to(self._device.torch, non_blocking=True)
-                    self._staging[side][which].index_copy_(0, plan.staged_past, on_device)
+                    arrived = packed[which]
+                    if self._landing is not None:
+                        arrived = self._landing[: plan.past_tokens].copy_(arrived, non_blocking=True)
+                    self._staging[side][which].index_copy_(0, plan.staged_past, arrived)
             event = self._device.record()
         if self._device.is_cuda:
             event.synchronize()  # the packed buffer is filled again by the load after next
@@ -199,7 +204,7 @@ class KVLanes:
                 plan.queries = q[here]
 
     def _bring_down(self, side: int, produced, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Host copies of device tensors, in pinned buffers."""
+        """Host copies of device tensors, in pinned buffers. The caller holds the tensors until the copies are done."""
         if not self._device.is_cuda:
             return list(tensors)
         buffers = [self._down[side][0], self._down[side][1], self._queries[side][0]]
@@ -208,7 +213,6 @@ class KVLanes:
         with self._device.on(stream):
             produced.wait()
             for tensor, buffer in zip(tensors, buffers):
-                tensor.record_stream(stream)
                 down.append(buffer[: len(tensor)].copy_(tensor, non_blocking=True))
             self._device.record().synchronize()  # this lane's own thread; nobody else waits
         return down
@@ -216,14 +220,12 @@ class KVLanes:
     def _cpu_attend(self, layer: int, plan: _Plan, side: int, stored: Future) -> Arrived:
         stored.result()
         k_pool, v_pool = self._cache.cpu[layer]
+        pinned = self._queries[side][1][: len(plan.queries)] if self._device.is_cuda else None
         with self._recorder.span("cpu", f"attend {layer}", plan.ragged.kv_tokens * self._cache.shape.token_bytes):
-            out = paged_attention(plan.queries, k_pool, v_pool, plan.ragged, window=self._window)
-        if not self._device.is_cuda:
-            return Arrived(out, self._device.record())
+            out = paged_attention(plan.queries, k_pool, v_pool, plan.ragged, window=self._window, out=pinned)
         with self._device.on(self._streams["h2d"]):
-            pinned = self._queries[side][1][: len(out)].copy_(out)
-            on_device = pinned.to(self._device.torch, non_blocking=True)
-            return Arrived(on_device, self._device.record())
+            # The pinned buffer is free again when the compute stream has passed the batch's next projection.
+            return Arrived(out.to(self._device.torch, non_blocking=True), self._device.record())
 
     # Index tensors.
 

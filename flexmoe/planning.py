@@ -146,6 +146,8 @@ def _budgets(config: EngineConfig, device: Device) -> dict[str, int | None]:
     host = available_host_bytes()
     if not device.is_cuda:
         return {**budgets, "gpu+cpu": host}
+    if budgets["gpu"] is not None:
+        budgets["gpu"] = device.room(budgets["gpu"])
     free = torch.cuda.mem_get_info(device.torch)[0]
     for tier, has in (("gpu", free), ("cpu", host)):
         budgets[tier] = has if budgets[tier] is None else min(has, budgets[tier])

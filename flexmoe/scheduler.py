@@ -29,6 +29,7 @@ class Row:
         kv: its cache while in flight.
         mode: how it is attended while in flight.
         run: tokens of its run in the sweep under way.
+        prompt_done: prompt tokens that have been computed at least once; a restart does not count them again.
     """
 
     request: EngineRequest
@@ -37,6 +38,7 @@ class Row:
     kv: RowKV | None = None
     mode: str = ""
     run: int = 0
+    prompt_done: int = 0
 
     @property
     def generated(self) -> list[int]:
@@ -77,12 +79,19 @@ class Scheduler:
         self._admit(budget)
         return [self._as_run(row) for row in self.running if row.run]
 
-    def commit(self, row: Row, token: int | None) -> None:
-        """The row's run is in the cache; ``token`` is what it generated, None while its prompt is unfinished."""
+    def commit(self, row: Row, token: int | None) -> int:
+        """The row's run is in the cache; ``token`` is what it generated, None while its prompt is unfinished.
+
+        Returns:
+            int: prompt tokens computed for the first time.
+        """
         row.kv.length += row.run
         row.run = 0
         if token is not None:
             row.tokens.append(token)
+        before = row.prompt_done
+        row.prompt_done = max(before, min(row.kv.length, len(row.request.prompt_token_ids)))
+        return row.prompt_done - before
 
     def end_sweep(self) -> None:
         """The sweep is over: the projections move on."""
@@ -100,6 +109,24 @@ class Scheduler:
         self.restarts += 1
         self.waiting.appendleft(row)
 
+    def enter_aged(self, row: Row) -> None:
+        """Put a row in flight as if all its tokens but the last were in the cache; its KV is whatever the blocks hold.
+
+        A benchmark's way into the steady state, where rows of all ages are in flight.
+
+        Raises:
+            KVExhausted: no tier has room for the row's future.
+        """
+        cached = len(row.tokens) - 1
+        curve = self._curve(row, len(row.tokens))
+        tier = self._choose_tier(curve)
+        if tier is None:
+            raise KVExhausted
+        self._enter(row, tier, curve)
+        self._cache.reserve(row.kv, cached)
+        row.kv.length = cached
+        row.prompt_done = min(cached, len(row.request.prompt_token_ids))
+
     def _leave(self, row: Row) -> None:
         self._projections[row.kv.tier].remove(row)
         self._cache.close(row.kv)
@@ -109,7 +136,8 @@ class Scheduler:
     def _give_run(self, row: Row, budget: int) -> int:
         """Give a row in flight its run; returns the prompt tokens it takes of the sweep's budget."""
         left = len(row.tokens) - row.kv.length
-        run = 1 if left == 1 else min(left, budget)
+        decodes = left == 1 and bool(row.generated)  # the last token of a prompt's last chunk is a prompt token still
+        run = 1 if decodes else min(left, budget)
         if run == 0:
             return 0
         while row.kv is not None:
@@ -119,7 +147,7 @@ class Scheduler:
                 self._send_back_youngest(row.kv.tier)
                 continue
             row.run = run
-            return 0 if left == 1 else run
+            return 0 if decodes else run
         return 0
 
     def _send_back_youngest(self, tier: str) -> None:
@@ -136,11 +164,14 @@ class Scheduler:
             if tier is None:
                 return
             self.waiting.popleft()
-            row.kv = self._cache.open(tier)
-            row.mode = self._mode(row)
-            self._projections[tier].add(row, self._curve(row, budget))
-            self.running.append(row)
+            self._enter(row, tier, self._curve(row, budget))
             budget -= self._give_run(row, budget) or 1
+
+    def _enter(self, row: Row, tier: str, curve) -> None:
+        row.kv = self._cache.open(tier)
+        row.mode = self._mode(row)
+        self._projections[tier].add(row, curve)
+        self.running.append(row)
 
     def _curve(self, row: Row, budget: int):
         """The row's future if it enters now, with ``budget`` prompt tokens left in this sweep."""
@@ -159,12 +190,13 @@ class Scheduler:
         held = {t: sum(1 for r in self.running if r.kv.tier == t) for t in TIERS}
         total = sum(held.values()) + 1
         for tier in sorted(TIERS, key=lambda t: held[t] - share[t] / 100 * total):
-            if self._cache.total(tier) and self._projections[tier].fits(curve) and self._has_tail(tier):
+            if self._cache.total(tier) and self._projections[tier].fits(curve) and self._has_room(tier, curve[0]):
                 return tier
         return None
 
-    def _has_tail(self, tier: str) -> bool:
-        return tier != "disk" or self._cache.free_tails > 0
+    def _has_room(self, tier: str, blocks: int) -> bool:
+        """Rows that have outgrown their expected end hold blocks that no projection knows of."""
+        return self._cache.free(tier) >= blocks and (tier != "disk" or self._cache.free_tails > 0)
 
     def _mode(self, row: Row) -> str:
         if row.kv.tier == "gpu":

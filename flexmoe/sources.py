@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +17,7 @@ from flexmoe.errors import StorageError
 from flexmoe.layout import Part, UnitLayout, unit_layout, views
 from flexmoe.storage import DirectFile, DiskPool, OnDone, Pending, Transfer, align_up
 
+_WRITERS = 4
 
 
 class WeightSource(Protocol):
@@ -158,16 +160,19 @@ class DummySource:
         file = DirectFile(self._path, writable=True)
         os.unlink(self._path)  # the open descriptors keep it; a killed run leaves nothing behind
         self._reader.adopt(file)
-        for unit in disk_units:
-            layout = self._layouts[unit]
-            buffer = torch.zeros(layout.host_bytes + 4096, dtype=torch.uint8)
-            skip = -buffer.data_ptr() % 4096
-            buffer = buffer[skip : skip + layout.host_bytes]
-            self._fill(unit, buffer)
-            for e in layout.extents:
-                file.write_from(memoryview(buffer.numpy())[e.buffer_offset : e.buffer_offset + e.length], e.offset)
-            self._on_disk.add(unit)
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            list(pool.map(lambda unit: self._write(file, unit), disk_units))
+        self._on_disk.update(disk_units)
         file.sync()
+
+    def _write(self, file: DirectFile, unit: str) -> None:
+        layout = self._layouts[unit]
+        buffer = torch.zeros(layout.host_bytes + 4096, dtype=torch.uint8)
+        skip = -buffer.data_ptr() % 4096
+        buffer = buffer[skip : skip + layout.host_bytes]
+        self._fill(unit, buffer)
+        for e in layout.extents:
+            file.write_from(memoryview(buffer.numpy())[e.buffer_offset : e.buffer_offset + e.length], e.offset)
 
     def read(self, unit: str, buffer: torch.Tensor, pool: DiskPool, on_done: OnDone | None = None) -> Pending:
         """Start reading the unit, or fill it at once when it is not on disk."""

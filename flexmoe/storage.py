@@ -47,15 +47,18 @@ class DirectFile:
 
     def __init__(self, path: str | Path, *, writable: bool = False):
         self.path = str(path)
-        flags = (os.O_RDWR | os.O_CREAT) if writable else os.O_RDONLY
-        self.direct = True
+        flags = os.O_CLOEXEC | ((os.O_RDWR | os.O_CREAT) if writable else os.O_RDONLY)
         try:
-            self._fd = os.open(self.path, flags | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+            self.direct = True
+            try:
+                self._fd = os.open(self.path, flags | os.O_DIRECT, 0o600)
+            except OSError as e:
+                if e.errno != errno.EINVAL:
+                    raise
+                self.direct = False
+                self._fd = os.open(self.path, flags, 0o600)
         except OSError as e:
-            if e.errno != errno.EINVAL:
-                raise StorageError(f"cannot open {self.path}: {e.strerror}") from e
-            self.direct = False
-            self._fd = os.open(self.path, flags | os.O_CLOEXEC, 0o600)
+            raise StorageError(f"cannot open {self.path}: {e.strerror}") from e
 
     def _fall_back(self) -> None:
         """Go on through the page cache with the same descriptor (the file may have no name any more)."""

@@ -44,6 +44,11 @@ class _Fetch:
     tensors: dict[str, torch.Tensor] | None = None
     error: BaseException | None = None
 
+    def done(self, error: BaseException | None = None) -> None:
+        """The transfer has ended: wakes whoever waits for it."""
+        self.error = error
+        self.ready.set()
+
 
 class WeightStream:
     """Brings units to the compute device in a fixed cyclic order.
@@ -75,6 +80,7 @@ class WeightStream:
         self._overlap = overlap
         self._staged = store.device.is_cuda if staged is None else staged
         self.stall_s = 0.0
+        self._failure: BaseException | None = None
         self._stream = self._device.stream()
         self._free: queue.SimpleQueue = queue.SimpleQueue()
         self._free_staging: queue.SimpleQueue = queue.SimpleQueue()
@@ -83,7 +89,7 @@ class WeightStream:
         self._held: dict[str, _Fetch] = {}
         self._threads: list[threading.Thread] = []
         self._idle_slots: list[_Slot] = []
-        self._idle_staging: list[torch.Tensor] = []
+        self._idle_staging: list[tuple] = []  # (buffer, event of the last copy out of it)
         if self._order:
             self._allocate(slots, staging_slots)
             self._start()
@@ -117,6 +123,8 @@ class WeightStream:
             q.put(None)
         for thread in self._threads:
             thread.join()
+        if self._stream is not None:
+            self._stream.synchronize()  # slots and homes are freed after this
 
     def _needs_staging(self, unit: str) -> bool:
         return self._staged and (self._store.tier_of[unit] == "disk" or not self._store.pinned)
@@ -134,7 +142,7 @@ class WeightStream:
         if staged:
             size = max(staged)
             arena = self._device.host_buffer(max(1, staging_slots) * size)
-            self._idle_staging = [arena[i * size : (i + 1) * size] for i in range(max(1, staging_slots))]
+            self._idle_staging = [(arena[i * size : (i + 1) * size], None) for i in range(max(1, staging_slots))]
         if self._overlap:
             self._offer(len(self._idle_slots), len(self._idle_staging))
 
@@ -143,9 +151,11 @@ class WeightStream:
         for _ in range(min(slots, len(self._idle_slots))):
             self._free.put(self._idle_slots.pop())
         for _ in range(min(staging, len(self._idle_staging))):
-            self._free_staging.put((self._idle_staging.pop(), None))
+            self._free_staging.put(self._idle_staging.pop())
 
     def _take(self, unit: str) -> _Fetch:
+        if self._failure is not None:  # whoever asks next meets the same error instead of waiting for ever
+            raise self._failure
         if not self._overlap:
             self._offer(1, 1 if self._needs_staging(unit) else 0)
         start = time.perf_counter()
@@ -154,7 +164,7 @@ class WeightStream:
             fetch.ready.wait()
         self.stall_s += time.perf_counter() - start
         if fetch.error is not None:
-            self._issued.put(fetch)  # whoever asks next meets the same error instead of waiting for ever
+            self._failure = fetch.error
             raise fetch.error
         if fetch.unit != unit:
             raise RuntimeError(f"the weight stream is at {fetch.unit}, but {unit} was asked for: wrong order")
@@ -193,18 +203,13 @@ class WeightStream:
                 return
             fetch = _Fetch(unit, slot)
             self._issued.put(fetch)
-            if self._direct_read(unit):
-                size = self._store.layouts[unit].host_bytes
-                self._read(fetch, slot.buffer[:size])
-            else:
+            if not self._direct_read(unit):
                 self._to_copy.put(fetch)
-
-    def _read(self, fetch: _Fetch, buffer: torch.Tensor) -> None:
-        def done(error: BaseException | None) -> None:
-            fetch.error = error
-            fetch.ready.set()
-
-        self._store.read(fetch.unit, buffer, done)
+                continue
+            try:
+                self._store.read(unit, slot.buffer[: self._store.layouts[unit].host_bytes], fetch.done)
+            except Exception as e:  # a file that cannot be opened
+                fetch.done(e)
 
     def _copy_direct(self) -> None:
         while (fetch := self._to_copy.get()) is not None:
@@ -212,7 +217,7 @@ class WeightStream:
             with self._store.recorder.span("h2d", fetch.unit, layout.stored_bytes):
                 for source, target, size in layout.copies:  # numpy: one thread, and the GIL is released
                     np.copyto(fetch.slot.buffer.numpy()[target : target + size], home.numpy()[source : source + size])
-            fetch.ready.set()
+            fetch.done()
 
     # The staged way.
 
@@ -223,15 +228,20 @@ class WeightStream:
             if item is None:
                 return
             buffer, copied = item
-            if copied is not None:
-                copied.synchronize()
-            buffer_of_unit = buffer[: self._store.layouts[unit].host_bytes]
-            if self._store.tier_of[unit] == "disk":
-                pending = self._store.read(unit, buffer_of_unit)
-            else:
-                np.copyto(buffer_of_unit.numpy(), self._store.home(unit).numpy())
-                pending = Pending(0)
+            try:
+                if copied is not None:
+                    copied.synchronize()
+                pending = self._stage(unit, buffer[: self._store.layouts[unit].host_bytes])
+            except Exception as e:  # the copy that waits for this buffer meets it
+                pending = Pending(1)
+                pending.piece_done(e)
             self._to_copy.put((buffer, pending))
+
+    def _stage(self, unit: str, buffer: torch.Tensor) -> Pending:
+        if self._store.tier_of[unit] == "disk":
+            return self._store.read(unit, buffer)
+        np.copyto(buffer.numpy(), self._store.home(unit).numpy())
+        return Pending(0)
 
     def _copy_staged(self) -> None:
         for unit in itertools.cycle(self._order):
@@ -244,8 +254,7 @@ class WeightStream:
                 if not self._copy_one(fetch):
                     return
             except Exception as e:
-                fetch.error = e
-                fetch.ready.set()
+                fetch.done(e)
                 return
 
     def _copy_one(self, fetch: _Fetch) -> bool:
@@ -266,8 +275,8 @@ class WeightStream:
                     into = fetch.slot.buffer[target : target + size]
                     into.copy_(source[start : start + size], non_blocking=True)
             fetch.copied = self._device.record()
-        fetch.ready.set()
-        if staging is not None:
+        if staging is not None:  # before `done`: the serial consumer offers it for the next unit at once
             back = (staging, fetch.copied)
-            self._free_staging.put(back) if self._overlap else self._idle_staging.append(staging)
+            self._free_staging.put(back) if self._overlap else self._idle_staging.append(back)
+        fetch.done()
         return True

@@ -95,10 +95,14 @@ class Recorder:
                 entry.busy_s += t.busy_s
         return result
 
-    def write_chrome_trace(self, path: str | Path) -> None:
-        """Write the spans as Chrome trace JSON (chrome://tracing, Perfetto): one track per lane, microseconds."""
+    def write_chrome_trace(self, path: str | Path, *, since_s: float = 0.0) -> None:
+        """Write the spans as Chrome trace JSON (chrome://tracing, Perfetto): one track per lane, microseconds.
+
+        Args:
+            since_s: leave out what began before this time of `time.perf_counter()`.
+        """
         with self._lock:
-            spans = sorted(self._spans, key=lambda s: (s[0], s[2]))
+            spans = sorted((s for s in self._spans if s[2] >= since_s), key=lambda s: (s[0], s[2]))
         lanes = sorted({s[0] for s in spans})
         track = {lane: i + 1 for i, lane in enumerate(lanes)}
         events: list[dict] = [

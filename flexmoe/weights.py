@@ -146,12 +146,18 @@ class EmbeddingTable:
         if self._tier != "gpu":
             self._rows = store.device.host_buffer(max_tokens * self._row_bytes)
 
-    def __call__(self, ids_T: torch.Tensor) -> torch.Tensor:
-        """Embeddings ``[T, D]`` on the compute device of host token ids ``[T]`` (int64)."""
+    def __call__(self, ids_T: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Embeddings ``[T, D]`` on the compute device of host token ids ``[T]`` (int64).
+
+        Args:
+            first: tokens of the sweep before these. Every token of a sweep has its own place in the host buffer, because
+                the copy to the device goes on after the call.
+        """
         store = self._store
         if self._tier == "gpu":
             return store.resident(self._unit)["embed"].index_select(0, ids_T.to(store.device.torch))
-        rows = self._rows[: len(ids_T) * self._row_bytes].view(self._dtype).view(len(ids_T), self._width)
+        rows = self._rows[first * self._row_bytes : (first + len(ids_T)) * self._row_bytes]
+        rows = rows.view(self._dtype).view(len(ids_T), self._width)
         with store.recorder.span("h2d", "embed", rows.numel() * rows.element_size()):
             if self._tier == "cpu":
                 torch.index_select(self._table, 0, ids_T, out=rows)

@@ -161,9 +161,11 @@ def _load_act(build: _Builder, shape: SweepShape, layer: int, batch: int, after:
 def _attention(
     build: _Builder, shape: SweepShape, layer: int, weights: int, ready: Sequence[tuple[int, ...]], first_kv: int
 ) -> tuple[list[int], list[int]]:
-    """Attention of one layer; returns each batch's ``attend`` and its ``store_act`` (-1: stays on the GPU). Batch j + 1 is projected, and its KV requested, before batch j is attended: the CPU
-    and the copy lanes then always have the next piece of work while the GPU works on this one. The KV of the first
-    batch is requested a layer's experts earlier."""
+    """Attention of one layer: each batch's ``attend``, and its ``store_act`` (-1 where hidden states stay on the GPU).
+
+    Batch j + 1 is projected, and its KV requested, before batch j is attended: the CPU and the copy lanes then always
+    have the next piece of work while the GPU works on this one. The KV of the first batch is requested a layer's
+    experts earlier."""
     count = len(shape.activation_tiers)
     ahead, ends, stored = [_project(build, shape, layer, 0, weights, ready[0], first_kv)], [], []
     for j in range(count):

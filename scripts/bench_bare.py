@@ -5,7 +5,6 @@ What it reaches of max(D, C) is what the machine lets anyone reach; the engine s
 
 from __future__ import annotations
 
-import mmap
 import os
 import queue
 import threading
@@ -14,7 +13,7 @@ import time
 import torch
 from torch.nn.functional import linear, silu
 
-from scripts.bench_probes import PAGE_BYTES, DirectReader
+from scripts.bench_probes import PAGE_BYTES, DirectReader, huge_buffer
 from scripts.bench_worker import serve
 
 PIECE_BYTES = 4 << 20
@@ -28,7 +27,7 @@ class Ring:
         self._reader = reader
         self._size = -(-expert_bytes // PAGE_BYTES) * PAGE_BYTES
         self._pieces: queue.SimpleQueue = queue.SimpleQueue()
-        self.slots = [torch.frombuffer(mmap.mmap(-1, self._size), dtype=torch.uint8).fill_(0) for _ in range(SLOTS)]
+        self.slots = [torch.frombuffer(huge_buffer(self._size), dtype=torch.uint8) for _ in range(SLOTS)]
         self._left = [0] * SLOTS
         self._full = [threading.Event() for _ in range(SLOTS)]
         self._lock = threading.Lock()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cost_model.arch import ModelArch
+from scripts import bench_loads as loads
 from scripts.bench_loads import Job
 from scripts.bench_probes import disk_rate
 from scripts.bench_worker import Worker
@@ -122,6 +123,18 @@ class Bench:
         result = self.run(engine, "resident", job)
         engine.ask("close", name="resident")
         return result
+
+    def calibrate(self, engine: Worker) -> loads.Compute:
+        """What a resident sweep takes, from two short jobs: enough to size the jobs that are measured."""
+        points = []
+        for tokens in (96, 768):
+            job = loads.staggered_job(
+                sweeps=3, tokens_per_sweep=tokens, prompt_len=tokens // 8, vocab=self.arch.vocab_size, seed=0, ragged=True
+            )
+            points.append((job.processed_tokens / 3, self.resident_run(engine, job)["wall_s"] / 3))
+        fixed_s, token_s = loads.line_through(*points)
+        self.say(f"calibration: a resident sweep takes {fixed_s:.3f} s and {1e3 * token_s:.3f} ms a token")
+        return loads.Compute(fixed_s=fixed_s, token_s=token_s)
 
     def checkpoint(self, name: str, *options: str) -> str:
         """A further checkpoint in the work directory, made when it is not there."""

@@ -17,51 +17,42 @@ def limit(bench: Bench) -> tuple[list[Figure], dict]:
     """Pairs of probes around a run, in each class; the job is sized anew for every pair, as disks drift."""
     figures, raw = [], {}
     with Worker("scripts.bench_engine") as engine:
-        tokens_per_s = _calibrate(bench, engine)
+        compute = bench.calibrate(engine)
         for kind in loads.CLASSES:
-            pairs = _pairs(bench, engine, kind, tokens_per_s)
+            pairs = _pairs(bench, engine, kind, compute)
             raw[kind] = {"pairs": pairs, "bare": _bare(bench, kind, pairs)}
             figures += _figures(kind, raw[kind])
     return figures, raw
 
 
-def _calibrate(bench: Bench, engine: Worker) -> float:
-    """Tokens per second of a short resident job: a first guess at what the compute side does."""
-    job = loads.staggered_job(
-        sweeps=3, tokens_per_sweep=640, prompt_len=80, vocab=bench.arch.vocab_size, seed=0, ragged=True
-    )
-    rate = job.processed_tokens / bench.resident_run(engine, job)["wall_s"]
-    bench.say(f"calibration: {rate:.0f} tokens/s when everything is resident")
-    return rate
-
-
-def _pairs(bench: Bench, engine: Worker, kind: str, tokens_per_s: float) -> list[dict]:
+def _pairs(bench: Bench, engine: Worker, kind: str, compute: loads.Compute) -> list[dict]:
     """Repeat until enough pairs count; those that do not are kept, with the reason."""
     pairs: list[dict] = []
     disk_rate = bench.probe()["best"]
     while sum(pair["counts"] for pair in pairs) < bench.scale.repeats and len(pairs) < 3 * bench.scale.repeats:
-        pair = _pair(bench, engine, kind, disk_rate, tokens_per_s, seed=len(pairs))
+        job, pair = _pair(bench, engine, kind, disk_rate, compute, seed=len(pairs))
         pairs.append(pair)
         disk_rate = pair["after"]["best"]
         if "compute_s" in pair:
-            tokens_per_s = pair["processed_tokens"] / pair["compute_s"]
+            compute = compute.corrected(job, pair["compute_s"])
         bench.say(f"{kind}: {_describe(pair)}")
     return pairs
 
 
-def _pair(bench: Bench, engine: Worker, kind: str, disk_rate: float, tokens_per_s: float, seed: int) -> dict:
+def _pair(
+    bench: Bench, engine: Worker, kind: str, disk_rate: float, compute: loads.Compute, seed: int
+) -> tuple[loads.Job, dict]:
     """Probe, run, probe, and the same job with everything resident."""
     for _ in range(3):  # the disk may have drifted out of the class while the model was loaded
         sweep_s = bench.expert_bytes / disk_rate
         job = loads.size_job(
-            kind, disk_s=sweep_s, tokens_per_s=tokens_per_s, run_s=bench.scale.run_s, vocab=bench.arch.vocab_size,
-            seed=seed,
+            kind, disk_s=sweep_s, compute=compute, run_s=bench.scale.run_s, vocab=bench.arch.vocab_size, seed=seed
         )  # fmt: skip
         bench.open(engine, "disk", job, EXPERTS_ON_DISK)
         before = bench.probe()
         disk_rate = before["best"]
         expected_s = bench.expert_bytes * job.fewest_sweeps / disk_rate
-        if loads.in_class(kind, expected_s, job.processed_tokens / tokens_per_s):
+        if loads.in_class(kind, expected_s, compute.seconds(job)):
             break
         engine.ask("close", name="disk")
     else:
@@ -70,7 +61,7 @@ def _pair(bench: Bench, engine: Worker, kind: str, disk_rate: float, tokens_per_
     result = bench.run(engine, "disk", job)
     after = bench.probe()
     engine.ask("close", name="disk")
-    return _judge(bench, engine, kind, job, {"before": before, "after": after, **result})
+    return job, _judge(bench, engine, kind, job, {"before": before, "after": after, **result})
 
 
 def _judge(bench: Bench, engine: Worker, kind: str, job: loads.Job, pair: dict) -> dict:

@@ -121,19 +121,36 @@ def split(total: int, weights: Sequence[float]) -> list[int]:
     return sizes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compute:
+    """Seconds of a sweep when everything is resident: `fixed_s` to pass over the weights, `token_s` for each token."""
+
+    fixed_s: float
+    token_s: float
+
+    def seconds(self, job: Job) -> float:
+        """C as predicted."""
+        return job.fewest_sweeps * self.fixed_s + job.processed_tokens * self.token_s
+
+    def corrected(self, job: Job, measured_s: float) -> Compute:
+        """The same line, scaled to what a job really took."""
+        factor = measured_s / self.seconds(job)
+        return Compute(fixed_s=self.fixed_s * factor, token_s=self.token_s * factor)
+
+
 def size_job(
-    kind: str, *, disk_s: float, tokens_per_s: float, run_s: float, vocab: int, seed: int, ragged: bool = True
+    kind: str, *, disk_s: float, compute: Compute, run_s: float, vocab: int, seed: int, ragged: bool = True
 ) -> Job:
     """A staggered job of the class `kind`.
 
     Args:
         disk_s: seconds that one sweep's disk reads take.
-        tokens_per_s: rate of the compute side when everything is resident.
+        compute: what the compute side takes.
         run_s: about how long the job should run; the sweeps follow.
     """
     compute_s = disk_s / AIM[kind]
     sweeps = min(48, max(5, round(run_s / max(disk_s, compute_s))))
-    tokens = max(8, round(compute_s * tokens_per_s))
+    tokens = max(8, round((compute_s - compute.fixed_s) / compute.token_s))
     prompt_len = min(256, max(4, tokens // 8))
     return staggered_job(
         sweeps=sweeps, tokens_per_sweep=tokens, prompt_len=prompt_len, vocab=vocab, seed=seed, ragged=ragged

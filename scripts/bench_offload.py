@@ -32,15 +32,13 @@ def offload(bench: Bench) -> tuple[list[Figure], dict]:
 
 def _balanced(bench: Bench, engine: Worker, peer: Worker, drop: tuple[str, ...]) -> tuple[Figure, dict]:
     """The job of the limit section's balanced class, sized for the smaller disk tier; prompts equal, so nothing is padded."""
-    probe_job = loads.staggered_job(
-        sweeps=3, tokens_per_sweep=640, prompt_len=80, vocab=bench.arch.vocab_size, seed=0, ragged=True
-    )
-    tokens_per_s = probe_job.processed_tokens / bench.resident_run(engine, probe_job)["wall_s"]
-    disk_bytes = bench.open(engine, "few", probe_job, bench.scale.resident_bytes)["memory"]["disk"]["weights"]
+    compute = bench.calibrate(engine)
+    opened = bench.open(engine, "few", ragged_load(bench), bench.scale.resident_bytes)
+    disk_bytes = opened["memory"]["disk"]["weights"]
     engine.ask("close", name="few")
     first = bench.probe()
     job = loads.size_job(
-        "balanced", disk_s=disk_bytes / first["best"], tokens_per_s=tokens_per_s, run_s=bench.scale.run_s,
+        "balanced", disk_s=disk_bytes / first["best"], compute=compute, run_s=bench.scale.run_s,
         vocab=bench.arch.vocab_size, seed=6, ragged=False,
     )  # fmt: skip
     bench.open(engine, "few", job, bench.scale.resident_bytes)

@@ -1,3 +1,31 @@
 """Shared by all tests: the runtime's OpenMP setting has to be in place before anything loads torch."""
 
+import pytest
+
 import flexmoe  # noqa: F401
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """`tiny(name)`: the variant of that name from `tests.tiny`, made once."""
+    from tests.tiny import make
+
+    made = {}
+
+    def get(name="gqa-8-to-2"):
+        if name not in made:
+            made[name] = make(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny operations on busy cores: several threads would spend most of their time waiting for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -36,13 +36,20 @@ def test_ragged_prompts_of_a_group_differ():
 
 
 def test_a_sized_job_has_the_asked_ratio_of_disk_to_compute():
+    compute = loads.Compute(fixed_s=0.1, token_s=1 / 750)
     for kind, aim in loads.AIM.items():
-        job = loads.size_job(kind, disk_s=1.4, tokens_per_s=750, run_s=20, vocab=512, seed=0)
+        job = loads.size_job(kind, disk_s=1.4, compute=compute, run_s=20, vocab=512, seed=0)
         disk_s = 1.4 * job.fewest_sweeps
-        compute_s = job.processed_tokens / 750
+        compute_s = compute.seconds(job)
         assert disk_s / compute_s == pytest.approx(aim, rel=0.05)
         assert loads.in_class(kind, disk_s, compute_s)
         assert max(disk_s, compute_s) <= 25
+
+
+def test_a_measured_job_corrects_the_next_prediction():
+    compute = loads.Compute(fixed_s=0.1, token_s=0.001)
+    job = loads.equal_job(rows=2, prompt_len=10, new_tokens=5, vocab=512, seed=0)
+    assert compute.corrected(job, 3.0).seconds(job) == pytest.approx(3.0)
 
 
 def test_jobs_repeat_with_their_seed():

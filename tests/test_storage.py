@@ -1,6 +1,7 @@
 """Disk transfers: aligned reads equal plain ones, faults become sentences, the pool keeps order and ends its threads."""
 
 import errno
+import fcntl
 import os
 import random
 import threading
@@ -70,8 +71,6 @@ def test_file_system_that_refuses_o_direct_at_open_is_read_through_the_cache(pat
 
 
 def test_file_system_that_refuses_o_direct_at_the_first_read_is_read_through_the_cache(path, content, monkeypatch):
-    import fcntl
-
     def refuse(fd, buffers, offset):
         if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
@@ -79,8 +78,8 @@ def test_file_system_that_refuses_o_direct_at_the_first_read_is_read_through_the
 
     monkeypatch.setattr(os, "preadv", refuse)
     file = DirectFile(path)
-    file.direct = True
-    fcntl.fcntl(file._fd, fcntl.F_SETFL, fcntl.fcntl(file._fd, fcntl.F_GETFL) | os.O_DIRECT)
+    if not file.direct:
+        pytest.skip("this file system takes no O_DIRECT at all")
     check_random_extents(file, content)
     assert not file.direct
     file.close()
@@ -123,7 +122,7 @@ def test_device_error_while_reading_is_a_storage_error(path, monkeypatch):
         DirectFile(path).read_into(page_buffer(10), 4096, 10)
 
 
-def test_missing_file_and_forbidden_directory_are_storage_errors(tmp_path, path, monkeypatch):
+def test_file_that_cannot_be_opened_is_a_storage_error(tmp_path, path, monkeypatch):
     with pytest.raises(StorageError, match="cannot open .*none.bin: No such file"):
         DirectFile(tmp_path / "none.bin")
 

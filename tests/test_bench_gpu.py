@@ -1,0 +1,89 @@
+"""The arithmetic of the GPU benchmark: ANCHORS' limit, and policies that fit their budgets."""
+
+import pytest
+
+from cost_model.arch import ModelArch
+from flexmoe.errors import InfeasibleError
+from policies.policy import Workload
+from scripts.gpu_limit import Rates, Traffic, machine_limit, steady_limit, sweep_terms
+from scripts.gpu_policy import GPU_MARGIN_BYTES, Budget, choose
+
+ARCH = ModelArch.from_name("mixtral-8x7b")
+LONG, SHORT = Workload(prompt_len=512, gen_len=256), Workload(prompt_len=77, gen_len=128)
+# GPU GB, host GB, PCIe GB/s, DRAM GB/s, TFLOP/s, and the table's overlapped end-to-end limit in tokens/s.
+ANCHORS = {
+    "T4": (16, 192, 12, 80, 21, 178),
+    "A5000": (24, 512, 25, 140, 75, 981),
+    "4090": (24, 128, 25, 65, 130, 196),
+    "capped to 16 GB": (16, 128, 50, 150, 500, 295),
+    "capped to 24 GB": (24, 128, 50, 150, 500, 393),
+}
+H200 = Rates(pcie=50e9, host_dram=150e9, gpu_flops=((1, 1e12), (512, 500e12)), cpu_attention=100e9, nvme=5e9)
+
+
+@pytest.mark.parametrize("machine", ANCHORS)
+def test_limit_reproduces_the_table_of_anchors(machine):
+    gpu, host, pcie, dram, tflops, expected = ANCHORS[machine]
+    rates = Rates(pcie=pcie * 1e9, host_dram=dram * 1e9, gpu_flops=((1.0, tflops * 1e12),))
+    limit = machine_limit(ARCH, LONG, rates, gpu_bytes=gpu * 1e9, host_bytes=0.95 * host * 1e9)
+    assert limit.tokens_per_s == pytest.approx(expected, rel=0.02)
+
+
+def test_limit_with_a_share_on_nvme_is_the_lever_of_anchors():
+    rates = Rates(pcie=50e9, host_dram=150e9, gpu_flops=((1.0, 500e12),), nvme=7e9)
+    none, best = (
+        machine_limit(ARCH, LONG, rates, gpu_bytes=24e9, host_bytes=0.95 * 128e9, disk_bytes=d) for d in (0, 40e9)
+    )
+    assert best.tokens_per_s > 1.15 * none.tokens_per_s
+    assert 0 < best.traffic.w_on_disk <= 40e9
+
+
+def test_every_term_of_a_sweep_is_its_bytes_over_its_rate():
+    traffic = Traffic(w_streamed=100e9, w_on_disk=10e9, kv_over_pcie=50e9, kv_read=200e9, kv_attended_on_cpu=40e9, tokens=4.0)
+    terms = sweep_terms(ARCH, traffic, H200)
+    assert terms["pcie"] == pytest.approx(3.0) and terms["host_dram"] == pytest.approx(2.0)
+    assert terms["cpu_attention"] == pytest.approx(0.4) and terms["nvme"] == pytest.approx(2.0)
+    assert terms["gpu_flops"] == pytest.approx(ARCH.flops_per_token * 4 / 1e12)
+
+
+def test_gemm_rate_is_interpolated_and_does_not_leave_the_curve():
+    rates = Rates(pcie=1, host_dram=1, gpu_flops=((1, 10.0), (3, 30.0), (5, 40.0)))
+    assert [rates.gpu_flops_at(t) for t in (0.5, 1, 2, 3, 4, 5, 9)] == [10, 10, 20, 30, 35, 40, 40]
+
+
+@pytest.mark.parametrize("workload", [LONG, SHORT], ids=str)
+@pytest.mark.parametrize("gpu, disk", [(15, 0), (15, 40), (23, 0), (23, 40)])
+def test_policy_fits_its_budgets_and_uses_them(workload, gpu, disk):
+    budget = Budget(gpu_bytes=int(gpu * 1e9), host_bytes=int(100e9), disk_bytes=int(disk * 1e9))
+    choice = choose(ARCH, workload, budget, H200)
+    gpu_bytes, cpu_bytes = choice.memory.total("gpu") + GPU_MARGIN_BYTES, choice.memory.total("cpu")
+    assert budget.gpu_bytes - ARCH.expert_bytes - 200e6 < gpu_bytes <= budget.gpu_bytes
+    assert 0.95 * budget.host_bytes < cpu_bytes <= budget.host_bytes
+    assert choice.memory.total("disk") <= budget.disk_bytes
+    dense = [u.name for u in ARCH.units() if u.kind != "expert"]
+    assert {choice.sizes.placement.tier_of[name] for name in dense} == {"gpu"}
+    assert choice.sizes.kv_blocks["gpu"] == choice.sizes.kv_blocks["disk"] == choice.sizes.fetch_blocks == 0
+    row_bytes = 131072 * (workload.prompt_len + workload.gen_len / 2)
+    assert choice.policy.block_size * row_bytes <= choice.memory.parts["cpu"]["kv"]
+    assert choice.policy.prefill_tokens == pytest.approx(choice.policy.block_size * workload.prompt_len / workload.gen_len, abs=1)
+
+
+def test_disk_is_used_when_it_helps_and_left_when_it_is_slow():
+    budget = Budget(gpu_bytes=int(15e9), host_bytes=int(100e9), disk_bytes=int(40e9))
+    fast = choose(ARCH, LONG, budget, H200)
+    slow = choose(ARCH, LONG, budget, Rates(pcie=50e9, host_dram=150e9, gpu_flops=((1.0, 5e14),), nvme=0.05e9))
+    assert fast.memory.total("disk") > 2e9 and fast.limit.terms["nvme"] <= max(fast.limit.terms.values())
+    assert slow.memory.total("disk") == 0
+
+
+def test_chosen_policy_is_near_the_limit_of_the_machine():
+    budget = Budget(gpu_bytes=int(23.2e9), host_bytes=int(100e9), disk_bytes=int(40e9))
+    own = choose(ARCH, LONG, budget, H200).limit
+    machine = machine_limit(ARCH, LONG, H200, gpu_bytes=24e9, host_bytes=100e9, disk_bytes=40e9)
+    assert own.tokens_per_s == pytest.approx(machine.tokens_per_s, rel=0.12)
+    assert steady_limit(ARCH, LONG, H200, rows=own.rows, w_streamed=1.0).tokens_per_s > own.tokens_per_s
+
+
+def test_budget_without_room_for_a_row_is_refused():
+    with pytest.raises(InfeasibleError, match="no policy fits"):
+        choose(ARCH, LONG, Budget(gpu_bytes=int(15e9), host_bytes=int(10e9), disk_bytes=0), H200)

@@ -1,0 +1,47 @@
+"""What the machine has left, within the limits of its cgroup."""
+
+from pathlib import Path
+
+import pytest
+
+from flexmoe import machine
+
+
+@pytest.fixture
+def cgroup(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+
+    def write(**files):
+        for name, text in files.items():
+            (tmp_path / f"memory.{name}").write_text(text)
+
+    return write
+
+
+def test_without_a_cgroup_it_is_what_the_kernel_calls_available(cgroup):
+    kernel = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    assert machine.available_host_bytes() == pytest.approx(int(kernel.split()[1]) * 1024, rel=0.2)
+
+
+def test_cgroup_limit_holds_and_inactive_pages_of_files_count_as_free(cgroup):
+    cgroup(max="1000000\n", current="700000\n", stat="anon 5\ninactive_file 50000\nactive_file 9\n")
+    assert machine.available_host_bytes() == 1_000_000 - 700_000 + 50_000
+
+
+def test_unlimited_or_incomplete_cgroup_does_not_count(cgroup):
+    cgroup(max="max\n", current="700000\n")
+    unlimited = machine.available_host_bytes()
+    assert unlimited > 10_000_000
+    cgroup(max="1000\n")
+    (machine._CGROUP / "memory.current").unlink()
+    assert machine.available_host_bytes() > 10_000_000
+
+
+def test_free_disk_is_that_of_the_nearest_existing_directory(tmp_path):
+    here, below = machine.free_disk_bytes(tmp_path), machine.free_disk_bytes(tmp_path / "not" / "there" / "yet")
+    assert here > 0 and below == pytest.approx(here, rel=0.2)
+
+
+def test_relative_directory_is_looked_up_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert machine.free_disk_bytes(Path("some/where")) > 0
