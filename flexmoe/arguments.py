@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     """The argument parser of ``python -m flexmoe.run``."""
     p = _Parser(
         prog="python -m flexmoe.run",
+        usage="python -m flexmoe.run --model DIR [-i requests.jsonl -o out.jsonl] [flags]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -158,7 +158,7 @@ class EmbeddingTable:
             return store.resident(self._unit)["embed"].index_select(0, ids_T.to(store.device.torch))
         rows = self._rows[first * self._row_bytes : (first + len(ids_T)) * self._row_bytes]
         rows = rows.view(self._dtype).view(len(ids_T), self._width)
-        with store.recorder.span("h2d", "embed", rows.numel() * rows.element_size()):
+        with store.recorder.span("h2d/embed", "embed", rows.numel() * rows.element_size()):
             if self._tier == "cpu":
                 torch.index_select(self._table, 0, ids_T, out=rows)
             else:

@@ -42,9 +42,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--section", action="append", choices=list(SECTIONS), help="repeatable; default: all")
     parser.add_argument("--quick", action="store_true", help="a small model and short runs, to see that it works")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="of `make_checkpoint --size bench`; default: made")
-    parser.add_argument("--workdir", type=Path, default=Path("build"), metavar="DIR", help="checkpoints and offload files")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON record, table beside it; default benchmarks/cpu.json")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="of `make_checkpoint --size bench`; default: made"
+    )
+    parser.add_argument(
+        "--workdir", type=Path, default=Path("build"), metavar="DIR", help="checkpoints and offload files"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="JSON record, table beside it; default benchmarks/cpu.json"
+    )
     parser.add_argument("--repeats", type=int, metavar="N", help="pairs per class; default 5")
     parser.add_argument("--full-peers", action="store_true", help="no peer is projected: an hour more")
     return parser
@@ -63,7 +69,9 @@ def _bench(args: argparse.Namespace) -> tuple[Bench, Path]:
     out = args.out or (args.workdir / "bench-quick.json" if args.quick else Path("benchmarks/cpu.json"))
     plot = out.with_name("rows-quick.png" if args.quick else "rows.png")
     out.parent.mkdir(parents=True, exist_ok=True)
-    bench = Bench(model=model.resolve(), workdir=args.workdir.resolve(), plot=plot, scale=scale, full_peers=args.full_peers)
+    bench = Bench(
+        model=model.resolve(), workdir=args.workdir.resolve(), plot=plot, scale=scale, full_peers=args.full_peers
+    )
     bench.workdir.mkdir(parents=True, exist_ok=True)
     return bench, out
 

@@ -69,7 +69,15 @@ class Ring:
 
 
 def run(
-    paths: list[str], *, hidden: int, ffn: int, units: int, sweeps: int, threads: int, compute_s: float, calibrate_s: float
+    paths: list[str],
+    *,
+    hidden: int,
+    ffn: int,
+    units: int,
+    sweeps: int,
+    threads: int,
+    compute_s: float,
+    calibrate_s: float,
 ) -> dict:
     """Read and compute `units` experts per sweep, with as many tokens per expert as make all GEMMs take `compute_s`.
 

@@ -53,7 +53,7 @@ def _tokens(bench: Bench) -> tuple[list[Figure], dict]:
 
 
 def _logits(bench: Bench) -> tuple[list[Figure], dict]:
-    """The router makes errors heavy-tailed (a near tie falls the other way), so the median position is compared as well."""
+    """The router makes errors heavy-tailed (near ties fall the other way): the median position is compared as well."""
     import numpy as np
 
     rng = random.Random(10)
@@ -79,7 +79,11 @@ def _logits(bench: Bench) -> tuple[list[Figure], dict]:
         for name, got in (("ours", ours), ("theirs", theirs))
     }
     figures = []
-    for measure, name in (("rms", "root mean square"), ("median", "median over positions of the largest"), ("max", "largest")):
+    for measure, name in (
+        ("rms", "root mean square"),
+        ("median", "median over positions of the largest"),
+        ("max", "largest"),
+    ):
         mine, other = errors["ours"][measure], errors["theirs"][measure]
         bench.say(f"bf16 logits, {name} error against float32: {mine:.4f}, transformers' {other:.4f}")
         figures.append(
@@ -116,7 +120,8 @@ def memory(bench: Bench) -> tuple[list[Figure], dict]:
         Figure(
             what="weights 10/20/70: peak anonymous + shared resident memory",
             value=_mib(peak),
-            beside=f"planned gpu + cpu {_mib(planned)}, + 700 MiB for Python and torch = {_mib(planned + OUTSIDE_BYTES)}",
+            beside=f"planned gpu + cpu {_mib(planned)}, + 700 MiB for Python and torch: "
+            f"{_mib(planned + OUTSIDE_BYTES)}",
             ratio=peak / (planned + OUTSIDE_BYTES),
             target=1.0,
             at_most=True,

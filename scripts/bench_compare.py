@@ -54,7 +54,9 @@ def _equal(bench: Bench, engine: Worker, peer: Worker) -> tuple[list[Figure], di
     for _ in range(min(2, scale.repeats)):
         ours.append(bench.run(engine, "resident", job)["wall_s"])
         theirs.append(_batch(peer, job, range(job.rows)))
-        bench.say(f"{job.rows} prompts of {prompt_len} + {new}: FlexMoE {ours[-1]:.1f} s, transformers {theirs[-1]:.1f} s")
+        bench.say(
+            f"{job.rows} prompts of {prompt_len} + {new}: FlexMoE {ours[-1]:.1f} s, transformers {theirs[-1]:.1f} s"
+        )
     ours.append(bench.run(engine, "resident", job)["wall_s"])
     engine.ask("close", name="resident")
     prefill_s = bench.flops(job.prompt_tokens, job.rows) / bench.gemm(engine, job.prompt_tokens)
@@ -64,11 +66,18 @@ def _equal(bench: Bench, engine: Worker, peer: Worker) -> tuple[list[Figure], di
     figure = Figure(
         what=f"resident, {job.rows} prompts of {prompt_len} + {new}: median of {len(ours)} against {len(theirs)}",
         value=f"{ours_s:.1f} s, {job.new_tokens / ours_s:.1f} generated tokens/s",
-        beside=f"transformers {theirs_s:.1f} s, {job.new_tokens / theirs_s:.1f} tokens/s; FLOPs / GEMM rate {limit_s:.1f} s",
+        beside=f"transformers {theirs_s:.1f} s, {job.new_tokens / theirs_s:.1f} tokens/s; "
+        f"FLOPs / GEMM rate {limit_s:.1f} s",
         ratio=theirs_s / ours_s,
         target=1.2,
     )
-    return [figure], {"ours_s": ours, "theirs_s": theirs, "limit_s": limit_s, "prefill_s": prefill_s, "decode_s": decode_s}
+    return [figure], {
+        "ours_s": ours,
+        "theirs_s": theirs,
+        "limit_s": limit_s,
+        "prefill_s": prefill_s,
+        "decode_s": decode_s,
+    }
 
 
 def ragged_load(bench: Bench) -> Job:
@@ -85,13 +94,19 @@ def _ragged(bench: Bench, engine: Worker, peer: Worker) -> tuple[list[Figure], d
     bench.open(engine, "resident", job, "resident")
     ours = bench.run(engine, "resident", job)
     engine.ask("close", name="resident")
-    limit_s = bench.flops(job.processed_tokens, job.new_tokens) / bench.gemm(engine, job.processed_tokens / ours["sweeps"])
+    limit_s = bench.flops(job.processed_tokens, job.new_tokens) / bench.gemm(
+        engine, job.processed_tokens / ours["sweeps"]
+    )
     bench.say(f"ragged: FlexMoE {ours['wall_s']:.1f} s in {ours['sweeps']} sweeps; FLOPs / GEMM rate {limit_s:.1f} s")
     small, middle, large = bench.scale.peer_batches
     measured = {f"{middle} in file order": _in_full(bench, peer, job, middle, by_length=False)}
     measured[f"{middle} by length"] = _in_full(bench, peer, job, middle, by_length=True)
-    measured[f"{small} by length"] = _sampled(bench, peer, job, small, at_most=measured[f"{middle} by length"]["wall_s"])
-    measured[f"{large} by length"] = _bounded(bench, peer, job, large, middle, measured[f"{middle} by length"]["wall_s"])
+    measured[f"{small} by length"] = _sampled(
+        bench, peer, job, small, at_most=measured[f"{middle} by length"]["wall_s"]
+    )
+    measured[f"{large} by length"] = _bounded(
+        bench, peer, job, large, middle, measured[f"{middle} by length"]["wall_s"]
+    )
     best = min((name for name in measured if "by length" in name), key=lambda name: measured[name]["wall_s"])
     figures = [
         _ragged_figure(job, ours["wall_s"], limit_s, f"batches of {middle} in file order", measured, 2.0),
@@ -102,7 +117,7 @@ def _ragged(bench: Bench, engine: Worker, peer: Worker) -> tuple[list[Figure], d
 
 def _ragged_figure(job: Job, ours_s: float, limit_s: float, name: str, measured: dict, target: float) -> Figure:
     entry = next(value for key, value in measured.items() if name.endswith(key))
-    others = "; ".join(f"{key} {value['wall_s']:.0f} s ({value['how']})" for key, value in measured.items())
+    others = "; ".join(f"{key} {value['wall_s']:.1f} s ({value['how']})" for key, value in measured.items())
     return Figure(
         what=f"resident, {job.rows} ragged prompts against {name}",
         value=f"{ours_s:.1f} s, {job.new_tokens / ours_s:.1f} useful generated tokens/s",
@@ -130,7 +145,9 @@ def _sampled(bench: Bench, peer: Worker, job: Job, size: int, at_most: float) ->
     padded = [loads.padded_tokens(job, rows) for rows in cut]
     projected_s = sum(walls) * sum(padded) / sum(padded[i] for i in chosen)
     bench.say(f"transformers, batches of {size} by length: {projected_s:.0f} s projected from batches {chosen}")
-    if (projected_s < at_most or bench.full_peers) and len(chosen) < len(cut):
+    if len(chosen) == len(cut):
+        return {"wall_s": sum(walls), "batches_s": walls, "how": "measured in full"}
+    if projected_s < at_most or bench.full_peers:
         return _in_full(bench, peer, job, size, by_length=True)
     return {"wall_s": projected_s, "batches_s": walls, "how": f"projected from batches {chosen} of {len(cut)}"}
 
@@ -138,7 +155,9 @@ def _sampled(bench: Bench, peer: Worker, job: Job, size: int, at_most: float) ->
 def _bounded(bench: Bench, peer: Worker, job: Job, size: int, smaller: int, at_most: float) -> dict:
     """A lower bound from the prefill rate and the decode step of a smaller batch; in full when that beats `at_most`."""
     length = bench.scale.ragged_prompt
-    prefill = loads.equal_job(rows=smaller // 2, prompt_len=length // 2, new_tokens=1, vocab=bench.arch.vocab_size, seed=4)
+    prefill = loads.equal_job(
+        rows=smaller // 2, prompt_len=length // 2, new_tokens=1, vocab=bench.arch.vocab_size, seed=4
+    )
     short = loads.equal_job(rows=smaller, prompt_len=8, new_tokens=9, vocab=bench.arch.vocab_size, seed=5)
     token_s = _batch(peer, prefill, range(prefill.rows)) / prefill.prompt_tokens
     step_s = (_batch(peer, short, range(short.rows)) - _batch(peer, short, range(short.rows), new_tokens=1)) / 8

@@ -36,8 +36,8 @@ class Scale:
 
 
 QUICK = Scale(
-    repeats=1, run_s=2.0, probe_bytes=200 << 20, gemm_s=0.2, sizes=(1, 8), prompt_rows=8, ragged_rows=16, ragged_prompt=32,
-    ragged_new=8, peer_batches=(4, 8, 16), resident_bytes=120 << 20, steady_rows=64,
+    repeats=1, run_s=2.0, probe_bytes=200 << 20, gemm_s=0.2, sizes=(1, 8), prompt_rows=8, ragged_rows=16,
+    ragged_prompt=32, ragged_new=8, peer_batches=(4, 8, 16), resident_bytes=120 << 20, steady_rows=64,
 )  # fmt: skip
 
 
@@ -129,7 +129,12 @@ class Bench:
         points = []
         for tokens in (96, 768):
             job = loads.staggered_job(
-                sweeps=3, tokens_per_sweep=tokens, prompt_len=tokens // 8, vocab=self.arch.vocab_size, seed=0, ragged=True
+                sweeps=3,
+                tokens_per_sweep=tokens,
+                prompt_len=tokens // 8,
+                vocab=self.arch.vocab_size,
+                seed=0,
+                ragged=True,
             )
             points.append((job.processed_tokens / 3, self.resident_run(engine, job)["wall_s"] / 3))
         fixed_s, token_s = loads.line_through(*points)

@@ -89,9 +89,12 @@ def _judge(bench: Bench, engine: Worker, kind: str, job: loads.Job, pair: dict) 
 
 def _describe(pair: dict) -> str:
     rates = f"disk {pair['before']['best'] / 1e9:.2f} then {pair['after']['best'] / 1e9:.2f} GB/s"
-    run = f"T {pair['wall_s']:.1f} s, {pair['sweeps']} sweeps (fewest {pair['fewest_sweeps']}), D {pair['disk_s']:.1f} s"
+    run = (
+        f"T {pair['wall_s']:.1f} s, {pair['sweeps']} sweeps (fewest {pair['fewest_sweeps']}), D {pair['disk_s']:.1f} s"
+    )
     if "compute_s" in pair:
-        run += f", C {pair['compute_s']:.1f} s ({pair['of_gemm']:.0%} of the GEMM rate), limit reached {pair['fraction']:.1%}"
+        run += f", C {pair['compute_s']:.1f} s ({pair['of_gemm']:.0%} of the GEMM rate)"
+        run += f", limit reached {pair['fraction']:.1%}"
     return f"{run}, {rates}" + ("" if pair["counts"] else f"; does not count: {pair['reason']}")
 
 
@@ -126,7 +129,8 @@ def _figures(kind: str, raw: dict) -> list[Figure]:
         nothing = f"none of {len(raw['pairs'])} pairs counts: {', '.join(sorted(reasons))}"
         return [Figure(what=f"{kind}, all experts on disk", value="-", beside=nothing, ratio=0.0, target=TARGETS[kind])]
     disk_s, compute_s, wall_s, fraction, of_gemm = (
-        loads.median([pair[key] for pair in counted]) for key in ("disk_s", "compute_s", "wall_s", "fraction", "of_gemm")
+        loads.median([pair[key] for pair in counted])
+        for key in ("disk_s", "compute_s", "wall_s", "fraction", "of_gemm")
     )
     ratios = [pair["disk_s"] / pair["compute_s"] for pair in counted]
     tokens = loads.median([pair["new_tokens"] / pair["wall_s"] for pair in counted])
@@ -137,8 +141,8 @@ def _figures(kind: str, raw: dict) -> list[Figure]:
         Figure(
             what=f"{kind}, all experts on disk: max(D, C) / T, median of {len(counted)} ({fractions})",
             value=f"T {wall_s:.1f} s; {processed:.0f} tokens/s through the layers, {tokens:.1f} generated tokens/s",
-            beside=f"D {disk_s:.1f} s, C {compute_s:.1f} s, D/C {min(ratios):.2f}-{max(ratios):.2f}; a bare loop reaches "
-            f"{bare['fraction']:.1%} at D {bare['disk_s']:.1f} s, C {bare['compute_s']:.1f} s",
+            beside=f"D {disk_s:.1f} s, C {compute_s:.1f} s, D/C {min(ratios):.2f}-{max(ratios):.2f}; "
+            f"a bare loop reaches {bare['fraction']:.1%} at D {bare['disk_s']:.1f} s, C {bare['compute_s']:.1f} s",
             ratio=fraction,
             target=TARGETS[kind],
         ),

@@ -71,7 +71,7 @@ class Job:
 
 
 def staggered_job(*, sweeps: int, tokens_per_sweep: int, prompt_len: int, vocab: int, seed: int, ragged: bool) -> Job:
-    """Rows whose lengths descend from `sweeps` to 1, each group entering one sweep after the last and all ending together.
+    """Rows whose lengths descend from `sweeps` to 1, each group entering one sweep after the last, all ending together.
 
     Every group of rows with one length holds the same number of prompt tokens, which is also the pace, so group k
     enters in sweep k and every sweep carries nearly `tokens_per_sweep` tokens.
@@ -199,10 +199,13 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 def line_through(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
-    """(intercept, slope) of the line through two points, the intercept not below 0: cost = fixed + each · tokens."""
+    """(intercept, slope) of the line through two points: cost = fixed + each · tokens.
+
+    Where noise makes either negative, the line through the origin that is below neither point.
+    """
     (x0, y0), (x1, y1) = first, second
     slope = (y1 - y0) / (x1 - x0)
-    if y0 - slope * x0 < 0:
+    if slope <= 0 or y0 - slope * x0 < 0:
         return 0.0, max(y0 / x0, y1 / x1)
     return y0 - slope * x0, slope
 

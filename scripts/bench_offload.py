@@ -1,4 +1,4 @@
-"""FlexMoE against accelerate's disk offload: as many weights resident on both sides, cached file pages dropped for both."""
+"""FlexMoE against accelerate's disk offload: as many weights resident on both sides, cached pages dropped for both."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def offload(bench: Bench) -> tuple[list[Figure], dict]:
 
 
 def _balanced(bench: Bench, engine: Worker, peer: Worker, drop: tuple[str, ...]) -> tuple[Figure, dict]:
-    """The job of the limit section's balanced class, sized for the smaller disk tier; prompts equal, so nothing is padded."""
+    """A job as in the limit section's balanced class, for the smaller disk tier; its prompts are equal: no padding."""
     compute = bench.calibrate(engine)
     opened = bench.open(engine, "few", ragged_load(bench), bench.scale.resident_bytes)
     disk_bytes = opened["memory"]["disk"]["weights"]
@@ -68,8 +68,8 @@ def _balanced_figure(bench: Bench, job: Job, ours: list[dict], theirs_s: float, 
         f"{job.fewest_sweeps} steps each side; median of {len(ours)} against 1",
         value=f"{ours_s:.1f} s, {job.new_tokens / ours_s:.1f} useful tokens/s; limit max(D {disk_s:.1f} s, C "
         f"{compute_s:.1f} s), {loads.limit_fraction(disk_s, compute_s, ours_s):.1%} reached",
-        beside=f"accelerate {theirs_s:.1f} s, {job.new_tokens / theirs_s:.1f} useful tokens/s ({made / theirs_s:.1f} with "
-        "those that nobody asked for)",
+        beside=f"accelerate {theirs_s:.1f} s, {job.new_tokens / theirs_s:.1f} useful tokens/s "
+        f"({made / theirs_s:.1f} with those that nobody asked for)",
         ratio=theirs_s / ours_s,
         target=1.7,
     )
@@ -93,12 +93,13 @@ def _ragged(bench: Bench, engine: Worker, peer: Worker, drop: tuple[str, ...]) -
         how, theirs_s = "measured in full", _all_batches(bench, peer, job, int(best), drop)
     sizes = ", ".join(f"{size}: {seconds:.0f} s" for size, seconds in theirs["projected_s"].items())
     figure = Figure(
-        what=f"{job.rows} ragged prompts, {bench.scale.resident_bytes / 2**30:.2g} GiB resident; accelerate at its best batch",
-        value=f"{ours['wall_s']:.1f} s, {job.new_tokens / ours['wall_s']:.1f} useful tokens/s; max(D {disk_s:.1f} s, FLOPs / "
-        f"GEMM rate) = {limit_s:.1f} s",
-        beside=f"accelerate {theirs_s:.0f} s, {job.new_tokens / theirs_s:.1f} useful tokens/s, batches of {best} by length, "
-        f"{how} ({sizes}; from prefills of two sizes and {FEW_STEPS} steps of each batch size, scaled by padded tokens "
-        "and steps)",
+        what=f"{job.rows} ragged prompts, {bench.scale.resident_bytes / 2**30:.2g} GiB resident; accelerate at its "
+        "best batch",
+        value=f"{ours['wall_s']:.1f} s, {job.new_tokens / ours['wall_s']:.1f} useful tokens/s; max(D {disk_s:.1f} s, "
+        f"FLOPs / GEMM rate) = {limit_s:.1f} s",
+        beside=f"accelerate {theirs_s:.0f} s, {job.new_tokens / theirs_s:.1f} useful tokens/s, batches of {best} by "
+        f"length, {how} ({sizes}; from prefills of two sizes and {FEW_STEPS} steps of each batch size, scaled by "
+        "padded tokens and steps)",
         ratio=theirs_s / ours["wall_s"],
         target=3.0,
     )

@@ -112,5 +112,11 @@ if __name__ == "__main__":
     torch.set_num_threads(os.cpu_count())
     peer = Peer()
     serve(
-        {"open": peer.open, "experts": peer.experts, "generate": peer.generate, "logits": peer.logits, "close": peer.close}
+        {
+            "open": peer.open,
+            "experts": peer.experts,
+            "generate": peer.generate,
+            "logits": peer.logits,
+            "close": peer.close,
+        }
     )

@@ -1,4 +1,4 @@
-"""What a benchmark run keeps: figures with their limit and target, raw numbers, machine and versions; JSON and a table."""
+"""What a benchmark run keeps: figures with limit and target, raw numbers, machine and versions; JSON and a table."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Figure:
 
 
 class Record:
-    """The JSON record and the table beside it, written again after every section, so that an interrupted run keeps its own.
+    """The JSON record and the table beside it, written again after every section: an interrupted run keeps its own.
 
     Args:
         path: the JSON file; the table is beside it with the suffix `.md`. Sections that are already in it stay
@@ -88,8 +88,9 @@ class Record:
         for name, section in self._sections.items():
             machine, versions = section["machine"], section["versions"]
             lines += ["", f"## {name}", ""]
-            lines += [f"`{section['command']}` · {section['measured']} · {section['seconds']:.0f} s · {section['model']}", ""]
             lines += [
+                f"`{section['command']}` · {section['measured']} · {section['seconds']:.0f} s · {section['model']}",
+                "",
                 f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB; "
                 + ", ".join(f"{package} {number}" for package, number in versions.items()),
                 "",

@@ -15,8 +15,6 @@ from policies.policy import Policy, Workload
 from scripts.gpu_limit import Limit, Rates, steady_limit
 
 NUM_GPU_BATCHES = 2
-#: Rows never fill their blocks to the last one at the same moment.
-KV_SLACK = 1.02
 #: What the allocator cannot give back in one piece.
 GPU_MARGIN_BYTES = 300_000_000
 DISK_STEP = 4
@@ -42,7 +40,6 @@ class Choice:
     """A policy that fits, and the limit of its own bytes."""
 
     policy: Policy
-    kv_tokens: int
     sizes: Sizes
     memory: MemoryPlan
     limit: Limit
@@ -78,12 +75,14 @@ def _fit(
     row_bytes = (workload.prompt_len + workload.gen_len / 2) * arch.kv_bytes_per_token(arch.dtype_bytes)
     on_gpu = int(max(0, min(experts - on_disk, (budget.gpu_bytes - dense) // arch.expert_bytes)))
     rows = _even((budget.host_bytes - (experts - on_gpu - on_disk) * arch.expert_bytes) / row_bytes)
-    while on_gpu >= 0 and rows >= NUM_GPU_BATCHES:
+    while rows >= NUM_GPU_BATCHES:
         choice = _plan(arch, workload, rates, on_gpu, on_disk, rows, device)
         gpu_over = choice.memory.total("gpu") + GPU_MARGIN_BYTES - budget.gpu_bytes
         host_over = choice.memory.total("cpu") - budget.host_bytes
-        if gpu_over > 0:
-            fewer = ceil(gpu_over / arch.expert_bytes)
+        if gpu_over > 0 and on_gpu == 0:
+            rows = int(0.9 * rows)  # the workspace of so many tokens is what does not fit
+        elif gpu_over > 0:
+            fewer = min(on_gpu, ceil(gpu_over / arch.expert_bytes))
             on_gpu, rows = on_gpu - fewer, rows - ceil(fewer * arch.expert_bytes / row_bytes)
         elif host_over > 0:
             rows -= ceil(host_over / row_bytes)
@@ -109,13 +108,10 @@ def _plan(
         gen_len=workload.gen_len,
         cpu_attention_percent=100.0,
     )
-    # Half a block of every row's last one is empty in the mean.
-    kv_tokens = ceil(KV_SLACK * rows * (workload.prompt_len + (workload.gen_len + 16) / 2))
-    counts = sizes(arch, policy, workload, device=device, kv_tokens=kv_tokens)
+    counts = sizes(arch, policy, workload, device=device)
     streamed = sum(counts.placement.bytes_per_tier[tier] for tier in ("cpu", "disk"))
     return Choice(
         policy=policy,
-        kv_tokens=kv_tokens,
         sizes=counts,
         memory=plan_memory(arch, policy, counts, device=device, compute_bytes=arch.dtype_bytes),
         limit=steady_limit(

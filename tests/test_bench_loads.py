@@ -130,6 +130,7 @@ def test_a_cost_line_never_starts_below_zero():
     fixed, each = loads.line_through((1.0, 1.0), (2.0, 3.0))
     assert fixed == 0.0
     assert each == 1.5
+    assert loads.line_through((1.0, 3.0), (2.0, 2.0)) == (0.0, 3.0)
 
 
 def test_fill_and_drain_are_no_steady_state():

@@ -1,0 +1,80 @@
+"""The GPU benchmark: every figure beside its limit or peer, measured in the same run. One NVIDIA GPU.
+
+    python -m scripts.bench_gpu --stage probe        # copies, GEMM curve, HBM, CPU attention, disk
+    python -m scripts.bench_gpu --stage 24           # Mixtral 8x7B, dummy weights, process capped to 24 GB
+    python -m scripts.bench_gpu --stage 24 --rehearse   # a tiny model on the cpu: does the benchmark work?
+
+Stages: `parity` runs the tests marked gpu; `probe`; `16` and `24` time the steady state at 512/256 and 77/128 against the
+overlapped limit of ANCHORS at the rates of this run; `peer` is transformers with accelerate's CPU offload on 8 of the 32
+layers. Each takes up to 8 minutes and writes benchmarks/gpu-<stage>.json with a table beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from flexmoe.errors import FlexMoEError
+from scripts.bench_probes import machine, versions
+from scripts.bench_record import Figure, Record, figure_table
+from scripts.bench_worker import Worker, WorkerError
+from scripts.gpu_context import Context
+from scripts.gpu_stages import capped, parity, peer, probe
+
+Stage = Callable[[Context], tuple[list[Figure], dict]]
+STAGES: dict[str, Stage] = {
+    "parity": parity, "probe": probe, "16": lambda run: capped(run, 16), "24": lambda run: capped(run, 24), "peer": peer
+}  # fmt: skip
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.bench_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stage", required=True, choices=list(STAGES))
+    parser.add_argument("--workload", action="append", metavar="S/N", help="stages 16 and 24: only 512/256 or 77/128")
+    parser.add_argument("--host-mem", type=float, default=100.0, metavar="GB", help="host memory for weights and KV")
+    parser.add_argument("--nvme-mem", type=float, default=40.0, metavar="GB", help="most weight bytes on disk")
+    parser.add_argument("--seconds", type=float, default=460.0, help="end the stage's timed part by then")
+    parser.add_argument("--workdir", type=Path, default=Path("build"), metavar="DIR", help="offload files")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="record, table and traces; default benchmarks")
+    parser.add_argument("--rehearse", action="store_true", help="a tiny model on device cpu; its numbers mean nothing")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns its exit code: 0 when every target is met or it is a rehearsal, else 3."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(argv)
+    try:
+        run = Context.of(args)
+        with Worker("scripts.gpu_probe") as worker:
+            about = worker.ask("about", device=run.device)
+        record = Record(
+            run.out / f"gpu-{args.stage}.json",
+            {
+                "command": shlex.join(["python", "-m", "scripts.bench_gpu", *argv]),
+                "machine": machine() | about,
+                "versions": versions(),
+                "model": f"{run.model}, dummy weights, bfloat16",
+            },
+        )
+        run.say(f"stage {args.stage} on {about}; {machine()}; {versions()}")
+        begin = time.perf_counter()
+        figures, raw = STAGES[args.stage](run)
+        record.add(args.stage, figures, raw, time.perf_counter() - begin)
+    except (FlexMoEError, WorkerError, OSError) as error:
+        print(f"bench_gpu: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    print("\n".join(figure_table(figures)), flush=True)
+    missed = [figure.what for figure in figures if figure.met is False]
+    run.say(f"record: {run.out}/gpu-{args.stage}.json; {len(missed)} targets missed")
+    return 3 if missed and not args.rehearse else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""The stages of the GPU benchmark; each gives figures for the table and raw numbers for the record."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import xml.etree.ElementTree as xml
+from dataclasses import asdict
+
+import numpy as np
+
+from cost_model.arch import ModelArch
+from policies.policy import Workload
+from scripts.bench_record import Figure
+from scripts.bench_worker import ROOT, Worker
+from scripts.gpu_context import Context, rates_of, reduced_model
+from scripts.gpu_limit import Rates, machine_limit
+from scripts.gpu_policy import Budget, Choice, choose
+
+GIB = 1 << 30
+TARGET = 0.8
+WARM, TIMED = 5, 24
+JOB_BLOCKS = 10
+PEER_LAYERS, PEER_GPU_BYTES, PEER_SPARE_BYTES, PEER_HOST_BYTES = 8, int(8e9), int(2e9), int(32e9)
+PEER_WORKLOAD = Workload(prompt_len=512, gen_len=32)
+LOGITS_BOUND = 0.1
+REHEARSAL_CAP_BYTES = int(322e6)
+
+
+def parity(run: Context) -> tuple[list[Figure], dict]:
+    """The tests marked gpu: float32 tokens equal to transformers', on CUDA."""
+    report = run.workdir / "gpu-parity.xml"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", "-p", "no:cacheprovider"]
+    try:
+        code = subprocess.run(command, cwd=ROOT, timeout=run.left_s(), check=False).returncode
+    except subprocess.TimeoutExpired:
+        code = "timeout"
+    counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
+    if report.exists():
+        suite = next(xml.parse(report).getroot().iter("testsuite"))
+        counts = {name: int(suite.get(name, 0)) for name in counts}
+    passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
+    return [
+        Figure(
+            what="tests marked gpu that pass",
+            value=f"{passed} of {counts['tests']} ({counts['skipped']} skipped)",
+            beside="all of them",
+            ratio=passed / max(1, counts["tests"]),
+            target=1.0,
+        )
+    ], {"pytest_exit_code": code, **counts}
+
+
+def probe(run: Context) -> tuple[list[Figure], dict]:
+    """What the machine gives."""
+    found = run.measure()
+    copies, host, disk, curve = found["copies"], found["host"], found["disk"], found["gemm"]["curve"]
+    hbm = found["hbm"]["read"]
+    figures = [
+        _rate("pinned copies, host to GPU", copies["h2d"], "PCIe 5.0 x16: 63 GB/s", 63e9),
+        _rate("pinned copies, GPU to host", copies["d2h"], "PCIe 5.0 x16: 63 GB/s", 63e9),
+        _rate("host to GPU while the other way runs", copies["h2d_of_both"], "alone", copies["h2d"]),
+        _rate("GPU to host while the other way runs", copies["d2h_of_both"], "alone", copies["d2h"]),
+        _rate("HBM reads (sum)", hbm, "data sheet: 4.8 TB/s", 4.8e12),
+    ]
+    for tokens, rate in curve:
+        most = min(989e12, tokens * hbm)  # an expert's 2 bytes a weight are read once and give 2 FLOPs a token
+        figures.append(
+            Figure(
+                what=f"bf16 expert, {tokens} tokens",
+                value=f"{rate / 1e12:.1f} TFLOP/s",
+                beside=f"min(989, tokens · HBM) = {most / 1e12:.1f} TFLOP/s",
+                ratio=rate / most,
+            )
+        )
+    attention = f"host reads, best of {', '.join(host['reads'])}: {host['read'] / 1e9:.0f} GB/s"
+    figures += [
+        _rate(f"CPU attention, {host['threads']} threads, Mixtral's KV heads", host["attention"], attention, host["read"], 0.5),
+        _rate("CPU attention under copies to the GPU", host["attention_under_copies"], "alone", host["attention"]),
+        _rate("copies to the GPU under CPU attention", host["copies_under_attention"], "alone", copies["h2d"]),
+        _rate("disk reads, flexmoe.storage", disk["read"], "best plain O_DIRECT loop", disk["plain"]["best"]),
+        _rate("disk writes, flexmoe.storage, synced", disk["write"], "its reads", disk["read"]),
+    ]
+    return figures, {"units": "bytes/s and FLOP/s", **found}
+
+
+def capped(run: Context, cap_gb: int) -> tuple[list[Figure], dict]:
+    """The steady state of a full-size model in a process capped to so many GB on the GPU."""
+    found = run.measure()
+    rates, cap = rates_of(found), REHEARSAL_CAP_BYTES if run.rehearse else cap_gb * 10**9
+    figures, raw = [], {"probes": found, "cap_bytes": cap}
+    for place, workload in enumerate(run.workloads):
+        name = f"{workload.prompt_len}/{workload.gen_len}"
+        with Worker("scripts.gpu_steady") as worker:
+            room = worker.ask("room", device=run.device, gpu_bytes=cap, host_bytes=run.host_bytes)
+            budget = Budget(**room, disk_bytes=run.disk_bytes)
+            choice = choose(run.arch, workload, budget, rates, device=run.device)
+            run.say(f"{name}: {choice.policy}; limit of its bytes {choice.limit.tokens_per_s:.1f} tok/s, {choice.limit.bound_by}")
+            trace = run.out / f"gpu-{cap_gb}-{name.replace('/', '-')}.trace.json"
+            measured = worker.ask(
+                "steady", **_engine(run, run.model, choice, workload, cap, run.host_bytes), warm=WARM, timed=TIMED,
+                deadline_s=run.left_s() / (len(run.workloads) - place), trace=str(trace),
+            )  # fmt: skip
+        raw[name] = {"policy": asdict(choice.policy), "budget": asdict(budget), "own_limit": choice.limit.to_json(), **measured}
+        figures += _steady_figures(run, cap_gb, cap, workload, rates, choice, budget, measured, raw[name])
+        run.say(f"{name}: {measured['generated'] / measured['wall_s']:.1f} tok/s, loaded in {measured['load_s']:.0f} s")
+    return figures, raw
+
+
+def _engine(run: Context, model: str, choice: Choice, workload: Workload, cap: int, host_bytes: int) -> dict:
+    """What a worker needs to open the engine."""
+    budgets = {"gpu_mem": cap / GIB, "cpu_mem": host_bytes / GIB, "nvme_mem": run.disk_bytes / GIB}
+    return {
+        "model": model, "policy": asdict(choice.policy), "lengths": [workload.prompt_len, workload.gen_len],
+        "budgets": budgets, "device": run.device, "offload_dir": str(run.workdir / "offload"),
+    }  # fmt: skip
+
+
+def _steady_figures(
+    run: Context, cap_gb: int, cap: int, workload: Workload, rates: Rates, choice: Choice, budget: Budget, measured: dict,
+    raw: dict,
+) -> list[Figure]:  # fmt: skip
+    name = f"{workload.prompt_len}/{workload.gen_len}, {cap_gb} GB"
+    wall_s, sweeps = measured["wall_s"], measured["sweeps"]
+    rate, own = measured["generated"] / wall_s, choice.limit
+    figures = []
+    if not run.rehearse:
+        best = machine_limit(
+            run.arch, workload, rates, gpu_bytes=cap, host_bytes=budget.host_bytes, disk_bytes=budget.disk_bytes
+        )
+        raw["limit"] = best.to_json()
+        beside = f"overlapped e2e limit at this run's rates: {best.tokens_per_s:.1f} tok/s ({best.bound_by}, {best.rows:.0f} rows)"
+        figures.append(_tokens(f"{name}: generated, steady state, e2e", rate, beside, best.tokens_per_s, TARGET))
+    beside = f"limit of the policy's own bytes: {own.tokens_per_s:.1f} tok/s ({own.bound_by}, {own.rows:.0f} rows)"
+    figures.append(_tokens(f"{name}: the same, {sweeps} sweeps of {wall_s / sweeps:.3f} s", rate, beside, own.tokens_per_s))
+    ideal = measured["generated"] * workload.prompt_len / workload.gen_len
+    figures += [
+        Figure(
+            what=f"{name}: prompt tokens prefilled meanwhile",
+            value=f"{measured['prompt']}",
+            beside=f"generated · s / n = {ideal:.0f}",
+            ratio=measured["prompt"] / ideal,
+            target=0.95,
+        ),
+        Figure(
+            what=f"{name}: GPU memory at its peak ({measured['gpu_peak_source']})",
+            value=f"{measured['gpu_peak_bytes'] / 1e9:.2f} GB",
+            beside=f"cap {cap / 1e9:.2f} GB",
+            ratio=measured["gpu_peak_bytes"] / cap,
+            target=1.0,
+            at_most=True,
+        ),
+        Figure(
+            what=f"{name}: host memory at its peak",
+            value=f"{measured['host_peak_bytes'] / 1e9:.1f} GB",
+            beside="128 GB",
+            ratio=measured["host_peak_bytes"] / 128e9,
+            target=1.0,
+            at_most=True,
+        ),
+    ]
+    for lane, did in sorted(measured["lanes"].items()):
+        moved = f", {did['bytes'] / wall_s / 1e9:.1f} GB/s over the run" if did["bytes"] else ""
+        figures.append(
+            Figure(
+                what=f"{name}: lane {lane} busy",
+                value=f"{did['busy_s']:.2f} s{moved}",
+                beside=f"{wall_s:.2f} s (its workers add up)",
+                ratio=did["busy_s"] / wall_s,
+            )
+        )
+    n, rows = workload.gen_len, choice.policy.block_size
+    job_s = (JOB_BLOCKS + 1) * n * wall_s / sweeps
+    predicted = f"predicted, not measured: {job_s / 3600:.2f} h, {JOB_BLOCKS * rows * n / job_s:.1f} tok/s"
+    what = f"{name}: a whole job of {JOB_BLOCKS} blocks ({JOB_BLOCKS * rows} rows)"
+    return [*figures, Figure(what=what, value=predicted, beside=f"steady state {rate:.1f} tok/s")]
+
+
+def peer(run: Context) -> tuple[list[Figure], dict]:
+    """transformers + accelerate's CPU offload and FlexMoE, the same dummy weights, the same cap on the GPU."""
+    model = run.model if run.rehearse else reduced_model(run.workdir / "mixtral-8-layers", {"num_hidden_layers": PEER_LAYERS})
+    arch, workload = ModelArch.from_dir(model), run.workloads[0] if run.rehearse else PEER_WORKLOAD
+    cap, host_bytes = (REHEARSAL_CAP_BYTES, run.host_bytes) if run.rehearse else (PEER_GPU_BYTES, PEER_HOST_BYTES)
+    rng = random.Random(1)
+    prompt = [rng.randrange(3, arch.vocab_size) for _ in range(64)]
+    files = {side: run.workdir / f"gpu-logits-{side}.npy" for side in ("ours", "theirs")}
+    theirs = _accelerate(run, model, workload, cap, prompt, str(files["theirs"]))
+    rates = rates_of(run.measure())
+    with Worker("scripts.gpu_steady") as worker:
+        room = worker.ask("room", device=run.device, gpu_bytes=cap, host_bytes=host_bytes)
+        choice = choose(arch, workload, Budget(**room, disk_bytes=0), rates, device=run.device)
+        rows = 2 * choice.policy.block_size
+        ours = worker.ask(
+            "job", **_engine(run, model, choice, workload, cap, host_bytes), rows=rows, probe=prompt, path=str(files["ours"])
+        )
+    a, b = (np.load(file) for file in files.values())
+    difference = float(np.median(np.abs(a - b).max(axis=1)) / np.sqrt(np.mean(b**2)))
+    our_rate, their_rate = ours["generated"] / ours["wall_s"], theirs["rows"] * workload.gen_len / theirs["wall_s"]
+    scale = f"{arch.num_layers} of 32 layers, all widths, cap {cap / 1e9:g} GB"
+    name = f"{workload.prompt_len}/{workload.gen_len}"
+    return [
+        Figure(
+            what=f"logits of one prompt, median over positions of the largest difference ({scale})",
+            value=f"{difference:.4f} of their rms",
+            beside="transformers, bf16",
+            ratio=difference,
+            target=LOGITS_BOUND,
+            at_most=True,
+        ),
+        _tokens(
+            f"{name}, whole job of {rows} rows, generated e2e ({scale})", our_rate,
+            f"transformers + accelerate, {theirs['rows']} rows (its largest batch): {their_rate:.2f} tok/s", their_rate,
+        ),
+        _tokens(
+            f"{name}: the same", our_rate,
+            f"limit of the policy's own bytes, steady state: {choice.limit.tokens_per_s:.1f} tok/s", choice.limit.tokens_per_s,
+        ),
+    ], {"ours": ours, "theirs": theirs, "policy": asdict(choice.policy), "own_limit": choice.limit.to_json(),
+        "scaling": "time and bytes of a sweep are proportional to the layers"}  # fmt: skip
+
+
+def _accelerate(run: Context, model: str, workload: Workload, cap: int, prompt: list[int], path: str) -> dict:
+    """The peer at the largest batch that its memory admits: a pass moves the same weights for any batch."""
+    with Worker("scripts.gpu_peer") as worker:
+        opened = worker.ask(
+            "open", model=model, device=run.device, gpu_bytes=cap, spare_bytes=PEER_SPARE_BYTES,
+            offload_dir=str(run.workdir / "offload"),
+        )  # fmt: skip
+        worker.ask("logits", token_ids=prompt, path=path)
+        prefills = {}
+        for rows in (2,) if run.rehearse else (8, 16, 32, 64, 128, 256):
+            wall_s = worker.ask("generate", rows=rows, prompt_len=workload.prompt_len, new_tokens=2)["wall_s"]
+            if wall_s is None:
+                break
+            prefills[rows] = wall_s
+        for rows in sorted(prefills, reverse=True):
+            wall_s = worker.ask("generate", rows=rows, prompt_len=workload.prompt_len, new_tokens=workload.gen_len)["wall_s"]
+            if wall_s is not None:
+                break
+    run.say(f"accelerate: {opened}, prefills {prefills}, {rows} rows in {wall_s} s")
+    return {**opened, "prefills_s": prefills, "rows": rows, "wall_s": wall_s}
+
+
+def _rate(what: str, value: float, beside: str, against: float, target: float | None = None) -> Figure:
+    unit, scale = ("TB/s", 1e12) if value > 1e12 else ("GB/s", 1e9)
+    text = beside if "B/s" in beside else f"{beside}: {against / scale:.2f} {unit}"
+    return Figure(what=what, value=f"{value / scale:.2f} {unit}", beside=text, ratio=value / max(1.0, against), target=target)
+
+
+def _tokens(what: str, value: float, beside: str, against: float, target: float | None = None) -> Figure:
+    return Figure(what=what, value=f"{value:.2f} tok/s", beside=beside, ratio=value / max(1e-9, against), target=target)
