@@ -77,7 +77,7 @@ class KVLanes:
         host_tokens = buffers.batch_tokens if device.is_cuda else 0  # on cpu the tensors already are host memory
         self._down = [self._host((2, host_tokens, *token)) for _ in range(2)]
         self._queries = [self._host((2, host_tokens, query_heads, s.head_dim)) for _ in range(2)]
-        self._staging_read: list = [None, None]
+        self._staging_read = [device.record(), device.record()]
 
     def begin(self, block: Block) -> None:
         """Derive the index tensors of a sweep; called once per sweep, before its first operation."""
@@ -167,8 +167,7 @@ class KVLanes:
         width = self._cache.shape.token_bytes
         raw = self._disk.read(layer, plan.disk, side) if plan.disk else None
         with self._device.on(self._streams["h2d"]):
-            if self._staging_read[side] is not None:
-                self._staging_read[side].wait()
+            self._staging_read[side].wait()
             with self._recorder.span("h2d/kv", f"kv {layer}", plan.past_tokens * width):
                 packed = self._packed[side][:, : plan.past_tokens]
                 count = len(plan.past_home)

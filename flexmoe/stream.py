@@ -137,7 +137,8 @@ class WeightStream:
         else:
             size = -(-size // 4096) * 4096
             arena = self._device.host_buffer(slots * size, pinned=False)
-        self._idle_slots = [_Slot(arena[i * size : (i + 1) * size]) for i in range(slots)]
+        now = self._device.record()  # the arena's memory may have been somebody else's until here
+        self._idle_slots = [_Slot(arena[i * size : (i + 1) * size], now) for i in range(slots)]
         staged = [self._store.layouts[u].host_bytes for u in self._order if self._needs_staging(u)]
         if staged:
             size = max(staged)

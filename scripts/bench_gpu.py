@@ -22,7 +22,7 @@ from flexmoe.errors import FlexMoEError
 from scripts.bench_probes import machine, versions
 from scripts.bench_record import Figure, Record, figure_table
 from scripts.bench_worker import Worker, WorkerError
-from scripts.gpu_context import Context
+from scripts.gpu_context import Context, filesystem
 from scripts.gpu_stages import capped, parity, peer, probe
 
 Stage = Callable[[Context], tuple[list[Figure], dict]]
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
             run.out / f"gpu-{args.stage}.json",
             {
                 "command": shlex.join(["python", "-m", "scripts.bench_gpu", *argv]),
-                "machine": machine() | about,
+                "machine": machine() | about | {"filesystem": filesystem(run.workdir)},
                 "versions": versions(),
                 "model": f"{run.model}, dummy weights, bfloat16",
             },

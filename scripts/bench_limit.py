@@ -197,7 +197,7 @@ def _plot(bench: Bench, points: list[dict]) -> None:
     try:
         import matplotlib
     except ImportError:
-        bench.say("matplotlib is not installed: no plot (pip install matplotlib, then --section rows)")
+        bench.say("matplotlib is not installed: no plot (pip install 'flexmoe[plot]', then --section rows)")
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -81,7 +81,7 @@ class Record:
         lines = [
             "# Benchmark record",
             "",
-            "Written by `python -m scripts.bench`; the raw numbers of every repetition are in the JSON file beside it.",
+            "Written by the commands below; the raw numbers of every repetition are in the JSON file beside it.",
             "Generated tokens are those that the requests ask for: no padding, no token that is thrown away.",
             "A ratio is against the limit or peer beside it, measured in the same run.",
         ]

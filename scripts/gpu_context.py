@@ -56,6 +56,7 @@ class Context:
         out = (args.out or (workdir / "gpu-rehearsal" if rehearse else Path("benchmarks"))).resolve()
         for directory in (workdir, out):
             directory.mkdir(parents=True, exist_ok=True)
+        in_memory = filesystem(workdir) in ("tmpfs", "ramfs")
         known = {f"{w.prompt_len}/{w.gen_len}": w for w in (REHEARSED if rehearse else WORKLOADS)}
         unknown = [name for name in args.workload or () if name not in known]
         if unknown:
@@ -65,7 +66,7 @@ class Context:
             device="cpu" if rehearse else "cuda",
             workloads=tuple(known[name] for name in args.workload or known),
             host_bytes=int(45e6 if rehearse else args.host_mem * 1e9),
-            disk_bytes=int(10e6 if rehearse else args.nvme_mem * 1e9),
+            disk_bytes=int(10e6 if rehearse else 0 if in_memory else args.nvme_mem * 1e9),
             workdir=workdir,
             out=out,
             end_s=time.perf_counter() + args.seconds,
@@ -116,6 +117,13 @@ def rates_of(found: dict) -> Rates:
         cpu_attention=host["attention"],
         nvme=found["disk"]["read"],
     )
+
+
+def filesystem(path: Path) -> str:
+    """Type of the file system that holds a path: a disk tier on `tmpfs` would be host memory."""
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+    holding = [(where, kind) for where, kind in mounts if path.is_relative_to(where)]
+    return max(holding, key=lambda mount: len(mount[0]), default=("", "unknown"))[1]
 
 
 def reduced_model(path: Path, changes: dict) -> str:

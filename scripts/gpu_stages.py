@@ -13,7 +13,7 @@ import numpy as np
 from cost_model.arch import ModelArch
 from policies.policy import Workload
 from scripts.bench_record import Figure
-from scripts.bench_worker import ROOT, Worker
+from scripts.bench_worker import ROOT, Worker, WorkerError
 from scripts.gpu_context import Context, rates_of, reduced_model
 from scripts.gpu_limit import Rates, machine_limit
 from scripts.gpu_policy import Budget, Choice, choose
@@ -24,6 +24,7 @@ WARM, TIMED = 5, 24
 JOB_BLOCKS = 10
 PEER_LAYERS, PEER_GPU_BYTES, PEER_SPARE_BYTES, PEER_HOST_BYTES = 8, int(8e9), int(2e9), int(32e9)
 PEER_WORKLOAD = Workload(prompt_len=512, gen_len=32)
+PEER_BATCHES = (8, 32, 64, 128)
 LOGITS_BOUND = 0.1
 REHEARSAL_CAP_BYTES = int(322e6)
 
@@ -32,7 +33,7 @@ def parity(run: Context) -> tuple[list[Figure], dict]:
     """The tests marked gpu: float32 tokens equal to transformers', on CUDA."""
     report = run.workdir / "gpu-parity.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", f"--junitxml={report}", "-p", "no:cacheprovider"]
     try:
         code = subprocess.run(command, cwd=ROOT, timeout=run.left_s(), check=False).returncode
     except subprocess.TimeoutExpired:
@@ -191,7 +192,7 @@ def peer(run: Context) -> tuple[list[Figure], dict]:
     with Worker("scripts.gpu_steady") as worker:
         room = worker.ask("room", device=run.device, gpu_bytes=cap, host_bytes=host_bytes)
         choice = choose(arch, workload, Budget(**room, disk_bytes=0), rates, device=run.device)
-        rows = 2 * choice.policy.block_size
+        rows = choice.policy.block_size * (2 if run.left_s() > 200 else 1)
         ours = worker.ask(
             "job", **_engine(run, model, choice, workload, cap, host_bytes), rows=rows, probe=prompt, path=str(files["ours"])
         )
@@ -223,24 +224,36 @@ def peer(run: Context) -> tuple[list[Figure], dict]:
 
 def _accelerate(run: Context, model: str, workload: Workload, cap: int, prompt: list[int], path: str) -> dict:
     """The peer at the largest batch that its memory admits: a pass moves the same weights for any batch."""
+    options = {
+        "model": model, "device": run.device, "gpu_bytes": cap, "spare_bytes": PEER_SPARE_BYTES,
+        "offload_dir": str(run.workdir / "offload"),
+    }  # fmt: skip
+    sizes = (2,) if run.rehearse else PEER_BATCHES
+    tried, short = {}, {"prompt_len": workload.prompt_len, "new_tokens": 2}
     with Worker("scripts.gpu_peer") as worker:
-        opened = worker.ask(
-            "open", model=model, device=run.device, gpu_bytes=cap, spare_bytes=PEER_SPARE_BYTES,
-            offload_dir=str(run.workdir / "offload"),
-        )  # fmt: skip
+        opened = worker.ask("open", **options)
         worker.ask("logits", token_ids=prompt, path=path)
-        prefills = {}
-        for rows in (2,) if run.rehearse else (8, 16, 32, 64, 128, 256):
-            wall_s = worker.ask("generate", rows=rows, prompt_len=workload.prompt_len, new_tokens=2)["wall_s"]
-            if wall_s is None:
+        for implementation in ("eager", "grouped_mm"):
+            worker.ask("experts", implementation=implementation)
+            worker.ask("generate", rows=sizes[0], **short)
+            tried[implementation] = worker.ask("generate", rows=sizes[0], **short)
+        best = min(tried, key=lambda name: tried[name]["wall_s"] or float("inf"))
+        worker.ask("experts", implementation=best)
+        fitting = []
+        for rows in sizes:
+            tried[rows] = worker.ask("generate", rows=rows, **short)
+            if tried[rows]["wall_s"] is None:
                 break
-            prefills[rows] = wall_s
-        for rows in sorted(prefills, reverse=True):
-            wall_s = worker.ask("generate", rows=rows, prompt_len=workload.prompt_len, new_tokens=workload.gen_len)["wall_s"]
-            if wall_s is not None:
-                break
-    run.say(f"accelerate: {opened}, prefills {prefills}, {rows} rows in {wall_s} s")
-    return {**opened, "prefills_s": prefills, "rows": rows, "wall_s": wall_s}
+            fitting.append(rows)
+    for rows in reversed(fitting):  # in a fresh process: a failed pass leaves weights on the GPU
+        with Worker("scripts.gpu_peer") as worker:
+            worker.ask("open", **options)
+            worker.ask("experts", implementation=best)
+            done = worker.ask("generate", rows=rows, prompt_len=workload.prompt_len, new_tokens=workload.gen_len)
+        run.say(f"accelerate: {opened}, {tried}, {rows} rows: {done}")
+        if done["wall_s"] is not None:
+            return {**opened, "tried": tried, "experts": best, "rows": rows, **done}
+    raise WorkerError(f"accelerate ran at no batch of {sizes} rows: {tried}")
 
 
 def _rate(what: str, value: float, beside: str, against: float, target: float | None = None) -> Figure:

@@ -1,10 +1,19 @@
 """The arithmetic of the GPU benchmark: ANCHORS' limit, and policies that fit their budgets."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from cost_model.arch import ModelArch
+from cost_model.costs import kv_blocks_per_tier, kv_tokens_wanted
+from flexmoe import device as device_module
+from flexmoe.device import Device
 from flexmoe.errors import InfeasibleError
-from policies.policy import Workload
+from flexmoe.kv_cache import KVCache, KVExhausted, KVShape
+from flexmoe.params import EngineRequest, SamplingParams
+from flexmoe.scheduler import Row, Scheduler
+from policies.policy import Policy, Workload
 from scripts.gpu_limit import Rates, Traffic, machine_limit, steady_limit, sweep_terms
 from scripts.gpu_policy import GPU_MARGIN_BYTES, Budget, choose
 
@@ -87,3 +96,77 @@ def test_chosen_policy_is_near_the_limit_of_the_machine():
 def test_budget_without_room_for_a_row_is_refused():
     with pytest.raises(InfeasibleError, match="no policy fits"):
         choose(ARCH, LONG, Budget(gpu_bytes=int(15e9), host_bytes=int(10e9), disk_bytes=0), H200)
+
+
+def _aged_scheduler(rows, prompt, gen):
+    chosen = Policy.from_percent(
+        (10, 90, 0, 100, 100, 0), gpu_batch_size=rows // 2, num_gpu_batches=2, prompt_len=prompt, gen_len=gen,
+        cpu_attention_percent=100,
+    )  # fmt: skip
+    workload = Workload(prompt_len=prompt, gen_len=gen)
+    blocks = kv_blocks_per_tier(chosen, kv_tokens_wanted(chosen, workload), prompt + gen)
+    shape = KVShape(layers=1, kv_heads=1, head_dim=2, dtype=torch.bfloat16)
+    return Scheduler(chosen, KVCache(Device("cpu"), shape, blocks))
+
+
+def _row(prompt, gen, age=0):
+    request = EngineRequest(request_id="r", prompt_token_ids=(1,) * prompt, params=SamplingParams(max_tokens=gen))
+    return Row(request, [1] * (prompt + age), prompt + gen)
+
+
+@pytest.mark.parametrize("rows, prompt, gen", [(300, 512, 256), (200, 77, 128)])
+def test_block_of_all_ages_is_in_the_steady_state_from_its_first_sweep(rows, prompt, gen):
+    scheduler = _aged_scheduler(rows, prompt, gen)
+    for place in reversed(range(rows)):
+        age = place * gen // rows
+        scheduler.enter_aged(_row(prompt, gen, age)) if age else scheduler.waiting.append(_row(prompt, gen))
+    generated = prefilled = sweeps = 0
+    for sweeps in range(1, 31):
+        scheduler.waiting.extend(_row(prompt, gen) for _ in range(8))
+        runs = scheduler.plan()
+        for run in runs:
+            prefilled += scheduler.commit(run.owner, 1 if run.logits else None)
+            generated += run.logits
+        for run in runs:
+            if len(run.owner.tokens) >= run.owner.limit:
+                scheduler.finish(run.owner)
+        scheduler.end_sweep()
+    assert scheduler.restarts == 0
+    assert generated == pytest.approx(rows * sweeps, rel=0.03)
+    assert prefilled == pytest.approx(rows * sweeps * prompt / gen, rel=0.06)
+
+
+def test_aged_row_decodes_its_last_token_next_and_gives_everything_back():
+    scheduler = _aged_scheduler(4, 20, 10)
+    row = _row(20, 10, age=7)
+    scheduler.enter_aged(row)
+    assert (row.kv.length, row.prompt_done, len(row.generated)) == (26, 20, 7)
+    (run,) = scheduler.plan()
+    assert (len(run.tokens), run.logits, run.mode) == (1, 1, "cpu")
+    scheduler.commit(row, 1)
+    scheduler.finish(row)
+    assert scheduler._cache.free("cpu") == scheduler._cache.total("cpu")
+
+
+def test_aged_row_without_room_is_refused():
+    scheduler = _aged_scheduler(2, 64, 2)
+    for _ in range(2):
+        scheduler.enter_aged(_row(64, 2, age=1))
+    with pytest.raises(KVExhausted):
+        scheduler.enter_aged(_row(64, 2, age=1))
+
+
+def test_memory_is_unregistered_before_it_is_unmapped(monkeypatch):
+    freed = []
+    cudart = SimpleNamespace(cudaHostUnregister=lambda address: freed.append(address))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    buffer = Device("cpu").host_buffer(5000)
+    view, address = buffer[10:20], buffer.data_ptr()
+    del buffer
+    assert not freed
+    del view
+    assert freed == []  # what was never registered is not unregistered
+    pages = device_module._map_pages(4096, False)
+    pages.registered_at = address
+    del pages
+    assert freed == [address]
