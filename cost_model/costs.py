@@ -114,7 +114,13 @@ def kv_blocks_per_tier(policy: Policy, kv_tokens: int, longest_row: int) -> dict
 
 
 def sizes(
-    arch: ModelArch, policy: Policy, workload: Workload, *, device: str, kv_tokens: int | None = None, longest_row: int = 0
+    arch: ModelArch,
+    policy: Policy,
+    workload: Workload,
+    *,
+    device: str,
+    kv_tokens: int | None = None,
+    longest_row: int = 0,
 ) -> Sizes:
     """Counts for running ``policy`` on a device type (``cpu`` or ``cuda``).
 
@@ -155,9 +161,7 @@ def slot_bytes(arch: ModelArch, placement: Placement) -> int:
     return max(streamed) + UNIT_SLACK_BYTES if streamed else 0
 
 
-def plan_memory(
-    arch: ModelArch, policy: Policy, counts: Sizes, *, device: str, compute_bytes: int
-) -> MemoryPlan:
+def plan_memory(arch: ModelArch, policy: Policy, counts: Sizes, *, device: str, compute_bytes: int) -> MemoryPlan:
     """Bytes that each tier holds at its peak.
 
     Args:

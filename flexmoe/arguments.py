@@ -69,12 +69,23 @@ def parser() -> argparse.ArgumentParser:
 
 def _job_flags(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("job")
-    g.add_argument("--model", required=True, help="checkpoint directory, hub id, or a known shape with --load-format dummy")
-    g.add_argument("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights, only the shape is needed")
-    g.add_argument("-i", "--input-file", type=Path, help="requests: OpenAI Batch lines or plain {\"prompt\": …} rows")
-    g.add_argument("-o", "--output-file", type=Path, help="completions, in input order; failed rows go to <output>.errors.jsonl")
+    g.add_argument(
+        "--model", required=True, help="checkpoint directory, hub id, or a known shape with --load-format dummy"
+    )
+    g.add_argument(
+        "--load-format",
+        choices=("auto", "dummy"),
+        default="auto",
+        help="dummy: random weights, only the shape is needed",
+    )
+    g.add_argument("-i", "--input-file", type=Path, help='requests: OpenAI Batch lines or plain {"prompt": …} rows')
+    g.add_argument(
+        "-o", "--output-file", type=Path, help="completions, in input order; failed rows go to <output>.errors.jsonl"
+    )
     g.add_argument("--prompt-len", type=_count, default=512, help="benchmark: tokens per prompt (default 512)")
-    g.add_argument("--gen-len", type=_count, default=32, help="tokens per completion for rows without max_tokens (default 32)")
+    g.add_argument(
+        "--gen-len", type=_count, default=32, help="tokens per completion for rows without max_tokens (default 32)"
+    )
     g.add_argument("--cut-gen-len", type=_count, help="benchmark: stop after so many tokens and project to --gen-len")
     g.add_argument("--num-prompts", type=_count, help="benchmark: prompts (default: one block)")
     g.add_argument("--seed", type=int, default=0, help="benchmark: seed of the synthetic prompts (default 0)")
@@ -88,14 +99,26 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("policy")
     g.add_argument("--policy", type=Path, help="policy file; instead of the flags of this group")
     g.add_argument("--force-policy", action="store_true", help="run a policy file that was made for another model")
-    g.add_argument("--percent", nargs=6, type=float, metavar=("W", "W", "C", "C", "A", "A"), help="placement; see below")
+    g.add_argument(
+        "--percent", nargs=6, type=float, metavar=("W", "W", "C", "C", "A", "A"), help="placement; see below"
+    )
     g.add_argument("--gpu-batch-size", type=_count, help="rows whose attention runs together (default 16)")
     g.add_argument("--num-gpu-batches", type=_count, help="GPU batches in flight (default 1)")
-    g.add_argument("--prefill-tokens", type=_count, help="most prompt tokens that enter a sweep (default: an even pace)")
-    g.add_argument("--schedule", choices=("rolling", "static"), help="refill finished rows at once, or march in blocks (default rolling)")
+    g.add_argument(
+        "--prefill-tokens", type=_count, help="most prompt tokens that enter a sweep (default: an even pace)"
+    )
+    g.add_argument(
+        "--schedule",
+        choices=("rolling", "static"),
+        help="refill finished rows at once, or march in blocks (default rolling)",
+    )
     g.add_argument("--cpu-cache-compute", action="store_true", help="attend all KV in CPU memory on the CPU")
-    g.add_argument("--overlap", type=_flag, nargs="?", const=True, help="run transfers beside computation (default true)")
-    g.add_argument("--pin-weight", type=_flag, nargs="?", const=True, help="CUDA: keep CPU weights pinned (default true)")
+    g.add_argument(
+        "--overlap", type=_flag, nargs="?", const=True, help="run transfers beside computation (default true)"
+    )
+    g.add_argument(
+        "--pin-weight", type=_flag, nargs="?", const=True, help="CUDA: keep CPU weights pinned (default true)"
+    )
 
 
 def _machine_flags(p: argparse.ArgumentParser) -> None:
@@ -106,4 +129,6 @@ def _machine_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--cpu-mem", type=float, metavar="GIB", help="CPU memory to stay under")
     g.add_argument("--nvme-mem", type=float, metavar="GIB", help="disk space to stay under, weights on disk included")
     g.add_argument("--offload-dir", type=Path, default=Path("~/flexmoe_offload_dir"), help="directory of the disk tier")
-    g.add_argument("--kv-tokens", type=_count, help="KV capacity in tokens (default: from the block and the rows' lengths)")
+    g.add_argument(
+        "--kv-tokens", type=_count, help="KV capacity in tokens (default: from the block and the rows' lengths)"
+    )

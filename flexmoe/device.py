@@ -65,7 +65,9 @@ class Device:
         self._context_bytes: int | None = None
         if self.is_cuda:
             # Many functions of torch.cuda take no device without an index.
-            self.torch = torch.device("cuda", torch.cuda.current_device() if self.torch.index is None else self.torch.index)
+            self.torch = torch.device(
+                "cuda", torch.cuda.current_device() if self.torch.index is None else self.torch.index
+            )
             torch.cuda.set_device(self.torch)
         self._base = self.event(timing=True)
         self._base.record()

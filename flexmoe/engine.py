@@ -27,6 +27,8 @@ from flexmoe.weights import EmbeddingTable, WeightStore
 from policies.schedule import SweepShape, UnitStep, experts_in_compute_order, fetch_order
 
 log = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
     """What one sweep did."""
@@ -120,6 +122,8 @@ class Engine:
         start = time.perf_counter()
         runs = self.scheduler.plan()
         if not runs:
+            if self.unfinished:  # `check` admits only rows that fit an empty tier, so this cannot be waited out
+                raise RuntimeError(f"{self.unfinished} requests wait, but the scheduler can admit none of them")
             return []
         block = Block(runs, self.config.policy.gpu_batch_size)
         logits = self.executor.run(block)
@@ -269,9 +273,7 @@ def _units(model: Model, tier_of: Mapping[str, str]) -> Units:
             head.append(step)
             rows[unit.name] = arch.head_rows(int(number))
     ordered = tuple(tuple(experts_in_compute_order(e)) for e in experts)
-    return Units(
-        attention=tuple(attention), experts=ordered, head=tuple(head), expert_index=index, head_rows=rows
-    )
+    return Units(attention=tuple(attention), experts=ordered, head=tuple(head), expert_index=index, head_rows=rows)
 
 
 def _make_directory(path: Path) -> None:

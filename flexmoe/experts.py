@@ -12,6 +12,7 @@ import torch
 from cost_model.costs import EXPERT_CHUNK_TOKENS
 from flexmoe.device import Device
 
+
 class ExpertDispatch:
     """Routes the tokens of a block to experts and adds up what comes back.
 

@@ -60,7 +60,13 @@ class KVLanes:
     """
 
     def __init__(
-        self, device: Device, recorder: Recorder, cache: KVCache, buffers: KVBuffers, query_heads: int, window: int | None
+        self,
+        device: Device,
+        recorder: Recorder,
+        cache: KVCache,
+        buffers: KVBuffers,
+        query_heads: int,
+        window: int | None,
     ):
         self._device, self._recorder, self._cache, self._window = device, recorder, cache, window
         self._lanes = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("h2d", "d2h", "cpu")}
@@ -253,7 +259,9 @@ class KVLanes:
 
     def _slots(self, blocks: list[int], first: int, count: int) -> np.ndarray:
         """Flat token slots of tokens ``[first, first + count)`` of a row with this block table."""
-        return token_slots(np.asarray(blocks, dtype=np.int64), np.arange(first, first + count), self._cache.block_tokens)
+        return token_slots(
+            np.asarray(blocks, dtype=np.int64), np.arange(first, first + count), self._cache.block_tokens
+        )
 
     def _host(self, shape: tuple[int, ...]) -> torch.Tensor:
         dtype = self._cache.shape.dtype

@@ -84,7 +84,9 @@ class LLM:
         if len(params) != len(prompts):
             raise UsageError(f"{len(prompts)} prompts but {len(params)} sampling parameters; give one per prompt")
         ids = [tuple(self.tokenizer.encode(p) if isinstance(p, str) else p) for p in prompts]
-        requests = [EngineRequest(request_id=str(i), prompt_token_ids=t, params=s) for i, (t, s) in enumerate(zip(ids, params))]
+        requests = [
+            EngineRequest(request_id=str(i), prompt_token_ids=t, params=s) for i, (t, s) in enumerate(zip(ids, params))
+        ]
         for request in requests:
             problem = self.check(request)
             if problem is not None:

@@ -17,7 +17,9 @@ def available_host_bytes() -> int:
             available = int(line.split()[1]) * 1024
     limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
     if limit is not None and used is not None:
-        cached = sum(int(line.split()[1]) for line in _lines(_CGROUP / "memory.stat") if line.startswith("inactive_file "))
+        cached = sum(
+            int(line.split()[1]) for line in _lines(_CGROUP / "memory.stat") if line.startswith("inactive_file ")
+        )
         available = min(available, limit - used + cached)
     return available
 

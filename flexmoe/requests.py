@@ -140,7 +140,7 @@ def _request(line: Any, line_number: int) -> Request:
 
 def _batch_body(line: dict[str, Any]) -> tuple[dict[str, Any], Kind]:
     if line.get("method") != "POST":
-        raise DataError(f"method is {show(line.get('method'))}; it must be \"POST\"")
+        raise DataError(f'method is {show(line.get("method"))}; it must be "POST"')
     url, body = line.get("url"), line.get("body")
     if not isinstance(url, str) or url not in URLS:
         raise DataError(f"url is {show(url)}; supported are {' and '.join(URLS)}")

@@ -162,7 +162,9 @@ def _dry_run(model: Model, policy: Policy, measured: Measured, options: dict) ->
     for line in (plan.describe_weights(), plan.describe_cache(), *plan.memory_lines()):
         print(line)
     s, n = measured.workload.prompt_len, measured.workload.gen_len
-    print(f"rows: {measured.rows}, mean prompt {s} tokens, mean completion at most {n}, longest row {measured.longest_row}")
+    print(
+        f"rows: {measured.rows}, mean prompt {s} tokens, mean completion at most {n}, longest row {measured.longest_row}"
+    )
     return 0
 
 

@@ -121,9 +121,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """The parsed header, the byte at which tensor data starts, and the size of the file."""
     with open_file(path) as (fd, size_bytes):
         if size_bytes < 8:
-            raise DataError(
-                f"{str(path)!r} has {size_bytes} bytes, too few for the length of its header: {INCOMPLETE}"
-            )
+            raise DataError(f"{str(path)!r} has {size_bytes} bytes, too few for the length of its header: {INCOMPLETE}")
         length = int.from_bytes(read_bytes(fd, 8), "little")
         if length > MAX_JSON_BYTES:
             raise DataError(

@@ -47,7 +47,9 @@ class _FileReader:
         """Use an already opened file for its path."""
         self._files[file.path] = file
 
-    def read(self, name: str, layout: UnitLayout, buffer: torch.Tensor, pool: DiskPool, on_done: OnDone | None) -> Pending:
+    def read(
+        self, name: str, layout: UnitLayout, buffer: torch.Tensor, pool: DiskPool, on_done: OnDone | None
+    ) -> Pending:
         bytes_ = memoryview(buffer.numpy())
         transfers = [
             Transfer(self._file(e.path), e.offset, bytes_[e.buffer_offset : e.buffer_offset + e.length], e.needed)

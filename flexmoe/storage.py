@@ -182,9 +182,7 @@ class DiskPool:
         worker: worker i records as ``lane/<worker>i``.
     """
 
-    def __init__(
-        self, recorder: Recorder, lane: str = "disk_read", threads: int = READ_THREADS, worker: str = ""
-    ):
+    def __init__(self, recorder: Recorder, lane: str = "disk_read", threads: int = READ_THREADS, worker: str = ""):
         self._recorder = recorder
         self._write = lane == "disk_write"
         self._queue: queue.SimpleQueue = queue.SimpleQueue()

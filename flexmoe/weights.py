@@ -19,7 +19,6 @@ from flexmoe.storage import DiskPool, Pending
 from flexmoe.trace import Recorder
 
 
-
 def as_compute(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Tensors of a unit in the compute dtype: the one place where stored weights are cast (or, later, dequantized)."""
     return {role: t if t.dtype == dtype else t.to(dtype) for role, t in tensors.items()}

@@ -12,9 +12,7 @@ from flexmoe.tokenizer import Tokenizer
 from policies.policy import Workload
 
 
-def engine_requests(
-    request: Request, row: int, tokenizer: Tokenizer, default_max_tokens: int
-) -> list[EngineRequest]:
+def engine_requests(request: Request, row: int, tokenizer: Tokenizer, default_max_tokens: int) -> list[EngineRequest]:
     """One engine request per choice of a request; ids are ``<row>/<choice>``.
 
     Raises:

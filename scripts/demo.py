@@ -34,10 +34,18 @@ def main(argv: list[str]) -> int:
     write_requests(home / "requests.jsonl")
     # On a GPU the budget has to hold the CUDA context and torch's workspaces too.
     gpu = 2 if torch.cuda.is_available() else 0.12
-    files = {"-i": "requests.jsonl", "-o": "completions.jsonl", "--trace": "trace.json", "--metrics-json": "metrics.json"}
+    files = {
+        "-i": "requests.jsonl",
+        "-o": "completions.jsonl",
+        "--trace": "trace.json",
+        "--metrics-json": "metrics.json",
+    }
     args = ["--model", str(checkpoint), *COMMAND.format(gpu=gpu).split(), "--offload-dir", str(home / "offload")]
     args += [part for flag, name in files.items() for part in (flag, str(home / name))]
-    print(f"{size / 2**20:.0f} MiB of weights, {ROWS} requests of mixed length; python -m flexmoe.run {' '.join(args)}\n", flush=True)
+    print(
+        f"{size / 2**20:.0f} MiB of weights, {ROWS} requests of mixed length; python -m flexmoe.run {' '.join(args)}\n",
+        flush=True,
+    )
     code = run(args)
     if code == 0:
         show(home)

@@ -100,7 +100,9 @@ class Context:
                 "gemm": worker.ask("gemm", device=self.device, model=self.model, tokens=GEMM_TOKENS),
                 "hbm": worker.ask("hbm", device=self.device, scale=self.scale),
                 "host": worker.ask("host", device=self.device, model=self.model, scale=self.scale),
-                "disk": worker.ask("disk", device=self.device, directory=str(self.workdir / "offload"), nbytes=disk_bytes),
+                "disk": worker.ask(
+                    "disk", device=self.device, directory=str(self.workdir / "offload"), nbytes=disk_bytes
+                ),
             }
         self.say(f"probes: {found}")
         return found

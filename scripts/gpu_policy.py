@@ -66,9 +66,7 @@ def _choices(arch: ModelArch, workload: Workload, budget: Budget, rates: Rates, 
         yield _fit(arch, workload, budget, rates, on_disk, device)
 
 
-def _fit(
-    arch: ModelArch, workload: Workload, budget: Budget, rates: Rates, on_disk: int, device: str
-) -> Choice | None:
+def _fit(arch: ModelArch, workload: Workload, budget: Budget, rates: Rates, on_disk: int, device: str) -> Choice | None:
     """The most experts on the GPU, then the most rows, with so many experts on disk; None when nothing fits."""
     experts = arch.num_layers * arch.num_experts
     dense = sum(u.stored_bytes for u in arch.units() if u.kind != "expert")

@@ -40,7 +40,9 @@ def about(device: str) -> dict:
         nvml.nvmlInit()
         handle = nvml.nvmlDeviceGetHandleByIndex(dev.torch.index)
         found["driver"] = str(nvml.nvmlSystemGetDriverVersion())
-        found["pcie"] = f"gen {nvml.nvmlDeviceGetMaxPcieLinkGeneration(handle)} x{nvml.nvmlDeviceGetMaxPcieLinkWidth(handle)}"
+        found["pcie"] = (
+            f"gen {nvml.nvmlDeviceGetMaxPcieLinkGeneration(handle)} x{nvml.nvmlDeviceGetMaxPcieLinkWidth(handle)}"
+        )
     except Exception as error:  # no NVML, or a virtual machine that hides the link
         found["nvml"] = f"{type(error).__name__}: {error}"
     return found
@@ -57,7 +59,12 @@ def copies(device: str, scale: float = 1.0) -> dict:
     for name, lanes in {"h2d": [up], "d2h": [down], "both": [up, down]}.items():
         _copy_rates(dev, lanes, 3)
         rates[name] = _copy_rates(dev, lanes, 60)
-    return {"h2d": rates["h2d"][0], "d2h": rates["d2h"][0], "h2d_of_both": rates["both"][0], "d2h_of_both": rates["both"][1]}
+    return {
+        "h2d": rates["h2d"][0],
+        "d2h": rates["d2h"][0],
+        "h2d_of_both": rates["both"][0],
+        "d2h_of_both": rates["both"][1],
+    }
 
 
 def gemm(device: str, model: str, tokens: list[int], seconds: float = 0.15) -> dict:
@@ -203,6 +210,7 @@ def _copy_rates(dev: Device, lanes: list[tuple], count: int) -> list[float]:
 
 def _repeat_s(dev: Device, work: Callable, seconds: float) -> float:
     """Device seconds of one call, the mean over about `seconds` of them."""
+
     def run(count: int) -> float:
         start, end, begin = dev.event(timing=True), dev.event(timing=True), time.perf_counter()
         start.record()

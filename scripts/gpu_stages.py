@@ -33,7 +33,17 @@ def parity(run: Context) -> tuple[list[Figure], dict]:
     """The tests marked gpu: float32 tokens equal to transformers', on CUDA."""
     report = run.workdir / "gpu-parity.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", f"--junitxml={report}", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu and not slow",
+        f"--junitxml={report}",
+        "-p",
+        "no:cacheprovider",
+    ]
     try:
         code = subprocess.run(command, cwd=ROOT, timeout=run.left_s(), check=False).returncode
     except subprocess.TimeoutExpired:
@@ -78,7 +88,13 @@ def probe(run: Context) -> tuple[list[Figure], dict]:
         )
     attention = f"host reads, best of {', '.join(host['reads'])}: {host['read'] / 1e9:.0f} GB/s"
     figures += [
-        _rate(f"CPU attention, {host['threads']} threads, Mixtral's KV heads", host["attention"], attention, host["read"], 0.5),
+        _rate(
+            f"CPU attention, {host['threads']} threads, Mixtral's KV heads",
+            host["attention"],
+            attention,
+            host["read"],
+            0.5,
+        ),
         _rate("CPU attention under copies to the GPU", host["attention_under_copies"], "alone", host["attention"]),
         _rate("copies to the GPU under CPU attention", host["copies_under_attention"], "alone", copies["h2d"]),
         _rate("disk reads, flexmoe.storage", disk["read"], "best plain O_DIRECT loop", disk["plain"]["best"]),
@@ -98,13 +114,20 @@ def capped(run: Context, cap_gb: int) -> tuple[list[Figure], dict]:
             room = worker.ask("room", device=run.device, gpu_bytes=cap, host_bytes=run.host_bytes)
             budget = Budget(**room, disk_bytes=run.disk_bytes)
             choice = choose(run.arch, workload, budget, rates, device=run.device)
-            run.say(f"{name}: {choice.policy}; limit of its bytes {choice.limit.tokens_per_s:.1f} tok/s, {choice.limit.bound_by}")
+            run.say(
+                f"{name}: {choice.policy}; limit of its bytes {choice.limit.tokens_per_s:.1f} tok/s, {choice.limit.bound_by}"
+            )
             trace = run.out / f"gpu-{cap_gb}-{name.replace('/', '-')}.trace.json"
             measured = worker.ask(
                 "steady", **_engine(run, run.model, choice, workload, cap, run.host_bytes), warm=WARM, timed=TIMED,
                 deadline_s=run.left_s() / (len(run.workloads) - place), trace=str(trace),
             )  # fmt: skip
-        raw[name] = {"policy": asdict(choice.policy), "budget": asdict(budget), "own_limit": choice.limit.to_json(), **measured}
+        raw[name] = {
+            "policy": asdict(choice.policy),
+            "budget": asdict(budget),
+            "own_limit": choice.limit.to_json(),
+            **measured,
+        }
         figures += _steady_figures(run, cap_gb, cap, workload, rates, choice, budget, measured, raw[name])
         run.say(f"{name}: {measured['generated'] / measured['wall_s']:.1f} tok/s, loaded in {measured['load_s']:.0f} s")
     return figures, raw
@@ -135,7 +158,9 @@ def _steady_figures(
         beside = f"overlapped e2e limit at this run's rates: {best.tokens_per_s:.1f} tok/s ({best.bound_by}, {best.rows:.0f} rows)"
         figures.append(_tokens(f"{name}: generated, steady state, e2e", rate, beside, best.tokens_per_s, TARGET))
     beside = f"limit of the policy's own bytes: {own.tokens_per_s:.1f} tok/s ({own.bound_by}, {own.rows:.0f} rows)"
-    figures.append(_tokens(f"{name}: the same, {sweeps} sweeps of {wall_s / sweeps:.3f} s", rate, beside, own.tokens_per_s))
+    figures.append(
+        _tokens(f"{name}: the same, {sweeps} sweeps of {wall_s / sweeps:.3f} s", rate, beside, own.tokens_per_s)
+    )
     ideal = measured["generated"] * workload.prompt_len / workload.gen_len
     figures += [
         Figure(
@@ -181,7 +206,11 @@ def _steady_figures(
 
 def peer(run: Context) -> tuple[list[Figure], dict]:
     """transformers + accelerate's CPU offload and FlexMoE, the same dummy weights, the same cap on the GPU."""
-    model = run.model if run.rehearse else reduced_model(run.workdir / "mixtral-8-layers", {"num_hidden_layers": PEER_LAYERS})
+    model = (
+        run.model
+        if run.rehearse
+        else reduced_model(run.workdir / "mixtral-8-layers", {"num_hidden_layers": PEER_LAYERS})
+    )
     arch, workload = ModelArch.from_dir(model), run.workloads[0] if run.rehearse else PEER_WORKLOAD
     cap, host_bytes = (REHEARSAL_CAP_BYTES, run.host_bytes) if run.rehearse else (PEER_GPU_BYTES, PEER_HOST_BYTES)
     rng = random.Random(1)
@@ -194,7 +223,11 @@ def peer(run: Context) -> tuple[list[Figure], dict]:
         choice = choose(arch, workload, Budget(**room, disk_bytes=0), rates, device=run.device)
         rows = choice.policy.block_size * (2 if run.left_s() > 200 else 1)
         ours = worker.ask(
-            "job", **_engine(run, model, choice, workload, cap, host_bytes), rows=rows, probe=prompt, path=str(files["ours"])
+            "job",
+            **_engine(run, model, choice, workload, cap, host_bytes),
+            rows=rows,
+            probe=prompt,
+            path=str(files["ours"]),
         )
     a, b = (np.load(file) for file in files.values())
     difference = float(np.median(np.abs(a - b).max(axis=1)) / np.sqrt(np.mean(b**2)))
@@ -259,7 +292,9 @@ def _accelerate(run: Context, model: str, workload: Workload, cap: int, prompt: 
 def _rate(what: str, value: float, beside: str, against: float, target: float | None = None) -> Figure:
     unit, scale = ("TB/s", 1e12) if value > 1e12 else ("GB/s", 1e9)
     text = beside if "B/s" in beside else f"{beside}: {against / scale:.2f} {unit}"
-    return Figure(what=what, value=f"{value / scale:.2f} {unit}", beside=text, ratio=value / max(1.0, against), target=target)
+    return Figure(
+        what=what, value=f"{value / scale:.2f} {unit}", beside=text, ratio=value / max(1.0, against), target=target
+    )
 
 
 def _tokens(what: str, value: float, beside: str, against: float, target: float | None = None) -> Figure:

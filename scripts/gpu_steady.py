@@ -119,7 +119,12 @@ def steady(
         return time.perf_counter() - start
 
     sweeps(warm)
-    first, before, waits, stalled = len(engine.sweeps), engine.recorder.totals(), engine.device.host_waits, engine.stream.stall_s
+    first, before, waits, stalled = (
+        len(engine.sweeps),
+        engine.recorder.totals(),
+        engine.device.host_waits,
+        engine.stream.stall_s,
+    )
     wall_s = sweeps(timed)
     after, done = engine.recorder.totals(), engine.sweeps[first:]
     stalled = engine.stream.stall_s - stalled

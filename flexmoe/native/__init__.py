@@ -1,8 +1,9 @@
 """Paged attention on CPU cores, in C++ compiled on first use (`python -m flexmoe.native` compiles it ahead of time).
 
-The library is one file without torch headers behind a C ABI. Its threads are those of the OpenMP runtime that torch
-has already loaded (its `GOMP_parallel` is handed over as a pointer, nothing is linked): a second runtime would keep a
-second pool of spinning threads on the same cores. Calls release the GIL.
+The library is one translation unit without torch headers behind a C ABI: `attention.cpp` and the headers beside it. Its
+threads are those of the OpenMP runtime that torch has already loaded (its `GOMP_parallel` is handed over as a pointer,
+nothing is linked): a second runtime would keep a second pool of spinning threads on the same cores. Calls release the
+GIL.
 
 Legend: T query tokens, H query heads, G KV heads, D head size, B rows.
 """
@@ -80,16 +81,24 @@ def _machine_flag() -> str:
     return "-mcpu=native" if os.uname().machine == "aarch64" else "-march=native"
 
 
+def _cache_key(*circumstances: str) -> str:
+    digest = hashlib.sha256("\0".join(circumstances).encode())
+    # attention.cpp includes the headers beside it, so a change in any of them is another library.
+    for path in sorted((*_SOURCE.parent.glob("*.cpp"), *_SOURCE.parent.glob("*.h"))):
+        content = path.read_bytes()
+        digest.update(f"\0{path.name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:24]
+
+
 def build() -> Path:
-    """Compile the library unless the cache has it for this source, compiler, flags and CPU; return its path.
+    """Compile the library unless the cache has it for these sources, compiler, flags and CPU; return its path.
 
     Raises:
         _BuildError: no compiler, a failed compilation, or no safe cache directory.
     """
     compiler, flags = _compiler(), (*_FLAGS, _machine_flag())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    key = hashlib.sha256("\0".join([_SOURCE.read_text("utf-8"), version, *flags, _cpu_flags()]).encode()).hexdigest()
-    target = _cache_directory() / f"attention-{key[:24]}.so"
+    target = _cache_directory() / f"attention-{_cache_key(version, *flags, _cpu_flags())}.so"
     if target.exists():
         return target
     # Several processes may race: each compiles under its own name, the last rename wins, all are equal.
@@ -145,8 +154,8 @@ def _library() -> ctypes.CDLL | None:
     library.flexmoe_set_parallel(_gomp_parallel())
     library.flexmoe_attention.restype = integer
     library.flexmoe_attention.argtypes = [
-        integer, pointer, int64, int64, pointer, pointer, int64, int64, pointer, int64, int64, pointer, pointer, pointer,
-        *[integer] * 6, ctypes.c_float, integer,
+        integer, pointer, int64, int64, pointer, pointer, int64, int64, pointer, int64, int64, pointer, pointer,
+        pointer, *[integer] * 6, ctypes.c_float, integer,
     ]  # fmt: skip
     return library
 

@@ -1,0 +1,69 @@
+// One call: its arguments, the work items it is cut into, and where its keys and values lie in the paged pools.
+// The legend of shapes is in attention.cpp.
+
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "numbers.h"
+
+namespace {
+
+constexpr float LOWEST = -1e30f;  // a finite "no score yet": -inf minus it is -inf, not NaN
+
+struct Call {
+  const void *q, *k_pool, *v_pool;
+  void* out;
+  int64_t q_stride, block_stride, table_stride;
+  const int32_t *block_tables, *q_starts, *context_lens;
+  int B, H, G, D, block_tokens, N, window;
+  float scale;
+};
+
+struct Item { int32_t row, head_begin, head_end, tile; };  // tile -1: the stream path
+
+INLINE int round_up(int x, int to) { return (x + to - 1) / to * to; }
+
+// The first key that any query of a row sees.
+INLINE int first_key(const Call& c, int row) {
+  const int queries = c.q_starts[row + 1] - c.q_starts[row];
+  return c.window ? std::max(0, c.context_lens[row] - queries - c.window + 1) : 0;
+}
+
+// Element offset of token t of a row, KV head 0, in either pool; fills `count` consecutive tokens.
+INLINE void token_offsets(const Call& c, int row, int t, int count, int64_t* offsets) {
+  const int32_t* table = c.block_tables + row * c.table_stride;
+  int block = t / c.block_tokens, slot = t % c.block_tokens;
+  const int64_t token = int64_t(c.G) * c.D;
+  for (int i = 0; i < count; block++, slot = 0) {
+    int64_t base = table[block] * c.block_stride;
+    for (; slot < c.block_tokens && i < count; slot++, i++) offsets[i] = base + slot * token;
+  }
+}
+
+// Prefetches `count` tokens' heads [head, head + heads) a few lines at a time, while the chunk before is computed: a
+// burst would fill the core's miss buffers and stop it. In the order of addresses, which hardware prefetchers follow.
+struct Ahead {
+  const char* k;
+  ptrdiff_t v_minus_k;
+  const int64_t* offsets;
+  int64_t element_bytes;
+  int token = 0, end, byte = 0, bytes;
+  Ahead(const Call& c, size_t element, const int64_t* token_offsets, int count, int head, int heads)
+      : k((const char*)c.k_pool + int64_t(head) * c.D * element),
+        v_minus_k((const char*)c.v_pool - (const char*)c.k_pool), offsets(token_offsets), element_bytes(element),
+        end(count), bytes(heads * c.D * int(element)) {}
+  INLINE void fetch(int most) {
+    while (most > 0 && token < end) {
+      const char* p = k + offsets[token] * element_bytes + byte;
+      const int now = std::min(most, bytes - byte);
+      for (int b = 0; b < now; b += 64) __builtin_prefetch(p + b), __builtin_prefetch(p + b + v_minus_k);
+      most -= now, byte += now;
+      if (byte >= bytes) byte = 0, token++;
+    }
+  }
+};
+
+}  // namespace

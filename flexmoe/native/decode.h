@@ -1,0 +1,217 @@
+// The stream path, for few lines (decode, speculation): vectors run along D, K and V are read from the pool once, in
+// place. A chunk of keys is done for every head before the next chunk, since the heads of a token lie side by side.
+
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "call.h"
+#include "lanes.h"
+#include "numbers.h"
+
+namespace {
+
+constexpr int STREAM_CHUNK = 16;  // keys of every head; the chunk ahead is prefetched into what is left of the L1 cache
+constexpr int STREAM_LINES = 8;   // at most this many lines take the stream path
+
+// LINES lines against one chunk of keys. A score vector holds lane = line * KEYS + key.
+struct StreamLines {
+  const float* q;   // [LINES][padded]
+  float* o;         // [LINES][padded]
+  vf* max_sum;      // [2]: running maximum (equal within a line), running sum (partial, per lane)
+  const int32_t* position;  // [LINES]
+};
+
+template <int LINES, int DV, class T>
+INLINE void stream_values(const T* const* v, int from, int keys, const float* p, const float* alpha, float* o,
+                          int padded) {
+  constexpr int KEYS = W / LINES;
+  vf acc[LINES][DV];
+  UNROLL for (int l = 0; l < LINES; l++)
+    UNROLL for (int d = 0; d < DV; d++) acc[l][d] = load(o + l * padded + d * W) * alpha[l * KEYS];
+  for (int j = 0; j < keys; j += KEYS, p += W)
+    UNROLL for (int i = 0; i < KEYS; i++) {
+      const T* row = v[j + i] + from;
+      vf x[DV];
+      UNROLL for (int d = 0; d < DV; d++) x[d] = load(row + d * W);
+      UNROLL for (int l = 0; l < LINES; l++)
+        UNROLL for (int d = 0; d < DV; d++) acc[l][d] += x[d] * p[l * KEYS + i];
+    }
+  UNROLL for (int l = 0; l < LINES; l++)
+    UNROLL for (int d = 0; d < DV; d++) store(o + l * padded + d * W, acc[l][d]);
+}
+
+template <int LINES, class T>
+__attribute__((noinline)) void stream_chunk(const StreamLines& s, const T* const* k, const T* const* v, int first_key,
+                                            int keys, int window, int padded, Ahead& ahead) {
+  constexpr int KEYS = W / LINES;
+  alignas(64) float score[STREAM_CHUNK * LINES];
+  alignas(64) float alpha[W];
+  vf* scores = (vf*)score;
+  int groups = keys / KEYS;
+  const int share = KEYS * padded * int(sizeof(T));
+  Ahead next = ahead;
+  vf highest = s.max_sum[0];
+  int oldest = s.position[0], newest = s.position[0];
+  for (int l = 1; l < LINES; l++) oldest = std::min(oldest, s.position[l]), newest = std::max(newest, s.position[l]);
+  const bool masked = first_key + keys - 1 > oldest || (window && first_key <= newest - window);
+  vi last = {}, lane_key = {};
+  if (masked)
+    for (int i = 0; i < W; i++) last[i] = s.position[i / KEYS], lane_key[i] = first_key + i % KEYS;
+  for (int j = 0; j < groups; j++) {
+    vf acc[W] = {};
+    next.fetch(share);
+    for (int d = 0; d < padded; d += W) {
+      vf x[KEYS];
+      UNROLL for (int i = 0; i < KEYS; i++) x[i] = load(k[j * KEYS + i] + d);
+      UNROLL for (int l = 0; l < LINES; l++) {
+        vf y = load(s.q + l * padded + d);
+        UNROLL for (int i = 0; i < KEYS; i++) acc[l * KEYS + i] += x[i] * y;
+      }
+    }
+    vf x = sum_each<W>(acc);
+    if (masked) {
+      vi key = lane_key + j * KEYS;
+      vi hidden = key > last;
+      if (window) hidden |= key <= last - window;
+      x = hidden ? (vf){} - __builtin_inff() : x;
+    }
+    highest = vmax(highest, x);
+    scores[j] = x;
+  }
+  ahead = next;
+  highest = max_in_groups<KEYS>(highest);
+  vf scale = exp2_nonpositive(s.max_sum[0] - highest), sum = s.max_sum[1] * scale;
+  for (int j = 0; j < groups; j++) {
+    vf p = exp2_nonpositive(scores[j] - highest);
+    sum += p;
+    scores[j] = p;
+  }
+  s.max_sum[0] = highest, s.max_sum[1] = sum;
+  *(vf*)alpha = scale;
+  constexpr int DV = many_registers ? 4 : (LINES > 2 ? 2 : 4);
+  int d = 0;
+  for (; d + DV * W <= padded; d += DV * W) stream_values<LINES, DV>(v, d, keys, score, alpha, s.o + d, padded);
+  for (; d + W <= padded; d += W) stream_values<LINES, 1>(v, d, keys, score, alpha, s.o + d, padded);
+}
+
+template <class T>
+INLINE void stream_lines(int lines, const StreamLines& s, const T* const* k, const T* const* v, int first_key, int keys,
+                         int window, int padded, Ahead& ahead) {
+  if (lines == 4) stream_chunk<4>(s, k, v, first_key, keys, window, padded, ahead);
+  else if (lines == 2) stream_chunk<2>(s, k, v, first_key, keys, window, padded, ahead);
+  else stream_chunk<1>(s, k, v, first_key, keys, window, padded, ahead);
+}
+
+INLINE int cut_lines(int left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+
+template <class T> struct Stream {
+  const Call& c;
+  const int row, heads, lines, padded;
+  const int64_t first_token;
+  float *q, *o, *kv;
+  vf* max_sum;
+
+  static size_t scratch_floats(const Call& c, int heads) {
+    int padded = round_up(c.D, W);
+    return size_t(heads) * STREAM_LINES * (2 * padded + 2 * W) + size_t(2 * STREAM_CHUNK + 1) * padded;
+  }
+  Stream(const Call& call, const Item& item, float* scratch)
+      : c(call), row(item.row), heads(item.head_end - item.head_begin),
+        lines((call.q_starts[row + 1] - call.q_starts[row]) * call.N), padded(round_up(call.D, W)),
+        first_token(call.q_starts[row]) {
+    q = scratch, o = q + size_t(heads) * STREAM_LINES * padded;
+    max_sum = (vf*)(o + size_t(heads) * STREAM_LINES * padded);
+    kv = (float*)(max_sum + size_t(heads) * STREAM_LINES * 2);
+  }
+  INLINE int64_t out_offset(int head, int line) const {
+    return ((first_token + line / c.N) * c.H + head * c.N + line % c.N) * c.D;
+  }
+
+  // `following` (or null) is the item that this thread does next: its first chunk is fetched behind this one's last.
+  void run(const Item& item, const Item* following) {
+    const int tokens = lines / c.N, context = c.context_lens[row];
+    int32_t position[STREAM_LINES];
+    for (int l = 0; l < lines; l++) position[l] = context - tokens + l / c.N;
+    int64_t offsets[2][STREAM_CHUNK];
+    int t = first_key(c, row), count = std::min(STREAM_CHUNK, context - t);
+    token_offsets(c, row, t, count, offsets[0]);
+    start(item.head_begin);
+    for (int now = 0; t < context; now ^= 1) {
+      const bool done = t + count == context && following;
+      const Item& item_ahead = done ? *following : item;
+      const int t_ahead = done ? first_key(c, item_ahead.row) : t + count;
+      const int next = std::min(STREAM_CHUNK, c.context_lens[item_ahead.row] - t_ahead);
+      token_offsets(c, item_ahead.row, t_ahead, next, offsets[now ^ 1]);
+      Ahead ahead(c, sizeof(T), offsets[now ^ 1], next, item_ahead.head_begin, heads);
+      for (int h = item.head_begin; h < item.head_end; h++)
+        step(h, h - item.head_begin, offsets[now], t, count, position, ahead);
+      t += count, count = next;
+    }
+    finish(item.head_begin);
+  }
+
+  void start(int head_begin) {
+    const float factor = c.scale * 1.44269504088896340736f;
+    for (int h = 0; h < heads; h++)
+      for (int l = 0; l < lines; l++) {
+        const T* from = (const T*)c.q + (first_token + l / c.N) * c.q_stride
+                        + int64_t((head_begin + h) * c.N + l % c.N) * c.D;
+        widen_row(from, q + (h * STREAM_LINES + l) * padded, c.D, padded, factor);
+        max_sum[(h * STREAM_LINES + l) * 2] = (vf){} + LOWEST;
+        max_sum[(h * STREAM_LINES + l) * 2 + 1] = (vf){};
+      }
+    std::fill(o, o + size_t(heads) * STREAM_LINES * padded, 0.0f);
+    std::fill(kv, kv + padded, 0.0f);  // the row of zeros behind the last key
+  }
+
+  template <class E>
+  void step_lines(int h, const E* const* k, const E* const* v, int t, int keys, const int32_t* position,
+                  Ahead& ahead) {
+    for (int l = 0, take; l < lines; l += take) {
+      take = cut_lines(lines - l);
+      const int at = h * STREAM_LINES + l;
+      StreamLines s{q + at * padded, o + at * padded, max_sum + at * 2, position + l};
+      stream_lines(take, s, k, v, t, keys, c.window, padded, ahead);
+    }
+  }
+
+  void step(int head, int h, const int64_t* offsets, int t, int count, const int32_t* position, Ahead& ahead) {
+    const T *k = (const T*)c.k_pool + int64_t(head) * c.D, *v = (const T*)c.v_pool + int64_t(head) * c.D;
+    const int keys = round_up(count, W);  // whole vectors for every number of lines
+    if (padded == c.D) {
+      const T *ks[STREAM_CHUNK], *vs[STREAM_CHUNK];
+      for (int i = 0; i < count; i++) ks[i] = k + offsets[i], vs[i] = v + offsets[i];
+      for (int i = count; i < keys; i++) ks[i] = vs[i] = (const T*)kv;
+      step_lines(h, ks, vs, t, keys, position, ahead);
+    } else {
+      const float *ks[STREAM_CHUNK], *vs[STREAM_CHUNK];
+      for (int i = 0; i < keys; i++) ks[i] = vs[i] = kv;
+      for (int i = 0; i < count; i++) {
+        float* to = kv + size_t(2 * i + 1) * padded;
+        widen_row(k + offsets[i], to, c.D, padded);
+        widen_row(v + offsets[i], to + padded, c.D, padded);
+        ks[i] = to, vs[i] = to + padded;
+      }
+      step_lines(h, ks, vs, t, keys, position, ahead);
+    }
+  }
+
+  void finish(int head_begin) {
+    for (int h = 0; h < heads; h++)
+      for (int l = 0, take; l < lines; l += take) {
+        take = cut_lines(lines - l);
+        vf part = max_sum[(h * STREAM_LINES + l) * 2 + 1];
+        vf sum = take == 4 ? sum_in_groups<W / 4>(part)
+                 : take == 2 ? sum_in_groups<W / 2>(part)
+                             : sum_in_groups<W>(part);
+        for (int i = 0; i < take; i++)
+          narrow_row(o + (h * STREAM_LINES + l + i) * padded, (T*)c.out + out_offset(head_begin + h, l + i), c.D,
+                     1.0f / sum[i * (W / take)]);
+      }
+  }
+};
+
+}  // namespace

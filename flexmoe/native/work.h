@@ -1,0 +1,106 @@
+// Work: how a call is cut into items, and the threads that take them.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdlib>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "call.h"
+#include "decode.h"
+#include "numbers.h"
+#include "prefill.h"
+
+namespace {
+
+// Per-thread buffers, kept between calls: a sweep makes many.
+struct Scratch {
+  float* data = nullptr;
+  size_t capacity = 0;
+  ~Scratch() { std::free(data); }
+  float* get(size_t floats) {
+    if (floats > capacity) {
+      std::free(data);
+      capacity = 0;
+      data = static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64));
+      if (data) capacity = floats;
+    }
+    return data;
+  }
+};
+
+template <class T> bool run_item(const Call& c, const Item& item, const Item* following) {
+  static thread_local Scratch scratch;
+  float* memory = scratch.get(std::max(Stream<T>::scratch_floats(c, c.G), Tile<T, 1>::scratch_floats(c)));
+  if (!memory) return false;
+  if (item.tile < 0) Stream<T>(c, item, memory).run(item, following);
+  else run_tile<T>(c, item, memory);
+  return true;
+}
+
+struct Job {
+  const Call& call;
+  const int dtype;
+  std::vector<Item> items;
+  std::vector<size_t> claims;  // a thread takes items [claims[i], claims[i + 1]) at once
+  std::atomic<size_t> next{0};
+  std::atomic<bool> failed{false};
+
+  Job(const Call& c, int type, int threads) : call(c), dtype(type) {
+    add_tiles();
+    for (size_t i = 0; i < items.size(); i++) claims.push_back(i);
+    const size_t first = items.size();
+    int streams = 0;
+    for (int b = 0; b < c.B; b++) streams += is_stream(b);
+    // All heads of a row read the same pages; they are split only when rows are too few to balance the threads.
+    const int heads = streams >= 4 * threads ? c.G : 1;
+    for (int b = 0; b < c.B; b++)
+      for (int h = 0; is_stream(b) && h < c.G; h += heads) items.push_back({b, h, h + heads, -1});
+    const size_t together = std::min<size_t>(16, std::max<size_t>(1, (items.size() - first) / (8 * threads)));
+    for (size_t i = first; i < items.size(); i += together) claims.push_back(i);
+    claims.push_back(items.size());
+  }
+  int lines(int b) const { return (call.q_starts[b + 1] - call.q_starts[b]) * call.N; }
+  bool is_stream(int b) const { return lines(b) > 0 && lines(b) <= STREAM_LINES; }
+  // Tiles go first, and of a run the last, dearest one, so that streams fill the end of the call.
+  void add_tiles() {
+    for (int b = 0; b < call.B; b++)
+      for (int h = 0; lines(b) > STREAM_LINES && h < call.G; h++)
+        for (int tile = (lines(b) - 1) / TILE_LINES; tile >= 0; tile--) items.push_back({b, h, h + 1, tile});
+  }
+};
+
+void work(void* argument) {
+  Job& job = *static_cast<Job*>(argument);
+  for (size_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) + 1 < job.claims.size();)
+    for (size_t at = job.claims[i]; at < job.claims[i + 1]; at++) {
+      const Item& item = job.items[at];
+      const Item* following = at + 1 < job.claims[i + 1] ? &item + 1 : nullptr;
+      const bool ok = job.dtype == 0 ? run_item<float>(job.call, item, following)
+                      : job.dtype == 1 ? run_item<bf16>(job.call, item, following)
+                                       : run_item<f16>(job.call, item, following);
+      if (!ok) job.failed.store(true, std::memory_order_relaxed);
+    }
+}
+
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel
+Parallel parallel = nullptr;
+
+void run_on_threads(Job& job, int threads) {
+  if (threads <= 1) return work(&job);
+  if (parallel) return parallel(work, &job, unsigned(threads), 0);
+  std::vector<std::thread> others;
+  try {
+    for (int i = 1; i < threads; i++) others.emplace_back(work, &job);
+  } catch (const std::system_error&) {
+    // The system gives no more threads: those that there are share the work.
+  }
+  work(&job);
+  for (auto& thread : others) thread.join();
+}
+
+}  // namespace
