@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import os
 import random
 import sys
 import traceback
@@ -68,15 +69,14 @@ def _run(args: argparse.Namespace) -> int:
         return _dry_run(model, policy, measured, options)
     llm = LLM(model, policy=policy, workload=measured.workload, **options)
     try:
-        print(llm.engine.plan.describe_weights())
-        print(llm.engine.plan.describe_cache())
+        _say(llm.engine.plan.describe_weights(), llm.engine.plan.describe_cache())
         if args.input_file:
             code = _job(args, llm, tokenizer)
         else:
             code = _benchmark(args, llm, measured)
         if args.trace:
             llm.engine.recorder.write_chrome_trace(args.trace)
-            print(f"trace: {args.trace}")
+            _say(f"trace: {args.trace}")
         return code
     finally:
         llm.close()
@@ -159,10 +159,9 @@ def _options(args: argparse.Namespace, measured: Measured, policy: Policy) -> di
 def _dry_run(model: Model, policy: Policy, measured: Measured, options: dict) -> int:
     config = EngineConfig(policy=policy, workload=measured.workload, **options)
     plan = EnginePlan.of(model, config)
-    for line in (plan.describe_weights(), plan.describe_cache(), *plan.memory_lines()):
-        print(line)
+    _say(plan.describe_weights(), plan.describe_cache(), *plan.memory_lines())
     s, n = measured.workload.prompt_len, measured.workload.gen_len
-    print(
+    _say(
         f"rows: {measured.rows}, mean prompt {s} tokens, mean completion at most {n}, longest row {measured.longest_row}"
     )
     return 0
@@ -177,9 +176,9 @@ def _job(args: argparse.Namespace, llm: LLM, tokenizer: Tokenizer) -> int:
         default_max_tokens=args.gen_len,
         model_name=str(args.model),
     )
-    print(f"rows: {done.rows_ok} ok, {done.rows_failed} failed; completions: {done.output_path}")
+    _say(f"rows: {done.rows_ok} ok, {done.rows_failed} failed; completions: {done.output_path}")
     if done.error_path:
-        print(f"failed rows: {done.error_path}")
+        _say(f"failed rows: {done.error_path}")
     _finish(args, llm, done.rows_ok, done.rows_failed)
     return EXIT_ROWS_FAILED if done.rows_failed else 0
 
@@ -200,8 +199,7 @@ def _benchmark(args: argparse.Namespace, llm: LLM, measured: Measured) -> int:
         if output.error:
             raise UsageError(output.error)
         rows += 1
-    for line in report.flexllmgen_lines(llm.metrics(), llm.engine, rows, args.gen_len, args.cut_gen_len):
-        print(line)
+    _say(*report.flexllmgen_lines(llm.metrics(), llm.engine, rows, args.gen_len, args.cut_gen_len))
     _finish(args, llm, rows, 0)
     return 0
 
@@ -209,11 +207,18 @@ def _benchmark(args: argparse.Namespace, llm: LLM, measured: Measured) -> int:
 def _finish(args: argparse.Namespace, llm: LLM, rows_ok: int, rows_failed: int) -> None:
     metrics = llm.metrics()
     lines = report.throughput_lines(metrics) + report.lane_lines(metrics) + llm.engine.plan.memory_lines()
-    for line in lines:
-        print(line)
-    print(f"peak process memory: {report.peak_process_bytes() / 2**30:.3f} GiB resident")
+    _say(*lines)
+    _say(f"peak process memory: {report.peak_process_bytes() / 2**30:.3f} GiB resident")
     if args.metrics_json:
         report.write_json(args.metrics_json, report.metrics_record(metrics, llm.engine, rows_ok, rows_failed))
+
+
+def _say(*lines: str) -> None:
+    """Print; a reader that has closed the pipe is no reason to stop a job."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - it serves until the process ends
 
 
 if __name__ == "__main__":

@@ -439,3 +439,15 @@ def test_ctrl_c_exits_130_with_a_sentence_and_no_file_under_the_final_name(job, 
     assert process.returncode == 130
     assert_one_sentence(err, "interrupted")
     assert sorted(p.name for p in job.directory.iterdir()) == ["endless", "in.jsonl", "offload"]
+
+
+def test_a_reader_that_closes_the_pipe_does_not_stop_the_job(tiny, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": [5, 6], "max_tokens": 2}\n')
+    command = [sys.executable, "-m", "flexmoe.run", "--model", str(tiny().directory), "-i", str(tmp_path / "in.jsonl")]
+    process = subprocess.Popen(
+        [*command, "-o", str(tmp_path / "out.jsonl")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert "Traceback" not in process.stderr.read()
+    assert (tmp_path / "out.jsonl").exists()
