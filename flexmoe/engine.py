@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,8 +59,14 @@ class Engine:
         self.plan = EnginePlan.of(model, config)
         self.device = self.plan.device
         log.info("%s", self.plan.describe_weights())
-        self._build()
+        self._parts = contextlib.ExitStack()
+        try:
+            self._build()
+        except BaseException:
+            self._parts.close()
+            raise
         self.sweeps: list[Sweep] = []
+        self._closed = False
 
     def check(self, request: EngineRequest) -> str | None:
         """Why a request can never run, as a sentence; None if it can."""
@@ -119,6 +126,8 @@ class Engine:
         Raises:
             StorageError: a disk transfer failed.
         """
+        if self._closed:
+            raise UsageError("this engine is closed; make a new one")
         start = time.perf_counter()
         runs = self.scheduler.plan()
         if not runs:
@@ -180,11 +189,9 @@ class Engine:
             self.cache.close(kv)
 
     def close(self) -> None:
-        """Stop the threads and close the files."""
-        self.stream.close()
-        self.kv.close()
-        self.activations.close()
-        self.store.close()
+        """Stop the threads and close the files; a second call does nothing."""
+        self._closed = True
+        self._parts.close()
 
     def _limit(self, request: EngineRequest) -> int:
         wanted = request.params.max_tokens or self.config.gen_len
@@ -220,6 +227,8 @@ class Engine:
         source = self.model.source(c.offload_dir)
         tier_of = counts.placement.tier_of
         self.store = WeightStore(self.device, self.recorder, source, tier_of, dtype, policy.pin_weight)
+        self._parts.callback(self.store.close)
+        self.loaded = self.recorder.take_totals()  # a run's rates do not count what loading moved
         units = _units(self.model, tier_of)
         shape = SweepShape(
             attention=units.attention, experts=units.experts, head=units.head, activation_tiers=counts.activation_tiers
@@ -228,11 +237,13 @@ class Engine:
             self.store, fetch_order(shape), counts.slots, counts.staging_slots, overlap=policy.overlap
         )
         kv_shape = KVShape(layers=arch.num_layers, kv_heads=arch.num_kv_heads, head_dim=arch.head_dim, dtype=dtype)
+        self._parts.callback(self.stream.close)
         self.cache = KVCache(self.device, kv_shape, counts.kv_blocks, counts.tails, c.offload_dir)
         buffers = KVBuffers(
             staging_blocks=counts.fetch_blocks, batch_tokens=counts.batch_tokens, write_blocks=counts.write_blocks
         )
         self.kv = KVLanes(self.device, self.recorder, self.cache, buffers, arch.num_heads, arch.sliding_window)
+        self._parts.callback(self.kv.close)
         self.activations = Activations(
             self.device,
             self.recorder,
@@ -242,6 +253,7 @@ class Engine:
             dtype,
             c.offload_dir,
         )
+        self._parts.callback(self.activations.close)
         self.scheduler = Scheduler(policy, self.cache)
         self.executor = Executor(
             device=self.device,

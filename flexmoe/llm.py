@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -61,6 +62,7 @@ class LLM:
             ids = eos_ids(self.model.generation_config, self.model.config, self.tokenizer)
             config = replace(config, eos_ids=ids)
         self.engine = Engine(self.model, config)
+        self._streaming = False
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -77,8 +79,10 @@ class LLM:
         Raises:
             UsageError: a prompt can never run; nothing has been generated then.
         """
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if prompts and isinstance(prompts[0], Integral):
             prompts = [prompts]
+        prompts = [_checked(i, prompt) for i, prompt in enumerate(prompts)]
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
@@ -101,8 +105,11 @@ class LLM:
         Requests are pulled lazily: no more wait in the engine than one block. One that can never run is
         yielded with its ``error``. The engine is empty again when the iterator ends or is closed.
         """
+        if self._streaming:
+            raise UsageError("another stream of this LLM is open; finish or close it first")
         source, exhausted = iter(requests), False
         ahead = self.engine.config.policy.block_size
+        self._streaming = True
         try:
             while not exhausted or self.engine.unfinished:
                 while not exhausted and len(self.engine.scheduler.waiting) < ahead:
@@ -115,6 +122,7 @@ class LLM:
                         self.engine.submit(request)
                 yield from self.engine.step()
         finally:
+            self._streaming = False
             self.engine.clear()
 
     def check(self, request: EngineRequest) -> str | None:
@@ -137,6 +145,7 @@ class LLM:
             "generated_tokens": sum(s.generated_tokens for s in e.sweeps),
             "rows_in_flight": [s.rows for s in e.sweeps],
             "tokens_per_sweep": [s.tokens for s in e.sweeps],
+            "generated_tokens_per_sweep": [s.generated_tokens for s in e.sweeps],
             "prompt_tokens_per_sweep": [s.prompt_tokens for s in e.sweeps],
             "sweep_s": [s.wall_s for s in e.sweeps],
             "restarts": e.scheduler.restarts,
@@ -153,8 +162,7 @@ class LLM:
         if isinstance(policy, (str, Path)):
             file = PolicyFile.load(policy)
             file.check_model(self.model.arch.fingerprint())
-            planned = Workload(**file.workload) if file.workload else None
-            return workload or planned or Workload(prompt_len=512, gen_len=32), file.policy
+            return workload or file.planned_workload() or Workload(prompt_len=512, gen_len=32), file.policy
         workload = workload or Workload(prompt_len=512, gen_len=32)
         if policy is None:
             policy = Policy.from_percent(
@@ -168,6 +176,21 @@ class LLM:
         text = self.tokenizer.decode(completion.token_ids[:-1] if ended else completion.token_ids)
         prompt_text = prompt if isinstance(prompt, str) else None
         return replace(output, prompt=prompt_text, outputs=[replace(completion, text=text)])
+
+
+def _checked(index: int, prompt: Prompt) -> Prompt:
+    """A text as it is, token ids as plain integers.
+
+    Raises:
+        UsageError: the prompt is neither.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Iterable) and not isinstance(prompt, bytes):
+        ids = list(prompt)
+        if all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
+            return [int(i) for i in ids]
+    raise UsageError(f"prompt {index} is {prompt!r:.80}; give a text or a list of token ids")
 
 
 def _failed(request: EngineRequest, problem: str) -> RequestOutput:

@@ -13,7 +13,7 @@ from flexmoe.device import Device
 from flexmoe.errors import InfeasibleError, UsageError
 from flexmoe.loader import Model, compute_dtype
 from flexmoe.machine import available_host_bytes, free_disk_bytes
-from policies.placement import describe
+from policies.placement import check_count, describe
 from policies.policy import Policy, Workload
 
 GIB = 1 << 30
@@ -63,6 +63,11 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; give GiB of at least 0")
+        for name in ("kv_tokens", "longest_row", "gen_len"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        if not isinstance(self.policy, Policy):
+            raise UsageError(f"the policy is {self.policy!r}; give a Policy or the path of a policy file")
         for name in ("compress_weight", "compress_cache"):
             if getattr(self.policy, name):
                 raise UsageError(f"the policy asks for {name}, which this runtime does not have; set it to false")

@@ -44,17 +44,19 @@ def throughput_lines(metrics: dict) -> list[str]:
 def flexllmgen_lines(metrics: dict, engine: Engine, rows: int, gen_len: int, cut_gen_len: int | None) -> list[str]:
     """FlexLLMGen's summary of a benchmark.
 
-    Prefill lasts until the last prompt is in; with the rolling schedule other rows decode meanwhile. With
-    ``cut_gen_len`` the decode latency is projected to ``gen_len`` tokens from the sweeps that ran.
+    Sweeps in which prompt tokens entered count as prefill (with the rolling schedule other rows decode in them), the
+    others as decode. With ``cut_gen_len`` the decode latency is projected to ``gen_len`` tokens from those that ran.
     """
-    first = max((i + 1 for i, n in enumerate(metrics["prompt_tokens_per_sweep"]) if n), default=0)
-    prefill_s, decode_s = sum(metrics["sweep_s"][:first]), sum(metrics["sweep_s"][first:])
+    sweeps = list(zip(metrics["sweep_s"], metrics["prompt_tokens_per_sweep"], metrics["generated_tokens_per_sweep"]))
+    prefill_s = sum(wall for wall, prompt, _ in sweeps if prompt)
+    decode_s = sum(wall for wall, prompt, _ in sweeps if not prompt)
+    decoded = sum(generated for _, prompt, generated in sweeps if not prompt)
+    decode_rate = decoded / decode_s if decode_s else 0.0
     note = ""
-    if cut_gen_len and cut_gen_len > 1:
-        decode_s *= (gen_len - 1) / (cut_gen_len - 1)
+    if cut_gen_len:
+        decode_s *= (gen_len - 1) / max(1, cut_gen_len - 1)
         note = " (projected)"
     total_s = max(prefill_s + decode_s, 1e-9)
-    decode_rate = rows * (gen_len - 1) / decode_s if decode_s else 0.0
     memory = metrics["memory"].values()
     cache = sum(tier.get("kv", 0) for tier in memory)
     hidden = sum(tier.get("activations", 0) for tier in memory)

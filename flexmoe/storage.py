@@ -123,7 +123,9 @@ class DirectFile:
 
     def close(self) -> None:
         """Close the descriptor; the object is of no use afterwards."""
-        os.close(self._fd)
+        fd, self._fd = self._fd, -1  # a second close must not close whoever has the number now
+        if fd >= 0:
+            os.close(fd)
 
 
 OnDone = Callable[[BaseException | None], None]

@@ -231,6 +231,19 @@ class PolicyFile:
         sections = {name: document.get(name) for name in _SECTIONS}
         return cls(policy=_policy_from_json(document.get("policy", {})), **sections)
 
+    def planned_workload(self) -> Workload | None:
+        """The workload that the policy was planned for, None where the file names none.
+
+        Raises:
+            DataError: the section is not a workload.
+        """
+        if not self.workload:
+            return None
+        try:
+            return Workload(**self.workload)
+        except (TypeError, UsageError) as e:
+            raise DataError(f"the policy's workload is {dict(self.workload)!r}: {e}") from e
+
     def check_model(self, arch_fingerprint: Mapping) -> None:
         """Refuses a model that the policy was not made for; a policy without a model fits any.
 

@@ -21,7 +21,9 @@ def make(tiny, tmp_path):
     """`make(percent, rows=, ...)`: an LLM over a tiny checkpoint, closed afterwards."""
     made = []
 
-    def call(percent=RESIDENT, *, name="gqa-8-to-2", rows=4, batches=1, prefill_tokens=1000, schedule="rolling", **options):
+    def call(
+        percent=RESIDENT, *, name="gqa-8-to-2", rows=4, batches=1, prefill_tokens=1000, schedule="rolling", **options
+    ):
         policy_options = {k: options.pop(k) for k in ("overlap", "cpu_attention_percent") if k in options}
         policy = Policy.from_percent(
             percent, gpu_batch_size=rows, num_gpu_batches=batches, prompt_len=60, gen_len=GEN_LEN,
@@ -39,7 +41,9 @@ def make(tiny, tmp_path):
 def request(variant, row, max_tokens=GEN_LEN, **params):
     params = {"ignore_eos": True} | params
     return EngineRequest(
-        request_id=str(row), prompt_token_ids=tuple(variant.prompts[row]), params=SamplingParams(max_tokens=max_tokens, **params)
+        request_id=str(row),
+        prompt_token_ids=tuple(variant.prompts[row]),
+        params=SamplingParams(max_tokens=max_tokens, **params),
     )
 
 
@@ -156,7 +160,9 @@ def test_a_row_ends_at_either_eos_id_of_the_checkpoint_and_keeps_it(make, tiny):
 def test_a_stop_token_id_ends_a_row_even_when_eos_is_ignored(make, tiny):
     variant, llm = tiny(), make()
     stop = variant.greedy[4][5]
-    (out,) = llm.generate([variant.prompts[4]], SamplingParams(max_tokens=GEN_LEN, ignore_eos=True, stop_token_ids=(stop,)))
+    (out,) = llm.generate(
+        [variant.prompts[4]], SamplingParams(max_tokens=GEN_LEN, ignore_eos=True, stop_token_ids=(stop,))
+    )
     assert ids(out) == variant.greedy[4][: variant.greedy[4].index(stop) + 1]
     assert out.outputs[0].finish_reason == "stop"
 
@@ -408,3 +414,34 @@ def test_closing_an_engine_ends_its_threads_and_leaves_no_file(tiny, tmp_path):
     assert list((tmp_path / "offload").iterdir()) == [], "a killed run would leave its files behind"
     llm.close()
     assert set(threading.enumerate()) <= before
+
+
+def test_a_second_stream_is_refused_while_one_is_open_and_takes_no_row_from_it(make, tiny):
+    llm, variant = make(), tiny()
+    stream = llm.stream([request(variant, row) for row in range(6)])
+    first = next(stream)
+    with pytest.raises(UsageError, match="another stream"):
+        llm.generate([variant.prompts[0]], SamplingParams(max_tokens=2))
+    assert len({first.request_id, *(out.request_id for out in stream)}) == 6
+
+
+def test_a_closed_engine_says_so_and_closing_twice_does_nothing(make, tiny):
+    llm = make()
+    llm.close()
+    llm.close()
+    with pytest.raises(UsageError, match="closed"):
+        llm.generate([tiny().prompts[0]])
+
+
+def test_an_engine_that_cannot_be_built_leaves_no_thread(make, monkeypatch):
+    before = set(threading.enumerate())
+    monkeypatch.setattr("flexmoe.engine.KVCache", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "no space")))
+    with pytest.raises(OSError):
+        make()
+    assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.parametrize("prompt", ([1.5, 2], [True, 2], ["1", "2"], b"abc", None))
+def test_a_prompt_that_is_neither_text_nor_ids_is_refused(prompt, make):
+    with pytest.raises(UsageError, match="prompt 0"):
+        make().generate([prompt])

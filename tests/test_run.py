@@ -43,7 +43,14 @@ class Job:
         (self.directory / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def args(self, *more, model=None, files=True):
-        args = ["--model", str(model or self.model), "--device", "cpu", "--offload-dir", str(self.directory / "offload")]
+        args = [
+            "--model",
+            str(model or self.model),
+            "--device",
+            "cpu",
+            "--offload-dir",
+            str(self.directory / "offload"),
+        ]
         args += ["-i", str(self.directory / "in.jsonl"), "-o", str(self.output)] if files else []
         return [*args, *more]
 
@@ -119,7 +126,9 @@ def test_rows_that_cannot_run_go_to_the_error_file_and_the_exit_code_is_3(job, m
 
 
 def test_a_policy_file_runs_what_it_says(job, tiny, main):
-    policy = Policy.from_percent((10, 40, 0, 100, 0, 100), gpu_batch_size=2, num_gpu_batches=3, prompt_len=30, gen_len=4)
+    policy = Policy.from_percent(
+        (10, 40, 0, 100, 0, 100), gpu_batch_size=2, num_gpu_batches=3, prompt_len=30, gen_len=4
+    )
     path = job.directory / "policy.json"
     PolicyFile(policy=policy, model=load_model(str(job.model)).arch.fingerprint()).save(path)
     metrics = job.directory / "metrics.json"
@@ -183,7 +192,13 @@ def test_a_dry_run_checks_and_prints_the_plan_and_neither_loads_nor_writes(job, 
     metrics, trace = job.directory / "m.json", job.directory / "t.json"
     code, out, err = main(job.args(*THREE_TIERS, "--dry-run", "--metrics-json", str(metrics), "--trace", str(trace)))
     assert (code, err) == (0, "")
-    for words in ("weights: asked 20/30/50 %, placed", "memory  gpu:", "memory  cpu:", "memory disk:", f"rows: {len(ROWS)}"):
+    for words in (
+        "weights: asked 20/30/50 %, placed",
+        "memory  gpu:",
+        "memory  cpu:",
+        "memory disk:",
+        f"rows: {len(ROWS)}",
+    ):
         assert words in out
     assert sorted(job.directory.rglob("*")) == before
 
@@ -192,7 +207,9 @@ def test_a_dry_run_checks_and_prints_the_plan_and_neither_loads_nor_writes(job, 
 
 
 def benchmark(job, *more):
-    return job.args("--prompt-len", "20", "--gen-len", "6", "--gpu-batch-size", "2", "--num-gpu-batches", "2", *more, files=False)
+    return job.args(
+        "--prompt-len", "20", "--gen-len", "6", "--gpu-batch-size", "2", "--num-gpu-batches", "2", *more, files=False
+    )
 
 
 def test_without_an_input_it_prints_flexllmgens_summary(job, main):
@@ -223,14 +240,19 @@ def test_cut_gen_len_generates_that_many_tokens_and_projects_the_rest(job, main)
     decode_s = sum(record["sweep_s"][1:]) * (6 - 1) / (3 - 1)
     assert f"decode latency: {decode_s:.3f} s (projected)" in out
     total_s = record["sweep_s"][0] + decode_s
-    assert f"total latency: {total_s:.3f} s (projected)\ttotal throughput: {4 * 6 / total_s:.3f} token/s (projected)" in out
+    assert (
+        f"total latency: {total_s:.3f} s (projected)\ttotal throughput: {4 * 6 / total_s:.3f} token/s (projected)"
+        in out
+    )
 
 
 def test_dummy_weights_need_a_config_alone(tiny, job, main):
     shape = job.directory / "shape"
     shape.mkdir()
     shutil.copy(tiny().directory / "config.json", shape)
-    code, out, err = main(benchmark(replace_model(job, shape), "--load-format", "dummy", "--percent", "20", "30", "0", "50", "0", "0"))
+    code, out, err = main(
+        benchmark(replace_model(job, shape), "--load-format", "dummy", "--percent", "20", "30", "0", "50", "0", "0")
+    )
     assert (code, err) == (0, "")
     assert "total throughput" in out
     assert not list((job.directory / "offload").iterdir())
@@ -406,7 +428,12 @@ def start(args):
     env = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).resolve().parent.parent
     return subprocess.Popen(
-        [sys.executable, "-m", "flexmoe.run", *args], cwd=root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "flexmoe.run", *args],
+        cwd=root,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -451,3 +478,26 @@ def test_a_reader_that_closes_the_pipe_does_not_stop_the_job(tiny, tmp_path):
     assert process.wait(timeout=120) == 0
     assert "Traceback" not in process.stderr.read()
     assert (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"), (("--metrics-json", "in.jsonl"), ("--trace", "out.jsonl"), ("--trace", "out.errors.jsonl"))
+)
+def test_a_file_that_is_read_or_written_already_is_not_overwritten(job, main, flag, name):
+    before = (job.directory / "in.jsonl").read_bytes()
+    code, _, stderr = main(job.args(flag, str(job.directory / name)))
+    assert code == 2
+    assert_one_sentence(stderr, "choose another")
+    assert (job.directory / "in.jsonl").read_bytes() == before
+
+
+def test_rates_of_a_run_do_not_count_what_loading_moved(job, main):
+    metrics = job.directory / "metrics.json"
+    assert main(job.args("--metrics-json", str(metrics)))[0] == 0
+    assert "disk_read" not in json.loads(metrics.read_text())["lanes"]
+
+
+def test_a_cut_benchmark_without_a_decode_step_is_refused(job, main):
+    code, _, stderr = main(job.args("--prompt-len", "4", "--gen-len", "8", "--cut-gen-len", "1", files=False))
+    assert code == 2
+    assert_one_sentence(stderr, "at least 2")
