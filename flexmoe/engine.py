@@ -228,7 +228,7 @@ class Engine:
         tier_of = counts.placement.tier_of
         self.store = WeightStore(self.device, self.recorder, source, tier_of, dtype, policy.pin_weight)
         self._parts.callback(self.store.close)
-        self.loaded = self.recorder.take_totals()  # a run's rates do not count what loading moved
+        self.recorder.reset_totals()  # a run's rates do not count what loading moved
         units = _units(self.model, tier_of)
         shape = SweepShape(
             attention=units.attention, experts=units.experts, head=units.head, activation_tiers=counts.activation_tiers

@@ -227,7 +227,7 @@ class Executor:
     def _op_route(self, op: Op) -> None:
         tokens = self._block.tokens
         ids_TK, weights_TK = self._family.route(self._router_TE[:tokens])
-        self._sizes = self._experts.route(ids_TK, weights_TK, self._dtype)
+        self._experts.route(ids_TK, weights_TK, self._dtype)
         self._y_TD[:tokens].zero_()
 
     def _op_expert(self, op: Op) -> None:

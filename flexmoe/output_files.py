@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -29,13 +30,22 @@ def resolve_outputs(input_path: Path, output_path: PathLike, error_path: PathLik
     """
     output = Path(os.path.realpath(output_path))
     errors = Path(os.path.realpath(error_path or default_error_path(output_path)))
-    names = {"input": Path(os.path.realpath(input_path)), "output": output, "error": errors}
-    for one, other in (("input", "output"), ("input", "error"), ("output", "error")):
-        if names[one] == names[other] or _same_file(names[one], names[other]):
-            raise UsageError(f"the {one} file and the {other} file are both {names[one]}; choose another {other} file")
+    check_distinct({"input": input_path, "output": output, "error": errors})
     for path in (output, errors):
         check_writable(path)
     return output, errors
+
+
+def check_distinct(files: Mapping[str, PathLike]) -> None:
+    """Show that no two of a run's files are the same one, by name or by link; ``files`` says what each is for.
+
+    Raises:
+        UsageError: two are; the sentence names both.
+    """
+    paths = {name: Path(os.path.realpath(path)) for name, path in files.items()}
+    for one, other in itertools.combinations(paths, 2):
+        if paths[one] == paths[other] or _same_file(paths[one], paths[other]):
+            raise UsageError(f"the {one} file and the {other} file are both {paths[one]}; choose another {other} file")
 
 
 def check_writable(path: PathLike) -> None:

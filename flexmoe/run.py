@@ -18,7 +18,7 @@ from flexmoe.errors import FlexMoEError, UsageError
 from flexmoe.job import check_job, run_job
 from flexmoe.llm import LLM, RESIDENT
 from flexmoe.loader import Model, load_model
-from flexmoe.output_files import check_writable, default_error_path
+from flexmoe.output_files import check_distinct, check_writable, default_error_path
 from flexmoe.params import EngineRequest, SamplingParams
 from flexmoe.planning import EngineConfig, EnginePlan
 from flexmoe.request_file import RequestFile
@@ -99,27 +99,16 @@ def _check_arguments(args: argparse.Namespace) -> None:
     block_size = (args.gpu_batch_size or 16) * (args.num_gpu_batches or 1)
     if args.cut_gen_len and not args.policy and (args.num_prompts or 0) > block_size:
         raise UsageError(f"--cut-gen-len projects one block; give at most {block_size} --num-prompts")
-    _check_distinct(args)
+    files = {"input": args.input_file, "output": args.output_file, "policy": args.policy, "trace": args.trace}
+    files["metrics"] = args.metrics_json
+    if args.output_file:
+        files["error"] = default_error_path(args.output_file)
+    check_distinct({name: path for name, path in files.items() if path is not None})
     for path in (args.trace, args.metrics_json):
         if path is not None:
             check_writable(path)
     if args.input_file:
         check_job(args.input_file, args.output_file)
-
-
-def _check_distinct(args: argparse.Namespace) -> None:
-    """No file that is written may be one that is read, or written twice."""
-    names = ("input_file", "output_file", "policy", "trace", "metrics_json")
-    files = {name: os.path.realpath(getattr(args, name)) for name in names if getattr(args, name) is not None}
-    if args.output_file is not None:
-        files["error_file"] = os.path.realpath(default_error_path(args.output_file))
-    seen: dict[str, str] = {}
-    for name, path in files.items():
-        if path in seen:
-            raise UsageError(
-                f"{seen[path].replace('_', ' ')} and {name.replace('_', ' ')} are both {path}; choose another"
-            )
-        seen[path] = name
 
 
 def _measure(args: argparse.Namespace, model: Model, tokenizer: Tokenizer) -> Measured:

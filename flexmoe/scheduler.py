@@ -160,11 +160,12 @@ class Scheduler:
             return
         while self.waiting and budget > 0 and len(self.running) < self._policy.block_size:
             row = self.waiting[0]
-            tier = self._choose_tier(self._curve(row, budget))
+            curve = self._curve(row, budget)
+            tier = self._choose_tier(curve)
             if tier is None:
                 return
             self.waiting.popleft()
-            self._enter(row, tier, self._curve(row, budget))
+            self._enter(row, tier, curve)
             budget -= self._give_run(row, budget) or 1
 
     def _enter(self, row: Row, tier: str, curve) -> None:

@@ -95,12 +95,10 @@ class Recorder:
                 entry.busy_s += t.busy_s
         return result
 
-    def take_totals(self) -> dict[str, LaneTotals]:
-        """The totals so far; counting starts again from zero."""
-        taken = self.totals()
+    def reset_totals(self) -> None:
+        """Count bytes and busy seconds from zero again; spans are kept."""
         with self._lock:
             self._totals.clear()
-        return taken
 
     def write_chrome_trace(self, path: str | Path, *, since_s: float = 0.0) -> None:
         """Write the spans as Chrome trace JSON (chrome://tracing, Perfetto): one track per lane, microseconds.

@@ -7,7 +7,7 @@ straight from the checkpoint's shards, each sweep anew.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -166,8 +166,3 @@ class EmbeddingTable:
                 table = torch.frombuffer(read, dtype=self._dtype).view(len(unique), self._width)
                 torch.index_select(table, 0, inverse, out=rows)
             return rows.to(device=store.device.torch, dtype=store.dtype, non_blocking=True, copy=True)
-
-
-def non_resident(order: Iterable[str], tier_of: Mapping[str, str]) -> list[str]:
-    """The units of ``order`` that have to be streamed."""
-    return [u for u in order if tier_of[u] != "gpu"]

@@ -13,7 +13,7 @@ from flexmoe.device import Device
 from flexmoe.errors import StorageError
 from flexmoe.stream import WeightStream
 from flexmoe.trace import Recorder
-from flexmoe.weights import EmbeddingTable, WeightStore, as_compute, non_resident
+from flexmoe.weights import EmbeddingTable, WeightStore, as_compute
 from tests.tiny_units import UNITS, tiny_units, within
 
 PLACEMENTS = {
@@ -30,7 +30,9 @@ def streamed(source, tiers, slots=2, *, dtype=torch.float32, overlap=True, stage
     """A store and its stream; asserts that closing them leaves no thread."""
     before = set(threading.enumerate())
     store = WeightStore(Device("cpu"), Recorder(), source, tiers, dtype, pin)
-    stream = WeightStream(store, non_resident(UNITS, tiers), slots, staging_slots, overlap=overlap, staged=staged)
+    stream = WeightStream(
+        store, [u for u in UNITS if tiers[u] != "gpu"], slots, staging_slots, overlap=overlap, staged=staged
+    )
     try:
         yield store, stream
     finally:
