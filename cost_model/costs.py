@@ -1,6 +1,8 @@
-"""Exact bytes: what every tier must hold to run a policy. The planner and the executor ask the same function.
+"""The equations: exact peak bytes per tier, and the seconds of every operation of the schedule.
 
-Sizes follow the runtime's buffers one by one; a change there is a change here, and a test holds the two together.
+Bytes follow the runtime's buffers one by one (a change there is a change here, and a test holds the two together): the
+planner and the executor ask the same function. Seconds are bytes or FLOPs over a measured rate, per operation of
+`policies.schedule`; `cost_model.sweep` adds them up in closed form, `cost_model.walk` walks the schedule with them.
 """
 
 from __future__ import annotations
@@ -10,49 +12,19 @@ from dataclasses import dataclass
 from math import ceil
 
 from cost_model.arch import ModelArch
+from cost_model.hardware import Hardware
+from cost_model.load import BatchLoad
+from cost_model.sizes import BLOCK_TOKENS, UNIT_SLACK_BYTES, Sizes, slot_bytes
 from policies.errors import InfeasibleError
-from policies.placement import TIERS, Placement, place_batches, place_blocks, place_weights
-from policies.policy import Policy, Workload
+from policies.placement import TIERS
+from policies.policy import Policy
 
-#: Page-aligned supersets of a unit's file extents, and 256-byte boundaries on the device, cost at most this much.
-UNIT_SLACK_BYTES = 64 << 10
-BLOCK_TOKENS = 16
 PAGE_BYTES = 4096
 #: Host buffers that the runtime makes beside those of hidden states; each takes whole pages, an empty one too.
 HOST_BUFFERS = 24
 #: Tokens of one expert that are computed at once: bounds the workspace, and keeps it in cache on the CPU.
 EXPERT_CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}
 LOADS_IN_FLIGHT = 4
-LOOK_AHEAD_BYTES = 1 << 30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """Counts that follow from model, policy and workload; the runtime allocates by them.
-
-    Attributes:
-        placement: tier of every weight unit.
-        activation_tiers: tier of each GPU batch's hidden states.
-        kv_blocks: KV blocks per tier (each of all layers).
-        tails: rows that the disk tier holds at once.
-        max_tokens: most tokens of a sweep.
-        batch_tokens: most tokens of a GPU batch in a sweep.
-        slots: weight slots on the compute device.
-        staging_slots: host slots that disk units pass through on CUDA.
-        fetch_blocks: blocks of one layer that a GPU batch may bring to the device (0: none ever are).
-        write_blocks: disk-tier blocks that the runs of a GPU batch may touch.
-    """
-
-    placement: Placement
-    activation_tiers: tuple[str, ...]
-    kv_blocks: dict[str, int]
-    tails: int
-    max_tokens: int
-    batch_tokens: int
-    slots: int
-    staging_slots: int
-    fetch_blocks: int
-    write_blocks: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,77 +62,6 @@ class MemoryPlan:
                 )
 
 
-def kv_tokens_wanted(policy: Policy, workload: Workload) -> int:
-    """KV capacity in tokens that keeps ``block_size`` rows of the workload in flight.
-
-    Rolling rows are of all ages, so their mean context is s + n/2; a static block marches to s + n together.
-    """
-    s, n = workload.prompt_len, workload.gen_len
-    if policy.schedule == "static":
-        return policy.block_size * ceil((s + n) / BLOCK_TOKENS) * BLOCK_TOKENS
-    return policy.block_size * (s + ceil((n + BLOCK_TOKENS) / 2))
-
-
-def kv_blocks_per_tier(policy: Policy, kv_tokens: int, longest_row: int) -> dict[str, int]:
-    """KV blocks per tier, the policy's shares rounded once; a row of ``longest_row`` tokens fits the largest tier."""
-    total = max(1, ceil(kv_tokens / BLOCK_TOKENS))
-    shares = policy.cache_gpu_percent, policy.cache_cpu_percent
-    needed = ceil(longest_row / BLOCK_TOKENS)
-    blocks = place_blocks(total, *shares)
-    while max(blocks.values()) < needed:
-        total += needed - max(blocks.values())
-        blocks = place_blocks(total, *shares)
-    return blocks
-
-
-def sizes(
-    arch: ModelArch,
-    policy: Policy,
-    workload: Workload,
-    *,
-    device: str,
-    kv_tokens: int | None = None,
-    longest_row: int = 0,
-) -> Sizes:
-    """Counts for running ``policy`` on a device type (``cpu`` or ``cuda``).
-
-    Args:
-        kv_tokens: KV capacity over all tiers; default `kv_tokens_wanted`.
-        longest_row: tokens of the longest row, prompt and completion; default that of the workload.
-    """
-    placement = place_weights(arch.units(), policy.w_gpu_percent, policy.w_cpu_percent)
-    longest = longest_row or workload.prompt_len + workload.gen_len
-    blocks = kv_blocks_per_tier(policy, kv_tokens or kv_tokens_wanted(policy, workload), longest)
-    batch_tokens = policy.prefill_tokens + policy.gpu_batch_size
-    fetches = blocks["disk"] > 0 or (blocks["cpu"] > 0 and policy.cpu_attention_percent < 100)
-    reachable = min(policy.gpu_batch_size * max(blocks.values()), blocks["cpu"] + blocks["disk"])
-    disk_share = 1 - (policy.cache_gpu_percent + policy.cache_cpu_percent) / 100
-    tails = min(policy.block_size, max(1, ceil(policy.block_size * disk_share))) if blocks["disk"] else 0
-    slot = slot_bytes(arch, placement)
-    streamed = sum(1 for t in placement.tier_of.values() if t != "gpu")
-    ahead = min(streamed, max(4, min(arch.num_experts + 2, LOOK_AHEAD_BYTES // max(1, slot))))
-    on_disk = sum(1 for t in placement.tier_of.values() if t == "disk")
-    return Sizes(
-        placement=placement,
-        activation_tiers=place_batches(policy.num_gpu_batches, policy.act_gpu_percent, policy.act_cpu_percent),
-        kv_blocks=blocks,
-        tails=tails,
-        max_tokens=policy.prefill_tokens + policy.block_size,
-        batch_tokens=batch_tokens,
-        slots=min(4, ahead) if device == "cuda" else ahead,
-        staging_slots=min(on_disk, ahead) if policy.pin_weight else ahead,
-        # A run's own tokens may open one block more than its past fills.
-        fetch_blocks=reachable + policy.gpu_batch_size if fetches else 0,
-        write_blocks=ceil(batch_tokens / BLOCK_TOKENS) + 2 * policy.gpu_batch_size if blocks["disk"] else 0,
-    )
-
-
-def slot_bytes(arch: ModelArch, placement: Placement) -> int:
-    """Bytes of a weight slot: the largest unit that is streamed."""
-    streamed = [u.stored_bytes for u in arch.units() if u.kind != "embed" and placement.tier_of[u.name] != "gpu"]
-    return max(streamed) + UNIT_SLACK_BYTES if streamed else 0
-
-
 def plan_memory(arch: ModelArch, policy: Policy, counts: Sizes, *, device: str, compute_bytes: int) -> MemoryPlan:
     """Bytes that each tier holds at its peak.
 
@@ -177,17 +78,15 @@ def plan_memory(arch: ModelArch, policy: Policy, counts: Sizes, *, device: str, 
 
 
 def _weight_bytes(arch: ModelArch, counts: Sizes, device: str, b: int, policy: Policy) -> dict[str, dict[str, int]]:
-    units = arch.units()
-    tier_of = counts.placement.tier_of
-    slot = slot_bytes(arch, counts.placement)
-    resident = [u.stored_bytes for u in units if tier_of[u.name] == "gpu"]
-    largest = max(u.stored_bytes for u in units)
-    gpu = sum(size // arch.dtype_bytes * b + UNIT_SLACK_BYTES for size in resident)
+    at = counts.placement
+    slot = slot_bytes(arch, at)
+    gpu = at.bytes_of("gpu") // arch.dtype_bytes * b + at.count_of("gpu") * UNIT_SLACK_BYTES
     cast = slot // arch.dtype_bytes * b if slot and b != arch.dtype_bytes else 0
-    cpu = sum(u.stored_bytes + UNIT_SLACK_BYTES for u in units if tier_of[u.name] == "cpu")
+    cpu = at.bytes_of("cpu") + at.count_of("cpu") * UNIT_SLACK_BYTES
     staging = counts.staging_slots * slot if device == "cuda" else 0
-    loading = min(LOADS_IN_FLIGHT, len(resident)) * (largest + UNIT_SLACK_BYTES)
-    rows = counts.max_tokens * arch.hidden * arch.dtype_bytes if tier_of["embed"] != "gpu" else 0
+    largest = max(at.residency.largest_streamed_bytes(0), arch.embed_params * arch.dtype_bytes)
+    loading = min(LOADS_IN_FLIGHT, at.count_of("gpu")) * (largest + UNIT_SLACK_BYTES)
+    rows = counts.max_tokens * arch.hidden * arch.dtype_bytes if not at.count_of("gpu", "embed") else 0
     return {
         "gpu": {"weights": gpu, "slots": counts.slots * slot, "cast": cast},
         "cpu": {"weights": cpu, "staging slots": staging, "load buffers": loading, "embedding rows": rows},
@@ -235,7 +134,7 @@ def _activation_bytes(arch: ModelArch, policy: Policy, counts: Sizes, device: st
     heads, kv_heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     attention = 2 * batch * (4 * heads + 6 * kv_heads + 2 * hidden) * b + 3 * batch * hidden * 4
     chunk = min(EXPERT_CHUNK_TOKENS[device], tokens)
-    expert = chunk * (2 * arch.ffn + 2 * hidden) * b
+    expert = chunk * (2 * max(arch.ffn, arch.dense_ffn) + 2 * hidden) * b
     block = tokens * (2 * hidden + arch.num_experts) * b + tokens * arch.top_k * 32
     logits = policy.block_size * (arch.vocab_size * (b + 4) + 2 * hidden * b)
     resident = min(tokens * hidden * b, tiers.count("gpu") * home) + min(2, away) * home
@@ -247,3 +146,141 @@ def _activation_bytes(arch: ModelArch, policy: Policy, counts: Sizes, device: st
         },
         "disk": {"activations": tiers.count("disk") * (home + PAGE_BYTES)},
     }
+
+
+class Costs:
+    """Seconds of every operation when nothing else runs.
+
+    Args:
+        arch, hardware, policy: the model on the machine under the policy.
+        counts: from `sizes`.
+        number_bytes: bytes of one number in the compute dtype.
+
+    Attributes:
+        lane_share: part of all cores that an operation on a lane keeps busy (device cpu, where all lanes share them).
+    """
+
+    def __init__(self, arch: ModelArch, hardware: Hardware, policy: Policy, counts: Sizes, number_bytes: int):
+        gpu, b = hardware.gpu, number_bytes
+        self.arch, self.hardware, self.counts, self._gpu, self._b = arch, hardware, counts, gpu, b
+        self.overlap, self.pinned = policy.overlap, policy.pin_weight
+        self.kv_bytes = arch.kv_bytes_per_token_layer(b)
+        self._experts, self._dense = gpu.experts[b], gpu.dense[b]
+        self._module = arch.projection_params + arch.router_params
+        self._projected = arch.hidden * arch.head_dim * (arch.num_heads + 2 * arch.num_kv_heads) / self._module
+        self._pair_flops = 4 * arch.num_heads * arch.head_dim
+        self._query_bytes = arch.num_heads * arch.head_dim * b
+        on_cpu = hardware.device == "cpu"
+        self._moves_queries = not on_cpu
+        core = 1 / hardware.cores
+        copy = core if on_cpu else 0.0
+        all_cores = 1.0 if on_cpu else 0.0
+        self.lane_share = {
+            "gpu": all_cores,
+            "cpu": 1.0,
+            "h2d": copy,
+            "h2d/kv": all_cores,
+            "d2h": all_cores,
+            "disk_read": hardware.disk_read_core_s_per_byte * hardware.disk_read_bytes_per_s * core,
+            "disk_write": hardware.disk_write_core_s_per_byte * hardware.disk_write_bytes_per_s * core,
+        }
+
+    # Weights.
+
+    def read_s(self, nbytes: float) -> float:
+        """A unit, disk to host."""
+        return nbytes / self.hardware.disk_read_bytes_per_s
+
+    def write_s(self, nbytes: float) -> float:
+        """Host to disk."""
+        return nbytes / self.hardware.disk_write_bytes_per_s
+
+    def copy_s(self, nbytes: float) -> float:
+        """A unit, host to the compute device."""
+        return nbytes / self._gpu.h2d_bytes_per_s
+
+    # Attention of one GPU batch in one layer.
+
+    def embed_s(self, batch: BatchLoad) -> float:
+        """Rows of the embedding table, read and written."""
+        return 2 * batch.tokens * self.arch.hidden * self._b / self._gpu.memory_bytes_per_s
+
+    def activation_bytes(self, batch: BatchLoad) -> float:
+        """Hidden states of the batch."""
+        return batch.tokens * self.arch.hidden * self._b
+
+    def load_act_s(self, batch: BatchLoad) -> float:
+        """Hidden states of the batch to the compute device."""
+        return self.activation_bytes(batch) / self._gpu.h2d_bytes_per_s
+
+    def store_act_s(self, batch: BatchLoad) -> float:
+        """Hidden states of the batch home."""
+        return self.activation_bytes(batch) / self._gpu.d2h_bytes_per_s
+
+    def project_s(self, batch: BatchLoad) -> float:
+        """Norm, queries, keys and values, rope."""
+        return self._projected * self._dense.seconds(batch.tokens, self._module)
+
+    def attend_s(self, batch: BatchLoad) -> float:
+        """Attention of what is attended on the compute device; output projection, norm and router of all."""
+        context = batch.context["gpu"] + batch.context["fetch"] + batch.context["disk"]
+        pairs = batch.pairs["gpu"] + batch.pairs["fetch"] + batch.pairs["disk"]
+        attention = context * self.kv_bytes / self._gpu.attention_bytes_per_s
+        attention += pairs * self._pair_flops / self._gpu.attention_flops_per_s
+        return attention + (1 - self._projected) * self._dense.seconds(batch.tokens, self._module)
+
+    def cpu_attend_s(self, batch: BatchLoad) -> float:
+        """Attention in host memory."""
+        hw = self.hardware
+        read = batch.context["cpu"] * self.kv_bytes / hw.cpu_attention_bytes_per_s
+        return read + batch.pairs["cpu"] * self._pair_flops / hw.cpu_attention_flops_per_s
+
+    def read_kv_s(self, batch: BatchLoad) -> float:
+        """Past KV of the batch's disk rows, disk to host."""
+        return batch.past["disk"] * self.kv_bytes / self.hardware.disk_read_bytes_per_s
+
+    def load_kv_s(self, batch: BatchLoad) -> float:
+        """Past KV of the fetched rows into the staging buffer; attended outputs of the CPU's rows up."""
+        past = (batch.past["fetch"] + batch.past["disk"]) * self.kv_bytes / self._gpu.kv_load_bytes_per_s
+        return past + self.attended_s(batch)
+
+    def attended_s(self, batch: BatchLoad) -> float:
+        """What the CPU attended, up; a part of `load_kv_s`."""
+        return batch.new["cpu"] * self._query_bytes / self._gpu.h2d_bytes_per_s if self._moves_queries else 0.0
+
+    def store_kv_s(self, batch: BatchLoad) -> float:
+        """New KV of rows whose home is not the GPU; queries of the rows attended on the CPU down."""
+        stored = (batch.new["fetch"] + batch.new["disk"] + batch.new["cpu"]) * self.kv_bytes
+        down = batch.new["cpu"] * self._query_bytes / self._gpu.d2h_bytes_per_s if self._moves_queries else 0.0
+        return stored / self._gpu.kv_store_bytes_per_s + down
+
+    def write_kv_s(self, batch: BatchLoad) -> float:
+        """New KV of the batch's disk rows; a block is written when it is full, so this is the mean over sweeps."""
+        return batch.new["disk"] * self.kv_bytes / self.hardware.disk_write_bytes_per_s
+
+    # The rest of a sweep.
+
+    def expert_s(self, tokens: float, elements: float) -> float:
+        """One expert of so many weights over its tokens."""
+        return self._experts.seconds(tokens, elements)
+
+    def touched(self, tokens: float) -> float:
+        """Experts of a layer that the tokens reach."""
+        return self.arch.expected_experts_touched(tokens)
+
+    def head_s(self, rows: float, elements: float) -> float:
+        """A chunk of the head over the rows that get a token; as large a matrix as an expert's."""
+        return self._experts.seconds(rows, elements)
+
+    def sample_s(self, rows: float) -> float:
+        """The choice of a token per row: its logits are read once."""
+        return rows * self.arch.vocab_size * self._b / self._gpu.memory_bytes_per_s
+
+    def host_s(self, rows: float) -> float:
+        """Admission, index tensors and bookkeeping of a sweep, during which only the links work."""
+        return self.hardware.sweep_s + rows * self.hardware.row_s
+
+    @property
+    def op_s(self) -> float:
+        """Dispatch of one operation, whatever its lane."""
+        return self._gpu.op_s

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from flexmoe.errors import UsageError
+from policies.command_line import Parser, count, flag
 
 _EPILOG = """\
 --percent W W C C A A: six numbers, in percent; what is left of each pair is on disk
@@ -28,33 +28,9 @@ Without -i it is a benchmark: synthetic prompts of --prompt-len tokens, --gen-le
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of exiting, so that one place maps errors to exit codes."""
-
-    def error(self, message: str):
-        raise UsageError(f"{message} (see --help)")
-
-
-def _flag(text: str) -> bool:
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return values[text.lower()]
-
-
-def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
-
-
 def parser() -> argparse.ArgumentParser:
     """The argument parser of ``python -m flexmoe.run``."""
-    p = _Parser(
+    p = Parser(
         prog="python -m flexmoe.run",
         usage="python -m flexmoe.run --model DIR [-i requests.jsonl -o out.jsonl] [flags]",
         description=_DESCRIPTION,
@@ -82,12 +58,12 @@ def _job_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument(
         "-o", "--output-file", type=Path, help="completions, in input order; failed rows go to <output>.errors.jsonl"
     )
-    g.add_argument("--prompt-len", type=_count, default=512, help="benchmark: tokens per prompt (default 512)")
+    g.add_argument("--prompt-len", type=count, default=512, help="benchmark: tokens per prompt (default 512)")
     g.add_argument(
-        "--gen-len", type=_count, default=32, help="tokens per completion for rows without max_tokens (default 32)"
+        "--gen-len", type=count, default=32, help="tokens per completion for rows without max_tokens (default 32)"
     )
-    g.add_argument("--cut-gen-len", type=_count, help="benchmark: stop after so many tokens and project to --gen-len")
-    g.add_argument("--num-prompts", type=_count, help="benchmark: prompts (default: one block)")
+    g.add_argument("--cut-gen-len", type=count, help="benchmark: stop after so many tokens and project to --gen-len")
+    g.add_argument("--num-prompts", type=count, help="benchmark: prompts (default: one block)")
     g.add_argument("--seed", type=int, default=0, help="benchmark: seed of the synthetic prompts (default 0)")
     g.add_argument("--dry-run", action="store_true", help="check everything, print placement and memory, load nothing")
     g.add_argument("--metrics-json", type=Path, help="write what was measured as JSON")
@@ -102,10 +78,10 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--percent", nargs=6, type=float, metavar=("W", "W", "C", "C", "A", "A"), help="placement; see below"
     )
-    g.add_argument("--gpu-batch-size", type=_count, help="rows whose attention runs together (default 16)")
-    g.add_argument("--num-gpu-batches", type=_count, help="GPU batches in flight (default 1)")
+    g.add_argument("--gpu-batch-size", type=count, help="rows whose attention runs together (default 16)")
+    g.add_argument("--num-gpu-batches", type=count, help="GPU batches in flight (default 1)")
     g.add_argument(
-        "--prefill-tokens", type=_count, help="most prompt tokens that enter a sweep (default: an even pace)"
+        "--prefill-tokens", type=count, help="most prompt tokens that enter a sweep (default: an even pace)"
     )
     g.add_argument(
         "--schedule",
@@ -114,10 +90,10 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
     )
     g.add_argument("--cpu-cache-compute", action="store_true", help="attend all KV in CPU memory on the CPU")
     g.add_argument(
-        "--overlap", type=_flag, nargs="?", const=True, help="run transfers beside computation (default true)"
+        "--overlap", type=flag, nargs="?", const=True, help="run transfers beside computation (default true)"
     )
     g.add_argument(
-        "--pin-weight", type=_flag, nargs="?", const=True, help="CUDA: keep CPU weights pinned (default true)"
+        "--pin-weight", type=flag, nargs="?", const=True, help="CUDA: keep CPU weights pinned (default true)"
     )
 
 
@@ -130,5 +106,5 @@ def _machine_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--nvme-mem", type=float, metavar="GIB", help="disk space to stay under, weights on disk included")
     g.add_argument("--offload-dir", type=Path, default=Path("~/flexmoe_offload_dir"), help="directory of the disk tier")
     g.add_argument(
-        "--kv-tokens", type=_count, help="KV capacity in tokens (default: from the block and the rows' lengths)"
+        "--kv-tokens", type=count, help="KV capacity in tokens (default: from the block and the rows' lengths)"
     )

@@ -115,7 +115,7 @@ class Engine:
     @property
     def unfinished(self) -> int:
         """Requests waiting or in flight."""
-        return len(self.scheduler.waiting) + len(self.scheduler.running)
+        return self.scheduler.unfinished
 
     def step(self) -> list[RequestOutput]:
         """Run one sweep.
@@ -165,7 +165,7 @@ class Engine:
     def clear(self) -> None:
         """Drop every request."""
         self.scheduler.waiting.clear()
-        for row in list(self.scheduler.running):
+        for row in self.scheduler.running:
             self.scheduler.finish(row)
 
     def logits(self, token_ids: list[int]) -> torch.Tensor:
@@ -300,6 +300,6 @@ def _output(row: Row, reason: str) -> RequestOutput:
         request_id=row.request.request_id,
         prompt=None,
         prompt_token_ids=row.request.prompt_token_ids,
-        outputs=[CompletionOutput(index=0, text=None, token_ids=tuple(row.generated), finish_reason=reason)],
+        outputs=[CompletionOutput(index=0, text=None, token_ids=tuple(row.generated_ids), finish_reason=reason)],
         finished=True,
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cost_model.costs import BLOCK_TOKENS
+from cost_model.sizes import BLOCK_TOKENS
 from flexmoe.device import Device
 from flexmoe.storage import DirectFile
 

@@ -26,7 +26,7 @@ from flexmoe.trace import Recorder
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVBuffers:
-    """How large the transfer buffers are; `cost_model.costs` plans them.
+    """How large the transfer buffers are; `cost_model.sizes` plans them.
 
     Attributes:
         staging_blocks: blocks of one layer that a fetched GPU batch may need.

@@ -136,7 +136,10 @@ class LLM:
     def metrics(self) -> dict:
         """What has been done so far: tokens, sweeps, bytes and busy seconds per lane, planned bytes per tier."""
         e = self.engine
-        lanes = {lane: {"bytes": t.nbytes, "busy_s": t.busy_s} for lane, t in e.recorder.totals().items()}
+        lanes = {
+            lane: {"bytes": t.nbytes, "busy_s": t.busy_s, "active_s": t.active_s}
+            for lane, t in e.recorder.totals().items()
+        }
         memory = e.plan.memory
         return {
             "sweeps": len(e.sweeps),

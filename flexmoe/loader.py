@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from cost_model.arch import ModelArch
 from flexmoe.checkpoint import Checkpoint
+from flexmoe.checkpoint_file import read_json_object
 from flexmoe.errors import DataError, InputMissingError, UsageError
 from flexmoe.models import family
 from flexmoe.sources import CheckpointSource, DummySource, WeightSource
@@ -57,7 +59,7 @@ def load_model(model: str, load_format: str = "auto") -> Model:
     Raises:
         UsageError: unknown load format, or a dummy of an unknown shape.
         InputMissingError: no such directory, and the hub cannot be reached.
-        DataError: the checkpoint is incomplete, corrupt or of another family.
+        DataError: the checkpoint is incomplete, corrupt or of a family that does not run.
     """
     if load_format not in LOAD_FORMATS:
         raise UsageError(f"unknown load format {load_format!r}: choose {' or '.join(LOAD_FORMATS)}")
@@ -65,6 +67,7 @@ def load_model(model: str, load_format: str = "auto") -> Model:
     if load_format == "dummy":
         arch = ModelArch.from_dir(path) if path.is_dir() else ModelArch.from_name(model)
         return _dummy(arch, path if path.is_dir() else None)
+    _refuse_a_family_that_does_not_run(path, model)
     checkpoint = Checkpoint.open(path if path.exists() else _from_hub(model))
     arch = ModelArch.from_config(checkpoint.config, name=str(model))
     math = family(arch)
@@ -127,11 +130,24 @@ def _stored_dtype(checkpoint: Checkpoint, math) -> torch.dtype:
     return checkpoint.tensors[first].dtype
 
 
+def _refuse_a_family_that_does_not_run(directory: Path, name: str) -> None:
+    """From the config alone: before the headers of thousands of tensors are read, or their files fetched."""
+    config = directory / "config.json"
+    if os.path.isfile(config):
+        family(ModelArch.from_config(read_json_object(config), name=name))
+
+
 def _from_hub(name: str) -> Path:
+    """Directory of a hub model's files; the weights are fetched only for a family that runs."""
+    _refuse_a_family_that_does_not_run(_fetch(name, ["config.json"]), name)
+    return _fetch(name, ["*.json", "*.safetensors", "tokenizer*", "*.jinja"])
+
+
+def _fetch(name: str, files: list[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=files))
     except Exception as e:  # the hub raises a dozen unrelated types for "not there" and "no network"
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise InputMissingError(f"{name!r} is no local directory, and the hub did not provide it: {reason}") from e

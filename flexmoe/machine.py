@@ -1,8 +1,9 @@
-"""What this machine has left: memory a new process may take, disk space."""
+"""What this machine is, and what it has left: cores and memory a new process may take, disk space."""
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from pathlib import Path
 
@@ -26,15 +27,45 @@ def available_host_bytes() -> int:
 
 def free_disk_bytes(directory: Path) -> int:
     """Free bytes of the file system that holds ``directory`` or its nearest existing parent."""
-    here = directory.absolute()
+    return shutil.disk_usage(nearest_existing(directory)).free
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and whole ones of the cgroup's quota."""
+    cores = len(os.sched_getaffinity(0))
+    quota, _, period = "".join(_lines(_CGROUP / "cpu.max")).partition(" ")
+    if quota.isdigit() and period.isdigit():
+        cores = min(cores, int(quota) // int(period))
+    return max(1, cores)
+
+
+def cpu_name() -> str:
+    """The processor's name for people."""
+    for line in _lines(Path("/proc/cpuinfo")):
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def filesystem(path: Path) -> str:
+    """Type of the file system that holds a path: a disk tier on `tmpfs` would be host memory."""
+    path = path.absolute()
+    mounts = [line.split()[1:3] for line in _lines(Path("/proc/mounts"))]
+    holding = [(where, kind) for where, kind in mounts if path.is_relative_to(where)]
+    return max(holding, key=lambda mount: len(mount[0]), default=("", "unknown"))[1]
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or its nearest parent that exists."""
+    here = path.absolute()
     while not here.exists():
         here = here.parent
-    return shutil.disk_usage(here).free
+    return here
 
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="ascii").splitlines()
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
 

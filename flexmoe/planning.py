@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from cost_model.costs import MemoryPlan, Sizes, plan_memory, sizes
+from cost_model.costs import MemoryPlan, plan_memory
+from cost_model.sizes import Sizes, sizes
 from flexmoe.device import Device
 from flexmoe.errors import InfeasibleError, UsageError
 from flexmoe.loader import Model, compute_dtype

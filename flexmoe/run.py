@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
-import os
 import random
 import sys
-import traceback
 from collections.abc import Sequence
 
-from cost_model.costs import BLOCK_TOKENS
+from cost_model.sizes import BLOCK_TOKENS
 from flexmoe import report
 from flexmoe.arguments import parser
-from flexmoe.errors import FlexMoEError, UsageError
+from flexmoe.errors import UsageError
 from flexmoe.job import check_job, run_job
 from flexmoe.llm import LLM, RESIDENT
 from flexmoe.loader import Model, load_model
@@ -24,10 +21,11 @@ from flexmoe.planning import EngineConfig, EnginePlan
 from flexmoe.request_file import RequestFile
 from flexmoe.tokenizer import Tokenizer
 from flexmoe.workload import Measured, measure
+from policies.command_line import guarded, say
 from policies.policy import Policy, PolicyFile, Workload
 
 _MOST_PREFILL_TOKENS = 4096
-EXIT_INTERNAL, EXIT_ROWS_FAILED, EXIT_IO, EXIT_INTERRUPTED = 1, 3, 74, 130
+EXIT_ROWS_FAILED = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,29 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         int: the exit code of DESIGN's contract.
     """
-    try:
-        args = parser().parse_args(argv)
-        logging.basicConfig(
-            stream=sys.stderr, level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s"
-        )
-        return _run(args)
-    except FlexMoEError as e:
-        print(f"flexmoe: {e}", file=sys.stderr)
-        return e.exit_code
-    except KeyboardInterrupt:
-        print("flexmoe: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT):
-            raise
-        print(f"flexmoe: {e}", file=sys.stderr)
-        return EXIT_IO
-    except Exception:
-        traceback.print_exc()
-        return EXIT_INTERNAL
+    return guarded("flexmoe", lambda: _run(parser().parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> int:
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s"
+    )
     _check_arguments(args)
     model = load_model(args.model, args.load_format)
     tokenizer = Tokenizer.load(model.directory) if model.directory else Tokenizer(None, args.model)
@@ -69,14 +51,14 @@ def _run(args: argparse.Namespace) -> int:
         return _dry_run(model, policy, measured, options)
     llm = LLM(model, policy=policy, workload=measured.workload, **options)
     try:
-        _say(llm.engine.plan.describe_weights(), llm.engine.plan.describe_cache())
+        say(llm.engine.plan.describe_weights(), llm.engine.plan.describe_cache())
         if args.input_file:
             code = _job(args, llm, tokenizer)
         else:
             code = _benchmark(args, llm, measured)
         if args.trace:
             llm.engine.recorder.write_chrome_trace(args.trace)
-            _say(f"trace: {args.trace}")
+            say(f"trace: {args.trace}")
         return code
     finally:
         llm.close()
@@ -169,9 +151,9 @@ def _options(args: argparse.Namespace, measured: Measured, policy: Policy) -> di
 def _dry_run(model: Model, policy: Policy, measured: Measured, options: dict) -> int:
     config = EngineConfig(policy=policy, workload=measured.workload, **options)
     plan = EnginePlan.of(model, config)
-    _say(plan.describe_weights(), plan.describe_cache(), *plan.memory_lines())
+    say(plan.describe_weights(), plan.describe_cache(), *plan.memory_lines())
     s, n = measured.workload.prompt_len, measured.workload.gen_len
-    _say(
+    say(
         f"rows: {measured.rows}, mean prompt {s} tokens, mean completion at most {n}, longest row {measured.longest_row}"
     )
     return 0
@@ -186,9 +168,9 @@ def _job(args: argparse.Namespace, llm: LLM, tokenizer: Tokenizer) -> int:
         default_max_tokens=args.gen_len,
         model_name=str(args.model),
     )
-    _say(f"rows: {done.rows_ok} ok, {done.rows_failed} failed; completions: {done.output_path}")
+    say(f"rows: {done.rows_ok} ok, {done.rows_failed} failed; completions: {done.output_path}")
     if done.error_path:
-        _say(f"failed rows: {done.error_path}")
+        say(f"failed rows: {done.error_path}")
     _finish(args, llm, done.rows_ok, done.rows_failed)
     return EXIT_ROWS_FAILED if done.rows_failed else 0
 
@@ -209,7 +191,7 @@ def _benchmark(args: argparse.Namespace, llm: LLM, measured: Measured) -> int:
         if output.error:
             raise UsageError(output.error)
         rows += 1
-    _say(*report.flexllmgen_lines(llm.metrics(), llm.engine, rows, args.gen_len, args.cut_gen_len))
+    say(*report.flexllmgen_lines(llm.metrics(), llm.engine, rows, args.gen_len, args.cut_gen_len))
     _finish(args, llm, rows, 0)
     return 0
 
@@ -217,18 +199,10 @@ def _benchmark(args: argparse.Namespace, llm: LLM, measured: Measured) -> int:
 def _finish(args: argparse.Namespace, llm: LLM, rows_ok: int, rows_failed: int) -> None:
     metrics = llm.metrics()
     lines = report.throughput_lines(metrics) + report.lane_lines(metrics) + llm.engine.plan.memory_lines()
-    _say(*lines)
-    _say(f"peak process memory: {report.peak_process_bytes() / 2**30:.3f} GiB resident")
+    say(*lines)
+    say(f"peak process memory: {report.peak_process_bytes() / 2**30:.3f} GiB resident")
     if args.metrics_json:
         report.write_json(args.metrics_json, report.metrics_record(metrics, llm.engine, rows_ok, rows_failed))
-
-
-def _say(*lines: str) -> None:
-    """Print; a reader that has closed the pipe is no reason to stop a job."""
-    try:
-        print(*lines, sep="\n", flush=True)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - it serves until the process ends
 
 
 if __name__ == "__main__":

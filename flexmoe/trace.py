@@ -17,14 +17,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _MAX_SPANS = 2_000_000
+_RECENT = 16  # more intervals than workers of a lane that can still be at work on an old one
 
 
 @dataclass(slots=True)
 class LaneTotals:
-    """What a lane has done since the recorder was made."""
+    """What a lane has done since the recorder was made.
+
+    Attributes:
+        nbytes: bytes moved.
+        busy_s: busy seconds of its workers, added up.
+        active_s: seconds in which at least one worker was busy.
+    """
 
     nbytes: int = 0
     busy_s: float = 0.0
+    active_s: float = 0.0
 
     @property
     def bytes_per_s(self) -> float:
@@ -45,6 +53,7 @@ class Recorder:
         self._spans: list[tuple[str, str, float, float, int]] = []
         self._totals: dict[str, LaneTotals] = {}
         self._pending: list[tuple] = []
+        self._active: dict[str, list[tuple[float, float]]] = {}
         self._lock = threading.Lock()
 
     def add(self, lane: str, name: str, start_s: float, end_s: float, nbytes: int = 0) -> None:
@@ -53,6 +62,8 @@ class Recorder:
             totals = self._totals.setdefault(lane, LaneTotals())
             totals.nbytes += nbytes
             totals.busy_s += end_s - start_s
+            recent = self._active.setdefault(lane.split("/")[0], [])
+            totals.active_s += _newly_covered(recent, start_s, end_s)
             if self._keep_spans and len(self._spans) < _MAX_SPANS:
                 self._spans.append((lane, name, start_s, end_s, nbytes))
 
@@ -93,6 +104,7 @@ class Recorder:
                 entry = result.setdefault(lane if by_worker else lane.split("/")[0], LaneTotals())
                 entry.nbytes += t.nbytes
                 entry.busy_s += t.busy_s
+                entry.active_s += t.active_s
         return result
 
     def reset_totals(self) -> None:
@@ -120,3 +132,12 @@ class Recorder:
         temporary = Path(f"{path}.tmp-{os.getpid()}")
         temporary.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
         os.replace(temporary, path)
+
+
+def _newly_covered(recent: list[tuple[float, float]], start_s: float, end_s: float) -> float:
+    """Seconds of [start, end) that no interval of ``recent`` covers; the list takes it in and forgets what is long past."""
+    touching = [(a, b) for a, b in recent if a <= end_s and b >= start_s]
+    recent[:] = [interval for interval in recent if interval not in touching][-_RECENT:]
+    first, last = min([start_s, *(a for a, _ in touching)]), max([end_s, *(b for _, b in touching)])
+    recent.append((first, last))
+    return last - first - sum(b - a for a, b in touching)

@@ -1,6 +1,7 @@
 """What to do: policies, placement and schedules. Standard library only."""
 
 from policies.placement import TIERS, Placement, Unit
-from policies.policy import Policy, PolicyFile, Workload
+from policies.policy import Policy, PolicyFile
+from policies.workload import Workload
 
 __all__ = ["TIERS", "Placement", "Policy", "PolicyFile", "Unit", "Workload"]

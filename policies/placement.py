@@ -7,10 +7,12 @@ the same placement, so that a policy file means one thing.
 """
 
 import math
+import sys
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from itertools import accumulate
 from numbers import Integral, Real
 
@@ -46,17 +48,31 @@ class Unit:
         check_count(f"stored_bytes of unit {self.name}", self.stored_bytes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Placement:
-    """Where every unit lives at home.
+    """Where every unit lives at home: the first `gpu_end` units of the order on the GPU, up to `cpu_end` in host memory.
 
     Args:
-        tier_of: unit name to tier, in the order in which the units were given.
-        bytes_per_tier: stored bytes per tier; all three tiers are present.
+        residency: the units in residency order.
+        gpu_end, cpu_end: the two boundaries.
     """
 
-    tier_of: Mapping[str, str]
-    bytes_per_tier: Mapping[str, int]
+    residency: "Residency"
+    gpu_end: int
+    cpu_end: int
+
+    @cached_property
+    def tier_of(self) -> dict[str, str]:
+        """Unit name to tier, in the order in which the units were given."""
+        counts = (self.gpu_end, self.cpu_end - self.gpu_end, len(self.residency.order) - self.cpu_end)
+        tiers = [tier for tier, count in zip(TIERS, counts, strict=True) for _ in range(count)]
+        by_name = {unit.name: tier for unit, tier in zip(self.residency.order, tiers, strict=True)}
+        return {unit.name: by_name[unit.name] for unit in self.residency.units}
+
+    @cached_property
+    def bytes_per_tier(self) -> dict[str, int]:
+        """Stored bytes per tier; all three tiers are present."""
+        return {tier: self.bytes_of(tier) for tier in TIERS}
 
     @property
     def achieved_percent(self) -> tuple[float, float, float]:
@@ -64,6 +80,69 @@ class Placement:
         total_bytes = sum(self.bytes_per_tier.values())
         gpu, cpu, disk = (100.0 * self.bytes_per_tier[tier] / total_bytes for tier in TIERS)
         return gpu, cpu, disk
+
+    def bytes_of(self, tier: str, *kinds: str) -> int:
+        """Stored bytes of the units of these kinds (default all) in a tier."""
+        return self.residency.bytes_between(*self._stretch(tier), *kinds)
+
+    def count_of(self, tier: str, *kinds: str) -> int:
+        """How many units of these kinds (default all) a tier holds."""
+        return self.residency.count_between(*self._stretch(tier), *kinds)
+
+    def _stretch(self, tier: str) -> tuple[int, int]:
+        ends = (0, self.gpu_end, self.cpu_end, len(self.residency.order))
+        place = TIERS.index(tier)
+        return ends[place], ends[place + 1]
+
+
+class Residency:
+    """The units of a model in `residency_order`, with what any stretch of that order holds, in constant time.
+
+    Args:
+        units: all units of the model, in schedule order.
+
+    Raises:
+        UsageError: there are no units, or two share a name.
+    """
+
+    def __init__(self, units: Iterable[Unit]):
+        self.units = tuple(units)
+        if not self.units:
+            raise UsageError("there are no weight units to place; give at least one.")
+        names = len({unit.name for unit in self.units})
+        if names != len(self.units):
+            raise UsageError(f"{len(self.units)} units have only {names} different names; each needs its own.")
+        self.order = tuple(residency_order(self.units))
+        self._bytes = {kind: _sums(unit.stored_bytes * (unit.kind == kind) for unit in self.order) for kind in KINDS}
+        self._counts = {kind: _sums(unit.kind == kind for unit in self.order) for kind in KINDS}
+        self.prefix_bytes = _sums(unit.stored_bytes for unit in self.order)
+        streamed = [0 if unit.kind == "embed" else unit.stored_bytes for unit in self.order]
+        self._largest_after = list(accumulate(reversed(streamed), max, initial=0))[::-1]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Residency) and self.units == other.units
+
+    def __hash__(self) -> int:
+        return hash(self.units)
+
+    def place(self, gpu_percent: float, cpu_percent: float) -> Placement:
+        """The placement nearest to the asked percents; see `place_weights`."""
+        gpu_percent, cpu_percent = check_shares("weights", gpu_percent, cpu_percent)
+        gpu_end = _nearest_prefix(self.prefix_bytes, gpu_percent)
+        return Placement(self, gpu_end, _nearest_prefix(self.prefix_bytes, gpu_percent + cpu_percent))
+
+    def bytes_between(self, first: int, last: int, *kinds: str) -> int:
+        """Stored bytes of the units of these kinds (default all) at places [first, last) of the order."""
+        sums = [self._bytes[kind] for kind in kinds] if kinds else [self.prefix_bytes]
+        return sum(s[last] - s[first] for s in sums)
+
+    def count_between(self, first: int, last: int, *kinds: str) -> int:
+        """How many units of these kinds (default all) stand at places [first, last) of the order."""
+        return sum(self._counts[kind][last] - self._counts[kind][first] for kind in kinds or KINDS)
+
+    def largest_streamed_bytes(self, gpu_end: int) -> int:
+        """Stored bytes of the largest unit that passes through a slot when the first `gpu_end` units are resident."""
+        return self._largest_after[gpu_end]
 
 
 def place_weights(units: Iterable[Unit], gpu_percent: float, cpu_percent: float) -> Placement:
@@ -81,26 +160,7 @@ def place_weights(units: Iterable[Unit], gpu_percent: float, cpu_percent: float)
     Raises:
         UsageError: there are no units, two share a name, or the percents do not add up.
     """
-    units = list(units)
-    gpu_percent, cpu_percent = check_shares("weights", gpu_percent, cpu_percent)
-    if not units:
-        raise UsageError("there are no weight units to place; give at least one.")
-    order = residency_order(units)
-    prefix_bytes = list(accumulate((unit.stored_bytes for unit in order), initial=0))
-    gpu_end = _nearest_prefix(prefix_bytes, gpu_percent)
-    cpu_end = _nearest_prefix(prefix_bytes, gpu_percent + cpu_percent)
-
-    tiers = ["gpu"] * gpu_end + ["cpu"] * (cpu_end - gpu_end) + ["disk"] * (len(order) - cpu_end)
-    tier_by_name = {unit.name: tier for unit, tier in zip(order, tiers, strict=True)}
-    if len(tier_by_name) != len(units):
-        raise UsageError(f"{len(units)} units have only {len(tier_by_name)} different names; each needs its own.")
-    sizes_bytes = (
-        prefix_bytes[gpu_end],
-        prefix_bytes[cpu_end] - prefix_bytes[gpu_end],
-        prefix_bytes[-1] - prefix_bytes[cpu_end],
-    )
-    tier_of = {unit.name: tier_by_name[unit.name] for unit in units}
-    return Placement(tier_of, dict(zip(TIERS, sizes_bytes, strict=True)))
+    return Residency(units).place(gpu_percent, cpu_percent)
 
 
 def residency_order(units: Sequence[Unit]) -> list[Unit]:
@@ -190,6 +250,14 @@ def check_count(name: str, value: int, minimum: int = 1) -> int:
     return int(value)
 
 
+def check_number(name: str, value: float, *, zero: bool = False) -> float:
+    """Returns `value` as a float, or raises UsageError unless it is a finite number above 0 (of at least 0 with `zero`)."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not real or not 0 <= value <= sys.float_info.max or (value == 0 and not zero):
+        raise UsageError(f"{name} is {value!r}; it must be a finite number {'of at least' if zero else 'above'} 0.")
+    return float(value) + 0.0  # -0.0 becomes 0.0
+
+
 def check_percent(name: str, value: float) -> float:
     """Returns `value` as a float, or raises UsageError unless it is a number from 0 to 100."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 100:
@@ -217,6 +285,10 @@ def _nearest_prefix(prefix_bytes: Sequence[int], percent: float) -> int:
         return 0
     below_is_nearer = target_bytes - prefix_bytes[above - 1] <= prefix_bytes[above] - target_bytes
     return above - 1 if below_is_nearer else above
+
+
+def _sums(values: Iterable[int]) -> list[int]:
+    return list(accumulate(values, initial=0))
 
 
 def _spread(layers: Sequence[int]) -> list[int]:

@@ -1,39 +1,17 @@
 """What the runtime is told to do: a frozen, validated policy, and the JSON file that carries it."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
-from pathlib import Path
 
-from policies import strict_json
-from policies.errors import DataError, FlexMoEError, InfeasibleError, InputMissingError, StorageError, UsageError
+from policies.errors import DataError, FlexMoEError, InfeasibleError, UsageError
+from policies.files import check_header, check_keys, read_json, write_json
 from policies.placement import check_count, check_percent, check_shares
+from policies.workload import Workload
 
 KIND = "flexmoe.policy"
 SCHEMA_VERSION = 1
 SCHEDULES = ("rolling", "static")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """The job in two numbers.
-
-    Args:
-        prompt_len: mean tokens of a prompt, at least 1.
-        gen_len: mean tokens generated for it, at least 1.
-
-    Raises:
-        UsageError: a value is not a whole number of at least 1.
-    """
-
-    prompt_len: int
-    gen_len: int
-
-    def __post_init__(self):
-        for name in ("prompt_len", "gen_len"):
-            object.__setattr__(self, name, check_count(name, getattr(self, name)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +33,8 @@ class Policy:
         cpu_attention_percent: share of the host-resident KV that is attended to on the CPU, 0 to 100.
         schedule: "rolling" (a finished row's place is refilled in the next sweep) or "static" (a block starts and
             ends together).
+        weight_slots: buffers on the compute device that streamed units pass through; None is what the runtime takes by
+            itself (`cost_model.sizes`). More of them keep the links busy through a long attention phase.
 
     Raises:
         UsageError: a value is of the wrong type or out of range, or the percents of a pair add up to more than 100.
@@ -75,6 +55,7 @@ class Policy:
     compress_cache: bool = False
     cpu_attention_percent: float = 0.0
     schedule: str = "rolling"
+    weight_slots: int | None = None
 
     def __post_init__(self):
         for name in ("gpu_batch_size", "num_gpu_batches", "prefill_tokens"):
@@ -88,6 +69,8 @@ class Policy:
         for name in ("overlap", "pin_weight", "compress_weight", "compress_cache"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
+        if self.weight_slots is not None:
+            object.__setattr__(self, "weight_slots", check_count("weight_slots", self.weight_slots, minimum=2))
         if self.schedule not in SCHEDULES:
             raise UsageError(f"schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}.")
 
@@ -179,19 +162,7 @@ class PolicyFile:
         Raises:
             StorageError: the directory is missing, read-only or full.
         """
-        path = Path(path)
-        text = json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(partial, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
-            raise StorageError(f"the policy could not be written to {path}: {error.strerror}.") from error
+        write_json(path, self.to_json(), "the policy")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "PolicyFile":
@@ -202,29 +173,16 @@ class PolicyFile:
             DataError: it is not strict JSON, not a policy file, newer than this program, or holds a key or value that
                 a policy does not have; the sentence names it.
         """
+        document = read_json(path, "the policy file")
         try:
-            text = Path(path).read_bytes().decode("utf-8")
-        except OSError as error:
-            raise InputMissingError(f"the policy file {path} cannot be read: {error.strerror}.") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"the policy file {path} is not UTF-8 text.") from error
-        try:
-            return cls._from_document(_strict_json(text))
+            return cls._from_document(document)
         except FlexMoEError as error:
             raise DataError(f"the policy file {path} cannot be used: {error}") from error
 
     @classmethod
     def _from_document(cls, document) -> "PolicyFile":
-        if not isinstance(document, dict) or document.get("kind") != KIND:
-            raise DataError(f'it is not a policy file: it must be a JSON object with "kind": "{KIND}".')
-        version = check_count("schema_version", document.get("schema_version"))
-        if version > SCHEMA_VERSION:
-            raise DataError(
-                f"it has schema_version {version}, and this program reads up to {SCHEMA_VERSION}; "
-                "it was written by a newer FlexMoE, so update this one or make the policy again."
-            )
-        known = {"kind", "schema_version", "policy", *_SECTIONS}
-        _refuse_unknown("the file", document, known)
+        check_header(document, KIND, SCHEMA_VERSION, "a policy file")
+        check_keys("the file", document, {"kind", "schema_version", "policy", *_SECTIONS})
         for name in (*_SECTIONS, "policy"):
             if not isinstance(document.get(name, {}), dict):
                 raise DataError(f'"{name}" must be a JSON object.')
@@ -273,27 +231,6 @@ _SECTIONS = ("model", "hardware", "workload", "predicted")
 
 
 def _policy_from_json(values: Mapping) -> Policy:
-    _refuse_unknown('"policy"', values, [field.name for field in fields(Policy)])
-    missing = [field.name for field in fields(Policy) if field.default is MISSING and field.name not in values]
-    if missing:
-        raise DataError(f'"policy" lacks {", ".join(missing)}.')
+    required = [field.name for field in fields(Policy) if field.default is MISSING]
+    check_keys('"policy"', values, [field.name for field in fields(Policy)], required)
     return Policy(**values)
-
-
-def _refuse_unknown(where: str, values: Mapping, known) -> None:
-    unknown = [repr(key) for key in values if key not in known]
-    if unknown:
-        raise DataError(
-            f"{where} has unknown keys: {', '.join(unknown)}; the known ones are {', '.join(sorted(known))}."
-        )
-
-
-def _strict_json(text: str):
-    try:
-        return strict_json.parse(text)
-    except strict_json.RepeatedKeyError as error:
-        raise DataError(f"{', '.join(map(repr, sorted(error.keys)))} is given more than once.") from error
-    except strict_json.NotFiniteError as error:
-        raise DataError(f"{error.literal} is not a finite number.") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"it is not valid JSON: {error}.") from error

@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cost_model.costs import BLOCK_TOKENS
+from cost_model.sizes import BLOCK_TOKENS
 
 FIRST_TOKEN = 3  # below are <pad>, <s> and </s>
 CLASSES = {"disk-bound": (2.0, None), "balanced": (0.8, 1.25), "compute-bound": (None, 0.5)}

@@ -8,7 +8,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cost_model.arch import SHAPES, ModelArch
+from cost_model.arch import ModelArch
+from cost_model.configs import SHAPES
 from flexmoe.errors import UsageError
 from policies.policy import Workload
 from scripts.bench_worker import Worker

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from cost_model.arch import ModelArch
-from cost_model.costs import MemoryPlan, Sizes, plan_memory, sizes
+from cost_model.costs import MemoryPlan, plan_memory
+from cost_model.sizes import Sizes, sizes
 from flexmoe.errors import InfeasibleError
 from policies.policy import Policy, Workload
 from scripts.gpu_limit import Limit, Rates, steady_limit

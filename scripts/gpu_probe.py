@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from cost_model.arch import ModelArch
-from cost_model.costs import BLOCK_TOKENS
+from cost_model.sizes import BLOCK_TOKENS
 from flexmoe.attention import Ragged, paged_attention
 from flexmoe.device import Device
 from flexmoe.models import family

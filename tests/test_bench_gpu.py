@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cost_model.arch import ModelArch
-from cost_model.costs import kv_blocks_per_tier, kv_tokens_wanted
+from cost_model.sizes import kv_blocks_per_tier, kv_tokens_wanted
 from flexmoe import device as device_module
 from flexmoe.device import Device
 from flexmoe.errors import InfeasibleError
@@ -140,7 +140,7 @@ def test_aged_row_decodes_its_last_token_next_and_gives_everything_back():
     scheduler = _aged_scheduler(4, 20, 10)
     row = _row(20, 10, age=7)
     scheduler.enter_aged(row)
-    assert (row.kv.length, row.prompt_done, len(row.generated)) == (26, 20, 7)
+    assert (row.kv.length, row.prompt_done, row.generated) == (26, 20, 7)
     (run,) = scheduler.plan()
     assert (len(run.tokens), run.logits, run.mode) == (1, 1, "cpu")
     scheduler.commit(row, 1)

@@ -12,16 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from cost_model.arch import ModelArch
-from cost_model.costs import (
-    BLOCK_TOKENS,
-    HOST_BUFFERS,
-    UNIT_SLACK_BYTES,
-    MemoryPlan,
-    kv_blocks_per_tier,
-    kv_tokens_wanted,
-    plan_memory,
-    sizes,
-)
+from cost_model.costs import HOST_BUFFERS, MemoryPlan, plan_memory
+from cost_model.sizes import BLOCK_TOKENS, UNIT_SLACK_BYTES, kv_blocks_per_tier, kv_tokens_wanted, sizes
 from flexmoe.device import PAGE_BYTES, Device
 from flexmoe.engine import Engine
 from flexmoe.layout import UnitLayout

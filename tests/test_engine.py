@@ -51,7 +51,7 @@ def is_clean(llm):
     """Nobody waits or runs, and every block, tail and projection is given back."""
     engine = llm.engine
     free = all(engine.cache.free(t) == engine.cache.total(t) for t in TIERS)
-    none_projected = all(p.peak == 0 for p in engine.scheduler._projections.values())
+    none_projected = all(engine.scheduler.admission.projected_peak(t) == 0 for t in TIERS)
     return engine.unfinished == 0 and free and none_projected and engine.cache.free_tails == engine.cache._tails.total
 
 

@@ -2,47 +2,46 @@
 
 import random
 
-import numpy as np
 import pytest
 
-from flexmoe.projection import Projection, growth
+from policies.projection import Projection, growth
 
 BLOCK = 16
 
 
 def test_a_row_holds_its_prompt_while_it_is_prefilled_then_grows_by_one_token_a_sweep():
-    assert growth(30, 2, 4, BLOCK).tolist() == [2, 2, 2, 2, 3, 3]
-    assert growth(1, 1, 0, BLOCK).tolist() == [1]
-    assert growth(16, 1, 1, BLOCK).tolist() == [1, 2]
+    assert growth(30, 2, 4, BLOCK) == [2, 2, 2, 2, 3, 3]
+    assert growth(1, 1, 0, BLOCK) == [1]
+    assert growth(16, 1, 1, BLOCK) == [1, 2]
 
 
 def test_rows_that_together_exceed_the_tier_at_one_sweep_do_not_fit():
     projection = Projection(4)
-    projection.add("a", np.array([1, 2, 3]))
-    assert projection.fits(np.array([1, 2, 1, 4]))
-    assert not projection.fits(np.array([1, 3]))
-    assert not projection.fits(np.array([1, 1, 1, 5]))
+    projection.add("a", [1, 2, 3])
+    assert projection.fits([1, 2, 1, 4])
+    assert not projection.fits([1, 3])
+    assert not projection.fits([1, 1, 1, 5])
 
 
 def test_staggered_rows_fit_where_rows_that_peak_together_do_not():
     projection = Projection(5)
-    projection.add("a", np.array([1, 2, 3]))
-    assert not projection.fits(np.array([1, 2, 3]))
+    projection.add("a", [1, 2, 3])
+    assert not projection.fits([1, 2, 3])
     projection.advance()
-    assert projection.fits(np.array([1, 2, 3]))
+    assert projection.fits([1, 2, 3])
 
 
 def test_the_peak_never_hides_a_sweep_beyond_the_new_row():
     projection = Projection(3)
-    projection.add("long", np.array([1, 1, 1, 1, 3]))
+    projection.add("long", [1, 1, 1, 1, 3])
     assert projection.peak == 3
-    assert projection.fits(np.array([2, 2]))
+    assert projection.fits([2, 2])
 
 
 def test_a_row_that_leaves_early_gives_back_its_future_and_only_that():
     projection = Projection(10)
-    projection.add("a", np.array([1, 2, 3, 4]))
-    projection.add("b", np.array([2, 2, 2, 2]))
+    projection.add("a", [1, 2, 3, 4])
+    projection.add("b", [2, 2, 2, 2])
     projection.advance()
     projection.remove("a")
     assert projection.peak == 2
@@ -53,7 +52,7 @@ def test_a_row_that_leaves_early_gives_back_its_future_and_only_that():
 
 def test_a_row_may_outlive_its_curve_and_still_be_removed():
     projection = Projection(10)
-    projection.add("a", np.array([1, 2]))
+    projection.add("a", [1, 2])
     for _ in range(5):
         projection.advance()
     projection.remove("a")
@@ -75,5 +74,7 @@ def test_random_rows_leave_the_sum_of_those_present(seed):
         if rng.random() < 0.6:
             projection.advance()
             now += 1
-        want = max((sum(c[t - s] for s, c in present.values() if s <= t < s + len(c)) for t in range(now, now + 90)), default=0)
+        want = max(
+            (sum(c[t - s] for s, c in present.values() if s <= t < s + len(c)) for t in range(now, now + 90)), default=0
+        )
         assert projection.peak == want

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from cost_model.costs import BLOCK_TOKENS, kv_blocks_per_tier, kv_tokens_wanted
+from cost_model.sizes import BLOCK_TOKENS, kv_blocks_per_tier, kv_tokens_wanted
 from flexmoe.device import Device
 from flexmoe.kv_cache import KVCache, KVShape
 from flexmoe.params import EngineRequest, SamplingParams
@@ -45,7 +45,7 @@ class Simulation:
         runs = scheduler.plan()
         assert runs or not (scheduler.running or scheduler.waiting), "rows wait although nothing is in flight"
         prompt = sum(scheduler.commit(run.owner, 2 if run.logits else None) for run in runs)
-        ended = [run.owner for run in runs if run.logits and len(run.owner.generated) >= self.ends[run.owner]]
+        ended = [run.owner for run in runs if run.logits and run.owner.generated >= self.ends[run.owner]]
         held = {tier: self.used(tier) for tier in TIERS}
         self.sweeps.append({"runs": runs, "rows": len(runs), "prompt": prompt, "held": held, "ended": ended})
         for row in ended:
@@ -140,11 +140,11 @@ def test_known_ends_never_exhaust_a_tier_nor_exceed_the_projected_peak(percent, 
     while sim.scheduler.running or sim.scheduler.waiting:
         runs = sim.scheduler.plan()
         for tier in TIERS:
-            assert sim.used(tier) <= sim.scheduler._projections[tier].peak <= sim.cache.total(tier)
+            assert sim.used(tier) <= sim.scheduler.admission.projected_peak(tier) <= sim.cache.total(tier)
         for run in runs:
             sim.scheduler.commit(run.owner, 2 if run.logits else None)
         for run in runs:
-            if run.logits and len(run.owner.generated) >= min(sim.ends[run.owner], run.owner.limit - len(run.owner.request.prompt_token_ids)):
+            if run.logits and run.owner.generated >= min(sim.ends[run.owner], run.owner.limit - len(run.owner.request.prompt_token_ids)):
                 sim.scheduler.finish(run.owner)
         sim.scheduler.end_sweep()
     assert sim.scheduler.restarts == 0
@@ -174,18 +174,26 @@ def test_a_row_sent_back_for_want_of_room_does_not_bounce_within_the_sweep():
     assert len(sim.scheduler.running) == 1 and len(sim.scheduler.waiting) == 1
 
 
+def test_kv_that_somebody_else_holds_is_an_error_and_not_a_wait():
+    sim = Simulation(policy(prefill_tokens=64), blocks(gpu=4))
+    sim.cache.reserve(sim.cache.open("gpu"), 3 * BLOCK_TOKENS)
+    sim.submit(32, 2)
+    with pytest.raises(RuntimeError, match="counts 2 blocks of the gpu tier for a row, and the KV cache, with 1 free"):
+        sim.scheduler.plan()
+
+
 def test_the_youngest_row_goes_back_and_comes_in_again_first_with_its_tokens():
     sim = Simulation(policy(rows=3, prefill_tokens=64), blocks(gpu=20))
     old, young, later = sim.submit(16, 9), sim.submit(16, 9), sim.submit(16, 9)
     sim.sweep()
     sim.sweep()
-    assert young.generated == [2, 2]
+    assert young.generated_ids == [2, 2]
     sim.scheduler.send_back(young)
     assert young.kv is None and sim.scheduler.waiting[0] is young
     runs = {run.owner: run for run in sim.sweep()}
     assert len(runs[young].tokens) == 18 and runs[young].logits == 1
     assert len(runs[old].tokens) == len(runs[later].tokens) == 1
-    assert young.generated == [2, 2, 2]
+    assert young.generated_ids == [2, 2, 2]
 
 
 def test_rows_go_to_the_tiers_that_the_policy_asks_for_and_to_any_with_room_when_those_are_full(tmp_path):

@@ -11,8 +11,11 @@ def family(arch: ModelArch):
     """The family object for a shape.
 
     Raises:
-        DataError: no family runs this model type; the sentence lists those that do.
+        DataError: no family runs this model type, though it can be planned for; the sentence lists those that run.
     """
     if arch.model_type not in FAMILIES:
-        raise DataError(f"model type {arch.model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+        raise DataError(
+            f"{arch.name or 'the model'} is of the family {arch.model_type!r}, which can be planned for but not run; "
+            f"use a model of a family that runs: {', '.join(sorted(FAMILIES))}"
+        )
     return FAMILIES[arch.model_type](arch)

@@ -1,0 +1,107 @@
+"""How long a linear operation takes over so many tokens: a measured curve, and its convex pieces for a linear programme."""
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import pairwise
+
+from policies.errors import UsageError
+from policies.placement import check_number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmRates:
+    """Rates of one kind of linear operation, measured over tokens, for one or more sizes of the weight.
+
+    Args:
+        tokens: where it was measured; rising, at least 1.
+        weight_elements: numbers in the weight that was measured; rising, at least 1.
+        flops_per_s: ``[len(weight_elements)][len(tokens)]``, a multiply-add being two FLOPs; all above 0.
+
+    Raises:
+        UsageError: a list is empty, out of order or of the wrong length, or a value is out of range.
+    """
+
+    tokens: tuple[float, ...]
+    weight_elements: tuple[float, ...]
+    flops_per_s: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self):
+        for name in ("tokens", "weight_elements"):
+            object.__setattr__(self, name, _rising(name, getattr(self, name)))
+        rows = _numbers_in_rows(self.flops_per_s)
+        if len(rows) != len(self.weight_elements) or any(len(row) != len(self.tokens) for row in rows):
+            raise UsageError(
+                f"flops_per_s has rows of {[len(row) for row in rows]} rates; it needs {len(self.weight_elements)} rows "
+                f"(one per weight size) of {len(self.tokens)} (one per number of tokens)."
+            )
+        object.__setattr__(self, "flops_per_s", rows)
+
+    def seconds(self, tokens: float, elements: float) -> float:
+        """Time of `tokens` x `elements` multiply-adds; 0 without tokens.
+
+        For one weight size, the time per weight element is piecewise linear in tokens between the measured points.
+        Below the first it is that of the first, as the weights are read anyway; beyond the last it grows at the last
+        point's rate. Between two weight sizes it is interpolated linearly in log(elements); outside, that of the
+        nearest size holds.
+        """
+        if tokens <= 0:
+            return 0.0
+        sizes = self.weight_elements
+        above = bisect_right(sizes, elements)
+        if above == 0 or above == len(sizes):
+            return elements * self._element_s(tokens, max(above - 1, 0))
+        lower, upper = self._element_s(tokens, above - 1), self._element_s(tokens, above)
+        share = math.log(elements / sizes[above - 1]) / math.log(sizes[above] / sizes[above - 1])
+        return elements * (lower + share * (upper - lower))
+
+    def pieces(self, elements: float) -> tuple[tuple[float, float], ...]:
+        """(slope in s per token, constant in s) of the straight pieces of the curve's lower convex envelope, slopes rising.
+
+        Their maximum never exceeds `seconds` at any tokens > 0 (it is the largest convex function that does not), and
+        equals it everywhere where the measured curve is convex. At 0 tokens it is the time of reading the weights,
+        where `seconds` is 0.
+        """
+        points = [(count, self.seconds(count, elements)) for count in self.tokens]
+        final_slope = points[-1][1] / points[-1][0]
+        hull = [(0.0, points[0][1])]
+        for point in points:
+            while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+                hull.pop()
+            hull.append(point)
+        # The curve goes on at the last rate for ever, so no piece may be steeper than that.
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= final_slope:
+            hull.pop()
+        slopes = [_slope(start, end) for start, end in pairwise(hull)] + [final_slope]
+        return tuple((slope, start[1] - slope * start[0]) for slope, start in zip(slopes, hull, strict=True))
+
+    def _element_s(self, tokens: float, size: int) -> float:
+        """Seconds per weight element of the measured weight size number `size`."""
+        points, rates = self.tokens, self.flops_per_s[size]
+        right = bisect_right(points, tokens)
+        if right == 0:
+            return 2 * points[0] / rates[0]
+        left = right - 1
+        if right == len(points):
+            return 2 * tokens / rates[left]
+        start_s, end_s = 2 * points[left] / rates[left], 2 * points[right] / rates[right]
+        return start_s + (end_s - start_s) * (tokens - points[left]) / (points[right] - points[left])
+
+
+def _slope(start: tuple[float, float], end: tuple[float, float]) -> float:
+    return (end[1] - start[1]) / (end[0] - start[0])
+
+
+def _rising(name: str, values) -> tuple[float, ...]:
+    if not isinstance(values, (tuple, list)) or not values:
+        raise UsageError(f"{name} is {values!r}; it must be a list of at least one number.")
+    numbers = tuple(check_number(f"a number of {name}", value) for value in values)
+    if numbers[0] < 1 or any(left >= right for left, right in pairwise(numbers)):
+        raise UsageError(f"{name} is {list(numbers)}; its numbers must be at least 1, each larger than the one before.")
+    return numbers
+
+
+def _numbers_in_rows(rows) -> tuple[tuple[float, ...], ...]:
+    if not isinstance(rows, (tuple, list)) or not all(isinstance(row, (tuple, list)) for row in rows):
+        raise UsageError(f"flops_per_s is {rows!r}; it must be a list of lists of numbers.")
+    return tuple(tuple(check_number("a rate of flops_per_s", value) for value in row) for row in rows)

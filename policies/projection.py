@@ -1,0 +1,74 @@
+"""How many KV blocks a tier will need, sweep by sweep, if every row in it grows to its expected end.
+
+Pure arithmetic. Every row's future is known: it holds its prompt while it is prefilled, then grows by one token a
+sweep until it ends. A new row may enter when the sum of all futures stays within the tier at every sweep to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from operator import add, sub
+
+
+def growth(tokens_after_prefill: int, prefill_sweeps: int, decode_sweeps: int, block_tokens: int) -> list[int]:
+    """Blocks that a row holds in each coming sweep.
+
+    Args:
+        tokens_after_prefill: tokens in the cache once its run so far is complete; all are reserved at once.
+        prefill_sweeps: sweeps until then, at least 1.
+        decode_sweeps: sweeps of one token each after that.
+        block_tokens: tokens per block.
+
+    Returns:
+        list[int]: one count per sweep, ``prefill_sweeps + decode_sweeps`` in all; it never falls.
+    """
+    blocks = -(-tokens_after_prefill // block_tokens)
+    within = min(decode_sweeps, blocks * block_tokens - tokens_after_prefill)
+    curve = [blocks] * (prefill_sweeps + within)
+    left = decode_sweeps - within
+    while left > 0:
+        blocks += 1
+        curve += [blocks] * min(left, block_tokens)
+        left -= block_tokens
+    return curve
+
+
+class Projection:
+    """The summed future of a tier's rows.
+
+    Args:
+        blocks: blocks of the tier.
+    """
+
+    def __init__(self, blocks: int):
+        self.blocks = blocks
+        self._now = 0
+        self._usage: list[int] = []
+        self._rows: dict[Hashable, tuple[int, Sequence[int]]] = {}
+
+    @property
+    def peak(self) -> int:
+        """The most blocks in use in any sweep to come."""
+        return max(self._usage, default=0)
+
+    def fits(self, curve: Sequence[int]) -> bool:
+        """Whether a row with this future can be added. The rows that are there fit: each was asked about first."""
+        return max(curve) <= self.blocks and max(map(add, self._usage, curve), default=0) <= self.blocks
+
+    def add(self, row: Hashable, curve: Sequence[int]) -> None:
+        """Add a row's future."""
+        beyond = curve[len(self._usage) :]
+        self._usage[: len(curve)] = map(add, self._usage, curve)
+        self._usage += beyond
+        self._rows[row] = (self._now, curve)
+
+    def remove(self, row: Hashable) -> None:
+        """Take back what is left of a row's future."""
+        start, curve = self._rows.pop(row)
+        left = curve[self._now - start :]
+        self._usage[: len(left)] = map(sub, self._usage, left)
+
+    def advance(self) -> None:
+        """One sweep has passed."""
+        self._now += 1
+        del self._usage[:1]
