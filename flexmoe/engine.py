@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from cost_model.sizes import BLOCK_TOKENS
 from flexmoe.activations import Activations
 from flexmoe.block import Block, Run
 from flexmoe.device import keep_freed_memory
@@ -78,11 +79,10 @@ class Engine:
             return f"token id {wrong} is outside the vocabulary of {arch.vocab_size}"
         if len(prompt) >= arch.max_position:
             return f"the prompt has {len(prompt)} tokens; the model's context of {arch.max_position} leaves no room for one more"
-        room = self.scheduler.largest_row_tokens()
-        if self._limit(request) - 1 > room:
+        if self._limit(request) - 1 > self._largest_row:
             return (
-                f"prompt and completion may reach {self._limit(request)} tokens, but no memory tier's KV cache holds "
-                f"more than {room} for one row"
+                f"prompt and completion may reach {self._limit(request)} tokens, but the KV cache and its buffers were "
+                f"planned for at most {self._largest_row} in one row"
             )
         return None
 
@@ -173,7 +173,12 @@ class Engine:
 
         Returns:
             torch.Tensor: float32 ``[len(token_ids), vocab]`` on the host.
+
+        Raises:
+            UsageError: the sequence is longer than a row may be.
         """
+        if len(token_ids) > self._largest_row:
+            raise UsageError(f"{len(token_ids)} tokens are more than the {self._largest_row} that one row may have here")
         tier = max(("gpu", "cpu", "disk"), key=self.cache.total)
         kv = self.cache.open(tier)
         try:
@@ -255,6 +260,9 @@ class Engine:
         )
         self._parts.callback(self.activations.close)
         self.scheduler = Scheduler(policy, self.cache)
+        self._largest_row = self.scheduler.largest_row_tokens()
+        if counts.fetch_blocks and c.longest_row:  # the buffers of fetched KV are made for rows of this length
+            self._largest_row = min(self._largest_row, -(-c.longest_row // BLOCK_TOKENS) * BLOCK_TOKENS)
         self.executor = Executor(
             device=self.device,
             recorder=self.recorder,

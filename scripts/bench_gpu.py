@@ -19,10 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flexmoe.errors import FlexMoEError
+from flexmoe.machine import filesystem
 from scripts.bench_probes import machine, versions
 from scripts.bench_record import Figure, Record, figure_table
 from scripts.bench_worker import Worker, WorkerError
-from scripts.gpu_context import Context, filesystem
+from scripts.gpu_context import Context
 from scripts.gpu_stages import capped, parity, peer, probe
 
 Stage = Callable[[Context], tuple[list[Figure], dict]]

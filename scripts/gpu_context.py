@@ -11,6 +11,7 @@ from pathlib import Path
 from cost_model.arch import ModelArch
 from cost_model.configs import SHAPES
 from flexmoe.errors import UsageError
+from flexmoe.machine import filesystem
 from policies.policy import Workload
 from scripts.bench_worker import Worker
 from scripts.gpu_limit import Rates
@@ -120,13 +121,6 @@ def rates_of(found: dict) -> Rates:
         cpu_attention=host["attention"],
         nvme=found["disk"]["read"],
     )
-
-
-def filesystem(path: Path) -> str:
-    """Type of the file system that holds a path: a disk tier on `tmpfs` would be host memory."""
-    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
-    holding = [(where, kind) for where, kind in mounts if path.is_relative_to(where)]
-    return max(holding, key=lambda mount: len(mount[0]), default=("", "unknown"))[1]
 
 
 def reduced_model(path: Path, changes: dict) -> str:

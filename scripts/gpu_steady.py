@@ -21,11 +21,11 @@ from flexmoe.loader import load_model
 from flexmoe.machine import available_host_bytes
 from flexmoe.params import EngineRequest, SamplingParams
 from flexmoe.planning import GIB, EngineConfig
+from flexmoe.probe.buffers import fill_with_noise
 from flexmoe.trace import LaneTotals
 from policies.policy import Policy, Workload
 from scripts.bench_probes import PeakMemory, Repeater
 from scripts.bench_worker import serve
-from scripts.gpu_probe import fill_with_noise
 
 TRACED_SWEEPS = 3
 TOP_UP_BYTES = 1 << 30
