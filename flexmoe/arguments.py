@@ -80,9 +80,7 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
     )
     g.add_argument("--gpu-batch-size", type=count, help="rows whose attention runs together (default 16)")
     g.add_argument("--num-gpu-batches", type=count, help="GPU batches in flight (default 1)")
-    g.add_argument(
-        "--prefill-tokens", type=count, help="most prompt tokens that enter a sweep (default: an even pace)"
-    )
+    g.add_argument("--prefill-tokens", type=count, help="most prompt tokens that enter a sweep (default: an even pace)")
     g.add_argument(
         "--schedule",
         choices=("rolling", "static"),

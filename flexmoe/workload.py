@@ -48,7 +48,7 @@ class Measured:
 
 def measure(requests: Iterable[Request], tokenizer: Tokenizer, default_max_tokens: int, context: int) -> Measured:
     """Measure the rows of a job; a row's completion counts as its ``max_tokens``."""
-    rows = prompt = completion = longest = 0
+    lengths: list[tuple[int, int]] = []
     for request in requests:
         try:
             parts = [] if request.error else engine_requests(request, 0, tokenizer, default_max_tokens)
@@ -56,10 +56,9 @@ def measure(requests: Iterable[Request], tokenizer: Tokenizer, default_max_token
             continue
         for part in parts:
             length = len(part.prompt_token_ids)
-            if not 0 < length < context:
-                continue
-            ends = min(length + part.params.max_tokens, context)
-            rows, prompt, completion = rows + 1, prompt + length, completion + ends - length
-            longest = max(longest, ends)
-    mean = Workload(prompt_len=max(1, -(-prompt // max(1, rows))), gen_len=max(1, -(-completion // max(1, rows))))
-    return Measured(workload=mean, longest_row=longest or 2, rows=rows)
+            if 0 < length < context:
+                lengths.append((length, min(length + part.params.max_tokens, context) - length))
+    if not lengths:  # every row will become an error row
+        return Measured(workload=Workload(prompt_len=1, gen_len=1), longest_row=2, rows=0)
+    workload = Workload.of_lengths(lengths)
+    return Measured(workload=workload, longest_row=workload.longest_row, rows=len(lengths))

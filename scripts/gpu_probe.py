@@ -20,7 +20,7 @@ from flexmoe.probe.copies import Lane, copy_rates, lane_rates, memory_rate
 from flexmoe.probe.disk import random_buffers, transfer
 from flexmoe.probe.facts import device_name, gpu_details
 from flexmoe.probe.timing import best_s, repeat_s
-from flexmoe.storage import DirectFile
+from flexmoe.storage import DirectFile, align_down
 from scripts.bench_probes import disk_rate
 from scripts.bench_worker import serve
 
@@ -88,7 +88,7 @@ def disk(directory: str, nbytes: int, device: str) -> dict:
     """Writes and O_DIRECT reads by the runtime's disk threads; beside them, the best of a plain loop of `preadv`."""
     dev, path = Device(device), Path(directory) / f"probe-{os.getpid()}.bin"
     path.parent.mkdir(parents=True, exist_ok=True)
-    size = min(UNIT_BYTES, nbytes)
+    size = align_down(min(UNIT_BYTES, nbytes))
     buffers = random_buffers(dev, size, 4)
     try:
         file = DirectFile(path, writable=True)
