@@ -178,7 +178,9 @@ class Engine:
             UsageError: the sequence is longer than a row may be.
         """
         if len(token_ids) > self._largest_row:
-            raise UsageError(f"{len(token_ids)} tokens are more than the {self._largest_row} that one row may have here")
+            raise UsageError(
+                f"{len(token_ids)} tokens are more than the {self._largest_row} that one row may have here"
+            )
         tier = max(("gpu", "cpu", "disk"), key=self.cache.total)
         kv = self.cache.open(tier)
         try:

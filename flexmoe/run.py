@@ -7,14 +7,18 @@ import logging
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from cost_model.sizes import BLOCK_TOKENS
 from flexmoe import report
 from flexmoe.arguments import parser
+from flexmoe.auto_policy import Forecaster, comparison_lines, describe_policy, forecast_line
+from flexmoe.device import Device
 from flexmoe.errors import UsageError
 from flexmoe.job import check_job, run_job
 from flexmoe.llm import LLM, RESIDENT
-from flexmoe.loader import Model, load_model
+from flexmoe.loader import Model, compute_dtype, load_model
 from flexmoe.output_files import check_distinct, check_writable, default_error_path
 from flexmoe.params import EngineRequest, SamplingParams
 from flexmoe.planning import EngineConfig, EnginePlan
@@ -45,8 +49,12 @@ def _run(args: argparse.Namespace) -> int:
     model = load_model(args.model, args.load_format)
     tokenizer = Tokenizer.load(model.directory) if model.directory else Tokenizer(None, args.model)
     measured = _measure(args, model, tokenizer)
-    policy = _policy(args, model, measured)
+    forecaster = _forecaster(args, model, measured)
+    policy = forecaster.plan(args.kv_tokens) if _is_auto(args.policy) else _policy(args, model, measured)
     options = _options(args, measured, policy)
+    predicted = forecaster.predict(policy, options["kv_tokens"]) if forecaster else None
+    if predicted:
+        say(describe_policy(policy), forecast_line(predicted))
     if args.dry_run:
         return _dry_run(model, policy, measured, options)
     llm = LLM(model, policy=policy, workload=measured.workload, **options)
@@ -56,6 +64,8 @@ def _run(args: argparse.Namespace) -> int:
             code = _job(args, llm, tokenizer)
         else:
             code = _benchmark(args, llm, measured)
+        if predicted:
+            say(*comparison_lines(predicted, llm.metrics()))
         if args.trace:
             llm.engine.recorder.write_chrome_trace(args.trace)
             say(f"trace: {args.trace}")
@@ -71,6 +81,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
     given = [n for n in ("percent", "gpu_batch_size", "num_gpu_batches", "prefill_tokens", "schedule", "overlap", "pin_weight")
              if getattr(args, n) is not None]  # fmt: skip
     given += ["cpu_cache_compute"] if args.cpu_cache_compute else []
+    if args.cut_gen_len and (args.hardware or _is_auto(args.policy)):
+        raise UsageError("--cut-gen-len stops early, so there is nothing to plan for or to predict; leave one out")
+    if _is_auto(args.policy) and not args.input_file and not args.num_prompts:
+        raise UsageError("--policy auto plans for the job's rows: give -i, or --num-prompts for the benchmark")
     if args.policy and given:
         flags = ", ".join("--" + n.replace("_", "-") for n in given)
         raise UsageError(f"--policy already says what {flags} would; give one or the other")
@@ -81,7 +95,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     block_size = (args.gpu_batch_size or 16) * (args.num_gpu_batches or 1)
     if args.cut_gen_len and not args.policy and (args.num_prompts or 0) > block_size:
         raise UsageError(f"--cut-gen-len projects one block; give at most {block_size} --num-prompts")
-    files = {"input": args.input_file, "output": args.output_file, "policy": args.policy, "trace": args.trace}
+    files = {"input": args.input_file, "output": args.output_file, "trace": args.trace}
+    files |= {name: path for name in ("policy", "hardware") if not _is_auto(path := getattr(args, name))}
     files["metrics"] = args.metrics_json
     if args.output_file:
         files["error"] = default_error_path(args.output_file)
@@ -93,10 +108,31 @@ def _check_arguments(args: argparse.Namespace) -> None:
         check_job(args.input_file, args.output_file)
 
 
+def _is_auto(value: Path | None) -> bool:
+    return str(value) == "auto"
+
+
+def _forecaster(args: argparse.Namespace, model: Model, measured: Measured) -> Forecaster | None:
+    """The planner, where the run asks for it."""
+    if args.hardware is None and not _is_auto(args.policy):
+        return None
+    device = Device(args.device)
+    return Forecaster.of_machine(
+        model.arch,
+        measured.workload,
+        compute_dtype(args.dtype, model, device.torch),
+        hardware=args.hardware or "auto",
+        device=args.device,
+        directory=args.offload_dir,
+        budgets={name: getattr(args, name) for name in ("gpu_mem", "cpu_mem", "nvme_mem")},
+    )
+
+
 def _measure(args: argparse.Namespace, model: Model, tokenizer: Tokenizer) -> Measured:
     if args.input_file is None:
         workload = Workload(prompt_len=args.prompt_len, gen_len=args.gen_len)
         rows = args.num_prompts or (args.gpu_batch_size or 16) * (args.num_gpu_batches or 1)
+        workload = replace(workload, num_requests=rows)
         return Measured(workload=workload, longest_row=args.prompt_len + args.gen_len, rows=rows)
     with RequestFile.open(args.input_file) as requests:
         return measure(requests, tokenizer, args.gen_len, model.arch.max_position)
@@ -132,7 +168,7 @@ def _policy(args: argparse.Namespace, model: Model, measured: Measured) -> Polic
 
 def _options(args: argparse.Namespace, measured: Measured, policy: Policy) -> dict:
     kv_tokens, mean = args.kv_tokens, measured.workload
-    if kv_tokens is None and _is_one_block(measured, policy.block_size):
+    if kv_tokens is None and not _is_auto(args.policy) and _is_one_block(measured, policy.block_size):
         kv_tokens = measured.rows * (mean.prompt_len + mean.gen_len + BLOCK_TOKENS)
     return {
         "device": args.device,

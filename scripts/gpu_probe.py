@@ -1,7 +1,8 @@
 """What the machine gives, by the runtime's own buffers, streams, kernels and disk threads: a worker of `bench_gpu`.
 
 Every operation answers with bytes/s or FLOP/s. On device `cpu` the same code runs for a rehearsal; its numbers mean nothing.
-What a run of the engine can expect is measured by `flexmoe.probe`; here are the limits that it is held against.
+What a run of the engine can expect is measured by `flexmoe.probe` (`machine`); the rest are the limits that it is held
+against.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import torch
 from cost_model.arch import ModelArch
 from flexmoe.device import Device
 from flexmoe.models import family
+from flexmoe.probe import probe
 from flexmoe.probe.attention import AttentionCase
 from flexmoe.probe.buffers import noise
 from flexmoe.probe.copies import Lane, copy_rates, lane_rates, memory_rate
 from flexmoe.probe.disk import random_buffers, transfer
+from flexmoe.probe.effort import MIB, Effort, Heads
 from flexmoe.probe.facts import device_name, gpu_details
 from flexmoe.probe.timing import best_s, repeat_s
 from flexmoe.storage import DirectFile, align_down
@@ -28,12 +31,38 @@ UNIT_BYTES = 336 << 20
 COPY_SECONDS = 0.4
 DISK_SECONDS = 60.0
 ATTENTION_CONTEXT = 640
+_FEW_TOKENS = (1, 16, 256)
+REHEARSAL = Effort(
+    buffer_bytes=32 * MIB,
+    point_s=0.002,
+    tokens={"cpu": _FEW_TOKENS, "cuda": _FEW_TOKENS},
+    experts=((64, 128), (256, 512)),
+    modules=(Heads(hidden=64, heads=4, kv_heads=1, head_dim=16), Heads(hidden=256, heads=8, kv_heads=2, head_dim=32)),
+    cycle_bytes=2 * MIB,
+    copy_bytes={"cpu": MIB, "cuda": MIB},
+    decode_rows=8,
+    fetched_rows=4,
+    contexts=(20, 40),
+    prompts=(16,),
+    disk_bytes=16 * MIB,
+    least_disk_bytes=4 * MIB,
+    disk_s=1.0,
+    layers=(1, 2),
+    rows=(2, 6),
+    batch_rows=(2, 8),
+    sweeps=2,
+)
 
 
 def about(device: str) -> dict:
     """The GPU's name, memory, driver and link; `none` on cpu."""
     dev = Device(device)
     return {"gpu": device_name(dev), **gpu_details(dev)} if dev.is_cuda else {"gpu": "none"}
+
+
+def machine(device: str, directory: str, path: str, rehearse: bool = False) -> None:
+    """What `python -m flexmoe.probe` measures, into a hardware file; a rehearsal takes hardly any time over it."""
+    probe(device, directory, REHEARSAL if rehearse else None).save(path)
 
 
 def copies(device: str, scale: float = 1.0) -> dict:
@@ -124,4 +153,4 @@ def _under_copies(dev: Device, case: AttentionCase, lane: Lane) -> tuple[float, 
 
 
 if __name__ == "__main__":
-    serve({"about": about, "copies": copies, "gemm": gemm, "hbm": hbm, "host": host, "disk": disk})
+    serve({"about": about, "machine": machine, "copies": copies, "gemm": gemm, "hbm": hbm, "host": host, "disk": disk})

@@ -90,7 +90,9 @@ def test_no_pickle_is_read_or_written(path):
 def loaded_by(statement):
     """Top-level modules in a fresh interpreter after ``statement``."""
     code = f"import sys; {statement}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
     return set(done.stdout.split())
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import resource
 import sys
+import time
 import weakref
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -21,7 +22,23 @@ from flexmoe.device import Device
 from flexmoe.errors import FlexMoEError, InfeasibleError, StorageError
 from flexmoe.models.mixtral import Mixtral
 from flexmoe.probe import __main__ as command
-from flexmoe.probe import attention, cache, cached_probe, copies, disk, effort, facts, gemms, kv, measure, probe, sweeps
+from flexmoe.probe import (
+    attention,
+    cache,
+    cached_probe,
+    copies,
+    disk,
+    effort,
+    facts,
+    gemms,
+    interference,
+    kv,
+    kv_blocks,
+    measure,
+    probe,
+    sweeps,
+    timing,
+)
 from flexmoe.probe.buffers import WeightArena
 from flexmoe.probe.effort import MIB, Effort, Heads
 from flexmoe.trace import Recorder
@@ -44,6 +61,7 @@ TINY = Effort(
     prompts=(16,),
     disk_bytes=4 * MIB,
     least_disk_bytes=4 * MIB,
+    kv_blocks=64,
     disk_s=1.0,
     layers=(1, 2),
     rows=(2, 6),
@@ -88,6 +106,11 @@ def test_every_rate_is_positive_and_finite(machine):
         "op_s",
         "disk_read_core_s_per_byte",
         "disk_write_core_s_per_byte",
+        "kv_block_read_s",
+        "kv_block_core_s",
+        "kv_block_write_s",
+        "disk_latency_s",
+        "handoff_s",
     }
     for name, value in measured.items():
         assert math.isfinite(value) and (value > 0 or name in at_least_zero and value == 0), name
@@ -205,6 +228,88 @@ def test_kv_rates_count_the_bytes_that_the_lanes_move(monkeypatch):
     assert (loaded, stored) == (53 * token_bytes, 2 * 64 * token_bytes) == (bench._past_bytes, bench._new_bytes)
 
 
+def fixed_rates(nbytes_per_s, core_s_per_byte):
+    each = disk.Transferred(nbytes=nbytes_per_s, seconds=1.0, core_s=core_s_per_byte * nbytes_per_s)
+    return disk.DiskRates(read=each, write=each, read_core_s_per_byte=1.0, direct=True)
+
+
+@pytest.mark.parametrize("heads", kv_blocks.SHAPES)
+def test_every_kv_block_is_read_and_written_on_its_own(heads, tmp_path, monkeypatch):
+    moved = {"read_into": [], "write_from": []}
+    for name, sizes in moved.items():
+        way = getattr(disk.DirectFile, name)
+        monkeypatch.setattr(
+            disk.DirectFile, name, lambda self, b, *at, w=way, s=sizes: s.append((at[0], len(b))) or w(self, b, *at)
+        )
+    bench = kv_blocks.BlockBench(CPU, torch.bfloat16, heads, tmp_path, replace(TINY, disk_bytes=32 * MIB))
+    try:
+        bench.fill(60.0)
+        assert bench.block_bytes == 16 * 2 * heads[0] * heads[1] * 2
+        places = [block * bench.block_bytes for block in range(64)]
+        assert sorted(moved["write_from"]) == [(at, bench.block_bytes) for at in places]
+        assert min(bench.read_costs(1e-9)) > 0 and bench.write_s(1e-9) > 0
+    finally:
+        bench.close()
+    read = [at for at, _ in moved["read_into"]]
+    assert {size for _, size in moved["read_into"]} == {bench.block_bytes} and set(read) <= set(places)
+    assert len(moved["write_from"]) - 64 == len(read) == len(set(read))  # one group of each, another time
+
+
+def test_what_the_bytes_take_is_no_cost_of_a_kv_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(kv_blocks.BlockBench, "read_costs", lambda self, seconds: (1e-3, 5e-4))
+    monkeypatch.setattr(kv_blocks.BlockBench, "write_s", lambda self, seconds: 1e-5)
+    mean_bytes = (8192 + 65536) / 2
+    found = kv_blocks.kv_block_costs(CPU, torch.bfloat16, tmp_path, TINY, fixed_rates(10**9, 1e-10))
+    assert found.read_s == pytest.approx(1e-3 - mean_bytes / 1e9)
+    assert found.read_core_s == pytest.approx(5e-4 - mean_bytes * 1e-10)
+    assert found.write_s == 0.0 and list(tmp_path.iterdir()) == []
+
+
+def test_reads_go_on_beside_computing_until_they_are_ended(tmp_path, monkeypatch):
+    path, unit, seen = tmp_path / "file", disk.PAGE_BYTES, []
+    path.write_bytes(b"".join(bytes([number]) * unit for number in range(5)))
+    read = disk.DirectFile.read_into
+    monkeypatch.setattr(
+        disk.DirectFile, "read_into", lambda self, b, at, needed: seen.append(at) or read(self, b, at, needed)
+    )
+    buffers, file = [CPU.host_buffer(unit) for _ in range(2)], disk.DirectFile(path)
+    with contextlib.closing(interference.Reading(file, buffers, 5 * unit)) as reads:
+        result, bytes_per_s = reads.beside(lambda: time.sleep(0.05) or "done")
+    assert result == "done" and bytes_per_s > 0 and len(seen) > 10
+    assert set(seen) == {unit * number for number in range(5)}
+    assert {int(buffer[0]) for buffer in buffers} <= set(range(5))
+    file.close()
+
+
+def test_failed_read_beside_computing_is_raised(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(disk.PAGE_BYTES))
+    file = disk.DirectFile(tmp_path / "file")
+    reads = interference.Reading(file, [CPU.host_buffer(disk.PAGE_BYTES)], 2 * disk.PAGE_BYTES)
+    reads.beside(lambda: time.sleep(0.05))
+    with pytest.raises(FlexMoEError, match="ends at byte"):
+        reads.close()
+    file.close()
+
+
+@pytest.mark.parametrize("beside_s, share", [(1.25, 0.2), (0.9, 0.0)])
+def test_a_byte_costs_the_share_of_the_cores_by_which_it_slows_computing(beside_s, share, monkeypatch):
+    reads = SimpleNamespace(beside=lambda work: (work() * beside_s, 4e9), close=lambda: None)
+    monkeypatch.setattr(interference, "usable_cores", lambda: 8)
+    assert interference._cost(lambda: 1.0, lambda: reads, 1.0) == pytest.approx(8 * share / 4e9)
+
+
+@pytest.mark.parametrize("taken, expected", [(0.0, "own"), (1.0, 1.0)])
+def test_a_read_byte_costs_at_least_what_this_process_spends_on_it(taken, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "read_core_s_per_byte", lambda *arguments: taken)
+    rates = disk.disk_rates(CPU, torch.float32, tmp_path, TINY)
+    assert rates.read_core_s_per_byte == (rates.read.core_s_per_byte if expected == "own" else expected)
+
+
+def test_pauses_between_calls_count_in_their_mean():
+    naps = iter([0.0, 0.02, *[0.0] * 10**6])
+    assert timing.mean_s(CPU, lambda: time.sleep(next(naps)), 0.02, warm=1) >= 0.01
+
+
 def test_attention_counts_kv_bytes_and_flops_of_real_tokens():
     decode = attention.AttentionCase(CPU, False, torch.bfloat16, (8, 2, 16), [1, 1], [20, 33])
     assert decode.kv_bytes == 53 * 2 * 2 * 16 * 2
@@ -225,7 +330,7 @@ def test_operations_of_the_fit_are_those_that_a_sweep_runs(rows, batch_rows, tmp
     ran, sweep = [], executor.sweep
     monkeypatch.setattr(executor, "sweep", lambda *a, **k: (ran.append(op) or op for op in sweep(*a, **k)))
     arch = gemms.bench_arch(sweeps._HEADS, sweeps._FFN, layers=2, experts=4)
-    assert sweeps._sweep_s(CPU, arch, torch.float32, rows, batch_rows, tmp_path, 2) > 0
+    assert sweeps._timed(CPU, arch, torch.float32, rows, batch_rows, tmp_path, 2).sweep_s > 0
     assert len(ran) == (sweeps._WARM + 2) * sweeps._operations(arch, len(sweeps._batches(rows, batch_rows)))
 
 
@@ -244,8 +349,8 @@ def test_fit_finds_the_coefficients_and_none_is_negative():
 
 
 def test_nothing_is_left_on_the_disk(tmp_path):
-    disk.disk_rates(CPU, tmp_path, TINY)
-    disk.disk_rates(CPU, tmp_path / "made" / "for it", TINY)
+    disk.disk_rates(CPU, torch.float32, tmp_path, TINY)
+    disk.disk_rates(CPU, torch.float32, tmp_path / "made" / "for it", TINY)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -256,7 +361,7 @@ def test_nothing_is_left_on_the_disk_when_it_is_interrupted(error, tmp_path, mon
 
     monkeypatch.setattr(disk.DirectFile, "sync", fail)
     with pytest.raises(type(error)):
-        disk.disk_rates(CPU, tmp_path, TINY)
+        disk.disk_rates(CPU, torch.float32, tmp_path, TINY)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -266,13 +371,13 @@ def test_at_most_a_tenth_of_the_free_space_is_written(tmp_path, monkeypatch):
         disk.DirectFile, "write_from", lambda self, b, at: ends.append(at + len(b)) or write(self, b, at)
     )
     monkeypatch.setattr(disk, "free_disk_bytes", lambda path: 85 * MIB)
-    rates = disk.disk_rates(CPU, tmp_path, replace(TINY, disk_bytes=1 << 30))
+    rates = disk.disk_rates(CPU, torch.float32, tmp_path, replace(TINY, disk_bytes=1 << 30))
     assert max(ends) <= 8.5 * MIB and rates.read.nbytes == rates.write.nbytes == max(ends)
 
 
 def test_slow_disk_is_not_written_for_ever(tmp_path):
-    few = disk.disk_rates(CPU, tmp_path, replace(TINY, disk_bytes=64 * MIB, disk_s=0.0))
-    assert few.write.nbytes == few.read.nbytes == 8 * MIB  # one round of the buffers
+    few = disk.disk_rates(CPU, torch.float32, tmp_path, replace(TINY, disk_bytes=64 * MIB, disk_s=0.0))
+    assert few.write.nbytes == few.read.nbytes == 4 * MIB  # one round of the buffers
 
 
 def test_host_buffers_stay_within_the_bound(tmp_path, monkeypatch):

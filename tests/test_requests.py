@@ -214,7 +214,7 @@ def test_rows_are_read_again_in_any_order(tmp_path):
 
 def test_custom_id_used_twice_names_both_lines(tmp_path):
     path = write(tmp_path, {"prompt": "p", "custom_id": "x"}, {"prompt": "p"}, {"prompt": "q", "custom_id": "x"})
-    with pytest.raises(DataError, match="line 3: custom_id \"x\" is already the id of line 1"):
+    with pytest.raises(DataError, match='line 3: custom_id "x" is already the id of line 1'):
         RequestFile.open(path)
 
 

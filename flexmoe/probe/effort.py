@@ -38,6 +38,7 @@ class Effort:
         contexts: shortest and longest context of a row.
         prompts: run lengths of the prefill calls.
         disk_bytes: largest file, if a tenth of the free space is not less; `least_disk_bytes` is the smallest.
+        kv_blocks: KV blocks of each size on disk, if the file is then no larger.
         disk_s: seconds after which writing stops, and reading.
         layers, rows, batch_rows: the sweeps of a tiny model from which the overheads follow: all combinations.
         sweeps: how many of each.
@@ -64,6 +65,7 @@ class Effort:
     prompts: tuple[int, ...] = (128, 256, 512)
     disk_bytes: int = 2 * GIB
     least_disk_bytes: int = 64 * MIB
+    kv_blocks: int = 2048
     disk_s: float = 10.0
     layers: tuple[int, ...] = (2, 6)
     rows: tuple[int, ...] = (8, 64, 256)

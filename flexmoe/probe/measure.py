@@ -14,6 +14,7 @@ import torch
 
 from cost_model.gemm_rates import GemmRates
 from cost_model.hardware import Gpu, Hardware
+from cost_model.sizes import BLOCK_TOKENS
 from flexmoe import native
 from flexmoe.device import Device, keep_freed_memory
 from flexmoe.errors import InfeasibleError
@@ -21,12 +22,14 @@ from flexmoe.machine import busy_core_s, cpu_name, filesystem, usable_cores
 from flexmoe.probe.attention import attention_rates
 from flexmoe.probe.buffers import WeightArena
 from flexmoe.probe.copies import copy_rates, memory_rate
-from flexmoe.probe.disk import disk_rates
+from flexmoe.probe.disk import DiskRates, disk_rates
 from flexmoe.probe.effort import MIB, Effort
 from flexmoe.probe.facts import capacities, compute_dtypes, device_name, gpu_details, pinned_limit_bytes
 from flexmoe.probe.gemms import dense_rates, expert_rates
+from flexmoe.probe.interference import TOKENS
 from flexmoe.probe.kv import kv_rates
-from flexmoe.probe.sweeps import overheads
+from flexmoe.probe.kv_blocks import SHAPES, kv_block_costs
+from flexmoe.probe.sweeps import disk_latency_s, overheads
 from flexmoe.storage import PIECE_BYTES, READ_THREADS
 
 log = logging.getLogger(__name__)
@@ -154,19 +157,32 @@ def _capacity_source(device: Device, limit: int | None) -> str:
 
 
 def _disk(s: Setting, found: Found) -> None:
-    rates = disk_rates(s.device, s.directory, s.effort)
+    rates = disk_rates(s.device, s.dtypes[2], s.directory, s.effort)
     way = "O_DIRECT" if rates.direct else "no O_DIRECT: through the page cache, so that reads may be memory's"
     source = (
         f"flexmoe.storage, {READ_THREADS} threads with {PIECE_BYTES / MIB:.0f} MiB each, "
         f"{rates.read.nbytes / MIB:.0f} MiB in {s.directory} ({filesystem(s.directory)}, {way})"
     )
-    found.put(
-        source,
-        disk_read_bytes_per_s=rates.read.bytes_per_s,
-        disk_read_core_s_per_byte=rates.read.core_s_per_byte,
-        disk_write_core_s_per_byte=rates.write.core_s_per_byte,
+    own = f"{source}; CPU time of this process"
+    beside = (
+        f"{source}; an expert over {TOKENS[0]} and over {TOKENS[1]} tokens, {_dtype(s, 2)}, all threads: cores x (1 - A/B) / R "
+        "for A seconds alone and B beside reads at R bytes/s, the mean of both, at least the CPU time of this process"
     )
+    found.put(source, disk_read_bytes_per_s=rates.read.bytes_per_s)
     found.put(f"{source}, flushed", disk_write_bytes_per_s=rates.write.bytes_per_s)
+    found.put(own if s.device.is_cuda else beside, disk_read_core_s_per_byte=rates.read_core_s_per_byte)
+    found.put(own, disk_write_core_s_per_byte=rates.write.core_s_per_byte)
+    _kv_blocks(s, found, rates)
+
+
+def _kv_blocks(s: Setting, found: Found, rates: DiskRates) -> None:
+    costs = kv_block_costs(s.device, s.dtypes[2], s.directory, s.effort, rates)
+    source = (
+        f"flexmoe.disk_kv, up to {s.effort.kv_blocks} blocks that are no neighbours in {s.directory}, of {BLOCK_TOKENS} tokens "
+        f"with (KV heads, head size) in {SHAPES}, {_dtype(s, 2)}: the mean, less what the bytes take"
+    )
+    found.put(source, kv_block_read_s=costs.read_s, kv_block_write_s=costs.write_s)
+    found.put(f"{source}; CPU time of this process", kv_block_core_s=costs.read_core_s)
 
 
 def _memory(s: Setting, found: Found) -> None:
@@ -246,6 +262,12 @@ def _overheads(s: Setting, found: Found) -> None:
         f"(1, rows, operations)"
     )
     found.put(source, sweep_s=rest.sweep_s, row_s=rest.row_s, op_s=rest.op_s)
+    found.put(
+        "the KV lanes' own seconds per operation in such sweeps, little KV being in host memory",
+        handoff_s=rest.handoff_s,
+    )
+    latency_s = disk_latency_s(s.device, s.directory)
+    found.put("64 KiB written or read with nothing else under way", disk_latency_s=latency_s)
 
 
 def _dtype(s: Setting, size: int) -> str:
