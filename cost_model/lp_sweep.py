@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cost_model.slopes import PhaseSlopes
-
 if TYPE_CHECKING:
     from cost_model.lp import Programme
 

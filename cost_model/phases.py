@@ -132,8 +132,10 @@ def _rows_in_flight(policy: Policy, counts: Sizes, m: _Moments) -> tuple[float, 
     rows = float(policy.block_size)
     for _ in range(3):
         fill = min(rows / pace, life)
-        longest = m.s + m.n - (fill / 2 if policy.schedule == "rolling" else 0)
-        rows = max(1.0, min(policy.block_size, tokens / (longest + BLOCK_TOKENS / 2), pace * life))
+        longest = m.s + m.n - fill / 2 + BLOCK_TOKENS / 2
+        if policy.schedule == "static":  # all march together, in whole blocks; the last token is never cached
+            longest = ceil((m.s + m.n - 1) / BLOCK_TOKENS) * BLOCK_TOKENS
+        rows = max(1.0, min(policy.block_size, tokens / longest, pace * life))
     return rows, rows / pace
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import ceil
 
 from cost_model.arch import ModelArch
@@ -250,7 +251,7 @@ class Slopes:
         near = [self._bytes(self.rows * factor, "gpu") for factor in _POINTS]
         near = sorted(dict(near).items())
         spaces = [(rows, parts["gpu"].get("workspace", 0)) for rows, parts in near]
-        self.workspace = [Line.through(*a, *b) for a, b in zip(spaces, spaces[1:])] or [Line.through(*spaces[0] * 2)]
+        self.workspace = [Line.through(*a, *b) for a, b in pairwise(spaces)] or [Line.through(*spaces[0] * 2)]
         (rows_0, parts_0), (rows_1, parts_1) = (near * 2)[-2:] if len(near) == 1 else near[-2:]
         self.common = {
             tier: Line.through(rows_0, _rest(parts_0[tier], kv=False), rows_1, _rest(parts_1[tier], kv=False))

@@ -17,7 +17,11 @@ from policies.workload import Workload
 if TYPE_CHECKING:
     from cost_model.advice import Advice
     from cost_model.lp import Price
+    from cost_model.optimum import Optimum
     from cost_model.slopes import Problem
+
+#: Each one asks for what the one before placed, and that settles at once but for the smallest of caches.
+_MOST_ROUNDINGS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +91,7 @@ def solve(
     from cost_model.infeasible import refusal, smallest_policies
     from cost_model.optimum import optimum
     from cost_model.slopes import Problem
+    from cost_model.spared_disk import spare_the_disk
 
     start = time.perf_counter()
     fixed = fixed or Fixed()
@@ -103,29 +108,29 @@ def solve(
     if not smallest:
         raise refusal(problem, fixed)
     found = optimum(problem, fixed, smallest, check_number("effort", effort))
-    policy = achieved(problem, found.policy)
+    policy = achieved(problem, spare_the_disk(problem, fixed, found.policy))
     prediction = evaluate(arch, hardware, workload, policy, number_bytes=problem.number_bytes, kv_tokens=kv_tokens)
-    hints, programmes, evaluations = (
-        advise(problem, fixed, replace(found, policy=policy), prediction.bottleneck) if advice else ((), 0, 0)
-    )
-    return Plan(
-        policy=policy,
-        prediction=prediction,
-        explanation=Explanation(
-            bottleneck=prediction.bottleneck,
-            prices=found.prices,
-            lp_tokens_per_s=found.lp_tokens_per_s,
-            advice=hints,
-            programmes=found.programmes + programmes,
-            evaluations=found.evaluations + evaluations,
-            seconds=time.perf_counter() - start,
-        ),
+    found = replace(found, policy=policy)
+    hints = advise(problem, fixed, found, prediction.bottleneck) if advice else ((), 0, 0)
+    return Plan(policy=policy, prediction=prediction, explanation=_explanation(found, prediction, hints, start))
+
+
+def _explanation(found: Optimum, prediction: Prediction, hints: tuple, start: float) -> Explanation:
+    advice, programmes, evaluations = hints
+    return Explanation(
+        bottleneck=prediction.bottleneck,
+        prices=found.prices,
+        lp_tokens_per_s=found.lp_tokens_per_s,
+        advice=advice,
+        programmes=found.programmes + programmes,
+        evaluations=found.evaluations + evaluations,
+        seconds=time.perf_counter() - start,
     )
 
 
 def achieved(problem: Problem, policy: Policy) -> Policy:
     """The policy with the shares that its placement achieves; placing these again gives the same placement."""
-    while True:
+    for _ in range(_MOST_ROUNDINGS):
         counts = problem.sizes(policy)
         weights = counts.placement.achieved_percent
         cache = _percents(list(counts.kv_blocks.values()))
@@ -137,6 +142,7 @@ def achieved(problem: Problem, policy: Policy) -> Policy:
         if placed == policy or problem.sizes(placed) == counts:
             return placed
         policy = placed  # the capacity grew for the longest row; what it grew to is asked for now
+    return policy
 
 
 def _percents(counts: list[int]) -> tuple[float, float]:

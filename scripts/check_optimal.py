@@ -120,13 +120,14 @@ def summary(results: list[Result]) -> list[str]:
     seconds = sorted(each.seconds for each in planned)
     cpu_s = sorted(each.cpu_s for each in planned)
     return [
-        f"{len(planned)} machines, {len(results) - len(planned)} more on which nothing fits; "
-        f"{min(each.candidates for each in planned)} or more candidates each, {sum(each.judged for each in planned)} judged",
+        f"{len(planned)} machines, {len(results) - len(planned)} more on which nothing fits",
+        f"candidates that fit: at least {min(each.candidates for each in planned)} on each machine; "
+        + f"judged: {sum(each.judged for each in planned)}",
         f"beaten by more than {TOLERANCE:.0%}: {len(beaten)}; largest best rival / planned: {worst.ratio:.4f} (seed {worst.seed})",
         f"planned policy at least as good as every rival: {sum(each.ratio <= 1 for each in planned)}",
         f"programmes per plan: at most {max(each.programmes for each in planned)}",
         f"seconds per plan: median {seconds[len(seconds) // 2]:.2f}, most {seconds[-1]:.2f} "
-        f"(processor: {cpu_s[len(cpu_s) // 2]:.2f}, {cpu_s[-1]:.2f})",
+        + f"(processor: {cpu_s[len(cpu_s) // 2]:.2f}, {cpu_s[-1]:.2f})",
     ]
 
 

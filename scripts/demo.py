@@ -85,19 +85,17 @@ def command(setting: Setting, checkpoint: Path, home: Path) -> list[str]:
 def introduction(setting: Setting, checkpoint: Path, device: Device, home: Path) -> str:
     """What will happen, in a few lines."""
     size = sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
-    role = (
-        "of GPU memory, CUDA's context included"
-        if device.is_cuda
-        else "of memory in the role of a GPU's (there is none)"
-    )
+    role = "of GPU memory, its context included" if device.is_cuda else "of memory in a GPU's role (there is none)"
     kept = cache_path(device, (home / "offload").expanduser().absolute())
     how = "are known from an earlier run" if kept.exists() else "are measured first: about a minute, once"
-    return (
-        f"A model of {size / GIB:.2f} GiB may take {setting.gpu_mem:g} GiB {role}, {setting.cpu_mem:g} GiB of host memory and "
-        f"{setting.nvme_mem:g} GiB of disk.\nIt does not fit the first two together, so weights and KV cache have to be spread. "
-        f"--policy auto finds out how:\nthe rates of this machine {how} (kept in {kept});\nthen the fastest policy for the "
-        f"{ROWS} requests is planned, which takes seconds, and run."
+    lines = (
+        f"A model of {size / GIB:.2f} GiB may take {setting.gpu_mem:g} GiB {role},",
+        f"{setting.cpu_mem:g} GiB of host memory and {setting.nvme_mem:g} GiB of disk. It does not fit the first two together, so",
+        "weights and KV cache have to be spread over all three. --policy auto finds out how:",
+        f"the rates of this machine {how} (kept in {kept});",
+        f"then the fastest policy for the {ROWS} requests is planned, which takes seconds, and run.",
     )
+    return "\n".join(lines)
 
 
 def write_requests(path: Path) -> None:

@@ -54,7 +54,7 @@ def test_introduction_says_whether_the_machine_is_measured_first(tmp_path, monke
     (tmp_path / "model.safetensors").write_bytes(b"x" * 2**20)
     about = (Setting.of(Device("cpu")), tmp_path, Device("cpu"), tmp_path)
     text = introduction(*about)
-    assert "0.12 GiB of memory in the role of a GPU's" in text and "measured first: about a minute, once" in text
+    assert "0.12 GiB of memory in a GPU's role" in text and "measured first: about a minute, once" in text
     kept = text.split("(kept in ")[1].split(")")[0]
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / kept.rsplit("/", 1)[1]).write_text("{}")

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -20,12 +21,13 @@ from policies.errors import InfeasibleError, UsageError
 from policies.policy import Policy, PolicyFile
 from scripts.random_machines import random_problem
 from scripts.rivals import Rivals
+from tests.tiny import assert_greedy
 
 MIXTRAL = ModelArch.from_name("mixtral-8x7b")
 JOB = Workload(prompt_len=512, gen_len=32)
 QUICK = 0.05
 #: Seeds of `random_problem` that are quick to judge.
-SEEDS = (0, 3, 6)
+SEEDS = (0, 3)
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +90,9 @@ def test_prediction_is_what_evaluate_says_of_the_policy(preset):
 
 
 def test_larger_machines_are_never_slower():
-    machines = [Hardware.preset("l4").with_budgets(cpu_mem=gib) for gib in (60, 100, 180, 400)]
+    machines = [Hardware.preset("l4").with_budgets(cpu_mem=gib) for gib in (60, 110, 400)]
     speeds = [planned(hardware).prediction.tokens_per_s for hardware in machines]
-    assert all(more >= 0.99 * less for less, more in zip(speeds, speeds[1:]))
+    assert all(more >= 0.99 * less for less, more in pairwise(speeds))
     assert speeds[-1] > 1.3 * speeds[0]
 
 
@@ -111,7 +113,7 @@ def test_lengths_of_the_rows_are_planned_for():
 # It fits, and it runs.
 
 
-@pytest.mark.parametrize("seed", range(20, 26))
+@pytest.mark.parametrize("seed", range(20, 24))
 def test_planned_policy_fits_and_its_shares_are_achieved_ones(seed):
     problem = random_problem(seed)
     arch, hardware, workload = problem.arch, problem.hardware, problem.workload
@@ -133,26 +135,33 @@ def test_planned_policy_survives_its_file(tmp_path, t4):
     assert PolicyFile.load(tmp_path / "policy.json").policy == t4.policy
 
 
-@pytest.mark.parametrize("host_mib, disk_mib", [(40, 0), (2.2, 30), (1.6, 30), (1.3, 30)])
-@pytest.mark.parametrize("schedule", ["rolling", "static"])
-def test_planned_policy_runs(tiny, tmp_path, one_thread, host_mib, disk_mib, schedule):
+@pytest.mark.parametrize(
+    "host_mib, disk_mib, fixed",
+    [
+        (40, 0, Fixed()),
+        (1.3, 30, Fixed(schedule="static")),
+        (1.0, 30, Fixed()),
+        (1.6, 30, Fixed(cache_gpu_percent=0, cache_cpu_percent=30)),
+        (2.2, 30, Fixed(w_gpu_percent=0, w_cpu_percent=50, cache_gpu_percent=0, cpu_attention_percent=50)),
+    ],
+    ids=str,
+)
+def test_planned_policy_runs(tiny, tmp_path, one_thread, host_mib, disk_mib, fixed):
     variant = tiny()
     arch = ModelArch.from_dir(variant.directory)
     prompts = [prompt for prompt in variant.prompts if len(prompt) <= 80]
     workload = Workload.of_lengths([(len(prompt), 6) for prompt in prompts])
-    hardware = Hardware.preset("cpu")
-    host = int(host_mib * 2**20)
-    gpu = replace(hardware.gpu, memory_bytes=host)
-    hardware = replace(hardware, gpus=(gpu,), host_memory_bytes=host, disk_bytes=int(disk_mib * 2**20))
-    try:
-        plan = planned(hardware, arch, workload, schedule=schedule)
-    except InfeasibleError:
-        pytest.fail("the machine of the test has to be large enough")
-    assert plan.policy.schedule == schedule
+    hardware = Hardware.preset("cpu").with_budgets(
+        gpu_mem=host_mib / 1024, cpu_mem=host_mib / 1024, nvme_mem=disk_mib / 1024
+    )
+    hardware = replace(hardware, host_memory_bytes=int(host_mib * 2**20), cpu_budget_bytes=None)
+    plan = planned(hardware, arch, workload, fixed=fixed)
     options = {"device": "cpu", "offload_dir": str(tmp_path / "offload"), "longest_row": workload.longest_row}
     llm = LLM(variant.directory, policy=plan.policy, workload=workload, **options)
     outputs = llm.generate(prompts, SamplingParams(max_tokens=6, ignore_eos=True))
-    assert [len(out.outputs[0].token_ids) for out in outputs] == [6] * len(prompts)
+    rows = [row for row, prompt in enumerate(variant.prompts) if len(prompt) <= 80]
+    for row, out in zip(rows, outputs):
+        assert_greedy(variant, row, list(out.outputs[0].token_ids), variant.expected(row, 6))
 
 
 # What is fixed stays.
@@ -163,11 +172,9 @@ FIXED = [
     Fixed(w_cpu_percent=0),
     Fixed(cache_gpu_percent=0, cache_cpu_percent=0),
     Fixed(cache_gpu_percent=0, cache_cpu_percent=100, cpu_attention_percent=0),
-    Fixed(act_gpu_percent=0, act_cpu_percent=100),
+    Fixed(act_gpu_percent=0, act_cpu_percent=100, num_gpu_batches=3),
     Fixed(gpu_batch_size=16, num_gpu_batches=4),
-    Fixed(num_gpu_batches=3),
-    Fixed(prefill_tokens=2048),
-    Fixed(weight_slots=3, pin_weight=False),
+    Fixed(prefill_tokens=2048, weight_slots=3, pin_weight=False),
     Fixed(schedule="static", overlap=False),
 ]
 
@@ -285,7 +292,6 @@ def test_explanation_is_json(t4):
         ({"gpu_mem": 2}, ["gpu"]),
         ({"cpu_mem": 60, "nvme_mem": 0}, ["gpu", "cpu", "disk"]),
         ({"cpu_mem": 0}, ["cpu"]),
-        ({"gpu_mem": 0}, ["gpu"]),
     ],
 )
 def test_named_increase_is_enough_and_one_percent_less_is_not(budgets, names):
@@ -340,9 +346,26 @@ def test_no_warning_of_the_library_reaches_the_user():
         "from cost_model import *; "
         "solve(ModelArch.from_name('mixtral-8x7b'), Hardware.preset('t4'), Workload(prompt_len=64, gen_len=8), effort=0.01)"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_policies_of_the_planner_are_policies(t4):
     assert isinstance(t4.policy, Policy) and t4.policy.overlap and t4.policy.pin_weight
+
+
+def test_kv_goes_to_disk_only_where_that_is_faster():
+    hardware = Hardware.preset("t4").with_budgets(gpu_mem=16, cpu_mem=200, nvme_mem=1500)
+    plan = planned(hardware, workload=Workload(prompt_len=512, gen_len=32))
+    policy, prediction = plan.policy, plan.prediction
+    host_left = hardware.host_memory_bytes - prediction.memory.total("cpu")
+    on_disk = prediction.memory.parts["disk"].get("kv", 0)
+    if on_disk <= host_left:  # it would fit there: then it is slower there
+        moved = replace(policy, cache_cpu_percent=100 - policy.cache_gpu_percent)
+        assert (
+            not on_disk
+            or evaluate(MIXTRAL, hardware, Workload(prompt_len=512, gen_len=32), moved).tokens_per_s
+            < 0.997 * prediction.tokens_per_s
+        )

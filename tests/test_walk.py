@@ -3,6 +3,7 @@
 import random
 import statistics
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -148,7 +149,7 @@ def test_without_overlap_a_sweep_takes_the_sum_of_all_operations():
     load = decoding(24, gpu=8, fetch=4, disk=6, cpu=6)
     walked = walk(costs, [load] * 2, policy.gpu_batch_size, keep_spans=True)
     spans = sorted(walked.spans, key=lambda span: span[2])
-    assert all(a[3] <= b[2] + 1e-12 for a, b in zip(spans, spans[1:]))
+    assert all(a[3] <= b[2] + 1e-12 for a, b in pairwise(spans))
     assert walked.sweep_s[0] == pytest.approx(walked.sweep_s[1])
     assert sum(walked.lanes_s[0].values()) <= walked.sweep_s[0]
     faster, _ = costs_of((20, 40, 30, 40, 0, 50), cpu_attention_percent=50.0)
@@ -206,7 +207,7 @@ def test_tracks_are_those_of_the_recorder_and_each_works_in_order(machine):
     _, by_track = spans_of(costs, policy, MIXED)
     assert set(by_track) == TRACKS
     for spans in by_track.values():
-        assert all(a[3] <= b[2] + 1e-12 for a, b in zip(spans, spans[1:]))
+        assert all(a[3] <= b[2] + 1e-12 for a, b in pairwise(spans))
 
 
 @pytest.mark.parametrize("machine", ["rtx4090", "cpu"])
