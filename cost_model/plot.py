@@ -24,10 +24,10 @@ def check_plot(path: Path) -> None:
     Raises:
         UsageError: matplotlib is not installed, or the file's name asks for an unknown format.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib, which is not installed; pip install 'flexmoe[plot]' brings it")
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--plot {path} has no known format; end its name in one of {', '.join(SUFFIXES)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib, which is not installed; pip install 'flexmoe[plot]' brings it")
 
 
 def draw(report: Report, predict: Callable[[Policy], Prediction], path: Path) -> None:

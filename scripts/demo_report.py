@@ -22,7 +22,7 @@ def planned(metrics: Mapping, budgets: Mapping[str, float]) -> list[str]:
         metrics: the content of `--metrics-json`.
         budgets: GiB by flag.
     """
-    memory, policy = metrics["memory"], metrics["policy"]
+    memory = metrics["memory"]
     on_cuda = metrics["device"].startswith("cuda")
     role = " (allowed on the gpu: with CUDA's context)" if on_cuda else " (gpu: RAM in that role)"
     rows = [f"planned, in MiB{role}", _row("", "weights", "KV cache", "buffers", "all", "allowed")]
@@ -32,14 +32,13 @@ def planned(metrics: Mapping, budgets: Mapping[str, float]) -> list[str]:
         sizes = (weights, kv, total - weights - kv, total, budgets[flag] * GIB)
         rows.append(_row(tier, *(f"{size / MIB:.1f}" for size in sizes)))
     weights, kv = (sum(memory[tier].get(item, 0) for tier in TIERS) for item in ("weights", "kv"))
-    block = policy["gpu_batch_size"] * policy["num_gpu_batches"]
     parts = f"{weights / MIB:.0f} MiB of weights, {kv / MIB:.0f} MiB of KV cache and the buffers"
     read = f"{memory['disk'].get('weights', 0) / MIB:.0f} MiB of weights"
     return [
         *rows,
         f"{parts} are more than gpu and cpu may take together:",
         f"the disk holds the rest, and every sweep reads {read} from it, beside the computation.",
-        f"Up to {block} rows share a sweep.",
+        f"Up to {max(metrics['rows_in_flight'])} rows share a sweep.",
     ]
 
 
