@@ -40,6 +40,8 @@ class ModelArch:
         qk_norm: every head's queries and keys are normed, by one weight of `head_dim` each.
         dense_layers: layers whose feed-forward network is one MLP that every token passes, in ascending order.
         dense_ffn: its width; 0 where there is none.
+        rope_switch: longest row that the rotary embedding turns by its first set of factors; a row that grows past it is
+            computed anew with the second. None: one set for all.
 
     Raises:
         DataError: a value is out of range, or two contradict each other; the sentence names the field.
@@ -68,11 +70,12 @@ class ModelArch:
     qk_norm: bool = False
     dense_layers: tuple[int, ...] = ()
     dense_ffn: int = 0
+    rope_switch: int | None = None
 
     def __post_init__(self):
         check_model_type(self.model_type)
-        counts = _COUNTS if self.sliding_window is None else (*_COUNTS, "sliding_window")
-        for field in (*counts, "dense_ffn") if self.dense_layers else counts:
+        optional = [field for field in ("sliding_window", "rope_switch") if getattr(self, field) is not None]
+        for field in (*_COUNTS, *optional, *(["dense_ffn"] if self.dense_layers else [])):
             if type(getattr(self, field)) is not int or getattr(self, field) < 1:
                 raise DataError(f"{field} is {getattr(self, field)!r}; it must be a whole number of at least 1.")
         if self.top_k > self.num_experts:

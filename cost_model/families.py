@@ -54,6 +54,7 @@ def _phimoe(config: Mapping) -> dict[str, Any]:
         "norm_bias": True,
         "attention_bias": _flag(config, "attention_bias"),
         "head_bias": _flag(config, "lm_head_bias"),
+        "rope_switch": _rope_switch(config),
     }
 
 
@@ -195,3 +196,13 @@ def _rope_theta(config: Mapping, default: float, rope_types: tuple[str, ...]) ->
             raise DataError(f"{field} in the config asks for rope type {rope_type!r}; only {known} is supported.")
         source = values if values.get("rope_theta") is not None else source
     return _positive(source, "rope_theta", default)
+
+
+def _rope_switch(config: Mapping) -> int | None:
+    """The original context of a LongRoPE, beyond which it uses its second set of factors."""
+    for field in ("rope_parameters", "rope_scaling"):
+        values = config.get(field) or {}
+        if values.get("rope_type", values.get("type")) == "longrope":
+            name = "original_max_position_embeddings"
+            return _count(values if values.get(name) is not None else config, name)
+    return None

@@ -173,6 +173,7 @@ class _Job:
             blocks=self._room,
             tails=ceil(counts.tails / bundle),
             block_tokens=BLOCK_TOKENS,
+            recompute_past=counts.recompute_past,
         )
         self._groups: list[list[list[float]]] = []
         self._logits: list[int] = []

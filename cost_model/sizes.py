@@ -36,6 +36,7 @@ class Sizes:
         fetch_blocks: blocks of one layer that a GPU batch may bring to the device (0: none ever are).
         write_blocks: disk-tier blocks that the runs of a GPU batch may touch.
         stretch_tokens: tokens of KV that lie side by side on disk on average: a prompt, and each block that it grew by.
+        recompute_past: length beyond which a row's KV is computed anew; None: never.
     """
 
     placement: Placement
@@ -49,6 +50,7 @@ class Sizes:
     fetch_blocks: int
     write_blocks: int
     stretch_tokens: float
+    recompute_past: int | None = None
 
 
 def sizes(
@@ -94,6 +96,7 @@ def sizes(
         fetch_blocks=reachable + policy.gpu_batch_size if fetches else 0,
         write_blocks=ceil(batch_tokens / BLOCK_TOKENS) + 2 * policy.gpu_batch_size if blocks["disk"] else 0,
         stretch_tokens=(workload.prompt_len + workload.gen_len / 2) / (1 + workload.gen_len / (2 * BLOCK_TOKENS)),
+        recompute_past=arch.rope_switch,
     )
 
 

@@ -27,6 +27,8 @@ class Run:
         mode: how the row is attended: ``gpu`` (KV on the GPU), ``fetch`` (KV brought there), ``cpu`` (on the host).
         logits: for how many of the run's last positions logits are wanted (0 for an unfinished prompt).
         owner: whatever the caller wants to find again.
+        row_tokens: tokens of the row that are known, those after an unfinished prompt's run included; None: the run is
+            the last of them.
     """
 
     kv: RowKV
@@ -34,6 +36,7 @@ class Run:
     mode: str
     logits: int
     owner: object = None
+    row_tokens: int | None = None
 
 
 @dataclass(slots=True)
@@ -55,7 +58,8 @@ class Group:
 class Batch:
     """A GPU batch: tokens ``[start, stop)`` of the block.
 
-    ``kv`` (index tensors per mode) and ``rope`` are derived once per sweep; ``futures`` are the operations under way.
+    ``positions_T`` and ``lengths_T`` are each token's place in its row and that row's length. ``kv`` (index tensors per
+    mode) and ``rope`` are derived once per sweep; ``futures`` are the operations under way.
     """
 
     index: int
@@ -63,6 +67,7 @@ class Batch:
     stop: int
     groups: list[Group]
     positions_T: torch.Tensor
+    lengths_T: torch.Tensor
     logit_rows: torch.Tensor
     kv: dict = field(default_factory=dict)
     futures: dict = field(default_factory=dict)
@@ -102,14 +107,24 @@ class Block:
 
 
 def _batch(index: int, start: int, runs: list[Run]) -> Batch:
-    positions, wanted, groups, stop = [], [], [], 0
+    positions, lengths, wanted, groups, stop = [], [], [], [], 0
     for run in runs:
         if not groups or groups[-1].mode != run.mode:
             groups.append(Group(run.mode, [], stop, stop))
         groups[-1].runs.append(run)
         length = len(run.tokens)
-        positions += range(run.kv.length, run.kv.length + length)
+        end = run.kv.length + length
+        positions += range(run.kv.length, end)
+        lengths += [run.row_tokens or end] * length
         stop += length
         wanted += range(stop - run.logits, stop)
         groups[-1].stop = stop
-    return Batch(index, start, start + stop, groups, torch.tensor(positions), torch.tensor(wanted, dtype=torch.int64))
+    return Batch(
+        index,
+        start,
+        start + stop,
+        groups,
+        torch.tensor(positions),
+        torch.tensor(lengths),
+        torch.tensor(wanted, dtype=torch.int64),
+    )

@@ -5,7 +5,7 @@ size, offset and name is checked, and each fault is one sentence that names the 
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class Checkpoint:
             raise DataError(f"the checkpoint {str(root)!r} has no tensors at all, so {INCOMPLETE}")
         return cls(directory=root, config=config, generation_config=generation_config, tensors=tensors)
 
-    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+    def check(self, expected: Mapping[str, tuple[int, ...]], families: Iterable[str]) -> None:
         """Hold the tensors against what the model's configuration asks for.
 
         Names that are not expected are an error if they belong to a layer (the configuration then describes another
@@ -75,6 +75,7 @@ class Checkpoint:
 
         Args:
             expected: the shape of every tensor that the model needs, by its name on disk.
+            families: the model types that can be read, for the sentence.
 
         Raises:
             DataError: a tensor is missing, left over, of another shape, or not bf16, fp16 or fp32.
@@ -85,8 +86,9 @@ class Checkpoint:
             found = [f"{_some(missing)} missing"] * bool(missing) + [f"{_some(extra)} unexpected"] * bool(extra)
             raise DataError(
                 f"the tensors of {str(self.directory)!r} are not those that its config.json describes "
-                f"({' and '.join(found)}): the config.json may belong to another model, the checkpoint may be "
-                f"quantized, or {INCOMPLETE}"
+                f"({' and '.join(found)}): supported are {', '.join(sorted(families))} with the names of the hub or packed "
+                f"by transformers; the config.json may belong to another model, the checkpoint may be quantized, or "
+                f"{INCOMPLETE}"
             )
         for name, shape in expected.items():
             info = self.tensors[name]

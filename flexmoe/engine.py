@@ -189,7 +189,11 @@ class Engine:
                 tokens = token_ids[i : i + step]
                 self.cache.reserve(kv, len(tokens))
                 mode = "gpu" if tier == "gpu" else "fetch" if self.plan.sizes.fetch_blocks else "cpu"
-                pieces.append(self.executor.run(Block([Run(kv, tokens, mode, len(tokens))], 1)).float().cpu())
+                pieces.append(
+                    self.executor.run(Block([Run(kv, tokens, mode, len(tokens), row_tokens=len(token_ids))], 1))
+                    .float()
+                    .cpu()
+                )
                 kv.length += len(tokens)
             return torch.cat(pieces)
         finally:
@@ -261,7 +265,7 @@ class Engine:
             c.offload_dir,
         )
         self._parts.callback(self.activations.close)
-        self.scheduler = Scheduler(policy, self.cache)
+        self.scheduler = Scheduler(policy, self.cache, recompute_past=counts.recompute_past)
         self._largest_row = self.scheduler.largest_row_tokens()
         if counts.fetch_blocks and c.longest_row:  # the buffers of fetched KV are made for rows of this length
             self._largest_row = min(self._largest_row, -(-c.longest_row // BLOCK_TOKENS) * BLOCK_TOKENS)

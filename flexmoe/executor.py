@@ -93,7 +93,7 @@ class Executor:
         self._kv.begin(block)
         for batch in block.batches:
             batch.positions_T = batch.positions_T.to(self._device.torch)
-            batch.rope = self._family.rope(batch.positions_T, self._dtype)
+            batch.rope = self._family.rope(batch.positions_T, batch.lengths_T.to(self._device.torch), self._dtype)
         for op in sweep(self._shape(block), overlap=self._overlap):
             self._dispatch(op)
         self._kv.drain()
@@ -211,7 +211,8 @@ class Executor:
         h_TD, x_TD, router_TE = self._family.output(self._hidden[batch.index], attended, self._stream.get(unit))
         self._hidden.put(batch.index, h_TD)
         self._x_TD[here] = x_TD
-        self._router_TE[here] = router_TE
+        if router_TE is not None:
+            self._router_TE[here] = router_TE
         if batch is self._block.batches[-1]:
             self._stream.release(unit)
 
@@ -226,9 +227,12 @@ class Executor:
 
     def _op_route(self, op: Op) -> None:
         tokens = self._block.tokens
+        self._y_TD[:tokens].zero_()
+        if self._family.arch.is_dense(op.layer):
+            self._experts.route_all(tokens)
+            return
         ids_TK, weights_TK = self._family.route(self._router_TE[:tokens])
         self._experts.route(ids_TK, weights_TK, self._dtype)
-        self._y_TD[:tokens].zero_()
 
     def _op_expert(self, op: Op) -> None:
         weights = self._stream.get(op.unit)
@@ -258,7 +262,7 @@ class Executor:
         if "norm" in weights:
             self._rows_RD = self._family.final_norm(self._rows_RD, weights)
         first, last = self._units.head_rows[op.unit]
-        self._logits[:, first:last] = torch.nn.functional.linear(self._rows_RD, weights["head"])
+        self._logits[:, first:last] = self._family.head(self._rows_RD, weights)
         self._stream.release(op.unit)
 
     def _op_sample(self, op: Op) -> None:

@@ -52,6 +52,10 @@ class ExpertDispatch:
         self._starts = starts.tolist()
         return [stop - start for start, stop in zip(self._starts, self._starts[1:])]
 
+    def route_all(self, tokens: int) -> None:
+        """Send every token to expert 0 with weight one: the MLP of a dense layer."""
+        self._starts, self._tokens = [0, tokens], None
+
     def add(self, expert: int, x_TD: torch.Tensor, y_TD: torch.Tensor, compute: Callable) -> None:
         """Run one expert over its tokens and add the weighted result to the block's output.
 
@@ -64,5 +68,8 @@ class ExpertDispatch:
         first, last = self._starts[expert], self._starts[expert + 1]
         for start in range(first, last, self._chunk):
             pairs = slice(start, min(last, start + self._chunk))
+            if self._tokens is None:
+                y_TD[pairs] += compute(x_TD[pairs])
+                continue
             tokens = self._tokens[pairs]
             y_TD.index_add_(0, tokens, compute(x_TD.index_select(0, tokens)).mul_(self._weights[pairs]))

@@ -29,12 +29,14 @@ class Part:
         tensor: the checkpoint tensor; several parts may be slices of one.
         shape: shape of the part.
         first_element: index of the part's first element in the flattened tensor (packed experts).
+        whole: shape of the tensor that the part is a slice of; None: the part is all of it.
     """
 
     role: str
     tensor: str
     shape: tuple[int, ...]
     first_element: int = 0
+    whole: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

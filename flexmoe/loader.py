@@ -14,7 +14,7 @@ from cost_model.arch import ModelArch
 from flexmoe.checkpoint import Checkpoint
 from flexmoe.checkpoint_file import read_json_object
 from flexmoe.errors import DataError, InputMissingError, UsageError
-from flexmoe.models import family
+from flexmoe.models import FAMILIES, family
 from flexmoe.sources import CheckpointSource, DummySource, WeightSource
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -67,15 +67,15 @@ def load_model(model: str, load_format: str = "auto") -> Model:
     if load_format == "dummy":
         arch = ModelArch.from_dir(path) if path.is_dir() else ModelArch.from_name(model)
         return _dummy(arch, path if path.is_dir() else None)
-    _refuse_a_family_that_does_not_run(path, model)
+    _refuse_an_unknown_family(path, model)
     checkpoint = Checkpoint.open(path if path.exists() else _from_hub(model))
     arch = ModelArch.from_config(checkpoint.config, name=str(model))
-    math = family(arch)
-    checkpoint.check(math.expected_tensors(checkpoint.tensors))
+    math = family(arch, checkpoint.config)
+    checkpoint.check(math.expected_tensors(checkpoint.tensors), families=FAMILIES)
     dtype = _stored_dtype(checkpoint, math)
     return Model(
         arch=dataclasses.replace(arch, dtype_bytes=dtype.itemsize),
-        family=family(dataclasses.replace(arch, dtype_bytes=dtype.itemsize)),
+        family=family(dataclasses.replace(arch, dtype_bytes=dtype.itemsize), checkpoint.config),
         stored_dtype=dtype,
         config=checkpoint.config,
         generation_config=checkpoint.generation_config,
@@ -130,16 +130,20 @@ def _stored_dtype(checkpoint: Checkpoint, math) -> torch.dtype:
     return checkpoint.tensors[first].dtype
 
 
-def _refuse_a_family_that_does_not_run(directory: Path, name: str) -> None:
+def _refuse_an_unknown_family(directory: Path, name: str) -> None:
     """From the config alone: before the headers of thousands of tensors are read, or their files fetched."""
     config = directory / "config.json"
     if os.path.isfile(config):
-        family(ModelArch.from_config(read_json_object(config), name=name))
+        values = read_json_object(config)
+        try:
+            family(ModelArch.from_config(values, name=name), values)
+        except DataError as e:
+            raise DataError(f"{name} cannot be run: {e}") from e
 
 
 def _from_hub(name: str) -> Path:
-    """Directory of a hub model's files; the weights are fetched only for a family that runs."""
-    _refuse_a_family_that_does_not_run(_fetch(name, ["config.json"]), name)
+    """Directory of a hub model's files; the weights are fetched only for a family that is known."""
+    _refuse_an_unknown_family(_fetch(name, ["config.json"]), name)
     return _fetch(name, ["*.json", "*.safetensors", "tokenizer*", "*.jinja"])
 
 

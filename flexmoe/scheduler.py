@@ -50,9 +50,16 @@ class Scheduler:
         cache: the KV pools, empty now and then held by these rows alone.
         expected_end: length that a row is expected to reach; default its limit. A row that outgrows it may find its
             tier full; then the youngest row of the tier is sent back.
+        recompute_past: length beyond which a row's KV is computed anew (`ModelArch.rope_switch`).
     """
 
-    def __init__(self, policy: Policy, cache: KVCache, expected_end: Callable[[Row], int] | None = None):
+    def __init__(
+        self,
+        policy: Policy,
+        cache: KVCache,
+        expected_end: Callable[[Row], int] | None = None,
+        recompute_past: int | None = None,
+    ):
         self._cache = cache
         self.admission = Admission(
             policy,
@@ -60,6 +67,7 @@ class Scheduler:
             tails=cache.free_tails,
             block_tokens=cache.block_tokens,
             expected_end=expected_end,
+            recompute_past=recompute_past,
         )
 
     @property
@@ -99,7 +107,8 @@ class Scheduler:
             if row.kv is None or len(row.kv.blocks) < row.blocks:
                 self._reserve(row, row.run)
         return [
-            Run(row.kv, row.tokens[row.cached : row.cached + row.run], row.mode, int(row.logits), row) for row in rows
+            Run(row.kv, row.tokens[row.cached : row.cached + row.run], row.mode, int(row.logits), row, row.length)
+            for row in rows
         ]
 
     def commit(self, row: Row, token: int | None) -> int:

@@ -113,8 +113,8 @@ class DummySource:
     """Random weights of realistic scale for a model of which only the shape is at hand.
 
     The numbers of a unit depend on its name alone, so any placement of a dummy model computes the same. Norms are
-    one; routers are random and therefore balanced. Disk units are written out, each its own extent, so that reading
-    them costs what reading a checkpoint costs.
+    one, biases zero; routers are random and therefore balanced. Disk units are written out, each its own extent, so
+    that reading them costs what reading a checkpoint costs.
 
     Args:
         parts: parts of each unit, by unit name.
@@ -202,7 +202,7 @@ class DummySource:
     def _fill(self, unit: str, buffer: torch.Tensor) -> None:
         for role, tensor in views(buffer, self._layouts[unit].host).items():
             if tensor.dim() == 1:
-                tensor.fill_(1.0)
+                tensor.fill_(0.0 if role.endswith("bias") else 1.0)
                 continue
             flat, done, start = tensor.view(-1), 0, self._start(f"{unit}/{role}")
             while done < flat.numel():

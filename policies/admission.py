@@ -32,6 +32,7 @@ class RowLengths:
         run: tokens of its run in the sweep under way, 0 where it has none.
         logits: whether that run ends with a new token; false for an unfinished prompt.
         prompt_done: prompt tokens that have been computed at least once; a restart does not count them again.
+        stale: its KV has to be computed anew before it goes on.
     """
 
     prompt: int
@@ -44,6 +45,7 @@ class RowLengths:
     run: int = 0
     logits: bool = False
     prompt_done: int = 0
+    stale: bool = False
 
     @property
     def length(self) -> int:
@@ -64,6 +66,8 @@ class Admission:
         block_tokens: tokens per block.
         expected_end: length that a row is expected to reach; default its limit. A row that outgrows it may find its
             tier full; then the youngest row of the tier is sent back.
+        recompute_past: a row that grows past this length is sent back, so that all of it is computed as one run: its
+            keys are stored rotated, and beyond that length they are rotated otherwise.
 
     Attributes:
         waiting: rows that are not in flight, the next to enter first.
@@ -80,9 +84,11 @@ class Admission:
         tails: int,
         block_tokens: int,
         expected_end: Callable[[RowLengths], int] | None = None,
+        recompute_past: int | None = None,
     ):
         self._policy, self._block_tokens = policy, block_tokens
         self._expected_end = expected_end or (lambda row: row.limit)
+        self._recompute_past = recompute_past
         self._blocks = {tier: blocks[tier] for tier in TIERS}
         self._usable = [tier for tier in TIERS if blocks[tier]]
         on_disk = 100.0 - policy.cache_gpu_percent - policy.cache_cpu_percent
@@ -128,7 +134,9 @@ class Admission:
         budget, block_tokens = self._policy.prefill_tokens, self._block_tokens
         for row in self.running:
             cached = row.cached
-            if row.generated and row.prompt + row.generated == cached + 1 and cached < row.blocks * block_tokens:
+            if row.stale:
+                self.send_back(row)
+            elif row.generated and row.prompt + row.generated == cached + 1 and cached < row.blocks * block_tokens:
                 row.run, row.logits = 1, True  # nearly every row: one token, into a block that it holds already
             elif row.tier:  # else it was sent back while an older row was served
                 budget -= self._give_run(row, budget)
@@ -144,6 +152,7 @@ class Admission:
         row.cached += row.run
         row.run = 0
         row.generated += generated
+        row.stale = generated and row.length - 1 == self._recompute_past
         before = row.prompt_done
         if before == row.prompt:
             return 0
@@ -267,4 +276,4 @@ class Admission:
         self._rows_on_cpu_attention -= row.mode == "cpu"
         self.free_tails += row.tier == "disk"
         self._free[row.tier] += row.blocks
-        row.tier, row.cached, row.blocks, row.run = "", 0, 0, 0
+        row.tier, row.cached, row.blocks, row.run, row.stale = "", 0, 0, 0, False

@@ -8,13 +8,13 @@ import flexmoe  # noqa: F401
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """`tiny(name)`: the variant of that name from `tests.tiny`, made once."""
-    from tests.tiny import make
+    from tests.tiny import RECIPES, make
 
     made = {}
 
     def get(name="gqa-8-to-2"):
         if name not in made:
-            made[name] = make(name, tmp_path_factory.mktemp(name))
+            made[name] = make(RECIPES[name], tmp_path_factory.mktemp(name))
         return made[name]
 
     return get

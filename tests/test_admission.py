@@ -20,9 +20,15 @@ def policy_of(kv=GPU, rows=8, prefill_tokens=64, **rest):
     )  # fmt: skip
 
 
-def admission_of(kv=GPU, *, gpu=0, cpu=0, disk=0, tails=0, expected_end=None, **policy):
-    blocks = {"gpu": gpu, "cpu": cpu, "disk": disk}
-    return Admission(policy_of(kv, **policy), blocks=blocks, tails=tails, block_tokens=BLOCK, expected_end=expected_end)
+def admission_of(kv=GPU, *, gpu=0, cpu=0, disk=0, tails=0, expected_end=None, recompute_past=None, **policy):
+    return Admission(
+        policy_of(kv, **policy),
+        blocks={"gpu": gpu, "cpu": cpu, "disk": disk},
+        tails=tails,
+        block_tokens=BLOCK,
+        expected_end=expected_end,
+        recompute_past=recompute_past,
+    )
 
 
 def wait(admission, *lengths):
@@ -102,6 +108,32 @@ def test_last_token_of_a_prompt_takes_of_the_pace_although_it_is_a_run_of_one():
     first, second = wait(admission, (33, 9), (40, 9))
     assert sweep(admission) == {first: (32, False)}
     assert sweep(admission) == {first: (1, True), second: (31, False)}
+
+
+@pytest.mark.parametrize(
+    "prompt, runs", [(29, [29, 1, 1, 1, 33, 1]), (32, [32, 33, 1, 1, 1, 1]), (33, [33, 1, 1, 1, 1, 1])]
+)
+def test_a_row_that_grows_past_the_bound_is_computed_anew_as_one_run(prompt, runs):
+    admission = admission_of(gpu=20, prefill_tokens=40, recompute_past=32)
+    (row,) = wait(admission, (prompt, 6))
+    assert [sweep(admission)[row] for _ in runs] == [(run, True) for run in runs]
+    assert admission.unfinished == 0 and admission.restarts == (33 in runs[1:])
+
+
+def test_a_row_that_is_computed_anew_in_chunks_is_so_once():
+    admission = admission_of(gpu=20, prefill_tokens=16, recompute_past=32)
+    (row,) = wait(admission, (32, 4))
+    runs = [(16, False), (16, True), (16, False), (16, False), (1, True), (1, True), (1, True)]
+    assert [sweep(admission)[row] for _ in runs] == runs
+    assert admission.restarts == 1 and admission.unfinished == 0
+
+
+def test_a_row_that_ends_at_the_bound_is_not_computed_anew():
+    admission = admission_of(gpu=20, recompute_past=32)
+    wait(admission, (30, 3))
+    while admission.unfinished:
+        sweep(admission)
+    assert admission.restarts == 0
 
 
 @pytest.mark.parametrize("restart_after, counts", [(2, [40, 40, 0, 0, 20, 0]), (4, [40, 40, 20, 0, 0, 0])])

@@ -12,6 +12,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from flexmoe.checkpoint import Checkpoint
 from flexmoe.errors import DataError, InputMissingError
+from flexmoe.models import FAMILIES
 
 SHAPE = dict(
     hidden_size=32,
@@ -102,7 +103,7 @@ def test_extents_read_with_pread_equal_what_safetensors_loads(tmp_path, dtype, s
         os.close(fd)
         tensor = torch.frombuffer(bytearray(raw), dtype=info.dtype).view(info.shape)
         assert info.dtype == dtype and torch.equal(tensor, expected[name]), name
-    checkpoint.check(shapes_of(checkpoint))
+    checkpoint.check(shapes_of(checkpoint), FAMILIES)
 
 
 def test_save_pretrained_writes_per_expert_names_by_default(model, tmp_path):
@@ -398,21 +399,22 @@ def test_missing_and_unexpected_tensors_are_counted_and_three_are_named(sharded)
     for name in gone:
         del expected[name]
     with pytest.raises(DataError) as caught:
-        checkpoint.check(expected | wanted)
+        checkpoint.check(expected | wanted, FAMILIES)
     sentence = str(caught.value)
     assert "5 ('model.layers.9.self_attn.x0.weight'" in sentence and "x2" in sentence and "x3" not in sentence
     assert f"{len(gone)} ('model.layers.1" in sentence and "unexpected" in sentence and "config.json" in sentence
+    assert "supported are mixtral, phimoe, qwen3_moe" in sentence
 
 
 def test_tensors_outside_the_layers_and_inv_freq_buffers_may_be_left_over(single):
     extras = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2), "lm_head.weight": torch.ones(2)}
     save_file({"a": torch.ones(2), **extras}, single / SINGLE)
-    Checkpoint.open(single).check({"a": (2,)})
+    Checkpoint.open(single).check({"a": (2,)}, FAMILIES)
 
 
 def test_wrong_shape_names_the_file_and_both_shapes(single):
     with pytest.raises(DataError) as caught:
-        Checkpoint.open(single).check({"a": (3, 2)})
+        Checkpoint.open(single).check({"a": (3, 2)}, FAMILIES)
     sentence = str(caught.value)
     assert "'a'" in sentence and SINGLE in sentence and "[2, 3]" in sentence and "[3, 2]" in sentence
 
@@ -422,7 +424,7 @@ def test_dtype_that_is_not_a_plain_float_is_refused(single, dtype):
     save_file({"a": torch.ones(2).to(dtype)}, single / SINGLE)
     checkpoint = Checkpoint.open(single)
     with pytest.raises(DataError) as caught:
-        checkpoint.check({"a": (2,)})
+        checkpoint.check({"a": (2,)}, FAMILIES)
     sentence = str(caught.value)
     assert "'a'" in sentence and SINGLE in sentence and "bfloat16" in sentence and "quantized" in sentence
 

@@ -98,7 +98,8 @@ def make_llm(variant, case, device, tmp_path, monkeypatch, **options):
     if case.disturbed == "sent-back":
         _send_rows_back(llm.engine)
     elif case.disturbed == "short-sighted":
-        llm.engine.scheduler = Scheduler(policy, llm.engine.cache, expected_end=lambda row: 0)
+        past = llm.engine.plan.sizes.recompute_past
+        llm.engine.scheduler = Scheduler(policy, llm.engine.cache, lambda row: 0, past)
     return llm
 
 

@@ -191,6 +191,16 @@ def test_qwen3_counts_its_experts_under_either_name():
         ModelArch.from_config(without("num_experts", family="qwen3_moe"))
 
 
+def test_phi_switches_to_its_long_factors_past_its_original_context():
+    assert arch("phimoe").rope_switch == 4096
+    assert arch("phimoe", rope_scaling=LONGROPE | {"original_max_position_embeddings": 64}).rope_switch == 64
+    above = {name: value for name, value in LONGROPE.items() if name != "original_max_position_embeddings"}
+    assert arch("phimoe", rope_scaling=above, original_max_position_embeddings=128).rope_switch == 128
+    assert ModelArch.from_config(without("rope_scaling", family="phimoe")).rope_switch is None
+    with pytest.raises(DataError, match="original_max_position_embeddings"):
+        arch("phimoe", rope_scaling=above, original_max_position_embeddings=None)
+
+
 @pytest.mark.parametrize(
     "changes, dense_layers",
     [

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 import scripts.make_checkpoint as subject
 from flexmoe.checkpoint import Checkpoint
 from flexmoe.errors import StorageError, UsageError
+from flexmoe.models import FAMILIES
 from scripts.make_checkpoint import SIZES, main, make_checkpoint, tensor_shapes
 
 TINY = SIZES["tiny"]
@@ -43,7 +44,7 @@ def test_names_shapes_and_dtypes_on_disk_are_those_of_save_pretrained(tmp_path, 
         assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
     shapes = tensor_shapes(MixtralConfig(**kwargs), packed=packed)
     assert ("lm_head.weight" in shapes) != tied
-    Checkpoint.open(made).check(shapes)
+    Checkpoint.open(made).check(shapes, FAMILIES)
 
 
 def test_both_layouts_and_any_sharding_hold_the_same_model(tiny, tmp_path):

@@ -1,13 +1,14 @@
-"""Tiny random Mixtral checkpoints, and what transformers generates from them."""
+"""Tiny random checkpoints, and what transformers generates from them."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
+from transformers.models.phimoe.modeling_phimoe import PhimoeForCausalLM
 
 BASE = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_local_experts": 4, "num_experts_per_tok": 2,
@@ -36,9 +37,13 @@ def _favour_two_experts(model: MixtralForCausalLM) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
+    """``config`` replaces values of the family's base; ``save`` goes to `save_pretrained`; ``edit`` changes the weights."""
+
     config: dict
     save: dict
     edit: object = None
+    family: str = "mixtral"
+    base: dict = field(default_factory=lambda: BASE)
 
 
 SHARDED = {"max_shard_size": "200KB"}
@@ -63,7 +68,7 @@ class Variant:
     """A checkpoint, its transformers model, and the greedy ids of `prompts` (EOS ignored)."""
 
     directory: Path
-    model: MixtralForCausalLM
+    model: PreTrainedModel
     prompts: list[list[int]]
     greedy: list[list[int]]
     eos_ids: tuple[int, int]
@@ -75,19 +80,20 @@ class Variant:
         return ids[: ends[0] + 1] if ends else ids
 
 
-def make(name: str, directory: Path) -> Variant:
-    recipe = RECIPES[name]
+def make(recipe: Recipe, directory: Path, lengths: tuple[int, ...] = PROMPT_LENGTHS) -> Variant:
     torch.manual_seed(7)
-    model = MixtralForCausalLM(MixtralConfig(**BASE | recipe.config)).float().eval()
+    config = AutoConfig.for_model(recipe.family, **recipe.base | recipe.config)
+    # Its grouped experts refuse matrices whose rows are no multiple of 16 bytes.
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").float().eval()
     with torch.no_grad():
         if recipe.edit is not None:
             recipe.edit(model)
     generator = torch.Generator().manual_seed(1)
     vocab = model.config.vocab_size
-    prompts = [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
+    prompts = [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in lengths]
     greedy = [transformers_greedy(model, p, eos_token_id=None) for p in prompts]
     # Ids that do occur, some tokens into two rows: several rows then stop early, and others do not.
-    eos_ids = (greedy[1][4], greedy[7][7])
+    eos_ids = (greedy[1][4], greedy[7 % len(greedy)][7])
     model.generation_config.eos_token_id = list(eos_ids)
     model.save_pretrained(directory, **recipe.save)
     return Variant(directory, model, prompts, greedy, eos_ids)
@@ -98,21 +104,41 @@ def transformers_greedy(model, prompt: list[int], *, eos_token_id, max_new_token
     ids = model.generate(
         torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos_token_id, pad_token_id=0,
+        use_cache=not isinstance(model, PhimoeForCausalLM),  # it keeps keys turned by the factors of shorter rows
     )  # fmt: skip
     return ids[0, len(prompt) :].tolist()
 
 
 @torch.no_grad()
 def margins(model, ids: list[int]) -> tuple[float, float]:
-    """Transformers' gaps at the token that follows ``ids``: between its two best logits, and the smallest one of the
-    routers' probabilities between the last expert chosen and the first one left out."""
+    """Transformers' gaps at the token that follows ``ids``: between its two best logits, and the smallest one of its
+    routers, between the last expert chosen and the first one left out."""
     out = model(torch.tensor([ids]), output_router_logits=True)
     best, second = out.logits[0, -1].float().topk(2).values.tolist()
-    k = model.config.num_experts_per_tok
-    if k == model.config.num_local_experts:
-        return best - second, float("inf")
-    routers = [layer[-1].float().softmax(-1).topk(k + 1).values for layer in out.router_logits]
-    return best - second, min(float(p[k - 1] - p[k]) for p in routers)
+    return best - second, router_margin(model, [layer[-1] for layer in out.router_logits])
+
+
+def router_margin(model, logits: list[torch.Tensor]) -> float:
+    """The smallest of the routers' gaps at one token, given the logits of each layer."""
+    gap = _sparsemixer_gap if isinstance(model, PhimoeForCausalLM) else _top_k_gap
+    return min(gap(logits_E.float(), model.config) for logits_E in logits)
+
+
+def _top_k_gap(logits_E: torch.Tensor, config) -> float:
+    """Between the probabilities of the last expert chosen and the first one left out."""
+    k = config.num_experts_per_tok
+    best = logits_E.softmax(-1).topk(min(k + 1, len(logits_E))).values
+    return float(best[k - 1] - best[k]) if len(best) > k else float("inf")
+
+
+def _sparsemixer_gap(logits_E: torch.Tensor, config) -> float:
+    """Between the first three scores, and between any score and the bound below which it takes no part in a weight."""
+    scores, gaps = logits_E.sort(descending=True).values, []
+    for chosen in (0, 1):
+        gaps.append(float(scores[chosen] - scores[chosen + 1]))
+        distance = (scores[chosen] - scores[chosen + 1 :]) / scores[chosen + 1 :].abs().clamp(min=scores[chosen])
+        gaps.append(float((distance - 2 * config.router_jitter_noise).abs().min()))
+    return min(gaps)
 
 
 def assert_greedy(variant: Variant, row: int, got: list[int], want: list[int]) -> None:

@@ -1,21 +1,25 @@
-"""Model families. A new family is one file here and one entry below."""
+"""Model families. A new family is one file here and one entry below, and its shape in `cost_model.families`."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from cost_model.arch import ModelArch
-from flexmoe.errors import DataError
+from flexmoe.models.decoder import Decoder
 from flexmoe.models.mixtral import Mixtral
+from flexmoe.models.phimoe import Phimoe
+from flexmoe.models.qwen3_moe import Qwen3Moe
 
-FAMILIES = {"mixtral": Mixtral}
+FAMILIES: Mapping[str, type[Decoder]] = {"mixtral": Mixtral, "phimoe": Phimoe, "qwen3_moe": Qwen3Moe}
 
 
-def family(arch: ModelArch):
+def family(arch: ModelArch, config: Mapping[str, Any] | None = None) -> Decoder:
     """The family object for a shape.
 
+    Args:
+        arch: the shape.
+        config: the parsed `config.json`, where there is one.
+
     Raises:
-        DataError: no family runs this model type, though it can be planned for; the sentence lists those that run.
+        DataError: the config asks the family for something that it does not do.
     """
-    if arch.model_type not in FAMILIES:
-        raise DataError(
-            f"{arch.name or 'the model'} is of the family {arch.model_type!r}, which can be planned for but not run; "
-            f"use a model of a family that runs: {', '.join(sorted(FAMILIES))}"
-        )
-    return FAMILIES[arch.model_type](arch)
+    return FAMILIES[arch.model_type](arch, config)

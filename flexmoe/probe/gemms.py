@@ -189,7 +189,7 @@ def dense_bench(
 def _dense_work(device, arch, dtype, lanes: KVLanes, cache: KVCache, sets, count: int) -> Callable[[], None]:
     """What the executor's `project`, `attend` and `route` do for a batch of ``count`` tokens, attention left out."""
     math, (batch,) = family(arch), _batches(lanes, cache, count)
-    rope = math.rope(batch.positions_T.to(device.torch), dtype)
+    rope = math.rope(batch.positions_T.to(device.torch), batch.lengths_T.to(device.torch), dtype)
     h_TD, y_TD, x_TD = (torch.zeros(count, arch.hidden, dtype=dtype, device=device.torch) for _ in range(3))
     h_TD.copy_(noise(device, dtype, count, arch.hidden))
     attended_THd = noise(device, dtype, count, arch.num_heads, arch.head_dim)

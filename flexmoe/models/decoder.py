@@ -1,0 +1,127 @@
+"""What the families share: a pre-norm decoder with grouped-query attention, rotary embedding and gated experts.
+
+A family is a subclass in a file of its own. It gives the names of its weights and its router, and replaces the norm or
+the rotary embedding where it has another one. What else families differ in follows from the shape: a bias, a norm of
+heads or a dense MLP is there when its weight is.
+
+Legend: T tokens, D hidden, F expert width, E experts, K chosen experts, H query heads, G KV heads, Dh head size,
+R rows of logits.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from cost_model.arch import ModelArch
+from flexmoe.layout import Part
+from flexmoe.models.names import Names, unit_parts
+
+Weights = Mapping[str, torch.Tensor]
+Rope = tuple[torch.Tensor, torch.Tensor]
+
+
+class Decoder(ABC):
+    """A family's mathematics over weights that it is handed per unit, and the checkpoint names of those weights.
+
+    Args:
+        arch: the shape.
+        config: the parsed `config.json`, for constants that change neither bytes nor FLOPs. Without one (a shape that is
+            known by name, random weights) they take the defaults of transformers.
+
+    Attributes:
+        names: the family's names of weights.
+    """
+
+    names: ClassVar[Names]
+
+    def __init__(self, arch: ModelArch, config: Mapping[str, Any] | None = None):
+        self.arch = arch
+
+    @abstractmethod
+    def route(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Chosen experts and their weights (float32), both ``[T, K]``."""
+
+    def parts(self, on_disk: Iterable[str]) -> dict[str, list[Part]]:
+        """Parts of every unit, given the names in the checkpoint (they tell the layout: per expert or packed)."""
+        return unit_parts(self.arch, self.names, packed=self.names.are_packed(on_disk))
+
+    def expected_tensors(self, on_disk: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes that a complete checkpoint in the layout of ``on_disk`` must have."""
+        return {p.tensor: p.whole or p.shape for parts in self.parts(on_disk).values() for p in parts}
+
+    def rope(self, positions_T: torch.Tensor, lengths_T: torch.Tensor, dtype: torch.dtype) -> Rope:
+        """Cosine and sine ``[T, 1, Dh]`` of the positions, on their device; computed in float32, then rounded.
+
+        Args:
+            positions_T: place of each token in its row.
+            lengths_T: length of the row of each token, for embeddings that depend on it.
+            dtype: of the result.
+        """
+        return rotation(positions_T, 1.0 / self.rope_periods(positions_T.device), dtype)
+
+    def rope_periods(self, device: torch.device) -> torch.Tensor:
+        """Float32 ``[Dh / 2]``: the powers of the base (Su et al. 2021, equation 15)."""
+        size = self.arch.head_dim
+        return self.arch.rope_theta ** (torch.arange(0, size, 2, device=device).float() / size)
+
+    def project(self, h_TD: torch.Tensor, w: Weights, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries ``[T, H, Dh]``, keys and values ``[T, G, Dh]`` of hidden states; queries and keys are rotated."""
+        x_TD = self.norm(h_TD, w, "input_norm")
+        heads = (-1, self.arch.head_dim)
+        q, k, v = (F.linear(x_TD, w[r], w.get(f"{r}_bias")).unflatten(-1, heads) for r in ("q", "k", "v"))
+        if "q_norm" in w:
+            q, k = self.norm(q, w, "q_norm"), self.norm(k, w, "k_norm")
+        return _rotate(q, *rope), _rotate(k, *rope), v
+
+    def output(
+        self, h_TD: torch.Tensor, attended_THd: torch.Tensor, w: Weights
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Residual stream after attention, its norm for the experts, and the router's logits ``[T, E]``.
+
+        A dense layer has no router; its logits are None.
+        """
+        h_TD = h_TD + F.linear(attended_THd.flatten(1), w["o"], w.get("o_bias"))
+        x_TD = self.norm(h_TD, w, "post_norm")
+        return h_TD, x_TD, F.linear(x_TD, w["router"]) if "router" in w else None
+
+    def expert(self, x_nD: torch.Tensor, w: Weights) -> torch.Tensor:
+        """One expert's feed-forward network, or the MLP of a dense layer."""
+        return F.linear(F.silu(F.linear(x_nD, w["gate"]), inplace=True).mul_(F.linear(x_nD, w["up"])), w["down"])
+
+    def final_norm(self, h_RD: torch.Tensor, w: Weights) -> torch.Tensor:
+        """Norm before the head; its weight travels with the first head unit."""
+        return self.norm(h_RD, w, "norm")
+
+    def head(self, x_RD: torch.Tensor, w: Weights) -> torch.Tensor:
+        """Logits of the vocabulary rows of a head unit."""
+        return F.linear(x_RD, w["head"], w.get("head_bias"))
+
+    def norm(self, x: torch.Tensor, w: Weights, role: str) -> torch.Tensor:
+        """RMSNorm over the last dimension in float32 (Zhang and Sennrich 2019); the weight is applied after rounding."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.arch.norm_eps)
+        return w[role] * wide.to(x.dtype)
+
+
+def rotation(positions_T: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype, scale=1.0) -> Rope:
+    """Cosine and sine ``[T, 1, Dh]`` of positions turned by ``frequencies`` (``[Dh / 2]`` or one row per token)."""
+    angles = positions_T.float()[:, None] * frequencies
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+def best_experts(logits_TE: torch.Tensor, top_k: int, *, normalized: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``top_k`` experts of highest softmax probability, and those probabilities, normalized to a sum of one or not."""
+    weights_TK, ids_TK = torch.topk(torch.softmax(logits_TE.float(), dim=-1), top_k, dim=-1)
+    return ids_TK, weights_TK / weights_TK.sum(dim=-1, keepdim=True) if normalized else weights_TK
+
+
+def _rotate(x_THd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding, halves convention (Su et al. 2021, as in transformers)."""
+    first, second = x_THd.chunk(2, dim=-1)
+    return x_THd * cos + torch.cat([-second, first], dim=-1) * sin
