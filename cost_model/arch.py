@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 from cost_model.configs import known_config, read_config
 from cost_model.families import check_model_type, shape_fields
+from cost_model.units import all_units, experts_per_unit, head_chunks
 from policies.errors import DataError
 from policies.placement import Unit
 
@@ -42,6 +43,7 @@ class ModelArch:
         dense_ffn: its width; 0 where there is none.
         rope_switch: longest row that the rotary embedding turns by its first set of factors; a row that grows past it is
             computed anew with the second. None: one set for all.
+        group: consecutive experts of a layer that make up a unit; None: as `units.experts_per_unit` has it.
 
     Raises:
         DataError: a value is out of range, or two contradict each other; the sentence names the field.
@@ -71,10 +73,11 @@ class ModelArch:
     dense_layers: tuple[int, ...] = ()
     dense_ffn: int = 0
     rope_switch: int | None = None
+    group: int | None = None
 
     def __post_init__(self):
         check_model_type(self.model_type)
-        optional = [field for field in ("sliding_window", "rope_switch") if getattr(self, field) is not None]
+        optional = [field for field in ("sliding_window", "rope_switch", "group") if getattr(self, field) is not None]
         for field in (*_COUNTS, *optional, *(["dense_ffn"] if self.dense_layers else [])):
             if type(getattr(self, field)) is not int or getattr(self, field) < 1:
                 raise DataError(f"{field} is {getattr(self, field)!r}; it must be a whole number of at least 1.")
@@ -203,8 +206,28 @@ class ModelArch:
         return layer in self.dense_layers
 
     def experts_in(self, layer: int) -> int:
-        """Units of kind "expert" of a layer."""
+        """Experts of a layer; the MLP of a dense layer counts as one."""
         return 1 if self.is_dense(layer) else self.num_experts
+
+    def grouped(self, group: int | None) -> "ModelArch":
+        """This shape with units of so many experts; None leaves it as it is."""
+        return self if group is None else replace(self, group=group)
+
+    @property
+    def experts_per_unit(self) -> int:
+        """Consecutive experts of a layer that are placed and moved as one."""
+        group = self.group or experts_per_unit(self.expert_bytes, self.num_experts)
+        return min(group, self.num_experts)
+
+    @property
+    def expert_units(self) -> int:
+        """Units of experts of a sparse layer."""
+        return -(-self.num_experts // self.experts_per_unit)
+
+    def expert_groups_in(self, layer: int) -> list[range]:
+        """The experts of each unit of a layer; the last one may be smaller."""
+        count = self.experts_in(layer)
+        return [range(at, min(at + self.experts_per_unit, count)) for at in range(0, count, self.experts_per_unit)]
 
     def top_k_in(self, layer: int) -> int:
         """How many of them a token passes."""
@@ -261,15 +284,8 @@ class ModelArch:
 
     @property
     def num_head_chunks(self) -> int:
-        """The fewest equal row chunks of the head that are each no larger than the largest attention or expert unit.
-
-        So the head never asks for a larger slot. The final norm is stored with the first chunk.
-        """
-        largest, row = max(self.expert_params, self.dense_params, self.attention_params), self.head_row_params
-        chunks = -(-self.vocab_size * row // largest)
-        while max(-(-self.vocab_size // chunks) * row, self.vocab_size // chunks * row + self.norm_params) > largest:
-            chunks += 1
-        return chunks
+        """Pieces that the head is cut into (`units.head_chunks`)."""
+        return head_chunks(self)
 
     def head_rows(self, index: int) -> tuple[int, int]:
         """(start, stop) of the vocabulary rows in head chunk `index`; chunks differ by at most one row."""
@@ -287,13 +303,4 @@ class ModelArch:
 
 @lru_cache(maxsize=16)
 def _units(arch: ModelArch) -> tuple[Unit, ...]:
-    units = [Unit("embed", -1, "embed", arch.embed_params * arch.dtype_bytes)]
-    for layer in range(arch.num_layers):
-        units.append(Unit(f"layers.{layer}.attention", layer, "attention", arch.attention_bytes_in(layer)))
-        for expert in range(arch.experts_in(layer)):
-            units.append(Unit(f"layers.{layer}.expert.{expert}", layer, "expert", arch.expert_bytes_in(layer)))
-    for index in range(arch.num_head_chunks):
-        start, stop = arch.head_rows(index)
-        params = (stop - start) * arch.head_row_params + (arch.norm_params if index == 0 else 0)
-        units.append(Unit(f"head.{index}", arch.num_layers, "head", params * arch.dtype_bytes))
-    return tuple(units)
+    return tuple(all_units(arch))

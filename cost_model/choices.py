@@ -10,8 +10,9 @@ from cost_model.fixed import Fixed
 from cost_model.load import MODES
 from cost_model.lp import Programme, Relaxed
 from cost_model.moves import MOST_BATCHES
-from cost_model.sizes import UNIT_SLACK_BYTES, residency
+from cost_model.sizes import residency
 from cost_model.slopes import Choice, Problem
+from cost_model.units import unit_slack_bytes
 from policies.placement import PERCENT_TOLERANCE
 from policies.policy import SCHEDULES, Policy
 
@@ -117,7 +118,7 @@ class Search:
         yield True, found
         units = residency(self.problem.arch)
         resident = units.prefix_bytes[-1] // self.problem.arch.dtype_bytes * self.problem.number_bytes
-        resident += len(units.order) * UNIT_SLACK_BYTES
+        resident += len(units.order) * unit_slack_bytes(self.problem.arch)
         budgets = [size for name, size in hardware.budgets().items() if "gpu" in name and size is not None]
         if resident < min(budgets, default=0):
             yield False, found[:2]

@@ -14,7 +14,8 @@ from math import ceil
 from cost_model.arch import ModelArch
 from cost_model.hardware import Hardware
 from cost_model.load import BatchLoad
-from cost_model.sizes import BLOCK_TOKENS, UNIT_SLACK_BYTES, Sizes, slot_bytes
+from cost_model.sizes import BLOCK_TOKENS, Sizes, slot_bytes
+from cost_model.units import unit_slack_bytes
 from policies.errors import InfeasibleError
 from policies.placement import TIERS
 from policies.policy import Policy
@@ -70,6 +71,7 @@ def plan_memory(arch: ModelArch, policy: Policy, counts: Sizes, *, device: str, 
         device: ``cpu`` or ``cuda``.
         compute_bytes: bytes of one number in the compute dtype.
     """
+    arch = arch.grouped(policy.experts_per_unit)
     weights = _weight_bytes(arch, counts, device, compute_bytes, policy)
     kv = _kv_bytes(arch, counts, device, compute_bytes, policy)
     act = _activation_bytes(arch, policy, counts, device, compute_bytes)
@@ -79,13 +81,13 @@ def plan_memory(arch: ModelArch, policy: Policy, counts: Sizes, *, device: str, 
 
 def _weight_bytes(arch: ModelArch, counts: Sizes, device: str, b: int, policy: Policy) -> dict[str, dict[str, int]]:
     at = counts.placement
-    slot = slot_bytes(arch, at)
-    gpu = at.bytes_of("gpu") // arch.dtype_bytes * b + at.count_of("gpu") * UNIT_SLACK_BYTES
+    slot, slack = slot_bytes(arch, at), unit_slack_bytes(arch)
+    gpu = at.bytes_of("gpu") // arch.dtype_bytes * b + at.count_of("gpu") * slack
     cast = slot // arch.dtype_bytes * b if slot and b != arch.dtype_bytes else 0
-    cpu = at.bytes_of("cpu") + at.count_of("cpu") * UNIT_SLACK_BYTES
+    cpu = at.bytes_of("cpu") + at.count_of("cpu") * slack
     staging = counts.staging_slots * slot if device == "cuda" else 0
     largest = max(at.residency.largest_streamed_bytes(0), arch.embed_params * arch.dtype_bytes)
-    loading = min(LOADS_IN_FLIGHT, at.count_of("gpu")) * (largest + UNIT_SLACK_BYTES)
+    loading = min(LOADS_IN_FLIGHT, at.count_of("gpu")) * (largest + slack)
     rows = counts.max_tokens * arch.hidden * arch.dtype_bytes if not at.count_of("gpu", "embed") else 0
     return {
         "gpu": {"weights": gpu, "slots": counts.slots * slot, "cast": cast},

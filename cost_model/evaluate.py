@@ -96,7 +96,7 @@ def evaluate(
     Raises:
         InfeasibleError: a tier has too few bytes; the sentence says how many are missing.
     """
-    b = number_bytes or arch.dtype_bytes
+    arch, b = arch.grouped(policy.experts_per_unit), number_bytes or arch.dtype_bytes
     counts = sizes(
         arch, policy, workload, device=hardware.device, kv_tokens=kv_tokens, longest_row=workload.longest_row
     )

@@ -8,8 +8,9 @@ from math import ceil
 
 from cost_model.evaluate import evaluate
 from cost_model.fixed import Fixed
-from cost_model.sizes import BLOCK_TOKENS, UNIT_SLACK_BYTES, Sizes, residency
+from cost_model.sizes import BLOCK_TOKENS, Sizes, residency
 from cost_model.slopes import Problem
+from cost_model.units import unit_slack_bytes
 from policies.errors import InfeasibleError
 from policies.placement import TIERS
 from policies.policy import Policy
@@ -37,13 +38,12 @@ class Judge:
         self._judged: dict[Policy, float] = {}
         self._budgets = problem.hardware.budgets()
         arch = problem.arch
-        bytes_before = residency(arch).prefix_bytes
+        bytes_before, slack = residency(arch).prefix_bytes, unit_slack_bytes(arch)
         # What the first so many units take on the GPU, and in host memory.
         self._on_gpu = [
-            size // arch.dtype_bytes * problem.number_bytes + count * UNIT_SLACK_BYTES
-            for count, size in enumerate(bytes_before)
+            size // arch.dtype_bytes * problem.number_bytes + count * slack for count, size in enumerate(bytes_before)
         ]
-        self._on_cpu = [size + count * UNIT_SLACK_BYTES for count, size in enumerate(bytes_before)]
+        self._on_cpu = [size + count * slack for count, size in enumerate(bytes_before)]
         self._percent = [100 * size / bytes_before[-1] for size in bytes_before]
         self._block_bytes = arch.kv_bytes_per_token(problem.number_bytes) * BLOCK_TOKENS
 

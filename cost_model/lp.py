@@ -20,8 +20,9 @@ import pulp
 from cost_model.fixed import Fixed
 from cost_model.hardware import GIB
 from cost_model.lp_sweep import bound_sweep
-from cost_model.sizes import UNIT_SLACK_BYTES, residency, slot_bytes
+from cost_model.sizes import residency, slot_bytes
 from cost_model.slopes import Choice, Problem, Slopes
+from cost_model.units import unit_slack_bytes
 from policies.placement import TIERS
 
 
@@ -172,7 +173,7 @@ class Programme:
     def _bound_memory(self) -> None:
         used = {tier: self._bytes_in(tier) for tier in TIERS}
         arch = self.problem.arch
-        slack = 1 + UNIT_SLACK_BYTES * len(self.units.order) / self.total_bytes
+        slack = 1 + unit_slack_bytes(arch) * len(self.units.order) / self.total_bytes
         used["gpu"].append((self.weights["gpu"], slack * self.problem.number_bytes / arch.dtype_bytes))
         used["cpu"].append((self.weights["cpu"], slack))
         used["disk"].append((self.weights["disk"], 1.0))

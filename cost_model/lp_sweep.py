@@ -151,7 +151,7 @@ class _Sweep:
         hw, gpu, arch = self.problem.hardware, self.problem.hardware.gpu, self.problem.arch
         units = self.lp.units
         in_slots = self.layers * units.prefix_bytes[-1] / len(units.order) * self.lp.second
-        beside = [(self.experts, self.layers / arch.num_experts)]
+        beside = [(self.experts, self.layers / arch.expert_units)]
         reads = lanes["disk_read"]
         if hw.device == "cpu":
             fastest = max(gpu.h2d_bytes_per_s, hw.disk_read_bytes_per_s)
@@ -178,7 +178,7 @@ class _Sweep:
         tokens = self.phase.tokens * self.lp.block
         dense = len(arch.dense_layers) / arch.num_layers
         touched = max(1.0, costs.touched(tokens))
-        dispatch = (1 - dense) * (arch.num_experts + _OPS_PER_LAYER) * costs.op_s
+        dispatch = (1 - dense) * (arch.expert_units + _OPS_PER_LAYER) * costs.op_s
         if dense:
             elements = arch.expert_params_in(arch.dense_layers[0])
             dispatch += dense * (1 + _OPS_PER_LAYER) * costs.op_s

@@ -42,8 +42,8 @@ def table_of_seconds(costs: Costs, cut: Sequence[BatchLoad], load: SweepLoad) ->
     touched = costs.touched(tokens)
     each = costs.expert_s(tokens * arch.top_k / touched, arch.expert_params) if touched else 0.0
     dense = costs.expert_s(tokens, arch.dense_params) if arch.dense_layers else 0.0
-    # Those of a layer that no token reaches take no time; on average each expert takes its share of the others'.
-    table = [costs.host_s(load.rows), 0.0, 0.0, costs.sample_s(load.logits), each * touched / arch.num_experts, dense]
+    # Those of a layer that no token reaches take no time; on average each unit takes its share of the others'.
+    table = [costs.host_s(load.rows), 0.0, 0.0, costs.sample_s(load.logits), each * touched / arch.expert_units, dense]
     for start, stop in map(arch.head_rows, range(arch.num_head_chunks)):
         table.append(costs.head_s(load.logits, (stop - start) * arch.head_row_params))
     for batch in cut:

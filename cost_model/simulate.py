@@ -118,7 +118,7 @@ def simulate(
     """
     if workload.num_requests is None:
         raise UsageError("an endless job cannot be simulated; give the workload num_requests")
-    b = number_bytes or arch.dtype_bytes
+    arch, b = arch.grouped(policy.experts_per_unit), number_bytes or arch.dtype_bytes
     counts = sizes(
         arch, policy, workload, device=hardware.device, kv_tokens=kv_tokens, longest_row=workload.longest_row
     )

@@ -11,11 +11,10 @@ from functools import lru_cache
 from math import ceil
 
 from cost_model.arch import ModelArch
+from cost_model.units import unit_slack_bytes
 from policies.placement import Placement, Residency, place_batches, place_blocks
 from policies.policy import Policy, Workload
 
-#: Page-aligned supersets of a unit's file extents, and 256-byte boundaries on the device, cost at most this much.
-UNIT_SLACK_BYTES = 64 << 10
 BLOCK_TOKENS = 16
 LOOK_AHEAD_BYTES = 1 << 30
 
@@ -69,6 +68,7 @@ def sizes(
         longest_row: tokens of the longest row, prompt and completion, which the buffers of fetched KV are made for;
             default: rows as long as a tier can hold.
     """
+    arch = arch.grouped(policy.experts_per_unit)
     placement = residency(arch).place(policy.w_gpu_percent, policy.w_cpu_percent)
     longest = longest_row or workload.longest_row
     blocks = kv_blocks_per_tier(policy, kv_tokens or kv_tokens_wanted(policy, workload), longest)
@@ -131,11 +131,11 @@ def kv_blocks_per_tier(policy: Policy, kv_tokens: int, longest_row: int) -> dict
 
 def slot_bytes(arch: ModelArch, placement: Placement) -> int:
     """Bytes of a weight slot: the largest unit that is streamed."""
-    largest = residency(arch).largest_streamed_bytes(placement.gpu_end)
-    return largest + UNIT_SLACK_BYTES if largest else 0
+    largest = placement.residency.largest_streamed_bytes(placement.gpu_end)
+    return largest + unit_slack_bytes(arch) if largest else 0
 
 
 def _look_ahead(arch: ModelArch, placement: Placement) -> int:
     streamed = placement.count_of("cpu") + placement.count_of("disk")
-    wanted = min(arch.num_experts + 2, LOOK_AHEAD_BYTES // max(1, slot_bytes(arch, placement)))
+    wanted = min(arch.expert_units + 2, LOOK_AHEAD_BYTES // max(1, slot_bytes(arch, placement)))
     return min(streamed, max(4, wanted))

@@ -10,6 +10,7 @@ from cost_model.arch import ModelArch
 from cost_model.evaluate import Prediction, evaluate
 from cost_model.fixed import Fixed
 from cost_model.hardware import Hardware
+from cost_model.units import group_on
 from policies.placement import check_number
 from policies.policy import Policy
 from policies.workload import Workload
@@ -97,6 +98,8 @@ def solve(
     fixed = fixed or Fixed()
     if schedule is not None:
         fixed = replace(fixed, schedule=schedule)
+    group = group_on(hardware, arch)
+    arch = arch.grouped(group)
     problem = Problem(
         arch=arch,
         hardware=hardware,
@@ -108,7 +111,7 @@ def solve(
     if not smallest:
         raise refusal(problem, fixed)
     found = optimum(problem, fixed, smallest, check_number("effort", effort))
-    policy = achieved(problem, spare_the_disk(problem, fixed, found.policy))
+    policy = replace(achieved(problem, spare_the_disk(problem, fixed, found.policy)), experts_per_unit=group)
     prediction = evaluate(arch, hardware, workload, policy, number_bytes=problem.number_bytes, kv_tokens=kv_tokens)
     found = replace(found, policy=policy)
     hints = advise(problem, fixed, found, prediction.bottleneck) if advice else ((), 0, 0)

@@ -102,7 +102,7 @@ def _experts_s(costs: Costs, tokens: float) -> float:
     sparse = arch.num_layers - dense
     touched = costs.touched(tokens)
     each = costs.expert_s(tokens * arch.top_k / touched, arch.expert_params) if touched else 0.0
-    total = sparse * (touched * each + (arch.num_experts + _OPS_PER_LAYER) * costs.op_s)
+    total = sparse * (touched * each + (arch.expert_units + _OPS_PER_LAYER) * costs.op_s)
     if dense:
         elements = arch.expert_params_in(arch.dense_layers[0])
         total += dense * (costs.expert_s(tokens, elements) + (1 + _OPS_PER_LAYER) * costs.op_s)
@@ -165,7 +165,7 @@ def _late_s(costs: Costs, unit_s: float, experts_s: float) -> float:
     arch, at, slots = costs.arch, costs.counts.placement, costs.counts.slots
     experts = (at.count_of("cpu", "expert") + at.count_of("disk", "expert")) / arch.num_layers
     attention = (at.count_of("cpu", "attention") + at.count_of("disk", "attention")) / arch.num_layers
-    each_s = experts_s / arch.num_experts
+    each_s = experts_s / arch.expert_units
     held = experts - slots + attention  # experts that are not there when the expert phase begins
     if held <= 0:
         return 0.0

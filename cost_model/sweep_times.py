@@ -35,7 +35,7 @@ class SweepTimes:
 
 def operations(costs: Costs, gpu_batches: float) -> float:
     """About as many operations has a sweep."""
-    return costs.arch.num_layers * (2 * costs.arch.num_experts + 5 * gpu_batches)
+    return costs.arch.num_layers * (2 * costs.arch.expert_units + 5 * gpu_batches)
 
 
 def walked_times(costs: Costs, gpu_batch_size: int, sweeps: JobSweeps) -> SweepTimes:

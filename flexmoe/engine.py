@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from cost_model.sizes import BLOCK_TOKENS
+from cost_model.units import experts_of
 from flexmoe.activations import Activations
 from flexmoe.block import Block, Run
 from flexmoe.device import keep_freed_memory
@@ -56,8 +57,8 @@ class Engine:
     """
 
     def __init__(self, model: Model, config: EngineConfig):
-        self.config, self.model = config, model
-        self.plan = EnginePlan.of(model, config)
+        self.config, self.model = config, model.grouped(config.policy.experts_per_unit)
+        self.plan = EnginePlan.of(self.model, config)
         self.device = self.plan.device
         log.info("%s", self.plan.describe_weights())
         self._parts = contextlib.ExitStack()
@@ -294,12 +295,12 @@ def _units(model: Model, tier_of: Mapping[str, str]) -> Units:
             attention.append(step)
         elif unit.kind == "expert":
             experts[unit.layer].append(step)
-            index[unit.name] = int(number)
+            index[unit.name] = experts_of(unit.name)
         elif unit.kind == "head":
             head.append(step)
             rows[unit.name] = arch.head_rows(int(number))
     ordered = tuple(tuple(experts_in_compute_order(e)) for e in experts)
-    return Units(attention=tuple(attention), experts=ordered, head=tuple(head), expert_index=index, head_rows=rows)
+    return Units(attention=tuple(attention), experts=ordered, head=tuple(head), experts_of=index, head_rows=rows)
 
 
 def _make_directory(path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from flexmoe.activations import Activations
 from flexmoe.block import Batch, Block
 from flexmoe.device import Device
-from flexmoe.experts import ExpertDispatch
+from flexmoe.experts import Bounds, ExpertDispatch
 from flexmoe.kv_lanes import Arrived, KVLanes
 from flexmoe.stream import WeightStream
 from flexmoe.trace import Recorder
@@ -27,12 +27,12 @@ from policies.schedule import Op, SweepShape, UnitStep, sweep
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Units:
-    """The weight units of the model as the schedule wants them; ``expert_index`` and ``head_rows`` by unit name."""
+    """The weight units of the model as the schedule wants them; ``experts_of`` and ``head_rows`` by unit name."""
 
     attention: tuple[UnitStep, ...]
     experts: tuple[tuple[UnitStep, ...], ...]
     head: tuple[UnitStep, ...]
-    expert_index: dict[str, int]
+    experts_of: dict[str, range]
     head_rows: dict[str, tuple[int, int]]
 
 
@@ -235,14 +235,15 @@ class Executor:
         self._experts.route(ids_TK, weights_TK, self._dtype)
 
     def _op_expert(self, op: Op) -> None:
-        weights = self._stream.get(op.unit)
-        tokens = self._block.tokens
-        self._experts.add(
-            self._units.expert_index[op.unit],
-            self._x_TD[:tokens],
-            self._y_TD[:tokens],
-            lambda x_nD: self._family.expert(x_nD, weights),
-        )
+        weights, family = self._stream.get(op.unit), self._family
+        experts, tokens = self._units.experts_of[op.unit], self._block.tokens
+        x_TD, y_TD = self._x_TD[:tokens], self._y_TD[:tokens]
+        if len(experts) == 1:
+            self._experts.add(experts[0], x_TD, y_TD, lambda x_nD: family.expert(x_nD, weights))
+        elif self._experts.can_group(experts, weights):
+            self._experts.add_group(experts, x_TD, y_TD, lambda x_nD, own: family.experts(x_nD, own.ends(), weights))
+        else:
+            self._experts.add_group(experts, x_TD, y_TD, lambda x_nD, own: _one_by_one(family, x_nD, own, weights))
         self._stream.release(op.unit)
 
     # Logits.
@@ -267,3 +268,10 @@ class Executor:
 
     def _op_sample(self, op: Op) -> None:
         """Marks the end of the sweep; the engine chooses tokens from the logits."""
+
+
+def _one_by_one(family, x_nD: torch.Tensor, bounds: Bounds, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The experts of a unit, a product each; every result takes the place of its tokens."""
+    for number, own in bounds.slices():
+        x_nD[own] = family.expert(x_nD[own], weights, number)
+    return x_nD

@@ -1,16 +1,23 @@
 """The MoE of a layer: tokens sorted by expert on the device, one pass per expert over the whole block.
 
-Legend: T tokens, D hidden, E experts, K chosen experts, n tokens of one expert.
+Many small experts with a handful of tokens each are served together: their tokens are gathered and scattered once per
+unit, and where the weights lie stacked, one grouped product takes the place of a product per expert.
+
+Legend: T tokens, D hidden, E experts, K chosen experts, n tokens of one expert or unit, e experts of a unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from cost_model.costs import EXPERT_CHUNK_TOKENS
 from flexmoe.device import Device
+
+#: Mean tokens of an expert up to which a grouped product is at least as fast as a product per expert.
+_GROUPED_TOKENS = 64
+_ROW_BYTES = 16  # grouped products want rows of a multiple of this
 
 
 class ExpertDispatch:
@@ -42,6 +49,7 @@ class ExpertDispatch:
         """
         experts, order = ids_TK.flatten().sort(stable=True)
         starts = torch.searchsorted(experts, self._bounds)  # bincount would wait for the device, twice
+        self._starts_device = starts
         if self._starts_host is not None:
             starts = self._starts_host.copy_(starts, non_blocking=True)
             copied = self._device.record()
@@ -65,11 +73,67 @@ class ExpertDispatch:
             y_TD: output of the MoE, added to in place.
             compute: maps ``[n, D]`` to ``[n, D]``.
         """
-        first, last = self._starts[expert], self._starts[expert + 1]
-        for start in range(first, last, self._chunk):
-            pairs = slice(start, min(last, start + self._chunk))
+        for pairs in self._chunks(range(expert, expert + 1)):
             if self._tokens is None:
                 y_TD[pairs] += compute(x_TD[pairs])
                 continue
             tokens = self._tokens[pairs]
             y_TD.index_add_(0, tokens, compute(x_TD.index_select(0, tokens)).mul_(self._weights[pairs]))
+
+    def add_group(self, experts: range, x_TD: torch.Tensor, y_TD: torch.Tensor, compute: Callable) -> None:
+        """Run the experts of a unit over their tokens, gathered and added together.
+
+        Args:
+            experts: the experts of the unit.
+            x_TD, y_TD: as for `add`.
+            compute: maps ``[n, D]``, the tokens of one expert after those of another, and a `Bounds` to ``[n, D]``; it may
+                overwrite what it is given.
+        """
+        for pairs in self._chunks(experts):
+            tokens = self._tokens[pairs]
+            bounds = Bounds(self._starts, self._starts_device, experts, pairs)
+            y_TD.index_add_(0, tokens, compute(x_TD.index_select(0, tokens), bounds).mul_(self._weights[pairs]))
+
+    def can_group(self, experts: range, weights: Mapping[str, torch.Tensor]) -> bool:
+        """Whether one grouped product serves the unit: its weights lie stacked, its experts have few tokens each, and
+        the device has such a product for them."""
+        if "gate_up" not in weights or "down" not in weights:
+            return False
+        if self._starts[experts.stop] - self._starts[experts.start] > _GROUPED_TOKENS * len(experts):
+            return False
+        stacked = weights["gate_up"], weights["down"]
+        if stacked[0].is_cuda and (
+            stacked[0].dtype != torch.bfloat16 or torch.cuda.get_device_capability(stacked[0].device)[0] < 8
+        ):
+            return False
+        return all(t.shape[-1] * t.element_size() % _ROW_BYTES == 0 and t.data_ptr() % _ROW_BYTES == 0 for t in stacked)
+
+    def _chunks(self, experts: range) -> list[slice]:
+        """The (token, expert) pairs of consecutive experts, as many at a time as the workspace takes."""
+        first, last = self._starts[experts.start], self._starts[experts.stop]
+        return [slice(at, min(last, at + self._chunk)) for at in range(first, last, self._chunk)]
+
+
+class Bounds:
+    """Where the tokens of each expert of a unit lie among those of a chunk.
+
+    Args:
+        starts: first pair of every expert, and the end.
+        on_device: the same on the compute device.
+        experts: of the unit.
+        pairs: of the chunk.
+    """
+
+    def __init__(self, starts: list[int], on_device: torch.Tensor, experts: range, pairs: slice):
+        self._starts, self._on_device, self._experts, self._pairs = starts, on_device, experts, pairs
+
+    def slices(self) -> list[tuple[int, slice]]:
+        """(number in the unit, its tokens) of every expert that has some."""
+        first, size = self._pairs.start, self._pairs.stop - self._pairs.start
+        ends = [min(max(0, self._starts[e] - first), size) for e in (*self._experts, self._experts.stop)]
+        return [(at, slice(a, b)) for at, (a, b) in enumerate(zip(ends, ends[1:])) if b > a]
+
+    def ends(self) -> torch.Tensor:
+        """int32 ``[e]`` on the device: where the tokens of each expert end."""
+        own = self._on_device[self._experts.start + 1 : self._experts.stop + 1]
+        return (own - self._pairs.start).clamp_(0, self._pairs.stop - self._pairs.start).to(torch.int32)

@@ -22,14 +22,16 @@ DEVICE_ALIGNMENT = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One tensor of a unit: its role in the model and where the checkpoint keeps it.
+    """A piece of a unit: its role in the model and where the checkpoint keeps it.
 
     Attributes:
-        role: the name that the model's code uses (``gate``, ``q`` …).
+        role: the name that the model's code uses (``gate_up``, ``q`` …).
         tensor: the checkpoint tensor; several parts may be slices of one.
         shape: shape of the part.
         first_element: index of the part's first element in the flattened tensor (packed experts).
         whole: shape of the tensor that the part is a slice of; None: the part is all of it.
+        of: shape of the unit's tensor that several parts make up, each a contiguous piece of it; None: this is all of it.
+        into: index of the part's first element in that tensor, flattened.
     """
 
     role: str
@@ -37,6 +39,8 @@ class Part:
     shape: tuple[int, ...]
     first_element: int = 0
     whole: tuple[int, ...] | None = None
+    of: tuple[int, ...] | None = None
+    into: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,15 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """Where a part lies on the host, and which elements of its role's tensor it is."""
+
+    role: str
+    into: int
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
 class Extent:
     """Page-aligned bytes of a file that go to ``buffer_offset``; the first ``needed`` bytes must exist."""
 
@@ -66,9 +79,14 @@ class Extent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitLayout:
-    """Layouts of one unit; ``copies`` are (host offset, device offset, bytes)."""
+    """Layouts of one unit; ``copies`` are (host offset, device offset, bytes).
+
+    On the device every role is one tensor. On the host it is one where its parts lie in order without gaps, else there is a
+    tensor ``<role>.<number>`` for each part; ``pieces`` are the parts either way.
+    """
 
     extents: tuple[Extent, ...]
+    pieces: tuple[Piece, ...]
     host: Mapping[str, Place]
     host_bytes: int
     device: Mapping[str, Place]
@@ -97,42 +115,75 @@ def unit_layout(parts: Sequence[Part], tensors: Mapping[str, TensorInfo]) -> Uni
     Raises:
         DataError: a tensor starts at an offset that its dtype cannot be read from.
     """
-    found = []
+    found: list[tuple[str, int, Part, torch.dtype]] = []
     for part in parts:
         info = tensors[part.tensor]
         offset = info.offset + part.first_element * info.dtype.itemsize
         if offset % info.dtype.itemsize:
             raise DataError(f"{info.path}: tensor {part.tensor!r} starts at byte {offset}, unaligned for {info.dtype}")
-        found.append((str(info.path), offset, Place(0, info.dtype, part.shape), part.role))
-    extents, host, host_bytes = _host_layout(sorted(found, key=lambda f: f[:2]))
-    device, device_bytes = pack({r: (p.dtype, p.shape) for r, p in host.items()})
-    copies = tuple((host[r].offset, device[r].offset, host[r].nbytes) for r in host)
+        found.append((str(info.path), offset, part, info.dtype))
+    found.sort(key=lambda f: f[:2])
+    extents, pieces, host_bytes = _host_layout(found)
+    shapes = {part.role: (dtype, part.of or part.shape) for _, _, part, dtype in found}
+    device, device_bytes = pack(shapes)
     return UnitLayout(
         extents=tuple(extents),
-        host=host,
+        pieces=tuple(pieces),
+        host=_host_tensors(pieces, shapes),
         host_bytes=host_bytes,
         device=device,
         device_bytes=device_bytes,
-        copies=copies,
-        stored_bytes=sum(p.nbytes for p in host.values()),
+        copies=tuple(_copies(pieces, device)),
+        stored_bytes=sum(p.place.nbytes for p in pieces),
     )
 
 
-def _host_layout(found: list[tuple[str, int, Place, str]]) -> tuple[list[Extent], dict[str, Place], int]:
-    """Merge tensors that touch into one extent; give each extent its own page-aligned region."""
+def _host_layout(found: list[tuple[str, int, Part, torch.dtype]]) -> tuple[list[Extent], list[Piece], int]:
+    """Merge parts that touch into one extent; give each extent its own page-aligned region."""
     regions: list[list] = []  # path, first byte, end byte, members
-    for path, offset, place, role in found:
+    for path, offset, part, dtype in found:
+        place = Place(0, dtype, part.shape)
         end = offset + place.nbytes
         if regions and regions[-1][0] == path and regions[-1][2] == offset:
             regions[-1][2] = end
         else:
             regions.append([path, offset, end, []])
-        regions[-1][3].append((offset, place, role))
-    extents, host, size = [], {}, 0
+        regions[-1][3].append((offset, place, part))
+    extents, pieces, size = [], [], 0
     for path, start, end, members in regions:
         first, last = align_down(start), align_up(end)
         extents.append(Extent(path, first, last - first, size, end - first))
-        for offset, place, role in members:
-            host[role] = Place(size + offset - first, place.dtype, place.shape)
+        for offset, place, part in members:
+            pieces.append(Piece(part.role, part.into, Place(size + offset - first, place.dtype, place.shape)))
         size += last - first
-    return extents, host, size
+    return extents, pieces, size
+
+
+def _host_tensors(
+    pieces: Sequence[Piece], shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> dict[str, Place]:
+    """Every role as one tensor where its pieces lie in order without gaps; else each piece by itself."""
+    host = {}
+    for role, (dtype, shape) in shapes.items():
+        own = sorted((p for p in pieces if p.role == role), key=lambda p: p.into)
+        start = own[0].place.offset
+        if all(p.place.offset == start + p.into * dtype.itemsize for p in own):
+            host[role] = Place(start, dtype, shape)
+        else:
+            host |= {f"{role}.{number}": p.place for number, p in enumerate(own)}
+    return host
+
+
+def _copies(pieces: Sequence[Piece], device: Mapping[str, Place]) -> list[tuple[int, int, int]]:
+    """(host offset, device offset, bytes) of every stretch that is contiguous in both layouts."""
+    copies: list[tuple[int, int, int]] = []
+    for piece in pieces:
+        place, home = piece.place, device[piece.role]
+        source, target = place.offset, home.offset + piece.into * place.dtype.itemsize
+        if copies:
+            before = copies[-1]
+            if before[0] + before[2] == source and before[1] + before[2] == target:
+                copies[-1] = (before[0], before[1], before[2] + place.nbytes)
+                continue
+        copies.append((source, target, place.nbytes))
+    return copies

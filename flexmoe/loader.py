@@ -42,6 +42,11 @@ class Model:
     directory: Path | None
     checkpoint: Checkpoint | None
 
+    def grouped(self, experts_per_unit: int | None) -> Model:
+        """The same model with units of so many experts; None leaves it as it is."""
+        arch = self.arch.grouped(experts_per_unit)
+        return self if arch is self.arch else dataclasses.replace(self, arch=arch, family=family(arch, self.config))
+
     def source(self, offload_dir: Path) -> WeightSource:
         """Where the weights come from."""
         if self.checkpoint is None:

@@ -94,18 +94,18 @@ class EnginePlan:
             InfeasibleError: a tier has too few bytes; the sentence says how many are missing.
             UsageError: no such device or dtype.
         """
-        device = Device(config.device)
+        device, arch = Device(config.device), model.arch.grouped(config.policy.experts_per_unit)
         dtype = compute_dtype(config.dtype, model, device.torch)
         kind = device.torch.type
         counts = sizes(
-            model.arch,
+            arch,
             config.policy,
             config.workload,
             device=kind,
             kv_tokens=config.kv_tokens,
             longest_row=config.longest_row or 0,
         )
-        memory = plan_memory(model.arch, config.policy, counts, device=kind, compute_bytes=dtype.itemsize)
+        memory = plan_memory(arch, config.policy, counts, device=kind, compute_bytes=dtype.itemsize)
         stored = ("weights",) if model.checkpoint is not None else ()  # a checkpoint's weights are on disk already
         written = sum(size for item, size in memory.parts["disk"].items() if item not in stored)
         budgets = _budgets(config, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -112,7 +113,7 @@ class CheckpointSource:
 class DummySource:
     """Random weights of realistic scale for a model of which only the shape is at hand.
 
-    The numbers of a unit depend on its name alone, so any placement of a dummy model computes the same. Norms are
+    The numbers of a matrix depend on its name alone, so any placement and any grouping of experts of a dummy model computes the same. Norms are
     one, biases zero; routers are random and therefore balanced. Disk units are written out, each its own extent, so
     that reading them costs what reading a checkpoint costs.
 
@@ -129,16 +130,18 @@ class DummySource:
         self._path = Path(offload_dir) / f"dummy-weights-{os.getpid()}.bin"
         self._dtype = dtype
         self._layouts = {}
+        self._names: dict[str, dict[tuple[str, int], str]] = {}
         offset = 0
         for unit, ps in parts.items():
             tensors = {}
-            for i, p in enumerate(ps):
-                name, size = f"{unit}/{p.role}", prod(p.shape) * dtype.itemsize
+            for p in ps:
+                name, size = _number_name(p), prod(p.shape) * dtype.itemsize
                 tensors[name] = TensorInfo(
                     name=name, path=self._path, offset=offset, nbytes=size, dtype=dtype, shape=p.shape
                 )
                 offset += size
-            own = [Part(role=p.role, tensor=f"{unit}/{p.role}", shape=p.shape) for p in ps]
+            own = [dataclasses.replace(p, tensor=_number_name(p), first_element=0, whole=None) for p in ps]
+            self._names[unit] = {(p.role, p.into): p.tensor for p in own}
             self._layouts[unit] = unit_layout(own, tensors)
             offset = align_up(offset)
         generator = torch.Generator().manual_seed(0)
@@ -187,7 +190,7 @@ class DummySource:
         """Rows of the embedding table."""
         (place,) = self._layouts[unit].host.values()
         result = bytearray()
-        start = self._start(f"{unit}/embed")
+        start = self._start(self._names[unit]["embed", 0])
         for row in rows:
             result += self._numbers(start + row * place.shape[1], place.shape[1]).view(torch.uint8).numpy().tobytes()
         return result
@@ -200,12 +203,18 @@ class DummySource:
         return self._pattern[index]
 
     def _fill(self, unit: str, buffer: torch.Tensor) -> None:
-        for role, tensor in views(buffer, self._layouts[unit].host).items():
+        for piece in self._layouts[unit].pieces:
+            (tensor,) = views(buffer, {piece.role: piece.place}).values()
             if tensor.dim() == 1:
-                tensor.fill_(0.0 if role.endswith("bias") else 1.0)
+                tensor.fill_(0.0 if piece.role.endswith("bias") else 1.0)
                 continue
-            flat, done, start = tensor.view(-1), 0, self._start(f"{unit}/{role}")
+            flat, done, start = tensor.view(-1), 0, self._start(self._names[unit][piece.role, piece.into])
             while done < flat.numel():
                 piece = self._pattern[start : start + flat.numel() - done]
                 flat[done : done + len(piece)] = piece
                 done, start = done + len(piece), 0
+
+
+def _number_name(part: Part) -> str:
+    """What decides the numbers of a part; pieces of one tensor have their own."""
+    return f"{part.tensor}/{part.first_element}"

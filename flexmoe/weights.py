@@ -114,8 +114,10 @@ class WeightStore:
 
     def _upload(self, unit: str, buffer: torch.Tensor, pending: Pending) -> torch.Tensor:
         pending.wait()
-        for role, tensor in views(buffer, self.layouts[unit].host).items():
-            self._gpu[unit][role].copy_(tensor)
+        for piece in self.layouts[unit].pieces:
+            (tensor,) = views(buffer, {piece.role: piece.place}).values()
+            into = self._gpu[unit][piece.role].view(-1)[piece.into : piece.into + tensor.numel()]
+            into.copy_(tensor.view(-1))
         return buffer
 
     def _device_bytes(self, size: int) -> torch.Tensor:

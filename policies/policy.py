@@ -35,6 +35,8 @@ class Policy:
             ends together).
         weight_slots: buffers on the compute device that streamed units pass through; None is what the runtime takes by
             itself (`cost_model.sizes`). More of them keep the links busy through a long attention phase.
+        experts_per_unit: consecutive experts of a layer that are placed and moved as one; None is what the runtime takes by
+            itself (`cost_model.units`). Small experts are moved in groups.
 
     Raises:
         UsageError: a value is of the wrong type or out of range, or the percents of a pair add up to more than 100.
@@ -56,6 +58,7 @@ class Policy:
     cpu_attention_percent: float = 0.0
     schedule: str = "rolling"
     weight_slots: int | None = None
+    experts_per_unit: int | None = None
 
     def __post_init__(self):
         for name in ("gpu_batch_size", "num_gpu_batches", "prefill_tokens"):
@@ -71,6 +74,8 @@ class Policy:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
         if self.weight_slots is not None:
             object.__setattr__(self, "weight_slots", check_count("weight_slots", self.weight_slots, minimum=2))
+        if self.experts_per_unit is not None:
+            object.__setattr__(self, "experts_per_unit", check_count("experts_per_unit", self.experts_per_unit))
         if self.schedule not in SCHEDULES:
             raise UsageError(f"schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}.")
 

@@ -14,6 +14,7 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from cost_model.units import experts_of
 from flexmoe.device import Device
 from flexmoe.layout import views
 from flexmoe.loader import Model, load_model
@@ -113,14 +114,11 @@ def _target(parameters: dict[str, torch.Tensor], unit, role: str, arch) -> torch
         return parameters["model.embed_tokens.weight"]
     if unit.kind == "attention":
         return parameters[f"{at}{ATTENTION[role]}.weight"]
-    number = int(unit.name.rsplit(".", 1)[1])
     if unit.kind == "head":
-        first, last = arch.head_rows(number)
+        first, last = arch.head_rows(int(unit.name.rsplit(".", 1)[1]))
         return parameters["model.norm.weight"] if role == "norm" else parameters["lm_head.weight"][first:last]
-    if role == "down":
-        return parameters[f"{at}mlp.experts.down_proj"][number]
-    half = slice(0, arch.ffn) if role == "gate" else slice(arch.ffn, 2 * arch.ffn)
-    return parameters[f"{at}mlp.experts.gate_up_proj"][number, half]
+    experts = experts_of(unit.name)
+    return parameters[f"{at}mlp.experts.{role}_proj"][experts.start : experts.stop]
 
 
 if __name__ == "__main__":

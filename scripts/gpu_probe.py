@@ -74,7 +74,7 @@ def copies(device: str, scale: float = 1.0) -> dict:
 def gemm(device: str, model: str, tokens: list[int], seconds: float = 0.15) -> dict:
     """FLOP/s of one expert of the model over so many tokens, by the family's own function; `[[tokens, rate], ...]`."""
     dev, arch = Device(device), _arch(model)
-    shapes = {"gate": (arch.ffn, arch.hidden), "up": (arch.ffn, arch.hidden), "down": (arch.hidden, arch.ffn)}
+    shapes = {"gate_up": (1, 2 * arch.ffn, arch.hidden), "down": (1, arch.hidden, arch.ffn)}
     weights = {role: noise(dev, torch.bfloat16, *shape).mul_(0.02) for role, shape in shapes.items()}
     math, curve = family(arch), []
     with torch.inference_mode():

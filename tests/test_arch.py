@@ -62,9 +62,10 @@ def test_the_other_families_have_the_known_numbers(name, parameters, active, kv_
     assert sum(unit.stored_bytes for unit in arch.units()) == arch.total_bytes
 
 
-def test_the_small_experts_of_qwen3_are_9_mib():
+def test_the_small_experts_of_qwen3_are_9_mib_and_move_in_groups():
     assert QWEN.expert_bytes == 9 * 2**20
-    assert len(QWEN.units()) == 1 + 48 * 129 + QWEN.num_head_chunks
+    assert QWEN.experts_per_unit == 8
+    assert len(QWEN.units()) == 1 + 48 * (1 + 16) + QWEN.num_head_chunks
 
 
 def test_later_qwen3_models_differ_from_the_first_in_their_context_alone():
@@ -142,7 +143,7 @@ def test_no_head_chunk_is_larger_than_the_largest_other_unit(shape, changes):
 
 
 def test_a_large_dense_mlp_makes_room_for_larger_head_chunks():
-    assert (QWEN.num_head_chunks, MIXED.num_head_chunks) == (17, 9)
+    assert (QWEN.grouped(1).num_head_chunks, MIXED.grouped(1).num_head_chunks) == (17, 9)
     assert MIXED.expert_bytes_in(0) > MIXED.attention_bytes > MIXED.expert_bytes
 
 

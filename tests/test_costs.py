@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from cost_model.arch import ModelArch
 from cost_model.costs import HOST_BUFFERS, MemoryPlan, plan_memory
-from cost_model.sizes import BLOCK_TOKENS, UNIT_SLACK_BYTES, kv_blocks_per_tier, kv_tokens_wanted, sizes
+from cost_model.sizes import BLOCK_TOKENS, kv_blocks_per_tier, kv_tokens_wanted, sizes
+from cost_model.units import unit_slack_bytes
 from flexmoe.device import PAGE_BYTES, Device
 from flexmoe.engine import Engine
 from flexmoe.layout import UnitLayout
@@ -120,8 +121,9 @@ def test_the_runtime_takes_what_was_planned(checkpoint, tmp_path, host_buffers, 
     try:
         taken, planned = allocated(engine, host_buffers), engine.plan.memory
         units = len(engine.plan.sizes.placement.tier_of)
-        slack = {"weights": units * UNIT_SLACK_BYTES, "slots": engine.plan.sizes.slots * UNIT_SLACK_BYTES}
-        slack["load buffers"] = 4 * UNIT_SLACK_BYTES + 4 * max(u.stored_bytes for u in engine.model.arch.units())
+        slack_bytes = unit_slack_bytes(engine.model.arch)
+        slack = {"weights": units * slack_bytes, "slots": engine.plan.sizes.slots * slack_bytes}
+        slack["load buffers"] = 4 * slack_bytes + 4 * max(u.stored_bytes for u in engine.model.arch.units())
         for tier in ("gpu", "cpu"):
             for item, size in taken[tier].items():
                 asked = planned.parts[tier].get(item, 0)
@@ -144,8 +146,8 @@ def test_unit_layouts_stay_within_the_planned_slack(checkpoint):
     for unit in model.arch.units():
         layout: UnitLayout = source.layout(unit.name)
         assert layout.stored_bytes == unit.stored_bytes
-        assert unit.stored_bytes <= layout.device_bytes <= unit.stored_bytes + UNIT_SLACK_BYTES
-        assert unit.stored_bytes <= layout.host_bytes <= unit.stored_bytes + UNIT_SLACK_BYTES
+        assert unit.stored_bytes <= layout.device_bytes <= unit.stored_bytes + unit_slack_bytes(model.arch)
+        assert unit.stored_bytes <= layout.host_bytes <= unit.stored_bytes + unit_slack_bytes(model.arch)
 
 
 def test_disk_tier_is_counted_as_written(checkpoint, tmp_path, arch):

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from cost_model.arch import ModelArch
 from flexmoe import experts
 from flexmoe.device import Device
 from flexmoe.experts import ExpertDispatch
+from flexmoe.models import family
 
 EXPERTS, TOP_K, WIDTH = 6, 2, 8
 
@@ -89,6 +91,88 @@ def test_expert_sees_each_of_its_tokens_once_and_in_order(monkeypatch):
         assert seen == chosen.nonzero()[:, 0].tolist()
         expected = (weights_TK * (ids_TK == expert)).sum(1)[:, None].expand(30, WIDTH)
         torch.testing.assert_close(y_TD, expected)
+
+
+def loop_over(compute):
+    """A unit's experts one by one."""
+
+    def run(x_nD, bounds):
+        for number, own in bounds.slices():
+            x_nD[own] = compute(number, x_nD[own])
+        return x_nD
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["balanced", "skewed", "two experts only", "last untouched"])
+@pytest.mark.parametrize("chunk", [1, 7, 512])
+@pytest.mark.parametrize("group", [2, 4, 6])
+def test_units_of_several_experts_equal_a_loop_over_tokens(monkeypatch, kind, chunk, group):
+    monkeypatch.setitem(experts.EXPERT_CHUNK_TOKENS, "cpu", chunk)
+    generator = torch.Generator().manual_seed(group)
+    ids_TK, weights_TK = routing(kind, 53, generator)
+    x_TD = torch.randn(53, WIDTH, generator=generator, dtype=torch.float64)
+    weights = torch.randn(EXPERTS, WIDTH, WIDTH, generator=generator, dtype=torch.float64)
+    dispatch, y_TD = ExpertDispatch(Device("cpu"), EXPERTS, 53, TOP_K), torch.zeros_like(x_TD)
+    dispatch.route(ids_TK, weights_TK, x_TD.dtype)
+    for first in range(0, EXPERTS, group):
+        own = weights[first : first + group]
+        unit = range(first, first + len(own))
+        dispatch.add_group(unit, x_TD, y_TD, loop_over(lambda number, x: compute(number, own, x)))  # noqa: B023
+    torch.testing.assert_close(y_TD, naive(ids_TK, weights_TK.double(), x_TD, weights))
+
+
+@pytest.mark.parametrize("chunk", [5, 512])
+def test_the_bounds_of_a_chunk_are_the_same_on_host_and_device(monkeypatch, chunk):
+    monkeypatch.setitem(experts.EXPERT_CHUNK_TOKENS, "cpu", chunk)
+    ids_TK, weights_TK = routing("skewed", 40, torch.Generator().manual_seed(3))
+    dispatch = ExpertDispatch(Device("cpu"), EXPERTS, 40, TOP_K)
+    sizes, seen = dispatch.route(ids_TK, weights_TK, torch.float32), [0] * EXPERTS
+
+    def note(x, bounds):
+        ends = bounds.ends().tolist()
+        assert bounds.ends().dtype == torch.int32 and ends[-1] == len(x) <= chunk
+        for number, own in bounds.slices():
+            assert own == slice(ends[number - 1] if number else 0, ends[number])
+            seen[2 + number] += own.stop - own.start
+        return x
+
+    dispatch.add_group(range(2, 6), torch.ones(40, WIDTH), torch.zeros(40, WIDTH), note)
+    assert seen == [0, 0, *sizes[2:]]
+
+
+def test_a_grouped_product_serves_stacked_weights_of_experts_with_few_tokens_each():
+    dispatch = ExpertDispatch(Device("cpu"), EXPERTS, 1000, TOP_K)
+    stacked = {"gate_up": torch.zeros(4, 2 * WIDTH, WIDTH), "down": torch.zeros(4, WIDTH, WIDTH)}
+    dispatch.route(torch.tensor([[0, 1]] * 100), torch.ones(100, 2), torch.float32)
+    assert dispatch.can_group(range(4), stacked)
+    assert not dispatch.can_group(range(4), {"gate_up.0": stacked["down"], "down": stacked["down"]})
+    assert not dispatch.can_group(range(4), {role: t[..., :3] for role, t in stacked.items()}), "rows of 12 bytes"
+    dispatch.route(torch.tensor([[0, 1]] * 1000), torch.ones(1000, 2), torch.float32)
+    assert not dispatch.can_group(range(4), stacked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_grouped_products_equal_those_of_one_expert_at_a_time(dtype):
+    math = family(ModelArch.from_name("mixtral-8x7b"))
+    generator = torch.Generator().manual_seed(0)
+    gate_up, down = torch.randn(5, 48, 16, generator=generator), torch.randn(5, 16, 24, generator=generator)
+    weights = {"gate_up": gate_up.mul(0.25).to(dtype), "down": down.mul(0.2).to(dtype)}
+    x_nD, ends = torch.randn(40, 16, generator=generator).to(dtype), [0, 7, 7, 30, 40]
+    got = math.experts(x_nD, torch.tensor(ends, dtype=torch.int32), weights)
+    starts = [0, *ends[:-1]]
+    want = torch.cat([math.expert(x_nD[a:b], weights, number) for number, (a, b) in enumerate(zip(starts, ends))])
+    torch.testing.assert_close(got, want, atol=0.02 if dtype != torch.float32 else 1e-6, rtol=0.02)
+
+
+def test_an_expert_is_the_same_whether_its_unit_lies_stacked_or_in_pieces():
+    math = family(ModelArch.from_name("qwen3-30b-a3b"))
+    stacked = {"gate_up": torch.randn(3, 48, 16), "down": torch.randn(3, 16, 24)}
+    pieces = {f"gate_up.{i}": half for i, half in enumerate(stacked["gate_up"].view(6, 24, 16))}
+    pieces |= {f"down.{i}": one for i, one in enumerate(stacked["down"])}
+    x_nD = torch.randn(9, 16)
+    for number in range(3):
+        torch.testing.assert_close(math.expert(x_nD, stacked, number), math.expert(x_nD, pieces, number))
 
 
 def test_expert_without_tokens_is_not_computed():

@@ -103,3 +103,32 @@ def test_copies_carry_every_tensor_from_the_host_layout_to_the_device_layout():
         assert tensor.dtype == there[role].dtype and tensor.shape == there[role].shape
         assert torch.equal(tensor.contiguous().view(torch.uint8), there[role].contiguous().view(torch.uint8))
     assert sum(size for _, _, size in layout.copies) == layout.stored_bytes
+
+
+def expert_parts(*order):
+    """Two experts of ``gate`` and ``up``, at the places in the file that ``order`` gives them."""
+    of, size = (2, 4, 8), 4 * 8 // 2
+    names = ("gate0", "up0", "gate1", "up1")
+    tensors = table(*((name, "f", 4 * size * order[i], F32, (2, 8)) for i, name in enumerate(names)))
+    parts = [Part(role="gate_up", tensor=name, shape=(2, 8), of=of, into=i * size) for i, name in enumerate(names)]
+    return unit_layout(parts, tensors)
+
+
+def test_parts_that_lie_in_order_are_one_tensor_on_the_host_too():
+    layout = expert_parts(1, 2, 3, 4)
+    assert list(layout.host) == list(layout.device) == ["gate_up"]
+    assert layout.host["gate_up"].shape == layout.device["gate_up"].shape == (2, 4, 8)
+    assert len(layout.copies) == len(layout.extents) == 1
+
+
+def test_parts_that_do_not_are_a_tensor_each_on_the_host_and_one_on_the_device():
+    layout = expert_parts(4, 2, 9, 1)
+    assert list(layout.host) == ["gate_up.0", "gate_up.1", "gate_up.2", "gate_up.3"]
+    host = torch.randint(0, 100, (layout.host_bytes,), dtype=torch.uint8)
+    device = torch.zeros(layout.device_bytes, dtype=torch.uint8)
+    for source, target, size in layout.copies:
+        device[target : target + size] = host[source : source + size]
+    whole, pieces = views(device, layout.device)["gate_up"], views(host, layout.host)
+    assert torch.equal(
+        whole.view(torch.int32), torch.cat([pieces[f"gate_up.{i}"] for i in range(4)]).view(2, 4, 8).view(torch.int32)
+    )

@@ -161,7 +161,7 @@ def test_gpu_is_measured(tmp_path):
 def test_expert_is_timed_over_exactly_the_tokens_routed_to_it(count, monkeypatch):
     seen, expert = [], Mixtral.expert
     monkeypatch.setattr(
-        Mixtral, "expert", lambda self, x, w: seen.append((len(x), w["up"].data_ptr())) or expert(self, x, w)
+        Mixtral, "expert", lambda self, x, w: seen.append((len(x), w["down"].data_ptr())) or expert(self, x, w)
     )
     arena = WeightArena(CPU, torch.float32, MIB)
     with gemms.expert_bench(CPU, gemms.bench_arch(HEADS, 48), torch.float32, arena, 16, TINY) as seconds:

@@ -22,7 +22,7 @@ PARTS = {
         Part(role="router", tensor="r", shape=(8, 64)),
     ],
     "e0": [Part(role="up", tensor="u", shape=(300, 64)), Part(role="down", tensor="d", shape=(64, 300))],
-    "e1": [Part(role="up", tensor="u", shape=(300, 64)), Part(role="down", tensor="d", shape=(64, 300))],
+    "e1": [Part(role="up", tensor="u1", shape=(300, 64)), Part(role="down", tensor="d1", shape=(64, 300))],
 }
 
 

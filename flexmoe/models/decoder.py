@@ -89,9 +89,20 @@ class Decoder(ABC):
         x_TD = self.norm(h_TD, w, "post_norm")
         return h_TD, x_TD, F.linear(x_TD, w["router"]) if "router" in w else None
 
-    def expert(self, x_nD: torch.Tensor, w: Weights) -> torch.Tensor:
-        """One expert's feed-forward network, or the MLP of a dense layer."""
-        return F.linear(F.silu(F.linear(x_nD, w["gate"]), inplace=True).mul_(F.linear(x_nD, w["up"])), w["down"])
+    def expert(self, x_nD: torch.Tensor, w: Weights, index: int = 0) -> torch.Tensor:
+        """The feed-forward network of one expert of a unit, or the MLP of a dense layer."""
+        if "gate_up" in w:
+            gate_nF, up_nF = F.linear(x_nD, w["gate_up"][index]).chunk(2, dim=-1)
+        else:
+            gate_nF, up_nF = (F.linear(x_nD, w[f"gate_up.{2 * index + half}"]) for half in (0, 1))
+        down_DF = w["down"][index] if "down" in w else w[f"down.{index}"]
+        return F.linear(F.silu(gate_nF, inplace=True).mul_(up_nF), down_DF)
+
+    def experts(self, x_nD: torch.Tensor, ends_e: torch.Tensor, w: Weights) -> torch.Tensor:
+        """All experts of a unit in one call each of two products: expert i over ``x_nD[ends_e[i - 1] : ends_e[i]]``."""
+        both_n2F = F.grouped_mm(x_nD, w["gate_up"].transpose(1, 2), offs=ends_e)
+        gate_nF, up_nF = both_n2F.chunk(2, dim=-1)
+        return F.grouped_mm(F.silu(gate_nF, inplace=True).mul_(up_nF), w["down"].transpose(1, 2), offs=ends_e)
 
     def final_norm(self, h_RD: torch.Tensor, w: Weights) -> torch.Tensor:
         """Norm before the head; its weight travels with the first head unit."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from cost_model.arch import ModelArch
+from cost_model.units import experts_of
 from flexmoe.layout import Part
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -52,12 +53,17 @@ def _parts(arch: ModelArch, names: Names, packed: bool, kind: str, layer: int, u
         return iter([Part(role="embed", tensor=_EMBEDDING, shape=(arch.vocab_size, arch.hidden))])
     if kind == "attention":
         return _attention(arch, names, packed, layer)
-    number = int(unit.rsplit(".", 1)[1])
     if kind == "head":
-        return _head(arch, number)
+        return _head(arch, int(unit.rsplit(".", 1)[1]))
+    at = f"model.layers.{layer}."
     if arch.is_dense(layer):
-        return _dense(arch, names, layer)
-    return _expert(arch, names, packed, layer, number)
+        return _matrices(
+            arch.hidden, arch.dense_ffn, [(at + names.dense_gate, at + names.dense_up, at + names.dense_down)]
+        )
+    if packed:
+        return _slices(arch, names, at, experts_of(unit))
+    own = [tuple(at + name.format(e) for name in (names.gate, names.up, names.down)) for e in experts_of(unit)]
+    return _matrices(arch.hidden, arch.ffn, own)
 
 
 def _attention(arch: ModelArch, names: Names, packed: bool, layer: int) -> Iterator[Part]:
@@ -87,24 +93,25 @@ def _norm(arch: ModelArch, role: str, name: str) -> Iterator[Part]:
         yield Part(role=f"{role}_bias", tensor=f"{name}.bias", shape=(arch.hidden,))
 
 
-def _expert(arch: ModelArch, names: Names, packed: bool, layer: int, expert: int) -> Iterator[Part]:
-    at, up, down = f"model.layers.{layer}.", (arch.ffn, arch.hidden), (arch.hidden, arch.ffn)
-    if not packed:
-        for role, name, shape in (("gate", names.gate, up), ("up", names.up, up), ("down", names.down, down)):
-            yield Part(role=role, tensor=at + name.format(expert), shape=shape)
-        return
-    size = arch.ffn * arch.hidden
-    both, downs = (arch.num_experts, 2 * arch.ffn, arch.hidden), (arch.num_experts, *down)
-    for role, index in (("gate", 2 * expert), ("up", 2 * expert + 1)):
-        yield Part(role=role, tensor=at + names.packed_gate_up, shape=up, first_element=index * size, whole=both)
-    yield Part(role="down", tensor=at + names.packed_down, shape=down, first_element=expert * size, whole=downs)
+def _matrices(hidden: int, ffn: int, experts: list[tuple[str, str, str]]) -> Iterator[Part]:
+    """Experts of which each matrix is a tensor: gate before up in one tensor ``[n, 2F, D]``, and down ``[n, D, F]``."""
+    count, size, both = len(experts), ffn * hidden, (len(experts), 2 * ffn, hidden)
+    for at, (gate, up, _) in enumerate(experts):
+        yield Part(role="gate_up", tensor=gate, shape=(ffn, hidden), of=both, into=2 * at * size)
+        yield Part(role="gate_up", tensor=up, shape=(ffn, hidden), of=both, into=(2 * at + 1) * size)
+    for at, (_, _, down) in enumerate(experts):
+        yield Part(role="down", tensor=down, shape=(hidden, ffn), of=(count, hidden, ffn), into=at * size)
 
 
-def _dense(arch: ModelArch, names: Names, layer: int) -> Iterator[Part]:
-    at, up, down = f"model.layers.{layer}.", (arch.dense_ffn, arch.hidden), (arch.hidden, arch.dense_ffn)
-    yield Part(role="gate", tensor=at + names.dense_gate, shape=up)
-    yield Part(role="up", tensor=at + names.dense_up, shape=up)
-    yield Part(role="down", tensor=at + names.dense_down, shape=down)
+def _slices(arch: ModelArch, names: Names, at: str, experts: range) -> Iterator[Part]:
+    """Experts that lie packed on disk: one stretch of each of the layer's two tensors."""
+    for role, name, shape in (
+        ("gate_up", names.packed_gate_up, (2 * arch.ffn, arch.hidden)),
+        ("down", names.packed_down, (arch.hidden, arch.ffn)),
+    ):
+        first = experts[0] * shape[0] * shape[1]
+        whole = (arch.num_experts, *shape)
+        yield Part(role=role, tensor=at + name, shape=(len(experts), *shape), first_element=first, whole=whole)
 
 
 def _head(arch: ModelArch, chunk: int) -> Iterator[Part]:

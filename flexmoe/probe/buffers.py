@@ -53,6 +53,6 @@ class WeightArena:
         Args:
             parts: the unit's `flexmoe.layout.Part`s.
         """
-        places, size = pack({part.role: (self._dtype, part.shape) for part in parts})
+        places, size = pack({part.role: (self._dtype, part.of or part.shape) for part in parts})
         count = max(1, min(self.nbytes, cycle_bytes) // size)
         return itertools.cycle([views(self._bytes[i * size : (i + 1) * size], places) for i in range(count)])

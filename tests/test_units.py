@@ -1,0 +1,165 @@
+"""How experts are grouped into units, and that all who count units mean the same ones."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from cost_model.arch import ModelArch
+from cost_model.evaluate import evaluate
+from cost_model.hardware import Hardware
+from cost_model.simulate import simulate
+from cost_model.sizes import sizes, slot_bytes
+from cost_model.solver import solve
+from cost_model.units import (
+    FEWEST_UNITS,
+    UNIT_BYTES,
+    expert_unit,
+    experts_of,
+    experts_per_unit,
+    group_on,
+    unit_slack_bytes,
+)
+from flexmoe import LLM, SamplingParams
+from flexmoe.loader import load_model
+from flexmoe.models import family
+from policies import Policy, Workload
+from policies.policy import PolicyFile
+from tests.tiny import GEN_LEN, assert_greedy, make, offload
+from tests.tiny_families import RECIPES
+
+QWEN = ModelArch.from_name("qwen3-30b-a3b")
+WORKLOAD = Workload(prompt_len=128, gen_len=32, num_requests=64)
+
+
+@pytest.mark.parametrize(
+    "name, group",
+    [("mixtral-8x7b", 1), ("mixtral-8x22b", 1), ("phi-3.5-moe", 1), ("qwen3-30b-a3b", 8), ("qwen3-235b-a22b", 2)],
+)
+def test_experts_are_grouped_to_an_efficient_size_where_they_are_small(name, group):
+    arch = ModelArch.from_name(name)
+    assert arch.experts_per_unit == group
+    assert group == 1 or arch.expert_bytes * group >= UNIT_BYTES > arch.expert_bytes * (group - 1)
+
+
+@pytest.mark.parametrize("experts", [4, 8, 15, 16, 25, 128])
+def test_a_layer_keeps_enough_units_for_fine_shares(experts):
+    arch = replace(QWEN, num_experts=experts, top_k=2, ffn=8)
+    assert arch.expert_units >= min(experts, FEWEST_UNITS)
+    groups = arch.expert_groups_in(0)
+    assert [e for group in groups for e in group] == list(range(experts))
+    assert len({len(group) for group in groups[:-1]}) <= 1
+
+
+@pytest.mark.parametrize("group", [1, 3, 8, 128, 500])
+def test_grouping_moves_the_same_bytes_and_names_every_expert_once(group):
+    arch = QWEN.grouped(group)
+    assert sum(unit.stored_bytes for unit in arch.units()) == sum(unit.stored_bytes for unit in QWEN.units())
+    own = [unit for unit in arch.units() if unit.kind == "expert" and unit.layer == 5]
+    assert [e for unit in own for e in experts_of(unit.name)] == list(range(128))
+    assert len(own) == arch.expert_units
+
+
+def test_names_of_units_say_which_experts_they_hold():
+    assert [expert_unit(3, range(5, 6)), expert_unit(3, range(8, 16))] == ["layers.3.expert.5", "layers.3.expert.8-15"]
+    for experts in (range(0, 1), range(5, 6), range(8, 16)):
+        assert experts_of(expert_unit(3, experts)) == experts
+
+
+def test_a_dense_layer_is_one_unit_however_experts_are_grouped():
+    arch = replace(QWEN, dense_layers=(1,), dense_ffn=6144)
+    assert [unit.name for unit in arch.units() if unit.layer == 1] == ["layers.1.attention", "layers.1.expert.0"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("group", [1, 5, 8])
+def test_the_parts_of_a_group_are_its_bytes_in_both_layouts(packed, group):
+    arch = QWEN.grouped(group)
+    parts = family(arch).parts(("model.layers.0.mlp.experts.gate_up_proj",) if packed else ())
+    for unit in arch.units():
+        size = 0
+        for part in parts[unit.name]:
+            elements = 1
+            for edge in part.shape:
+                elements *= edge
+            size += elements * arch.dtype_bytes
+        assert size == unit.stored_bytes
+
+
+def test_slots_and_placement_speak_of_groups():
+    policy = Policy.from_percent(
+        (20, 40, 100, 0, 100, 0), gpu_batch_size=8, num_gpu_batches=4, prompt_len=128, gen_len=32
+    )
+    for group in (1, 8):
+        counts = sizes(QWEN.grouped(group), policy, WORKLOAD, device="cuda")
+        # The head's table is no larger than the larger of a group and an attention unit.
+        assert slot_bytes(QWEN.grouped(group), counts.placement) >= group * QWEN.expert_bytes
+        assert counts.placement.count_of("gpu") + counts.placement.count_of("cpu") + counts.placement.count_of(
+            "disk"
+        ) == len(QWEN.grouped(group).units())
+
+
+def test_where_dispatch_is_slow_groups_save_time():
+    t4 = Hardware.preset("t4").with_budgets(cpu_mem=200)
+    machine = replace(t4, gpus=(replace(t4.gpu, op_s=2e-3),))
+    policy = Policy.from_percent(
+        (0, 100, 0, 100, 100, 0), gpu_batch_size=16, num_gpu_batches=4, prompt_len=128, gen_len=32
+    )
+    single, grouped = (replace(policy, experts_per_unit=group) for group in (1, 8))
+    assert simulate(QWEN, machine, WORKLOAD, grouped).job_s < simulate(QWEN, machine, WORKLOAD, single).job_s
+    rates = [evaluate(QWEN, machine, WORKLOAD, each).tokens_per_s for each in (single, grouped)]
+    assert rates[0] < rates[1]
+
+
+def test_the_planner_groups_by_the_measured_link():
+    t4 = Hardware.preset("t4")
+    slow = replace(t4, gpus=(replace(t4.gpu, op_s=1e-3),))
+    quick = replace(t4, gpus=(replace(t4.gpu, op_s=0.0),))
+    fewer = group_on(quick, QWEN)
+    assert group_on(slow, QWEN) == 16 and fewer == experts_per_unit(QWEN.expert_bytes, 128, 16 << 20) == 2
+    assert group_on(slow, ModelArch.from_name("mixtral-8x7b")) is None
+    plan = solve(QWEN, quick.with_budgets(cpu_mem=200), WORKLOAD, effort=0.01)
+    assert plan.policy.experts_per_unit == fewer
+    again = evaluate(QWEN, quick.with_budgets(cpu_mem=200), WORKLOAD, plan.policy)
+    assert again.tokens_per_s == plan.prediction.tokens_per_s
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-packed"])
+@pytest.mark.parametrize("group", [1, 3, 32])
+@pytest.mark.parametrize("percent", [(100, 0, 100, 0, 100, 0), (0, 60, 100, 0, 100, 0)], ids=str)
+def test_the_policy_decides_how_many_experts_move_as_one(name, group, percent, tmp_path):
+    variant = make(RECIPES[name], tmp_path / "checkpoint", (1, 5, 40, 17, 9, 20, 3, 30))
+    policy = Policy.from_percent(
+        percent, gpu_batch_size=4, num_gpu_batches=2, prompt_len=60, gen_len=GEN_LEN, experts_per_unit=group
+    )
+    llm = LLM(variant.directory, policy=policy, workload=Workload(prompt_len=60, gen_len=GEN_LEN), **offload(tmp_path))
+    try:
+        assert llm.engine.model.arch.experts_per_unit == min(group, llm.engine.model.arch.num_experts)
+        outputs = llm.generate(variant.prompts, SamplingParams(max_tokens=GEN_LEN, ignore_eos=True))
+        for row, output in enumerate(outputs):
+            assert_greedy(variant, row, list(output.outputs[0].token_ids), variant.expected(row))
+    finally:
+        llm.close()
+
+
+def test_a_policy_file_carries_the_group(tmp_path):
+    policy = Policy.from_percent(
+        (20, 40, 100, 0, 100, 0), gpu_batch_size=8, num_gpu_batches=4, prompt_len=8, gen_len=8, experts_per_unit=4
+    )
+    PolicyFile(policy).save(tmp_path / "p.json")
+    assert json.loads((tmp_path / "p.json").read_text())["policy"]["experts_per_unit"] == 4
+    assert PolicyFile.load(tmp_path / "p.json").policy == policy
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_units_of_every_family_stay_within_the_planned_slack(name, tmp_path):
+    make(RECIPES[name], tmp_path / "checkpoint", (1, 5))
+    model = load_model(str(tmp_path / "checkpoint"))
+    for group in (None, 8):
+        grouped = model.grouped(group)
+        source, slack = grouped.source(tmp_path), unit_slack_bytes(grouped.arch)
+        for unit in grouped.arch.units():
+            layout = source.layout(unit.name)
+            assert layout.stored_bytes == unit.stored_bytes
+            assert unit.stored_bytes <= min(layout.device_bytes, layout.host_bytes)
+            assert max(layout.device_bytes, layout.host_bytes) <= unit.stored_bytes + slack
