@@ -11,12 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 
 from cost_model.costs import EXPERT_CHUNK_TOKENS
+from flexmoe import native
 from flexmoe.device import Device
+from flexmoe.native.products import grouped_products
 
 #: Mean tokens of an expert up to which a grouped product is at least as fast as a product per expert.
 _GROUPED_TOKENS = 64
+#: Likewise, up to which our own is faster on the CPU than torch's.
+_NATIVE_TOKENS = 16
 _ROW_BYTES = 16  # grouped products want rows of a multiple of this
 
 
@@ -137,3 +142,11 @@ class Bounds:
         """int32 ``[e]`` on the device: where the tokens of each expert end."""
         own = self._on_device[self._experts.start + 1 : self._experts.stop + 1]
         return (own - self._pairs.start).clamp_(0, self._pairs.stop - self._pairs.start).to(torch.int32)
+
+
+def grouped_product(x_nD: torch.Tensor, weight_eRD: torch.Tensor, ends_e: torch.Tensor) -> torch.Tensor:
+    """``x · weight[e]^T`` for the tokens ``x_nD[ends_e[e - 1] : ends_e[e]]`` of each expert e, in one call: ``[n, R]``."""
+    few = len(x_nD) <= _NATIVE_TOKENS * len(weight_eRD)
+    if few and x_nD.device.type == "cpu" and native.available():
+        return grouped_products(x_nD, weight_eRD, ends_e)
+    return F.grouped_mm(x_nD, weight_eRD.transpose(1, 2), offs=ends_e)

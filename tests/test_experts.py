@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from cost_model.arch import ModelArch
-from flexmoe import experts
+from flexmoe import experts, native
 from flexmoe.device import Device
 from flexmoe.experts import ExpertDispatch
 from flexmoe.models import family
+from flexmoe.native.products import grouped_products
 
 EXPERTS, TOP_K, WIDTH = 6, 2, 8
 
@@ -152,8 +153,12 @@ def test_a_grouped_product_serves_stacked_weights_of_experts_with_few_tokens_eac
     assert not dispatch.can_group(range(4), stacked)
 
 
+@pytest.mark.parametrize("in_native_code", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_grouped_products_equal_those_of_one_expert_at_a_time(dtype):
+def test_grouped_products_equal_those_of_one_expert_at_a_time(dtype, in_native_code, monkeypatch):
+    if in_native_code and not native.available():
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(native, "available", lambda: in_native_code)
     math = family(ModelArch.from_name("mixtral-8x7b"))
     generator = torch.Generator().manual_seed(0)
     gate_up, down = torch.randn(5, 48, 16, generator=generator), torch.randn(5, 16, 24, generator=generator)
@@ -163,6 +168,33 @@ def test_grouped_products_equal_those_of_one_expert_at_a_time(dtype):
     starts = [0, *ends[:-1]]
     want = torch.cat([math.expert(x_nD[a:b], weights, number) for number, (a, b) in enumerate(zip(starts, ends))])
     torch.testing.assert_close(got, want, atol=0.02 if dtype != torch.float32 else 1e-6, rtol=0.02)
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("depth", [1, 15, 16, 33, 64, 200])
+@pytest.mark.parametrize("rows", [1, 3, 64, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_native_products_of_any_shape_are_those_of_torch(depth, rows, dtype):
+    generator = torch.Generator().manual_seed(depth)
+    counts = [0, 1, 2, 3, 4, 5, 9, 0]
+    x_nD = torch.randn(sum(counts), depth + 5, generator=generator).to(dtype)[:, :depth]
+    weight = torch.randn(len(counts), rows, depth, generator=generator).to(dtype)
+    got = grouped_products(x_nD, weight, torch.tensor(counts).cumsum(0).to(torch.int32))
+    pieces = zip(x_nD.float().split(counts), weight.float())
+    want = torch.cat([piece @ one.T for piece, one in pieces])
+    torch.testing.assert_close(got.float(), want, atol=1e-4 if dtype == torch.float32 else 0.05, rtol=1e-2)
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+def test_native_products_refuse_what_does_not_fit():
+    x, weight, ends = torch.ones(4, 8), torch.ones(2, 3, 8), torch.tensor([1, 4], dtype=torch.int32)
+    assert grouped_products(x, weight, ends).shape == (4, 3)
+    for bad in (
+        (x[:, :7], weight, ends), (x.T.contiguous().T, weight, ends), (x.bfloat16(), weight, ends), (x, weight[:, :, :8:2], ends),
+        (x, weight, ends.long()), (x, weight, ends[:1]), (x, weight, ends.flip(0)), (x, weight, ends - 2), (x, weight, ends + 1),
+    ):  # fmt: skip
+        with pytest.raises(ValueError):
+            grouped_products(*bad)
 
 
 def test_an_expert_is_the_same_whether_its_unit_lies_stacked_or_in_pieces():

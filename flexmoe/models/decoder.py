@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from cost_model.arch import ModelArch
+from flexmoe.experts import grouped_product
 from flexmoe.layout import Part
 from flexmoe.models.names import Names, unit_parts
 
@@ -100,9 +101,8 @@ class Decoder(ABC):
 
     def experts(self, x_nD: torch.Tensor, ends_e: torch.Tensor, w: Weights) -> torch.Tensor:
         """All experts of a unit in one call each of two products: expert i over ``x_nD[ends_e[i - 1] : ends_e[i]]``."""
-        both_n2F = F.grouped_mm(x_nD, w["gate_up"].transpose(1, 2), offs=ends_e)
-        gate_nF, up_nF = both_n2F.chunk(2, dim=-1)
-        return F.grouped_mm(F.silu(gate_nF, inplace=True).mul_(up_nF), w["down"].transpose(1, 2), offs=ends_e)
+        gate_nF, up_nF = grouped_product(x_nD, w["gate_up"], ends_e).chunk(2, dim=-1)
+        return grouped_product(F.silu(gate_nF, inplace=True).mul_(up_nF), w["down"], ends_e)
 
     def final_norm(self, h_RD: torch.Tensor, w: Weights) -> torch.Tensor:
         """Norm before the head; its weight travels with the first head unit."""

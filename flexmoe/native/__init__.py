@@ -1,4 +1,4 @@
-"""Paged attention on CPU cores, in C++ compiled on first use (`python -m flexmoe.native` compiles it ahead of time).
+"""Paged attention and grouped products (`products`) on CPU cores, in C++ compiled on first use (`python -m flexmoe.native` compiles it ahead of time).
 
 The library is one translation unit without torch headers behind a C ABI: `attention.cpp` and the headers beside it. Its
 threads are those of the OpenMP runtime that torch has already loaded (its `GOMP_parallel` is handed over as a pointer,
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("attention.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread", "-w")
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT_LIMIT = 2**31
 _STATUS_SENTENCES = {
     1: "q_starts must rise from 0 or more to at most the number of query tokens",
@@ -157,6 +157,8 @@ def _library() -> ctypes.CDLL | None:
         integer, pointer, int64, int64, pointer, pointer, int64, int64, pointer, int64, int64, pointer, pointer,
         pointer, *[integer] * 6, ctypes.c_float, integer,
     ]  # fmt: skip
+    library.flexmoe_products.restype = integer
+    library.flexmoe_products.argtypes = [integer, pointer, int64, *[pointer] * 3, *[integer] * 4]
     return library
 
 
@@ -227,7 +229,7 @@ def paged_attention(
     if rows == 0:
         return out
     status = library.flexmoe_attention(
-        _DTYPE_CODES[q_THD.dtype], q_THD.data_ptr(), q_THD.stride(0), tokens,
+        DTYPE_CODES[q_THD.dtype], q_THD.data_ptr(), q_THD.stride(0), tokens,
         k_pool.data_ptr(), v_pool.data_ptr(), k_pool.stride(0), blocks,
         block_tables.data_ptr(), block_tables.stride(0), width, q_starts.data_ptr(), context_lens.data_ptr(),
         out.data_ptr(), rows, heads, kv_heads, size, block_tokens, window, scale,
@@ -242,7 +244,7 @@ def paged_attention(
 
 def _check(q, k, v, out, tables, starts, lens, window: int, scale: float) -> None:
     """Raise ValueError unless the tensors fit together. Plain comparisons: this runs once per layer and sweep."""
-    if q.dtype not in _DTYPE_CODES or not q.dtype == k.dtype == v.dtype == out.dtype:
+    if q.dtype not in DTYPE_CODES or not q.dtype == k.dtype == v.dtype == out.dtype:
         raise ValueError(
             f"q, k_pool, v_pool and out must share fp32, bf16 or fp16, not {q.dtype}, {k.dtype}, {v.dtype}, {out.dtype}"
         )

@@ -5,7 +5,7 @@
 // lines take the stream path (decode.h) and many lines the tile path (prefill.h). How lines are cut depends only on the
 // row itself, so a result depends neither on the other rows nor on threads.
 //
-// This file is the C entry point and the checks that need the tensors' contents.
+// This file is the C entry points (products.h has its own here) and the checks that need the tensors' contents.
 
 #include <algorithm>
 #include <cstddef>
@@ -13,6 +13,7 @@
 #include <exception>
 
 #include "call.h"
+#include "products.h"
 #include "work.h"
 
 namespace {
@@ -54,6 +55,22 @@ int flexmoe_attention(int dtype, const void* q, int64_t q_stride, int64_t tokens
     Job job(call, dtype, num_threads);
     run_on_threads(job, int(std::min<size_t>(num_threads, job.claims.size() - 1)));
     return job.failed ? NO_MEMORY : OK;
+  } catch (const std::exception&) {
+    return NO_MEMORY;
+  }
+}
+
+// out[n, R] = x[n, D] · weight[e]^T for the tokens x[ends[e - 1], ends[e]) of each expert e.
+int flexmoe_products(int dtype, const void* x, int64_t x_stride, const void* weight, const int32_t* ends, void* out, int E,
+                     int R, int D, int num_threads) {
+  Product product{x, weight, out, ends, x_stride, E, R, D};
+  try {
+    ProductJob job{product, dtype};
+    for (int e = 0; e < E; e++)
+      if (ends[e] > (e ? ends[e - 1] : 0)) job.experts.push_back(e);
+    if (num_threads > 1 && parallel) parallel(work_product, &job, unsigned(num_threads), 0);
+    else work_product(&job);
+    return OK;
   } catch (const std::exception&) {
     return NO_MEMORY;
   }

@@ -2,7 +2,7 @@
 //
 // The arithmetic is written with compiler vector types: GCC >= 9 or clang, any CPU; AVX-512 is what it is tuned for.
 // Like every header here it is read by one file only, attention.cpp: one translation unit, so that all of it inlines
-// into the two kernels.
+// into the kernels.
 
 #pragma once
 
