@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 from cost_model.configs import known_config, read_config
@@ -298,9 +297,4 @@ class ModelArch:
         A tied model's head chunks refer to the embedding table again: as units they are placed and moved on their own,
         so the sum over units counts the table twice, while `parameters` and `total_bytes` count it once.
         """
-        return _units(self)
-
-
-@lru_cache(maxsize=16)
-def _units(arch: ModelArch) -> tuple[Unit, ...]:
-    return tuple(all_units(arch))
+        return all_units(self)

@@ -7,6 +7,7 @@ experts of a layer, so placement, schedule, slots and the planner need not know 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -76,8 +77,13 @@ def head_chunks(arch: ModelArch) -> int:
     return chunks
 
 
-def all_units(arch: ModelArch) -> Iterator[Unit]:
+@lru_cache(maxsize=16)
+def all_units(arch: ModelArch) -> tuple[Unit, ...]:
     """Units in schedule order, with their stored bytes."""
+    return tuple(_units(arch))
+
+
+def _units(arch: ModelArch) -> Iterator[Unit]:
     yield Unit("embed", -1, "embed", arch.embed_params * arch.dtype_bytes)
     for layer in range(arch.num_layers):
         yield Unit(f"layers.{layer}.attention", layer, "attention", arch.attention_bytes_in(layer))
