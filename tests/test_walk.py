@@ -151,7 +151,7 @@ def test_without_overlap_a_sweep_takes_the_sum_of_all_operations():
     spans = sorted(walked.spans, key=lambda span: span[2])
     assert all(a[3] <= b[2] + 1e-12 for a, b in pairwise(spans))
     assert walked.sweep_s[0] == pytest.approx(walked.sweep_s[1])
-    assert sum(walked.lanes_s[0].values()) <= walked.sweep_s[0]
+    assert sum(walked.lanes_s[0].values()) <= walked.sweep_s[0] * (1 + 1e-12)
     faster, _ = costs_of((20, 40, 30, 40, 0, 50), cpu_attention_percent=50.0)
     assert walk(faster, [load] * 3, policy.gpu_batch_size).sweep_s[-1] < 0.9 * walked.sweep_s[-1]
 
