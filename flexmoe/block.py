@@ -13,6 +13,7 @@ import torch
 
 from flexmoe.attention import Ragged
 from flexmoe.kv_cache import RowKV
+from flexmoe.logprobs import PromptScores
 
 MODES = ("gpu", "fetch", "cpu")
 
@@ -27,6 +28,9 @@ class Run:
         mode: how the row is attended: ``gpu`` (KV on the GPU), ``fetch`` (KV brought there), ``cpu`` (on the host).
         logits: for how many of the run's last positions logits are wanted (0 for an unfinished prompt).
         owner: whatever the caller wants to find again.
+        targets: token ids whose log-probability is wanted: those that follow the run's positions from ``score_from`` on.
+        score_from: place in the run.
+        top: how many most probable tokens are wanted beside each of the targets.
     """
 
     kv: RowKV
@@ -34,6 +38,9 @@ class Run:
     mode: str
     logits: int
     owner: object = None
+    targets: Sequence[int] = ()
+    score_from: int = 0
+    top: int = 0
 
 
 @dataclass(slots=True)
@@ -64,6 +71,7 @@ class Batch:
     groups: list[Group]
     positions_T: torch.Tensor
     logit_rows: torch.Tensor
+    score_rows: torch.Tensor
     kv: dict = field(default_factory=dict)
     futures: dict = field(default_factory=dict)
     rope: object = None
@@ -81,6 +89,8 @@ class Block:
         token_ids: int64 ``[T]`` on the host.
         batches: the GPU batches.
         logit_owners: owner of each row of the sweep's logits, in order.
+        scored: the runs that have targets, in order.
+        scores: the targets' log-probabilities, in order; the executor's answer, None where there are no targets.
     """
 
     def __init__(self, runs: Sequence[Run], gpu_batch_size: int):
@@ -88,6 +98,8 @@ class Block:
         ids = [t for r in self.runs for t in r.tokens]
         self.token_ids = torch.tensor(ids, dtype=torch.int64)
         self.logit_owners = [r.owner for r in self.runs for _ in range(r.logits)]
+        self.scored = [r for r in self.runs if r.targets]
+        self.scores: PromptScores | None = None
         self.batches: list[Batch] = []
         start = 0
         for i in range(0, len(self.runs), gpu_batch_size):
@@ -102,14 +114,17 @@ class Block:
 
 
 def _batch(index: int, start: int, runs: list[Run]) -> Batch:
-    positions, wanted, groups, stop = [], [], [], 0
+    positions, wanted, scored, groups, stop = [], [], [], [], 0
     for run in runs:
         if not groups or groups[-1].mode != run.mode:
             groups.append(Group(run.mode, [], stop, stop))
         groups[-1].runs.append(run)
         length = len(run.tokens)
         positions += range(run.kv.length, run.kv.length + length)
+        first = stop + run.score_from
+        scored += range(first, first + len(run.targets))
         stop += length
         wanted += range(stop - run.logits, stop)
         groups[-1].stop = stop
-    return Batch(index, start, start + stop, groups, torch.tensor(positions), torch.tensor(wanted, dtype=torch.int64))
+    rows = [torch.tensor(places, dtype=torch.int64) for places in (wanted, scored)]
+    return Batch(index, start, start + stop, groups, torch.tensor(positions), *rows)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import platform
+from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from flexmoe.engine import Engine
 from flexmoe.errors import StorageError
 from flexmoe.planning import GIB
-
-_PACKAGES = ("flexmoe", "torch", "transformers", "safetensors", "numpy")
+from flexmoe.versions import versions
 
 
 def lane_lines(metrics: dict) -> list[str]:
@@ -87,27 +85,71 @@ def peak_process_bytes() -> int:
     return 0
 
 
-def metrics_record(metrics: dict, engine: Engine, rows_ok: int, rows_failed: int) -> dict:
-    """The content of `--metrics-json`: vLLM's throughput keys, then ours."""
+def metrics_record(
+    metrics: dict,
+    engine: Engine,
+    rows_ok: int,
+    rows_failed: int,
+    rows_resumed: int = 0,
+    predicted: Mapping | None = None,
+) -> dict:
+    """The content of `--metrics-json`: vLLM's throughput keys, then ours.
+
+    Args:
+        rows_resumed: rows that an earlier start had finished; requests, tokens and rates are those of this one alone.
+        predicted: what a planner said of this run, by the names of the measured values.
+    """
     wall = max(metrics["wall_s"], 1e-9)
-    total = metrics["prompt_tokens"] + metrics["generated_tokens"]
+    total, rows_run = metrics["prompt_tokens"] + metrics["generated_tokens"], rows_ok + rows_failed - rows_resumed
     return {
         "elapsed_time": wall,
-        "num_requests": rows_ok + rows_failed,
+        "num_requests": rows_run,
         "total_num_tokens": total,
-        "requests_per_second": rows_ok / wall,
+        "requests_per_second": rows_run / wall,
         "tokens_per_second": total / wall,
         "rows_ok": rows_ok,
         "rows_failed": rows_failed,
+        "rows_resumed": rows_resumed,
         **metrics,
+        **phases(metrics),
+        "padding_fraction": padding_fraction(metrics),
+        "moved_bytes": {lane: totals["bytes"] for lane, totals in metrics["lanes"].items()},
+        "peak_bytes": peak_bytes(metrics, engine),
+        "predicted": predicted and dict(predicted),
         "peak_process_bytes": peak_process_bytes(),
         "peak_gpu_bytes": peak_gpu_bytes(engine),
         "achieved_weight_percent": list(engine.plan.sizes.placement.achieved_percent),
         "policy": asdict(engine.config.policy),
         "device": str(engine.device.torch),
         "dtype": str(engine.plan.dtype),
-        "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "versions": versions(),
     }
+
+
+def phases(metrics: dict) -> dict:
+    """Tokens and seconds of prefill and decode. With a rolling schedule they share sweeps: a sweep into which prompt tokens
+    entered counts as prefill, and the tokens that other rows generated in it are decode tokens all the same."""
+    sweeps = list(zip(metrics["sweep_s"], metrics["prompt_tokens_per_sweep"]))
+    return {
+        "prefill_tokens": metrics["prompt_tokens"],
+        "prefill_s": sum(wall for wall, prompt in sweeps if prompt),
+        "decode_tokens": metrics["generated_tokens"],
+        "decode_s": sum(wall for wall, prompt in sweeps if not prompt),
+    }
+
+
+def padding_fraction(metrics: dict) -> float:
+    """Share of the positions that went through the layers which belonged to no row."""
+    computed = metrics["computed_tokens"]
+    return (computed - sum(metrics["tokens_per_sweep"])) / computed if computed else 0.0
+
+
+def peak_bytes(metrics: dict, engine: Engine) -> dict[str, int]:
+    """Most bytes held in each tier: measured where the system tells, else what was planned (and is never exceeded)."""
+    planned = {tier: items["planned_bytes"] for tier, items in metrics["memory"].items()}
+    if engine.device.is_cuda:
+        return planned | {"gpu": peak_gpu_bytes(engine), "cpu": peak_process_bytes()}
+    return planned | {"gpu+cpu": peak_process_bytes()}
 
 
 def write_json(path: Path, record: dict) -> None:
@@ -123,10 +165,3 @@ def write_json(path: Path, record: dict) -> None:
     except OSError as e:
         temporary.unlink(missing_ok=True)
         raise StorageError(f"cannot write {path}: {e.strerror}") from e
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

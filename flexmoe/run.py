@@ -7,25 +7,28 @@ import logging
 import random
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from cost_model.sizes import BLOCK_TOKENS
 from flexmoe import report
 from flexmoe.arguments import parser
 from flexmoe.errors import UsageError
-from flexmoe.job import check_job, run_job
+from flexmoe.interrupts import Interrupts, Terminated
+from flexmoe.job import JobReport
+from flexmoe.job_arguments import refuse_job_flags
+from flexmoe.job_command import JobCommand, job_files, with_generation_config
 from flexmoe.llm import LLM, RESIDENT
 from flexmoe.loader import Model, load_model
-from flexmoe.output_files import check_distinct, check_writable, default_error_path
+from flexmoe.out_of_memory import as_infeasible
+from flexmoe.output_files import check_distinct, check_writable
 from flexmoe.params import EngineRequest, SamplingParams
 from flexmoe.planning import EngineConfig, EnginePlan
-from flexmoe.request_file import RequestFile
-from flexmoe.tokenizer import Tokenizer
-from flexmoe.workload import Measured, measure
+from flexmoe.workload import Measured
 from policies.command_line import guarded, say
 from policies.policy import Policy, PolicyFile, Workload
 
 _MOST_PREFILL_TOKENS = 4096
-EXIT_ROWS_FAILED = 3
+EXIT_ROWS_FAILED, EXIT_TERMINATED = 3, 75
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,34 +37,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         int: the exit code of DESIGN's contract.
     """
-    return guarded("flexmoe", lambda: _run(parser().parse_args(argv)))
+    return guarded("flexmoe", lambda: _interruptible(parser().parse_args(argv)))
 
 
-def _run(args: argparse.Namespace) -> int:
+def _interruptible(args: argparse.Namespace) -> int:
+    with Interrupts() as interrupts, as_infeasible():
+        try:
+            return _run(args, interrupts)
+        except Terminated:
+            sys.stderr.write("flexmoe: terminated\n")
+            return EXIT_TERMINATED
+
+
+def _run(args: argparse.Namespace, interrupts: Interrupts) -> int:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s"
     )
+    logging.getLogger("flexmoe.progress").setLevel(logging.INFO)
     _check_arguments(args)
-    model = load_model(args.model, args.load_format)
-    tokenizer = Tokenizer.load(model.directory) if model.directory else Tokenizer(None, args.model)
-    measured = _measure(args, model, tokenizer)
-    policy = _policy(args, model, measured)
-    options = _options(args, measured, policy)
-    if args.dry_run:
-        return _dry_run(model, policy, measured, options)
-    llm = LLM(model, policy=policy, workload=measured.workload, **options)
-    try:
+    model = with_generation_config(load_model(args.model, args.load_format), args)
+    with ExitStack() as parts:
+        job = parts.enter_context(JobCommand(args, model, interrupts)) if args.input_file else None
+        measured = job.measure() if job else _benchmark_rows(args)
+        if measured is None:  # no row is left, so that no weight is needed
+            return _exit_code(job.finish())
+        policy = _policy(args, model, measured)
+        options = _options(args, measured, policy)
+        if args.dry_run:
+            return _dry_run(model, policy, measured, options)
+        llm = LLM(model, policy=policy, workload=measured.workload, **options)
+        parts.callback(llm.close)
         say(llm.engine.plan.describe_weights(), llm.engine.plan.describe_cache())
-        if args.input_file:
-            code = _job(args, llm, tokenizer)
-        else:
-            code = _benchmark(args, llm, measured)
+        code = _job(args, llm, job) if job else _benchmark(args, llm, measured)
         if args.trace:
             llm.engine.recorder.write_chrome_trace(args.trace)
             say(f"trace: {args.trace}")
         return code
-    finally:
-        llm.close()
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -81,25 +92,21 @@ def _check_arguments(args: argparse.Namespace) -> None:
     block_size = (args.gpu_batch_size or 16) * (args.num_gpu_batches or 1)
     if args.cut_gen_len and not args.policy and (args.num_prompts or 0) > block_size:
         raise UsageError(f"--cut-gen-len projects one block; give at most {block_size} --num-prompts")
-    files = {"input": args.input_file, "output": args.output_file, "policy": args.policy, "trace": args.trace}
-    files["metrics"] = args.metrics_json
+    files = {"input": args.input_file, "policy": args.policy, "trace": args.trace, "metrics": args.metrics_json}
     if args.output_file:
-        files["error"] = default_error_path(args.output_file)
+        files["output"], files["error"] = job_files(args).outputs()
+    else:
+        refuse_job_flags(args)
     check_distinct({name: path for name, path in files.items() if path is not None})
     for path in (args.trace, args.metrics_json):
         if path is not None:
             check_writable(path)
-    if args.input_file:
-        check_job(args.input_file, args.output_file)
 
 
-def _measure(args: argparse.Namespace, model: Model, tokenizer: Tokenizer) -> Measured:
-    if args.input_file is None:
-        workload = Workload(prompt_len=args.prompt_len, gen_len=args.gen_len)
-        rows = args.num_prompts or (args.gpu_batch_size or 16) * (args.num_gpu_batches or 1)
-        return Measured(workload=workload, longest_row=args.prompt_len + args.gen_len, rows=rows)
-    with RequestFile.open(args.input_file) as requests:
-        return measure(requests, tokenizer, args.gen_len, model.arch.max_position)
+def _benchmark_rows(args: argparse.Namespace) -> Measured:
+    workload = Workload(prompt_len=args.prompt_len, gen_len=args.gen_len)
+    rows = args.num_prompts or (args.gpu_batch_size or 16) * (args.num_gpu_batches or 1)
+    return Measured(workload=workload, longest_row=args.prompt_len + args.gen_len, rows=rows)
 
 
 def _is_one_block(measured: Measured, block_size: int) -> bool:
@@ -144,7 +151,9 @@ def _options(args: argparse.Namespace, measured: Measured, policy: Policy) -> di
         "kv_tokens": kv_tokens,
         "longest_row": measured.longest_row,
         "gen_len": args.gen_len,
+        "seed": args.seed,
         "keep_spans": args.trace is not None,
+        **({} if args.reserve is None else {"reserve": args.reserve}),
     }
 
 
@@ -159,19 +168,13 @@ def _dry_run(model: Model, policy: Policy, measured: Measured, options: dict) ->
     return 0
 
 
-def _job(args: argparse.Namespace, llm: LLM, tokenizer: Tokenizer) -> int:
-    done = run_job(
-        args.input_file,
-        args.output_file,
-        llm,
-        tokenizer=tokenizer,
-        default_max_tokens=args.gen_len,
-        model_name=str(args.model),
-    )
-    say(f"rows: {done.rows_ok} ok, {done.rows_failed} failed; completions: {done.output_path}")
-    if done.error_path:
-        say(f"failed rows: {done.error_path}")
-    _finish(args, llm, done.rows_ok, done.rows_failed)
+def _job(args: argparse.Namespace, llm: LLM, job: JobCommand) -> int:
+    done = job.run(llm)
+    _finish(args, llm, done.rows_ok, done.rows_failed, done.rows_resumed)
+    return _exit_code(done)
+
+
+def _exit_code(done: JobReport) -> int:
     return EXIT_ROWS_FAILED if done.rows_failed else 0
 
 
@@ -196,13 +199,15 @@ def _benchmark(args: argparse.Namespace, llm: LLM, measured: Measured) -> int:
     return 0
 
 
-def _finish(args: argparse.Namespace, llm: LLM, rows_ok: int, rows_failed: int) -> None:
+def _finish(args: argparse.Namespace, llm: LLM, rows_ok: int, rows_failed: int, rows_resumed: int = 0) -> None:
     metrics = llm.metrics()
     lines = report.throughput_lines(metrics) + report.lane_lines(metrics) + llm.engine.plan.memory_lines()
     say(*lines)
     say(f"peak process memory: {report.peak_process_bytes() / 2**30:.3f} GiB resident")
     if args.metrics_json:
-        report.write_json(args.metrics_json, report.metrics_record(metrics, llm.engine, rows_ok, rows_failed))
+        report.write_json(
+            args.metrics_json, report.metrics_record(metrics, llm.engine, rows_ok, rows_failed, rows_resumed)
+        )
 
 
 if __name__ == "__main__":

@@ -1,65 +1,39 @@
-"""From a request to what the engine takes, and from a file of requests to the lengths that size its memory."""
+"""From the lengths of a job's rows to what sizes its memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from flexmoe.errors import DataError
-from flexmoe.params import EngineRequest
-from flexmoe.requests import Request
-from flexmoe.tokenizer import Tokenizer
 from policies.policy import Workload
-
-
-def engine_requests(request: Request, row: int, tokenizer: Tokenizer, default_max_tokens: int) -> list[EngineRequest]:
-    """One engine request per choice of a request; ids are ``<row>/<choice>``.
-
-    Raises:
-        DataError: a text cannot be tokenized, or the model has no chat template.
-    """
-    if request.messages is not None:
-        prompts = [tokenizer.encode_chat(request.messages)]
-    else:
-        prompts = [tokenizer.encode(p) if isinstance(p, str) else p for p in request.prompts]
-    params = request.params
-    if params.max_tokens is None:
-        params = replace(params, max_tokens=default_max_tokens)
-    return [
-        EngineRequest(request_id=f"{row}/{choice}", prompt_token_ids=ids, params=params)
-        for choice, ids in enumerate(prompts)
-    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Lengths of a file's rows.
+    """Lengths of a job's rows.
 
     Attributes:
         workload: mean prompt and completion lengths, rounded up.
-        longest_row: tokens of the longest row that the context admits, prompt and completion.
-        rows: rows measured; those that cannot be tokenized are left to become error rows.
+        longest_row: tokens of the longest row, prompt and completion.
+        rows: rows measured, every sample of a prompt one.
     """
 
     workload: Workload
     longest_row: int
     rows: int
 
+    @classmethod
+    def of(cls, lengths: Iterable[tuple[int, int, int]], context: int) -> Measured:
+        """Measures what can run; there may be nothing.
 
-def measure(requests: Iterable[Request], tokenizer: Tokenizer, default_max_tokens: int, context: int) -> Measured:
-    """Measure the rows of a job; a row's completion counts as its ``max_tokens``."""
-    rows = prompt = completion = longest = 0
-    for request in requests:
-        try:
-            parts = [] if request.error else engine_requests(request, 0, tokenizer, default_max_tokens)
-        except DataError:
-            continue
-        for part in parts:
-            length = len(part.prompt_token_ids)
-            if not 0 < length < context:
-                continue
-            ends = min(length + part.params.max_tokens, context)
-            rows, prompt, completion = rows + 1, prompt + length, completion + ends - length
+        Args:
+            lengths: of each prompt its tokens, the ``max_tokens`` of a completion, and the number of completions.
+            context: most tokens of a prompt and its completion.
+        """
+        rows = prompt = completion = longest = 0
+        for prompt_tokens, max_tokens, n in lengths:
+            ends = min(prompt_tokens + max_tokens, context)
+            rows, prompt, completion = rows + n, prompt + n * prompt_tokens, completion + n * (ends - prompt_tokens)
             longest = max(longest, ends)
-    mean = Workload(prompt_len=max(1, -(-prompt // max(1, rows))), gen_len=max(1, -(-completion // max(1, rows))))
-    return Measured(workload=mean, longest_row=longest or 2, rows=rows)
+        mean = Workload(prompt_len=max(1, -(-prompt // max(1, rows))), gen_len=max(1, -(-completion // max(1, rows))))
+        return cls(workload=mean, longest_row=longest or 2, rows=rows)

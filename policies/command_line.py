@@ -58,6 +58,14 @@ def size_gib(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of GiB of at least 0") from None
 
 
+def seconds(text: str) -> float:
+    """Seconds of at least 0; 0 is a value."""
+    try:
+        return check_number("", float(text), zero=True)
+    except (ValueError, UsageError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of seconds of at least 0") from None
+
+
 def fraction(text: str) -> float:
     """A number above 0 and at most 1."""
     try:

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         "--trace": "trace.json",
         "--metrics-json": "metrics.json",
     }
-    args = ["--model", str(checkpoint), *COMMAND.format(gpu=gpu).split(), "--offload-dir", str(home / "offload")]
+    args = ["--model", str(checkpoint), "--overwrite", *COMMAND.format(gpu=gpu).split(), "--offload-dir", str(home / "offload")]
     args += [part for flag, name in files.items() for part in (flag, str(home / name))]
     print(
         f"{size / 2**20:.0f} MiB of weights, {ROWS} requests of mixed length; python -m flexmoe.run {' '.join(args)}\n",

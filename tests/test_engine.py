@@ -48,11 +48,14 @@ def request(variant, row, max_tokens=GEN_LEN, **params):
 
 
 def is_clean(llm):
-    """Nobody waits or runs, and every block, tail and projection is given back."""
+    """Nobody waits or runs, and every block, tail, projection and promised place is given back."""
     engine = llm.engine
     free = all(engine.cache.free(t) == engine.cache.total(t) for t in TIERS)
     none_projected = all(engine.scheduler.admission.projected_peak(t) == 0 for t in TIERS)
-    return engine.unfinished == 0 and free and none_projected and engine.cache.free_tails == engine.cache._tails.total
+    counted = all(engine.scheduler.admission.free(t) == engine.cache.total(t) for t in TIERS)
+    none_promised = engine.scheduler.rows_waiting == engine.scheduler.admission.prefixes.promised == 0
+    all_tails = engine.cache.free_tails == engine.cache._tails.total
+    return engine.unfinished == 0 and free and counted and none_projected and none_promised and all_tails
 
 
 def ids(output):

@@ -1,0 +1,199 @@
+"""From a request to what the engine takes, or to why it cannot run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+
+from flexmoe.errors import DataError
+from flexmoe.generation_config import SamplingDefaults
+from flexmoe.params import EngineRequest, SamplingParams
+from flexmoe.requests import Request, RowError
+from flexmoe.tokenizer import Tokenizer
+
+#: Completions of one row; all of them wait in memory for the last one.
+MAX_CHOICES = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the model bounds.
+
+    Args:
+        vocab_size: token ids are below it.
+        context: most tokens of a prompt and its completion.
+    """
+
+    vocab_size: int
+    context: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """Which names of a model a row may give.
+
+    Args:
+        names: they mean the model that runs; where there are none, every name does.
+        strict: a row that gives another name fails.
+    """
+
+    names: frozenset[str]
+    strict: bool = False
+
+    @classmethod
+    def of(cls, *names: str, strict: bool = False) -> ServedModel:
+        """Named by `--model` (a directory's last part is a name too) and by what else it is served as."""
+        return cls(names=frozenset((*names, *(PurePath(name).name for name in names))), strict=strict)
+
+    def mismatch(self, request: Request) -> str | None:
+        """That a row asks for another model, as a sentence; None when it does not."""
+        asked = request.model
+        if asked is None or not self.names or asked in self.names or PurePath(asked).name in self.names:
+            return None
+        return f"the row asks for the model {asked[:200]}, and the one that runs is {min(self.names, key=len)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preparer:
+    """Makes engine requests of rows: renders, tokenizes, fills in what a row leaves open, and refuses what cannot run.
+
+    It depends on nothing but its arguments and the row, so that any process that has the same makes the same.
+
+    Args:
+        default_max_tokens: for rows that name no limit.
+    """
+
+    tokenizer: Tokenizer
+    limits: Limits
+    default_max_tokens: int
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    served: ServedModel = field(default_factory=ServedModel.of)
+
+    def prepare(self, request: Request, row: int) -> list[EngineRequest] | RowError:
+        """One engine request for each prompt of a row, named ``<row>/<prompt>``; or why it cannot run."""
+        return self.prepare_all([(row, request)])[0]
+
+    def prepare_all(self, rows: Sequence[tuple[int, Request]]) -> list[list[EngineRequest] | RowError]:
+        """What `prepare` makes of each (row, request), with all texts tokenized together."""
+        asked = [self._asked(request) for _, request in rows]
+        tokenized = iter(
+            self._tokenized([part for parts in asked if not isinstance(parts, RowError) for part in parts])
+        )
+        results: list[list[EngineRequest] | RowError] = []
+        for (row, request), parts in zip(rows, asked, strict=True):
+            if isinstance(parts, RowError):
+                results.append(parts)
+            else:
+                results.append(self._finished(request, row, [next(tokenized) for _ in parts]))
+        return results
+
+    def _asked(self, request: Request) -> list[_Text | tuple[int, ...]] | RowError:
+        """The prompts of a row as texts or ids."""
+        if request.error is not None:
+            return request.error
+        mismatch = self.served.mismatch(request) if self.served.strict else None
+        if mismatch is not None:
+            return RowError(
+                code="model_not_found", message=f"{mismatch}; change the row or leave its model out", param="model"
+            )
+        if request.messages is None:
+            return [_Text(prompt, rendered=False) if isinstance(prompt, str) else prompt for prompt in request.prompts]
+        try:
+            return [_Text(self.tokenizer.render(request.messages, request.chat_template_kwargs), rendered=True)]
+        except DataError as error:
+            return _invalid_prompt(request, str(error))
+
+    def _tokenized(self, parts: Sequence[_Text | tuple[int, ...]]) -> list[tuple[int, ...] | DataError]:
+        """Token ids of each part, or why it has none."""
+        results: list[tuple[int, ...] | DataError] = [() if isinstance(part, _Text) else part for part in parts]
+        for rendered in (False, True):
+            places = [i for i, part in enumerate(parts) if isinstance(part, _Text) and part.rendered == rendered]
+            texts = [parts[i].text for i in places]
+            for place, ids in zip(places, self._encoded(texts, rendered), strict=True):
+                results[place] = ids
+        return results
+
+    def _encoded(self, texts: list[str], rendered: bool) -> Iterable[tuple[int, ...] | DataError]:
+        try:
+            return self.tokenizer.encode_all(texts, rendered=rendered)
+        except DataError as error:
+            if len(texts) == 1:
+                return [error]
+            # One of them is at fault, and the others are not: take them by themselves.
+            return [ids for text in texts for ids in self._encoded([text], rendered)]
+
+    def _finished(
+        self, request: Request, row: int, prompts: Sequence[tuple[int, ...] | DataError]
+    ) -> list[EngineRequest] | RowError:
+        failed = next((ids for ids in prompts if isinstance(ids, DataError)), None)
+        if failed is not None:
+            return _invalid_prompt(request, str(failed))
+        params = self.defaults.params(request.sampling, self.default_max_tokens)
+        refused = self._refused_params(params, request, len(prompts))
+        refused = refused or next(filter(None, (self._refused_prompt(request, ids, params) for ids in prompts)), None)
+        if refused is not None:
+            return refused
+        return [
+            EngineRequest(
+                request_id=f"{row}/{number}",
+                prompt_token_ids=ids,
+                params=params,
+                stream_key=f"{request.custom_id}/{number}",
+            )
+            for number, ids in enumerate(prompts)
+        ]
+
+    def _refused_params(self, params: SamplingParams, request: Request, prompts: int) -> RowError | None:
+        vocab, context = self.limits.vocab_size, self.limits.context
+        if prompts * params.n > MAX_CHOICES:
+            told = (
+                f"{prompts} prompts with n = {params.n} make {prompts * params.n} choices; at most {MAX_CHOICES} may be"
+            )
+            return RowError.invalid("n", f"{told} in one row: divide it")
+        if params.stop and not self.tokenizer.is_available:
+            return RowError.invalid(
+                "stop", "stop strings need the model's tokenizer, and there is none; use stop_token_ids"
+            )
+        outside = [id for id, _ in params.logit_bias if id >= vocab]
+        if outside:
+            return RowError.invalid(
+                "logit_bias", f"logit_bias names token {outside[0]}, outside the vocabulary of {vocab}"
+            )
+        outside = [id for id in params.stop_token_ids if id >= vocab]
+        if outside:
+            return RowError.invalid("stop_token_ids", f"token {outside[0]} is outside the vocabulary of {vocab}")
+        limit = request.sampling.get("max_tokens", 0)
+        if limit > context:
+            return RowError.invalid(
+                "max_tokens", f"max_tokens is {limit}, more than the model's context of {context} tokens"
+            )
+        return None
+
+    def _refused_prompt(self, request: Request, ids: tuple[int, ...], params: SamplingParams) -> RowError | None:
+        if not ids:
+            return _invalid_prompt(request, "the prompt has no tokens; give one that is not empty")
+        if max(ids) >= self.limits.vocab_size:
+            told = f"token {max(ids)} of the prompt is outside the vocabulary of {self.limits.vocab_size}"
+            return _invalid_prompt(request, told)
+        room = self.limits.context - len(ids)
+        if room < (0 if params.max_tokens == 0 else 1):
+            told = f"the prompt has {len(ids)} tokens, and the model's context is {self.limits.context}; shorten it"
+            return RowError(code="context_length_exceeded", message=told, param=_prompt_field(request))
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A prompt that is to be tokenized; `rendered` by a chat template, which wrote its special tokens."""
+
+    text: str
+    rendered: bool
+
+
+def _prompt_field(request: Request) -> str:
+    return "prompt" if request.messages is None else "messages"
+
+
+def _invalid_prompt(request: Request, message: str) -> RowError:
+    return RowError(code="invalid_prompt", message=message, param=_prompt_field(request))

@@ -1,0 +1,157 @@
+"""The work directory beside an output: `manifest.json`, which stays, and while the job is unfinished a journal and a lock.
+
+Whatever moment a process dies at, what it leaves is one of: nothing, a manifest without a journal (begun), both
+(unfinished: the next start goes on), or a finished manifest beside a whole output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from flexmoe import file_io
+from flexmoe.errors import StorageError, UsageError
+from flexmoe.file_io import storage_errors
+from flexmoe.journal import Journal
+from flexmoe.lock import Lock
+from flexmoe.manifest import Finished, Manifest, work_directory
+from flexmoe.output_files import is_as_published, remove
+
+log = logging.getLogger(__name__)
+
+
+class Workspace:
+    """Holds the job of one output file.
+
+    Args:
+        output, errors: the final files.
+        wanted: the job that is asked for.
+        overwrite: forget what is there, finished or not.
+
+    Attributes:
+        manifest: that of the job; its creation time is that of the first start.
+        finished: what is there already; None when there is work to do.
+
+    Raises:
+        UsageError: another run holds it, it holds a job with other flags, or the output is there and is not this job's.
+        DataError: it holds a job with other files, or is damaged.
+        StorageError: it cannot be made or written.
+    """
+
+    def __init__(self, output: Path, errors: Path, wanted: Manifest, *, overwrite: bool = False) -> None:
+        self.directory = work_directory(output)
+        self._output, self._errors = output, errors
+        with storage_errors(self.directory):
+            self.directory.mkdir(exist_ok=True)
+        self._manifest_path, self._journal_path = self.directory / "manifest.json", self.directory / "journal"
+        self._lock = Lock(self.directory / "lock")
+        self._journal: Journal | None = None
+        self._is_new, self.manifest = False, wanted
+        try:
+            if overwrite:
+                self._forget()
+            self.manifest = self._same_or_new(wanted, overwrite)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def finished(self) -> Finished | None:
+        """What the finished job left; None when there is work to do."""
+        return self.manifest.finished
+
+    @property
+    def journal(self) -> Journal:
+        """The journal, opened (and repaired) when it is first asked for.
+
+        Raises:
+            DataError, StorageError: as `Journal`.
+        """
+        if self._journal is None:
+            self._journal = Journal(self._journal_path, self.manifest.rows, self.manifest.part)
+            with storage_errors(self.directory):
+                file_io.sync_directory(self.directory)
+        return self._journal
+
+    def finish(self, finished: Finished) -> None:
+        """Writes down that the output has its name, and lets the journal go.
+
+        Raises:
+            StorageError: the disk is full or failed; the next start publishes the same files again.
+        """
+        self.manifest = replace(self.manifest, finished=finished)
+        self.manifest.save(self._manifest_path)
+        self._close_journal()
+        remove(self._journal_path)
+
+    def close(self) -> None:
+        """Lets go of the directory. A job in which nothing was done leaves nothing: its flags may be others next time."""
+        untouched = self._is_new if self._journal is None else self._journal.is_untouched
+        self._close_journal()
+        if untouched and self.finished is None:
+            with contextlib.suppress(StorageError):
+                self._forget()
+        self._lock.release()
+        with contextlib.suppress(OSError):  # it is not empty, as a rule
+            self.directory.rmdir()
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _same_or_new(self, wanted: Manifest, overwrite: bool) -> Manifest:
+        held = Manifest.load(self._manifest_path)
+        if held is not None and held.part != wanted.part and self._is_untouched(held):
+            self._forget()
+            held = None
+        if held is not None:
+            held.check_same(wanted, self.directory)
+            if held.finished is None or self._is_whole(held.finished):
+                return held
+            log.warning("%s is gone, so its job, which was finished, is done again", self._output)
+            self._forget()
+        elif not overwrite:
+            self._refuse_files_of_others()
+        self._is_new = True
+        wanted.save(self._manifest_path)
+        return wanted
+
+    def _is_untouched(self, held: Manifest) -> bool:
+        """Whether another job was begun here and killed before it had done anything."""
+        if held.finished is not None:
+            return False
+        with contextlib.closing(Journal(self._journal_path, held.rows, held.part)) as journal:
+            return journal.is_untouched
+
+    def _forget(self) -> None:
+        remove(self._journal_path)
+        remove(self._manifest_path)
+
+    def _is_whole(self, finished: Finished) -> bool:
+        """Whether the finished job's files are there; the work is done again only where the output was taken away."""
+        if not self._output.exists():
+            return False
+        for path, published in ((self._output, finished.output), (self._errors, finished.errors)):
+            if published is not None and not is_as_published(path, published):
+                raise UsageError(
+                    f"{path} is not as the finished job left it; remove {self._output} or give --overwrite to do the job "
+                    "again, or choose another output"
+                )
+        return True
+
+    def _refuse_files_of_others(self) -> None:
+        for path in (self._output, self._errors):
+            if path.exists():
+                raise UsageError(
+                    f"{path} is there already and was not begun by this job; choose another output, or give --overwrite "
+                    "to replace it"
+                )
+
+    def _close_journal(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None

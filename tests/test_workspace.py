@@ -1,0 +1,282 @@
+"""The work directory: one job, one runner, and every way in which the two may not be the same as before."""
+
+import errno
+import fcntl
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from flexmoe import lock
+from flexmoe.errors import DataError, StorageError, UsageError
+from flexmoe.lock import Lock
+from flexmoe.manifest import Finished, Manifest, work_directory
+from flexmoe.order import longest_first
+from flexmoe.output_files import publish
+from flexmoe.shards import Shard
+from flexmoe.workspace import Workspace
+
+IDENTITY = {"input": "a1", "model": "b2", "weights": "c3", "tokenizer": "d4", "gen_len": 32, "seed": 0}
+
+
+def manifest(shard=None, rows=3, created_s=1000, **identity):
+    return Manifest(identity=IDENTITY | identity, rows=rows, shard=shard, created_s=created_s, model_name="m")
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "out.jsonl"
+
+
+@pytest.fixture
+def opened(output):
+    """Opens the work directory of `output`; what is open at the end is closed."""
+    spaces = []
+
+    def call(wanted=None, **options):
+        spaces.append(Workspace(output, output.with_name("out.errors.jsonl"), wanted or manifest(), **options))
+        return spaces[-1]
+
+    yield call
+    for space in spaces:
+        space.close()
+
+
+def finished(output, lines=(b"a\n", b"b\n")):
+    written = publish(output, lines)
+    return Finished(rows_ok=2, prompt_tokens=5, generated_tokens=7, output=written, errors=None, failed_rows=(1,))
+
+
+def begun(space):
+    """Something has been done in it."""
+    space.journal.finish(1, b"one\n")
+    space.close()
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_the_manifest_is_there_before_any_work_is(opened, output):
+    space = opened()
+    assert names(work_directory(output)) == ["lock", "manifest.json"]
+    document = json.loads((work_directory(output) / "manifest.json").read_text())
+    assert document["kind"] == "flexmoe.job" and document["identity"] == IDENTITY and document["finished"] is None
+    assert space.finished is None
+
+
+def test_a_second_start_goes_on_with_the_rows_and_the_time_of_the_first(opened):
+    first = opened()
+    first.journal.finish(1, b"one\n")
+    first.close()
+    again = opened(manifest(created_s=2000))
+    assert again.manifest.created_s == 1000 and 1 in again.journal
+
+
+@pytest.mark.parametrize("change, kind, told", [
+    ({"input": "zz"}, DataError, "the input file has changed"),
+    ({"weights": "zz"}, DataError, "weights are others"),
+    ({"tokenizer": "zz", "gen_len": 64}, DataError, "--gen-len was 32 and is 64"),
+    ({"gen_len": 64}, UsageError, "--gen-len was 32 and is 64"),
+    ({"seed": 7}, UsageError, "--seed was 0 and is 7"),
+    ({"chat_template": "t.jinja"}, UsageError, "--chat-template was not given and is t.jinja"),
+    ({"shard": (0, 2)}, UsageError, "--shard was not given and is 0/2"),
+], ids=str)  # fmt: skip
+def test_another_job_is_refused_with_what_differs(opened, change, kind, told):
+    begun(opened())
+    with pytest.raises(kind, match="holds another job") as caught:
+        opened(manifest(**change))
+    assert told in str(caught.value) and "--overwrite" in str(caught.value)
+    assert 1 in opened().journal, "what was there is there still"
+
+
+def test_a_job_in_which_nothing_was_done_leaves_nothing(opened, output):
+    for touch in (
+        lambda space: None,
+        lambda space: space.journal,
+        lambda space: space.journal.finish(0, b"no", failed=True),
+    ):
+        space = opened()
+        touch(space)
+        space.close()
+        assert not work_directory(output).exists()
+
+
+def test_a_job_that_was_killed_before_it_had_done_anything_gives_way_to_another(opened, output):
+    space = opened()
+    space.journal.finish(0, b"refused", failed=True)
+    kept = {path.name: path.read_bytes() for path in work_directory(output).iterdir()}
+    space.close()
+    work_directory(output).mkdir()
+    for name, data in kept.items():
+        (work_directory(output) / name).write_bytes(data)
+    assert opened(manifest(gen_len=64)).journal.rows_done == 0
+
+
+def test_overwrite_starts_anew(opened):
+    first = opened()
+    first.journal.finish(1, b"one\n")
+    first.close()
+    space = opened(manifest(gen_len=64, created_s=2000), overwrite=True)
+    assert space.journal.rows_done == 0 and space.manifest.created_s == 2000
+
+
+def test_a_finished_job_is_known_and_its_journal_gone(opened, output):
+    space = opened()
+    space.journal.finish(0, b"a\n")
+    done = finished(output)
+    space.finish(done)
+    space.close()
+    assert names(work_directory(output)) == ["manifest.json"]
+    assert opened().finished == done
+
+
+def test_a_finished_job_whose_output_was_taken_away_is_done_again(opened, output):
+    space = opened()
+    space.finish(finished(output))
+    space.close()
+    output.unlink()
+    again = opened()
+    assert again.finished is None and again.journal.rows_done == 0
+
+
+def test_a_finished_output_that_was_edited_is_not_replaced_without_being_told(opened, output):
+    space = opened()
+    space.finish(finished(output))
+    space.close()
+    output.write_text("mine")
+    with pytest.raises(UsageError, match="not as the finished job left it"):
+        opened()
+    assert output.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.errors.jsonl"])
+def test_a_file_that_is_not_the_jobs_is_not_replaced_without_being_told(opened, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UsageError, match="was not begun by this job"):
+        opened()
+    assert names(tmp_path) == [name]
+    assert opened(overwrite=True).finished is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"kind": "flexmoe.job"}', '{"kind": "flexmoe.job", "schema_version": 99}',
+                                  '{"kind": "flexmoe.job", "schema_version": 1, "identity": 3}', "\x00" * 50])  # fmt: skip
+def test_a_damaged_manifest_is_an_error_that_names_the_way_out(opened, output, text):
+    work_directory(output).mkdir()
+    (work_directory(output) / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match="--overwrite"):
+        opened()
+    assert opened(overwrite=True).finished is None
+
+
+def test_a_work_directory_that_cannot_be_made_is_a_storage_error(opened, output):
+    work_directory(output).write_text("in the way")
+    with pytest.raises(StorageError, match="out.jsonl.flexmoe"):
+        opened()
+
+
+def test_the_fingerprint_is_the_same_for_all_shards_and_starts():
+    one, other = manifest(shard=(0, 2), created_s=1), manifest(shard=(1, 2), created_s=2)
+    assert one.fingerprint == other.fingerprint and one.part != other.part
+    assert one.fingerprint != manifest(seed=1).fingerprint
+
+
+# The lock.
+
+
+def test_a_second_runner_is_told_who_works_on_the_job(opened):
+    opened()
+    with pytest.raises(UsageError, match=rf"process {os.getpid()} on .*, since 2"):
+        opened()
+
+
+def test_the_lock_of_a_killed_process_holds_nobody_up(tmp_path):
+    code = (
+        f"import os, signal; from flexmoe.lock import Lock; Lock({str(tmp_path / 'lock')!r}); os.kill(os.getpid(), 9)"
+    )
+    code = code.replace("Lock('", "Lock(__import__('pathlib').Path('").replace("'); os", "')); os")
+    subprocess.run([sys.executable, "-c", code], timeout=60, cwd=os.path.dirname(os.path.dirname(__file__)))
+    assert (tmp_path / "lock").exists()
+    Lock(tmp_path / "lock").release()
+    assert names(tmp_path) == []
+
+
+def test_a_lock_file_that_was_removed_meanwhile_is_made_anew(tmp_path, monkeypatch):
+    """Between opening and locking, the last holder may remove the file; two processes would then hold two locks."""
+    path, real, calls = tmp_path / "lock", fcntl.flock, []
+
+    def flock(descriptor, operation):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            path.unlink()
+        real(descriptor, operation)
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    held = Lock(path)
+    assert len(calls) == 2 and path.exists()
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="another run"):
+        Lock(path)
+    held.release()
+
+
+def test_a_file_system_without_locks_is_named_in_a_warning(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    Lock(tmp_path / "lock").release()
+    assert "has no locks" in caplog.text
+
+
+# Shards and the order of work.
+
+
+def test_shards_take_every_row_once():
+    for total, count in ((10, 3), (2, 5), (0, 2), (7, 1)):
+        parts = [list(Shard(index=i, count=count).rows(total)) for i in range(count)]
+        assert sorted(sum(parts, [])) == list(range(total))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("text", ["", "1", "1/", "2/2", "-1/2", "0/0", "a/b", "0/1001", "1/2/3", "٠/٢"])
+def test_a_shard_that_is_none_is_refused(text):
+    with pytest.raises(UsageError, match="--shard"):
+        Shard.parse(text)
+
+
+def slurm(task, first, last, count):
+    return {f"SLURM_ARRAY_TASK_{n}": str(v) for n, v in zip(("ID", "MIN", "MAX", "COUNT"), (task, first, last, count))}
+
+
+@pytest.mark.parametrize("variables, shard", [
+    ((0, 0, 7, 8), (0, 8)), ((7, 0, 7, 8), (7, 8)), ((3, 1, 4, 4), (2, 4)), ((10, 5, 15, 3), (1, 3)), ((4, 4, 4, 1), (0, 1)),
+])  # fmt: skip
+def test_slurms_array_gives_the_shard(variables, shard):
+    assert Shard.of_slurm(slurm(*variables)) == Shard(index=shard[0], count=shard[1])
+
+
+@pytest.mark.parametrize("variables", [{}, slurm("x", 0, 1, 2), slurm(3, 0, 9, 3), slurm(2, 0, 9, 4)], ids=str)
+def test_an_array_that_is_no_even_one_is_refused(variables):
+    with pytest.raises(UsageError, match="--shard"):
+        Shard.of_slurm(variables)
+
+
+def test_a_shards_output_is_named_after_the_jobs(tmp_path):
+    assert Shard(index=0, count=8).path(tmp_path / "out.jsonl") == tmp_path / "out.shard-0-of-8.jsonl"
+    assert Shard(index=1, count=2).path(tmp_path / "results").name == "results.shard-1-of-2"
+
+
+def test_the_longest_rows_of_a_window_come_first_and_nothing_is_read_ahead_of_it():
+    lengths, taken = [3, 9, 9, 1, 5, 7, 2, 8], []
+
+    def rows():
+        for row in range(len(lengths)):
+            taken.append(row)
+            yield row
+
+    order = longest_first(rows(), lengths, 4)
+    assert [next(order) for _ in range(4)] == [1, 2, 0, 3] and len(taken) == 4
+    assert list(order) == [7, 5, 4, 6]
