@@ -2,7 +2,19 @@
 
 from cost_model.arch import ModelArch
 from cost_model.evaluate import Prediction, evaluate
+from cost_model.fixed import Fixed
 from cost_model.hardware import Hardware
+from cost_model.solver import Explanation, Plan, solve
 from policies.workload import Workload
 
-__all__ = ["Hardware", "ModelArch", "Prediction", "Workload", "evaluate"]
+__all__ = [
+    "Explanation",
+    "Fixed",
+    "Hardware",
+    "ModelArch",
+    "Plan",
+    "Prediction",
+    "Workload",
+    "evaluate",
+    "solve",
+]

@@ -190,8 +190,15 @@ class Costs:
             "h2d/kv": all_cores,
             "d2h": all_cores,
             "disk_read": hardware.disk_read_core_s_per_byte * hardware.disk_read_bytes_per_s * core,
+            "disk_read/kv": self._kv_read_cores() * core,
             "disk_write": hardware.disk_write_core_s_per_byte * hardware.disk_write_bytes_per_s * core,
         }
+
+    def _kv_read_cores(self) -> float:
+        """Cores that are busy while KV is read from disk."""
+        hw, nbytes = self.hardware, self.kv_bytes * self.counts.stretch_tokens
+        core_s = hw.kv_block_core_s + nbytes * hw.disk_read_core_s_per_byte
+        return core_s / (hw.kv_block_read_s + nbytes / hw.disk_read_bytes_per_s)
 
     # Weights.
 
@@ -219,11 +226,19 @@ class Costs:
 
     def load_act_s(self, batch: BatchLoad) -> float:
         """Hidden states of the batch to the compute device."""
-        return self.activation_bytes(batch) / self._gpu.h2d_bytes_per_s
+        return self.hardware.handoff_s + self.activation_bytes(batch) / self._gpu.h2d_bytes_per_s
 
     def store_act_s(self, batch: BatchLoad) -> float:
         """Hidden states of the batch home."""
-        return self.activation_bytes(batch) / self._gpu.d2h_bytes_per_s
+        return self.hardware.handoff_s + self.activation_bytes(batch) / self._gpu.d2h_bytes_per_s
+
+    def read_act_s(self, batch: BatchLoad) -> float:
+        """Hidden states of the batch, disk to host; the device waits for them."""
+        return self.hardware.disk_latency_s + self.read_s(self.activation_bytes(batch))
+
+    def write_act_s(self, batch: BatchLoad) -> float:
+        """Hidden states of the batch, host to disk."""
+        return self.hardware.disk_latency_s + self.write_s(self.activation_bytes(batch))
 
     def project_s(self, batch: BatchLoad) -> float:
         """Norm, queries, keys and values, rope."""
@@ -241,15 +256,18 @@ class Costs:
         """Attention in host memory."""
         hw = self.hardware
         read = batch.context["cpu"] * self.kv_bytes / hw.cpu_attention_bytes_per_s
-        return read + batch.pairs["cpu"] * self._pair_flops / hw.cpu_attention_flops_per_s
+        read += batch.pairs["cpu"] * self._pair_flops / hw.cpu_attention_flops_per_s
+        return read + hw.handoff_s if read else 0.0
 
     def read_kv_s(self, batch: BatchLoad) -> float:
-        """Past KV of the batch's disk rows, disk to host."""
-        return batch.past["disk"] * self.kv_bytes / self.hardware.disk_read_bytes_per_s
+        """Past KV of the batch's disk rows, disk to host; what lies side by side is read at once."""
+        hw, past = self.hardware, batch.past["disk"]
+        return past * (self.kv_bytes / hw.disk_read_bytes_per_s + hw.kv_block_read_s / self.counts.stretch_tokens)
 
     def load_kv_s(self, batch: BatchLoad) -> float:
         """Past KV of the fetched rows into the staging buffer; attended outputs of the CPU's rows up."""
-        past = (batch.past["fetch"] + batch.past["disk"]) * self.kv_bytes / self._gpu.kv_load_bytes_per_s
+        fetched = batch.past["fetch"] + batch.past["disk"]
+        past = self.hardware.handoff_s + fetched * self.kv_bytes / self._gpu.kv_load_bytes_per_s if fetched else 0.0
         return past + self.attended_s(batch)
 
     def attended_s(self, batch: BatchLoad) -> float:
@@ -258,13 +276,15 @@ class Costs:
 
     def store_kv_s(self, batch: BatchLoad) -> float:
         """New KV of rows whose home is not the GPU; queries of the rows attended on the CPU down."""
-        stored = (batch.new["fetch"] + batch.new["disk"] + batch.new["cpu"]) * self.kv_bytes
+        new = batch.new["fetch"] + batch.new["disk"] + batch.new["cpu"]
+        stored = self.hardware.handoff_s + new * self.kv_bytes / self._gpu.kv_store_bytes_per_s if new else 0.0
         down = batch.new["cpu"] * self._query_bytes / self._gpu.d2h_bytes_per_s if self._moves_queries else 0.0
-        return stored / self._gpu.kv_store_bytes_per_s + down
+        return stored + down
 
     def write_kv_s(self, batch: BatchLoad) -> float:
         """New KV of the batch's disk rows; a block is written when it is full, so this is the mean over sweeps."""
-        return batch.new["disk"] * self.kv_bytes / self.hardware.disk_write_bytes_per_s
+        hw = self.hardware
+        return batch.new["disk"] * (self.kv_bytes / hw.disk_write_bytes_per_s + hw.kv_block_write_s / BLOCK_TOKENS)
 
     # The rest of a sweep.
 

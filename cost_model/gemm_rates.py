@@ -1,6 +1,5 @@
 """How long a linear operation takes over so many tokens: a measured curve, and its convex pieces for a linear programme."""
 
-import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
@@ -42,8 +41,8 @@ class GemmRates:
 
         For one weight size, the time per weight element is piecewise linear in tokens between the measured points.
         Below the first it is that of the first, as the weights are read anyway; beyond the last it grows at the last
-        point's rate. Between two weight sizes it is interpolated linearly in log(elements); outside, that of the
-        nearest size holds.
+        point's rate. Between two weight sizes the whole time is linear in elements, which is exact where a call costs a
+        constant and a rate; outside, the time per element of the nearest size holds.
         """
         if tokens <= 0:
             return 0.0
@@ -51,9 +50,9 @@ class GemmRates:
         above = bisect_right(sizes, elements)
         if above == 0 or above == len(sizes):
             return elements * self._element_s(tokens, max(above - 1, 0))
-        lower, upper = self._element_s(tokens, above - 1), self._element_s(tokens, above)
-        share = math.log(elements / sizes[above - 1]) / math.log(sizes[above] / sizes[above - 1])
-        return elements * (lower + share * (upper - lower))
+        start, end = sizes[above - 1 : above + 1]
+        start_s, end_s = start * self._element_s(tokens, above - 1), end * self._element_s(tokens, above)
+        return start_s + (end_s - start_s) * (elements - start) / (end - start)
 
     def pieces(self, elements: float) -> tuple[tuple[float, float], ...]:
         """(slope in s per token, constant in s) of the straight pieces of the curve's lower convex envelope, slopes rising.

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
 
 from cost_model.gemm_rates import GemmRates
+from cost_model.json_values import build, listed
 from policies.errors import DataError, FlexMoEError, UsageError
 from policies.files import check_header, check_keys, read_json, write_json
 from policies.placement import check_count, check_number
@@ -82,7 +83,14 @@ class Hardware:
         host_bytes_per_s: DRAM, all readers together.
         disk_bytes: disk space that a run may take.
         disk_read_bytes_per_s, disk_write_bytes_per_s: at the runtime's depth.
-        disk_read_core_s_per_byte, disk_write_core_s_per_byte: core-seconds that a byte costs; 0 is allowed.
+        disk_read_core_s_per_byte: core-seconds that reading a byte takes from computing beside it; 0 is allowed.
+        disk_write_core_s_per_byte: likewise for writing.
+        kv_block_read_s: the disk's seconds per read of KV, of one block or neighbours, beyond its bytes at
+            disk_read_bytes_per_s, at the depth of the KV lanes; 0 is allowed, here and below.
+        kv_block_core_s: core-seconds per such read beyond those of its bytes.
+        kv_block_write_s: the disk's seconds per KV block written, beyond its bytes at disk_write_bytes_per_s.
+        disk_latency_s: what a transfer to or from disk takes that somebody waits for, beyond its bytes.
+        handoff_s: from one thread of the runtime to another: what an operation beside the compute lane takes at least.
         cpu_attention_bytes_per_s: decode attention over KV in host memory, all cores.
         cpu_attention_flops_per_s: prefill attention on the cores.
         row_s: host work per row and sweep.
@@ -105,6 +113,11 @@ class Hardware:
     disk_write_bytes_per_s: float
     disk_read_core_s_per_byte: float
     disk_write_core_s_per_byte: float
+    kv_block_read_s: float
+    kv_block_core_s: float
+    kv_block_write_s: float
+    disk_latency_s: float
+    handoff_s: float
     cpu_attention_bytes_per_s: float
     cpu_attention_flops_per_s: float
     row_s: float
@@ -190,7 +203,7 @@ class Hardware:
 
     def to_json(self) -> dict:
         """The content of the file as a dict of JSON values; `hardware.schema.json` describes it."""
-        values = _listed(asdict(self))
+        values = listed(asdict(self))
         return {"kind": KIND, "schema_version": SCHEMA_VERSION, **values}
 
     def save(self, path: str | os.PathLike) -> None:
@@ -252,19 +265,12 @@ def _check_fields(values: Gpu | Hardware, of_what: str) -> None:
             object.__setattr__(values, name, check_number(f"{name} {of_what}", value, zero=zero))
 
 
-def _listed(value):
-    """JSON's lists and text keys for tuples and whole-number keys."""
-    if isinstance(value, dict):
-        return {str(key): _listed(each) for key, each in value.items()}
-    return [_listed(each) for each in value] if isinstance(value, tuple) else value
-
-
 def _from_document(document: Mapping) -> Hardware:
     values = {key: value for key, value in document.items() if key not in ("kind", "schema_version")}
     if not isinstance(values.get("gpus", []), list):
         raise DataError('"gpus" must be a list.')
     gpus = tuple(_gpu_from_json(f"gpus[{index}]", gpu) for index, gpu in enumerate(values.get("gpus", [])))
-    return _build(Hardware, "the file", values | ({"gpus": gpus} if "gpus" in values else {}))
+    return build(Hardware, "the file", values | ({"gpus": gpus} if "gpus" in values else {}))
 
 
 def _gpu_from_json(where: str, values) -> Gpu:
@@ -272,7 +278,7 @@ def _gpu_from_json(where: str, values) -> Gpu:
         raise DataError(f"{where} must be a JSON object.")
     named = [name for name in ("experts", "dense") if name in values]
     curves = {name: _curves_from_json(f"{name} of {where}", values[name]) for name in named}
-    return _build(Gpu, where, values | curves)
+    return build(Gpu, where, values | curves)
 
 
 def _curves_from_json(where: str, values) -> dict[int, GemmRates]:
@@ -280,19 +286,4 @@ def _curves_from_json(where: str, values) -> dict[int, GemmRates]:
     if not isinstance(values, dict):
         raise DataError(f"{where} must be a JSON object with the keys {', '.join(known)}.")
     check_keys(where, values, known, known)
-    return {int(size): _build(GemmRates, f"{where} for {size} bytes", values[size]) for size in known}
-
-
-def _build(kind: type, where: str, values):
-    """A dataclass from a JSON object with exactly its fields; those with a default may be absent."""
-    if not isinstance(values, dict):
-        raise DataError(f"{where} must be a JSON object.")
-    optional = {
-        each.name for each in fields(kind) if each.default is not MISSING or each.default_factory is not MISSING
-    }
-    known = [each.name for each in fields(kind)]
-    check_keys(where, values, known, [name for name in known if name not in optional])
-    try:
-        return kind(**values)
-    except UsageError as error:
-        raise DataError(f"in {where}, {error}") from error
+    return {int(size): build(GemmRates, f"{where} for {size} bytes", values[size]) for size in known}

@@ -66,7 +66,7 @@ def course(policy: Policy, counts: Sizes, workload: Workload) -> Course:
     if policy.schedule == "static":
         rounds, per_round = 1.0, block
         if workload.num_requests is not None:
-            rounds = ceil(workload.num_requests / policy.block_size)
+            rounds = ceil(workload.num_requests / block - 1e-9)
             per_round = min(block, workload.num_requests / rounds)
         phases = _one_block(policy, m, shares, per_round, life, rounds)
         return Course(phases=phases, tokens=rounds * per_round * m.n, rows_in_flight=per_round, row_sweeps=life)
@@ -132,8 +132,10 @@ def _rows_in_flight(policy: Policy, counts: Sizes, m: _Moments) -> tuple[float, 
     rows = float(policy.block_size)
     for _ in range(3):
         fill = min(rows / pace, life)
-        longest = m.s + m.n - (fill / 2 if policy.schedule == "rolling" else 0)
-        rows = max(1.0, min(policy.block_size, tokens / (longest + BLOCK_TOKENS / 2), pace * life))
+        longest = m.s + m.n - fill / 2 + BLOCK_TOKENS / 2
+        if policy.schedule == "static":  # all march together, in whole blocks; the last token is never cached
+            longest = ceil((m.s + m.n - 1) / BLOCK_TOKENS) * BLOCK_TOKENS
+        rows = max(1.0, min(policy.block_size, tokens / longest, pace * life))
     return rows, rows / pace
 
 
@@ -157,7 +159,9 @@ def _ramp_up(
 ) -> list[Phase]:
     pace = rows / sweeps if sweeps else 0.0
     loads = [
-        _load(m, shares, decode=x * rows - pace / 2, context=x * rows * (m.s + x * sweeps / 2), enter=pace, policy=policy)
+        _load(
+            m, shares, decode=x * rows - pace / 2, context=x * rows * (m.s + x * sweeps / 2), enter=pace, policy=policy
+        )
         for x in _NODES
     ]
     return [Phase(name="fill", sweeps=rounds * sweeps / 2, load=load) for load in loads if sweeps]

@@ -35,6 +35,7 @@ class Sizes:
         staging_slots: host slots that disk units pass through on CUDA.
         fetch_blocks: blocks of one layer that a GPU batch may bring to the device (0: none ever are).
         write_blocks: disk-tier blocks that the runs of a GPU batch may touch.
+        stretch_tokens: tokens of KV that lie side by side on disk on average: a prompt, and each block that it grew by.
     """
 
     placement: Placement
@@ -47,6 +48,7 @@ class Sizes:
     staging_slots: int
     fetch_blocks: int
     write_blocks: int
+    stretch_tokens: float
 
 
 def sizes(
@@ -91,6 +93,7 @@ def sizes(
         # A run's own tokens may open one block more than its past fills.
         fetch_blocks=reachable + policy.gpu_batch_size if fetches else 0,
         write_blocks=ceil(batch_tokens / BLOCK_TOKENS) + 2 * policy.gpu_batch_size if blocks["disk"] else 0,
+        stretch_tokens=(workload.prompt_len + workload.gen_len / 2) / (1 + workload.gen_len / (2 * BLOCK_TOKENS)),
     )
 
 

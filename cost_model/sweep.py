@@ -20,6 +20,7 @@ from cost_model.load import BatchLoad, SweepLoad, batches
 
 _OPS_PER_BATCH = 3  # project, attend, and what stores or loads beside them
 _OPS_PER_LAYER = 2
+_STREAMED = ("attention", "expert", "head")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +52,13 @@ def sweep_time(costs: Costs, load: SweepLoad, gpu_batch_size: int) -> SweepTime:
         gpu_batch_size: rows per GPU batch.
     """
     layers, cut = costs.arch.num_layers, batches(load, gpu_batch_size)
-    tiers = costs.counts.activation_tiers
-    away = [batch for batch, tier in zip(cut, tiers) if tier != "gpu"]
+    away = sum(tier != "gpu" for tier in costs.counts.activation_tiers[: len(cut)])
     experts_s = _experts_s(costs, load.tokens)
     phase_s, compute_s = _attention_s(costs, cut, experts_s)
-    acts_up_s, acts_down_s = sum(map(costs.load_act_s, away)), sum(map(costs.store_act_s, away))
+    acts_up_s, acts_down_s, acts_disk_s = _acts_s(costs, cut)
     if away:  # the first batch's hidden states come up before anything of the layer, and the last go down after it
-        phase_s += acts_up_s / len(away) + acts_down_s / len(away)
+        moves_s = acts_up_s + acts_down_s + acts_disk_s  # one thread moves them all
+        phase_s = max(phase_s, moves_s) + (acts_up_s + acts_down_s + acts_disk_s / 2) / away
     head_s = _head_s(costs, load.logits)
     outside_s = costs.host_s(load.rows) + sum(map(costs.embed_s, cut)) + head_s + costs.sample_s(load.logits)
     weights = _weight_seconds(costs)
@@ -67,17 +68,31 @@ def sweep_time(costs: Costs, load: SweepLoad, gpu_batch_size: int) -> SweepTime:
         "h2d": weights["h2d"],
         "h2d/kv": layers * (sum(map(costs.load_kv_s, cut)) + acts_up_s),
         "d2h": layers * (sum(map(costs.store_kv_s, cut)) + acts_down_s),
-        "disk_read": weights["disk_read"] + layers * sum(map(costs.read_kv_s, cut)),
+        "disk_read": weights["disk_read"],
+        "disk_read/kv": layers * sum(map(costs.read_kv_s, cut)),
         "disk_write": layers * sum(map(costs.write_kv_s, cut)),
     }
     chain_s = layers * (phase_s + experts_s) + outside_s
-    bounds = _resources_s(costs, lanes) | {"schedule": chain_s}
-    if weights["late"]:
-        bounds["slots"] = layers * phase_s + outside_s + weights["late"]
+    attended_bytes = layers * costs.kv_bytes * sum(batch.context["cpu"] for batch in cut)
+    bounds = _resources_s(costs, lanes, attended_bytes) | {"schedule": chain_s}
+    late_s = _late_s(costs, weights["unit"], experts_s)
+    if late_s:  # the KV of the next layer's first batch comes over the same link meanwhile
+        late_s += costs.load_kv_s(cut[0]) if costs.hardware.device == "cuda" else 0.0
+        bounds["slots"] = layers * (phase_s + late_s) + outside_s
     if not costs.overlap:
         bounds = {"serial": sum(lanes.values())}
-    lanes["h2d"] += lanes.pop("h2d/kv")
+    for part in ("h2d/kv", "disk_read/kv"):
+        lanes[part.partition("/")[0]] += lanes.pop(part)
     return SweepTime(total_s=max(bounds.values()), lanes_s=lanes, bounds_s=bounds)
+
+
+def _acts_s(costs: Costs, cut: list[BatchLoad]) -> tuple[float, float, float]:
+    """Seconds of a layer that hidden states take up, down, and from and to disk."""
+    tiers = costs.counts.activation_tiers
+    away = [batch for batch, tier in zip(cut, tiers) if tier != "gpu"]
+    on_disk = [batch for batch, tier in zip(cut, tiers) if tier == "disk"]
+    disk_s = sum(map(costs.read_act_s, on_disk)) + sum(map(costs.write_act_s, on_disk))
+    return sum(map(costs.load_act_s, away)), sum(map(costs.store_act_s, away)), disk_s
 
 
 def _experts_s(costs: Costs, tokens: float) -> float:
@@ -130,23 +145,40 @@ def _head_s(costs: Costs, logits: float) -> float:
 
 
 def _weight_seconds(costs: Costs) -> dict[str, float]:
-    """Link seconds of the streamed weights of a sweep; ``late``: of those that find no slot during the attention phases."""
-    at, kinds = costs.counts.placement, ("attention", "expert", "head")
-    on_cpu, on_disk = at.bytes_of("cpu", *kinds), at.bytes_of("disk", *kinds)
-    units = at.count_of("cpu", *kinds) + at.count_of("disk", *kinds)
+    """Link seconds of a sweep's streamed weights; ``unit``: of one of them on the link that is slower."""
+    at = costs.counts.placement
+    on_cpu, on_disk = at.bytes_of("cpu", *_STREAMED), at.bytes_of("disk", *_STREAMED)
+    units = at.count_of("cpu", *_STREAMED) + at.count_of("disk", *_STREAMED)
     through_host = costs.hardware.device == "cuda"  # on device cpu, disk units are read straight into their slot
     h2d = costs.copy_s(on_cpu + (on_disk if through_host else 0))
     read = costs.read_s(on_disk)
-    per_layer = units / costs.arch.num_layers
-    late = max(0.0, 1.0 - costs.counts.slots / per_layer) if per_layer else 0.0
-    return {"h2d": h2d, "disk_read": read, "late": late * (max(h2d, read) if through_host else h2d + read)}
+    slower = max(h2d, read) if through_host else h2d + read
+    return {"h2d": h2d, "disk_read": read, "unit": slower / units if units else 0.0}
 
 
-def _resources_s(costs: Costs, lanes: Mapping[str, float]) -> dict[str, float]:
-    """Seconds that each lane and each resource that lanes share needs."""
+def _late_s(costs: Costs, unit_s: float, experts_s: float) -> float:
+    """Seconds of a layer's expert phase in which units arrive that found no slot before it.
+
+    The attention unit keeps its slot until its phase ends, so one slot fewer is filled meanwhile, and the link goes on at
+    once when it is given back. Where that unit is resident, the first slot comes free with the first expert.
+    """
+    arch, at, slots = costs.arch, costs.counts.placement, costs.counts.slots
+    experts = (at.count_of("cpu", "expert") + at.count_of("disk", "expert")) / arch.num_layers
+    attention = (at.count_of("cpu", "attention") + at.count_of("disk", "attention")) / arch.num_layers
+    each_s = experts_s / arch.num_experts
+    held = experts - slots + attention  # experts that are not there when the expert phase begins
+    if held <= 0:
+        return 0.0
+    streamed = max((held + 1) * unit_s, held * unit_s + each_s)
+    return attention * streamed + (1 - attention) * (held * unit_s + 2 * each_s)
+
+
+def _resources_s(costs: Costs, lanes: Mapping[str, float], attended_bytes: float) -> dict[str, float]:
+    """Seconds that each lane and each resource that lanes share needs; the CPU attends over so many bytes."""
     hw, gpu = costs.hardware, costs.hardware.gpu
     up, down = lanes["h2d"] + lanes["h2d/kv"], lanes["d2h"]
-    found = {name: seconds for name, seconds in lanes.items() if name not in ("h2d", "h2d/kv")} | {"h2d": up}
+    found = {name: seconds for name, seconds in lanes.items() if "/" not in name}
+    found |= {"h2d": up, "disk_read": lanes["disk_read"] + lanes["disk_read/kv"]}
     if hw.device == "cpu":
         found["h2d"] = max(lanes["h2d"], lanes["h2d/kv"])  # two threads; the link of CUDA is one
         found["cores"] = sum(costs.lane_share[name] * seconds for name, seconds in lanes.items())
@@ -154,6 +186,5 @@ def _resources_s(costs: Costs, lanes: Mapping[str, float]) -> dict[str, float]:
     both = min(gpu.h2d_duplex_bytes_per_s / gpu.h2d_bytes_per_s, gpu.d2h_duplex_bytes_per_s / gpu.d2h_bytes_per_s, 1.0)
     found["pcie"] = max(up, down) + min(up, down) * (1 / both - 1)  # while both directions run, each is slower
     moved = up * gpu.h2d_bytes_per_s + down * gpu.d2h_bytes_per_s
-    attended = lanes["cpu"] * hw.cpu_attention_bytes_per_s
-    found["host memory"] = (moved + attended) / hw.host_bytes_per_s
+    found["host memory"] = (moved + attended_bytes) / hw.host_bytes_per_s
     return found

@@ -86,7 +86,12 @@ def _job_flags(p: argparse.ArgumentParser) -> None:
 
 def _policy_flags(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("policy")
-    g.add_argument("--policy", type=Path, help="policy file; instead of the flags of this group")
+    g.add_argument(
+        "--policy",
+        type=Path,
+        help="policy file, or auto: measure this machine (once, cached) and plan for the job's own lengths; instead of the "
+        "flags of this group",
+    )
     g.add_argument("--force-policy", action="store_true", help="run a policy file that was made for another model")
     g.add_argument(
         "--percent", nargs=6, type=float, metavar=("W", "W", "C", "C", "A", "A"), help="placement; see below"
@@ -111,6 +116,12 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
 def _machine_flags(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="auto, cuda or cpu (default auto)")
+    g.add_argument(
+        "--hardware",
+        type=Path,
+        help="this machine's rates, for --policy auto and for predicted beside measured: a file of python -m flexmoe.probe, "
+        "or auto (measured once, cached; what --policy auto takes by itself)",
+    )
     g.add_argument("--dtype", default="auto", help="auto (the checkpoint's), bfloat16, float16 or float32")
     g.add_argument("--gpu-mem", type=float, metavar="GIB", help="GPU memory to stay under")
     g.add_argument("--cpu-mem", type=float, metavar="GIB", help="CPU memory to stay under")

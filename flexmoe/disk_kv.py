@@ -20,8 +20,8 @@ class DiskPlan:
 
     Reading: ``blocks`` are the full blocks to read, in order; ``full_slots`` their tokens in the read buffer and
     ``tail_slots`` those in the tails, merged by ``order`` into the rows' token order. Writing: the runs' tokens are
-    assembled in ``touched`` blocks; ``begun`` are (block, tail) that continue a tail, ``left`` those that become the
-    tail, ``filled`` (block, block id) those that are full then.
+    assembled in ``touched`` blocks; ``begun`` (blocks, tails) continue a tail, ``left`` (blocks, tails) become the tail,
+    ``filled`` are the (block, block id) that are full then.
     """
 
     blocks: list[int] = field(default_factory=list)
@@ -30,8 +30,8 @@ class DiskPlan:
     order: torch.Tensor | None = None
     new_slots: torch.Tensor | None = None
     touched: int = 0
-    begun: list[tuple[int, int]] = field(default_factory=list)
-    left: list[tuple[int, int]] = field(default_factory=list)
+    begun: tuple[torch.Tensor, torch.Tensor] | None = None
+    left: tuple[torch.Tensor, torch.Tensor] | None = None
     filled: list[tuple[int, int]] = field(default_factory=list)
     side: dict[int, int] = field(default_factory=dict)
 
@@ -43,6 +43,11 @@ def _slots(first_block: int, tokens: np.ndarray, size: int) -> np.ndarray:
 
 def _index(pieces: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(pieces).astype(np.int64))
+
+
+def _pairs(pairs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    both = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+    return both[:, 0].contiguous(), both[:, 1].contiguous()
 
 
 def _interleave(spans: list[tuple[int, int]], second: int) -> torch.Tensor:
@@ -82,7 +87,7 @@ class DiskKV:
         """Index tensors for the disk rows of a group."""
         size = self._cache.block_tokens
         full, tails, order, new = [], [], [], []
-        plan = DiskPlan()
+        plan, begun, left = DiskPlan(), [], []
         for run in runs:
             past, kv = run.kv.length, run.kv
             whole = past // size * size
@@ -90,20 +95,21 @@ class DiskKV:
             full.append(_slots(len(plan.blocks), np.arange(whole), size))
             tails.append(kv.tail * size + np.arange(past - whole))
             plan.blocks += kv.blocks[: past // size]
+            if past % size:
+                begun.append((plan.touched, kv.tail))
             new.append(self._plan_write(plan, kv, past, len(run.tokens)))
+            if (past + len(run.tokens)) % size:
+                left.append((plan.touched - 1, kv.tail))
         plan.full_slots, plan.tail_slots, plan.new_slots = _index(full), _index(tails), _index(new)
         plan.order = _interleave(order, len(plan.full_slots))
+        plan.begun, plan.left = _pairs(begun), _pairs(left)
         return plan
 
     def _plan_write(self, plan: DiskPlan, kv: RowKV, past: int, count: int) -> np.ndarray:
-        """Where a run's new tokens go in the write buffer; notes which blocks begin in, fill or leave a tail."""
+        """Where a run's new tokens go in the write buffer; notes which blocks they touch and which they fill."""
         size, base = self._cache.block_tokens, plan.touched
         first, last = past // size, (past + count - 1) // size
         plan.touched += last - first + 1
-        if past % size:
-            plan.begun.append((base, kv.tail))
-        if (past + count) % size:
-            plan.left.append((base + last - first, kv.tail))
         complete = (past + count) // size
         plan.filled += [(base + b - first, kv.blocks[b]) for b in range(first, min(last + 1, complete))]
         return _slots(base - first, np.arange(past, past + count), size)
@@ -142,13 +148,12 @@ class DiskKV:
         size = self._cache.block_tokens
         flat = self._flat(self._write_buffers[side], len(self._write_buffers[side]) // self._cache.block_bytes)
         blocks = flat.view(-1, 2, size, *self._tokens)
+        (begun, begun_tails), (left, left_tails) = plan.begun, plan.left
         for which, new in enumerate((k, v)):
             tail = self._cache.tail[layer, which]
-            for at, slot in plan.begun:
-                blocks[at, which] = tail[slot]
+            blocks[:, which].index_copy_(0, begun, tail.index_select(0, begun_tails))
             flat.index_copy_(0, plan.new_slots + which * size, new)
-            for at, slot in plan.left:
-                tail[slot] = blocks[at, which]
+            tail.index_copy_(0, left_tails, blocks[:, which].index_select(0, left))
 
     def write(self, layer: int, plan: DiskPlan) -> None:
         """Start writing the blocks that are full; `drain` or the buffer's next use waits for them."""

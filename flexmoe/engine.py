@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cost_model.costs import sampling_bytes
+from cost_model.sizes import BLOCK_TOKENS
 from flexmoe.activations import Activations
 from flexmoe.block import Block, Run
 from flexmoe.completions import Answer, Rules
@@ -57,6 +58,9 @@ class Engine:
         config: how to run it.
         detokenize: text of token ids, for requests with stop strings.
 
+    Attributes:
+        largest_row_tokens: tokens of the longest prompt and completion that the KV cache and its buffers hold.
+
     Raises:
         UsageError: no such device or dtype.
         InfeasibleError: the policy needs more bytes than a tier has; raised before anything is loaded.
@@ -88,7 +92,7 @@ class Engine:
             request,
             self.model.arch,
             limit=self.limit(request),
-            room=self.scheduler.largest_row_tokens(),
+            room=self.largest_row_tokens,
             has_tokenizer=self._rules.detokenize is not None,
         )
 
@@ -195,7 +199,14 @@ class Engine:
 
         Returns:
             torch.Tensor: float32 ``[len(token_ids), vocab]`` on the host.
+
+        Raises:
+            UsageError: the sequence is longer than a row may be.
         """
+        if len(token_ids) > self.largest_row_tokens:
+            raise UsageError(
+                f"{len(token_ids)} tokens are more than the {self.largest_row_tokens} that one row may have here"
+            )
         tier = max(("gpu", "cpu", "disk"), key=self.cache.total)
         kv = self.cache.open(tier)
         try:
@@ -284,6 +295,10 @@ class Engine:
         self._parts.callback(self.activations.close)
         self.reserve = Reserve(lambda: self.scheduler.running)
         self.scheduler = Scheduler(policy, self.cache, self.reserve.expected_end if c.reserve == "p95" else None)
+        self.largest_row_tokens = self.scheduler.largest_row_tokens()
+        if counts.fetch_blocks and c.longest_row:  # the buffers of fetched KV are made for rows of this length
+            longest = -(-c.longest_row // BLOCK_TOKENS) * BLOCK_TOKENS
+            self.largest_row_tokens = min(self.largest_row_tokens, longest)
         self.executor = Executor(
             device=self.device,
             recorder=self.recorder,

@@ -31,11 +31,14 @@ class KVExhausted(Exception):
 
 
 class BlockAllocator:
-    """Hands out block ids of one tier and counts who shares them."""
+    """Hands out block ids of one tier and counts who shares them.
+
+    A row's blocks are neighbours as far as that goes: neighbours on disk are read at once.
+    """
 
     def __init__(self, blocks: int):
         self.total = blocks
-        self._free = list(range(blocks - 1, -1, -1))
+        self._free = dict.fromkeys(range(blocks - 1, -1, -1))
         self._references = [0] * blocks
 
     @property
@@ -43,15 +46,19 @@ class BlockAllocator:
         """Blocks that nobody holds."""
         return len(self._free)
 
-    def take(self) -> int:
-        """A free block, held once.
+    def take(self, after: int = -1) -> int:
+        """A free block, held once: the one that follows ``after`` if it is free, else the one that was freed last.
 
         Raises:
             KVExhausted: there is none.
         """
         if not self._free:
             raise KVExhausted
-        block = self._free.pop()
+        if after + 1 in self._free and after >= 0:
+            block = after + 1
+            del self._free[block]
+        else:
+            block, _ = self._free.popitem()
         self._references[block] = 1
         return block
 
@@ -68,7 +75,7 @@ class BlockAllocator:
         """Give up one hold; the last one frees the block."""
         self._references[block] -= 1
         if self._references[block] == 0:
-            self._free.append(block)
+            self._free[block] = None
 
 
 @dataclass(slots=True)
@@ -168,7 +175,8 @@ class KVCache:
         missing = self.blocks_for(row.length + tokens) - len(row.blocks)
         if missing > allocator.free:
             raise KVExhausted
-        row.blocks.extend(allocator.take() for _ in range(missing))
+        for _ in range(missing):
+            row.blocks.append(allocator.take(after=row.blocks[-1] if row.blocks else -1))
 
     def truncate(self, row: RowKV, length: int) -> None:
         """Forget the tokens from ``length`` on and free the blocks that only they needed.
@@ -185,7 +193,7 @@ class KVCache:
         allocator = self._allocators[row.tier]
         if length % self.block_tokens and allocator.is_shared(row.blocks[keep - 1]):
             raise ValueError("a row cannot be cut inside a block that is shared with another row")
-        for block in row.blocks[keep:]:
+        for block in reversed(row.blocks[keep:]):  # the next row then begins where this one did
             allocator.drop(block)
         del row.blocks[keep:]
         row.length = length

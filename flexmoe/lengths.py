@@ -9,9 +9,6 @@ from dataclasses import dataclass, replace
 from flexmoe.params import EngineRequest
 from flexmoe.workload import Measured
 
-#: Different pairs of lengths that a plan is made for.
-_MOST_LENGTHS = 4096
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowLength:
@@ -75,10 +72,8 @@ class Lengths:
     def measured(self, context: int) -> Measured:
         """The job in a few numbers. Where a row has several prompts, each counts as long as they are on average."""
         measured = Measured.of(self._each(), context)
-        if not measured.rows:
-            return measured
-        workload = replace(measured.workload, num_requests=measured.rows, lengths=self._histogram())
-        return replace(measured, workload=workload, longest_row=max(self.longest))
+        longest = max(measured.longest_row, max(self.longest, default=0))
+        return replace(measured, workload=replace(measured.workload, longest_row=longest), longest_row=longest)
 
     def _each(self) -> Iterator[tuple[int, int, int]]:
         """Prompt tokens, new tokens and samples of each row, as for one of its samples."""
@@ -86,18 +81,3 @@ class Lengths:
             if prompts:
                 samples = self._samples[row]
                 yield -(-self.prompt_tokens[row] // prompts), -(-self.new_tokens[row] // samples), samples
-
-    def _histogram(self) -> tuple[tuple[int, int, int], ...]:
-        """(prompt tokens, new tokens, rows); lengths are rounded up where there would be too many of them."""
-        step = 1
-        while True:
-            counts: dict[tuple[int, int], int] = {}
-            for prompt, new, samples in self._each():
-                # Nothing to generate still takes the sweep that computes the prompt.
-                key = -(-prompt // step) * step, -(-max(new, 1) // step) * step
-                counts[key] = counts.get(key, 0) + samples
-                if len(counts) > _MOST_LENGTHS:
-                    break
-            else:
-                return tuple((prompt, new, rows) for (prompt, new), rows in sorted(counts.items()))
-            step *= 2

@@ -152,8 +152,8 @@ class LLM:
 
     @property
     def largest_row_tokens(self) -> int:
-        """Tokens of the longest prompt and completion that a memory tier's KV cache can hold."""
-        return self.engine.scheduler.largest_row_tokens()
+        """Tokens of the longest prompt and completion that the KV cache and its buffers hold."""
+        return self.engine.largest_row_tokens
 
     @property
     def tokens(self) -> tuple[int, int]:

@@ -41,6 +41,16 @@ def usable_cores() -> int:
     return max(1, cores)
 
 
+def busy_core_s() -> float | None:
+    """Core-seconds that all processes have used since the machine started; None where it cannot be told apart, because
+    this process may use only some of the cores that the kernel counts."""
+    first = (_lines(Path("/proc/stat")) or [""])[0].split()
+    if len(first) < 9 or first[0] != "cpu" or usable_cores() != os.cpu_count():
+        return None
+    user, nice, system, _, _, irq, softirq, stolen = (int(ticks) for ticks in first[1:9])
+    return (user + nice + system + irq + softirq + stolen) / os.sysconf("SC_CLK_TCK")
+
+
 def cpu_name() -> str:
     """The processor's name for people."""
     for line in _lines(Path("/proc/cpuinfo")):

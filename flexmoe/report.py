@@ -120,6 +120,7 @@ def metrics_record(
         "peak_gpu_bytes": peak_gpu_bytes(engine),
         "achieved_weight_percent": list(engine.plan.sizes.placement.achieved_percent),
         "policy": asdict(engine.config.policy),
+        "workload": engine.config.workload.to_json(),
         "device": str(engine.device.torch),
         "dtype": str(engine.plan.dtype),
         "versions": versions(),

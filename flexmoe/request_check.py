@@ -11,7 +11,7 @@ def problem(request: EngineRequest, arch: ModelArch, *, limit: int, room: int, h
 
     Args:
         limit: tokens that prompt and completion may reach.
-        room: tokens of the longest row that any memory tier can hold.
+        room: tokens of the longest row that the KV cache and its buffers hold.
         has_tokenizer: whether token ids can be made text.
     """
     prompt = request.prompt_token_ids
@@ -26,8 +26,8 @@ def problem(request: EngineRequest, arch: ModelArch, *, limit: int, room: int, h
         return f"the prompt has {len(prompt)} tokens; the model's context is {arch.max_position}"
     if limit - 1 > room:
         return (
-            f"prompt and completion may reach {limit} tokens, but no memory tier's KV cache holds "
-            f"more than {room} for one row"
+            f"prompt and completion may reach {limit} tokens, but the KV cache and its buffers were planned for at most "
+            f"{room} in one row"
         )
     return _parameters(request, arch.vocab_size, has_tokenizer) or _resumed(request, arch.vocab_size)
 

@@ -9,25 +9,26 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from cost_model.sizes import BLOCK_TOKENS
+from cost_model.simulate import Simulation
 from flexmoe import report
 from flexmoe.arguments import parser
+from flexmoe.auto_policy import comparison_lines, describe_policy, forecast_line, predicted_metrics
 from flexmoe.errors import UsageError
 from flexmoe.interrupts import Interrupts, Terminated
 from flexmoe.job import JobReport
 from flexmoe.job_arguments import refuse_job_flags
 from flexmoe.job_command import JobCommand, job_files, with_generation_config
-from flexmoe.llm import LLM, RESIDENT
+from flexmoe.llm import LLM
 from flexmoe.loader import Model, load_model
 from flexmoe.out_of_memory import as_infeasible
 from flexmoe.output_files import check_distinct, check_writable
 from flexmoe.params import EngineRequest, SamplingParams
 from flexmoe.planning import EngineConfig, EnginePlan
+from flexmoe.run_plan import benchmark_rows, choose_policy, engine_options, forecaster, is_auto
 from flexmoe.workload import Measured
 from policies.command_line import guarded, say
-from policies.policy import Policy, PolicyFile, Workload
+from policies.policy import Policy
 
-_MOST_PREFILL_TOKENS = 4096
 EXIT_ROWS_FAILED, EXIT_TERMINATED = 3, 75
 
 
@@ -58,17 +59,21 @@ def _run(args: argparse.Namespace, interrupts: Interrupts) -> int:
     model = with_generation_config(load_model(args.model, args.load_format), args)
     with ExitStack() as parts:
         job = parts.enter_context(JobCommand(args, model, interrupts)) if args.input_file else None
-        measured = job.measure() if job else _benchmark_rows(args)
+        measured = job.measure() if job else benchmark_rows(args)
         if measured is None:  # no row is left, so that no weight is needed
             return _exit_code(job.finish())
-        policy = _policy(args, model, measured)
-        options = _options(args, measured, policy)
+        planner = forecaster(args, model, measured)
+        policy = choose_policy(args, model, measured, planner)
+        options = engine_options(args, measured, policy)
+        predicted = planner.predict(policy, options["kv_tokens"]) if planner else None
+        if predicted:
+            say(describe_policy(policy), forecast_line(predicted))
         if args.dry_run:
             return _dry_run(model, policy, measured, options)
         llm = LLM(model, policy=policy, workload=measured.workload, **options)
         parts.callback(llm.close)
         say(llm.engine.plan.describe_weights(), llm.engine.plan.describe_cache())
-        code = _job(args, llm, job) if job else _benchmark(args, llm, measured)
+        code = _job(args, llm, job, predicted) if job else _benchmark(args, llm, measured, predicted)
         if args.trace:
             llm.engine.recorder.write_chrome_trace(args.trace)
             say(f"trace: {args.trace}")
@@ -82,6 +87,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
     given = [n for n in ("percent", "gpu_batch_size", "num_gpu_batches", "prefill_tokens", "schedule", "overlap", "pin_weight")
              if getattr(args, n) is not None]  # fmt: skip
     given += ["cpu_cache_compute"] if args.cpu_cache_compute else []
+    if args.cut_gen_len and (args.hardware or is_auto(args.policy)):
+        raise UsageError("--cut-gen-len stops early, so there is nothing to plan for or to predict; leave one out")
+    if is_auto(args.policy) and not args.input_file and not args.num_prompts:
+        raise UsageError("--policy auto plans for the job's rows: give -i, or --num-prompts for the benchmark")
     if args.policy and given:
         flags = ", ".join("--" + n.replace("_", "-") for n in given)
         raise UsageError(f"--policy already says what {flags} would; give one or the other")
@@ -92,7 +101,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     block_size = (args.gpu_batch_size or 16) * (args.num_gpu_batches or 1)
     if args.cut_gen_len and not args.policy and (args.num_prompts or 0) > block_size:
         raise UsageError(f"--cut-gen-len projects one block; give at most {block_size} --num-prompts")
-    files = {"input": args.input_file, "policy": args.policy, "trace": args.trace, "metrics": args.metrics_json}
+    files = {"input": args.input_file, "trace": args.trace, "metrics": args.metrics_json}
+    files |= {name: path for name in ("policy", "hardware") if not is_auto(path := getattr(args, name))}
     if args.output_file:
         files["output"], files["error"] = job_files(args).outputs()
     else:
@@ -101,60 +111,6 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for path in (args.trace, args.metrics_json):
         if path is not None:
             check_writable(path)
-
-
-def _benchmark_rows(args: argparse.Namespace) -> Measured:
-    workload = Workload(prompt_len=args.prompt_len, gen_len=args.gen_len)
-    rows = args.num_prompts or (args.gpu_batch_size or 16) * (args.num_gpu_batches or 1)
-    return Measured(workload=workload, longest_row=args.prompt_len + args.gen_len, rows=rows)
-
-
-def _is_one_block(measured: Measured, block_size: int) -> bool:
-    """A job this short starts and ends together: pacing its admission would only stretch it."""
-    return 0 < measured.rows <= block_size
-
-
-def _policy(args: argparse.Namespace, model: Model, measured: Measured) -> Policy:
-    workload = measured.workload
-    if args.policy:
-        file = PolicyFile.load(args.policy)
-        if not args.force_policy:
-            file.check_model(model.arch.fingerprint())
-        return file.policy
-    size, count = args.gpu_batch_size or 16, args.num_gpu_batches or 1
-    flags = {"schedule": args.schedule, "overlap": args.overlap, "pin_weight": args.pin_weight}
-    flags["prefill_tokens"] = args.prefill_tokens
-    if args.prefill_tokens is None and _is_one_block(measured, size * count):
-        flags["prefill_tokens"] = min(measured.rows * workload.prompt_len, _MOST_PREFILL_TOKENS)
-    return Policy.from_percent(
-        args.percent if args.percent is not None else RESIDENT,
-        gpu_batch_size=size,
-        num_gpu_batches=count,
-        prompt_len=workload.prompt_len,
-        gen_len=workload.gen_len,
-        cpu_attention_percent=100.0 if args.cpu_cache_compute else 0.0,
-        **{name: value for name, value in flags.items() if value is not None},
-    )
-
-
-def _options(args: argparse.Namespace, measured: Measured, policy: Policy) -> dict:
-    kv_tokens, mean = args.kv_tokens, measured.workload
-    if kv_tokens is None and _is_one_block(measured, policy.block_size):
-        kv_tokens = measured.rows * (mean.prompt_len + mean.gen_len + BLOCK_TOKENS)
-    return {
-        "device": args.device,
-        "dtype": args.dtype,
-        "gpu_mem": args.gpu_mem,
-        "cpu_mem": args.cpu_mem,
-        "nvme_mem": args.nvme_mem,
-        "offload_dir": args.offload_dir,
-        "kv_tokens": kv_tokens,
-        "longest_row": measured.longest_row,
-        "gen_len": args.gen_len,
-        "seed": args.seed,
-        "keep_spans": args.trace is not None,
-        **({} if args.reserve is None else {"reserve": args.reserve}),
-    }
 
 
 def _dry_run(model: Model, policy: Policy, measured: Measured, options: dict) -> int:
@@ -168,9 +124,9 @@ def _dry_run(model: Model, policy: Policy, measured: Measured, options: dict) ->
     return 0
 
 
-def _job(args: argparse.Namespace, llm: LLM, job: JobCommand) -> int:
+def _job(args: argparse.Namespace, llm: LLM, job: JobCommand, predicted: Simulation | None) -> int:
     done = job.run(llm)
-    _finish(args, llm, done.rows_ok, done.rows_failed, done.rows_resumed)
+    _finish(args, llm, predicted, rows_ok=done.rows_ok, rows_failed=done.rows_failed, rows_resumed=done.rows_resumed)
     return _exit_code(done)
 
 
@@ -178,7 +134,7 @@ def _exit_code(done: JobReport) -> int:
     return EXIT_ROWS_FAILED if done.rows_failed else 0
 
 
-def _benchmark(args: argparse.Namespace, llm: LLM, measured: Measured) -> int:
+def _benchmark(args: argparse.Namespace, llm: LLM, measured: Measured, predicted: Simulation | None) -> int:
     vocab, rng = llm.model.arch.vocab_size, random.Random(args.seed)
     params = SamplingParams(max_tokens=args.cut_gen_len or args.gen_len, ignore_eos=True)
     requests = [
@@ -195,19 +151,30 @@ def _benchmark(args: argparse.Namespace, llm: LLM, measured: Measured) -> int:
             raise UsageError(output.error)
         rows += 1
     say(*report.flexllmgen_lines(llm.metrics(), llm.engine, rows, args.gen_len, args.cut_gen_len))
-    _finish(args, llm, rows, 0)
+    _finish(args, llm, predicted, rows_ok=rows)
     return 0
 
 
-def _finish(args: argparse.Namespace, llm: LLM, rows_ok: int, rows_failed: int, rows_resumed: int = 0) -> None:
+def _finish(
+    args: argparse.Namespace,
+    llm: LLM,
+    predicted: Simulation | None,
+    *,
+    rows_ok: int,
+    rows_failed: int = 0,
+    rows_resumed: int = 0,
+) -> None:
     metrics = llm.metrics()
     lines = report.throughput_lines(metrics) + report.lane_lines(metrics) + llm.engine.plan.memory_lines()
     say(*lines)
     say(f"peak process memory: {report.peak_process_bytes() / 2**30:.3f} GiB resident")
+    if predicted:
+        say(*comparison_lines(predicted, metrics))
     if args.metrics_json:
-        report.write_json(
-            args.metrics_json, report.metrics_record(metrics, llm.engine, rows_ok, rows_failed, rows_resumed)
+        record = report.metrics_record(
+            metrics, llm.engine, rows_ok, rows_failed, rows_resumed, predicted and predicted_metrics(predicted)
         )
+        report.write_json(args.metrics_json, record)
 
 
 if __name__ == "__main__":

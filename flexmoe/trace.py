@@ -8,13 +8,13 @@ device has passed them, so that measuring adds no synchronisation.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from policies import chrome_trace
 
 _MAX_SPANS = 2_000_000
 _RECENT = 16  # more intervals than workers of a lane that can still be at work on an old one
@@ -117,21 +117,13 @@ class Recorder:
 
         Args:
             since_s: leave out what began before this time of `time.perf_counter()`.
+
+        Raises:
+            StorageError: the directory is missing, read-only or full.
         """
         with self._lock:
-            spans = sorted((s for s in self._spans if s[2] >= since_s), key=lambda s: (s[0], s[2]))
-        lanes = sorted({s[0] for s in spans})
-        track = {lane: i + 1 for i, lane in enumerate(lanes)}
-        events: list[dict] = [
-            {"ph": "M", "pid": 1, "tid": track[lane], "name": "thread_name", "args": {"name": lane}} for lane in lanes
-        ]
-        for lane, name, start, end, nbytes in spans:
-            ts = (start - self.origin_s) * 1e6
-            span = {"ph": "X", "pid": 1, "tid": track[lane], "name": name, "ts": ts, "dur": (end - start) * 1e6}
-            events.append({**span, "args": {"bytes": nbytes}} if nbytes else span)
-        temporary = Path(f"{path}.tmp-{os.getpid()}")
-        temporary.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
-        os.replace(temporary, path)
+            spans = [span for span in self._spans if span[2] >= since_s]
+        chrome_trace.write_chrome_trace(path, spans, origin_s=self.origin_s)
 
 
 def _newly_covered(recent: list[tuple[float, float]], start_s: float, end_s: float) -> float:

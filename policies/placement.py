@@ -6,12 +6,10 @@ achieved percents are reported beside the asked ones (`describe`), and placing t
 the same placement, so that a policy file means one thing.
 """
 
-import math
 import sys
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate
 from numbers import Integral, Real
@@ -201,10 +199,13 @@ def place_blocks(total: int, gpu_percent: float, cpu_percent: float) -> dict[str
     disk_percent = 100.0 - gpu_percent - cpu_percent
     if disk_percent <= PERCENT_TOLERANCE:
         disk_percent = 0.0
-    percents = [Fraction(percent) for percent in (gpu_percent, cpu_percent, disk_percent)]
-    shares = [total * percent / sum(percents) for percent in percents]
-    counts = [math.floor(share) for share in shares]
-    by_remainder = sorted(range(len(TIERS)), key=lambda tier: (shares[tier] - counts[tier], tier), reverse=True)
+    # Exact: the percents in whole multiples of the smallest power of two that any of them has.
+    ratios = [percent.as_integer_ratio() for percent in (gpu_percent, cpu_percent, disk_percent)]
+    finest = max(denominator for _, denominator in ratios)
+    parts = [numerator * (finest // denominator) for numerator, denominator in ratios]
+    whole = sum(parts)
+    counts = [total * part // whole for part in parts]
+    by_remainder = sorted(range(len(TIERS)), key=lambda tier: (total * parts[tier] % whole, tier), reverse=True)
     for tier in by_remainder[: total - sum(counts)]:
         counts[tier] += 1
     return dict(zip(TIERS, counts, strict=True))
@@ -220,6 +221,9 @@ def place_batches(num_batches: int, gpu_percent: float, cpu_percent: float) -> t
         UsageError: as `place_blocks`.
     """
     counts = place_blocks(num_batches, gpu_percent, cpu_percent)
+    for tier, count in counts.items():
+        if count == num_batches:
+            return (tier,) * num_batches
     behind = dict.fromkeys(TIERS, 0)
     turns = []
     for _ in range(num_batches):

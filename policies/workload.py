@@ -18,6 +18,7 @@ class Workload:
         gen_len: mean tokens generated for it, at least 1.
         num_requests: rows of the job; None is an endless one, of which only the steady state counts.
         lengths: (prompt tokens, generated tokens, rows) of the rows' length histogram; empty: all rows have the means.
+        longest_row: tokens of the longest row, prompt and completion; 0 stands for the longest of the histogram.
 
     Raises:
         UsageError: a value is not a whole number of at least 1, or the histogram is no list of such triples.
@@ -27,6 +28,7 @@ class Workload:
     gen_len: int
     num_requests: int | None = None
     lengths: tuple[tuple[int, int, int], ...] = ()
+    longest_row: int = 0
 
     def __post_init__(self):
         for name in ("prompt_len", "gen_len"):
@@ -39,6 +41,8 @@ class Workload:
             raise UsageError(f"lengths is {self.lengths!r}; it must list [prompt tokens, generated tokens, rows].")
         checked = tuple(tuple(check_count("an entry of lengths", v) for v in entry) for entry in self.lengths)
         object.__setattr__(self, "lengths", checked)
+        longest = max((s + n for s, n, _ in checked), default=self.prompt_len + self.gen_len)
+        object.__setattr__(self, "longest_row", max(longest, check_count("longest_row", self.longest_row, minimum=0)))
 
     @classmethod
     def of_lengths(cls, rows: Iterable[tuple[int, int]], num_requests: int | None = None) -> Workload:
@@ -53,20 +57,23 @@ class Workload:
         counts: dict[tuple[int, int], int] = {}
         for row in rows:
             counts[row] = counts.get(row, 0) + 1
+        return cls.of_counts(counts, num_requests)
+
+    @classmethod
+    def of_counts(cls, counts: Mapping[tuple[int, int], int], num_requests: int | None = None) -> Workload:
+        """As `of_lengths`, from how many rows there are of each (prompt tokens, generated tokens)."""
         if not counts:
             raise UsageError("there are no rows to plan for; give at least one.")
         total = sum(counts.values())
+        longest = max(s + n for s, n in counts)
+        counts = _coarsened(counts)
         return cls(
             prompt_len=max(1, -(-sum(s * c for (s, _), c in counts.items()) // total)),
             gen_len=max(1, -(-sum(n * c for (_, n), c in counts.items()) // total)),
             num_requests=num_requests or total,
             lengths=tuple((s, n, c) for (s, n), c in sorted(counts.items())),
+            longest_row=longest,
         )
-
-    @property
-    def longest_row(self) -> int:
-        """Tokens of the longest row, prompt and completion."""
-        return max((s + n for s, n, _ in self.lengths), default=self.prompt_len + self.gen_len)
 
     def to_json(self) -> dict:
         """The workload as JSON values, what is not set left out; `Workload(**values)` reads it back."""
@@ -75,5 +82,34 @@ class Workload:
             "gen_len": self.gen_len,
             "num_requests": self.num_requests,
             "lengths": [list(entry) for entry in self.lengths],
+            "longest_row": self.longest_row,
         }
         return {name: value for name, value in values.items() if value}
+
+
+#: Entries of a histogram along each of its two axes; finer ones make planning slower and no better.
+_FINEST = 24
+
+
+def _coarsened(counts: Mapping[tuple[int, int], int]) -> Mapping[tuple[int, int], int]:
+    """The same rows in at most `_FINEST` squared entries: of like prompts, then of like completions, each by its mean."""
+    if len(counts) <= _FINEST * _FINEST:
+        return counts
+    coarse: dict[tuple[int, int], int] = {}
+    for prompts in _slices(sorted(counts.items()), _FINEST):
+        for entries in _slices(sorted(prompts, key=lambda entry: entry[0][1]), _FINEST):
+            rows = sum(count for _, count in entries)
+            s, n = (max(1, round(sum(key[axis] * count for key, count in entries) / rows)) for axis in (0, 1))
+            coarse[s, n] = coarse.get((s, n), 0) + rows
+    return coarse
+
+
+def _slices(entries: list[tuple[tuple[int, int], int]], most: int) -> list[list[tuple[tuple[int, int], int]]]:
+    """Neighbouring entries together, in up to ``most`` slices of about as many rows."""
+    share, slices, held = sum(count for _, count in entries) / most, [[]], 0
+    for entry in entries:
+        if held >= share * len(slices) and slices[-1]:
+            slices.append([])
+        slices[-1].append(entry)
+        held += entry[1]
+    return slices

@@ -128,7 +128,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     read, gemm = read_bytes_per_s(options.rounds), gemm_flops_per_s(options.rounds)
-    print(f"{options.dtype}, {options.threads} threads, best of {options.rounds}, outputs equal to torch's within rounding")
+    print(
+        f"{options.dtype}, {options.threads} threads, best of {options.rounds}, outputs equal to torch's within rounding"
+    )
     print(f"limits: torch.sum reads {read / 1e9:.1f} GB/s; torch fp32 GEMM {gemm / 1e9:.0f} GFLOP/s")
     print(f"{'shape':<28}{'native ms':>10}{'torch ms':>10}{'native':>14}{'torch':>14}{'of limit':>10}")
     for shape in SHAPES:
@@ -138,9 +140,7 @@ def main() -> None:
         else:
             work, limit, unit = shape.flops, gemm, "GFLOP/s"
         rates = "".join(f"{work / seconds / 1e9:>6.1f} {unit:<7}" for seconds in (native_s, torch_s))
-        print(
-            f"{shape.name:<28}{native_s * 1e3:>10.2f}{torch_s * 1e3:>10.2f}{rates}{work / native_s / limit:>10.0%}"
-        )
+        print(f"{shape.name:<28}{native_s * 1e3:>10.2f}{torch_s * 1e3:>10.2f}{rates}{work / native_s / limit:>10.0%}")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
     python -m scripts.bench_gpu --stage probe        # copies, GEMM curve, HBM, CPU attention, disk
     python -m scripts.bench_gpu --stage 24           # Mixtral 8x7B, dummy weights, process capped to 24 GB
+    python -m scripts.bench_gpu --stage validate     # is the cost model true on a GPU? predicted beside measured
     python -m scripts.bench_gpu --stage 24 --rehearse   # a tiny model on the cpu: does the benchmark work?
 
-Stages: `parity` runs the tests marked gpu; `probe`; `16` and `24` time the steady state at 512/256 and 77/128 against the
-overlapped limit of ANCHORS at the rates of this run; `peer` is transformers with accelerate's CPU offload on 8 of the 32
-layers. Each takes up to 8 minutes and writes benchmarks/gpu-<stage>.json with a table beside it.
+Stages: `parity` runs the tests marked gpu; `probe`; `16` and `24` plan for the cap with the rates of `flexmoe.probe` and time
+the steady state at 512/256 and 77/128 against the prediction, per lane, and against the overlapped limit of ANCHORS at
+the rates of this run; `validate` runs whole jobs of drawn and of planned policies and compares predicted with measured (12 drawn ones by `--seed`);
+`peer` is transformers with accelerate's CPU offload on 8 of the 32 layers. Each takes up to 8 minutes and writes
+benchmarks/gpu-<stage>.json with a table beside it; what `flexmoe.probe` found is gpu-machine.json, which `--hardware`
+takes in further stages.
 """
 
 from __future__ import annotations
@@ -19,15 +23,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flexmoe.errors import FlexMoEError
+from flexmoe.machine import filesystem
 from scripts.bench_probes import machine, versions
 from scripts.bench_record import Figure, Record, figure_table
 from scripts.bench_worker import Worker, WorkerError
-from scripts.gpu_context import Context, filesystem
-from scripts.gpu_stages import capped, parity, peer, probe
+from scripts.gpu_capped import capped
+from scripts.gpu_context import Context
+from scripts.gpu_stages import parity, peer, probe
+from scripts.gpu_validate import DESCRIPTION, validate
 
 Stage = Callable[[Context], tuple[list[Figure], dict]]
 STAGES: dict[str, Stage] = {
-    "parity": parity, "probe": probe, "16": lambda run: capped(run, 16), "24": lambda run: capped(run, 24), "peer": peer
+    "parity": parity, "probe": probe, "16": lambda run: capped(run, 16), "24": lambda run: capped(run, 24),
+    "validate": validate, "peer": peer,
 }  # fmt: skip
 
 
@@ -39,6 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workload", action="append", metavar="S/N", help="stages 16 and 24: only 512/256 or 77/128")
     parser.add_argument("--host-mem", type=float, default=100.0, metavar="GB", help="host memory for weights and KV")
     parser.add_argument("--nvme-mem", type=float, default=40.0, metavar="GB", help="most weight bytes on disk")
+    parser.add_argument(
+        "--hardware", type=Path, metavar="FILE", help="rates for the planner, instead of probing for them"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="validate: of the drawn configurations (default 1)")
+    parser.add_argument("--each", type=int, default=3, help="validate: configurations drawn per class (default 3)")
     parser.add_argument("--seconds", type=float, default=460.0, help="end the stage's timed part by then")
     parser.add_argument("--workdir", type=Path, default=Path("build"), metavar="DIR", help="offload files")
     parser.add_argument("--out", type=Path, metavar="DIR", help="record, table and traces; default benchmarks")
@@ -60,13 +73,14 @@ def main(argv: list[str] | None = None) -> int:
                 "command": shlex.join(["python", "-m", "scripts.bench_gpu", *argv]),
                 "machine": machine() | about | {"filesystem": filesystem(run.workdir)},
                 "versions": versions(),
-                "model": f"{run.model}, dummy weights, bfloat16",
+                "model": DESCRIPTION if args.stage == "validate" else f"{run.model}, dummy weights, bfloat16",
             },
         )
         run.say(f"stage {args.stage} on {about}; {machine()}; {versions()}")
         begin = time.perf_counter()
         figures, raw = STAGES[args.stage](run)
-        record.add(args.stage, figures, raw, time.perf_counter() - begin)
+        section = f"{args.stage}, seed {run.seed}" if args.stage == "validate" else args.stage
+        record.add(section, figures, raw, time.perf_counter() - begin)
     except (FlexMoEError, WorkerError, OSError) as error:
         print(f"bench_gpu: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 1)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from cost_model.arch import ModelArch
 from cost_model.configs import SHAPES
+from cost_model.hardware import Hardware
 from flexmoe.errors import UsageError
+from flexmoe.machine import filesystem
 from policies.policy import Workload
 from scripts.bench_worker import Worker
 from scripts.gpu_limit import Rates
@@ -33,6 +35,8 @@ class Context:
         host_bytes, disk_bytes: what weights and KV may take.
         end_s: when the timed part should be over, on the clock of `time.perf_counter`.
         scale: of the probes' buffers.
+        hardware_file: the machine's rates for the planner; None: measured in this run.
+        seed, each: of the configurations of `validate`, and how many of every class.
     """
 
     model: str
@@ -44,6 +48,9 @@ class Context:
     out: Path
     end_s: float
     scale: float
+    hardware_file: Path | None = None
+    seed: int = 1
+    each: int = 3
     start_s: float = field(default_factory=time.perf_counter)
 
     @classmethod
@@ -67,11 +74,14 @@ class Context:
             device="cpu" if rehearse else "cuda",
             workloads=tuple(known[name] for name in args.workload or known),
             host_bytes=int(45e6 if rehearse else args.host_mem * 1e9),
-            disk_bytes=int(10e6 if rehearse else 0 if in_memory else args.nvme_mem * 1e9),
+            disk_bytes=int(40e6 if rehearse else 0 if in_memory else args.nvme_mem * 1e9),
             workdir=workdir,
             out=out,
             end_s=time.perf_counter() + args.seconds,
             scale=0.005 if rehearse else 1.0,
+            hardware_file=args.hardware,
+            seed=args.seed,
+            each=args.each,
         )
 
     @property
@@ -92,8 +102,22 @@ class Context:
         """Progress, with the seconds since the start."""
         print(f"[{time.perf_counter() - self.start_s:6.0f} s] {text}", flush=True)
 
+    def hardware(self) -> Hardware:
+        """This machine for the planner: from the file that was given, else measured now, in a process of its own.
+
+        Raises:
+            FlexMoEError: the file cannot be used.
+        """
+        if self.hardware_file:
+            return Hardware.load(self.hardware_file)
+        path, directory = self.out / "gpu-machine.json", self.workdir / "offload"
+        with Worker("scripts.gpu_probe") as worker:
+            worker.ask("machine", device=self.device, directory=str(directory), path=str(path), rehearse=self.rehearse)
+        self.say(f"measured for the planner: {path}")
+        return Hardware.load(path)
+
     def measure(self) -> dict:
-        """All probes, in a process of their own."""
+        """The probes of the limit, in a process of their own."""
         disk_bytes = int(6e9 * self.scale)
         with Worker("scripts.gpu_probe") as worker:
             found = {
@@ -120,13 +144,6 @@ def rates_of(found: dict) -> Rates:
         cpu_attention=host["attention"],
         nvme=found["disk"]["read"],
     )
-
-
-def filesystem(path: Path) -> str:
-    """Type of the file system that holds a path: a disk tier on `tmpfs` would be host memory."""
-    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
-    holding = [(where, kind) for where, kind in mounts if path.is_relative_to(where)]
-    return max(holding, key=lambda mount: len(mount[0]), default=("", "unknown"))[1]
 
 
 def reduced_model(path: Path, changes: dict) -> str:

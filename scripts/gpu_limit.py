@@ -4,7 +4,7 @@
                    (W_streamed + KV_read) / host_dram,
                    flops_per_token · tokens / gpu_flops,
                    KV_attended_on_cpu / cpu_attention_rate,
-                   W_on_disk / nvme }
+                   (W_on_disk + KV_on_disk) / nvme }
 
 In the overlapped steady state B rows of all ages are in flight: a sweep generates B tokens and prefills B · s / n.
 """
@@ -17,10 +17,12 @@ from dataclasses import asdict, dataclass
 from math import inf
 
 from cost_model.arch import ModelArch
+from cost_model.load import MODES
 from policies.policy import Workload
 
 #: What ANCHORS takes off the GPU before experts are resident (Mixtral 8x7B, decimal bytes).
 DENSE_BYTES, SLOT_BYTES, WORK_BYTES = 3.2e9, 1.4e9, 2.5e9
+ALL_ON_CPU = {"cpu": 1.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,7 @@ class Traffic:
     kv_read: float
     kv_attended_on_cpu: float
     tokens: float
+    kv_on_disk: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,29 +93,39 @@ def sweep_terms(arch: ModelArch, traffic: Traffic, rates: Rates) -> dict[str, fl
         "host_dram": (traffic.w_streamed + traffic.kv_read) / rates.host_dram,
         "gpu_flops": arch.flops_per_token * traffic.tokens / rates.gpu_flops_at(per_expert),
         "cpu_attention": traffic.kv_attended_on_cpu / rates.cpu_attention,
-        "nvme": traffic.w_on_disk / rates.nvme,
+        "nvme": (traffic.w_on_disk + traffic.kv_on_disk) / rates.nvme,
     }
 
 
 def steady_limit(
-    arch: ModelArch, workload: Workload, rates: Rates, *, rows: float, w_streamed: float, w_on_disk: float = 0.0
+    arch: ModelArch,
+    workload: Workload,
+    rates: Rates,
+    *,
+    rows: float,
+    w_streamed: float,
+    w_on_disk: float = 0.0,
+    kv_shares: Mapping[str, float] = ALL_ON_CPU,
 ) -> Limit:
-    """The overlapped limit with these bytes: all KV in host memory, attended on the CPU.
+    """The overlapped limit with these bytes.
 
     Args:
         rows: rows in flight, of all ages; their mean context is s + n/2.
         w_streamed: weight bytes that cross PCIe in a sweep.
         w_on_disk: those of them that are read from the disk first.
+        kv_shares: part of the KV by how it is attended (`cost_model.load.MODES`).
     """
     s, n = workload.prompt_len, workload.gen_len
     kv = rows * (s + n / 2) * arch.kv_bytes_per_token(arch.dtype_bytes)
+    of = {mode: kv * kv_shares.get(mode, 0.0) for mode in MODES}
     traffic = Traffic(
         w_streamed=w_streamed,
         w_on_disk=w_on_disk,
-        kv_over_pcie=0.0,
-        kv_read=kv,
-        kv_attended_on_cpu=kv,
+        kv_over_pcie=of["fetch"] + of["disk"],
+        kv_read=of["fetch"] + of["disk"] + of["cpu"],
+        kv_attended_on_cpu=of["cpu"],
         tokens=rows * (1 + s / n),
+        kv_on_disk=of["disk"],
     )
     terms = sweep_terms(arch, traffic, rates)
     return Limit(tokens_per_s=rows / max(terms.values()), rows=rows, terms=terms, traffic=traffic)

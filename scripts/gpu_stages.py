@@ -6,27 +6,23 @@ import random
 import subprocess
 import sys
 import xml.etree.ElementTree as xml
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 
 from cost_model.arch import ModelArch
+from cost_model.simulate import simulate
 from policies.policy import Workload
 from scripts.bench_record import Figure
 from scripts.bench_worker import ROOT, Worker, WorkerError
+from scripts.gpu_capped import REHEARSAL_CAP_BYTES, engine_arguments, tokens_figure
 from scripts.gpu_context import Context, rates_of, reduced_model
-from scripts.gpu_limit import Rates, machine_limit
-from scripts.gpu_policy import Budget, Choice, choose
+from scripts.gpu_plan import Budget, plan
 
-GIB = 1 << 30
-TARGET = 0.8
-WARM, TIMED = 5, 24
-JOB_BLOCKS = 10
 PEER_LAYERS, PEER_GPU_BYTES, PEER_SPARE_BYTES, PEER_HOST_BYTES = 8, int(8e9), int(2e9), int(32e9)
 PEER_WORKLOAD = Workload(prompt_len=512, gen_len=32)
 PEER_BATCHES = (8, 32, 64, 128)
 LOGITS_BOUND = 0.1
-REHEARSAL_CAP_BYTES = int(322e6)
 
 
 def parity(run: Context) -> tuple[list[Figure], dict]:
@@ -103,107 +99,6 @@ def probe(run: Context) -> tuple[list[Figure], dict]:
     return figures, {"units": "bytes/s and FLOP/s", **found}
 
 
-def capped(run: Context, cap_gb: int) -> tuple[list[Figure], dict]:
-    """The steady state of a full-size model in a process capped to so many GB on the GPU."""
-    found = run.measure()
-    rates, cap = rates_of(found), REHEARSAL_CAP_BYTES if run.rehearse else cap_gb * 10**9
-    figures, raw = [], {"probes": found, "cap_bytes": cap}
-    for place, workload in enumerate(run.workloads):
-        name = f"{workload.prompt_len}/{workload.gen_len}"
-        with Worker("scripts.gpu_steady") as worker:
-            room = worker.ask("room", device=run.device, gpu_bytes=cap, host_bytes=run.host_bytes)
-            budget = Budget(**room, disk_bytes=run.disk_bytes)
-            choice = choose(run.arch, workload, budget, rates, device=run.device)
-            run.say(
-                f"{name}: {choice.policy}; limit of its bytes {choice.limit.tokens_per_s:.1f} tok/s, {choice.limit.bound_by}"
-            )
-            trace = run.out / f"gpu-{cap_gb}-{name.replace('/', '-')}.trace.json"
-            measured = worker.ask(
-                "steady", **_engine(run, run.model, choice, workload, cap, run.host_bytes), warm=WARM, timed=TIMED,
-                deadline_s=run.left_s() / (len(run.workloads) - place), trace=str(trace),
-            )  # fmt: skip
-        raw[name] = {
-            "policy": asdict(choice.policy),
-            "budget": asdict(budget),
-            "own_limit": choice.limit.to_json(),
-            **measured,
-        }
-        figures += _steady_figures(run, cap_gb, cap, workload, rates, choice, budget, measured, raw[name])
-        run.say(f"{name}: {measured['generated'] / measured['wall_s']:.1f} tok/s, loaded in {measured['load_s']:.0f} s")
-    return figures, raw
-
-
-def _engine(run: Context, model: str, choice: Choice, workload: Workload, cap: int, host_bytes: int) -> dict:
-    """What a worker needs to open the engine."""
-    budgets = {"gpu_mem": cap / GIB, "cpu_mem": host_bytes / GIB, "nvme_mem": run.disk_bytes / GIB}
-    return {
-        "model": model, "policy": asdict(choice.policy), "lengths": [workload.prompt_len, workload.gen_len],
-        "budgets": budgets, "device": run.device, "offload_dir": str(run.workdir / "offload"),
-    }  # fmt: skip
-
-
-def _steady_figures(
-    run: Context, cap_gb: int, cap: int, workload: Workload, rates: Rates, choice: Choice, budget: Budget, measured: dict,
-    raw: dict,
-) -> list[Figure]:  # fmt: skip
-    name = f"{workload.prompt_len}/{workload.gen_len}, {cap_gb} GB"
-    wall_s, sweeps = measured["wall_s"], measured["sweeps"]
-    rate, own = measured["generated"] / wall_s, choice.limit
-    figures = []
-    if not run.rehearse:
-        best = machine_limit(
-            run.arch, workload, rates, gpu_bytes=cap, host_bytes=budget.host_bytes, disk_bytes=budget.disk_bytes
-        )
-        raw["limit"] = best.to_json()
-        beside = f"overlapped e2e limit at this run's rates: {best.tokens_per_s:.1f} tok/s ({best.bound_by}, {best.rows:.0f} rows)"
-        figures.append(_tokens(f"{name}: generated, steady state, e2e", rate, beside, best.tokens_per_s, TARGET))
-    beside = f"limit of the policy's own bytes: {own.tokens_per_s:.1f} tok/s ({own.bound_by}, {own.rows:.0f} rows)"
-    figures.append(
-        _tokens(f"{name}: the same, {sweeps} sweeps of {wall_s / sweeps:.3f} s", rate, beside, own.tokens_per_s)
-    )
-    ideal = measured["generated"] * workload.prompt_len / workload.gen_len
-    figures += [
-        Figure(
-            what=f"{name}: prompt tokens prefilled meanwhile",
-            value=f"{measured['prompt']}",
-            beside=f"generated · s / n = {ideal:.0f}",
-            ratio=measured["prompt"] / ideal,
-            target=0.95,
-        ),
-        Figure(
-            what=f"{name}: GPU memory at its peak ({measured['gpu_peak_source']})",
-            value=f"{measured['gpu_peak_bytes'] / 1e9:.2f} GB",
-            beside=f"cap {cap / 1e9:.2f} GB",
-            ratio=measured["gpu_peak_bytes"] / cap,
-            target=1.0,
-            at_most=True,
-        ),
-        Figure(
-            what=f"{name}: host memory at its peak",
-            value=f"{measured['host_peak_bytes'] / 1e9:.1f} GB",
-            beside="128 GB",
-            ratio=measured["host_peak_bytes"] / 128e9,
-            target=1.0,
-            at_most=True,
-        ),
-    ]
-    for lane, did in sorted(measured["lanes"].items()):
-        moved = f", {did['bytes'] / wall_s / 1e9:.1f} GB/s over the run" if did["bytes"] else ""
-        figures.append(
-            Figure(
-                what=f"{name}: lane {lane} busy",
-                value=f"{did['busy_s']:.2f} s{moved}",
-                beside=f"{wall_s:.2f} s (its workers add up)",
-                ratio=did["busy_s"] / wall_s,
-            )
-        )
-    n, rows = workload.gen_len, choice.policy.block_size
-    job_s = (JOB_BLOCKS + 1) * n * wall_s / sweeps
-    predicted = f"predicted, not measured: {job_s / 3600:.2f} h, {JOB_BLOCKS * rows * n / job_s:.1f} tok/s"
-    what = f"{name}: a whole job of {JOB_BLOCKS} blocks ({JOB_BLOCKS * rows} rows)"
-    return [*figures, Figure(what=what, value=predicted, beside=f"steady state {rate:.1f} tok/s")]
-
-
 def peer(run: Context) -> tuple[list[Figure], dict]:
     """transformers + accelerate's CPU offload and FlexMoE, the same dummy weights, the same cap on the GPU."""
     model = (
@@ -217,18 +112,19 @@ def peer(run: Context) -> tuple[list[Figure], dict]:
     prompt = [rng.randrange(3, arch.vocab_size) for _ in range(64)]
     files = {side: run.workdir / f"gpu-logits-{side}.npy" for side in ("ours", "theirs")}
     theirs = _accelerate(run, model, workload, cap, prompt, str(files["theirs"]))
-    rates = rates_of(run.measure())
+    rates, hardware = rates_of(run.measure()), run.hardware()
     with Worker("scripts.gpu_steady") as worker:
         room = worker.ask("room", device=run.device, gpu_bytes=cap, host_bytes=host_bytes)
-        choice = choose(arch, workload, Budget(**room, disk_bytes=0), rates, device=run.device)
+        choice = plan(arch, workload, hardware, Budget(**room, disk_bytes=0), rates)
         rows = choice.policy.block_size * (2 if run.left_s() > 200 else 1)
         ours = worker.ask(
             "job",
-            **_engine(run, model, choice, workload, cap, host_bytes),
+            **engine_arguments(run, model, choice.policy, workload, cap, host_bytes),
             rows=rows,
             probe=prompt,
             path=str(files["ours"]),
         )
+    predicted = simulate(arch, hardware, replace(workload, num_requests=rows), choice.policy)
     a, b = (np.load(file) for file in files.values())
     difference = float(np.median(np.abs(a - b).max(axis=1)) / np.sqrt(np.mean(b**2)))
     our_rate, their_rate = ours["generated"] / ours["wall_s"], theirs["rows"] * workload.gen_len / theirs["wall_s"]
@@ -243,15 +139,19 @@ def peer(run: Context) -> tuple[list[Figure], dict]:
             target=LOGITS_BOUND,
             at_most=True,
         ),
-        _tokens(
+        tokens_figure(
             f"{name}, whole job of {rows} rows, generated e2e ({scale})", our_rate,
             f"transformers + accelerate, {theirs['rows']} rows (its largest batch): {their_rate:.2f} tok/s", their_rate,
         ),
-        _tokens(
+        tokens_figure(
+            f"{name}: the same", our_rate, f"predicted: {predicted.tokens_per_s:.2f} tok/s", predicted.tokens_per_s
+        ),
+        tokens_figure(
             f"{name}: the same", our_rate,
             f"limit of the policy's own bytes, steady state: {choice.limit.tokens_per_s:.1f} tok/s", choice.limit.tokens_per_s,
         ),
-    ], {"ours": ours, "theirs": theirs, "policy": asdict(choice.policy), "own_limit": choice.limit.to_json(),
+    ], {"ours": ours, "theirs": theirs, "policy": asdict(choice.policy), "predicted": choice.prediction.to_json(),
+        "own_limit": choice.limit.to_json(), "hardware": hardware.to_json(),
         "scaling": "time and bytes of a sweep are proportional to the layers"}  # fmt: skip
 
 
@@ -295,7 +195,3 @@ def _rate(what: str, value: float, beside: str, against: float, target: float | 
     return Figure(
         what=what, value=f"{value / scale:.2f} {unit}", beside=text, ratio=value / max(1.0, against), target=target
     )
-
-
-def _tokens(what: str, value: float, beside: str, against: float, target: float | None = None) -> Figure:
-    return Figure(what=what, value=f"{value:.2f} tok/s", beside=beside, ratio=value / max(1e-9, against), target=target)

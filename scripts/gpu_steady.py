@@ -21,14 +21,16 @@ from flexmoe.loader import load_model
 from flexmoe.machine import available_host_bytes
 from flexmoe.params import EngineRequest, SamplingParams
 from flexmoe.planning import GIB, EngineConfig
+from flexmoe.probe.buffers import fill_with_noise
+from flexmoe.probe.disk import transfer
 from flexmoe.trace import LaneTotals
 from policies.policy import Policy, Workload
 from scripts.bench_probes import PeakMemory, Repeater
 from scripts.bench_worker import serve
-from scripts.gpu_probe import fill_with_noise
 
 TRACED_SWEEPS = 3
 TOP_UP_BYTES = 1 << 30
+WRITE_BYTES, WRITE_SECONDS = 16 << 20, 300.0
 
 
 class PeakGpu:
@@ -78,14 +80,15 @@ def _host_room(wanted: int) -> int:
 
 
 def steady(
-    model: str, policy: dict, lengths: list[int], budgets: dict, device: str, offload_dir: str, warm: int, timed: int,
-    deadline_s: float, trace: str | None = None, seed: int = 0,
+    model: str, policy: dict, lengths: list[int], budgets: dict, device: str, offload_dir: str, rows: int, warm: int,
+    timed: int, deadline_s: float, trace: str | None = None, seed: int = 0,
 ) -> dict:  # fmt: skip
     """Load, enter the steady state, and time it.
 
     Args:
         lengths: prompt and completion length of every row.
         budgets: `gpu_mem`, `cpu_mem` and `nvme_mem` of `EngineConfig`, in GiB.
+        rows: in flight from the first sweep on.
         warm, timed: sweeps before and under the clock.
         deadline_s: stop timing after so many seconds in all, though at least a quarter of the sweeps.
         trace: where a Chrome trace of three further sweeps goes.
@@ -94,11 +97,8 @@ def steady(
     s, n = lengths
     engine, gpu, load_s = _open(model, policy, lengths, budgets, device, offload_dir, keep_spans=trace is not None)
     requests = _requests(s, n, engine.model.arch.vocab_size, seed)
-    rows = engine.config.policy.block_size
     entered = time.perf_counter()
-    for pool in (engine.cache.cpu, engine.cache.gpu):
-        if pool.numel():
-            fill_with_noise(pool.view(-1))
+    _fill_cache(engine)
     for place in reversed(range(rows)):
         age, request = place * n // rows, next(requests)
         if age == 0:
@@ -139,7 +139,10 @@ def steady(
         "generated": sum(sweep.generated_tokens for sweep in done), "prompt": sum(sweep.prompt_tokens for sweep in done),
         "restarts": engine.scheduler.restarts, "stall_s": stalled, "host_waits_per_sweep": waits / len(done),
         "lanes": {
-            lane: {"busy_s": t.busy_s - _of(before, lane).busy_s, "bytes": t.nbytes - _of(before, lane).nbytes}
+            lane: {
+                "busy_s": t.busy_s - _of(before, lane).busy_s, "active_s": t.active_s - _of(before, lane).active_s,
+                "bytes": t.nbytes - _of(before, lane).nbytes,
+            }
             for lane, t in after.items()
         },
         "planned": {tier: dict(items) for tier, items in engine.plan.memory.parts.items()},
@@ -148,6 +151,20 @@ def steady(
     engine.clear()
     engine.close()
     return result
+
+
+def _fill_cache(engine: Engine) -> None:
+    """Noise in every tier: on disk it is written, since a place that never was is read from nowhere."""
+    cache = engine.cache
+    for pool in (cache.cpu, cache.gpu, cache.tail):
+        if pool.numel():
+            fill_with_noise(pool.view(-1))
+    if cache.file is not None:
+        size = cache.shape.layers * cache.total("disk") * cache.block_bytes
+        buffers = [engine.device.host_buffer(WRITE_BYTES) for _ in range(4)]
+        for buffer in buffers:
+            fill_with_noise(buffer.view(cache.shape.dtype))
+        transfer("disk_write", cache.file, buffers, -(-size // WRITE_BYTES) * WRITE_BYTES, WRITE_SECONDS)
 
 
 def job(

@@ -7,9 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GEN3 = (3.5e9, 2.3e9, "datasheet of an NVMe Gen3 x4 drive (Samsung 970 PRO)")
-GEN4 = (7.0e9, 5.0e9, "datasheet of an NVMe Gen4 x4 drive (Samsung 980 PRO)")
 ANCHOR = "input of the project's table of physical limits"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drive:
+    """A disk: bytes/s of long transfers; 4 KiB at random places per second by one thread, one after the other."""
+
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+    reads_per_s: float
+    writes_per_s: float
+    source: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +54,19 @@ class Host:
     memory_bytes_per_s: float
     memory_source: str
     disk_gib: float
-    disk: tuple[float, float, str]
+    disk: Drive
     core_flops_per_s: float
     core_source: str
 
 
+GEN3 = Drive(
+    read_bytes_per_s=3.5e9, write_bytes_per_s=2.3e9, reads_per_s=15e3, writes_per_s=55e3,
+    source="datasheet of an NVMe Gen3 x4 drive (Samsung 970 PRO)",
+)  # fmt: skip
+GEN4 = Drive(
+    read_bytes_per_s=7.0e9, write_bytes_per_s=5.0e9, reads_per_s=22e3, writes_per_s=60e3,
+    source="datasheet of an NVMe Gen4 x4 drive (Samsung 980 PRO)",
+)  # fmt: skip
 PCIE4 = "measured with nvbandwidth on an A100 behind PCIe Gen4 x16: 24.8 GB/s (NVIDIA developer forum, 352186)"
 PCIE5 = f"{ANCHOR}; Gen5 x16 at the share of the raw rate that Gen4 x16 reaches"
 CORE_AVX2 = "estimate: 40 GFLOP/s a core, half of the peak of AVX2 in float32"

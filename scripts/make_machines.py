@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cost_model.gemm_rates import GemmRates
 from cost_model.hardware import GIB, MACHINES, Gpu, Hardware
-from scripts.machine_cards import DESKTOP, MACHINES_BY_NAME, Card, Host
+from scripts.machine_cards import DESKTOP, MACHINES_BY_NAME, Card, Drive, Host
 from scripts.machine_flexllmgen import t4_flexllmgen
 
 GEMM_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -25,7 +25,9 @@ COPY_PASSES = 3
 #: Passes over device memory of attention: blocks gathered (2), unseen slots cleared (2), and the fused kernel's read.
 ATTENTION_PASSES = 5
 PREFILL_SHARE = 0.4
-DISK_CORE_S_PER_BYTE, OP_S, ROW_S, SWEEP_S = 5e-11, 30e-6, 30e-6, 2e-3
+DISK_CORE_S_PER_BYTE, KV_BLOCK_CORE_S, OP_S, ROW_S, SWEEP_S, HANDOFF_S = 5e-11, 10e-6, 30e-6, 30e-6, 2e-3, 100e-6
+#: The runtime's threads that read KV, and those that write it.
+KV_THREADS = 2
 
 
 def roofline(peak_flops_per_s: float, memory_bytes_per_s: float, number_bytes: int, elements: int) -> GemmRates:
@@ -132,7 +134,7 @@ def cpu_machine(name: str, host: Host) -> Hardware:
 
 def machine(name: str, device: str, gpu: Gpu, host: Host, gpu_sources: dict[str, str]) -> Hardware:
     """The host's part, the same for both devices."""
-    read, write, drive = host.disk
+    disk = host.disk
     sources = {
         **gpu_sources,
         "op_s": "estimate",
@@ -140,10 +142,11 @@ def machine(name: str, device: str, gpu: Gpu, host: Host, gpu_sources: dict[str,
         "host_memory_bytes": "chosen: a common machine of its kind; nominal, so take off what the system needs",
         "host_bytes_per_s": host.memory_source,
         "disk_bytes": "chosen: a common machine of its kind",
-        "disk_read_bytes_per_s": drive,
-        "disk_write_bytes_per_s": drive,
+        "disk_read_bytes_per_s": disk.source,
+        "disk_write_bytes_per_s": disk.source,
         "disk_read_core_s_per_byte": "estimate: 0.05 core-seconds a GB, as direct reads bypass the page cache",
         "disk_write_core_s_per_byte": "estimate: as reads",
+        **kv_block_sources(disk),
         "cpu_attention_bytes_per_s": "estimate: half of host_bytes_per_s; the native kernel reaches 44 to 48 % of the rate "
         "of torch.sum on two cores (benchmarks/cpu-attention.txt)",
         "cpu_attention_flops_per_s": host.core_source,
@@ -158,16 +161,33 @@ def machine(name: str, device: str, gpu: Gpu, host: Host, gpu_sources: dict[str,
         host_memory_bytes=int(host.memory_gib * GIB),
         host_bytes_per_s=host.memory_bytes_per_s,
         disk_bytes=int(host.disk_gib * GIB),
-        disk_read_bytes_per_s=read,
-        disk_write_bytes_per_s=write,
+        disk_read_bytes_per_s=disk.read_bytes_per_s,
+        disk_write_bytes_per_s=disk.write_bytes_per_s,
         disk_read_core_s_per_byte=DISK_CORE_S_PER_BYTE,
         disk_write_core_s_per_byte=DISK_CORE_S_PER_BYTE,
+        kv_block_read_s=1 / disk.reads_per_s / KV_THREADS,
+        kv_block_core_s=KV_BLOCK_CORE_S,
+        kv_block_write_s=1 / disk.writes_per_s / KV_THREADS,
+        disk_latency_s=1 / disk.reads_per_s,
+        handoff_s=HANDOFF_S,
         cpu_attention_bytes_per_s=CPU_ATTENTION_SHARE * host.memory_bytes_per_s,
         cpu_attention_flops_per_s=host.cores * host.core_flops_per_s,
         row_s=ROW_S,
         sweep_s=SWEEP_S,
         sources=sources,
     )
+
+
+def kv_block_sources(disk: Drive) -> dict[str, str]:
+    """Where the costs of a KV block on disk come from."""
+    rule = "estimate: {:,.0f} {} of 4 KiB a second at random places, one after the other, of which the runtime has two under way; {}"
+    return {
+        "kv_block_read_s": rule.format(disk.reads_per_s, "reads", disk.source),
+        "kv_block_core_s": "estimate: about what flexmoe.probe finds on two virtual cores",
+        "kv_block_write_s": rule.format(disk.writes_per_s, "writes", disk.source),
+        "disk_latency_s": f"estimate: one read of 4 KiB at a random place; {disk.source}",
+        "handoff_s": "estimate: about what flexmoe.probe finds on two virtual cores",
+    }
 
 
 def all_machines() -> list[Hardware]:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from cost_model import Hardware
 from flexmoe import run as command
 
 THREE_TIERS = ["--percent", "20", "30", "30", "30", "50", "0", "--gpu-batch-size", "3", "--num-gpu-batches", "2"]
@@ -21,6 +22,14 @@ def job(tiny, tmp_path):
         for row in ROWS
     ]
     return Job(variant.directory, tmp_path, lines)
+
+
+@pytest.fixture
+def machine(tmp_path_factory):
+    """A file of a machine's rates, so that none is measured."""
+    path = tmp_path_factory.mktemp("machine") / "machine.json"
+    Hardware.preset("cpu").save(path)
+    return path
 
 
 class Job:

@@ -3,7 +3,7 @@
 import pytest
 
 import flexmoe  # noqa: F401
-from tests.command_lines import job, main  # noqa: F401
+from tests.command_lines import job, machine, main  # noqa: F401
 from tests.jobs import bare, quick_disk, runner, setup, tokenizer_directory  # noqa: F401
 
 

@@ -1,10 +1,13 @@
 """The arithmetic of the GPU benchmark: ANCHORS' limit, and policies that fit their budgets."""
 
+import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from cost_model import Hardware, evaluate
 from cost_model.arch import ModelArch
 from cost_model.sizes import kv_blocks_per_tier, kv_tokens_wanted
 from flexmoe import device as device_module
@@ -14,8 +17,11 @@ from flexmoe.kv_cache import KVCache, KVExhausted, KVShape
 from flexmoe.params import EngineRequest, SamplingParams
 from flexmoe.scheduler import Row, Scheduler
 from policies.policy import Policy, Workload
-from scripts.gpu_limit import Rates, Traffic, machine_limit, steady_limit, sweep_terms
-from scripts.gpu_policy import GPU_MARGIN_BYTES, Budget, choose
+from scripts import gpu_steady
+from scripts.bench_gpu import main
+from scripts.gpu_context import TINY, reduced_model
+from scripts.gpu_limit import Rates, Traffic, machine_limit, sweep_terms
+from scripts.gpu_plan import GPU_MARGIN_BYTES, Budget, own_limit, plan
 
 ARCH = ModelArch.from_name("mixtral-8x7b")
 LONG, SHORT = Workload(prompt_len=512, gen_len=256), Workload(prompt_len=77, gen_len=128)
@@ -27,7 +33,8 @@ ANCHORS = {
     "capped to 16 GB": (16, 128, 50, 150, 500, 295),
     "capped to 24 GB": (24, 128, 50, 150, 500, 393),
 }
-H200 = Rates(pcie=50e9, host_dram=150e9, gpu_flops=((1, 1e12), (512, 500e12)), cpu_attention=100e9, nvme=5e9)
+RATES = Rates(pcie=50e9, host_dram=150e9, gpu_flops=((1, 1e12), (512, 500e12)), cpu_attention=100e9, nvme=5e9)
+H200 = Hardware.preset("h200")
 
 
 @pytest.mark.parametrize("machine", ANCHORS)
@@ -48,8 +55,10 @@ def test_limit_with_a_share_on_nvme_is_the_lever_of_anchors():
 
 
 def test_every_term_of_a_sweep_is_its_bytes_over_its_rate():
-    traffic = Traffic(w_streamed=100e9, w_on_disk=10e9, kv_over_pcie=50e9, kv_read=200e9, kv_attended_on_cpu=40e9, tokens=4.0)
-    terms = sweep_terms(ARCH, traffic, H200)
+    traffic = Traffic(
+        w_streamed=100e9, w_on_disk=10e9, kv_over_pcie=50e9, kv_read=200e9, kv_attended_on_cpu=40e9, tokens=4.0
+    )
+    terms = sweep_terms(ARCH, traffic, RATES)
     assert terms["pcie"] == pytest.approx(3.0) and terms["host_dram"] == pytest.approx(2.0)
     assert terms["cpu_attention"] == pytest.approx(0.4) and terms["nvme"] == pytest.approx(2.0)
     assert terms["gpu_flops"] == pytest.approx(ARCH.flops_per_token * 4 / 1e12)
@@ -60,42 +69,88 @@ def test_gemm_rate_is_interpolated_and_does_not_leave_the_curve():
     assert [rates.gpu_flops_at(t) for t in (0.5, 1, 2, 3, 4, 5, 9)] == [10, 10, 20, 30, 35, 40, 40]
 
 
-@pytest.mark.parametrize("workload", [LONG, SHORT], ids=str)
-@pytest.mark.parametrize("gpu, disk", [(15, 0), (15, 40), (23, 0), (23, 40)])
-def test_policy_fits_its_budgets_and_uses_them(workload, gpu, disk):
+def rates_like(hardware):
+    """The rates of the limit, as the planner has them."""
+    experts = hardware.gpu.experts[2]
+    return Rates(
+        pcie=hardware.gpu.h2d_bytes_per_s,
+        host_dram=hardware.host_bytes_per_s,
+        gpu_flops=tuple(zip(experts.tokens, experts.flops_per_s[0])),
+        cpu_attention=hardware.cpu_attention_bytes_per_s,
+        nvme=hardware.disk_read_bytes_per_s,
+    )
+
+
+@pytest.mark.parametrize("workload, gpu, disk", [(LONG, 15, 0), (SHORT, 23, 40)], ids=str)
+def test_planned_policy_fits_its_budgets_and_stays_below_the_limit_of_its_bytes(workload, gpu, disk):
     budget = Budget(gpu_bytes=int(gpu * 1e9), host_bytes=int(100e9), disk_bytes=int(disk * 1e9))
-    choice = choose(ARCH, workload, budget, H200)
-    gpu_bytes, cpu_bytes = choice.memory.total("gpu") + GPU_MARGIN_BYTES, choice.memory.total("cpu")
-    assert budget.gpu_bytes - ARCH.expert_bytes - 200e6 < gpu_bytes <= budget.gpu_bytes
-    assert 0.95 * budget.host_bytes < cpu_bytes <= budget.host_bytes
-    assert choice.memory.total("disk") <= budget.disk_bytes
-    dense = [u.name for u in ARCH.units() if u.kind != "expert"]
-    assert {choice.sizes.placement.tier_of[name] for name in dense} == {"gpu"}
-    assert choice.sizes.kv_blocks["gpu"] == choice.sizes.kv_blocks["disk"] == choice.sizes.fetch_blocks == 0
-    row_bytes = 131072 * (workload.prompt_len + workload.gen_len / 2)
-    assert choice.policy.block_size * row_bytes <= choice.memory.parts["cpu"]["kv"]
-    assert choice.policy.prefill_tokens == pytest.approx(choice.policy.block_size * workload.prompt_len / workload.gen_len, abs=1)
-
-
-def test_disk_is_used_when_it_helps_and_left_when_it_is_slow():
-    budget = Budget(gpu_bytes=int(15e9), host_bytes=int(100e9), disk_bytes=int(40e9))
-    fast = choose(ARCH, LONG, budget, H200)
-    slow = choose(ARCH, LONG, budget, Rates(pcie=50e9, host_dram=150e9, gpu_flops=((1.0, 5e14),), nvme=0.05e9))
-    assert fast.memory.total("disk") > 2e9 and fast.limit.terms["nvme"] <= max(fast.limit.terms.values())
-    assert slow.memory.total("disk") == 0
-
-
-def test_chosen_policy_is_near_the_limit_of_the_machine():
-    budget = Budget(gpu_bytes=int(23.2e9), host_bytes=int(100e9), disk_bytes=int(40e9))
-    own = choose(ARCH, LONG, budget, H200).limit
-    machine = machine_limit(ARCH, LONG, H200, gpu_bytes=24e9, host_bytes=100e9, disk_bytes=40e9)
-    assert own.tokens_per_s == pytest.approx(machine.tokens_per_s, rel=0.12)
-    assert steady_limit(ARCH, LONG, H200, rows=own.rows, w_streamed=1.0).tokens_per_s > own.tokens_per_s
+    chosen = plan(ARCH, workload, H200, budget, rates_like(H200))
+    memory = chosen.prediction.memory
+    assert memory.total("gpu") + GPU_MARGIN_BYTES <= budget.gpu_bytes
+    assert memory.total("cpu") <= budget.host_bytes and memory.total("disk") <= budget.disk_bytes
+    assert chosen.policy.schedule == "rolling" and 0 < chosen.rows <= chosen.policy.block_size
+    assert chosen.limit.tokens_per_s >= 0.99 * chosen.prediction.tokens_per_s
+    rates = rates_like(H200)
+    best = machine_limit(ARCH, workload, rates, gpu_bytes=(gpu + 1) * 1e9, host_bytes=100e9, disk_bytes=disk * 1e9)
+    assert chosen.prediction.tokens_per_s > 0.5 * best.tokens_per_s
 
 
 def test_budget_without_room_for_a_row_is_refused():
-    with pytest.raises(InfeasibleError, match="no policy fits"):
-        choose(ARCH, LONG, Budget(gpu_bytes=int(15e9), host_bytes=int(10e9), disk_bytes=0), H200)
+    tiny = Budget(gpu_bytes=int(15e9), host_bytes=int(10e9), disk_bytes=0)
+    with pytest.raises(InfeasibleError, match="no policy .* fits this machine"):
+        plan(ARCH, LONG, H200, tiny, rates_like(H200))
+
+
+def test_limit_of_a_policy_counts_its_bytes_where_they_go():
+    policy = Policy.from_percent(
+        (10, 60, 20, 50, 100, 0),
+        gpu_batch_size=50,
+        num_gpu_batches=2,
+        prompt_len=512,
+        gen_len=256,
+        cpu_attention_percent=40,
+    )
+    prediction = evaluate(ARCH, H200, LONG, policy, ignore_memory=True)
+    traffic = own_limit(ARCH, LONG, rates_like(H200), policy, prediction).traffic
+    on_tier = prediction.sizes.placement.bytes_per_tier
+    kv = prediction.rows_in_flight * 640 * 131072
+    assert traffic.w_on_disk == on_tier["disk"]
+    assert on_tier["cpu"] + on_tier["disk"] - traffic.w_streamed in (0, ARCH.embed_params * 2)
+    assert traffic.kv_on_disk == pytest.approx(0.3 * kv, rel=0.01)
+    assert traffic.kv_attended_on_cpu == pytest.approx(0.2 * kv, rel=0.01)
+    assert traffic.kv_over_pcie == pytest.approx(0.6 * kv, rel=0.01)
+    assert traffic.kv_read == pytest.approx(0.8 * kv, rel=0.01)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_steady_state_is_entered_with_kv_on_disk_too(tmp_path):
+    policy = Policy.from_percent(
+        (0, 60, 30, 30, 100, 0), gpu_batch_size=8, num_gpu_batches=2, prompt_len=24, gen_len=8, weight_slots=4
+    )
+    budgets = {"gpu_mem": None, "cpu_mem": None, "nvme_mem": None}
+    measured = gpu_steady.steady(
+        reduced_model(tmp_path / "tiny", TINY), asdict(policy), [24, 8], budgets, "cpu", str(tmp_path / "offload"),
+        rows=16, warm=1, timed=8, deadline_s=60.0,
+    )  # fmt: skip
+    assert measured["generated"] == pytest.approx(16 * 8, rel=0.1) and measured["restarts"] == 0
+    assert measured["planned"]["disk"]["kv"] > 0
+    read = measured["lanes"]["disk_read"]
+    assert (
+        0 < read["active_s"] <= read["busy_s"]
+        and read["bytes"] > measured["sweeps"] * measured["planned"]["disk"]["weights"]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, expected", [("24", "error of the prediction"), ("validate", "mean absolute error")])
+def test_rehearsal_prints_predicted_beside_measured(tmp_path, capsys, stage, expected):
+    assert main(["--stage", stage, "--rehearse", "--workdir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert expected in out and "predicted: " in out
+    (section,) = json.loads((tmp_path / "gpu-rehearsal" / f"gpu-{stage}.json").read_text())["sections"].values()
+    assert any(expected in figure["what"] for figure in section["figures"])
+    assert Hardware.load(tmp_path / "gpu-rehearsal" / "gpu-machine.json").device == "cpu"
+    assert not list(tmp_path.glob("*.bin"))
 
 
 def _aged_scheduler(rows, prompt, gen):

@@ -128,7 +128,9 @@ def test_the_runtime_takes_what_was_planned(checkpoint, tmp_path, host_buffers, 
                 assert size <= asked + 12 * PAGE_BYTES, f"{tier} {item} takes more than planned"
                 if item != "workspace":  # what a sweep needs on top is not allocated at the start
                     assert size >= asked - slack.get(item, 0) - PAGE_BYTES, f"{tier} {item} takes less than planned"
-            forgotten = set(planned.parts[tier]) - set(taken[tier]) - {"cast", "workspace", "activations", "page rounding"}
+            forgotten = (
+                set(planned.parts[tier]) - set(taken[tier]) - {"cast", "workspace", "activations", "page rounding"}
+            )
             assert not forgotten, f"{tier}: planned, but nothing was allocated for {forgotten}"
             assert sum(taken[tier].values()) <= planned.total(tier), f"{tier} takes more than planned in all"
         assert len(host_buffers.made) <= HOST_BUFFERS + len(engine.plan.sizes.activation_tiers)
@@ -204,7 +206,13 @@ def test_longest_row_is_the_workloads_where_none_is_given(arch):
 def test_no_buffer_is_planned_for_what_never_moves(arch):
     policy = policy_of((100, 0, 100, 0, 100, 0))
     counts = sizes(arch, policy, WORKLOAD, device="cpu")
-    assert (counts.slots, counts.staging_slots, counts.tails, counts.fetch_blocks, counts.write_blocks) == (0, 0, 0, 0, 0)
+    assert (counts.slots, counts.staging_slots, counts.tails, counts.fetch_blocks, counts.write_blocks) == (
+        0,
+        0,
+        0,
+        0,
+        0,
+    )
     all_on_cpu = policy_of((100, 0, 0, 100, 100, 0), cpu_attention_percent=100.0)
     assert sizes(arch, all_on_cpu, WORKLOAD, device="cpu").fetch_blocks == 0
 
@@ -235,7 +243,11 @@ def test_shared_budget_counts_both_tiers():
 
 def test_too_small_a_budget_is_refused_before_anything_is_written(checkpoint, tmp_path, host_buffers):
     config = EngineConfig(
-        policy=policy_of((0, 0, 0, 0, 0, 0)), workload=WORKLOAD, device="cpu", cpu_mem=1e-6, offload_dir=tmp_path / "off"
+        policy=policy_of((0, 0, 0, 0, 0, 0)),
+        workload=WORKLOAD,
+        device="cpu",
+        cpu_mem=1e-6,
+        offload_dir=tmp_path / "off",
     )
     with pytest.raises(InfeasibleError, match="the cpu memory needs .* bytes are missing.*raise --cpu-mem"):
         Engine(load_model(str(checkpoint)), config)

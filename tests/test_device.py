@@ -26,7 +26,9 @@ def mapped_sizes(monkeypatch):
     return sizes
 
 
-@pytest.mark.parametrize("asked, pages", [(0, 1), (1, 1), (PAGE_BYTES, 1), (PAGE_BYTES + 1, 2), (3 * PAGE_BYTES - 1, 3)])
+@pytest.mark.parametrize(
+    "asked, pages", [(0, 1), (1, 1), (PAGE_BYTES, 1), (PAGE_BYTES + 1, 2), (3 * PAGE_BYTES - 1, 3)]
+)
 def test_host_buffer_takes_whole_pages_and_no_more(cpu, monkeypatch, asked, pages):
     sizes = mapped_sizes(monkeypatch)
     buffer = cpu.host_buffer(asked)

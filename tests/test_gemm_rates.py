@@ -36,10 +36,25 @@ def test_fewer_tokens_than_measured_still_read_the_weights():
     assert late.seconds(0, 100) == late.seconds(-1, 100) == 0.0
 
 
-def test_between_weight_sizes_time_per_element_follows_the_logarithm():
+def test_between_weight_sizes_time_is_linear_and_outside_that_per_element_holds():
     two = rates((1, 10), (10.0, 10.0), (20.0, 40.0), elements=(100.0, 10_000.0))
-    per_element = [two.seconds(10, elements) / elements for elements in (1, 100, 1000, 10_000, 1e9)]
-    assert per_element == pytest.approx([2.0, 2.0, 1.25, 0.5, 0.5])
+    assert [two.seconds(10, elements) for elements in (100, 10_000)] == pytest.approx([200.0, 5000.0])
+    assert two.seconds(10, 5050) == pytest.approx((200.0 + 5000.0) / 2)
+    assert [two.seconds(10, elements) / elements for elements in (1, 100, 10_000, 1e9)] == pytest.approx(
+        [2, 2, 0.5, 0.5]
+    )
+
+
+def test_a_call_that_costs_a_constant_and_a_rate_is_met_exactly_between_weight_sizes():
+    def took_s(tokens, elements):
+        return 20e-6 + 2 * tokens * elements / 100e9
+
+    sizes, tokens = (1e5, 1e6, 3e7), (1, 16, 256)
+    measured = rates(tokens, *([2 * n * size / took_s(n, size) for n in tokens] for size in sizes), elements=sizes)
+    for n in (1, 5, 16, 100, 256):
+        for elements in (1e5, 2e5, 9e5, 1e6, 2e7, 3e7):
+            assert measured.seconds(n, elements) == pytest.approx(took_s(n, elements))
+            assert envelope(measured.pieces(elements), n) == pytest.approx(took_s(n, elements))
 
 
 def test_pieces_of_a_convex_curve_are_the_curve():

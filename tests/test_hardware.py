@@ -98,6 +98,9 @@ def test_a_failed_save_and_a_missing_file_have_their_own_errors(tmp_path):
         ("host_bytes_per_s", 0),
         ("row_s", -1e-6),
         ("disk_read_core_s_per_byte", float("nan")),
+        ("kv_block_read_s", -1e-6),
+        ("kv_block_core_s", None),
+        ("kv_block_write_s", float("inf")),
         ("cpu_budget_bytes", GIB),
         ("gpus", ()),
         ("gpus", (Hardware.preset("t4").gpu,) * 2),
@@ -155,6 +158,9 @@ BAD_DOCUMENTS = [
     (("colour",), "red"),
     (("host_bytes_per_s",), -1),
     (("disk_bytes",), 0.5),
+    (("kv_block_read_s",), None),
+    (("kv_block_core_s",), -1e-6),
+    (("kv_block_write_s",), "0"),
     (("sources",), []),
     (("gpus",), {}),
     (("gpus",), []),
@@ -239,6 +245,7 @@ def test_presets_are_consistent_machines(name):
     assert gpu.kv_load_bytes_per_s <= gpu.h2d_bytes_per_s
     assert machine.cpu_attention_bytes_per_s < machine.host_bytes_per_s
     assert machine.budgets()["disk"] == machine.disk_bytes
+    assert machine.kv_block_write_s <= machine.kv_block_read_s < 1e-3 and machine.kv_block_core_s < 1e-3
     for curves in (gpu.experts, gpu.dense):
         times = [curves[2].seconds(tokens, 1e8) for tokens in range(1, 5000, 7)]
         assert times == sorted(times)
@@ -257,6 +264,7 @@ def test_flexllmgens_t4_has_its_fitted_constants():
     assert gpu.h2d_bytes_per_s == pytest.approx(12.89 * GIB)
     assert (gpu.d2h_bytes_per_s, gpu.kv_store_bytes_per_s) == pytest.approx((4.82 * GIB, 0.97 * GIB))
     assert machine.disk_read_bytes_per_s == pytest.approx(0.473 * GIB)
+    assert (machine.kv_block_read_s, machine.kv_block_core_s, machine.kv_block_write_s) == (0, 0, 0)
     assert machine.cpu_attention_bytes_per_s == pytest.approx(0.0123e12)
     assert 2 * 64 * 1e8 / gpu.experts[2].seconds(64, 1e8) == pytest.approx(4.3e12)
     assert 2 * 8192 * 1e8 / gpu.experts[2].seconds(8192, 1e8) == pytest.approx(21.24e12)

@@ -52,6 +52,22 @@ def bench(tmp_path):
 # Blocks.
 
 
+def test_a_row_gets_neighbouring_blocks_and_the_next_one_those_that_it_leaves():
+    allocator = BlockAllocator(12)
+    first, second = [allocator.take()], [allocator.take()]
+    for _ in range(3):
+        second.append(allocator.take(after=second[-1]))
+    assert second == list(range(second[0], second[0] + 4))
+    first.append(allocator.take(after=first[-1]))  # its neighbour is taken
+    assert first[1] not in second
+    for block in reversed(second):
+        allocator.drop(block)
+    third = [allocator.take()]
+    for _ in range(3):
+        third.append(allocator.take(after=third[-1]))
+    assert third == second
+
+
 def test_allocator_hands_out_every_block_once_and_takes_it_back():
     allocator = BlockAllocator(5)
     taken = [allocator.take() for _ in range(5)]

@@ -41,7 +41,11 @@ def test_tensors_that_touch_become_one_extent_whatever_the_order_of_the_parts():
 def test_gap_or_another_file_starts_a_new_page_aligned_region():
     tensors = table(("x", "f", 100, F32, (10,)), ("y", "f", 144, F32, (10,)), ("z", "g", 184, F32, (10,)))
     layout = unit_layout([part(n, (10,)) for n in "xyz"], tensors)
-    assert [(e.path, e.offset, e.buffer_offset) for e in layout.extents] == [("f", 0, 0), ("f", 0, 4096), ("g", 0, 8192)]
+    assert [(e.path, e.offset, e.buffer_offset) for e in layout.extents] == [
+        ("f", 0, 0),
+        ("f", 0, 4096),
+        ("g", 0, 8192),
+    ]
     assert [e.needed for e in layout.extents] == [140, 184, 224]
     assert layout.host_bytes == 3 * PAGE_BYTES
 

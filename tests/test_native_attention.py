@@ -82,7 +82,9 @@ def test_every_storage_type_and_head_size_agrees_with_float64(dtype, size):
     assert_close(case.run(), case.expected())
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(4, 1), (8, 2), (3, 3), (16, 4), (6, 2), (7, 1), (12, 1), (16, 1), (40, 1)])
+@pytest.mark.parametrize(
+    "heads, kv_heads", [(4, 1), (8, 2), (3, 3), (16, 4), (6, 2), (7, 1), (12, 1), (16, 1), (40, 1)]
+)
 @pytest.mark.parametrize("size", [64, 24])
 def test_every_group_size_agrees_with_float64(heads, kv_heads, size):
     case = Case(MIXED, heads=heads, kv_heads=kv_heads, size=size)

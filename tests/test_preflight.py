@@ -159,13 +159,15 @@ def test_a_job_without_rows_is_measured_too():
     assert Lengths(3).measured(100).rows == 0
 
 
-def test_the_histogram_of_many_lengths_is_rounded_up():
-    lengths = Lengths(20_000)
-    for row in range(20_000):
+def test_rows_of_many_different_lengths_are_counted_together_and_keep_number_means_and_the_longest():
+    lengths, rows = Lengths(20_000), range(20_000)
+    for row in rows:
         lengths[row] = RowLength.of([request(1 + row % 199, 1 + row % 101)], 10**6)
     workload = lengths.measured(10**6).workload
-    assert 1000 < len(workload.lengths) <= 4096 and sum(rows for *_, rows in workload.lengths) == 20_000
-    assert workload.prompt_len == 100 and workload.longest_row >= 300
+    assert 100 < len(workload.lengths) <= 576 and sum(count for *_, count in workload.lengths) == 20_000
+    means = [sum(entry[axis] * entry[2] for entry in workload.lengths) / 20_000 for axis in (0, 1)]
+    assert means == pytest.approx([sum(1 + row % n for row in rows) / 20_000 for n in (199, 101)], rel=0.01)
+    assert (workload.prompt_len, workload.gen_len, workload.longest_row) == (100, 51, 299)
 
 
 def test_scoring_rows_generate_nothing():

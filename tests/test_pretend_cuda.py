@@ -95,7 +95,9 @@ CASES = [
     Case(placement=(0, 0, 0, 0, 0, 0), cpu_attention=0, overlap=False),
     Case(placement=(0, 100, 100, 0, 50, 50), variant="gqa-4-to-1", native=False),
     Case(placement=(10, 20, 30, 30, 30, 30), variant="window", cpu_attention=50, disturbed="sent-back"),
-    Case(placement=(0, 50, 0, 100, 100, 0), variant="all-experts", cpu_attention=100, batches=(16, 1), schedule="static"),
+    Case(
+        placement=(0, 50, 0, 100, 100, 0), variant="all-experts", cpu_attention=100, batches=(16, 1), schedule="static"
+    ),
 ]
 
 

@@ -128,11 +128,12 @@ def test_the_trace_has_a_track_per_lane_in_which_nothing_overlaps_and_disk_reads
     assert under > 0, "no disk read ran while the device computed"
 
 
-def test_a_dry_run_checks_and_prints_the_plan_and_neither_loads_nor_writes(job, main, monkeypatch):
+def test_a_dry_run_checks_and_prints_the_plan_and_neither_loads_nor_writes(job, main, machine, monkeypatch):
     monkeypatch.setattr("flexmoe.engine.WeightStore", lambda *_: pytest.fail("weights were loaded"))
     before = sorted(job.directory.rglob("*"))
     metrics, trace = job.directory / "m.json", job.directory / "t.json"
-    code, out, err = main(job.args(*THREE_TIERS, "--dry-run", "--metrics-json", str(metrics), "--trace", str(trace)))
+    files = ["--metrics-json", str(metrics), "--trace", str(trace), "--hardware", str(machine)]
+    code, out, err = main(job.args(*THREE_TIERS, "--dry-run", *files))
     assert (code, err) == (0, "")
     for words in (
         "weights: asked 20/30/50 %, placed",
@@ -140,6 +141,7 @@ def test_a_dry_run_checks_and_prints_the_plan_and_neither_loads_nor_writes(job, 
         "memory  cpu:",
         "memory disk:",
         f"rows: {len(ROWS)}",
+        "predicted: ",
     ):
         assert words in out
     assert sorted(job.directory.rglob("*")) == before

@@ -173,9 +173,9 @@ def test_lines_of_text_with_a_template_are_completed(job, main, tmp_path):
     assert [line["custom_id"] for line in job.lines()] == ["row-1", "row-3"]
 
 
-def test_a_dry_run_tells_rows_and_tokens_and_why_rows_cannot_run(job, main):
+def test_a_dry_run_tells_rows_and_tokens_and_why_rows_cannot_run(job, main, machine):
     job.write([{"prompt": [5, 6], "max_tokens": 3}, {"prompt": [999]}, {"prompt": [7, 8, 9], "n": 2}])
-    code, out, err = main(job.args("--dry-run", "--gen-len", "4"))
+    code, out, err = main(job.args("--dry-run", "--gen-len", "4", "--hardware", str(machine)))
     assert (code, err) == (0, "")
     assert "rows: 3, of which 1 cannot run; 5 prompt tokens, at most 11 new tokens" in out and "row 2: token 999" in out
     assert sorted(path.name for path in job.directory.iterdir()) == ["in.jsonl"]

@@ -144,7 +144,9 @@ def test_known_ends_never_exhaust_a_tier_nor_exceed_the_projected_peak(percent, 
         for run in runs:
             sim.scheduler.commit(run.owner, 2 if run.logits else None)
         for run in runs:
-            if run.logits and run.owner.generated >= min(sim.ends[run.owner], run.owner.limit - len(run.owner.request.prompt_token_ids)):
+            if run.logits and run.owner.generated >= min(
+                sim.ends[run.owner], run.owner.limit - len(run.owner.request.prompt_token_ids)
+            ):
                 sim.scheduler.finish(run.owner)
         sim.scheduler.end_sweep()
     assert sim.scheduler.restarts == 0
@@ -233,7 +235,9 @@ def mean_rows_in_flight(sim, prompt, gen, rows):
 LENGTHS = [(512, 32), (512, 256), (128, 32), (128, 128), (77, 128), (100, 30), (300, 7), (64, 64), (256, 512)]
 # A row wastes half a KV block of 16 tokens, and the sum over the rows swings by the growth between two departures: rows of
 # under a hundred tokens, or so few rows, may stay below.
-BLOCKS_OF_ROWS = [(64, s, n) for s, n in LENGTHS] + [(16, s, n) for s, n in LENGTHS if (s, n) != (77, 128)] + [(256, 32, 100)]
+BLOCKS_OF_ROWS = (
+    [(64, s, n) for s, n in LENGTHS] + [(16, s, n) for s, n in LENGTHS if (s, n) != (77, 128)] + [(256, 32, 100)]
+)
 
 
 @pytest.mark.parametrize("rows, prompt, gen", BLOCKS_OF_ROWS, ids=str)

@@ -129,4 +129,3 @@ def assert_greedy(variant: Variant, row: int, got: list[int], want: list[int]) -
 def offload(tmp_path: Path) -> dict:
     """Options of an `LLM` that every test here wants."""
     return {"device": "cpu", "offload_dir": os.fspath(tmp_path / "offload"), "longest_row": LONGEST_ROW}
-

@@ -1,0 +1,285 @@
+"""The whole probe: every rate of `cost_model.hardware.Hardware`, by the runtime's own parts, in about a minute."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+from cost_model.gemm_rates import GemmRates
+from cost_model.hardware import Gpu, Hardware
+from cost_model.sizes import BLOCK_TOKENS
+from flexmoe import native
+from flexmoe.device import Device, keep_freed_memory
+from flexmoe.errors import InfeasibleError
+from flexmoe.machine import busy_core_s, cpu_name, filesystem, usable_cores
+from flexmoe.probe.attention import attention_rates
+from flexmoe.probe.buffers import WeightArena
+from flexmoe.probe.copies import copy_rates, memory_rate
+from flexmoe.probe.disk import DiskRates, disk_rates
+from flexmoe.probe.effort import MIB, Effort
+from flexmoe.probe.facts import capacities, compute_dtypes, device_name, gpu_details, pinned_limit_bytes
+from flexmoe.probe.gemms import dense_rates, expert_rates
+from flexmoe.probe.interference import TOKENS
+from flexmoe.probe.kv import kv_rates
+from flexmoe.probe.kv_blocks import SHAPES, kv_block_costs
+from flexmoe.probe.sweeps import disk_latency_s, overheads
+from flexmoe.storage import PIECE_BYTES, READ_THREADS
+
+log = logging.getLogger(__name__)
+
+#: Other processes may use so much of the cores without a word.
+_IDLE = 0.1
+
+
+@dataclass(slots=True)
+class Found:
+    """Values by field of `Hardware` or `Gpu`, and where each comes from."""
+
+    values: dict = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def put(self, source: str, **values) -> None:
+        """Values that were measured in one way."""
+        self.values |= values
+        self.sources |= dict.fromkeys(values, source)
+
+    def of(self, kind: type) -> dict:
+        """The values that are fields of ``kind``."""
+        return {each.name: self.values[each.name] for each in fields(kind) if each.name in self.values}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What every step needs; ``dtypes`` by bytes of one number."""
+
+    device: Device
+    directory: Path
+    effort: Effort
+    dtypes: dict[int, torch.dtype]
+
+
+def probe(device: str = "auto", directory: str | Path = ".", effort: Effort | None = None) -> Hardware:
+    """Measure this machine.
+
+    Args:
+        device: ``auto``, ``cuda`` or ``cpu``.
+        directory: on the disk whose rate counts; a file is written there that has no name and is gone afterwards.
+        effort: how much to measure.
+
+    Raises:
+        UsageError: no such device.
+        StorageError: the directory cannot be written or has too little free space.
+        InfeasibleError: too little memory, or the driver does not lock it.
+    """
+    dev, directory = Device(device), Path(directory).expanduser().absolute()
+    keep_freed_memory()  # as the engine does: freed activations of up to 32 MiB cost no page faults
+    limit, found = pinned_limit_bytes(dev), Found()
+    setting = Setting(
+        device=dev, directory=directory, effort=(effort or Effort()).bounded(limit), dtypes=compute_dtypes(dev)
+    )
+    found.put(_capacity_source(dev, limit), **capacities(dev, directory))
+    begin, others = time.perf_counter(), Others()
+    try:
+        for what, step in _STEPS.items():
+            log.info("%5.1f s  measuring %s", time.perf_counter() - begin, what)
+            step(setting, found)
+    except torch.OutOfMemoryError as error:
+        raise InfeasibleError(
+            f"the GPU has too little free memory to be measured ({str(error).splitlines()[0]}); end what else uses it"
+        ) from error
+    finally:
+        _give_back(dev)
+    log.info("%5.1f s  done", time.perf_counter() - begin)
+    return _hardware(dev, found, others.sentence())
+
+
+def _give_back(device: Device) -> None:
+    """Freed memory that torch and the C library keep for later: a run in this process counts what is left."""
+    if device.is_cuda:
+        torch.cuda.empty_cache()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+class Others:
+    """How busy other processes keep the cores from now on: rates that were measured beside them are too low."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    def sentence(self) -> str:
+        """What to say of it, also as a warning; empty when the machine was idle or it cannot be told."""
+        before, now = self._before, self._now()
+        if before is None or now is None:
+            return ""
+        used = (now[0] - before[0]) / max(1e-3, now[1] - before[1])
+        if used < _IDLE * usable_cores():
+            return ""
+        sentence = f"other processes kept {used:.1f} of {usable_cores()} cores busy meanwhile"
+        log.warning("%s: measure again on an idle machine for better numbers", sentence)
+        return f"; {sentence}"
+
+    def _now(self) -> tuple[float, float] | None:
+        busy_s = busy_core_s()
+        return None if busy_s is None else (busy_s - time.process_time(), time.perf_counter())
+
+
+def _hardware(device: Device, found: Found, meanwhile: str) -> Hardware:
+    gpu_name, cpus = device_name(device), f"{found.values['cores']} cores of {cpu_name()}"
+    now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    details = "".join(f", {name} {value}" for name, value in gpu_details(device).items())
+    found.sources["name"] = (
+        f"measured {now} by flexmoe.probe: torch {torch.__version__} with {torch.get_num_threads()} threads, Python "
+        f"{platform.python_version()}, {platform.system()} {platform.release()}{details}{meanwhile}"
+    )
+    return Hardware(
+        name=f"{gpu_name}, {cpus}" if device.is_cuda else cpus,
+        device=device.torch.type,
+        gpus=(Gpu(name=gpu_name, **found.of(Gpu)),),
+        sources=found.sources,
+        **found.of(Hardware),
+    )
+
+
+def _capacity_source(device: Device, limit: int | None) -> str:
+    source = "what was available to this process when it was measured, within its cgroup"
+    if limit is not None:
+        source += f"; pinned memory is limited to {limit / MIB:.0f} MiB by RLIMIT_MEMLOCK (raise it with ulimit -l)"
+    return source
+
+
+def _disk(s: Setting, found: Found) -> None:
+    rates = disk_rates(s.device, s.dtypes[2], s.directory, s.effort)
+    way = "O_DIRECT" if rates.direct else "no O_DIRECT: through the page cache, so that reads may be memory's"
+    source = (
+        f"flexmoe.storage, {READ_THREADS} threads with {PIECE_BYTES / MIB:.0f} MiB each, "
+        f"{rates.read.nbytes / MIB:.0f} MiB in {s.directory} ({filesystem(s.directory)}, {way})"
+    )
+    own = f"{source}; CPU time of this process"
+    beside = (
+        f"{source}; an expert over {TOKENS[0]} and over {TOKENS[1]} tokens, {_dtype(s, 2)}, all threads: cores x (1 - A/B) / R "
+        "for A seconds alone and B beside reads at R bytes/s, the mean of both, at least the CPU time of this process"
+    )
+    found.put(source, disk_read_bytes_per_s=rates.read.bytes_per_s)
+    found.put(f"{source}, flushed", disk_write_bytes_per_s=rates.write.bytes_per_s)
+    found.put(own if s.device.is_cuda else beside, disk_read_core_s_per_byte=rates.read_core_s_per_byte)
+    found.put(own, disk_write_core_s_per_byte=rates.write.core_s_per_byte)
+    _kv_blocks(s, found, rates)
+
+
+def _kv_blocks(s: Setting, found: Found, rates: DiskRates) -> None:
+    costs = kv_block_costs(s.device, s.dtypes[2], s.directory, s.effort, rates)
+    source = (
+        f"flexmoe.disk_kv, up to {s.effort.kv_blocks} blocks that are no neighbours in {s.directory}, of {BLOCK_TOKENS} tokens "
+        f"with (KV heads, head size) in {SHAPES}, {_dtype(s, 2)}: the mean, less what the bytes take"
+    )
+    found.put(source, kv_block_read_s=costs.read_s, kv_block_write_s=costs.write_s)
+    found.put(f"{source}; CPU time of this process", kv_block_core_s=costs.read_core_s)
+
+
+def _memory(s: Setting, found: Found) -> None:
+    host = s.device.host_buffer(s.effort.buffer_bytes // 2, pinned=False)
+    host_rate = memory_rate(Device("cpu"), host.view(torch.float32).fill_(1), s.effort.point_s)
+    source = "the fastest of sum, maximum and dot product over {:.0f} MiB, all threads"
+    found.put(source.format(host.nbytes / MIB), host_bytes_per_s=host_rate, memory_bytes_per_s=host_rate)
+    if s.device.is_cuda:
+        size = min(4 << 30, found.values["memory_bytes"] // 8)
+        values = torch.ones(size // 4, device=s.device.torch)
+        rate = memory_rate(s.device, values, 3 * s.effort.point_s)
+        found.put(f"a sum over {values.nbytes / MIB:.0f} MiB on the GPU", memory_bytes_per_s=rate)
+
+
+def _copies(s: Setting, found: Found) -> None:
+    kind = s.device.torch.type
+    unit = min(s.effort.copy_bytes[kind], s.effort.buffer_bytes // (2 if s.device.is_cuda else 4))
+    rates = copy_rates(s.device, unit, 3 * s.effort.point_s)
+    how = (
+        "pinned copies on a stream each way"
+        if s.device.is_cuda
+        else "numpy copies between host buffers, one thread each way"
+    )
+    source = f"{how}, units of {unit / MIB:.0f} MiB in three pieces"
+    found.put(f"{source}, alone", h2d_bytes_per_s=rates.h2d, d2h_bytes_per_s=rates.d2h)
+    found.put(
+        f"{source}, both at once", h2d_duplex_bytes_per_s=rates.h2d_duplex, d2h_duplex_bytes_per_s=rates.d2h_duplex
+    )
+
+
+def _kv(s: Setting, found: Found) -> None:
+    rates = kv_rates(s.device, s.dtypes[2], s.effort)
+    first, last = s.effort.contexts
+    source = f"flexmoe.kv_lanes on blocks in no order, bytes of K and V, {_dtype(s, 2)}, 8 KV heads of 128"
+    found.put(f"{source}, {rates.rows} rows of {first} to {last} tokens", kv_load_bytes_per_s=rates.load)
+    found.put(f"{source}, runs of 64 tokens", kv_store_bytes_per_s=rates.store)
+
+
+def _attention(s: Setting, found: Found) -> None:
+    on_host = attention_rates(s.device, s.dtypes[2], s.effort, on_host=True)
+    on_device = attention_rates(s.device, s.dtypes[2], s.effort, on_host=False) if s.device.is_cuda else on_host
+    kernel = "native code" if native.available() else "torch (no native code: is there a C++ compiler?)"
+    first, last = s.effort.contexts
+    decode = (
+        f"flexmoe.attention, {_dtype(s, 2)}, {on_host.rows} rows of {first} to {last} tokens, heads of 64 and 128, 4 queries "
+        f"per KV head"
+    )
+    prefill = f"flexmoe.attention, {_dtype(s, 2)}, runs of {s.effort.prompts} tokens, whole prompts and second chunks"
+    for prefix, rates, where in (("", on_device, "torch" if s.device.is_cuda else kernel), ("cpu_", on_host, kernel)):
+        found.put(f"{decode}, {where}", **{f"{prefix}attention_bytes_per_s": rates.bytes_per_s})
+        found.put(f"{prefill}, {where}", **{f"{prefix}attention_flops_per_s": rates.flops_per_s})
+
+
+def _linear(s: Setting, found: Found) -> None:
+    experts, dense = {}, {}
+    room = min(s.effort.buffer_bytes, found.values["memory_bytes"] // 8) * 3 // 4
+    for size, dtype in s.dtypes.items():
+        experts[size], dense[size] = _curves(s, dtype, room)
+    source = f"weights in turn from {s.effort.cycle_bytes / MIB:.0f} MiB, token counts spread as random routing spreads them, {_dtype(s, 2)} and {_dtype(s, 4)}"
+    found.put(
+        f"flexmoe.experts and the family's expert: gather, three GEMMs, activation, scatter; {source}", experts=experts
+    )
+    found.put(f"the family's projections, new KV, output and router, and routing, per GPU batch; {source}", dense=dense)
+
+
+def _curves(s: Setting, dtype: torch.dtype, room: int) -> tuple[GemmRates, GemmRates]:
+    """Those of experts and of attention modules, from one arena that is gone before the next is made."""
+    arena = WeightArena(s.device, dtype, room)
+    return expert_rates(s.device, arena, dtype, s.effort), dense_rates(s.device, arena, dtype, s.effort)
+
+
+def _overheads(s: Setting, found: Found) -> None:
+    rest = overheads(s.device, s.dtypes[2], s.directory, s.effort)
+    source = (
+        f"sweeps of a tiny model of {s.effort.layers} layers by flexmoe.engine, {s.effort.rows} rows that decode in GPU batches "
+        f"of {s.effort.batch_rows}; experts, attention modules and attention measured apart and taken off, the rest fitted to "
+        f"(1, rows, operations)"
+    )
+    found.put(source, sweep_s=rest.sweep_s, row_s=rest.row_s, op_s=rest.op_s)
+    found.put(
+        "the KV lanes' own seconds per operation in such sweeps, little KV being in host memory",
+        handoff_s=rest.handoff_s,
+    )
+    latency_s = disk_latency_s(s.device, s.directory)
+    found.put("64 KiB written or read with nothing else under way", disk_latency_s=latency_s)
+
+
+def _dtype(s: Setting, size: int) -> str:
+    return str(s.dtypes[size]).removeprefix("torch.")
+
+
+_STEPS: dict[str, Callable[[Setting, Found], None]] = {
+    "the disk": _disk,
+    "memory": _memory,
+    "copies": _copies,
+    "KV loads and stores": _kv,
+    "attention": _attention,
+    "experts and attention modules": _linear,
+    "overheads": _overheads,
+}

@@ -1,0 +1,68 @@
+"""Seconds of a piece of work, on the host's clock or the device's."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+from flexmoe.device import Device
+
+_MOST_CALLS = 1000
+
+
+def repeat_s(device: Device, work: Callable[[], object], seconds: float, *, warm: int = 1, least: int = 3) -> float:
+    """Seconds of one call.
+
+    On cpu the median of as many calls as take ``seconds``, at least ``least`` of them unless those took three times as
+    long. On CUDA the mean between two events around about as many, the first calls left out.
+    """
+    for _ in range(warm):
+        work()
+    return _device_s(device, work, seconds) if device.is_cuda else _host_s(work, seconds, least)
+
+
+def mean_s(device: Device, work: Callable[[], object], seconds: float, *, warm: int = 1, least: int = 1) -> float:
+    """Seconds of one call on cpu: the mean over as many as take ``seconds``, at least ``least``, pauses included."""
+    for _ in range(warm):
+        work()
+    begin, calls = time.perf_counter(), 0
+    while True:
+        work()
+        calls += 1
+        took = time.perf_counter() - begin
+        if took >= seconds and calls >= least:
+            return took / calls
+
+
+def best_s(work: Callable[[], object], rounds: int) -> float:
+    """Host seconds of the fastest of ``rounds`` calls."""
+    return min(_timed(work) for _ in range(rounds))
+
+
+def _host_s(work: Callable[[], object], seconds: float, least: int) -> float:
+    times: list[float] = []
+    while not times or sum(times) < seconds or (len(times) < least and sum(times) < 3 * seconds):
+        times.append(_timed(work))
+    return statistics.median(times)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def _device_s(device: Device, work: Callable[[], object], seconds: float) -> float:
+    def run(count: int) -> float:
+        start, end = device.event(timing=True), device.event(timing=True)
+        start.record()
+        for _ in range(count):
+            work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / count
+
+    estimate_s = run(3)
+    calls = min(_MOST_CALLS, int(seconds / max(1e-6, estimate_s)))
+    return run(calls) if calls > 3 else estimate_s

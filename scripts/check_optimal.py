@@ -1,0 +1,180 @@
+"""Is the planned policy the best? Rivals on random machines: a grid, random policies, and climbs by single units.
+
+    python -m scripts.check_optimal [--machines 200] [--candidates 5000] [--jobs 2] [--seed 0] [--output benchmarks/optimal]
+
+Every rival is judged by the same `evaluate`. Exit code 1 if any beats the planned policy by more than 2 %, or fits where
+the planner says that nothing does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+
+from cost_model import solve
+from policies.errors import InfeasibleError
+from scripts.random_machines import random_problem
+from scripts.rivals import Rivals
+
+TOLERANCE = 0.02
+CLIMBS, PER_CLIMB, PER_OWN_CLIMB = 20, 600, 3000
+KIND = "flexmoe.optimal"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One machine. ``planned``, ``best``: tokens/s of the planned policy and of the best rival, 0 where nothing fits.
+
+    ``by``: which rival; ``lp``: the largest optimum of a linear programme; ``cpu_s``: processor seconds of planning.
+    """
+
+    seed: int
+    problem: str
+    planned: float
+    best: float
+    by: str
+    lp: float
+    programmes: int
+    evaluations: int
+    seconds: float
+    cpu_s: float
+    candidates: int
+    judged: int
+    policy: dict
+    rival: dict
+
+    @property
+    def ratio(self) -> float:
+        """Best rival against planned."""
+        return self.best / self.planned if self.planned else (float("inf") if self.best else 1.0)
+
+
+def check(seed: int, candidates: int) -> Result:
+    """Plans one problem, and lets the rivals try."""
+    problem = random_problem(seed)
+    rivals = Rivals(problem)
+    start, processor = time.perf_counter(), _processor_s()
+    try:
+        plan = solve(problem.arch, problem.hardware, problem.workload)
+    except InfeasibleError:
+        plan = None
+    seconds, cpu_s = time.perf_counter() - start, _processor_s() - processor
+    tried = rivals.candidates(candidates if plan else candidates // 5)
+    rated = {"candidate": max(tried, key=rivals.tokens_per_s, default=None)}
+    if plan:
+        some = tried[:: max(1, len(tried) // CLIMBS)][:CLIMBS]
+        climbed = [rivals.climb(policy, PER_CLIMB) for policy in [*some, rated["candidate"]] if policy]
+        rated["climb"] = max(climbed, key=rivals.tokens_per_s, default=None)
+        rated["climb from the planned"] = rivals.climb(plan.policy, PER_OWN_CLIMB)
+    by = max((name for name in rated if rated[name]), key=lambda name: rivals.tokens_per_s(rated[name]), default="")
+    best = rated.get(by)
+    return Result(
+        seed=seed,
+        problem=str(problem),
+        planned=plan.prediction.tokens_per_s if plan else 0.0,
+        best=rivals.tokens_per_s(best) if best else 0.0,
+        by=by,
+        lp=plan.explanation.lp_tokens_per_s if plan else 0.0,
+        programmes=plan.explanation.programmes if plan else 0,
+        evaluations=plan.explanation.evaluations if plan else 0,
+        seconds=seconds,
+        cpu_s=cpu_s,
+        candidates=len(tried),
+        judged=rivals.judged,
+        policy=asdict(plan.policy) if plan else {},
+        rival=asdict(best) if best else {},
+    )
+
+
+def _processor_s() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def run(machines: int, candidates: int, jobs: int, seed: int) -> Iterator[Result]:
+    """Results, until so many machines could be planned for; those where nothing fits come on top."""
+    seeds, planned = count(seed), 0
+    with ProcessPoolExecutor(jobs) as pool:
+        waiting = [pool.submit(check, next(seeds), candidates) for _ in range(machines)]
+        while waiting:
+            result = waiting.pop(0).result()
+            planned += bool(result.planned)
+            if not result.planned:
+                waiting.append(pool.submit(check, next(seeds), candidates))
+            yield result
+
+
+def summary(results: list[Result]) -> list[str]:
+    """What is to be shown, a line each."""
+    planned = [each for each in results if each.planned]
+    beaten = [each for each in results if each.ratio > 1 + TOLERANCE]
+    worst = max(planned, key=lambda each: each.ratio)
+    seconds = sorted(each.seconds for each in planned)
+    cpu_s = sorted(each.cpu_s for each in planned)
+    return [
+        f"{len(planned)} machines, {len(results) - len(planned)} more on which nothing fits",
+        f"candidates that fit: at least {min(each.candidates for each in planned)} on each machine; "
+        + f"judged: {sum(each.judged for each in planned)}",
+        f"beaten by more than {TOLERANCE:.0%}: {len(beaten)}; largest best rival / planned: {worst.ratio:.4f} (seed {worst.seed})",
+        f"planned policy at least as good as every rival: {sum(each.ratio <= 1 for each in planned)}",
+        f"programmes per plan: at most {max(each.programmes for each in planned)}",
+        f"seconds per plan: median {seconds[len(seconds) // 2]:.2f}, most {seconds[-1]:.2f} "
+        + f"(processor: {cpu_s[len(cpu_s) // 2]:.2f}, {cpu_s[-1]:.2f})",
+    ]
+
+
+def _line(result: Result) -> str:
+    if not result.planned:
+        return f"{result.seed:5d}  nothing fits; {result.candidates} rivals do  {result.problem}"
+    return (
+        f"{result.seed:5d}  {result.planned:10.2f} planned  {result.best:10.2f} best rival  {result.ratio:.4f}  "
+        f"lp {result.lp:10.2f}  {result.programmes:3d} LPs  {result.seconds:5.2f} s  {result.problem}"
+    )
+
+
+def write(path: Path, results: list[Result], about: dict) -> None:
+    """The record: all results as JSON, and a table beside it."""
+    document = {"kind": KIND, **about, "summary": summary(results), "results": [asdict(each) for each in results]}
+    path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    head = "| seed | problem | planned tok/s | best rival | ratio | by | LP optimum | LPs | s |\n|---|---|---|---|---|---|---|---|---|\n"
+    rows = "".join(
+        f"| {r.seed} | {r.problem} | {r.planned:.2f} | {r.best:.2f} | {r.ratio:.4f} | {r.by} | {r.lp:.2f} | "
+        f"{r.programmes} | {r.seconds:.2f} |\n"
+        for r in results
+    )
+    lines = "".join(f"- {line}\n" for line in summary(results))
+    path.with_suffix(".md").write_text(
+        f"# The planned policy and its rivals\n\n`{about['command']}`\n\n{lines}\n{head}{rows}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--machines", type=int, default=200, help="machines that can be planned for (200)")
+    parser.add_argument("--candidates", type=int, default=5000, help="rivals that fit, on each machine (5000)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (2)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first machine (0)")
+    parser.add_argument("--output", type=Path, help="path of the record without suffix; none is written without it")
+    args = parser.parse_args(argv)
+    results = []
+    for result in run(args.machines, args.candidates, args.jobs, args.seed):
+        results.append(result)
+        print(_line(result), flush=True)
+    print(*summary(results), sep="\n")
+    if args.output:
+        command = "python -m scripts.check_optimal " + " ".join(argv if argv is not None else sys.argv[1:])
+        write(args.output, results, {"command": command, "tolerance": TOLERANCE})
+    return int(any(each.ratio > 1 + TOLERANCE for each in results))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,70 @@
+"""What a validation prints and writes: predicted beside measured, per lane and whole, and the summary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+MEAN_TARGET, WORST_TARGET = 0.10, 0.25
+_LANES = ("gpu", "cpu", "h2d", "d2h", "disk_read", "disk_write")
+
+
+def lines(result: dict) -> list[str]:
+    """One configuration: what it is, its whole-job times, and its lanes' busy seconds (predicted/measured)."""
+    p, m = result["policy"], result["median"]
+    shares = "/".join(f"{p[k]:.0f}" for k in p if k.endswith("_percent") and k != "cpu_attention_percent")
+    disk = " ".join(f"{rate / 1e9:.2f}" for rate in m["disk_bytes_per_s"])
+    cores = " ".join(f"{rate:.2f}" for rate in m["cores_against_probe"])
+    return [
+        f"{result['name']:<11} {result['model']:<6} {p['gpu_batch_size']} x {p['num_gpu_batches']} {p['schedule']}, {shares}, "
+        f"CPU attention {p['cpu_attention_percent']:.0f}, prefill {p['prefill_tokens']}, {result['rows']} rows of "
+        f"{result['prompt_len']} + {result['gen_len']}",
+        f"{'':<12}predicted {m['predicted_s']:.2f} s, measured {m['measured_s']:.2f} s: {100 * result['error']:+.1f} %; sweeps "
+        f"{m['sweeps'][1]:.0f}/{m['sweeps'][0]}; disk {disk} GB/s, cores {cores} of the probe's; runs "
+        + " ".join(f"{r['measured_s']:.2f}{'' if r['clean'] else ' (drifted)'}" for r in result["runs"]),
+        f"{'':<12}" + ", ".join(f"{lane} {m['lanes_s'][lane][1]:.2f}/{m['lanes_s'][lane][0]:.2f} s" for lane in _LANES),
+    ]
+
+
+def summary(results: Sequence[dict]) -> dict:
+    """Errors of whole-job time over all configurations and by class."""
+    errors = [abs(r["error"]) for r in results]
+    mean, worst = sum(errors) / len(errors), max(errors)
+    classes = {}
+    for bound in dict.fromkeys(r["bound"] for r in results):
+        of_class = [r["error"] for r in results if r["bound"] == bound]
+        classes[bound] = {
+            "runs": len(of_class),
+            "mean_abs": sum(map(abs, of_class)) / len(of_class),
+            "bias": sum(of_class) / len(of_class),
+        }
+    text = [
+        f"{len(results)} configurations: mean absolute error of whole-job time {100 * mean:.1f} % (target 10), worst "
+        f"{100 * worst:.1f} % (target 25)",
+        *(
+            f"  {name}-bound: {c['runs']} configurations, mean {100 * c['mean_abs']:.1f} %, bias {100 * c['bias']:+.1f} %"
+            for name, c in classes.items()
+        ),
+    ]
+    met = mean <= MEAN_TARGET and worst <= WORST_TARGET
+    return {"mean_abs_error": mean, "worst_abs_error": worst, "classes": classes, "met": met, "text": "\n".join(text)}
+
+
+def write(path: Path, record: dict) -> None:
+    """The record as JSON, and as text to read beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    text = [
+        "# Predicted against measured",
+        "",
+        "`python -m scripts.validate_cost_model`; seconds are predicted/measured. The disk is read with O_DIRECT (page cache",
+        f"bypassed). Machine: {record['machine']['cpu']}, {record['machine']['cores']} cores; torch {record['versions']['torch']}.",
+        "",
+        "```",
+        *(line for result in record["results"] for line in lines(result)),
+        record["summary"]["text"],
+        "```",
+        "",
+    ]
+    path.with_suffix(".md").write_text("\n".join(text), encoding="utf-8")
