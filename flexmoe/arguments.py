@@ -78,7 +78,11 @@ def _job_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--seed", type=int, default=0, help="of rows without one, and of the benchmark's prompts (default 0)"
     )
-    g.add_argument("--dry-run", action="store_true", help="check every row and the plan, print both, load nothing")
+    g.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check every row, print counts, the plan and the predicted hours; load nothing, write nothing",
+    )
     g.add_argument("--metrics-json", type=Path, help="write what was measured as JSON")
     g.add_argument("--trace", type=Path, help="write a Chrome trace (chrome://tracing, Perfetto), one track per lane")
     g.add_argument("-v", "--verbose", action="store_true", help="log what is done, to stderr")
@@ -120,7 +124,7 @@ def _machine_flags(p: argparse.ArgumentParser) -> None:
         "--hardware",
         type=Path,
         help="this machine's rates, for --policy auto and for predicted beside measured: a file of python -m flexmoe.probe, "
-        "or auto (measured once, cached; what --policy auto takes by itself)",
+        "or auto (measured once, cached; what --policy auto and a job's --dry-run take by themselves)",
     )
     g.add_argument("--dtype", default="auto", help="auto (the checkpoint's), bfloat16, float16 or float32")
     g.add_argument("--gpu-mem", type=float, metavar="GIB", help="GPU memory to stay under")

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,24 +30,13 @@ from flexmoe.reserve import Reserve
 from flexmoe.sampling import Chosen, sample
 from flexmoe.scheduler import Scheduler
 from flexmoe.stream import WeightStream
+from flexmoe.sweep_log import Sweep, SweepLog
 from flexmoe.trace import Recorder
 from flexmoe.units import Units
 from flexmoe.weights import EmbeddingTable, WeightStore
 from policies.schedule import SweepShape, fetch_order
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sweep:
-    """What one sweep did: ``tokens`` of the rows' runs, in ``computed_tokens`` positions of the hidden states."""
-
-    wall_s: float
-    rows: int
-    tokens: int
-    computed_tokens: int
-    prompt_tokens: int
-    generated_tokens: int
 
 
 class Engine:
@@ -81,7 +70,7 @@ class Engine:
         except BaseException:
             self._parts.close()
             raise
-        self.sweeps: list[Sweep] = []
+        self.sweeps = SweepLog()
         self._answers: dict[Answer, None] = {}
         self._complete: list[RequestOutput] = []
         self._closed = False
@@ -166,7 +155,7 @@ class Engine:
         tokens = dict(zip(block.logit_owners, chosen.tokens))
         prompt = sum(self.scheduler.commit(run.owner, tokens.get(run.owner)) for run in block.runs)
         self._end_sweep(block, chosen)
-        self.sweeps.append(
+        self.sweeps.add(
             Sweep(
                 wall_s=time.perf_counter() - start,
                 rows=len(runs),

@@ -12,6 +12,7 @@ Whatever ends it in between, the same again goes on from there (`workspace`, `jo
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from flexmoe.output_files import PathLike, publish, remove, resolve_outputs
 from flexmoe.preflight import Preflight, preflight
 from flexmoe.prepare import Preparer
 from flexmoe.preparer_setup import PreparerSetup
+from flexmoe.request_file import RequestFile
 from flexmoe.responses import ResponseEncoder, creation_time_s
 from flexmoe.row_stream import Engine, RowStream, StreamOptions
 from flexmoe.rows import Rows
@@ -34,6 +36,8 @@ from flexmoe.shards import Shard
 from flexmoe.versions import versions
 from flexmoe.workload import Measured
 from flexmoe.workspace import Workspace
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +172,7 @@ class Job:
         Raises:
             DataError, StorageError: as `preflight`.
         """
+        tell_other_model(self._setup, self._rows.requests)
         journal, preparer = self._workspace.journal, self._setup.preparer()
         bar = self._stream_options.bar
         self._found = preflight(self._rows, self._setup, preparer=preparer, done=journal.__contains__, bar=bar)
@@ -262,6 +267,13 @@ class Job:
             wall_s=0.0 if was_finished else time.monotonic() - self._start_s,
             was_finished=was_finished,
         )
+
+
+def tell_other_model(setup: PreparerSetup, requests: RequestFile) -> None:
+    """Warns, once, where rows ask for a model that is not the one that runs."""
+    told = setup.served().warning(requests.models)
+    if told is not None:
+        log.warning("%s: %s", requests.name, told)
 
 
 def run_job(files: JobFiles, engine: Engine, setup: PreparerSetup, **options: Any) -> JobReport:

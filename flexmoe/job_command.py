@@ -12,16 +12,16 @@ from flexmoe.generation_config import SamplingDefaults, generation_config
 from flexmoe.identity import digest, model_identity, tokenizer_identity
 from flexmoe.inputs.options import open_requests
 from flexmoe.interrupts import Interrupts
-from flexmoe.job import Job, JobFiles, JobReport
+from flexmoe.job import Job, JobFiles, JobReport, tell_other_model
 from flexmoe.job_arguments import input_options, shard
 from flexmoe.llm import LLM
 from flexmoe.loader import Model
 from flexmoe.preflight import Preflight, preflight
-from flexmoe.prepare import ServedModel
 from flexmoe.preparer_setup import PreparerSetup
 from flexmoe.responses import creation_time_s
 from flexmoe.row_stream import CHECKPOINT_INTERVAL_S, StreamOptions
 from flexmoe.rows import Rows
+from flexmoe.served_model import ServedModel
 from flexmoe.workload import Measured
 from policies.command_line import say
 
@@ -164,6 +164,7 @@ class JobCommand:
         setup = self._setup().at(creation_time_s())
         with open_requests(files.input, files.options, output.parent) as requests:
             numbers = range(len(requests)) if files.shard is None else files.shard.rows(len(requests))
+            tell_other_model(setup, requests)
             found = preflight(Rows(requests=requests, numbers=numbers), setup, bar=sys.stderr.isatty())
         with contextlib.closing(found):
             say(*_found_lines(found))

@@ -64,7 +64,6 @@ class LLM:
         self.engine = Engine(self.model, config, self.tokenizer.decode if self.tokenizer.is_available else None)
         self._streaming = False
         self._left: list[InFlight] = []
-        self._counted, self._tokens = 0, (0, 0)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -158,19 +157,20 @@ class LLM:
     @property
     def tokens(self) -> tuple[int, int]:
         """Prompt tokens computed and tokens generated so far."""
-        prompt, generated = self._tokens
-        for sweep in self.engine.sweeps[self._counted :]:
-            prompt, generated = prompt + sweep.prompt_tokens, generated + sweep.generated_tokens
-        self._counted, self._tokens = len(self.engine.sweeps), (prompt, generated)
-        return self._tokens
+        totals = self.engine.sweeps.totals
+        return totals.prompt_tokens, totals.generated_tokens
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Float32 logits ``[len(token_ids), vocab]`` after every token of one sequence."""
         return self.engine.logits(list(token_ids))
 
     def metrics(self) -> dict:
-        """What has been done so far: tokens, sweeps, bytes and busy seconds per lane, planned bytes per tier."""
+        """What has been done so far: tokens, sweeps, bytes and busy seconds per lane, planned bytes per tier.
+
+        What is listed sweep by sweep is of the last ones alone (`flexmoe.sweep_log`), all else of all.
+        """
         e = self.engine
+        totals = e.sweeps.totals
         lanes = {
             lane: {"bytes": t.nbytes, "busy_s": t.busy_s, "active_s": t.active_s}
             for lane, t in e.recorder.totals().items()
@@ -178,10 +178,16 @@ class LLM:
         memory = e.plan.memory
         return {
             "sweeps": len(e.sweeps),
-            "wall_s": sum(s.wall_s for s in e.sweeps),
-            "prompt_tokens": sum(s.prompt_tokens for s in e.sweeps),
-            "generated_tokens": sum(s.generated_tokens for s in e.sweeps),
-            "computed_tokens": sum(s.computed_tokens for s in e.sweeps),
+            "wall_s": totals.wall_s,
+            "prompt_tokens": totals.prompt_tokens,
+            "generated_tokens": totals.generated_tokens,
+            "run_tokens": totals.tokens,
+            "computed_tokens": totals.computed_tokens,
+            "prefill_s": totals.prefill_s,
+            "decode_s": totals.decode_s,
+            "decode_only_tokens": totals.decode_tokens,
+            "mean_rows_in_flight": totals.rows / max(1, len(e.sweeps)),
+            "most_rows_in_flight": totals.most_rows,
             "rows_in_flight": [s.rows for s in e.sweeps],
             "tokens_per_sweep": [s.tokens for s in e.sweeps],
             "generated_tokens_per_sweep": [s.generated_tokens for s in e.sweeps],

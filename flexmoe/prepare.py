@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
 
 from flexmoe.errors import DataError
 from flexmoe.generation_config import SamplingDefaults
 from flexmoe.params import EngineRequest, SamplingParams
 from flexmoe.requests import Request, RowError
+from flexmoe.served_model import ServedModel
 from flexmoe.tokenizer import Tokenizer
 
 #: Completions of one row; all of them wait in memory for the last one.
@@ -27,31 +27,6 @@ class Limits:
 
     vocab_size: int
     context: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServedModel:
-    """Which names of a model a row may give.
-
-    Args:
-        names: they mean the model that runs; where there are none, every name does.
-        strict: a row that gives another name fails.
-    """
-
-    names: frozenset[str]
-    strict: bool = False
-
-    @classmethod
-    def of(cls, *names: str, strict: bool = False) -> ServedModel:
-        """Named by `--model` (a directory's last part is a name too) and by what else it is served as."""
-        return cls(names=frozenset((*names, *(PurePath(name).name for name in names))), strict=strict)
-
-    def mismatch(self, request: Request) -> str | None:
-        """That a row asks for another model, as a sentence; None when it does not."""
-        asked = request.model
-        if asked is None or not self.names or asked in self.names or PurePath(asked).name in self.names:
-            return None
-        return f"the row asks for the model {asked[:200]}, and the one that runs is {min(self.names, key=len)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +67,7 @@ class Preparer:
         """The prompts of a row as texts or ids."""
         if request.error is not None:
             return request.error
-        mismatch = self.served.mismatch(request) if self.served.strict else None
+        mismatch = self.served.mismatch(request.model) if self.served.strict else None
         if mismatch is not None:
             return RowError(
                 code="model_not_found", message=f"{mismatch}; change the row or leave its model out", param="model"

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from flexmoe.generation_config import SamplingDefaults
-from flexmoe.prepare import Limits, Preparer, ServedModel
+from flexmoe.prepare import Limits, Preparer
+from flexmoe.served_model import ServedModel
 from flexmoe.tokenizer import Tokenizer
 
 
@@ -64,5 +65,9 @@ class PreparerSetup:
             limits=Limits(vocab_size=self.vocab_size, context=self.context),
             default_max_tokens=self.default_max_tokens,
             defaults=SamplingDefaults(values=dict(self.defaults)),
-            served=ServedModel(names=frozenset(self.model_names), strict=self.strict_model),
+            served=self.served(),
         )
+
+    def served(self) -> ServedModel:
+        """The names that rows may give."""
+        return ServedModel(names=frozenset(self.model_names), strict=self.strict_model)

@@ -31,11 +31,11 @@ def throughput_lines(metrics: dict) -> list[str]:
     """Tokens per second with the denominator named."""
     wall = max(metrics["wall_s"], 1e-9)
     generated, prompt = metrics["generated_tokens"], metrics["prompt_tokens"]
-    rows = metrics["rows_in_flight"]
     return [
         f"end to end: {generated / wall:.2f} generated token/s = {generated} tokens / {wall:.2f} s (prefill and decode; "
         f"loading excluded), {prompt / wall:.2f} prompt token/s",
-        f"sweeps: {len(rows)}, rows in flight: mean {sum(rows) / max(1, len(rows)):.1f}, most {max(rows, default=0)}",
+        f"sweeps: {metrics['sweeps']}, rows in flight: mean {metrics['mean_rows_in_flight']:.1f}, "
+        f"most {metrics['most_rows_in_flight']}",
     ]
 
 
@@ -45,11 +45,8 @@ def flexllmgen_lines(metrics: dict, engine: Engine, rows: int, gen_len: int, cut
     Sweeps in which prompt tokens entered count as prefill (with the rolling schedule other rows decode in them), the
     others as decode. With ``cut_gen_len`` the decode latency is projected to ``gen_len`` tokens from those that ran.
     """
-    sweeps = list(zip(metrics["sweep_s"], metrics["prompt_tokens_per_sweep"], metrics["generated_tokens_per_sweep"]))
-    prefill_s = sum(wall for wall, prompt, _ in sweeps if prompt)
-    decode_s = sum(wall for wall, prompt, _ in sweeps if not prompt)
-    decoded = sum(generated for _, prompt, generated in sweeps if not prompt)
-    decode_rate = decoded / decode_s if decode_s else 0.0
+    prefill_s, decode_s = metrics["prefill_s"], metrics["decode_s"]
+    decode_rate = metrics["decode_only_tokens"] / decode_s if decode_s else 0.0
     note = ""
     if cut_gen_len:
         decode_s *= (gen_len - 1) / max(1, cut_gen_len - 1)
@@ -127,22 +124,28 @@ def metrics_record(
     }
 
 
+def finished_record(rows_ok: int, rows_failed: int, rows_resumed: int) -> dict:
+    """The same of a start that found nothing to run."""
+    rates = ("elapsed_time", "num_requests", "total_num_tokens", "requests_per_second", "tokens_per_second")
+    rows = {"rows_ok": rows_ok, "rows_failed": rows_failed, "rows_resumed": rows_resumed}
+    return dict.fromkeys(rates, 0) | rows | {"versions": versions()}
+
+
 def phases(metrics: dict) -> dict:
     """Tokens and seconds of prefill and decode. With a rolling schedule they share sweeps: a sweep into which prompt tokens
     entered counts as prefill, and the tokens that other rows generated in it are decode tokens all the same."""
-    sweeps = list(zip(metrics["sweep_s"], metrics["prompt_tokens_per_sweep"]))
     return {
         "prefill_tokens": metrics["prompt_tokens"],
-        "prefill_s": sum(wall for wall, prompt in sweeps if prompt),
+        "prefill_s": metrics["prefill_s"],
         "decode_tokens": metrics["generated_tokens"],
-        "decode_s": sum(wall for wall, prompt in sweeps if not prompt),
+        "decode_s": metrics["decode_s"],
     }
 
 
 def padding_fraction(metrics: dict) -> float:
     """Share of the positions that went through the layers which belonged to no row."""
     computed = metrics["computed_tokens"]
-    return (computed - sum(metrics["tokens_per_sweep"])) / computed if computed else 0.0
+    return (computed - metrics["run_tokens"]) / computed if computed else 0.0
 
 
 def peak_bytes(metrics: dict, engine: Engine) -> dict[str, int]:

@@ -27,6 +27,8 @@ OnInvalid = Literal["fail", "record"]
 
 #: Faults that are told at once; a file with more is probably no requests file at all.
 MOST_FAULTS_TOLD = 10
+#: One job asks for one model, as a rule; a file with a name for every row is not worth its memory.
+MOST_MODELS_KEPT = 20
 _TOO_LONG = -1
 _SOUND, _FAULTY, _FAULTY_WITHOUT_ID = range(3)
 
@@ -45,6 +47,7 @@ class RequestFile:
     Attributes:
         content_hash: the SHA-256 of the whole file.
         rows_invalid: rows with a structural fault.
+        models: the names of models that rows give, each with the number of the first line that does; the first few.
 
     Raises:
         DataError: a line is structurally at fault, a `custom_id` is used twice, or there is no request.
@@ -57,6 +60,7 @@ class RequestFile:
         self._offsets, self._lengths, self._numbers = array("q"), array("q"), array("q")
         self._checksums, self._states = array("I"), bytearray()
         self._ids = CustomIds()
+        self.models: dict[str, int] = {}
         self._repeated: dict[int, int] = {}
         try:
             self._identity = self._stat()
@@ -154,6 +158,8 @@ class RequestFile:
         faulty = request.error is not None and request.error.code == INVALID_LINE
         self._states.append((_FAULTY if request.custom_id else _FAULTY_WITHOUT_ID) if faulty else _SOUND)
         self._ids.add(request.custom_id or None)
+        if request.model is not None and len(self.models) < MOST_MODELS_KEPT:
+            self.models.setdefault(request.model, number)
         self._offsets.append(line.offset)
         self._lengths.append(_TOO_LONG if line.data is None else len(line.data))
         self._numbers.append(number)

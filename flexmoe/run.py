@@ -61,7 +61,7 @@ def _run(args: argparse.Namespace, interrupts: Interrupts) -> int:
         job = parts.enter_context(JobCommand(args, model, interrupts)) if args.input_file else None
         measured = job.measure() if job else benchmark_rows(args)
         if measured is None:  # no row is left, so that no weight is needed
-            return _exit_code(job.finish())
+            return _nothing_ran(args, job.finish())
         planner = forecaster(args, model, measured)
         policy = choose_policy(args, model, measured, planner)
         options = engine_options(args, measured, policy)
@@ -119,7 +119,8 @@ def _dry_run(model: Model, policy: Policy, measured: Measured, options: dict) ->
     say(plan.describe_weights(), plan.describe_cache(), *plan.memory_lines())
     s, n = measured.workload.prompt_len, measured.workload.gen_len
     say(
-        f"rows: {measured.rows}, mean prompt {s} tokens, mean completion at most {n}, longest row {measured.longest_row}"
+        f"lengths of {measured.rows} completions: mean prompt {s} tokens, mean completion at most {n}, longest row "
+        f"{measured.longest_row}"
     )
     return 0
 
@@ -127,6 +128,15 @@ def _dry_run(model: Model, policy: Policy, measured: Measured, options: dict) ->
 def _job(args: argparse.Namespace, llm: LLM, job: JobCommand, predicted: Simulation | None) -> int:
     done = job.run(llm)
     _finish(args, llm, predicted, rows_ok=done.rows_ok, rows_failed=done.rows_failed, rows_resumed=done.rows_resumed)
+    return _exit_code(done)
+
+
+def _nothing_ran(args: argparse.Namespace, done: JobReport) -> int:
+    if args.metrics_json:
+        record = report.finished_record(done.rows_ok, done.rows_failed, done.rows_resumed)
+        report.write_json(args.metrics_json, record)
+    if args.trace:
+        say("nothing was left to run, so there is no trace")
     return _exit_code(done)
 
 

@@ -1,8 +1,12 @@
 """Chooses a token for every row of a sweep, as the row's `SamplingParams` say, on the device that holds the logits.
 
-The order is vLLM's: logit bias, penalties, temperature, min_p, top_k, top_p. What is left is drawn from by inverse CDF
-in the order of the vocabulary, with one random number per token (`random_draws`), so that equal logits give equal tokens
-whatever the block. Equal logits at the edge of top_k or top_p stay together: all are kept.
+The order is vLLM's: logit bias, penalties, temperature, min_p, top_k, top_p. What is left is drawn from by a race: every
+token has an exponential random number of its own (`random_draws`), is late by that divided by its weight, and the first
+one wins (the same as Gumbel noise: Maddison, Tarlow and Minka, "A* sampling", NeurIPS 2014). Equal logits give equal
+tokens whatever the block, and logits that differ by rounding, as those of two policies or devices do, give another token
+only where two tokens arrive together: with 32,000 tokens and logits 1e-6 apart less than once in a million draws. To
+invert the cumulative distribution, where rounding moves the edges of all tokens at once, parts once in 1300. Equal
+logits at the edge of top_k or top_p stay together: all are kept.
 
 Rows that only want the most probable token cost one argmax over the block. The others are taken a few at a time: in float32
 a row of logits with its sorted copy and sums takes several times what the sweep's logits do.
@@ -22,10 +26,10 @@ import torch
 from flexmoe.logprobs import records, top_tokens
 from flexmoe.params import SamplingParams, TokenLogprob
 from flexmoe.penalties import TokenCounts, add_bias, penalize
-from flexmoe.random_draws import stream_of, uniforms
+from flexmoe.random_draws import draw_keys, log_arrivals, stream_of
 
 #: Bytes per vocabulary entry that a row of a chunk takes at most: float32 logits, copies of them for log-probabilities
-#: and top_p, a sorted copy with its 64-bit order, exponentials and their 64-bit sums.
+#: and top_p, a sorted copy with its 64-bit order, exponentials and their 64-bit sums, or random bits and numbers.
 ROW_BYTES = 48
 #: A top_p set is looked for among so many most probable tokens, then among more, then in all of them, sorted.
 NUCLEUS_TOKENS = (128, 2048)
@@ -38,7 +42,7 @@ class RowSampler:
     Attributes:
         params: as asked; ``plain`` when only the most probable token is wanted and nothing else.
         stream: names the row's random numbers.
-        drawn: tokens generated so far; the next one's random number is that place of the stream.
+        drawn: tokens generated so far; the next one's random numbers are those of that place of the stream.
         counts: ids that the penalties look at; None where there are none.
     """
 
@@ -95,11 +99,11 @@ def sample(logits_RV: torch.Tensor, rows: Sequence[RowSampler], *, workspace_byt
     logprobs: list[TokenLogprob | None] = [None] * len(rows)
     if not special:
         return Chosen(tokens=tokens_R.tolist() if tokens_R is not None else [], logprobs=logprobs)
-    draws = _draws([rows[at] for at in special])
+    keys = _keys([rows[at] for at in special])
     step, picked = max(1, workspace_bytes // (ROW_BYTES * logits_RV.shape[-1])), []
     for first in range(0, len(special), step):
         places = special[first : first + step]
-        tokens, found = _sample_chunk(logits_RV, places, [rows[at] for at in places], draws[first : first + step])
+        tokens, found = _sample_chunk(logits_RV, places, [rows[at] for at in places], keys[first : first + step])
         picked += tokens
         for at, logprob in zip(places, found):
             logprobs[at] = logprob
@@ -109,13 +113,13 @@ def sample(logits_RV: torch.Tensor, rows: Sequence[RowSampler], *, workspace_byt
     return Chosen(tokens=tokens, logprobs=logprobs)
 
 
-def _draws(rows: Sequence[RowSampler]) -> np.ndarray:
+def _keys(rows: Sequence[RowSampler]) -> np.ndarray:
     streams = np.array([row.stream for row in rows], dtype=np.uint64)
-    return uniforms(streams, np.array([row.drawn for row in rows], dtype=np.uint64))
+    return draw_keys(streams, np.array([row.drawn for row in rows], dtype=np.uint64))
 
 
 def _sample_chunk(
-    logits_RV: torch.Tensor, places: list[int], rows: list[RowSampler], draws: np.ndarray
+    logits_RV: torch.Tensor, places: list[int], rows: list[RowSampler], keys: np.ndarray
 ) -> tuple[list[int], list[TokenLogprob | None]]:
     x_CV = logits_RV[torch.tensor(places, device=logits_RV.device)].float()
     x_CV.nan_to_num_(nan=torch.finfo(x_CV.dtype).min)  # broken weights give some token, and no crash
@@ -129,7 +133,7 @@ def _sample_chunk(
         # The most probable tokens are no longer needed where a token is drawn.
         some = torch.tensor(drawn, device=x_CV.device)
         x_CV = x_CV if len(drawn) == len(rows) else x_CV[some]
-        tokens_C[some] = draw(x_CV, [params[at] for at in drawn], draws[drawn])
+        tokens_C[some] = draw(x_CV, [params[at] for at in drawn], keys[drawn])
     return tokens_C.tolist(), reported.of(tokens_C)
 
 
@@ -158,24 +162,19 @@ class _Reported:
         return found
 
 
-def draw(x_CV: torch.Tensor, params: Sequence[SamplingParams], draws: np.ndarray) -> torch.Tensor:
+def draw(x_CV: torch.Tensor, params: Sequence[SamplingParams], keys: np.ndarray) -> torch.Tensor:
     """Draw a token per row from logits, after temperature, min_p, top_k and top_p.
 
     Args:
         x_CV: float32 logits; overwritten.
         params: of each row; its temperature is above 0.
-        draws: float64 ``[C]`` in [0, 1).
+        keys: of the draws, uint32 ``[C, 2]``.
 
     Returns:
         torch.Tensor: int64 ``[C]``.
     """
     keep(x_CV, params)
-    weights_CV = x_CV.sub_(x_CV.amax(-1, keepdim=True)).exp_()
-    sums_CV = weights_CV.cumsum(-1, dtype=torch.float64)
-    total = sums_CV[:, -1:]
-    # Rounding must not carry the draw past the last token that has any weight.
-    wanted = torch.minimum(torch.from_numpy(draws).to(total.device)[:, None] * total, total * (1 - 2.0**-52))
-    return torch.searchsorted(sums_CV, wanted, right=True)[:, 0].clamp_(max=x_CV.shape[-1] - 1)
+    return x_CV.sub_(log_arrivals(keys, x_CV.shape[-1], x_CV.device)).argmax(dim=-1)
 
 
 def keep(x_CV: torch.Tensor, params: Sequence[SamplingParams]) -> None:

@@ -124,7 +124,7 @@ def run(checkpoint: Path, directory: Path, rows: int) -> dict:
             "rows": rows,
             "rows_failed": report.rows_failed,
             "wall_s": wall_s,
-            "engine_s": sum(sweep.wall_s for sweep in llm.engine.sweeps),
+            "engine_s": llm.engine.sweeps.totals.wall_s,
             "prompt_tokens": report.prompt_tokens,
             "generated_tokens": report.generated_tokens,
             "parts_s": parts.seconds,

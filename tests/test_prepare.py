@@ -7,8 +7,9 @@ import pytest
 from flexmoe.errors import DataError
 from flexmoe.generation_config import SamplingDefaults
 from flexmoe.params import SamplingParams
-from flexmoe.prepare import MAX_CHOICES, Limits, Preparer, ServedModel
+from flexmoe.prepare import MAX_CHOICES, Limits, Preparer
 from flexmoe.requests import RowError, parse_line
+from flexmoe.served_model import ServedModel
 from flexmoe.tokenizer import Tokenizer
 from flexmoe.workload import Measured
 from tests.test_tokenizer import build_tokenizer
@@ -169,13 +170,25 @@ def test_spelled_special_tokens_neither_lose_nor_double_a_row(preparer):
 def test_row_for_another_model_is_told_and_fails_where_that_is_wanted(preparer):
     served = ServedModel.of("/models/mixtral/", "my-model")
     for name in ("/models/mixtral/", "mixtral", "my-model", "mistralai/mixtral", None):
-        assert served.mismatch(request(prompt="a", model=name)) is None
+        assert served.mismatch(name) is None
     other = request(prompt="a", model="gpt-4o")
-    assert "asks for the model gpt-4o" in served.mismatch(other)
+    assert "asks for the model gpt-4o" in served.mismatch(other.model)
     assert len(preparer(served=served).prepare(other, 0)) == 1
     error = preparer(served=ServedModel.of("mixtral", strict=True)).prepare(other, 0)
     assert (error.code, error.param) == ("model_not_found", "model")
-    assert ServedModel.of().mismatch(other) is None
+    assert ServedModel.of().mismatch(other.model) is None
+
+
+def test_a_job_is_warned_once_of_rows_for_another_model_unless_they_fail():
+    models = {"mixtral": 1, "gpt-4o": 7, "llama": 9}
+    told = ServedModel.of("/models/mixtral").warning(models)
+    assert (
+        told.startswith("line 7: the row asks for the model gpt-4o")
+        and "--strict-model" in told
+        and "llama" not in told
+    )
+    assert ServedModel.of("/models/mixtral", strict=True).warning(models) is None
+    assert ServedModel.of("/models/mixtral").warning({"mixtral": 1}) is None
 
 
 def test_lengths_are_measured_per_sample_up_to_the_context():

@@ -80,8 +80,28 @@ def test_a_job_that_was_stopped_goes_on_under_another_policy_and_ends_as_if_noth
 def test_a_finished_job_says_so_and_needs_no_weights(job, main, monkeypatch):
     assert main(job.args())[0] == 0
     monkeypatch.setattr("flexmoe.engine.WeightStore", lambda *_: pytest.fail("weights were loaded"))
-    code, out, err = main(job.args())
+    metrics, trace = job.directory / "m.json", job.directory / "t.json"
+    code, out, err = main(job.args("--metrics-json", str(metrics), "--trace", str(trace)))
     assert (code, err) == (0, "") and "finished already" in out and f"rows: {len(ROWS)} ok" in out
+    record = json.loads(metrics.read_text())
+    assert (record["rows_ok"], record["rows_resumed"], record["num_requests"]) == (len(ROWS), len(ROWS), 0)
+    assert "no trace" in out and not trace.exists()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_rows_for_another_model_run_with_one_warning_or_fail(job, main, caplog, strict):
+    rows = [
+        {"prompt": [5, 6], "max_tokens": 2, "model": name} for name in (job.model.name, "gpt-4o", "gpt-4o", "llama")
+    ]
+    job.write(rows)
+    code, _, _ = main(job.args(*(["--strict-model"] if strict else [])))
+    if strict:
+        assert code == 3 and len(job.lines()) == 1 and len(failures(job)) == 3
+        assert {body(line)["error"]["code"] for line in failures(job)} == {"model_not_found"}
+        return
+    assert code == 0 and [body(line)["model"] for line in job.lines()] == [row["model"] for row in rows]
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "line 2: the row asks for the model gpt-4o" in warning and "llama" not in warning
 
 
 @pytest.mark.parametrize("flags, told", [
