@@ -81,7 +81,7 @@ def _job_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--dry-run",
         action="store_true",
-        help="check every row, print counts, the plan and the predicted hours; load nothing, write nothing",
+        help="check every row, print counts, the plan and the predicted hours; load no weights, touch no output",
     )
     g.add_argument("--metrics-json", type=Path, help="write what was measured as JSON")
     g.add_argument("--trace", type=Path, help="write a Chrome trace (chrome://tracing, Perfetto), one track per lane")

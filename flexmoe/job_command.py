@@ -165,13 +165,13 @@ class JobCommand:
         with open_requests(files.input, files.options, output.parent) as requests:
             numbers = range(len(requests)) if files.shard is None else files.shard.rows(len(requests))
             tell_other_model(setup, requests)
-            found = preflight(Rows(requests=requests, numbers=numbers), setup, bar=sys.stderr.isatty())
-        with contextlib.closing(found):
-            say(*_found_lines(found))
-            return found.lengths.measured(setup.context)
+            rows = Rows(requests=requests, numbers=numbers)
+            with contextlib.closing(preflight(rows, setup, bar=sys.stderr.isatty())) as found:
+                say(*_found_lines(found, rows))
+                return found.lengths.measured(setup.context)
 
 
-def _found_lines(found: Preflight) -> list[str]:
+def _found_lines(found: Preflight, rows: Rows) -> list[str]:
     lengths, refused = found.lengths, found.rows_refused
     lines = [
         f"rows: {len(lengths)}, of which {refused} cannot run; {sum(lengths.prompt_tokens)} prompt tokens, at most "
@@ -181,5 +181,5 @@ def _found_lines(found: Preflight) -> list[str]:
         if number == _TOLD:
             lines.append(f"  … and {refused - _TOLD} more")
             break
-        lines.append(f"  row {row + 1}: {error.message}")
+        lines.append(f"  line {rows.raw(row).number}: {error.message}")
     return lines

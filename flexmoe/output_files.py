@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import itertools
 import os
@@ -128,6 +129,13 @@ def remove(path: Path) -> None:
     """
     with storage_errors(path):
         path.unlink(missing_ok=True)
+
+
+def remove_temporaries(path: Path) -> None:
+    """Removes what a process that was killed while it published the file has left beside it; for the holder of its lock."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.tmp-*-{'[0-9a-f]' * 8}"):
+        with contextlib.suppress(OSError):
+            left.unlink()
 
 
 def _gathered(pieces: Iterable[bytes]) -> Iterator[bytes]:

@@ -28,7 +28,7 @@ from flexmoe.rows import Rows
 
 log = logging.getLogger(__name__)
 CHECKPOINT_INTERVAL_S = 300.0
-_BLOCK_ROWS = 64
+_BLOCK_ROWS, _PREPARED_ROWS = 64, 32
 
 
 class Engine(Protocol):
@@ -196,15 +196,20 @@ class RowStream:
         return itertools.chain(longest_first(begun, lengths, len(begun) or 1), longest_first(others, lengths, window))
 
     def _pull(self, block_rows: int) -> Iterator[EngineRequest]:
-        for row in self._order(block_rows):
-            request = self._rows[row]
-            parts = self._preparer.prepare(request, row)
+        for row, request, parts in self._prepared(block_rows):
             if isinstance(parts, RowError):  # only where a template or a tokenizer does not do the same twice
                 self._fail(row, request, parts, status=400)
                 continue
             # The prompts come back with the results: waiting rows need not hold their texts.
             self._waiting[row] = _Waiting(request.without_prompt(), len(parts))
             yield from self._resumed(row, parts)
+
+    def _prepared(self, block_rows: int) -> Iterator[tuple[int, Request, list[EngineRequest] | RowError]]:
+        """The rows that are left, a few at a time: tokenized together they take half the time, which the engine waits."""
+        order = self._order(block_rows)
+        while rows := [(row, self._rows[row]) for row in itertools.islice(order, _PREPARED_ROWS)]:
+            for (row, request), parts in zip(rows, self._preparer.prepare_all(rows), strict=True):
+                yield row, request, parts
 
     def _resumed(self, row: int, parts: list[EngineRequest]) -> Iterator[EngineRequest]:
         """The row's requests, with what was generated of them before."""

@@ -44,6 +44,4 @@ class ServedModel:
         line = next((line for line, mismatch in told.items() if mismatch), None)
         if line is None or self.strict:
             return None
-        return (
-            f"line {line}: {told[line]}; such rows run all the same (--strict-model makes error rows of them)"
-        )
+        return f"line {line}: {told[line]}; such rows run all the same (--strict-model makes error rows of them)"

@@ -17,7 +17,7 @@ from flexmoe.file_io import storage_errors
 from flexmoe.journal import Journal
 from flexmoe.lock import Lock
 from flexmoe.manifest import Finished, Manifest, work_directory
-from flexmoe.output_files import is_as_published, remove
+from flexmoe.output_files import is_as_published, remove, remove_temporaries
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ class Workspace:
         self._journal: Journal | None = None
         self._is_new, self.manifest = False, wanted
         try:
+            for path in (output, errors, self._manifest_path):
+                remove_temporaries(path)
             if overwrite:
                 self._forget()
             self.manifest = self._same_or_new(wanted, overwrite)
@@ -110,6 +112,8 @@ class Workspace:
             held = None
         if held is not None:
             held.check_same(wanted, self.directory)
+            if held.finished is None:
+                self._tell_other_versions(held, wanted)
             if held.finished is None or self._is_whole(held.finished):
                 return held
             log.warning("%s is gone, so its job, which was finished, is done again", self._output)
@@ -126,6 +130,17 @@ class Workspace:
             return False
         with contextlib.closing(Journal(self._journal_path, held.rows, held.part)) as journal:
             return journal.is_untouched
+
+    def _tell_other_versions(self, held: Manifest, wanted: Manifest) -> None:
+        """They may round otherwise, or draw otherwise; a job is not lost for that."""
+        names = [name for name, version in wanted.versions.items() if held.versions.get(name) != version]
+        if names:
+            told = ", ".join(f"{name} {held.versions.get(name)} (now {wanted.versions[name]})" for name in names)
+            log.warning(
+                "%s was begun with %s; the rows that are left may differ from what they would have been",
+                self._output,
+                told,
+            )
 
     def _forget(self) -> None:
         remove(self._journal_path)

@@ -134,7 +134,7 @@ def run(checkpoint: Path, directory: Path, rows: int) -> dict:
 
 _WATCHED = (
     (RequestFile, "__init__", "parse"),
-    (Preparer, "prepare", "tokenize"),
+    (Preparer, "prepare_all", "tokenize"),
     (ResponseEncoder, "success", "encode"),
     (Journal, "finish", "journal"),
     (Journal, "checkpoint", "checkpoint"),

@@ -79,7 +79,9 @@ def test_a_finished_row_frees_its_blocks_and_its_place_is_refilled_in_the_next_s
     engine.step()
     assert {row.request.request_id for row in engine.scheduler.running} == {"2", "5"}
     assert [sweep.rows for sweep in engine.sweeps][-1] == 2
-    assert [sweep.tokens for sweep in engine.sweeps][-1] == 1 + len(variant.prompts[5]), "prefill and decode share the sweep"
+    assert [sweep.tokens for sweep in engine.sweeps][-1] == 1 + len(variant.prompts[5]), (
+        "prefill and decode share the sweep"
+    )
 
 
 @pytest.mark.parametrize("pace", (16, 50))

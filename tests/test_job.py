@@ -128,15 +128,16 @@ def test_without_tokenizer_files_token_ids_still_work(runner, tmp_path):
 def test_a_row_that_is_refused_only_the_second_time_is_an_error_row(runner, monkeypatch):
     """A chat template may call the clock, or whatever else it likes."""
     runner.write([{"prompt": "hello"}, {"prompt": [9]}])
-    calls, real = [], Preparer.prepare
+    calls, real = [], Preparer.prepare_all
 
-    def prepare(preparer, request, row):
-        calls.append(row)
-        return real(preparer, request, row) if row else real(preparer, with_error(request), row)
+    def prepare_all(preparer, rows):
+        calls.extend(row for row, _ in rows)
+        again = calls.count(0) == 2
+        return real(preparer, [(row, with_error(r) if again and row == 0 else r) for row, r in rows])
 
-    monkeypatch.setattr(Preparer, "prepare", prepare)
+    monkeypatch.setattr(Preparer, "prepare_all", prepare_all)
     report = runner.run()
-    assert (report.rows_ok, report.rows_failed) == (1, 1) and sorted(calls) == [0, 1]
+    assert (report.rows_ok, report.rows_failed) == (1, 1) and sorted(calls) == [0, 0, 1, 1]
     assert fault(runner.failed()[0])["message"] == "not today"
 
 
@@ -341,7 +342,7 @@ def test_an_output_link_keeps_pointing_at_what_it_pointed_at(runner, tmp_path):
 
 @pytest.mark.parametrize("change", ["append", "same size"])
 def test_an_input_that_changes_while_the_job_runs_stops_it(runner, change):
-    runner.write([{"prompt": [9]}, {"prompt": [8, 8]}])
+    runner.write([{"prompt": [9]}] * 60)
 
     def meddle(_):
         text = runner.input.read_text()

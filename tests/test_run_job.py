@@ -181,6 +181,14 @@ def test_the_interval_and_the_reserve_reach_the_engine(job, main, monkeypatch):
     assert len(seen) >= 4 and seen[0].engine.config.reserve == "max"
 
 
+def test_where_there_is_no_terminal_a_line_now_and_then_tells_how_far_the_job_is(job, main, monkeypatch, caplog):
+    monkeypatch.setattr("flexmoe.progress.LOG_INTERVAL_S", 0.0)
+    assert main(job.args("--gpu-batch-size", "2"))[0] == 0
+    lines = [record.getMessage() for record in caplog.records if record.name == "flexmoe.progress"]
+    told = [line for line in lines if f"of {len(ROWS)} rows, in " in line]
+    assert len(told) >= 5 and told[0].startswith("0 of ") and all(line.endswith(" left") for line in told)
+
+
 def test_lines_of_text_with_a_template_are_completed(job, main, tmp_path):
     from shutil import copytree
 
@@ -197,7 +205,9 @@ def test_a_dry_run_tells_rows_and_tokens_and_why_rows_cannot_run(job, main, mach
     job.write([{"prompt": [5, 6], "max_tokens": 3}, {"prompt": [999]}, {"prompt": [7, 8, 9], "n": 2}])
     code, out, err = main(job.args("--dry-run", "--gen-len", "4", "--hardware", str(machine)))
     assert (code, err) == (0, "")
-    assert "rows: 3, of which 1 cannot run; 5 prompt tokens, at most 11 new tokens" in out and "row 2: token 999" in out
+    assert (
+        "rows: 3, of which 1 cannot run; 5 prompt tokens, at most 11 new tokens" in out and "line 2: token 999" in out
+    )
     assert sorted(path.name for path in job.directory.iterdir()) == ["in.jsonl"]
 
 
@@ -333,6 +343,7 @@ def test_an_input_that_changes_while_it_is_run_exits_65(job, main, monkeypatch):
             file.write(GOOD)
         return real(engine)
 
+    write(job, GOOD * 60)
     monkeypatch.setattr(Engine, "step", step)
     code, _, err = main(job.args("--gpu-batch-size", "1"))
     assert code == 65

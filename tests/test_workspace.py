@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -280,3 +281,25 @@ def test_the_longest_rows_of_a_window_come_first_and_nothing_is_read_ahead_of_it
     order = longest_first(rows(), lengths, 4)
     assert [next(order) for _ in range(4)] == [1, 2, 0, 3] and len(taken) == 4
     assert list(order) == [7, 5, 4, 6]
+
+
+def test_what_a_killed_process_left_of_a_file_that_it_published_is_removed(opened, output):
+    space = opened()
+    begun(space)
+    errors, work = output.with_name("out.errors.jsonl"), work_directory(output)
+    left = [path.with_name(f"{path.name}.tmp-123-0a1b2c3d") for path in (output, errors, work / "manifest.json")]
+    kept = [output.with_name(name) for name in ("out.jsonl.tmp-of-mine", "other.jsonl.tmp-123-0a1b2c3d")]
+    for path in (*left, *kept):
+        path.write_bytes(b"half a file")
+    assert 1 in opened().journal
+    assert not any(path.exists() for path in left) and all(path.exists() for path in kept)
+
+
+def test_a_job_that_goes_on_with_other_versions_says_so_and_one_with_the_same_does_not(opened, caplog):
+    first = replace(manifest(), versions={"torch": "2.1", "flexmoe": "1"})
+    begun(opened(first))
+    opened(first).close()
+    assert not caplog.messages
+    opened(replace(first, versions={"torch": "2.2", "flexmoe": "1"}))
+    [told] = caplog.messages
+    assert "begun with torch 2.1 (now 2.2)" in told and "flexmoe" not in told.split("was begun")[1]
