@@ -114,7 +114,9 @@ class Workspace:
             held.check_same(wanted, self.directory)
             if held.finished is None:
                 self._tell_other_versions(held, wanted)
-            if held.finished is None or self._is_whole(held.finished):
+                return held
+            if self._is_whole(held.finished):
+                remove(self._journal_path)  # there still, where the process was killed in between
                 return held
             log.warning("%s is gone, so its job, which was finished, is done again", self._output)
             self._forget()

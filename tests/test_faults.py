@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import signal
 
 import pytest
 import torch
@@ -111,6 +112,34 @@ def test_a_fault_at_any_call_is_a_sentence_and_the_job_goes_on_afterwards(bare, 
         assert (other.output.read_bytes(), other.errors.read_bytes()) == expected, f"call {at}"
         left = sorted(path.name for path in directory.iterdir())
         assert left == ["in.jsonl", "out.errors.jsonl", "out.jsonl", "out.jsonl.flexmoe"], f"call {at}"
+
+
+def killed(name, real, *args, **options):
+    """Half of a write is done, and of anything else nothing."""
+    if name == "write":
+        real(args[0], bytes(args[1])[: len(args[1]) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_at_any_call_leaves_what_the_next_one_goes_on_with(bare, monkeypatch, tmp_path):
+    small_job(bare)
+    counting = FaultyOS(-1, None, WRITES, False)
+    assert attempt(bare, monkeypatch, counting) is None
+    expected = bare.output.read_bytes(), bare.errors.read_bytes()
+    for at in range(counting.calls):
+        directory = tmp_path / f"{at}"
+        directory.mkdir()
+        other = Runner(directory, bare.setup)
+        small_job(other)
+        process = os.fork()
+        if not process:
+            attempt(other, monkeypatch, FaultyOS(at, killed, WRITES, False))
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL, f"call {at}"
+        assert attempt(other, monkeypatch) is None, f"call {at}"
+        assert (other.output.read_bytes(), other.errors.read_bytes()) == expected, f"call {at}"
+        left = sorted(path.name for path in (*directory.iterdir(), *other.work.iterdir()))
+        assert left == ["in.jsonl", "manifest.json", "out.errors.jsonl", "out.jsonl", "out.jsonl.flexmoe"], f"call {at}"
 
 
 def test_a_disk_that_is_full_for_a_while_loses_no_finished_row(bare, monkeypatch):
