@@ -28,7 +28,7 @@ OnInvalid = Literal["fail", "record"]
 #: Faults that are told at once; a file with more is probably no requests file at all.
 MOST_FAULTS_TOLD = 10
 #: One job asks for one model, as a rule; a file with a name for every row is not worth its memory.
-MOST_MODELS_KEPT = 20
+MOST_MODELS_KEPT, MOST_MODEL_CHARACTERS = 20, 1000
 _TOO_LONG = -1
 _SOUND, _FAULTY, _FAULTY_WITHOUT_ID = range(3)
 
@@ -159,7 +159,7 @@ class RequestFile:
         self._states.append((_FAULTY if request.custom_id else _FAULTY_WITHOUT_ID) if faulty else _SOUND)
         self._ids.add(request.custom_id or None)
         if request.model is not None and len(self.models) < MOST_MODELS_KEPT:
-            self.models.setdefault(request.model, number)
+            self.models.setdefault(request.model[:MOST_MODEL_CHARACTERS], number)
         self._offsets.append(line.offset)
         self._lengths.append(_TOO_LONG if line.data is None else len(line.data))
         self._numbers.append(number)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from flexmoe.request_json import show
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
@@ -32,7 +34,7 @@ class ServedModel:
         """
         if asked is None or not self.names or asked in self.names or PurePath(asked).name in self.names:
             return None
-        return f"the row asks for the model {asked[:200]}, and the one that runs is {min(self.names, key=len)}"
+        return f"the row asks for the model {show(asked)}, and the one that runs is {min(self.names, key=len)}"
 
     def warning(self, models: Mapping[str, int]) -> str | None:
         """What a job tells once where rows ask for another model and do not fail; None where there is nothing to tell.

@@ -103,9 +103,10 @@ def guarded(program: str, body: Callable[[], int]) -> int:
 
 
 def say(*lines: str) -> None:
-    """Lines to stdout; a reader that has closed the pipe is no reason to stop."""
+    """Lines to stdout; a reader that has closed the pipe, or a character that it cannot show, is no reason to stop."""
+    text, encoding = "".join(f"{line}\n" for line in lines), sys.stdout.encoding or "utf-8"
     try:
-        sys.stdout.write("".join(f"{line}\n" for line in lines))
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - it serves until the process ends

@@ -172,7 +172,7 @@ def test_row_for_another_model_is_told_and_fails_where_that_is_wanted(preparer):
     for name in ("/models/mixtral/", "mixtral", "my-model", "mistralai/mixtral", None):
         assert served.mismatch(name) is None
     other = request(prompt="a", model="gpt-4o")
-    assert "asks for the model gpt-4o" in served.mismatch(other.model)
+    assert 'asks for the model "gpt-4o"' in served.mismatch(other.model)
     assert len(preparer(served=served).prepare(other, 0)) == 1
     error = preparer(served=ServedModel.of("mixtral", strict=True)).prepare(other, 0)
     assert (error.code, error.param) == ("model_not_found", "model")
@@ -183,7 +183,7 @@ def test_a_job_is_warned_once_of_rows_for_another_model_unless_they_fail():
     models = {"mixtral": 1, "gpt-4o": 7, "llama": 9}
     told = ServedModel.of("/models/mixtral").warning(models)
     assert (
-        told.startswith("line 7: the row asks for the model gpt-4o")
+        told.startswith('line 7: the row asks for the model "gpt-4o"')
         and "--strict-model" in told
         and "llama" not in told
     )

@@ -1,5 +1,6 @@
 """Jobs by the command line: what they keep, refuse and say, and hostile inputs from the first byte to the exit code."""
 
+import io
 import json
 import os
 import signal
@@ -101,7 +102,7 @@ def test_rows_for_another_model_run_with_one_warning_or_fail(job, main, caplog, 
         return
     assert code == 0 and [body(line)["model"] for line in job.lines()] == [row["model"] for row in rows]
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "line 2: the row asks for the model gpt-4o" in warning and "llama" not in warning
+    assert 'line 2: the row asks for the model "gpt-4o"' in warning and "llama" not in warning
 
 
 @pytest.mark.parametrize("flags, told", [
@@ -305,6 +306,14 @@ def test_a_chat_template_that_does_not_work_costs_its_rows_alone(job, main, tmp_
     code, _, err = main(job.args(model=model))
     assert code == 3 and "Traceback" not in err
     assert len(job.lines()) == 2 and len(failures(job)) == 1
+
+
+def test_what_the_terminal_cannot_show_stops_nothing(job, machine, monkeypatch):
+    write(job, json.dumps({"prompt": [5], "lumière 日本": 1}, ensure_ascii=False) + "\n", GOOD)
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", screen)
+    assert command.main(job.args("--dry-run", "--hardware", str(machine))) == 0
+    assert b"line 1: the field" in screen.buffer.getvalue() and b"lumi" in screen.buffer.getvalue()
 
 
 def test_a_second_run_of_the_same_job_is_refused(job, main, interrupt, monkeypatch):
