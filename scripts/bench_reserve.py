@@ -111,6 +111,13 @@ def _figures(kept: Run, learned: Run) -> list[Figure]:
             target=1.0,
         ),
         Figure(
+            what="sweeps",
+            value=f"{learned.sweeps}",
+            beside=f"{kept.sweeps}",
+            ratio=kept.sweeps / learned.sweeps,
+            target=1.0,
+        ),
+        Figure(
             what="rows in flight, mean",
             value=f"{learned.mean_rows:.1f}, {learned.restarts} restarts",
             beside=f"{kept.mean_rows:.1f}",

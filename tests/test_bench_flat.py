@@ -22,8 +22,8 @@ def test_rows_of_the_flat_files_take_a_kilobyte_each_and_run(tmp_path):
 @pytest.mark.parametrize("beyond, slower, met", [(0, 1.0, [True] * 3), (2 * LIMIT_BYTES, 1.0, [True, False, True]),
                                                  (0, 1.5, [True, True, False])])  # fmt: skip
 def test_a_large_file_may_cost_neither_memory_nor_time_by_the_row(beyond, slower, met):
-    runs = [Run(rows=100, wall_s=3, engine_s=1, peak_bytes=500), Run(rows=200, wall_s=4, engine_s=2, peak_bytes=600),
-            Run(rows=400, wall_s=4 + 2 * slower, engine_s=3, peak_bytes=700 + beyond)]  # fmt: skip
+    runs = [Run(rows=100, wall_s=9, cpu_s=3, peak_bytes=500), Run(rows=200, wall_s=9, cpu_s=4, peak_bytes=600),
+            Run(rows=400, wall_s=9, cpu_s=4 + 2 * slower, peak_bytes=700 + beyond)]  # fmt: skip
     assert [figure.met for figure in flat_figures(runs)] == met
 
 
@@ -39,4 +39,4 @@ def test_the_default_has_to_be_the_faster_rule(learned_s, met):
         Reserved(wall_s=wall_s, sweeps=9, mean_rows=3.0, restarts=0, tokens={"0": (1, 2)})
         for wall_s in (10.0, learned_s)
     )
-    assert [figure.met for figure in reserve_figures(kept, learned)] == [met, None]
+    assert [figure.met for figure in reserve_figures(kept, learned)] == [met, True, None]
