@@ -18,8 +18,9 @@ from cost_model.fixed import Fixed
 from cost_model.hardware import GIB, Hardware
 from cost_model.hardware_cache import last_measured
 from cost_model.report import Report
-from cost_model.solver import solve
+from cost_model.solver import Plan, solve
 from policies.command_line import guarded, say
+from policies.errors import InfeasibleError
 from policies.policy import Policy, PolicyFile
 from policies.workload import Workload
 
@@ -136,7 +137,7 @@ def _report(args: argparse.Namespace, arch: ModelArch, hardware: Hardware, workl
         policy, explanation = _given_policy(args, arch, workload), None
         prediction = evaluate(arch, hardware, workload, policy, number_bytes=b, ignore_memory=args.ignore_memory)
     else:
-        plan = solve(arch, hardware, workload, fixed=_fixed(args), number_bytes=b, advice=True)
+        plan = _plan(args, arch, hardware, workload, b)
         policy, explanation, prediction = plan.policy, plan.explanation, plan.prediction
     return Report(
         arch=arch,
@@ -149,6 +150,15 @@ def _report(args: argparse.Namespace, arch: ModelArch, hardware: Hardware, workl
         simulation=_simulate(arch, hardware, workload, policy, b) if workload.num_requests else None,
         **about,
     )
+
+
+def _plan(args: argparse.Namespace, arch: ModelArch, hardware: Hardware, workload: Workload, number_bytes: int) -> Plan:
+    try:
+        return solve(arch, hardware, workload, fixed=_fixed(args), number_bytes=number_bytes, advice=True)
+    except InfeasibleError as error:  # it speaks of what may be used
+        parts = {"gpu": args.alpha_g, "cpu": args.alpha_c, "nvme": args.alpha_n}
+        lowered = [f"--alpha-{tier[0]} leaves {part:g} of --{tier}-mem" for tier, part in parts.items() if part < 1]
+        raise InfeasibleError(f"{error} {', '.join(lowered)}: divide by it." if lowered else str(error)) from None
 
 
 def _fixed(args: argparse.Namespace) -> Fixed:

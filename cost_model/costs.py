@@ -186,9 +186,11 @@ class Costs:
         self.lane_share = {
             "gpu": all_cores,
             "cpu": 1.0,
-            "h2d": copy,
+            "h2d": hardware.h2d_core_s_per_byte * gpu.h2d_bytes_per_s * core if on_cpu else 0.0,
             "h2d/kv": all_cores,
+            "h2d/act": copy,
             "d2h": all_cores,
+            "d2h/act": copy,
             "disk_read": hardware.disk_read_core_s_per_byte * hardware.disk_read_bytes_per_s * core,
             "disk_read/kv": self._kv_read_cores() * core,
             "disk_write": hardware.disk_write_core_s_per_byte * hardware.disk_write_bytes_per_s * core,
@@ -234,11 +236,17 @@ class Costs:
 
     def read_act_s(self, batch: BatchLoad) -> float:
         """Hidden states of the batch, disk to host; the device waits for them."""
-        return self.hardware.disk_latency_s + self.read_s(self.activation_bytes(batch))
+        return self.disk_wait_s + self.read_s(self.activation_bytes(batch))
 
     def write_act_s(self, batch: BatchLoad) -> float:
         """Hidden states of the batch, host to disk."""
-        return self.hardware.disk_latency_s + self.write_s(self.activation_bytes(batch))
+        return self.disk_wait_s + self.write_s(self.activation_bytes(batch))
+
+    @property
+    def disk_wait_s(self) -> float:
+        """Latency of a small transfer: behind the weights, where some of them come from disk."""
+        hw = self.hardware
+        return hw.disk_busy_latency_s if self.counts.placement.count_of("disk") else hw.disk_latency_s
 
     def project_s(self, batch: BatchLoad) -> float:
         """Norm, queries, keys and values, rope."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from cost_model.arch import ModelArch
 from cost_model.costs import Costs, MemoryPlan, plan_memory
-from cost_model.hardware import Hardware
+from cost_model.hardware import GIB, Hardware
 from cost_model.phases import course
 from cost_model.sizes import Sizes, sizes
-from cost_model.sweep import SweepTime, sweep_time
+from cost_model.sweep import SweepForm, SweepTime
 from policies.errors import InfeasibleError
 from policies.policy import Policy
 from policies.workload import Workload
@@ -38,7 +38,7 @@ class Prediction:
         rows_in_flight: their mean in the steady state.
         lanes_s: busy seconds by lane, of the whole job; of one period (a mean sweep, a static block) where it is endless.
         wall_s: the seconds that ``lanes_s`` belong to.
-        bottleneck: what decides most of the time: a lane, a shared resource, "schedule" or "slots".
+        bottleneck: what decides most of the time: a thread, a shared resource, "schedule" or "slots".
         memory: bytes per tier, item by item.
         budgets: bytes that may be taken, by tier.
         sizes: counts that the bytes follow from.
@@ -103,19 +103,28 @@ def evaluate(
     memory = plan_memory(arch, policy, counts, device=hardware.device, compute_bytes=b)
     budgets = hardware.budgets()
     if not ignore_memory:
-        memory.check(budgets, REMEDY)
+        memory.check(budgets, _remedies(hardware))
     return _predict(Costs(arch, hardware, policy, counts, b), policy, workload, memory, budgets)
+
+
+def _remedies(hardware: Hardware) -> dict[str, str]:
+    """What to change, by budget; that of the GPU is not what --gpu-mem says."""
+    if hardware.device == "cpu":
+        return REMEDY
+    has, kept = (size / GIB for size in (hardware.gpu.memory_bytes, hardware.gpu.reserved_bytes))
+    return REMEDY | {"gpu": f"of its {has:.4g} GiB the context and the kernels take {kept:.4g}; {REMEDY['gpu']}"}
 
 
 def _predict(
     costs: Costs, policy: Policy, workload: Workload, memory: MemoryPlan, budgets: Mapping[str, int | None]
 ) -> Prediction:
     way = course(policy, costs.counts, workload)
-    timed = [(phase, sweep_time(costs, phase.load, policy.gpu_batch_size)) for phase in way.phases]
+    form = SweepForm(costs, policy.gpu_batch_size)
+    timed = [(phase, form.time(phase.load)) for phase in way.phases if phase.sweeps > 0]
     total_s = sum(phase.sweeps * time.total_s for phase, time in timed)
-    sweeps = sum(phase.sweeps for phase in way.phases)
+    sweeps = sum(phase.sweeps for phase, _ in timed)
     prefill = [(phase, time) for phase, time in timed if phase.load.prompt_tokens]
-    steady = [(p, t) for p, t in timed if p.name == "steady" and p.sweeps > 0] or timed
+    steady = [(p, t) for p, t in timed if p.name == "steady"] or timed
     steady_s = sum(p.sweeps * t.total_s for p, t in steady)
     return Prediction(
         tokens_per_s=way.tokens / total_s,

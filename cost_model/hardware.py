@@ -83,6 +83,8 @@ class Hardware:
         host_bytes_per_s: DRAM, all readers together.
         disk_bytes: disk space that a run may take.
         disk_read_bytes_per_s, disk_write_bytes_per_s: at the runtime's depth.
+        h2d_core_s_per_byte: core-seconds that copying a weight byte takes from computing beside it, on device cpu; 0 is
+            allowed, and what a device with copy engines has.
         disk_read_core_s_per_byte: core-seconds that reading a byte takes from computing beside it; 0 is allowed.
         disk_write_core_s_per_byte: likewise for writing.
         kv_block_read_s: the disk's seconds per read of KV, of one block or neighbours, beyond its bytes at
@@ -90,6 +92,7 @@ class Hardware:
         kv_block_core_s: core-seconds per such read beyond those of its bytes.
         kv_block_write_s: the disk's seconds per KV block written, beyond its bytes at disk_write_bytes_per_s.
         disk_latency_s: what a transfer to or from disk takes that somebody waits for, beyond its bytes.
+        disk_busy_latency_s: the same while weights are read at the full rate.
         handoff_s: from one thread of the runtime to another: what an operation beside the compute lane takes at least.
         cpu_attention_bytes_per_s: decode attention over KV in host memory, all cores.
         cpu_attention_flops_per_s: prefill attention on the cores.
@@ -111,12 +114,14 @@ class Hardware:
     disk_bytes: int
     disk_read_bytes_per_s: float
     disk_write_bytes_per_s: float
+    h2d_core_s_per_byte: float
     disk_read_core_s_per_byte: float
     disk_write_core_s_per_byte: float
     kv_block_read_s: float
     kv_block_core_s: float
     kv_block_write_s: float
     disk_latency_s: float
+    disk_busy_latency_s: float
     handoff_s: float
     cpu_attention_bytes_per_s: float
     cpu_attention_flops_per_s: float

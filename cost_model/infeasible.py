@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from fractions import Fraction
 from math import ceil, floor, log10
 
 from cost_model.fixed import Fixed
@@ -16,7 +17,7 @@ from policies.policy import Policy
 _FLAGS = {
     "gpu": ("GPU memory", "--gpu-mem"),
     "cpu": ("host memory", "--cpu-mem"),
-    "gpu+cpu": ("host memory", "host_memory_bytes of the machine"),
+    "gpu+cpu": ("host memory", "host_memory_bytes in the machine's file"),
     "disk": ("disk", "--nvme-mem"),
 }
 #: What a capacity is known to, as a part of it.
@@ -55,7 +56,7 @@ def refusal(problem: Problem, fixed: Fixed) -> InfeasibleError:
         lacks = min((_lacking(judge, policy) for policy in _one_row(fixed)), key=lambda lack: sum(lack.values()))
         sizes = " and ".join(f"{_gib(size)} GiB of {_FLAGS[name][0]}" for name, size in lacks.items())
         binds = f"even with the fewest rows in flight, {model} lacks {sizes}"
-    remedies = "; ".join(_remedy(name, least[name], has[name]) for name in limited)
+    remedies = "; ".join(_remedy(problem, fixed, name, least[name], has[name]) for name in limited)
     return InfeasibleError(f"no policy{given} fits this machine: {binds}. By itself, {remedies}.")
 
 
@@ -95,11 +96,15 @@ def _with_context(hardware: Hardware, name: str, nbytes: int) -> int:
     return hardware.gpu.memory_bytes if name == "gpu" else nbytes
 
 
-def _remedy(name: str, least: int | None, has: int) -> str:
+def _remedy(problem: Problem, fixed: Fixed, name: str, least: int | None, has: int) -> str:
+    """What to ask for, in the words and the GiB that the user asks with."""
     what, flag = _FLAGS[name]
     if least is None:
         return f"more {what} ({flag}) would not be enough"
-    return f"{flag} of {_gib(least)} GiB instead of {_gib(has)} would do"
+    enough = least
+    while not _fits(problem, fixed, name, _bytes(_gib(enough))):  # rounding to whole units can spoil a little more room
+        enough += max(1, int(_RESOLUTION * enough))
+    return f"{flag} of {_gib(enough)} GiB instead of {_gib(has)} would do"
 
 
 def _one_row(fixed: Fixed) -> Iterator[Policy]:
@@ -127,6 +132,11 @@ def _one_row(fixed: Fixed) -> Iterator[Policy]:
 def _lacking(judge: Judge, policy: Policy) -> dict[str, int]:
     """Missing bytes by budget."""
     return {name: -size for name, size in judge.spare_bytes(policy)[1].items() if size < 0}
+
+
+def _bytes(gib: str) -> int:
+    """What a flag makes of it."""
+    return int(Fraction(float(gib)) * GIB)
 
 
 def _gib(nbytes: int) -> str:

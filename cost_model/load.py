@@ -84,7 +84,10 @@ class BatchLoad:
 
 
 def batches(load: SweepLoad, gpu_batch_size: int) -> list[BatchLoad]:
-    """The sweep cut into GPU batches in the runtime's order: mode by mode, and in a mode those that decode first."""
+    """The sweep cut into GPU batches in the runtime's order: mode by mode, and in a mode those that decode first.
+
+    Batches that are alike may be one object.
+    """
     cut, room = [BatchLoad()], float(gpu_batch_size)
     for mode, rows, tokens, context, past, pairs in _strips(load):
         left = rows
@@ -102,6 +105,10 @@ def batches(load: SweepLoad, gpu_batch_size: int) -> list[BatchLoad]:
             batch.past[mode] += part * past
             batch.pairs[mode] += part * pairs
             left, room = left - taken, room - taken
+            if taken == gpu_batch_size:  # full of one kind: so are the next ones
+                more = int(left / taken)
+                cut += [batch] * more
+                left -= more * taken
     return cut
 
 

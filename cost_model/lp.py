@@ -208,8 +208,8 @@ class Programme:
     def solve(self) -> Relaxed | None:
         """The optimum; None where nothing fits."""
         self.lp.solve(_solver())
-        u = self.u.varValue
-        if pulp.LpStatus[self.lp.status] != "Optimal" or not u:
+        u, placed = self.u.varValue, sum(weights.varValue or 0.0 for weights in self.weights.values())
+        if pulp.LpStatus[self.lp.status] != "Optimal" or not u or placed <= 0:  # u is 0 within rounding
             return None
 
         def amount(variable: pulp.LpVariable) -> float:
@@ -228,7 +228,7 @@ class Programme:
         found = []
         for name, constraints in self._binding.items():
             # A memory's worth is one GiB, that is u in the programme; a lane's is 1 % of its seconds.
-            worth = sum((c.pi or 0.0) * (u if one else 0.01 * self._seconds(c)) for c, one in constraints)
+            worth = sum(abs(c.pi or 0.0) * (u if one else 0.01 * self._seconds(c)) for c, one in constraints)
             if worth > 1e-9 * self.period_s:
                 found.append(Price(name=name, tokens_per_s=worth / self.period_s))
         return found

@@ -1,7 +1,8 @@
 """The bounds of `cost_model.sweep` on the seconds of a sweep, as constraints of the linear programme.
 
-A lane's seconds and a shared resource's are linear in rows and bytes. The curves of the linear operations enter as the
-straight pieces below them (`GemmRates.pieces`), the pipeline of an attention phase as the longest ways through it.
+A thread's seconds and a shared resource's are linear in rows and bytes. The curves of the linear operations enter as the
+straight pieces below them (`GemmRates.pieces`), the pipeline of an attention phase as the longest ways through it. Where
+a bound is not convex, the programme has a lower one.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cost_model.resources import USERS, Resources
+from cost_model.sweep import THREADS, beside_shares
+
 if TYPE_CHECKING:
     from cost_model.lp import Programme
 
 GIB = 1 << 30
-_OPS_PER_LAYER = 2
 
 
 def bound_sweep(programme: Programme, index: int) -> None:
@@ -35,26 +38,31 @@ class _Sweep:
         self.busy = self._rows({mode: self.dense_s + s for mode, s in on_device.items()})
         self.experts = self._largest("experts", self._expert_pieces())
         head = self._largest("head", self._head_pieces())
-        self.outside = [
-            *programme.every_row(phase.outside_s * programme.second),
+        self.computed = [*programme.every_row(phase.outside_s * programme.second), (head, 1.0)]
+        self.host = [
+            *programme.every_row(phase.host_s * programme.second),
             (programme.u, self.costs.host_s(0) * programme.second),
-            (head, 1.0),
         ]
+        self.outside = [*self.computed, *self.host]
 
     def bound(self) -> None:
         """Adds all constraints."""
-        lanes = self._lanes()
+        busy = self._busy()
         if not self.lp.choice.overlap:
-            self._at_most("serial", [term for lane in lanes.values() for term in lane])
+            self._at_most("serial", [term for terms in busy.values() for term in terms])
             return
-        for name, terms in self._resources(lanes):
+        for name, users in THREADS.items():
+            self._at_most(name, [term for user in users for term in busy.get(user, ())])
+        for name, terms in self._resources(busy):
             self._at_most(name, terms)
-        streams = self.lp.choice.streams
-        for phase in self._ways():
-            way = [*_times(phase, self.layers), *self.outside]
-            self._at_most("schedule", [*way, (self.experts, self.layers)])
-            for late in self._late(lanes) if streams else ():
-                self._at_most("slots", [*way, *late])
+        ways, beside = self._ways(), self._beside(busy)
+        for way in ways:
+            self._at_most("schedule", [*_times(way, self.layers), *self.outside, (self.experts, self.layers), *beside])
+        for link, ahead in self._streams(busy) if self.lp.choice.streams else ():
+            for way in ways:
+                idle = [*way, *ahead]
+                self._at_most("slots", [*link, *idle, *self.outside])
+                self._at_most("slots", [*link, *_times(idle, self.layers), *self.outside])
 
     def _at_most(self, name: str, terms: Sequence) -> None:
         self.lp.at_most_zero(*terms, self.t, name=name)
@@ -63,21 +71,26 @@ class _Sweep:
         """Seconds of the rows in these modes (default all), by mode."""
         return _times(self.lp.rows_by_mode(seconds, *modes), self.lp.second)
 
-    def _lanes(self) -> dict[str, list]:
-        """Busy seconds by lane, as `sweep.sweep_time` adds them up."""
+    def _busy(self) -> dict[str, list]:
+        """Busy seconds by user of `cost_model.resources`, as `sweep.sweep_time` adds them up."""
         p, hw, layers = self.phase, self.problem.hardware, self.layers
-        every = [self.lp.every_row(s * self.lp.second * layers) for s in (p.act_up_s, p.act_down_s)]
         from_disk = self._streamed("disk")
         up = self._streamed("cpu") + (from_disk if hw.device == "cuda" else [])
+        by_mode = {
+            "cpu": p.cpu_s,
+            "h2d/kv": p.load_s,
+            "h2d/attended": p.attended_s,
+            "d2h": p.store_s,
+            "disk_read/kv": p.read_s,
+            "disk_write": p.write_s,
+        }
         return {
-            "gpu": [*_times(self.busy, layers), (self.experts, layers), *self.outside],
-            "cpu": self._rows(_times_each(p.cpu_s, layers), "cpu"),
+            "gpu": [*_times(self.busy, layers), (self.experts, layers), *self.computed],
+            "host": self.host,
             "h2d": _times(up, 1 / hw.gpu.h2d_bytes_per_s),
-            "h2d/kv": [*self._rows(_times_each(p.load_s, layers)), *every[0]],
-            "d2h": [*self._rows(_times_each(p.store_s, layers)), *every[1]],
             "disk_read": _times(from_disk, 1 / hw.disk_read_bytes_per_s),
-            "disk_read/kv": self._rows(_times_each(p.read_s, layers)),
-            "disk_write": self._rows(_times_each(p.write_s, layers)),
+            **{user: _times(self._rows(seconds), layers) for user, seconds in by_mode.items()},
+            **{user: self.lp.every_row(s * self.lp.second * layers) for user, s in p.act_s.items()},
         }
 
     def _streamed(self, tier: str) -> list:
@@ -86,80 +99,106 @@ class _Sweep:
         embed = units.bytes_between(0, len(units.order), "embed") / self.lp.total_bytes
         return [(self.lp.weights[tier], (1 - embed) * GIB * self.lp.second)]
 
-    def _resources(self, lanes: dict[str, list]) -> list[tuple[str, list]]:
-        """Seconds of each lane and of each resource that lanes share, as `sweep` has them."""
-        hw, gpu = self.problem.hardware, self.problem.hardware.gpu
-        found = [(name, terms) for name, terms in lanes.items() if "/" not in name and name not in ("h2d", "disk_read")]
-        found.append(("disk_read", lanes["disk_read"] + lanes["disk_read/kv"]))
-        if hw.device == "cpu":
-            shares = self.costs.lane_share
-            cores = [term for name, terms in lanes.items() for term in _times(terms, shares[name])]
-            return [*found, ("h2d", lanes["h2d"]), ("h2d", lanes["h2d/kv"]), ("cores", cores)]
-        up, down = lanes["h2d"] + lanes["h2d/kv"], lanes["d2h"]
-        both = min(
-            gpu.h2d_duplex_bytes_per_s / gpu.h2d_bytes_per_s, gpu.d2h_duplex_bytes_per_s / gpu.d2h_bytes_per_s, 1.0
-        )
-        slower = min(1.0, 1 / both - 1)  # beyond 1 the bound would not be convex
-        moved = [
-            *_times(up, gpu.h2d_bytes_per_s / hw.host_bytes_per_s),
-            *_times(down, gpu.d2h_bytes_per_s / hw.host_bytes_per_s),
-            *self._rows({"cpu": self.phase.attended_bytes * self.layers / hw.host_bytes_per_s}, "cpu"),
-        ]
-        links = [("h2d", up), ("pcie", up + _times(down, slower)), ("pcie", down + _times(up, slower))]
-        return [*found, *links, ("host memory", moved)]
+    def _resources(self, busy: dict[str, list]) -> list[tuple[str, list]]:
+        """Seconds of each resource that is shared, with the weights that `Resources` gives each user."""
+        resources = Resources(self.costs)
+        alone = {user: resources.seconds({user: 1.0}) for user in USERS if user in busy}
+        used: dict[str, dict[str, float]] = {}
+        for user, seconds in alone.items():
+            for name, weight in seconds.items():
+                used.setdefault(name, {})[user] = weight
+        link = used.pop("pcie", None)
+        found = [(name, _weighted(busy, weights)) for name, weights in used.items()]
+        if link:  # while both directions run, each is slower
+            up, down = (
+                _weighted(busy, {user: weight for user, weight in link.items() if user.startswith(way)})
+                for way in ("h2d", "d2h")
+            )
+            slower = min(1.0, resources.seconds({"h2d": 1.0, "d2h/act": 1.0})["pcie"] - 1)  # beyond 1: not convex
+            found += [("pcie", up + _times(down, slower)), ("pcie", down + _times(up, slower))]
+        return found
+
+    def _beside(self, busy: dict[str, list]) -> list:
+        """Seconds that copies and readers take from the cores that compute on device cpu (`SweepForm`)."""
+        if self.problem.hardware.device != "cpu":
+            return []
+        shares = beside_shares(Resources(self.costs))
+        return _weighted(busy, {user: share for user, share in shares.items() if user in busy})
+
+    def _streams(self, busy: dict[str, list]) -> list[tuple[list, list]]:
+        """Of each link of the weight stream, (its seconds, less those of what may come before a slot is freed)."""
+        hw, units, lp = self.problem.hardware, self.lp.units, self.lp
+        unit = units.prefix_bytes[-1] / len(units.order) * lp.second
+        rates = {"h2d": hw.gpu.h2d_bytes_per_s, "disk_read": hw.disk_read_bytes_per_s}
+        used = [user for user in rates if user == "h2d" or lp.choice.disk_weights]
+        staged = {"h2d": 0, "disk_read": self.costs.counts.staging_slots}
+        if hw.device == "cuda":
+            return [
+                (busy[user], [(lp.slots, -unit / rates[user]), (lp.u, -staged[user] * unit / rates[user])])
+                for user in used
+            ]
+        each = unit / max(rates.values())
+        links = [busy[user] for user in used]
+        if len(used) > 1:  # few slots hold units of either host memory or disk, and one link rests
+            held = [(lp.slots, -2 * self.layers * each), (lp.u, 2 * self.layers * each)]
+            links.append([*busy["h2d"], *busy["disk_read"], *held])
+        return [(link, [(lp.slots, -each)]) for link in links]
 
     def _ways(self) -> list[list]:
-        """Ways through the attention phase of a layer (`sweep._attention_s`), in seconds.
+        """Ways through the attention phase of a layer (`AttentionPhase.seconds`), in seconds."""
+        p, second = self.phase, self.lp.second
+        batch = min(
+            self.lp.choice.gpu_batch_size / max(p.rows, 1e-9), self.lp.block
+        )  # rows of the block in a GPU batch
+        ways = [
+            [*self.busy, *self.lp.every_row(p.act_up_s * second)],
+            self.lp.every_row((p.act_up_s + p.act_down_s) * second),
+        ]
+        return ways + (self._ways_of_one_batch() if batch >= self.lp.block else self._ways_of_many(batch))
 
-        GPU batches line up by mode: device, fetched, disk, CPU. Each is projected, and what it needs requested, before
-        the batch in front of it is attended: so the first fetch waits for all of the device's batches but the last, and
-        CPU attention for all fetches but the last. Of what comes first a part hides behind the experts before it.
+    def _moved(self) -> dict[str, float]:
+        """Seconds per row that KV takes to the device."""
+        return {mode: self.phase.load_s[mode] + self.phase.read_s[mode] for mode in self.lp.rows}
+
+    def _ways_of_one_batch(self) -> list[list]:
+        """All rows are projected, then attended when the KV is there and the CPU is done; the KV comes during the experts."""
+        p, second = self.phase, self.lp.second
+        after = {mode: p.attend_s + (0.0 if mode == "cpu" else p.attention_s[mode]) for mode in self.lp.rows}
+        loads = [*self._rows(self._moved(), "fetch", "disk"), *self._rows(after), (self.experts, -1.0)]
+        on_cpu = self._rows({"cpu": p.cpu_s["cpu"] + p.store_s["cpu"] + p.attended_s["cpu"]}, "cpu")
+        return [loads, [*self.lp.every_row(p.project_s * second), *on_cpu, *self._rows(after)]]
+
+    def _ways_of_many(self, batch: float) -> list[list]:
+        """GPU batches of ``batch`` rows line up by mode: device, fetched, disk, CPU.
+
+        Each is projected, and what it needs requested, before the batch in front of it is attended: so the first fetch
+        waits for all of the device's batches but the last, and CPU attention for all fetches but the last. Of what comes
+        first a part hides behind the experts before it.
         """
         p, rows, u = self.phase, self.lp.rows, self.lp.u
-        batch = (
-            min(self.lp.choice.gpu_batch_size / max(p.rows, 1e-9), self.lp.block) * self.lp.second
-        )  # rows of the block
-        moves = p.act_up_s + p.act_down_s + p.act_disk_s
-        away = self.lp.every_row((moves - p.act_disk_s / 2) * batch / self.lp.block)
-        moved = {mode: p.load_s[mode] + p.read_s[mode] for mode in rows}
+        batch *= self.lp.second
+        moved = self._moved()
         on_device = {mode: self.dense_s + p.attention_s[mode] for mode in rows}
         fetched = [mode for mode in ("fetch", "disk") if mode in rows]
         one_load = batch * max((moved[mode] for mode in fetched), default=0.0)
-        ways = [list(self.busy), self.lp.every_row(moves * self.lp.second)]
-        loads = self._rows(moved, *fetched) if fetched else []
+        loads = self._rows(moved, "fetch", "disk")
+        late_loads = [[*loads, (u, -one_load)]]
         if "gpu" in rows:
-            loads += [*self._rows(on_device, "gpu"), (u, -batch * (p.attend_s + p.attention_s["gpu"]))]
-            hidden = [[]]
+            last = batch * (p.attend_s + p.attention_s["gpu"])
+            late_loads.append([*loads, *self._rows(on_device, "gpu"), (u, -last)])
         else:
-            hidden = [[(self.experts, -1.0)], [(u, -one_load)]]
-        if fetched:
-            ways += [[*loads, *part, (u, batch * p.attend_s)] for part in hidden]
+            late_loads.append([*loads, (self.experts, -1.0)])
+        ways = [[*each, (u, batch * p.attend_s)] for each in late_loads] if fetched else []
         if "cpu" in rows:
             others = [mode for mode in rows if mode != "cpu"]
             last = batch * max((p.attend_s + p.attention_s[mode] for mode in others), default=0.0)
-            on_cpu = [*self._rows(p.cpu_s, "cpu"), (u, batch * (self.dense_s + p.store_s["cpu"]))]
-            ways.append([*(self._rows(on_device, *others) if others else []), (u, -last), *on_cpu])
+            on_cpu = [*self._rows(p.cpu_s, "cpu"), (u, batch * (self.dense_s + p.store_s["cpu"] + p.attended_s["cpu"]))]
+            ways.append(on_cpu)
+            if others:
+                ways.append([*self._rows(on_device, *others), (u, -last), *on_cpu])
             if fetched:
-                ways += [[*loads, *part, (u, -one_load), *on_cpu] for part in hidden]
-        return [way + away for way in ways]
-
-    def _late(self, lanes: dict[str, list]) -> list[list]:
-        """Link seconds of the units that find no slot during the attention phases: those of all, less the slots'.
-
-        One expert is computed after the last of them; the next layer's first KV comes over the same link meanwhile.
-        """
-        hw, gpu, arch = self.problem.hardware, self.problem.hardware.gpu, self.problem.arch
-        units = self.lp.units
-        in_slots = self.layers * units.prefix_bytes[-1] / len(units.order) * self.lp.second
-        beside = [(self.experts, self.layers / arch.num_experts)]
-        reads = lanes["disk_read"]
-        if hw.device == "cpu":
-            fastest = max(gpu.h2d_bytes_per_s, hw.disk_read_bytes_per_s)
-            return [[*lanes["h2d"], *reads, (self.lp.slots, -in_slots / fastest), *beside]]
-        rates = [(lanes["h2d"], gpu.h2d_bytes_per_s)]
-        if self.lp.choice.disk_weights:
-            rates.append((reads, hw.disk_read_bytes_per_s))
-        return [[*terms, (self.lp.slots, -in_slots / rate), *beside] for terms, rate in rates]
+                ways += [[*each, (u, -one_load), *on_cpu] for each in late_loads]
+        return ways
 
     # Curves.
 
@@ -178,11 +217,10 @@ class _Sweep:
         tokens = self.phase.tokens * self.lp.block
         dense = len(arch.dense_layers) / arch.num_layers
         touched = max(1.0, costs.touched(tokens))
-        dispatch = (1 - dense) * (arch.num_experts + _OPS_PER_LAYER) * costs.op_s
+        dispatch = (1 - dense) * (arch.num_experts + 1) * costs.op_s
         if dense:
-            elements = arch.expert_params_in(arch.dense_layers[0])
-            dispatch += dense * (1 + _OPS_PER_LAYER) * costs.op_s
-            slope, constant = max(curve.pieces(elements), key=lambda piece: piece[0] * tokens + piece[1])
+            dispatch += dense * 2 * costs.op_s
+            slope, constant = max(curve.pieces(arch.dense_params), key=lambda piece: piece[0] * tokens + piece[1])
             beside = dense * slope * tokens, dense * constant + dispatch
         else:
             beside = 0.0, dispatch
@@ -205,5 +243,5 @@ def _times(terms: Sequence, factor: float) -> list:
     return [(variable, value * factor) for variable, value in terms]
 
 
-def _times_each(values: dict[str, float], factor: float) -> dict[str, float]:
-    return {name: value * factor for name, value in values.items()}
+def _weighted(busy: dict[str, list], weights: dict[str, float]) -> list:
+    return [term for user, weight in weights.items() if weight for term in _times(busy[user], weight)]

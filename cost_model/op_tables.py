@@ -8,7 +8,7 @@ from cost_model.arch import ModelArch
 from cost_model.costs import Costs
 from cost_model.load import BatchLoad, SweepLoad
 
-_OF_SWEEP = ("host", "route", "collect", "sample", "expert", "dense")
+_OF_SWEEP = ("host", "route", "collect", "sample", "expert", "dense", "disk_wait")
 _OF_BATCH = (
     "embed", "project", "attend", "cpu_attend", "attended", "load_kv", "read_kv", "store_kv", "write_kv", "load_act",
     "read_act", "store_act", "write_act",
@@ -44,6 +44,7 @@ def table_of_seconds(costs: Costs, cut: Sequence[BatchLoad], load: SweepLoad) ->
     dense = costs.expert_s(tokens, arch.dense_params) if arch.dense_layers else 0.0
     # Those of a layer that no token reaches take no time; on average each expert takes its share of the others'.
     table = [costs.host_s(load.rows), 0.0, 0.0, costs.sample_s(load.logits), each * touched / arch.num_experts, dense]
+    table.append(costs.hardware.disk_latency_s)
     for start, stop in map(arch.head_rows, range(arch.num_head_chunks)):
         table.append(costs.head_s(load.logits, (stop - start) * arch.head_row_params))
     for batch in cut:
@@ -59,9 +60,9 @@ def table_of_seconds(costs: Costs, cut: Sequence[BatchLoad], load: SweepLoad) ->
             costs.store_kv_s(batch),
             costs.write_kv_s(batch),
             costs.load_act_s(batch),
-            costs.read_act_s(batch),
+            costs.read_s(costs.activation_bytes(batch)),
             costs.store_act_s(batch),
-            costs.write_act_s(batch),
+            costs.write_s(costs.activation_bytes(batch)),
         )
     return table
 

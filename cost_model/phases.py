@@ -9,16 +9,19 @@ job of its own that fills, marches and drains.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from math import ceil
+from itertools import pairwise
+from math import ceil, floor
 
 from cost_model.load import RowGroup, SweepLoad
+from cost_model.row_moments import RowMoments, row_moments
 from cost_model.sizes import BLOCK_TOKENS, Sizes
 from policies.policy import Policy
 from policies.workload import Workload
 
 #: Gauss-Legendre nodes on [0, 1]: a ramp of load is met at two points.
 _NODES = (0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2)
+#: Steps in which rows of different lengths end.
+_STEPS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,46 +49,67 @@ class Course:
     row_sweeps: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Moments:
-    """Means over the rows: prompt s, completion n, s², (n − 1) · s, (n − 1) · n."""
-
-    s: float
-    n: float
-    ss: float
-    ns: float
-    nn: float
-
-
 def course(policy: Policy, counts: Sizes, workload: Workload) -> Course:
     """How the job proceeds under a policy."""
-    m = _moments(workload)
+    m = row_moments(workload)
     block, fill = _rows_in_flight(policy, counts, m)
     life = _span(policy, m) + m.n - 1
     shares = mode_shares(policy, counts)
+    total = workload.num_requests
     if policy.schedule == "static":
-        rounds, per_round = 1.0, block
-        if workload.num_requests is not None:
-            rounds = ceil(workload.num_requests / block - 1e-9)
-            per_round = min(block, workload.num_requests / rounds)
+        rounds = 1.0 if total is None else float(ceil(total / max(1, floor(block + 1e-9))))
+        per_round = block if total is None else min(block, total / rounds)
         phases = _one_block(policy, m, shares, per_round, life, rounds)
         return Course(phases=phases, tokens=rounds * per_round * m.n, rows_in_flight=per_round, row_sweeps=life)
-    if workload.num_requests is None:
+    if total is None:
         steady = _steady(policy, m, shares, block, block / life, 1.0)
         return Course(phases=steady, tokens=block / life * m.n, rows_in_flight=block, row_sweeps=life)
-    total = float(workload.num_requests)
     if total <= block:
-        phases = _one_block(policy, m, shares, total, life, 1.0)
-        return Course(phases=phases, tokens=total * m.n, rows_in_flight=total, row_sweeps=life)
-    ramp = min(fill, life)
-    admitted = total - block
-    plateau = life - ramp + admitted * life / block
-    phases = (
-        *_ramp_up(policy, m, shares, block, ramp, 1.0),
-        *_steady(policy, m, shares, block, admitted / plateau if plateau else 0.0, plateau),
-        *_ramp_down(m, shares, block, ramp, 1.0),
-    )
+        phases = _one_block(policy, m, shares, float(total), life, 1.0)
+        return Course(phases=phases, tokens=total * m.n, rows_in_flight=float(total), row_sweeps=life)
+    phases = (_mixed_job if m.mixed else _waves)(policy, m, shares, float(total), block, min(fill, life))
     return Course(phases=phases, tokens=total * m.n, rows_in_flight=block, row_sweeps=life)
+
+
+def _mixed_job(
+    policy: Policy, m: RowMoments, shares: dict[str, float], total: float, block: float, ramp: float
+) -> tuple[Phase, ...]:
+    """More rows than the block holds, of many lengths: they drift apart, so the block is full until none waits."""
+    life = _span(policy, m) + m.n - 1
+    drain = _ends_of_all(m, shares, block)
+    rest = total * life - block * ramp / 2 - sum(phase.sweeps * phase.load.rows for phase in drain)
+    plateau = max(0.0, rest / block)
+    entering = (total - block) / plateau if plateau else 0.0
+    return (
+        *_ramp_up(policy, m, shares, block, ramp, 1.0),
+        *_steady(policy, m, shares, block, entering, plateau),
+        *drain,
+    )
+
+
+def _waves(
+    policy: Policy, m: RowMoments, shares: dict[str, float], total: float, block: float, ramp: float
+) -> tuple[Phase, ...]:
+    """More rows than the block holds, all alike: those that entered together leave together, and the next enter.
+
+    The last wave is what is left over; at the even pace, waves overlap so that every sweep is alike.
+    """
+    life = _span(policy, m) + m.n - 1
+    full, last = divmod(total - 1, max(1, floor(block + 1e-9)))
+    last += 1
+    plateau = max(0.0, full * max(life, ramp) - ramp)
+    part = last / block
+    between, alone = (block + last) / 2, life - ramp
+    entering = (full - 1) * block / plateau if plateau else 0.0
+    change = _steady(policy, m, shares, between, last / ramp, ramp)
+    context = last * (m.s + (m.n + ramp) / 2)
+    return (
+        *_ramp_up(policy, m, shares, block, ramp, 1.0),
+        *_steady(policy, m, shares, block, entering, plateau),
+        *change,
+        Phase(name="drain", sweeps=max(0.0, alone), load=_load(m, shares, decode=last, context=context)),
+        *_ramp_down(m, shares, last, ramp * part - 1, 1.0),
+    )
 
 
 def mode_shares(policy: Policy, counts: Sizes) -> dict[str, float]:
@@ -102,60 +126,74 @@ def mode_shares(policy: Policy, counts: Sizes) -> dict[str, float]:
     return {mode: share for mode, share in shares.items() if share}
 
 
-@lru_cache(maxsize=64)
-def _moments(workload: Workload) -> _Moments:
-    entries = workload.lengths or ((workload.prompt_len, workload.gen_len, 1),)
-    rows = sum(count for _, _, count in entries)
-
-    def mean(value) -> float:
-        return sum(value(s, n) * count for s, n, count in entries) / rows
-
-    return _Moments(
-        s=mean(lambda s, n: s),
-        n=mean(lambda s, n: n),
-        ss=mean(lambda s, n: s * s),
-        ns=mean(lambda s, n: (n - 1) * s),
-        nn=mean(lambda s, n: (n - 1) * n),
-    )
-
-
-def _span(policy: Policy, m: _Moments) -> float:
+def _span(policy: Policy, m: RowMoments) -> float:
     """Sweeps that a prompt takes."""
     return float(max(1, ceil(m.s / policy.prefill_tokens)))
 
 
-def _rows_in_flight(policy: Policy, counts: Sizes, m: _Moments) -> tuple[float, float]:
+def _rows_in_flight(policy: Policy, counts: Sizes, m: RowMoments) -> tuple[float, float]:
     """(rows in flight, sweeps in which so many enter). Rows that enter together need room for s + n together."""
-    tokens = sum(counts.kv_blocks.values()) * BLOCK_TOKENS
     life = _span(policy, m) + m.n - 1
     pace = policy.prefill_tokens / m.s
+    staggered = m.s + (m.n + BLOCK_TOKENS) / 2
     rows = float(policy.block_size)
     for _ in range(3):
-        fill = min(rows / pace, life)
-        longest = m.s + m.n - fill / 2 + BLOCK_TOKENS / 2
-        if policy.schedule == "static":  # all march together, in whole blocks; the last token is never cached
-            longest = ceil((m.s + m.n - 1) / BLOCK_TOKENS) * BLOCK_TOKENS
-        rows = max(1.0, min(policy.block_size, tokens / longest, pace * life))
-    return rows, rows / pace
+        apart = min(1.0, rows / pace / life) if policy.schedule == "rolling" else 0.0
+        each = m.held - max(0.0, m.held - staggered) * apart
+        room = sum(counts.kv_blocks.values()) * BLOCK_TOKENS / each
+        rows = max(1.0, min(policy.block_size, room, pace * life))
+    return rows, max(1.0, rows / pace)
 
 
 def _one_block(
-    policy: Policy, m: _Moments, shares: dict[str, float], rows: float, life: float, rounds: float
+    policy: Policy, m: RowMoments, shares: dict[str, float], rows: float, life: float, rounds: float
 ) -> tuple[Phase, ...]:
     """Rows that start and end together."""
-    ramp = min(rows * m.s / policy.prefill_tokens, life)
-    marching = max(0.0, life - max(ramp, _span(policy, m)))
-    ramp = max(ramp, _span(policy, m))
+    ramp = max(min(rows * m.s / policy.prefill_tokens, life), _span(policy, m))
+    fill = _ramp_up(policy, m, shares, rows, ramp, rounds)
+    if m.mixed:
+        return (*fill, *_march(m, shares, rows, ramp, rounds))
     context = rows * (m.s + m.n / 2)
     return (
-        *_ramp_up(policy, m, shares, rows, ramp, rounds),
-        Phase(name="steady", sweeps=rounds * marching, load=_load(m, shares, decode=rows, context=context)),
+        *fill,
+        Phase(
+            name="steady", sweeps=rounds * max(0.0, life - ramp), load=_load(m, shares, decode=rows, context=context)
+        ),
         *_ramp_down(m, shares, rows, ramp - 1, rounds),
     )
 
 
+def _march(m: RowMoments, shares: dict[str, float], rows: float, ramp: float, rounds: float) -> list[Phase]:
+    """Rows that started within ``ramp`` sweeps go on to their ends, of which the last is that of the longest row."""
+    shortest, longest = m.ends[0][0], m.longest(rows)
+    ages = _steps(m, max(0.0, ramp / 2), longest - 1 + ramp / 2, (shortest,))
+    found = []
+    for start, end in ages:
+        alive = m.mean_alive(start, end)
+        load = _load(m, shares, decode=rows * alive, context=rows * alive * (m.s + (start + end) / 2))
+        found.append(Phase(name="steady" if end <= shortest else "drain", sweeps=rounds * (end - start), load=load))
+    return found
+
+
+def _ends_of_all(m: RowMoments, shares: dict[str, float], rows: float) -> list[Phase]:
+    """Rows of all ages end one by one, and none enters: so many are left as have as much before them."""
+    longest = m.longest(rows)
+    found = []
+    for start, end in _steps(m, 0.0, longest, ()):
+        middle = (start + end) / 2
+        left = rows * m.mean_alive(middle, m.ends[-1][0]) * (m.ends[-1][0] - middle) / m.n
+        load = _load(m, shares, decode=left, context=left * (m.s + (middle + m.ends[-1][0]) / 2))
+        found.append(Phase(name="drain", sweeps=end - start, load=load))
+    return found
+
+
+def _steps(m: RowMoments, first: float, last: float, between: tuple[float, ...]) -> list[tuple[float, float]]:
+    inner = {first + (last - first) * k / _STEPS for k in range(_STEPS + 1)} | {b for b in between if first < b < last}
+    return list(pairwise(sorted(inner))) if last > first else []
+
+
 def _ramp_up(
-    policy: Policy, m: _Moments, shares: dict[str, float], rows: float, sweeps: float, rounds: float
+    policy: Policy, m: RowMoments, shares: dict[str, float], rows: float, sweeps: float, rounds: float
 ) -> list[Phase]:
     pace = rows / sweeps if sweeps else 0.0
     loads = [
@@ -167,18 +205,18 @@ def _ramp_up(
     return [Phase(name="fill", sweeps=rounds * sweeps / 2, load=load) for load in loads if sweeps]
 
 
-def _ramp_down(m: _Moments, shares: dict[str, float], rows: float, sweeps: float, rounds: float) -> list[Phase]:
+def _ramp_down(m: RowMoments, shares: dict[str, float], rows: float, sweeps: float, rounds: float) -> list[Phase]:
     loads = [_load(m, shares, decode=x * rows, context=x * rows * (m.s + m.n - x * sweeps / 2)) for x in _NODES]
     return [Phase(name="drain", sweeps=rounds * sweeps / 2, load=load) for load in loads if sweeps > 0]
 
 
 def _steady(
-    policy: Policy, m: _Moments, shares: dict[str, float], rows: float, enter: float, sweeps: float
+    policy: Policy, m: RowMoments, shares: dict[str, float], rows: float, enter: float, sweeps: float
 ) -> tuple[Phase, ...]:
     """``enter`` rows per sweep on average; at a faster pace only some of the sweeps prefill."""
     life = _span(policy, m) + m.n - 1
     context = rows / life * (m.ns + m.nn / 2 + m.n)
-    prefilling = min(1.0, enter * m.s / policy.prefill_tokens)
+    prefilling = min(1.0, enter * m.s / min(policy.prefill_tokens, rows * m.s))
     busy = _load(
         m, shares, decode=rows * (m.n - 1) / life, context=context, enter=enter / max(prefilling, 1e-12), policy=policy
     )
@@ -189,7 +227,7 @@ def _steady(
 
 
 def _load(
-    m: _Moments,
+    m: RowMoments,
     shares: dict[str, float],
     *,
     decode: float,

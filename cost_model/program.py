@@ -22,8 +22,8 @@ _HANDED_ON = {
     "store_kv": (STORE, (("d2h", "store_kv"),)),
     "write_kv": (WRITE, (("disk_write", "write_kv"),)),
     "cpu_attend": (CPU, (("cpu", "cpu_attend"),)),
-    "load_act": (ACT, (("disk_read/act", "read_act"), ("h2d/act", "load_act"))),
-    "store_act": (ACT, (("d2h/act", "store_act"), ("disk_write/act", "write_act"))),
+    "load_act": (ACT, (("disk_read/wait", "disk_wait"), ("disk_read/act", "read_act"), ("h2d/act", "load_act"))),
+    "store_act": (ACT, (("d2h/act", "store_act"), ("disk_write/wait", "disk_wait"), ("disk_write/act", "write_act"))),
 }
 #: A store waits until the write that used its buffer before has ended.
 _WRITE_BUFFERS = 2
@@ -133,13 +133,16 @@ class _Compiler:
             self._add(op, ATTENDED, name, [("h2d/attended", "attended")], [self._done[op.id]])
 
     def _add(self, op: Op, thread: int, name: str, parts: Sequence[tuple[str, str]], after: Sequence[tuple]) -> None:
-        at = tuple((user, batch_place(self._arch, op.batch, seconds)) for user, seconds in parts)
+        at = tuple((user, self._part_place(op, seconds)) for user, seconds in parts)
         self._errands[thread].append(Errand(name=name, parts=at, after=tuple(after)))
         self._done[op.id] = (thread, len(self._errands[thread]))
         self._handed.append(thread)
 
+    def _part_place(self, op: Op, seconds: str) -> int:
+        return sweep_place(seconds) if seconds == "disk_wait" else batch_place(self._arch, op.batch, seconds)
+
     def _takes_part(self, user: str, op: Op) -> bool:
-        if user in ("disk_read/act", "disk_write/act"):
+        if user.startswith("disk") and op.kind in ("load_act", "store_act"):
             return self._shape.activation_tiers[op.batch] == "disk"
         return user != "disk_read/kv" or op.batch in self._shape.disk_batches
 

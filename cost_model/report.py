@@ -30,8 +30,10 @@ _EXAMPLE_ROWS = 10_000
 _BOUND = {
     "gpu": "compute-bound: attention and experts on the compute device take the longest",
     "cpu": "bound by attention on the CPU",
-    "h2d": "PCIe-bound: weights, KV and activations on their way to the GPU",
-    "d2h": "PCIe-bound: new KV and activations on their way to host memory",
+    "h2d": "PCIe-bound: weights on their way to the GPU",
+    "d2h": "PCIe-bound: new KV on its way to host memory",
+    "kv loads": "bound by fetched KV: read from disk, gathered, and copied to the GPU, one GPU batch after the other",
+    "hidden states": "bound by activations on their way to the GPU and back",
     "pcie": "PCIe-bound: weights, KV and activations over the link, both ways",
     "disk_read": "disk-bound: reads of weights and KV",
     "disk_write": "disk-bound: writes of KV",

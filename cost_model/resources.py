@@ -11,16 +11,17 @@ from collections.abc import Collection, Mapping
 
 from cost_model.costs import Costs
 
-#: ``host``: the main thread between operations. ``h2d/attended``: results of the CPU's attention, up. ``stage``: host
+#: ``host``: the main thread between operations. ``wait``: a small transfer waits for the disk. ``h2d/attended``: results of the CPU's attention, up. ``stage``: host
 #: weights that are not pinned, copied to a pinned buffer first.
 USERS = (
     "gpu", "host", "cpu", "h2d", "h2d/kv", "h2d/attended", "h2d/act", "d2h", "d2h/act", "disk_read", "disk_read/kv",
-    "disk_read/act", "disk_write", "disk_write/act", "stage",
+    "disk_read/act", "disk_read/wait", "disk_write", "disk_write/act", "disk_write/wait", "stage",
 )  # fmt: skip
 #: Threads of the runtime that read or write disk at once; with how many the cores are shared when they all work.
 _DISK_THREADS = 4
 #: Bytes of host memory that pass for a byte of KV: it is gathered (read, written), then copied (read); or backwards.
 _PASSES_OF_KV = 3
+_WAITS = ("disk_read/wait", "disk_write/wait")
 
 
 class Resources:
@@ -43,6 +44,8 @@ class Resources:
         up_down = [user for user in USERS if _lane(user) in ("h2d", "d2h")]
         self._link = {user: min(1.0, link.get(user, 1.0)) for user in up_down}
         self._memory = {} if self._on_cpu else _host_memory(costs)
+        busy_s = self._hardware.disk_busy_latency_s
+        self._wait_speed = min(1.0, self._hardware.disk_latency_s / busy_s) if busy_s else 1.0
 
     def speeds(self, active: Collection[str]) -> dict[str, float]:
         """How fast each of the active users gets on, 1 being its speed when it is alone."""
@@ -58,7 +61,7 @@ class Resources:
 
     def seconds(self, busy: Mapping[str, float]) -> dict[str, float]:
         """The fewest seconds in which each shared resource serves users that are so many seconds busy when alone."""
-        found = {"disk_read": sum(s for user, s in busy.items() if _lane(user) == "disk_read")}
+        found = {"disk_read": sum(s for user, s in busy.items() if _lane(user) == "disk_read" and user not in _WAITS)}
         if self._on_cpu:
             used = sum(threads * part * busy.get(user, 0.0) for user, (threads, part) in self._threads.items())
             return found | {"cores": used / self._hardware.cores}
@@ -67,13 +70,15 @@ class Resources:
     def _slowed(self, active: Collection[str]):
         """(users, their speed) of each bandwidth that is asked for more than it yields."""
         alone = dict.fromkeys(active, 1.0)
-        readers = [user for user in active if _lane(user) == "disk_read"]
-        writers = [user for user in active if _lane(user) == "disk_write"]
+        readers = [user for user in active if _lane(user) == "disk_read" and user not in _WAITS]
+        writers = [user for user in active if _lane(user) == "disk_write" and user not in _WAITS]
         asked = [(readers, len(readers)), (writers, len(writers))]
         if not self._on_cpu:
             asked.append(([user for user in active if user in self._link], self._link_used(alone)))
             asked.append(([user for user in active if user in self._memory], _weighted(self._memory, alone)))
-        return [(users, 1 / times) for users, times in asked if times > 1]
+        found = [(users, 1 / times) for users, times in asked if times > 1]
+        waiting = [user for user in _WAITS if user in active]
+        return [*found, (waiting, self._wait_speed)] if "disk_read" in active else found
 
     def _link_used(self, busy: Mapping[str, float]) -> float:
         """Seconds of the link: while both directions run, each is slower."""
@@ -99,8 +104,10 @@ class Resources:
         cores = costs.hardware.cores
         if user in ("host", "stage"):
             return 1.0, 1.0
+        if user in _WAITS:
+            return 1.0, 0.0
         shares = costs.lane_share
-        alike = "h2d/kv" if user in ("h2d/attended", "h2d/act") else user
+        alike = "h2d/kv" if user == "h2d/attended" else user
         wanted = shares.get(alike, shares[_lane(user)]) * cores
         threads = max(_DISK_THREADS, wanted) if user.startswith("disk") else max(1.0, wanted)
         return threads, wanted / threads

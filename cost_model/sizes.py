@@ -69,7 +69,8 @@ def sizes(
     """
     placement = residency(arch).place(policy.w_gpu_percent, policy.w_cpu_percent)
     longest = longest_row or workload.longest_row
-    blocks = kv_blocks_per_tier(policy, kv_tokens or kv_tokens_wanted(policy, workload), longest)
+    together = ceil((workload.prompt_len + workload.gen_len) / BLOCK_TOKENS) if policy.schedule == "static" else 1
+    blocks = kv_blocks_per_tier(policy, kv_tokens or kv_tokens_wanted(policy, workload), longest, together)
     row_blocks = ceil(longest_row / BLOCK_TOKENS) if longest_row else max(blocks.values())
     batch_tokens = policy.prefill_tokens + policy.gpu_batch_size
     fetches = blocks["disk"] > 0 or (blocks["cpu"] > 0 and policy.cpu_attention_percent < 100)
@@ -114,16 +115,22 @@ def kv_tokens_wanted(policy: Policy, workload: Workload) -> int:
     return policy.block_size * (s + ceil((n + BLOCK_TOKENS) / 2))
 
 
-def kv_blocks_per_tier(policy: Policy, kv_tokens: int, longest_row: int) -> dict[str, int]:
-    """KV blocks per tier, the policy's shares rounded once; a row of ``longest_row`` tokens fits the largest tier."""
-    total = max(1, ceil(kv_tokens / BLOCK_TOKENS))
+def kv_blocks_per_tier(policy: Policy, kv_tokens: int, longest_row: int, together: int = 1) -> dict[str, int]:
+    """KV blocks per tier, the policy's shares rounded once; a row of ``longest_row`` tokens fits the largest tier.
+
+    Args:
+        kv_tokens: capacity over all tiers; so many fit at least.
+        together: blocks that go to a tier together: those of a mean row where all rows of a block grow at once, so that no
+            tier is left with the room of a part of a row.
+    """
+    pieces = max(1, ceil(kv_tokens / (BLOCK_TOKENS * together)))
     shares = policy.cache_gpu_percent, policy.cache_cpu_percent
-    needed = ceil(longest_row / BLOCK_TOKENS)
-    blocks = place_blocks(total, *shares)
-    while max(blocks.values()) < needed:
-        total += needed - max(blocks.values())
-        blocks = place_blocks(total, *shares)
-    return blocks
+    needed = ceil(longest_row / (BLOCK_TOKENS * together))
+    placed = place_blocks(pieces, *shares)
+    while max(placed.values()) < needed:
+        pieces += needed - max(placed.values())
+        placed = place_blocks(pieces, *shares)
+    return {tier: count * together for tier, count in placed.items()}
 
 
 def slot_bytes(arch: ModelArch, placement: Placement) -> int:

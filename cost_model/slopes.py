@@ -12,6 +12,7 @@ from itertools import pairwise
 from math import ceil
 
 from cost_model.arch import ModelArch
+from cost_model.attention_phase import DOWN, UP, hidden_states_s
 from cost_model.costs import Costs, MemoryPlan, plan_memory
 from cost_model.hardware import Hardware
 from cost_model.load import BatchLoad, RowGroup
@@ -26,7 +27,8 @@ _PURE = {"gpu": (100, 0, 0), "fetch": (0, 100, 0), "disk": (0, 0, 0), "cpu": (0,
 _PRICED_APART = ("weights", "slots", "workspace")
 #: Where the workspace is met, in nominal blocks: it is the largest of several buffers.
 _POINTS = (0.25, 0.5, 1, 2, 4)
-_OPS_PER_BATCH = 3
+#: Operations that the main thread hands to others with a GPU batch's projection, by mode (`cost_model.attention_phase`).
+_HANDED_ON = {"gpu": 0, "fetch": 2, "disk": 3, "cpu": 2}
 _FEW_BATCHES = 3
 
 
@@ -126,12 +128,13 @@ class PhaseSlopes:
         sweeps: how many of them the job, or the period, has.
         rows: rows that take part.
         tokens, logits: tokens that advance; rows that get a token.
-        outside_s: embedding, sampling and bookkeeping, of the sweep.
+        outside_s: embedding and sampling, of the sweep.
+        host_s: bookkeeping of the sweep.
         project_s, attend_s: dense parts before and after attention in any mode, dispatch included.
-        attention_s: attention on the device; like the next ones by mode of `load.MODES`.
-        cpu_s, load_s, read_s, store_s, write_s: CPU attention; KV up, from disk, down, to disk.
-        attended_bytes: KV that a row attended in host memory reads there.
-        act_up_s, act_down_s, act_disk_s: hidden states of the batches that live elsewhere; those that live on disk.
+        attention_s: attention on the device and dispatch of what goes with it; like the next ones by mode of `load.MODES`.
+        cpu_s, attended_s: CPU attention, and its results up.
+        load_s, read_s, store_s, write_s: KV up, from disk, down, to disk.
+        act_s: hidden states of the batches that live elsewhere, by user of `cost_model.resources`.
     """
 
     sweeps: float
@@ -139,18 +142,27 @@ class PhaseSlopes:
     tokens: float
     logits: float
     outside_s: float
+    host_s: float
     project_s: float
     attend_s: float
     attention_s: Mapping[str, float]
     cpu_s: Mapping[str, float]
+    attended_s: Mapping[str, float]
     load_s: Mapping[str, float]
     read_s: Mapping[str, float]
     store_s: Mapping[str, float]
     write_s: Mapping[str, float]
-    attended_bytes: float
-    act_up_s: float
-    act_down_s: float
-    act_disk_s: float
+    act_s: Mapping[str, float]
+
+    @property
+    def act_up_s(self) -> float:
+        """Hidden states on their way to the device."""
+        return sum(self.act_s[user] for user in UP)
+
+    @property
+    def act_down_s(self) -> float:
+        """Hidden states on their way home."""
+        return sum(self.act_s[user] for user in DOWN)
 
 
 class Slopes:
@@ -186,33 +198,38 @@ class Slopes:
         batches = max(1.0, group.rows / self.choice.gpu_batch_size)
         cut = {mode: self._batch_of(group, batches, mode) for mode in _PURE}
         hidden = BatchLoad(tokens=group.tokens / batches)
-        away, on_disk = self._away()
+        away, _ = self._away()
 
         def by_mode(seconds: Callable[[BatchLoad], float]) -> dict[str, float]:
             return {mode: seconds(batch) * batches / rows for mode, batch in cut.items()}
 
+        op_s = costs.op_s * batches / rows
+        attention_s, loads_s, attended_s = map(by_mode, (costs.attend_s, costs.load_kv_s, costs.attended_s))
         return PhaseSlopes(
             sweeps=sweeps,
             rows=group.rows / rows,
             tokens=group.tokens / rows,
             logits=logits / rows,
-            outside_s=(
-                batches * costs.embed_s(hidden) + costs.host_s(group.rows) - costs.host_s(0) + costs.sample_s(logits)
-            )
-            / rows,
-            project_s=(project_s + _OPS_PER_BATCH * costs.op_s * batches) / rows,
-            attend_s=attend_s / rows,
-            attention_s=by_mode(costs.attend_s),
+            outside_s=batches * costs.embed_s(hidden) / rows + op_s + costs.sample_s(logits) / rows,
+            host_s=(costs.host_s(group.rows) - costs.host_s(0)) / rows,
+            project_s=project_s / rows + (1 + away) * op_s,
+            attend_s=attend_s / rows + (1 + away) * op_s,
+            attention_s={mode: attention_s[mode] + count * op_s for mode, count in _HANDED_ON.items()},
             cpu_s=by_mode(costs.cpu_attend_s),
-            load_s=by_mode(costs.load_kv_s),
+            attended_s=attended_s,
+            load_s={mode: loads_s[mode] - attended_s[mode] for mode in cut},
             read_s=by_mode(costs.read_kv_s),
             store_s=by_mode(costs.store_kv_s),
             write_s=by_mode(costs.write_kv_s),
-            attended_bytes=group.decode_context / rows * costs.kv_bytes,
-            act_up_s=away * costs.load_act_s(hidden) * batches / rows,
-            act_down_s=away * costs.store_act_s(hidden) * batches / rows,
-            act_disk_s=on_disk * (costs.read_act_s(hidden) + costs.write_act_s(hidden)) * batches / rows,
+            act_s={user: seconds * batches / rows for user, seconds in self._hidden_states(hidden).items()},
         )
+
+    def _hidden_states(self, batch: BatchLoad) -> dict[str, float]:
+        """Seconds that those of a mean GPU batch take, by user of `cost_model.resources`."""
+        away, on_disk = self._away()
+        parts = {"cpu": away - on_disk, "disk": on_disk}
+        moved = {tier: hidden_states_s(self.costs, batch, tier) for tier in parts}
+        return {user: sum(part * moved[tier][user] for tier, part in parts.items()) for user in (*UP, *DOWN)}
 
     def _away(self) -> tuple[float, float]:
         """Parts of the GPU batches whose hidden states live elsewhere, and of those on disk."""

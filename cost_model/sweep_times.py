@@ -10,7 +10,7 @@ import numpy as np
 from cost_model.costs import Costs
 from cost_model.job_sweeps import JobSweeps, as_load
 from cost_model.load import SweepLoad
-from cost_model.sweep import SweepTime, sweep_time
+from cost_model.sweep import SweepForm, SweepTime, sweep_time
 from cost_model.walk import Walker
 from policies.schedule import LANES
 
@@ -52,7 +52,7 @@ def like_times(costs: Costs, gpu_batch_size: int, sweeps: JobSweeps) -> SweepTim
     """The closed form of every group of like sweeps, times the ratio that walks of the nearest knots have to it."""
     batches = max(1.0, float(sweeps.rows.max()) / gpu_batch_size)
     loads, group_of = _groups(sweeps, int(min(_MOST_GROUPS, max(_FEWEST_GROUPS, _GROUPED_BATCHES / batches))))
-    closed = [sweep_time(costs, load, gpu_batch_size) for load in loads]
+    closed = list(map(SweepForm(costs, gpu_batch_size).time, loads))
     closed_s, lanes_s = _as_arrays(closed)
     spent = np.bincount(group_of, weights=sweeps.recurs, minlength=len(loads)) * closed_s
     knots = _knots(loads, spent, _count_knots(costs, batches))

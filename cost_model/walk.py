@@ -24,7 +24,7 @@ from policies.schedule import LANES, SweepShape
 
 #: Where the runtime's recorder puts what is not recorded under its own name.
 _TRACKS = {"disk_read": "disk_read/0", "disk_read/kv": "disk_read/kv0", "disk_write": "disk_write/kv0"}
-_NOT_RECORDED = ("host", "h2d/attended", "stage")
+_NOT_RECORDED = ("host", "h2d/attended", "stage", "disk_read/wait", "disk_write/wait")
 _LANE_MASKS = {
     lane: sum(1 << place for place, user in enumerate(USERS) if user.partition("/")[0] == lane) for lane in LANES
 }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +62,10 @@ class Engine:
         self.config, self.model = config, model
         self.plan = EnginePlan.of(model, config)
         self._rules = Rules(
-            eos_ids=frozenset(config.eos_ids), seed=config.seed, limit=self.limit, detokenize=detokenize
+            eos_ids=frozenset(config.eos_ids),
+            seed=config.seed,
+            limit=partial(_limit, default=config.gen_len, context=model.arch.max_position),
+            detokenize=detokenize,
         )
         self.device = self.plan.device
         log.info("%s", self.plan.describe_weights())
@@ -217,8 +222,7 @@ class Engine:
 
     def limit(self, request: EngineRequest) -> int:
         """Tokens that a request may reach, prompt and completion."""
-        wanted = self.config.gen_len if request.params.max_tokens is None else request.params.max_tokens
-        return min(len(request.prompt_token_ids) + wanted, self.model.arch.max_position)
+        return self._rules.limit(request)
 
     def _end_sweep(self, block: Block, chosen: Chosen) -> None:
         """Give rows what the sweep found for them, and let go of those that have ended."""
@@ -282,8 +286,10 @@ class Engine:
             c.offload_dir,
         )
         self._parts.callback(self.activations.close)
-        self.reserve = Reserve(lambda: self.scheduler.running)
+        # Weak, so that the memory of an engine goes with its last user and does not wait for the garbage collector.
+        self.reserve = Reserve(lambda: scheduler().running)
         self.scheduler = Scheduler(policy, self.cache, self.reserve.expected_end if c.reserve == "p95" else None)
+        scheduler = weakref.ref(self.scheduler)
         self.largest_row_tokens = self.scheduler.largest_row_tokens()
         if counts.fetch_blocks and c.longest_row:  # the buffers of fetched KV are made for rows of this length
             longest = -(-c.longest_row // BLOCK_TOKENS) * BLOCK_TOKENS
@@ -303,3 +309,8 @@ class Engine:
             dtype=dtype,
             overlap=policy.overlap,
         )
+
+
+def _limit(request: EngineRequest, *, default: int, context: int) -> int:
+    wanted = default if request.params.max_tokens is None else request.params.max_tokens
+    return min(len(request.prompt_token_ids) + wanted, context)

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from numbers import Integral, Real
 
 from policies.errors import UsageError
@@ -81,16 +81,16 @@ class Placement:
 
     def bytes_of(self, tier: str, *kinds: str) -> int:
         """Stored bytes of the units of these kinds (default all) in a tier."""
-        return self.residency.bytes_between(*self._stretch(tier), *kinds)
+        return self.residency.bytes_between(*self._stretch[tier], *kinds)
 
     def count_of(self, tier: str, *kinds: str) -> int:
         """How many units of these kinds (default all) a tier holds."""
-        return self.residency.count_between(*self._stretch(tier), *kinds)
+        return self.residency.count_between(*self._stretch[tier], *kinds)
 
-    def _stretch(self, tier: str) -> tuple[int, int]:
+    @cached_property
+    def _stretch(self) -> dict[str, tuple[int, int]]:
         ends = (0, self.gpu_end, self.cpu_end, len(self.residency.order))
-        place = TIERS.index(tier)
-        return ends[place], ends[place + 1]
+        return dict(zip(TIERS, pairwise(ends), strict=True))
 
 
 class Residency:
@@ -199,6 +199,8 @@ def place_blocks(total: int, gpu_percent: float, cpu_percent: float) -> dict[str
     disk_percent = 100.0 - gpu_percent - cpu_percent
     if disk_percent <= PERCENT_TOLERANCE:
         disk_percent = 0.0
+    if 100.0 in (gpu_percent, cpu_percent, disk_percent):
+        return {tier: total * (share == 100.0) for tier, share in zip(TIERS, (gpu_percent, cpu_percent, disk_percent))}
     # Exact: the percents in whole multiples of the smallest power of two that any of them has.
     ratios = [percent.as_integer_ratio() for percent in (gpu_percent, cpu_percent, disk_percent)]
     finest = max(denominator for _, denominator in ratios)
@@ -249,7 +251,7 @@ def describe(asked: Sequence[float], achieved: Sequence[float], what: str = "wei
 
 def check_count(name: str, value: int, minimum: int = 1) -> int:
     """Returns `value` as an int, or raises UsageError unless it is a whole number of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)) or value < minimum:
         raise UsageError(f"{name} is {value!r}; it must be a whole number of at least {minimum}.")
     return int(value)
 
@@ -264,7 +266,7 @@ def check_number(name: str, value: float, *, zero: bool = False) -> float:
 
 def check_percent(name: str, value: float) -> float:
     """Returns `value` as a float, or raises UsageError unless it is a number from 0 to 100."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 100:
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)) or not 0 <= value <= 100:
         raise UsageError(f"{name} is {value!r}; it must be a number from 0 to 100.")
     return float(value) + 0.0  # -0.0 becomes 0.0
 

@@ -12,6 +12,10 @@ from policies.workload import Workload
 KIND = "flexmoe.policy"
 SCHEMA_VERSION = 1
 SCHEDULES = ("rolling", "static")
+_PERCENTS = (
+    "w_gpu_percent", "w_cpu_percent", "cache_gpu_percent", "cache_cpu_percent", "act_gpu_percent", "act_cpu_percent",
+    "cpu_attention_percent",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +64,7 @@ class Policy:
     def __post_init__(self):
         for name in ("gpu_batch_size", "num_gpu_batches", "prefill_tokens"):
             object.__setattr__(self, name, check_count(name, getattr(self, name)))
-        percent_names = [field.name for field in fields(self) if field.name.endswith("_percent")]
-        for name in percent_names:
+        for name in _PERCENTS:
             object.__setattr__(self, name, check_percent(name, getattr(self, name)))
         check_shares("weights", self.w_gpu_percent, self.w_cpu_percent)
         check_shares("cache", self.cache_gpu_percent, self.cache_cpu_percent)

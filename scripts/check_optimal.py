@@ -3,16 +3,18 @@
     python -m scripts.check_optimal [--machines 200] [--candidates 5000] [--jobs 2] [--seed 0] [--output benchmarks/optimal]
 
 Every rival is judged by the same `evaluate`. Exit code 1 if any beats the planned policy by more than 2 %, or fits where
-the planner says that nothing does.
+the planner says that nothing does; 75 if `--minutes` were over first: the same command goes on where it stopped, as
+long as the code is the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
-import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -27,6 +29,9 @@ from scripts.rivals import Rivals
 TOLERANCE = 0.02
 CLIMBS, PER_CLIMB, PER_OWN_CLIMB = 20, 600, 3000
 KIND = "flexmoe.optimal"
+INTERRUPTED = 75
+ROOT = Path(__file__).resolve().parents[1]
+_JUDGES = ("check_optimal.py", "rivals.py", "random_machines.py")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,22 +104,29 @@ def _processor_s() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def run(machines: int, candidates: int, jobs: int, seed: int) -> Iterator[Result]:
-    """Results, until so many machines could be planned for; those where nothing fits come on top."""
-    seeds, planned = count(seed), 0
+def run(machines: int, candidates: int, jobs: int, seed: int, seconds: float = float("inf")) -> Iterator[Result]:
+    """Results from ``seed`` on, until so many machines could be planned for; those where nothing fits come on top.
+
+    Args:
+        seconds: begin no machine later.
+    """
+    seeds, waiting, last = count(seed), deque(), time.monotonic() + seconds
     with ProcessPoolExecutor(jobs) as pool:
-        waiting = [pool.submit(check, next(seeds), candidates) for _ in range(machines)]
-        while waiting:
-            result = waiting.pop(0).result()
-            planned += bool(result.planned)
-            if not result.planned:
+        while machines > 0:
+            while len(waiting) < min(2 * jobs, machines) and time.monotonic() < last:
                 waiting.append(pool.submit(check, next(seeds), candidates))
+            if not waiting:
+                break
+            result = waiting.popleft().result()
+            machines -= bool(result.planned)
             yield result
 
 
 def summary(results: list[Result]) -> list[str]:
     """What is to be shown, a line each."""
     planned = [each for each in results if each.planned]
+    if not planned:
+        return [f"{len(results)} machines, on which nothing fits"]
     beaten = [each for each in results if each.ratio > 1 + TOLERANCE]
     worst = max(planned, key=lambda each: each.ratio)
     seconds = sorted(each.seconds for each in planned)
@@ -144,16 +156,38 @@ def write(path: Path, results: list[Result], about: dict) -> None:
     """The record: all results as JSON, and a table beside it."""
     document = {"kind": KIND, **about, "summary": summary(results), "results": [asdict(each) for each in results]}
     path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    head = "| seed | problem | planned tok/s | best rival | ratio | by | LP optimum | LPs | s |\n|---|---|---|---|---|---|---|---|---|\n"
+    head = "| seed | problem | planned tok/s | best rival | ratio | by | LP optimum | LPs | s | processor s |\n|---|---|---|---|---|---|---|---|---|---|\n"
     rows = "".join(
         f"| {r.seed} | {r.problem} | {r.planned:.2f} | {r.best:.2f} | {r.ratio:.4f} | {r.by} | {r.lp:.2f} | "
-        f"{r.programmes} | {r.seconds:.2f} |\n"
+        f"{r.programmes} | {r.seconds:.2f} | {r.cpu_s:.2f} |\n"
         for r in results
     )
     lines = "".join(f"- {line}\n" for line in summary(results))
     path.with_suffix(".md").write_text(
         f"# The planned policy and its rivals\n\n`{about['command']}`\n\n{lines}\n{head}{rows}"
     )
+
+
+def earlier(path: Path, about: dict) -> list[Result]:
+    """Results of a record that the same command began with the same code; else none."""
+    try:
+        document = json.loads(path.with_suffix(".json").read_text())
+    except FileNotFoundError:
+        return []
+    same = document["kind"] == KIND and all(document.get(name) == value for name, value in about.items())
+    return [Result(**each) for each in document["results"]] if same else []
+
+
+def code_digest() -> str:
+    """Of all that plans and judges."""
+    digest = hashlib.sha256()
+    for folder in ("cost_model", "policies", "scripts"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if folder != "scripts" or path.name in _JUDGES:
+                digest.update(path.read_bytes())
+    for path in sorted((ROOT / "cost_model").rglob("*.json")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -164,15 +198,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes (2)")
     parser.add_argument("--seed", type=int, default=0, help="of the first machine (0)")
     parser.add_argument("--output", type=Path, help="path of the record without suffix; none is written without it")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no machine later (no limit)")
     args = parser.parse_args(argv)
-    results = []
-    for result in run(args.machines, args.candidates, args.jobs, args.seed):
+    command = (
+        f"python -m scripts.check_optimal --machines {args.machines} --candidates {args.candidates} --seed {args.seed}"
+    )
+    about = {"command": command, "tolerance": TOLERANCE, "code": code_digest()}
+    results = earlier(args.output, about) if args.output else []
+    left, first = args.machines - sum(bool(each.planned) for each in results), args.seed + len(results)
+    for result in run(left, args.candidates, args.jobs, first, 60 * args.minutes):
         results.append(result)
         print(_line(result), flush=True)
+        if args.output:
+            write(args.output, results, about)
     print(*summary(results), sep="\n")
-    if args.output:
-        command = "python -m scripts.check_optimal " + " ".join(argv if argv is not None else sys.argv[1:])
-        write(args.output, results, {"command": command, "tolerance": TOLERANCE})
+    if sum(bool(each.planned) for each in results) < args.machines:
+        return INTERRUPTED
     return int(any(each.ratio > 1 + TOLERANCE for each in results))
 
 

@@ -28,6 +28,8 @@ PREFILL_SHARE = 0.4
 DISK_CORE_S_PER_BYTE, KV_BLOCK_CORE_S, OP_S, ROW_S, SWEEP_S, HANDOFF_S = 5e-11, 10e-6, 30e-6, 30e-6, 2e-3, 100e-6
 #: The runtime's threads that read KV, and those that write it.
 KV_THREADS = 2
+#: The runtime reads weights in pieces of so many bytes.
+PIECE_BYTES = 4 << 20
 
 
 def roofline(peak_flops_per_s: float, memory_bytes_per_s: float, number_bytes: int, elements: int) -> GemmRates:
@@ -144,6 +146,7 @@ def machine(name: str, device: str, gpu: Gpu, host: Host, gpu_sources: dict[str,
         "disk_bytes": "chosen: a common machine of its kind",
         "disk_read_bytes_per_s": disk.source,
         "disk_write_bytes_per_s": disk.source,
+        "h2d_core_s_per_byte": "estimate: a core copies" if device == "cpu" else "the device's own engines copy",
         "disk_read_core_s_per_byte": "estimate: 0.05 core-seconds a GB, as direct reads bypass the page cache",
         "disk_write_core_s_per_byte": "estimate: as reads",
         **kv_block_sources(disk),
@@ -163,12 +166,14 @@ def machine(name: str, device: str, gpu: Gpu, host: Host, gpu_sources: dict[str,
         disk_bytes=int(host.disk_gib * GIB),
         disk_read_bytes_per_s=disk.read_bytes_per_s,
         disk_write_bytes_per_s=disk.write_bytes_per_s,
+        h2d_core_s_per_byte=1 / gpu.h2d_bytes_per_s if device == "cpu" else 0.0,
         disk_read_core_s_per_byte=DISK_CORE_S_PER_BYTE,
         disk_write_core_s_per_byte=DISK_CORE_S_PER_BYTE,
         kv_block_read_s=1 / disk.reads_per_s / KV_THREADS,
         kv_block_core_s=KV_BLOCK_CORE_S,
         kv_block_write_s=1 / disk.writes_per_s / KV_THREADS,
         disk_latency_s=1 / disk.reads_per_s,
+        disk_busy_latency_s=1 / disk.reads_per_s + PIECE_BYTES / disk.read_bytes_per_s,
         handoff_s=HANDOFF_S,
         cpu_attention_bytes_per_s=CPU_ATTENTION_SHARE * host.memory_bytes_per_s,
         cpu_attention_flops_per_s=host.cores * host.core_flops_per_s,
@@ -186,6 +191,7 @@ def kv_block_sources(disk: Drive) -> dict[str, str]:
         "kv_block_core_s": "estimate: about what flexmoe.probe finds on two virtual cores",
         "kv_block_write_s": rule.format(disk.writes_per_s, "writes", disk.source),
         "disk_latency_s": f"estimate: one read of 4 KiB at a random place; {disk.source}",
+        "disk_busy_latency_s": "estimate: as disk_latency_s, behind one piece of 4 MiB of a weight",
         "handoff_s": "estimate: about what flexmoe.probe finds on two virtual cores",
     }
 

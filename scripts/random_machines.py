@@ -17,7 +17,7 @@ _GPU_RATES = (
 _HOST_RATES = (
     "host_bytes_per_s", "disk_read_bytes_per_s", "disk_write_bytes_per_s", "cpu_attention_bytes_per_s",
     "cpu_attention_flops_per_s", "row_s", "sweep_s", "kv_block_read_s", "kv_block_core_s", "kv_block_write_s",
-    "disk_latency_s", "handoff_s",
+    "disk_latency_s", "disk_busy_latency_s", "handoff_s",
 )  # fmt: skip
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 from cost_model import evaluate
@@ -15,6 +16,10 @@ from policies.policy import Policy
 from scripts.random_machines import RandomProblem, log_uniform
 
 _HALVINGS = 6
+_DEFAULT_SLOTS = 4
+
+#: (policy, stride) to its neighbour; None where that is out of range.
+Move = Callable[[Policy, int], "Policy | None"]
 
 
 class Rivals:
@@ -31,6 +36,7 @@ class Rivals:
         self._known: dict[Policy, float] = {}
         self._units = residency(problem.arch)
         self._rng = random.Random(problem.seed + 1)
+        self._moves = tuple(self._unit_moves())
 
     def tokens_per_s(self, policy: Policy) -> float:
         """What `evaluate` predicts; 0 where the policy does not fit."""
@@ -66,10 +72,10 @@ class Rivals:
         best, last = policy, self.judged + self.refused + most
         while self.judged + self.refused < last:
             start = best
-            for direction in range(len(self._unit_moves(best, 1))):
+            for move in self._moves:
                 stride = 1
                 while self.judged + self.refused < last:
-                    moved = self._unit_moves(best, stride)[direction]
+                    moved = move(best, stride)
                     if moved is None or self.tokens_per_s(moved) <= self.tokens_per_s(best):
                         break
                     best, stride = moved, 2 * stride
@@ -131,13 +137,16 @@ class Rivals:
     def _shares(self) -> tuple[float, float]:
         rng = self._rng
         first = rng.choice((0.0, 0.0, 100.0, rng.uniform(0, 100), rng.uniform(0, 100)))
+        if not self.problem.hardware.disk_bytes:
+            return first, 100.0 - first
         return first, rng.choice((100.0 - first, 100.0 - first, 0.0, rng.uniform(0, 100.0 - first)))
 
     def _fitting(self, policy: Policy) -> Policy | None:
         """The policy, with fewer rows and then fewer fast weights until it fits."""
         for _ in range(_HALVINGS):
             for gpu, cpu in ((1, 1), (0.5, 1), (0.1, 1), (0, 1), (0, 0.5), (0, 0)):
-                w_gpu, w_cpu = policy.w_gpu_percent * gpu, policy.w_cpu_percent * cpu
+                w_gpu = policy.w_gpu_percent * gpu
+                w_cpu = policy.w_cpu_percent * cpu if self.problem.hardware.disk_bytes else 100.0 - w_gpu
                 lighter = replace(policy, w_gpu_percent=w_gpu, w_cpu_percent=w_cpu)
                 if self.tokens_per_s(lighter):
                     return lighter
@@ -150,38 +159,27 @@ class Rivals:
 
     # Single units.
 
-    def _unit_moves(self, policy: Policy, stride: int) -> list[Policy | None]:
-        """Neighbours, ``stride`` units away in every direction; None where that is out of range."""
-        job = self.problem.workload
-        found: list[Policy | None] = []
-        placed = self._units.place(policy.w_gpu_percent, policy.w_cpu_percent)
+    def _unit_moves(self) -> Iterator[Move]:
+        """Every direction: the neighbour ``stride`` units away, or None where that is out of range."""
         for gpu, cpu in ((1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0)):
-            found.append(self._with_units(policy, placed.gpu_end + gpu * stride, placed.cpu_end + cpu * stride))
-        row = 100 * stride / policy.block_size
-        for pair, step in (("cache", row), ("act", 100 * stride / policy.num_gpu_batches)):
+            yield partial(self._more_units, gpu, cpu)
+        for pair in ("cache", "act"):
             for gpu, cpu in ((1, -1), (-1, 1), (0, 1), (0, -1), (1, 0), (-1, 0)):
-                found.append(_shifted(policy, pair, gpu * step, cpu * step))
-        pace = policy.prefill_tokens / policy.block_size
-        for name in ("gpu_batch_size", "num_gpu_batches"):
-            for sign in (1, -1):
-                count = getattr(policy, name) + sign * stride
-                found.append(replace(policy, **{name: count}) if count > 0 else None)
-                if count > 0:
-                    rows = policy.block_size // getattr(policy, name) * count
-                    found.append(replace(policy, **{name: count}, prefill_tokens=max(1, math.ceil(pace * rows))))
-                else:
-                    found.append(None)
-        for tokens in (stride, -stride, stride * job.prompt_len, -stride * job.prompt_len):
-            wanted = policy.prefill_tokens + tokens
-            found.append(replace(policy, prefill_tokens=wanted) if wanted > 0 else None)
-        for share in (stride, -stride):
-            wanted = policy.cpu_attention_percent + share
-            found.append(replace(policy, cpu_attention_percent=wanted) if 0 <= wanted <= 100 else None)
-        slots = policy.weight_slots or 4
-        found += [replace(policy, weight_slots=max(2, slots + sign * stride)) for sign in (1, -1)]
-        found += [replace(policy, weight_slots=None)]
-        found += [replace(policy, schedule="static" if policy.schedule == "rolling" else "rolling")]
-        return found
+                yield partial(_shifted, pair, gpu, cpu)
+        for name, sign, paced in product(("gpu_batch_size", "num_gpu_batches"), (1, -1), (False, True)):
+            yield partial(_resized, name, sign, paced)
+        for tokens in (1, -1, self.problem.workload.prompt_len, -self.problem.workload.prompt_len):
+            yield partial(_moved, "prefill_tokens", tokens, (1, math.inf))
+        for sign in (1, -1):
+            yield partial(_moved, "cpu_attention_percent", sign, (0, 100))
+        for sign in (1, -1):
+            yield partial(_with_slots, sign)
+        yield lambda policy, stride: replace(policy, weight_slots=None)
+        yield lambda policy, stride: replace(policy, schedule="static" if policy.schedule == "rolling" else "rolling")
+
+    def _more_units(self, gpu: int, cpu: int, policy: Policy, stride: int) -> Policy | None:
+        placed = self._units.place(policy.w_gpu_percent, policy.w_cpu_percent)
+        return self._with_units(policy, placed.gpu_end + gpu * stride, placed.cpu_end + cpu * stride)
 
     def _with_units(self, policy: Policy, gpu_end: int, cpu_end: int) -> Policy | None:
         before = self._units.prefix_bytes
@@ -191,10 +189,30 @@ class Rivals:
         return replace(policy, w_gpu_percent=gpu, w_cpu_percent=min(both, 100) - gpu)
 
 
-def _shifted(policy: Policy, pair: str, gpu: float, cpu: float) -> Policy | None:
+def _shifted(pair: str, gpu: int, cpu: int, policy: Policy, stride: int) -> Policy | None:
+    """KV by rows, hidden states by GPU batches."""
+    step = 100 * stride / (policy.block_size if pair == "cache" else policy.num_gpu_batches)
     names = f"{pair}_gpu_percent", f"{pair}_cpu_percent"
-    shares = [getattr(policy, name) + change for name, change in zip(names, (gpu, cpu))]
+    shares = [getattr(policy, name) + change * step for name, change in zip(names, (gpu, cpu))]
     if min(shares) < -1e-9 or sum(shares) > 100 + 1e-9:
         return None
     first = min(100.0, max(0.0, shares[0]))
     return replace(policy, **{names[0]: first, names[1]: min(max(0.0, shares[1]), 100.0 - first)})
+
+
+def _resized(name: str, sign: int, paced: bool, policy: Policy, stride: int) -> Policy | None:
+    """``paced``: prompts go on entering as fast per row."""
+    count = getattr(policy, name) + sign * stride
+    if count < 1:
+        return None
+    tokens = math.ceil(policy.prefill_tokens * count / getattr(policy, name)) if paced else policy.prefill_tokens
+    return replace(policy, **{name: count}, prefill_tokens=max(1, tokens))
+
+
+def _moved(name: str, step: int, bounds: tuple[float, float], policy: Policy, stride: int) -> Policy | None:
+    wanted = getattr(policy, name) + step * stride
+    return replace(policy, **{name: wanted}) if bounds[0] <= wanted <= bounds[1] else None
+
+
+def _with_slots(sign: int, policy: Policy, stride: int) -> Policy:
+    return replace(policy, weight_slots=max(2, (policy.weight_slots or _DEFAULT_SLOTS) + sign * stride))

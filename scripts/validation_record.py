@@ -43,7 +43,7 @@ def summary(results: Sequence[dict]) -> dict:
         f"{len(results)} configurations: mean absolute error of whole-job time {100 * mean:.1f} % (target 10), worst "
         f"{100 * worst:.1f} % (target 25)",
         *(
-            f"  {name}-bound: {c['runs']} configurations, mean {100 * c['mean_abs']:.1f} %, bias {100 * c['bias']:+.1f} %"
+            f"  {name}: {c['runs']} configurations, mean {100 * c['mean_abs']:.1f} %, bias {100 * c['bias']:+.1f} %"
             for name, c in classes.items()
         ),
     ]

@@ -41,8 +41,8 @@ def machine(gpu_gb, pcie_gb_per_s, host_gb, tflops, dram_gb_per_s):
     return Hardware(
         name="limit", device="cuda", gpus=(gpu,), cores=16, host_memory_bytes=int(host_gb * 1e9),
         host_bytes_per_s=dram_gb_per_s * 1e9, disk_bytes=0, disk_read_bytes_per_s=BYTES_PER_S,
-        disk_write_bytes_per_s=BYTES_PER_S, disk_read_core_s_per_byte=0.0, disk_write_core_s_per_byte=0.0,
-        kv_block_read_s=0.0, kv_block_core_s=0.0, kv_block_write_s=0.0, disk_latency_s=0.0, handoff_s=0.0,
+        disk_write_bytes_per_s=BYTES_PER_S, h2d_core_s_per_byte=0.0, disk_read_core_s_per_byte=0.0, disk_write_core_s_per_byte=0.0,
+        kv_block_read_s=0.0, kv_block_core_s=0.0, kv_block_write_s=0.0, disk_latency_s=0.0, disk_busy_latency_s=0.0, handoff_s=0.0,
         cpu_attention_bytes_per_s=BYTES_PER_S, cpu_attention_flops_per_s=FLOPS_PER_S, row_s=0.0, sweep_s=0.0,
     )  # fmt: skip
 

@@ -196,6 +196,15 @@ def test_longest_row_always_fits_the_largest_tier(gpu, cpu, kv_tokens, longest):
         assert (share == 0) <= (blocks[tier] == 0)
 
 
+@pytest.mark.parametrize("gpu, cpu", [(0, 0), (1, 1), (34, 33), (50, 50), (0, 100), (99, 1)])
+@pytest.mark.parametrize("rows", [1, 7, 12])
+def test_every_tier_holds_whole_rows_of_a_static_block(arch, gpu, cpu, rows):
+    policy = replace(policy_of((100, 0, gpu, cpu, 100, 0)), schedule="static", gpu_batch_size=rows, num_gpu_batches=1)
+    counts = sizes(arch, policy, WORKLOAD, device="cpu", longest_row=60)
+    assert sum(counts.kv_blocks.values()) == rows * 4
+    assert all(blocks % 4 == 0 for blocks in counts.kv_blocks.values())
+
+
 def test_longest_row_is_the_workloads_where_none_is_given(arch):
     policy = policy_of((100, 0, 100, 0, 100, 0))
     blocks = sizes(arch, policy, WORKLOAD, device="cpu", kv_tokens=1).kv_blocks

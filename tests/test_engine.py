@@ -1,7 +1,9 @@
 """Rows through the engine: who enters, who leaves, what comes back, and what is left behind."""
 
+import gc
 import itertools
 import threading
+import weakref
 
 import pytest
 import torch
@@ -409,6 +411,21 @@ def test_two_engines_in_two_threads_generate_exactly(make, tiny):
         thread.join()
     for out in outputs:
         assert [ids(o) for o in out] == [tiny().expected(row, 6) for row in range(8)]
+
+
+def test_memory_of_an_engine_goes_with_its_last_user_and_waits_for_no_garbage_collector(tiny, tmp_path):
+    policy = Policy.from_percent((10, 20, 0, 50, 0, 0), gpu_batch_size=2, num_gpu_batches=2, prompt_len=60, gen_len=4)
+    llm = LLM(tiny().directory, policy=policy, workload=Workload(prompt_len=60, gen_len=4), **offload(tmp_path))
+    llm.generate(tiny().prompts[:3], SamplingParams(max_tokens=3))
+    held = [weakref.ref(part) for part in (llm.engine, llm.engine.cache, llm.engine.store)]
+    llm.close()
+    gc.collect()
+    gc.disable()
+    try:
+        del llm
+        assert [ref() for ref in held] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_closing_an_engine_ends_its_threads_and_leaves_no_file(tiny, tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -243,6 +244,26 @@ def test_an_endless_job_has_a_trace_too(main, tmp_path):
 
 def test_no_plan_for_too_small_a_machine_names_the_limit_and_the_way_out(main):
     assert_one_sentence(main(*SHAPE, *MACHINE, "--gpu-mem", "2"), 4, "no policy", "GPU memory", "--gpu-mem of")
+
+
+@pytest.mark.parametrize("gib", ["0", "1", "1.941", "2.5"])
+def test_the_way_out_speaks_of_the_number_that_was_typed_and_is_one(main, gib):
+    """Below what the context takes, too."""
+    code, out, err = main(*SHAPE, *MACHINE, "--gpu-mem", gib)
+    assert code == 4 and not out and f"instead of {gib} would do" in err
+    [enough] = re.findall(r"--gpu-mem of (\S+) GiB", err)
+    one_row = ["--gbs", "1", "--num-gb", "1", "--prefill-tokens", "1"]
+    assert main(*SHAPE, *MACHINE, *one_row, "--gpu-mem", enough)[0] == 0
+
+
+def test_the_way_out_says_where_only_a_part_may_be_used(main):
+    assert_one_sentence(
+        main(*SHAPE, *MACHINE, "--gpu-mem", "4", "--alpha-g", "0.5"), 4, "--alpha-g leaves 0.5 of --gpu-mem"
+    )
+
+
+def test_a_policy_that_is_too_large_is_told_what_the_context_takes(main):
+    assert_one_sentence(main(*SHAPE, *MACHINE, *PUBLISHED), 4, "of its 16 GiB the context", "raise --gpu-mem")
 
 
 # Bad input.

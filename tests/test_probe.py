@@ -31,13 +31,13 @@ from flexmoe.probe import (
     effort,
     facts,
     gemms,
-    interference,
     kv,
     kv_blocks,
+    latency,
     measure,
     probe,
+    streaming,
     sweeps,
-    timing,
 )
 from flexmoe.probe.buffers import WeightArena
 from flexmoe.probe.effort import MIB, Effort, Heads
@@ -104,6 +104,7 @@ def test_every_rate_is_positive_and_finite(machine):
         "row_s",
         "sweep_s",
         "op_s",
+        "h2d_core_s_per_byte",
         "disk_read_core_s_per_byte",
         "disk_write_core_s_per_byte",
         "kv_block_read_s",
@@ -138,11 +139,11 @@ def test_cuda_branches_measure_everything_too(pretend, tmp_path, monkeypatch):  
     monkeypatch.setattr(measure, "Device", PretendCuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 20, 4 << 20))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24 << 20, 32 << 20))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(facts, "process_gpu_bytes", lambda device: 1 << 19)
     found = probe("cuda", tmp_path, TINY)
-    assert (found.gpu.name, found.gpu.memory_bytes) == ("T4", (3 << 20) + (1 << 19))
+    assert (found.gpu.name, found.gpu.memory_bytes) == ("T4", (24 << 20) + (1 << 19))
     assert "float16" in found.sources["experts"] and found.gpu.h2d_duplex_bytes_per_s > 0
 
 
@@ -230,7 +231,7 @@ def test_kv_rates_count_the_bytes_that_the_lanes_move(monkeypatch):
 
 def fixed_rates(nbytes_per_s, core_s_per_byte):
     each = disk.Transferred(nbytes=nbytes_per_s, seconds=1.0, core_s=core_s_per_byte * nbytes_per_s)
-    return disk.DiskRates(read=each, write=each, read_core_s_per_byte=1.0, direct=True)
+    return disk.DiskRates(read=each, write=each, direct=True)
 
 
 @pytest.mark.parametrize("heads", kv_blocks.SHAPES)
@@ -265,7 +266,7 @@ def test_what_the_bytes_take_is_no_cost_of_a_kv_block(tmp_path, monkeypatch):
     assert found.write_s == 0.0 and list(tmp_path.iterdir()) == []
 
 
-def test_reads_go_on_beside_computing_until_they_are_ended(tmp_path, monkeypatch):
+def test_reads_go_on_until_they_are_ended(tmp_path, monkeypatch):
     path, unit, seen = tmp_path / "file", disk.PAGE_BYTES, []
     path.write_bytes(b"".join(bytes([number]) * unit for number in range(5)))
     read = disk.DirectFile.read_into
@@ -273,41 +274,73 @@ def test_reads_go_on_beside_computing_until_they_are_ended(tmp_path, monkeypatch
         disk.DirectFile, "read_into", lambda self, b, at, needed: seen.append(at) or read(self, b, at, needed)
     )
     buffers, file = [CPU.host_buffer(unit) for _ in range(2)], disk.DirectFile(path)
-    with contextlib.closing(interference.Reading(file, buffers, 5 * unit)) as reads:
-        result, bytes_per_s = reads.beside(lambda: time.sleep(0.05) or "done")
-    assert result == "done" and bytes_per_s > 0 and len(seen) > 10
-    assert set(seen) == {unit * number for number in range(5)}
+    with contextlib.closing(latency.Reading(file, buffers, 5 * unit)):
+        time.sleep(0.05)
+    assert len(seen) > 10 and set(seen) == {unit * number for number in range(5)}
     assert {int(buffer[0]) for buffer in buffers} <= set(range(5))
     file.close()
 
 
-def test_failed_read_beside_computing_is_raised(tmp_path):
+def test_failed_read_is_raised_when_reading_ends(tmp_path):
     (tmp_path / "file").write_bytes(bytes(disk.PAGE_BYTES))
     file = disk.DirectFile(tmp_path / "file")
-    reads = interference.Reading(file, [CPU.host_buffer(disk.PAGE_BYTES)], 2 * disk.PAGE_BYTES)
-    reads.beside(lambda: time.sleep(0.05))
+    reads = latency.Reading(file, [CPU.host_buffer(disk.PAGE_BYTES)], 2 * disk.PAGE_BYTES)
+    time.sleep(0.05)
     with pytest.raises(FlexMoEError, match="ends at byte"):
         reads.close()
     file.close()
 
 
-@pytest.mark.parametrize("beside_s, share", [(1.25, 0.2), (0.9, 0.0)])
-def test_a_byte_costs_the_share_of_the_cores_by_which_it_slows_computing(beside_s, share, monkeypatch):
-    reads = SimpleNamespace(beside=lambda work: (work() * beside_s, 4e9), close=lambda: None)
-    monkeypatch.setattr(interference, "usable_cores", lambda: 8)
-    assert interference._cost(lambda: 1.0, lambda: reads, 1.0) == pytest.approx(8 * share / 4e9)
+def test_small_transfer_is_timed_alone_and_behind_large_ones(tmp_path, monkeypatch):
+    read, reads = disk.DirectFile.read_into, []
+    monkeypatch.setattr(
+        disk.DirectFile, "read_into", lambda self, b, at, *rest: reads.append(len(b)) or read(self, b, at, *rest)
+    )
+    found = latency.disk_latency(CPU, tmp_path, TINY)
+    assert found.alone_s > 0 and found.busy_s > 0 and list(tmp_path.iterdir()) == []
+    first_large = reads.index(TINY.buffer_bytes // latency._PIECES)
+    assert set(reads[:first_large]) == {latency._SMALL_BYTES} and first_large == latency._SMALL_TRANSFERS
+    assert reads[first_large:].count(latency._SMALL_BYTES) == latency._SMALL_TRANSFERS
 
 
-@pytest.mark.parametrize("taken, expected", [(0.0, "own"), (1.0, 1.0)])
-def test_a_read_byte_costs_at_least_what_this_process_spends_on_it(taken, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(disk, "read_core_s_per_byte", lambda *arguments: taken)
-    rates = disk.disk_rates(CPU, torch.float32, tmp_path, TINY)
-    assert rates.read_core_s_per_byte == (rates.read.core_s_per_byte if expected == "own" else expected)
+@pytest.mark.parametrize(
+    "cpu_s, disk_s, expected", [(3.0, 1.5, {"cpu": 2.0, "disk": 0.5}), (0.9, 1.0, {"cpu": 0, "disk": 0})]
+)
+def test_streamed_byte_costs_the_core_seconds_by_which_sweeps_are_longer(
+    cpu_s, disk_s, expected, tmp_path, monkeypatch
+):
+    percents = []
+
+    def timed(*arguments, weights):
+        percents.append(weights)
+        seconds = {100: 1.0, 0: cpu_s}.get(weights[0], disk_s)
+        return sweeps.Timed(sweep_s=seconds, lanes_s={})
+
+    monkeypatch.setattr(streaming, "timed_sweeps", timed)
+    monkeypatch.setattr(streaming, "usable_cores", lambda: 8)
+    found = streaming.streaming_core_s_per_byte(CPU, torch.bfloat16, tmp_path, TINY, 1e12)
+    arch = streaming.streaming_arch(torch.bfloat16, TINY)
+    assert percents[:4] == [(100, 0), (0, 100), (50, 0), (100, 0)]
+    assert found["cpu"] == pytest.approx(8 * expected["cpu"] / arch.total_bytes, rel=0.02)
+    assert found["disk"] == pytest.approx(8 * expected["disk"] / (arch.total_bytes / 2), rel=0.1)
 
 
-def test_pauses_between_calls_count_in_their_mean():
-    naps = iter([0.0, 0.02, *[0.0] * 10**6])
-    assert timing.mean_s(CPU, lambda: time.sleep(next(naps)), 0.02, warm=1) >= 0.01
+def test_slow_disk_gets_no_more_than_it_can_read_beside_computing(tmp_path, monkeypatch):
+    percents, arch = [], streaming.streaming_arch(torch.bfloat16, TINY)
+    monkeypatch.setattr(
+        streaming,
+        "timed_sweeps",
+        lambda *arguments, weights: percents.append(weights) or sweeps.Timed(sweep_s=1.0, lanes_s={}),
+    )
+    streaming.streaming_core_s_per_byte(CPU, torch.bfloat16, tmp_path, TINY, 0.1 * arch.total_bytes)
+    assert percents[2] == (pytest.approx(94.0), 0.0)
+
+
+def test_weights_of_the_streamed_model_are_where_they_should_be(tmp_path):
+    arch = streaming.streaming_arch(torch.bfloat16, TINY)
+    lanes = sweeps.timed_sweeps(CPU, arch, torch.bfloat16, 2, 2, tmp_path, 1, weights=(50, 25)).lanes_s
+    assert lanes["h2d"] > 0 and lanes["disk_read"] > 0
+    assert streaming.handoff_s(CPU, torch.bfloat16, tmp_path, TINY) > 0
 
 
 def test_attention_counts_kv_bytes_and_flops_of_real_tokens():
@@ -330,7 +363,7 @@ def test_operations_of_the_fit_are_those_that_a_sweep_runs(rows, batch_rows, tmp
     ran, sweep = [], executor.sweep
     monkeypatch.setattr(executor, "sweep", lambda *a, **k: (ran.append(op) or op for op in sweep(*a, **k)))
     arch = gemms.bench_arch(sweeps._HEADS, sweeps._FFN, layers=2, experts=4)
-    assert sweeps._timed(CPU, arch, torch.float32, rows, batch_rows, tmp_path, 2).sweep_s > 0
+    assert sweeps.timed_sweeps(CPU, arch, torch.float32, rows, batch_rows, tmp_path, 2).sweep_s > 0
     assert len(ran) == (sweeps._WARM + 2) * sweeps._operations(arch, len(sweeps._batches(rows, batch_rows)))
 
 
@@ -349,8 +382,8 @@ def test_fit_finds_the_coefficients_and_none_is_negative():
 
 
 def test_nothing_is_left_on_the_disk(tmp_path):
-    disk.disk_rates(CPU, torch.float32, tmp_path, TINY)
-    disk.disk_rates(CPU, torch.float32, tmp_path / "made" / "for it", TINY)
+    disk.disk_rates(CPU, tmp_path, TINY)
+    disk.disk_rates(CPU, tmp_path / "made" / "for it", TINY)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -361,7 +394,7 @@ def test_nothing_is_left_on_the_disk_when_it_is_interrupted(error, tmp_path, mon
 
     monkeypatch.setattr(disk.DirectFile, "sync", fail)
     with pytest.raises(type(error)):
-        disk.disk_rates(CPU, torch.float32, tmp_path, TINY)
+        disk.disk_rates(CPU, tmp_path, TINY)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -371,12 +404,12 @@ def test_at_most_a_tenth_of_the_free_space_is_written(tmp_path, monkeypatch):
         disk.DirectFile, "write_from", lambda self, b, at: ends.append(at + len(b)) or write(self, b, at)
     )
     monkeypatch.setattr(disk, "free_disk_bytes", lambda path: 85 * MIB)
-    rates = disk.disk_rates(CPU, torch.float32, tmp_path, replace(TINY, disk_bytes=1 << 30))
+    rates = disk.disk_rates(CPU, tmp_path, replace(TINY, disk_bytes=1 << 30))
     assert max(ends) <= 8.5 * MIB and rates.read.nbytes == rates.write.nbytes == max(ends)
 
 
 def test_slow_disk_is_not_written_for_ever(tmp_path):
-    few = disk.disk_rates(CPU, torch.float32, tmp_path, replace(TINY, disk_bytes=64 * MIB, disk_s=0.0))
+    few = disk.disk_rates(CPU, tmp_path, replace(TINY, disk_bytes=64 * MIB, disk_s=0.0))
     assert few.write.nbytes == few.read.nbytes == 4 * MIB  # one round of the buffers
 
 

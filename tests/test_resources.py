@@ -69,6 +69,19 @@ def test_computing_shares_the_cores_by_threads():
     assert there.speeds(["gpu", "cpu"]) == pytest.approx({"gpu": 0.5, "cpu": 0.5})
 
 
+def test_a_copy_takes_the_cores_that_it_was_found_to_take():
+    there = resources("cpu", cores=4, h2d_core_s_per_byte=2 / 10e9, gpu=LINK)
+    assert there.speeds(["gpu", "h2d"]) == pytest.approx({"gpu": 4 / 6, "h2d": 4 / 6})
+
+
+@pytest.mark.parametrize("machine", ["rtx4090", "cpu"])
+def test_small_transfer_waits_behind_the_weights_and_slows_nobody(machine):
+    there = resources(machine, disk_latency_s=1e-4, disk_busy_latency_s=4e-4)
+    assert there.speeds(["disk_read", "disk_read/wait"]) == {"disk_read": 1.0, "disk_read/wait": 0.25}
+    assert there.speeds(["disk_write/wait", "disk_write"]) == {"disk_write/wait": 1.0, "disk_write": 1.0}
+    assert there.seconds({"disk_read/wait": 3.0})["disk_read"] == 0.0
+
+
 def test_a_disk_reader_that_mostly_sleeps_is_not_slowed_and_takes_its_cores_from_the_rest():
     rate = 1e9
     there = resources("cpu", cores=4, disk_read_bytes_per_s=rate, disk_read_core_s_per_byte=0.8 / rate)

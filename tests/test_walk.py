@@ -1,7 +1,6 @@
-"""The walk of a sweep: the order in which things happen, how long they take, and how the closed form compares."""
+"""The walk of a sweep: the order in which things happen, and how long they take."""
 
 import random
-import statistics
 from dataclasses import replace
 from itertools import pairwise
 
@@ -151,7 +150,7 @@ def test_without_overlap_a_sweep_takes_the_sum_of_all_operations():
     spans = sorted(walked.spans, key=lambda span: span[2])
     assert all(a[3] <= b[2] + 1e-12 for a, b in pairwise(spans))
     assert walked.sweep_s[0] == pytest.approx(walked.sweep_s[1])
-    assert sum(walked.lanes_s[0].values()) <= walked.sweep_s[0]
+    assert sum(walked.lanes_s[0].values()) <= walked.sweep_s[0] * (1 + 1e-12)
     faster, _ = costs_of((20, 40, 30, 40, 0, 50), cpu_attention_percent=50.0)
     assert walk(faster, [load] * 3, policy.gpu_batch_size).sweep_s[-1] < 0.9 * walked.sweep_s[-1]
 
@@ -167,24 +166,6 @@ def test_no_lane_is_at_work_longer_than_the_sweep_and_none_does_less_than_its_wo
             assert seconds <= walked.sweep_s[-1] * (1 + 1e-9)
             if lane in ("disk_write", "cpu"):  # one user each, so what they do is what the closed form adds up
                 assert seconds >= closed.lanes_s[lane] * (1 - 1e-6)
-
-
-@pytest.mark.parametrize(
-    ("arch", "part", "tolerance"), [(MIXTRAL, 0.9, 0.1), (SMALL, 0.8, 0.15), (MANY_EXPERTS, 0.8, 0.15)],
-    ids=["8x7b", "small", "many"],
-)  # fmt: skip
-def test_closed_form_agrees_with_the_walk(arch, part, tolerance):
-    """Stated tolerance: half of all policies within 3 %; for Mixtral nine of ten within 10 %, for models of a few layers,
-    where a single unit is a large part of a sweep, eight of ten within 15 %. The closed form is the largest of several bounds; where
-    two of them are near each other the walk takes longer."""
-    rng, apart = random.Random(3), []
-    for _ in range(60):
-        costs, policy, load = random_sweep(rng, arch=arch)
-        walked_s, _ = Walker(costs, policy.gpu_batch_size).steady(load)
-        apart.append(abs(walked_s / sweep_time(costs, load, policy.gpu_batch_size).total_s - 1))
-    apart.sort()
-    assert statistics.median(apart) <= 0.03
-    assert apart[int(part * len(apart))] <= tolerance
 
 
 # In which order.

@@ -16,7 +16,6 @@ from flexmoe.device import PAGE_BYTES, Device
 from flexmoe.errors import StorageError
 from flexmoe.machine import free_disk_bytes
 from flexmoe.probe.effort import Effort
-from flexmoe.probe.interference import read_core_s_per_byte
 from flexmoe.storage import PIECE_BYTES, DirectFile, DiskPool, Transfer, align_down
 from flexmoe.trace import Recorder
 
@@ -45,22 +44,15 @@ class Transferred:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskRates:
-    """Writes, flushed to the device, and reads; ``direct`` unless the file system went through the page cache.
-
-    ``read_core_s_per_byte`` is what a byte takes from computing beside it, at least what this process spends on it.
-    """
+    """Writes, flushed to the device, and reads; ``direct`` unless the file system went through the page cache."""
 
     read: Transferred
     write: Transferred
-    read_core_s_per_byte: float
     direct: bool
 
 
-def disk_rates(device: Device, dtype: torch.dtype, directory: Path, effort: Effort) -> DiskRates:
+def disk_rates(device: Device, directory: Path, effort: Effort) -> DiskRates:
     """Write a file and read it back. The file has no name, so nothing is left of it even when the process is killed.
-
-    On device cpu it is read once more while experts in ``dtype`` are computed; elsewhere a sweep's GEMMs do not run on
-    the cores, and what reads take of them is the time of this process.
 
     Raises:
         StorageError: the directory cannot be written, or has too little free space: a tenth of it is used at most.
@@ -73,9 +65,7 @@ def disk_rates(device: Device, dtype: torch.dtype, directory: Path, effort: Effo
             write = transfer("disk_write", file, buffers, size, effort.disk_s)
             forget()
             read = transfer("disk_read", file, buffers, write.nbytes, effort.disk_s)
-            taken = 0.0 if device.is_cuda else read_core_s_per_byte(dtype, file, buffers, write.nbytes, effort)
-            taken = max(taken, read.core_s_per_byte)
-            return DiskRates(read=read, write=write, read_core_s_per_byte=taken, direct=file.direct)
+            return DiskRates(read=read, write=write, direct=file.direct)
 
 
 def transfer(lane: str, file: DirectFile, buffers: list[torch.Tensor], nbytes: int, seconds: float) -> Transferred:

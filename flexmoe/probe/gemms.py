@@ -140,9 +140,8 @@ def expert_bench(
     arena: WeightArena,
     most: int,
     effort: Effort,
-    timed: Callable[..., float] = repeat_s,
 ) -> Iterator[Seconds]:
-    """Seconds of one expert over n of the T = n·E/K tokens of a block, as ``timed`` takes them."""
+    """Seconds of one expert over n of the T = n·E/K tokens of a block."""
     math, experts = family(arch), arch.num_experts
     sets = arena.sets(math.parts(())["layers.0.expert.0"], effort.cycle_bytes)
     x_TD = noise(device, dtype, most * experts // _TOP_K, arch.hidden)
@@ -160,7 +159,7 @@ def expert_bench(
             weights = next(sets)
             dispatch.add(next(turn), x_TD[:block], y_TD[:block], lambda x_nD: math.expert(x_nD, weights))
 
-        return timed(device, work, seconds, warm=warm, least=least)
+        return repeat_s(device, work, seconds, warm=warm, least=least)
 
     with torch.inference_mode():
         yield seconds

@@ -26,10 +26,11 @@ from flexmoe.probe.disk import DiskRates, disk_rates
 from flexmoe.probe.effort import MIB, Effort
 from flexmoe.probe.facts import capacities, compute_dtypes, device_name, gpu_details, pinned_limit_bytes
 from flexmoe.probe.gemms import dense_rates, expert_rates
-from flexmoe.probe.interference import TOKENS
 from flexmoe.probe.kv import kv_rates
 from flexmoe.probe.kv_blocks import SHAPES, kv_block_costs
-from flexmoe.probe.sweeps import disk_latency_s, overheads
+from flexmoe.probe.latency import disk_latency
+from flexmoe.probe.streaming import handoff_s, streaming_arch, streaming_core_s_per_byte
+from flexmoe.probe.sweeps import overheads
 from flexmoe.storage import PIECE_BYTES, READ_THREADS
 
 log = logging.getLogger(__name__)
@@ -157,20 +158,16 @@ def _capacity_source(device: Device, limit: int | None) -> str:
 
 
 def _disk(s: Setting, found: Found) -> None:
-    rates = disk_rates(s.device, s.dtypes[2], s.directory, s.effort)
+    rates = disk_rates(s.device, s.directory, s.effort)
     way = "O_DIRECT" if rates.direct else "no O_DIRECT: through the page cache, so that reads may be memory's"
     source = (
         f"flexmoe.storage, {READ_THREADS} threads with {PIECE_BYTES / MIB:.0f} MiB each, "
         f"{rates.read.nbytes / MIB:.0f} MiB in {s.directory} ({filesystem(s.directory)}, {way})"
     )
     own = f"{source}; CPU time of this process"
-    beside = (
-        f"{source}; an expert over {TOKENS[0]} and over {TOKENS[1]} tokens, {_dtype(s, 2)}, all threads: cores x (1 - A/B) / R "
-        "for A seconds alone and B beside reads at R bytes/s, the mean of both, at least the CPU time of this process"
-    )
     found.put(source, disk_read_bytes_per_s=rates.read.bytes_per_s)
     found.put(f"{source}, flushed", disk_write_bytes_per_s=rates.write.bytes_per_s)
-    found.put(own if s.device.is_cuda else beside, disk_read_core_s_per_byte=rates.read_core_s_per_byte)
+    found.put(own, disk_read_core_s_per_byte=rates.read.core_s_per_byte)
     found.put(own, disk_write_core_s_per_byte=rates.write.core_s_per_byte)
     _kv_blocks(s, found, rates)
 
@@ -262,12 +259,37 @@ def _overheads(s: Setting, found: Found) -> None:
         f"(1, rows, operations)"
     )
     found.put(source, sweep_s=rest.sweep_s, row_s=rest.row_s, op_s=rest.op_s)
+
+
+def _latencies(s: Setting, found: Found) -> None:
     found.put(
-        "the KV lanes' own seconds per operation in such sweeps, little KV being in host memory",
-        handoff_s=rest.handoff_s,
+        f"the KV lanes' own seconds per operation in sweeps of {_model(s)}, KV of few tokens in host memory",
+        handoff_s=handoff_s(s.device, s.dtypes[2], s.directory, s.effort),
     )
-    latency_s = disk_latency_s(s.device, s.directory)
-    found.put("64 KiB written or read with nothing else under way", disk_latency_s=latency_s)
+    disk = disk_latency(s.device, s.directory, s.effort)
+    found.put("64 KiB written or read with nothing else under way", disk_latency_s=disk.alone_s)
+    found.put(f"the same while {READ_THREADS} threads read without end", disk_busy_latency_s=disk.busy_s)
+
+
+def _streaming(s: Setting, found: Found) -> None:
+    """On CUDA copies take no core, and no GEMM waits for those that disk reads take."""
+    if s.device.is_cuda:
+        found.put("the device's own engines copy", h2d_core_s_per_byte=0.0)
+        return
+    rate, alone = found.values["disk_read_bytes_per_s"], found.values["disk_read_core_s_per_byte"]
+    taken = streaming_core_s_per_byte(s.device, s.dtypes[2], s.directory, s.effort, rate)
+    source = f"sweeps of {_model(s)} with weights {{}} beside those with none: cores x difference / bytes"
+    found.put(source.format("in host memory"), h2d_core_s_per_byte=taken["cpu"])
+    disk = source.format("on disk") + ", at least the CPU time of reads alone"
+    found.put(disk, disk_read_core_s_per_byte=max(alone, taken["disk"]))
+
+
+def _model(s: Setting) -> str:
+    arch = streaming_arch(s.dtypes[2], s.effort)
+    return (
+        f"{arch.num_layers} layers of {arch.num_experts} experts of {arch.expert_params / 1e6:.1f} M weights, "
+        f"{max(s.effort.rows)} rows in GPU batches of {min(s.effort.batch_rows)}"
+    )
 
 
 def _dtype(s: Setting, size: int) -> str:
@@ -282,4 +304,6 @@ _STEPS: dict[str, Callable[[Setting, Found], None]] = {
     "attention": _attention,
     "experts and attention modules": _linear,
     "overheads": _overheads,
+    "latencies": _latencies,
+    "computing beside transfers": _streaming,
 }

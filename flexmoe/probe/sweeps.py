@@ -9,11 +9,8 @@ Legend: E experts, K chosen experts, B rows.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,28 +27,24 @@ from flexmoe.params import EngineRequest, SamplingParams
 from flexmoe.planning import EngineConfig
 from flexmoe.probe.attention import AttentionCase
 from flexmoe.probe.buffers import WeightArena
-from flexmoe.probe.disk import probe_directory
 from flexmoe.probe.effort import Effort, Heads
 from flexmoe.probe.gemms import bench_arch, dense_bench, expert_bench
 from flexmoe.sources import DummySource
-from flexmoe.storage import DirectFile
 from policies.policy import Policy, Workload
 from policies.schedule import SweepShape, UnitStep, sweep
 
 _HEADS, _FFN, _EXPERTS, _VOCAB = Heads(hidden=64, heads=4, kv_heads=1, head_dim=16), 96, 4, 256
 _CONTEXT = 256
 _WARM = 3
-_SMALL_BYTES, _SMALL_TRANSFERS = 64 << 10, 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overheads:
-    """Seconds per sweep, per row of a sweep, per operation of its schedule, and per transfer beside the main thread."""
+    """Seconds per sweep, per row of a sweep, and per operation of its schedule."""
 
     sweep_s: float
     row_s: float
     op_s: float
-    handoff_s: float
 
 
 class _SmallPattern(DummySource):
@@ -78,41 +71,14 @@ def overheads(device: Device, dtype: torch.dtype, directory: Path, effort: Effor
     for layers, batch_rows in itertools.product(effort.layers, effort.batch_rows):
         arch = bench_arch(_HEADS, _FFN, layers=layers, experts=_EXPERTS, vocab=_VOCAB)
         for rows in effort.rows:
-            each_s = _timed(device, arch, dtype, rows, batch_rows, directory, effort.sweeps).sweep_s
+            each_s = timed_sweeps(device, arch, dtype, rows, batch_rows, directory, effort.sweeps).sweep_s
             batches = _batches(rows, batch_rows)
             features.append((1, rows, _operations(arch, len(batches))))
             whole_s.append(each_s)
             rest_s.append(each_s - _arithmetic_s(device, arch, dtype, arena, batches, effort))
     # Relative to the sweep, so that a large one does not drown the small ones.
     sweep_s, row_s, op_s = nonnegative_fit(np.array(features, dtype=float), np.array(rest_s), np.array(whole_s))
-    handoff_s = _handoff_s(device, dtype, directory, effort)
-    return Overheads(sweep_s=sweep_s, row_s=row_s, op_s=op_s, handoff_s=handoff_s)
-
-
-def _handoff_s(device: Device, dtype: torch.dtype, directory: Path, effort: Effort) -> float:
-    """What a transfer of KV in a running engine takes beyond its bytes: calls of a thread that shares the interpreter.
-
-    The lanes' own seconds per operation, with little KV in host memory and many GPU batches that fetch and store it.
-    """
-    layers, rows, batch_rows = max(effort.layers), max(effort.rows), min(effort.batch_rows)
-    arch = bench_arch(_HEADS, _FFN, layers=layers, experts=_EXPERTS, vocab=_VOCAB)
-    lanes = _timed(device, arch, dtype, rows, batch_rows, directory, effort.sweeps, (0, 100)).lanes_s
-    operations = 2 * layers * len(_batches(rows, batch_rows))  # a load and a store
-    return (lanes["h2d"] + lanes["d2h"]) / operations
-
-
-def disk_latency_s(device: Device, directory: Path) -> float:
-    """Seconds of a small transfer to or from disk that nothing else is under way beside, as for hidden states."""
-    path, buffer = directory / f"latency-{os.getpid()}.bin", device.host_buffer(_SMALL_BYTES)
-    view, took_s = memoryview(buffer.numpy()), []
-    with probe_directory(directory), contextlib.closing(DirectFile(path, writable=True)) as file:
-        os.unlink(path)
-        for turn in range(_SMALL_TRANSFERS):
-            begin = time.perf_counter()
-            file.write_from(view, turn * _SMALL_BYTES)
-            file.read_into(view, turn * _SMALL_BYTES)
-            took_s.append((time.perf_counter() - begin) / 2)
-    return statistics.median(took_s)
+    return Overheads(sweep_s=sweep_s, row_s=row_s, op_s=op_s)
 
 
 def nonnegative_fit(features: np.ndarray, values: np.ndarray, scale: np.ndarray) -> list[float]:
@@ -138,14 +104,14 @@ def nonnegative_fit(features: np.ndarray, values: np.ndarray, scale: np.ndarray)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Timed:
+class Timed:
     """Median seconds of a sweep, and the lanes' mean busy seconds in one."""
 
     sweep_s: float
     lanes_s: dict[str, float]
 
 
-def _timed(
+def timed_sweeps(
     device: Device,
     arch: ModelArch,
     dtype: torch.dtype,
@@ -153,16 +119,24 @@ def _timed(
     batch_rows: int,
     directory: Path,
     sweeps: int,
-    cache: tuple[int, int] = (100, 0),
-) -> _Timed:
-    """Sweeps in which every row decodes, everything being resident but, with other ``cache`` percents, the KV."""
-    last = _CONTEXT + _WARM + sweeps + 2
+    *,
+    weights: tuple[float, float] = (100, 0),
+    cache: tuple[float, float] = (100, 0),
+    context: int = _CONTEXT,
+) -> Timed:
+    """Sweeps in which every row decodes.
+
+    Args:
+        weights, cache: percents of weights and of KV in the compute device's and in host memory.
+        context: tokens of a row at first.
+    """
+    last = context + _WARM + sweeps + 2
     policy = Policy.from_percent(
-        (100, 0, *cache, 100, 0), gpu_batch_size=batch_rows, num_gpu_batches=-(-rows // batch_rows), prompt_len=_CONTEXT,
-        gen_len=last - _CONTEXT, prefill_tokens=1,
+        (*weights, *cache, 100, 0), gpu_batch_size=batch_rows, num_gpu_batches=-(-rows // batch_rows), prompt_len=context,
+        gen_len=last - context, prefill_tokens=1,
     )  # fmt: skip
     config = EngineConfig(
-        policy=policy, workload=Workload(prompt_len=_CONTEXT, gen_len=last - _CONTEXT), kv_tokens=rows * (last + 16),
+        policy=policy, workload=Workload(prompt_len=context, gen_len=last - context), kv_tokens=rows * (last + 16),
         device=str(device.torch), dtype=str(dtype).removeprefix("torch."), offload_dir=directory, longest_row=last,
     )  # fmt: skip
     model = _TinyModel(
@@ -170,9 +144,9 @@ def _timed(
     )  # fmt: skip
     engine = Engine(model, config)
     try:
-        params = SamplingParams(max_tokens=last - _CONTEXT, ignore_eos=True)
+        params = SamplingParams(max_tokens=last - context, ignore_eos=True)
         for row in range(rows):
-            prompt = tuple((7 * row + at) % arch.vocab_size for at in range(_CONTEXT))
+            prompt = tuple((7 * row + at) % arch.vocab_size for at in range(context))
             engine.enter_aged(
                 EngineRequest(request_id=str(row), prompt_token_ids=prompt, params=params), [row % _VOCAB]
             )
@@ -182,7 +156,7 @@ def _timed(
         for _ in range(sweeps):
             engine.step()
         totals = engine.recorder.totals()
-        return _Timed(
+        return Timed(
             sweep_s=statistics.median(each.wall_s for each in engine.sweeps.since(_WARM)),
             lanes_s={lane: total.busy_s / sweeps for lane, total in totals.items()},
         )

@@ -22,19 +22,6 @@ def repeat_s(device: Device, work: Callable[[], object], seconds: float, *, warm
     return _device_s(device, work, seconds) if device.is_cuda else _host_s(work, seconds, least)
 
 
-def mean_s(device: Device, work: Callable[[], object], seconds: float, *, warm: int = 1, least: int = 1) -> float:
-    """Seconds of one call on cpu: the mean over as many as take ``seconds``, at least ``least``, pauses included."""
-    for _ in range(warm):
-        work()
-    begin, calls = time.perf_counter(), 0
-    while True:
-        work()
-        calls += 1
-        took = time.perf_counter() - begin
-        if took >= seconds and calls >= least:
-            return took / calls
-
-
 def best_s(work: Callable[[], object], rounds: int) -> float:
     """Host seconds of the fastest of ``rounds`` calls."""
     return min(_timed(work) for _ in range(rounds))
