@@ -33,7 +33,7 @@ def look(preparer: Preparer, parser: Parser, chunk: Chunk) -> Iterator[Found]:
     """The size of each row of a chunk, or why it cannot run."""
     context = preparer.limits.context
     requests = [(row, raw.parse(parser)) for row, raw in chunk]
-    for (row, _), result in zip(requests, preparer.prepare_all(requests), strict=True):
+    for (row, _), result in zip(requests, preparer.prepare_each(requests), strict=True):
         yield row, result if isinstance(result, RowError) else RowLength.of(result, context)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from flexmoe.chat_template import ENDLESS
 from flexmoe.errors import DataError
 from flexmoe.generation_config import SamplingDefaults
 from flexmoe.params import EngineRequest, SamplingParams
@@ -14,6 +15,13 @@ from flexmoe.tokenizer import Tokenizer
 
 #: Completions of one row; all of them wait in memory for the last one.
 MAX_CHOICES = 4096
+#: A text of more characters for each token of the context is hardly one that fits: a beginning of it is tokenized first,
+#: since a tokenizer takes hundreds of bytes for each token that it makes. Each further beginning is so much longer.
+_CHARACTERS_PER_TOKEN, _GROWTH = 8, 4
+#: The end of a beginning may be tokens that the whole text does not have.
+_SPARE_TOKENS = 64
+#: Texts are tokenized together up to so many characters.
+_CHARACTERS_TOGETHER = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,17 +59,30 @@ class Preparer:
 
     def prepare_all(self, rows: Sequence[tuple[int, Request]]) -> list[list[EngineRequest] | RowError]:
         """What `prepare` makes of each (row, request), with all texts tokenized together."""
-        asked = [self._asked(request) for _, request in rows]
-        tokenized = iter(
-            self._tokenized([part for parts in asked if not isinstance(parts, RowError) for part in parts])
-        )
-        results: list[list[EngineRequest] | RowError] = []
-        for (row, request), parts in zip(rows, asked, strict=True):
+        return list(self.prepare_each(rows))
+
+    def prepare_each(self, rows: Iterable[tuple[int, Request]]) -> Iterator[list[EngineRequest] | RowError]:
+        """As `prepare_all`, and after a chat template that took all its time no further row is rendered before the caller
+        has what became of this one: he may give up."""
+        asked: list[tuple[int, Request, list[_Text | tuple[int, ...]] | RowError]] = []
+        for row, request in rows:
+            parts = self._asked(request)
+            asked.append((row, request, parts))
+            if isinstance(parts, RowError) and parts.message.startswith(ENDLESS):
+                yield from self._together(asked)
+                asked = []
+        yield from self._together(asked)
+
+    def _together(
+        self, asked: Sequence[tuple[int, Request, list[_Text | tuple[int, ...]] | RowError]]
+    ) -> Iterator[list[EngineRequest] | RowError]:
+        texts = [part for *_, parts in asked if not isinstance(parts, RowError) for part in parts]
+        tokenized = iter(self._tokenized(texts))
+        for row, request, parts in asked:
             if isinstance(parts, RowError):
-                results.append(parts)
+                yield parts
             else:
-                results.append(self._finished(request, row, [next(tokenized) for _ in parts]))
-        return results
+                yield self._finished(request, row, [next(tokenized) for _ in parts])
 
     def _asked(self, request: Request) -> list[_Text | tuple[int, ...]] | RowError:
         """The prompts of a row as texts or ids."""
@@ -89,21 +110,54 @@ class Preparer:
                 results[place] = ids
         return results
 
-    def _encoded(self, texts: list[str], rendered: bool) -> Iterable[tuple[int, ...] | DataError]:
+    def _encoded(self, texts: list[str], rendered: bool) -> Iterator[tuple[int, ...] | DataError]:
+        """Token ids of each text, or why it has none; few enough at once that their memory is small."""
+        together: list[str] = []
+        for text in texts:
+            if together and sum(map(len, together)) + len(text) > _CHARACTERS_TOGETHER:
+                yield from self._encoded_at_once(together, rendered)
+                together = []
+            if len(text) <= _CHARACTERS_PER_TOKEN * self._too_many:
+                together.append(text)
+            else:
+                yield from self._encoded_at_once(together, rendered)
+                yield self._encoded_long(text, rendered)
+                together = []
+        yield from self._encoded_at_once(together, rendered)
+
+    @property
+    def _too_many(self) -> int:
+        """Tokens of a beginning that say of a text that it does not fit the context."""
+        return self.limits.context + _SPARE_TOKENS
+
+    def _encoded_long(self, text: str, rendered: bool) -> tuple[int, ...] | DataError:
+        length = _CHARACTERS_PER_TOKEN * self._too_many
+        while length < len(text):
+            [ids] = self._encoded_at_once([text[:length]], rendered)
+            if isinstance(ids, DataError):
+                return ids
+            if len(ids) > self._too_many:
+                return _TooLongError(self._too_long(f"more than {self.limits.context}"))
+            length *= _GROWTH
+        [ids] = self._encoded_at_once([text], rendered)
+        return ids
+
+    def _encoded_at_once(self, texts: list[str], rendered: bool) -> Iterable[tuple[int, ...] | DataError]:
         try:
             return self.tokenizer.encode_all(texts, rendered=rendered)
         except DataError as error:
             if len(texts) == 1:
                 return [error]
             # One of them is at fault, and the others are not: take them by themselves.
-            return [ids for text in texts for ids in self._encoded([text], rendered)]
+            return [ids for text in texts for ids in self._encoded_at_once([text], rendered)]
 
     def _finished(
         self, request: Request, row: int, prompts: Sequence[tuple[int, ...] | DataError]
     ) -> list[EngineRequest] | RowError:
         failed = next((ids for ids in prompts if isinstance(ids, DataError)), None)
         if failed is not None:
-            return _invalid_prompt(request, str(failed))
+            code = "context_length_exceeded" if isinstance(failed, _TooLongError) else "invalid_prompt"
+            return RowError(code=code, message=str(failed), param=_prompt_field(request))
         params = self.defaults.params(request.sampling, self.default_max_tokens)
         refused = self._refused_params(params, request, len(prompts))
         refused = refused or next(filter(None, (self._refused_prompt(request, ids, params) for ids in prompts)), None)
@@ -153,9 +207,16 @@ class Preparer:
             return _invalid_prompt(request, told)
         room = self.limits.context - len(ids)
         if room < (0 if params.max_tokens == 0 else 1):
-            told = f"the prompt has {len(ids)} tokens, and the model's context is {self.limits.context}; shorten it"
+            told = self._too_long(str(len(ids)))
             return RowError(code="context_length_exceeded", message=told, param=_prompt_field(request))
         return None
+
+    def _too_long(self, tokens: str) -> str:
+        return f"the prompt has {tokens} tokens, and the model's context is {self.limits.context}; shorten it"
+
+
+class _TooLongError(DataError):
+    """A text has more tokens than the context; how many more is not known."""
 
 
 @dataclass(frozen=True, slots=True)

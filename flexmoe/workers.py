@@ -8,9 +8,11 @@ is inherited.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ import flexmoe
 _READ_BYTES = 1 << 20
 #: A worker imports the tokenizer's libraries first, which takes seconds, and on a busy disk a minute.
 START_LIMIT_S = 300.0
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +196,7 @@ def serve(start: Callable[[Any], Callable[[Any], Any]]) -> None:
     Args:
         start: from the setup to what does a task.
     """
+    _die_with_parent()
     # Libraries that print would otherwise speak into the answers.
     answers, sys.stdout = os.fdopen(os.dup(1), "wb"), sys.stderr
     os.dup2(2, 1)
@@ -210,3 +214,11 @@ def serve(start: Callable[[Any], Callable[[Any], Any]]) -> None:
         os._exit(1)
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent has to hear of it
         answer({"failed": f"{type(error).__name__}: {error}"})
+
+
+def _die_with_parent() -> None:
+    """Has the kernel end this process when its parent dies, however it dies: a worker at its task would not see it for
+    minutes. One whose parent is dead already finds its pipe closed."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:  # Linux alone has it
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 from flexmoe.workers import serve
 
@@ -16,6 +17,9 @@ def start(setup):
             case "die":
                 os.kill(os.getpid(), 9)
             case "hang":
+                time.sleep(600)
+            case {"hang and tell": path}:
+                Path(path).touch()
                 time.sleep(600)
             case "raise":
                 raise KeyError("something else")

@@ -13,6 +13,7 @@ from flexmoe.params import EngineRequest, SamplingParams
 from flexmoe.preflight import preflight
 from flexmoe.preparer_setup import PreparerSetup
 from flexmoe.rows import Rows
+from flexmoe.tokenizer import Tokenizer
 from tests.jobs import CONTEXT, make_setup
 from tests.test_tokenizer import build_tokenizer
 
@@ -112,6 +113,18 @@ def test_a_template_that_never_ends_fails_the_job_instead_of_taking_days(rows, t
     given = rows([{"messages": [{"role": "user", "content": "a"}]}] * 50)
     with pytest.raises(DataError, match="does not come to an end.*on 3 rows.*--chat-template"):
         found(given, make_setup(str(tmp_path / "t")), workers=workers)
+
+
+def test_no_more_rows_than_it_takes_are_tried_with_a_template_that_never_ends(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("flexmoe.preflight._MOST_ENDLESS", 2)
+    build_tokenizer(tmp_path / "t", chat_template="{{ 'x' * 10**12 }}")
+    preparer = make_setup(str(tmp_path / "t")).preparer()
+    rendered, real = [], Tokenizer.render
+    monkeypatch.setattr(Tokenizer, "render", lambda *args: rendered.append(1) or real(*args))
+    given = rows([{"prompt": "a"}, *[{"messages": [{"role": "user", "content": "a"}]}] * 50])
+    with pytest.raises(DataError, match="on 3 rows"):
+        found(given, None, preparer=preparer, workers=0)
+    assert len(rendered) == 3
 
 
 def test_no_process_is_left(rows, setup):

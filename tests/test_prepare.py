@@ -88,6 +88,40 @@ def test_rows_prepared_together_are_as_one_by_one(preparer):
     ]
 
 
+class Recorder(Tokenizer):
+    """Counts the characters that it is given together, and makes a token of so many of them."""
+
+    characters = 1
+
+    def encode_all(self, texts, *, rendered=False):
+        self.given = [*getattr(self, "given", []), sum(map(len, texts))]
+        return [(5,) * (len(text) // self.characters) for text in texts]
+
+
+def test_of_a_text_that_is_far_too_long_only_a_beginning_is_tokenized(preparer, tokenizer):
+    recorder = Recorder(tokenizer._backend, "here")
+    for row in ({"prompt": "a " * 10**6}, {"prompt": ["b", "a " * 10**6]}):
+        error = preparer(tokenizer=recorder).prepare(request(**row), 0)
+        assert (error.code, error.param) == ("context_length_exceeded", "prompt")
+        assert "more than 64 tokens, and the model's context is 64" in error.message
+    assert max(recorder.given) < 2000
+
+
+def test_a_long_text_of_few_tokens_is_tokenized_as_a_whole(preparer, tokenizer):
+    recorder = Recorder(tokenizer._backend, "here")
+    recorder.characters = 5000
+    [part] = preparer(tokenizer=recorder).prepare(request(prompt="a" * 200_000), 0)
+    assert len(part.prompt_token_ids) == 40 and max(recorder.given) == 200_000
+
+
+def test_texts_are_tokenized_a_few_at_a_time(preparer, tokenizer):
+    recorder = Recorder(tokenizer._backend, "here")
+    recorder.characters = 100_000
+    large = preparer(tokenizer=recorder, limits=Limits(vocab_size=320, context=100_000))
+    parts = large.prepare(request(prompt=[str(1 + i) * 300_000 for i in range(9)]), 0)
+    assert [len(part.prompt_token_ids) for part in parts] == [3] * 9 and 600_000 <= max(recorder.given) <= 2**20
+
+
 def test_text_that_the_tokenizer_refuses_fails_only_its_row(preparer, tokenizer):
     class Picky(Tokenizer):
         def encode_all(self, texts, *, rendered=False):

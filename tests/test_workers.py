@@ -1,6 +1,11 @@
 """Workers that crash, hang or fail are noticed, and the other tasks are done."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +54,44 @@ def test_no_worker_is_left_when_the_run_is_given_up():
     for process in processes:
         with pytest.raises(ProcessLookupError):
             os.kill(process.pid, 0)
+
+
+PARENT = """
+import sys
+from flexmoe.workers import Task, WorkerPool
+
+waiting = [Task(work={"hang and tell": sys.argv[1]}, limit_s=600), Task(work=1, limit_s=600)]
+pool = WorkerPool("tests.echo_worker", {}, 1)
+for answer in pool.run(lambda: waiting.pop() if waiting else None):
+    print(pool._workers[0].process.pid, flush=True)
+"""
+
+
+def test_a_busy_worker_dies_with_a_parent_that_was_killed(tmp_path):
+    told = tmp_path / "busy"
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(told)], stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    wait_for(told.exists)
+    parent.kill()
+    parent.wait()
+    try:
+        wait_for(lambda: not is_running(worker))
+    finally:
+        if is_running(worker):
+            os.kill(worker, signal.SIGKILL)
+
+
+def wait_for(happened):
+    until = time.monotonic() + 20
+    while not happened():
+        if time.monotonic() > until:
+            pytest.fail("it does not happen")
+        time.sleep(0.02)
+
+
+def is_running(process):
+    """Whether it is there, and no zombie that nobody has asked after."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
