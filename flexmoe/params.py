@@ -24,6 +24,20 @@ MAX_STOP_TOKENS = 1024
 GREEDY_BELOW = 1e-5
 
 
+class WrongValueError(UsageError):
+    """A field of `SamplingParams` with a value that it cannot have.
+
+    Args:
+        name: of the field.
+        shown: its value.
+        wanted: which values it can have.
+    """
+
+    def __init__(self, name: str, shown: str, wanted: str) -> None:
+        super().__init__(f"{name} is {shown}; give {wanted}")
+        self.wanted = wanted
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How completions are chosen and when they end. The names and meanings are OpenAI's and vLLM's.
@@ -133,7 +147,7 @@ class SamplingParams:
     def _stop_token_ids(self) -> tuple[int, ...]:
         stops = self.stop_token_ids
         if not isinstance(stops, (tuple, list)) or not all(_is_int(i) and i >= 0 for i in stops):
-            raise self._wrong("stop_token_ids", "a tuple of token ids, none of them negative")
+            raise self._wrong("stop_token_ids", "token ids, none of them negative")
         if len(stops) > MAX_STOP_TOKENS:
             raise self._wrong("stop_token_ids", f"at most {MAX_STOP_TOKENS} of them")
         return tuple(stops)
@@ -142,7 +156,7 @@ class SamplingParams:
         given = self.logit_bias
         pairs = list(given.items()) if isinstance(given, Mapping) else given
         if not isinstance(pairs, (tuple, list)) or len(pairs) > MAX_BIASED_TOKENS:
-            raise self._wrong("logit_bias", f"a mapping of at most {MAX_BIASED_TOKENS} token ids to numbers")
+            raise self._wrong("logit_bias", f"at most {MAX_BIASED_TOKENS} token ids with their numbers")
         bias = {}
         for pair in pairs:
             token, value = pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (None, None)
@@ -158,7 +172,7 @@ class SamplingParams:
         object.__setattr__(self, name, value)
 
     def _wrong(self, name: str, wanted: str) -> UsageError:
-        return UsageError(f"{name} is {_show(getattr(self, name))}; give {wanted}")
+        return WrongValueError(name, _show(getattr(self, name)), wanted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from flexmoe.errors import UsageError
-from flexmoe.params import MAX_LOGPROBS, SamplingParams
+from flexmoe.params import MAX_LOGPROBS, SamplingParams, WrongValueError
 from flexmoe.request_json import InvalidLine, show, token_ids
 
 Kind = Literal["chat", "completion"]
@@ -153,8 +153,15 @@ def _out_of_range(sampling: dict[str, Any], body: Mapping[str, Any]) -> list[Row
             SamplingParams(**alone)
         except UsageError as error:
             given = _given_as(name, body)
-            errors.append(RowError.invalid(given, str(error).replace(name, given, 1)))
+            errors.append(RowError.invalid(given, _in_json(error, name, given, body)))
     return errors or [RowError(code="invalid_value", message=first)]
+
+
+def _in_json(error: UsageError, name: str, given: str, body: Mapping[str, Any]) -> str:
+    """The sentence about a field, with its name, its value and null as the row has them, not as Python has."""
+    if isinstance(error, WrongValueError):
+        return f"{given} is {show(body[given])}; give {error.wanted.replace('None', 'null')}"
+    return str(error).replace(name, given, 1)
 
 
 def _given_as(name: str, body: Mapping[str, Any]) -> str:

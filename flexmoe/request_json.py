@@ -62,8 +62,10 @@ def parse_json(line: bytes) -> Any:
         raise InvalidLine("a string holds half of a surrogate pair (\\ud800 to \\udfff); remove it") from None
     except RecursionError:
         raise InvalidLine(f"the JSON is nested too deeply, beyond {MAX_DEPTH} levels") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise InvalidLine(f"not valid JSON ({error}); write one JSON object per line") from None
+    except ValueError:  # Python reads no more than some thousand
+        raise InvalidLine("a number has too many digits; write a shorter one") from None
 
 
 def too_long() -> InvalidLine:

@@ -94,8 +94,14 @@ def _offsets(tokenizer: Tokenizer, token_ids: Sequence[int], start: int, text: s
     offsets, characters, visible = [], 0, []
     for token in token_ids:
         told = tokenizer.token_text(token)
+        readable = told.visible and bool(told.bytes)
+        if readable and decoder.getstate()[0] and not _continues(told.bytes):
+            # The character that was begun is none: its place is that of the tokens before.
+            piece = decoder.decode(b"", final=True)
+            visible.append(piece)
+            characters += len(piece)
         offsets.append(characters)
-        if told.visible and told.bytes is not None:
+        if readable:
             piece = decoder.decode(told.bytes)
             visible.append(piece)
             characters += len(piece)
@@ -103,3 +109,8 @@ def _offsets(tokenizer: Tokenizer, token_ids: Sequence[int], start: int, text: s
     # Tokenizers that begin words with a space drop it where a text begins.
     dropped = int(joined.startswith(" ") and joined[1:] == text)
     return [start + min(max(offset - dropped, 0), len(text)) for offset in offsets]
+
+
+def _continues(piece: bytes) -> bool:
+    """Whether bytes go on with a character of UTF-8 that was begun before."""
+    return piece[0] & 0xC0 == 0x80

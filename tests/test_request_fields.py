@@ -85,6 +85,27 @@ def test_value_out_of_range_fails_only_its_row_and_is_named(field, value):
         assert field in request.error.message and len(request.error.message) < 400
 
 
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"stop": ""}, 'stop is ""; give strings, none of them empty'),
+        ({"logit_bias": {"-1": 5}}, 'logit_bias is {"-1": 5}; give token ids'),
+        ({"max_tokens": -1}, "max_tokens is -1; give a whole number from 0 to 2147483647, or null"),
+        ({"max_completion_tokens": 10**30}, f"max_completion_tokens is {10**30}; give a whole number"),
+        ({"seed": 10**4000}, "seed is 1000000000"),
+        ({"max_tokens": 0}, "max_tokens is 0: nothing would be generated"),
+    ],
+)
+def test_what_is_wrong_with_a_value_is_told_in_json(row, sentence):
+    message = completion(**row).error.message
+    assert message.startswith(sentence) and "None" not in message and len(message) < 300
+
+
+def test_a_number_of_more_digits_than_can_be_read_is_told_without_python():
+    with pytest.raises(InvalidLine, match="^a number has too many digits; write a shorter one$"):
+        parse_line(b'{"prompt": "p", "seed": ' + b"9" * 5000 + b"}", 1)
+
+
 @pytest.mark.parametrize("value", [10**9, -1, 21])
 def test_too_many_logprobs_fail_only_their_row(value):
     assert completion(logprobs=value).error.param == "logprobs"

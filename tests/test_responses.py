@@ -143,6 +143,15 @@ def test_logprobs_of_a_completion(encoder, tokenizer):
         assert top[token] == -0.5 and len(top) == 3
 
 
+def test_a_token_after_a_broken_character_begins_behind_it(encoder, tokenizer):
+    by_bytes = {told.bytes: i for i in range(3, 300) if (told := tokenizer.token_text(i)).visible}
+    ids = [by_bytes[piece] for piece in (b"h", b"\xe6", b"i", b"\xe6", b"\x97", b"!", b"\xe6")]
+    made = body(encoder().success(request(prompt="p", logprobs=1), [result([1], output(ids, tops=1))]))
+    [choice] = made["choices"]
+    told = choice["logprobs"]
+    assert choice["text"] == "h\ufffdi\ufffd!\ufffd" and told["text_offset"] == [0, 1, 2, 3, 3, 4, 5]
+
+
 def test_impossible_token_has_a_number_that_json_can_say(encoder, tokenizer):
     [token] = tokenizer.encode("a")[1:]
     entry = TokenLogprob(token_id=token, logprob=-math.inf, top=((token, -math.inf), (69, -1e9)))
