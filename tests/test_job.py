@@ -128,14 +128,14 @@ def test_without_tokenizer_files_token_ids_still_work(runner, tmp_path):
 def test_a_row_that_is_refused_only_the_second_time_is_an_error_row(runner, monkeypatch):
     """A chat template may call the clock, or whatever else it likes."""
     runner.write([{"prompt": "hello"}, {"prompt": [9]}])
-    calls, real = [], Preparer.prepare_all
+    calls, real = [], Preparer.prepare_each
 
-    def prepare_all(preparer, rows):
+    def prepare_each(preparer, rows):
         calls.extend(row for row, _ in rows)
         again = calls.count(0) == 2
         return real(preparer, [(row, with_error(r) if again and row == 0 else r) for row, r in rows])
 
-    monkeypatch.setattr(Preparer, "prepare_all", prepare_all)
+    monkeypatch.setattr(Preparer, "prepare_each", prepare_each)
     report = runner.run()
     assert (report.rows_ok, report.rows_failed) == (1, 1) and sorted(calls) == [0, 0, 1, 1]
     assert fault(runner.failed()[0])["message"] == "not today"

@@ -135,7 +135,7 @@ def test_line_that_cannot_be_understood_is_a_structural_fault(row, words):
         (b'{"prompt": [', b"]}", "nested"),
         (b'{"prompt": "p", "metadata": [', b"]}", "nested"),
         (b"[", b"", "nested"),
-        (b'{"prompt": 9', b"}", "not valid JSON"),
+        (b'{"prompt": 9', b"}", "too many digits"),
         (b'{"prompt": "', b'"}', "longer than"),
     ],
 )

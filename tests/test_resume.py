@@ -147,13 +147,13 @@ def test_finished_rows_are_not_tokenized_again(tmp_path, tokenizer_directory, mo
         bare.run(FakeEngine(window=12, crash_at=[6], crash=Killed()))
     with contextlib.closing(Journal(bare.work / "journal", 12, manifest(bare))) as journal:
         left = [row for row in range(12) if row not in journal]
-    prepared, real = [], Preparer.prepare_all
+    prepared, real = [], Preparer.prepare_each
 
-    def prepare_all(preparer, rows):
+    def prepare_each(preparer, rows):
         prepared.extend(row for row, _ in rows)
         return real(preparer, rows)
 
-    monkeypatch.setattr(Preparer, "prepare_all", prepare_all)
+    monkeypatch.setattr(Preparer, "prepare_each", prepare_each)
     bare.run()
     assert 0 < len(left) < 12 and sorted(prepared) == sorted([*left, *left]), "once to measure it and once to run it"
 
