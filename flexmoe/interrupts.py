@@ -1,12 +1,13 @@
-"""Ctrl-C and SIGTERM: a job in the middle of a sweep ends it first, everything else ends at once.
+"""Ctrl-C, SIGTERM and SIGHUP: a job in the middle of a sweep ends it first, everything else ends at once.
 
-Batch systems send SIGTERM some time before they kill, and a user who presses Ctrl-C once has no reason to lose what the
-sweep has computed. Who presses it twice has.
+Batch systems send SIGTERM some time before they kill, a terminal that is closed sends SIGHUP, and a user who presses
+Ctrl-C once has no reason to lose what the sweep has computed. Who presses it twice has.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -15,14 +16,14 @@ from types import FrameType
 
 from flexmoe.errors import FlexMoEError
 
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGHUP: 75}
 
 
 class Interrupted(FlexMoEError):
     """The job stopped because it was asked to; the same command goes on with it.
 
     Args:
-        signal_number: who asked, SIGINT or SIGTERM.
+        signal_number: who asked, one of `EXIT_CODES`.
         done: what has been done, for the sentence.
     """
 
@@ -32,11 +33,28 @@ class Interrupted(FlexMoEError):
 
 
 class Terminated(BaseException):
-    """SIGTERM where there was nothing to finish; like KeyboardInterrupt, no `except Exception` may hold it up."""
+    """SIGTERM or SIGHUP where there was nothing to finish; like KeyboardInterrupt, no `except Exception` may hold it up."""
+
+
+def exit_at_signals() -> None:
+    """Has signals end the process at once, with their exit codes: for the seconds in which a program imports."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, b"flexmoe: stopped before it began\n")
+        os._exit(EXIT_CODES[signal.Signals(number)])
+
+    for number in _taken():
+        signal.signal(number, leave)
+
+
+def _taken() -> list[signal.Signals]:
+    """The signals to take: who starts a program with nohup wants it to outlive the terminal."""
+    return [n for n in EXIT_CODES if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
 
 
 class Interrupts:
-    """Takes SIGINT and SIGTERM as long as it is entered; outside the main thread it takes none.
+    """Takes the signals of `EXIT_CODES` as long as it is entered; outside the main thread it takes none.
 
     Attributes:
         pending: the signal that came while signals were put off; None before.
@@ -49,7 +67,7 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         self._before = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in EXIT_CODES}
+            self._before = {number: signal.signal(number, self._handle) for number in _taken()}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -51,7 +51,7 @@ class JobFiles:
         errors: rows that failed; None means beside the output.
         shard: the part of the input that is this job's.
         options: how the input is read.
-        overwrite: replace files that are there, and forget what was begun.
+        overwrite: replace files that are there, and forget what was begun otherwise, once there is work to keep instead.
     """
 
     input: PathLike
@@ -102,6 +102,7 @@ class Job:
         identity: what decides the completions, beside the input: a job that was begun with another one is not gone on
             with.
         model_name: reported for rows that name no model.
+        choices: values of flags behind the identity, for the message of a refusal (`Manifest.choices`).
         stream: how it is run.
         interrupts: what may ask it to stop.
 
@@ -123,6 +124,7 @@ class Job:
         identity: Mapping[str, Any] | None = None,
         *,
         model_name: str = "flexmoe",
+        choices: Mapping[str, str] | None = None,
         stream: StreamOptions | None = None,
         interrupts: Interrupts | None = None,
     ) -> None:
@@ -135,7 +137,7 @@ class Job:
             requests = self._parts.enter_context(open_requests(files.input, files.options, self._output.parent))
             numbers = range(len(requests)) if files.shard is None else files.shard.rows(len(requests))
             self._rows = Rows(requests=requests, numbers=numbers)
-            wanted = self._manifest(identity or {}, requests.content_hash, model_name)
+            wanted = self._manifest(identity or {}, requests.content_hash, model_name, choices or {})
             self._workspace = self._parts.enter_context(
                 Workspace(self._output, self._errors, wanted, overwrite=files.overwrite)
             )
@@ -205,6 +207,7 @@ class Job:
         journal = self._workspace.journal
         if self.rows_left:
             raise UsageError(f"{self.rows_left} rows have no line yet; call run() before publish()")
+        self._workspace.begin()
         journal.checkpoint()
         # The output comes last: who sees it may read the error file beside it.
         errors = publish(self._errors, journal.lines(failed=True)) if journal.rows_failed else None
@@ -233,15 +236,18 @@ class Job:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _manifest(self, identity: Mapping[str, Any], content_hash: str, model_name: str) -> Manifest:
+    def _manifest(
+        self, identity: Mapping[str, Any], content_hash: str, model_name: str, choices: Mapping[str, str]
+    ) -> Manifest:
         shard = self._files.shard
         return Manifest(
-            identity={"input": content_hash, **self._files.options.identity(), **identity},
+            identity={"input": content_hash, **self._files.options.identity(self._files.input), **identity},
             rows=len(self._rows),
             shard=None if shard is None else (shard.index, shard.count),
             created_s=self._now,
             model_name=model_name,
             versions=versions(),
+            choices=choices,
         )
 
     def _row_stream(self, preparer: Preparer, found: Preflight) -> RowStream:
@@ -274,22 +280,3 @@ def tell_other_model(setup: PreparerSetup, requests: RequestFile) -> None:
     told = setup.served().warning(requests.models)
     if told is not None:
         log.warning("%s: %s", requests.name, told)
-
-
-def run_job(files: JobFiles, engine: Engine, setup: PreparerSetup, **options: Any) -> JobReport:
-    """The whole of a job with an engine that is there already.
-
-    Args:
-        engine: `flexmoe.LLM`.
-        **options: those of `Job`.
-
-    Raises:
-        FlexMoEError: as `Job`, its `look`, `run` and `publish`.
-    """
-    with Job(files, setup, **options) as job:
-        if job.report is not None:
-            return job.report
-        job.look()
-        if job.rows_left:
-            job.run(engine)
-        return job.publish()

@@ -34,7 +34,13 @@ def add_job_flags(p: argparse.ArgumentParser) -> None:
     )
     rows.add_argument("--strict-model", action="store_true", default=None, help="a row that names another model fails")
     kept = p.add_argument_group("going on (with -i)")
-    kept.add_argument("--overwrite", action="store_true", default=None, help="start anew, and replace what is there")
+    kept.add_argument(
+        "--overwrite",
+        action="store_true",
+        default=None,
+        help="start anew, and replace what is there once there is work to keep instead; the same command again goes on "
+        "with what it began",
+    )
     kept.add_argument(
         "--checkpoint-interval",
         type=seconds,
@@ -90,8 +96,12 @@ def shard(args: argparse.Namespace) -> Shard | None:
     """The part of the input that is this run's; None for all of it.
 
     Raises:
-        UsageError: there is no such part.
+        UsageError: there is no such part, or by Slurm's variables it is one of another division than the one begun here.
     """
     if args.shard is None:
         return None
-    return Shard.of_slurm() if args.shard == SLURM else Shard.parse(args.shard)
+    if args.shard != SLURM:
+        return Shard.parse(args.shard)
+    part = Shard.of_slurm()
+    part.check_division(args.output_file)
+    return part

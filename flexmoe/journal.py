@@ -12,7 +12,7 @@ import logging
 import os
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from flexmoe import file_io
@@ -47,6 +47,7 @@ class Journal:
         path: the file.
         rows: rows of the job; they are numbered from 0.
         job: the job's fingerprint; a journal of another one is refused.
+        after_work: called when work has been kept: a row that did not fail, or tokens of one in flight.
 
     Attributes:
         rows_done, rows_failed: finished rows (failed ones among them), and the failed ones.
@@ -59,8 +60,8 @@ class Journal:
         StorageError: it cannot be read or written.
     """
 
-    def __init__(self, path: Path, rows: int, job: str) -> None:
-        self.path = path
+    def __init__(self, path: Path, rows: int, job: str, after_work: Callable[[], None] = lambda: None) -> None:
+        self.path, self._after_work = path, after_work
         self._places, self._lengths = array("q", [-1]) * rows, array("I", [0]) * rows
         self._failed = bytearray(rows)
         self._partial: dict[int, dict[tuple[int, int], Generated]] = {}
@@ -148,6 +149,16 @@ class Journal:
         """The rows that failed, in order."""
         return [row for row, failed in enumerate(self._failed) if failed]
 
+    def rename(self, path: Path) -> None:
+        """Gives the file another name, durably.
+
+        Raises:
+            StorageError: the disk failed.
+        """
+        with storage_errors(path):
+            file_io.rename(self.path, path)
+        self.path = path
+
     def close(self) -> None:
         """Closes the file; a second call does nothing."""
         if self._descriptor >= 0:
@@ -165,6 +176,8 @@ class Journal:
                 self._cut()
                 raise
         self._end += len(record)
+        if kind in (DONE, TOKENS):
+            self._after_work()
 
     def _cut(self) -> None:
         """Takes back a part of a record; where even that fails, the next start does it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ class Manifest:
         created_s: when it was first started, in seconds since 1970; reported with every completion.
         model_name: reported for rows that name no model.
         versions: of the programs that began it.
+        replaces: it was begun with --overwrite.
+        choices: values of flags that choose a file whose content is in the identity, by the file's name there.
         finished: None while there is work to do.
     """
 
@@ -67,6 +69,8 @@ class Manifest:
     created_s: int
     model_name: str
     versions: Mapping[str, str | None] = field(default_factory=dict)
+    replaces: bool = False
+    choices: Mapping[str, str] = field(default_factory=dict)
     finished: Finished | None = None
 
     @property
@@ -111,10 +115,6 @@ class Manifest:
         document = {"kind": KIND, "schema_version": SCHEMA_VERSION, "fingerprint": self.fingerprint, **asdict(self)}
         publish(path, [json.dumps(document, indent=1, allow_nan=False).encode() + b"\n"])
 
-    def finish(self, finished: Finished) -> Manifest:
-        """The same job, finished."""
-        return replace(self, finished=finished)
-
     def check_same(self, wanted: Manifest, directory: Path) -> None:
         """Shows that `wanted` is this job, so that it may be gone on with.
 
@@ -123,7 +123,11 @@ class Manifest:
             UsageError: only flags differ.
         """
         differences = _differences(self.identity, wanted.identity)
-        kind = DataError if any(name in _FILES for name in differences) else UsageError
+        # A file is another one because a flag names another one.
+        flags = {name: (value, wanted.choices[name]) for name, value in self.choices.items() if name in wanted.choices}
+        flags = {name: values for name, values in flags.items() if name in differences and values[0] != values[1]}
+        differences |= {name: _flag(name, *values) for name, values in flags.items()}
+        kind = DataError if any(name in _FILES and name not in flags for name in differences) else UsageError
         told = list(differences.values())
         if self.shard != wanted.shard:
             told.append(f"--shard was {_shard(self.shard)} and is {_shard(wanted.shard)}")
@@ -153,9 +157,12 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, st
     for name in dict.fromkeys((*old, *new)):
         was, now = old.get(name), new.get(name)
         if was != now:
-            flag = "--" + name.replace("_", "-")
-            told[name] = _FILES.get(name) or f"{flag} was {_value(was)} and is {_value(now)}"
+            told[name] = _FILES.get(name) or _flag(name, was, now)
     return told
+
+
+def _flag(name: str, was: Any, now: Any) -> str:
+    return f"--{name.replace('_', '-')} was {_value(was)} and is {_value(now)}"
 
 
 def _value(value: Any) -> str:

@@ -52,7 +52,7 @@ def merge(output: Path, shards: Sequence[Path], *, overwrite: bool = False) -> t
 
     Args:
         output: the merged file; failed rows go to its error file.
-        shards: the output files of the shards, in any order.
+        shards: the output files of the shards, in any order; error files of theirs are passed over.
         overwrite: replace files that are there.
 
     Returns:
@@ -64,7 +64,7 @@ def merge(output: Path, shards: Sequence[Path], *, overwrite: bool = False) -> t
         DataError: a shard is unfinished, or a file is not as its run left it.
         StorageError: the output cannot be written.
     """
-    parts = _ordered([_part(path) for path in shards])
+    parts = _ordered([_part(path) for path in _without_errors(shards)])
     errors = default_error_path(output)
     files = {"merged output": output, "merged error": errors}
     for part in parts:
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("-o", "--output-file", type=Path, required=True, help="the merged completions")
     p.add_argument("--overwrite", action="store_true", help="replace the merged files where they are there already")
-    p.add_argument("shards", type=Path, nargs="+", help="the outputs of all shards, in any order")
+    p.add_argument("shards", type=Path, nargs="+", help="the outputs of all shards, in any order: out.shard-*.jsonl")
     return p
 
 
@@ -105,10 +105,20 @@ def _run(args: argparse.Namespace) -> int:
     return EXIT_ROWS_FAILED if rows_failed else 0
 
 
+def _without_errors(paths: Sequence[Path]) -> list[Path]:
+    """Without the error files of the others: `out.shard-*.jsonl` has them too."""
+    errors = {default_error_path(path) for path in paths}
+    return [path for path in paths if path not in errors or _manifest_path(path).exists()]
+
+
+def _manifest_path(output: Path) -> Path:
+    return work_directory(output) / "manifest.json"
+
+
 def _part(output: Path) -> Part:
     if output.is_dir():
         raise UsageError(f"{output} is a directory; give the output files of the shards")
-    path = work_directory(output) / "manifest.json"
+    path = _manifest_path(output)
     manifest = Manifest.load(path)
     if manifest is None:
         raise InputMissingError(

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 LOG_INTERVAL_S = 30.0
 #: Rates called recent are of so many seconds.
 _RECENT_S = 60.0
+_DRAW_INTERVAL_S = 0.5
 _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} rows [{elapsed}{postfix}]"
 
 
@@ -95,7 +96,8 @@ class Progress:
         self.rates = Rates(clock)
         self._rows, self._done, self._left, self._clock = rows, done, left, clock
         self._logged = clock()
-        self._bar = _tqdm(rows, done) if bar else None
+        # With miniters=0 it draws between rows too: a sweep of a large model takes minutes.
+        self._bar = _tqdm(rows, done, miniters=0, mininterval=_DRAW_INTERVAL_S) if bar else None
 
     def row(self) -> None:
         """A row is finished."""
@@ -107,18 +109,19 @@ class Progress:
         """A sweep is over."""
         self.rates.add(prompt_tokens, generated_tokens)
         if self._bar is not None:
-            self._bar.set_postfix_str(self.describe())
+            self._bar.set_postfix_str(self.describe(), refresh=False)
+            self._bar.update(0)  # draws, unless it did a moment ago
         elif self._clock() - self._logged >= LOG_INTERVAL_S:
             self._logged = self._clock()
             log.info("%d of %d rows, %s", self._done, self._rows, self.describe())
 
     def describe(self) -> str:
-        """The rates (of late, and since the beginning) and how long the rest will take."""
+        """How long the rest will take, which a narrow terminal must not cut off, and the rates (of late, and in all)."""
         (prompt, generated), (all_prompt, all_generated) = self.rates.recent(), self.rates.whole()
         seconds = self.rates.seconds_left(self._left())
         return (
-            f"in {prompt:.0f} ({all_prompt:.0f}) out {generated:.1f} ({all_generated:.1f}) token/s of late (in all), "
-            f"{'?' if seconds is None else duration(seconds)} left"
+            f"{'?' if seconds is None else duration(seconds)} left, "
+            f"in {prompt:.0f} out {generated:.1f} token/s of late ({all_prompt:.0f} and {all_generated:.1f} in all)"
         )
 
     def close(self) -> None:

@@ -13,6 +13,19 @@ from flexmoe.errors import StorageError
 from flexmoe.planning import GIB
 from flexmoe.versions import versions
 
+# What a start that found nothing to run has to say, by kind.
+_NUMBERS = (
+    "elapsed_time", "num_requests", "total_num_tokens", "requests_per_second", "tokens_per_second", "sweeps", "wall_s",
+    "prompt_tokens", "generated_tokens", "run_tokens", "computed_tokens", "prefill_s", "decode_s", "decode_only_tokens",
+    "mean_rows_in_flight", "most_rows_in_flight", "restarts", "weights_stall_s", "prefill_tokens", "decode_tokens",
+    "padding_fraction", "peak_gpu_bytes",
+)  # fmt: skip
+_OF_SWEEPS = (
+    "rows_in_flight", "tokens_per_sweep", "generated_tokens_per_sweep", "prompt_tokens_per_sweep", "sweep_s",
+)  # fmt: skip
+_OF_PARTS = ("lanes", "memory", "moved_bytes", "peak_bytes")
+_OF_ENGINE = ("predicted", "achieved_weight_percent", "policy", "workload", "device", "dtype")
+
 
 def lane_lines(metrics: dict) -> list[str]:
     """Bytes of every lane with the rate over the run and while busy (busy time adds up the lane's workers)."""
@@ -125,10 +138,11 @@ def metrics_record(
 
 
 def finished_record(rows_ok: int, rows_failed: int, rows_resumed: int) -> dict:
-    """The same of a start that found nothing to run."""
-    rates = ("elapsed_time", "num_requests", "total_num_tokens", "requests_per_second", "tokens_per_second")
+    """The same of a start that found nothing to run: the same keys, with nothing done, and null where no engine was made."""
     rows = {"rows_ok": rows_ok, "rows_failed": rows_failed, "rows_resumed": rows_resumed}
-    return dict.fromkeys(rates, 0) | rows | {"versions": versions()}
+    record = dict.fromkeys(_NUMBERS, 0) | {name: [] for name in _OF_SWEEPS} | {name: {} for name in _OF_PARTS}
+    record |= dict.fromkeys(_OF_ENGINE) | rows
+    return record | {"peak_process_bytes": peak_process_bytes(), "versions": versions()}
 
 
 def phases(metrics: dict) -> dict:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexmoe.errors import UsageError
+from flexmoe.file_io import storage_errors
 
 _SLURM = "SLURM_ARRAY_TASK_"
 MOST_SHARDS = 1000
@@ -68,11 +69,36 @@ class Shard:
             )
         return cls(index=(task - first) // step, count=count)
 
+    def check_division(self, output: Path) -> None:
+        """Shows that no work beside `output` is of a job divided by another count: an array of which only some tasks are
+        submitted again looks as a whole one of fewer parts.
+
+        Raises:
+            UsageError: there is such work; the sentence names it.
+        """
+        stem, end = _split(output.name)
+        pattern = re.compile(rf"{re.escape(stem)}\.shard-([0-9]+)-of-([0-9]+){re.escape(end)}\.flexmoe")
+        with storage_errors(output.parent):
+            names = sorted(os.listdir(output.parent)) if output.parent.is_dir() else []
+        for name in names:
+            found = pattern.fullmatch(name)
+            if found is not None and int(found[2]) != self.count:
+                raise UsageError(
+                    f"this Slurm array stands for shard {self.index}/{self.count}, and {output.with_name(name)} is of a job "
+                    f"divided by {found[2]}. To go on with a part of that one give --shard i/{found[2]}, where i is the "
+                    f"part's number from 0; to divide anew remove what is there, or choose another output"
+                )
+
     def rows(self, total: int) -> range:
         """The rows of this part, of ``total``."""
         return range(self.index, total, self.count)
 
     def path(self, output: Path) -> Path:
         """``out.shard-0-of-8.jsonl`` for ``out.jsonl``."""
-        stem = output.name.removesuffix(".jsonl")
-        return output.with_name(f"{stem}.shard-{self.index}-of-{self.count}{output.name[len(stem) :]}")
+        stem, end = _split(output.name)
+        return output.with_name(f"{stem}.shard-{self.index}-of-{self.count}{end}")
+
+
+def _split(name: str) -> tuple[str, str]:
+    stem = name.removesuffix(".jsonl")
+    return stem, name[len(stem) :]

@@ -113,16 +113,6 @@ class Tokenizer:
             raise DataError(f"the tokenizer cannot encode this text ({first_line(error)})") from error
         return [tuple(ids) for ids in encoded["input_ids"]]
 
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any] | None = None
-    ) -> tuple[int, ...]:
-        """Token ids of a chat under the checkpoint's template, up to where the assistant's answer begins.
-
-        Raises:
-            DataError: as `render`, or as `encode`.
-        """
-        return self.encode_all([self.render(messages, variables)], rendered=True)[0]
-
     def render(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any] | None = None) -> str:
         """The text of a chat under the checkpoint's template.
 

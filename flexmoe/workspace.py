@@ -1,7 +1,8 @@
 """The work directory beside an output: `manifest.json`, which stays, and while the job is unfinished a journal and a lock.
 
 Whatever moment a process dies at, what it leaves is one of: nothing, a manifest without a journal (begun), both
-(unfinished: the next start goes on), or a finished manifest beside a whole output.
+(unfinished: the next start goes on), or a finished manifest beside a whole output. A job that replaces another one keeps
+its own apart (`journal.new`) until it has work to keep, so that what cannot run costs nothing that is there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flexmoe import file_io
-from flexmoe.errors import StorageError, UsageError
+from flexmoe.errors import DataError, StorageError, UsageError
 from flexmoe.file_io import storage_errors
 from flexmoe.journal import Journal
 from flexmoe.lock import Lock
@@ -28,7 +29,8 @@ class Workspace:
     Args:
         output, errors: the final files.
         wanted: the job that is asked for.
-        overwrite: forget what is there, finished or not.
+        overwrite: forget what is there, finished or not, once there is work to keep instead; only a job that was itself
+            begun so, and is unfinished, is gone on with: the same command again is no wish to start anew.
 
     Attributes:
         manifest: that of the job; its creation time is that of the first start.
@@ -46,15 +48,15 @@ class Workspace:
         with storage_errors(self.directory):
             self.directory.mkdir(exist_ok=True)
         self._manifest_path, self._journal_path = self.directory / "manifest.json", self.directory / "journal"
+        self._apart_path = self.directory / "journal.new"
         self._lock = Lock(self.directory / "lock")
         self._journal: Journal | None = None
-        self._is_new, self.manifest = False, wanted
+        self._is_new, self._is_begun, self.manifest = False, True, wanted
         try:
             for path in (output, errors, self._manifest_path):
                 remove_temporaries(path)
-            if overwrite:
-                self._forget()
-            self.manifest = self._same_or_new(wanted, overwrite)
+            remove(self._apart_path)
+            self.manifest = self._begun_so_or_new(wanted) if overwrite else self._same_or_new(wanted)
         except BaseException:
             self.close()
             raise
@@ -72,13 +74,29 @@ class Workspace:
             DataError, StorageError: as `Journal`.
         """
         if self._journal is None:
-            self._journal = Journal(self._journal_path, self.manifest.rows, self.manifest.part)
+            path = self._journal_path if self._is_begun else self._apart_path
+            self._journal = Journal(path, self.manifest.rows, self.manifest.part, self.begin)
             with storage_errors(self.directory):
                 file_io.sync_directory(self.directory)
         return self._journal
 
+    def begin(self) -> None:
+        """Forgets what the job replaces; the journal has it done once it keeps work. A second call does nothing.
+
+        Raises:
+            StorageError: the disk is full or failed.
+        """
+        if self._is_begun:
+            return
+        # In this order no moment has the journal of one job beside the manifest of another.
+        remove(self._journal_path)
+        self.manifest.save(self._manifest_path)
+        if self._journal is not None:
+            self._journal.rename(self._journal_path)
+        self._is_begun = True
+
     def finish(self, finished: Finished) -> None:
-        """Writes down that the output has its name, and lets the journal go.
+        """Writes down that the output of a job that has begun has its name, and lets the journal go.
 
         Raises:
             StorageError: the disk is full or failed; the next start publishes the same files again.
@@ -92,8 +110,9 @@ class Workspace:
         """Lets go of the directory. A job in which nothing was done leaves nothing: its flags may be others next time."""
         untouched = self._is_new if self._journal is None else self._journal.is_untouched
         self._close_journal()
-        if untouched and self.finished is None:
-            with contextlib.suppress(StorageError):
+        with contextlib.suppress(StorageError):
+            remove(self._apart_path)
+            if untouched and self._is_begun and self.finished is None:
                 self._forget()
         self._lock.release()
         with contextlib.suppress(OSError):  # it is not empty, as a rule
@@ -105,7 +124,21 @@ class Workspace:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _same_or_new(self, wanted: Manifest, overwrite: bool) -> Manifest:
+    def _begun_so_or_new(self, wanted: Manifest) -> Manifest:
+        """With --overwrite."""
+        with contextlib.suppress(DataError):  # a damaged manifest is replaced as any other
+            held = Manifest.load(self._manifest_path)
+            if held is not None and held.replaces and held.finished is None and held.part == wanted.part:
+                log.warning(
+                    "going on with what --overwrite began here before; remove %s to start anew once more",
+                    self.directory,
+                )
+                self._tell_other_versions(held, wanted)
+                return held
+        self._is_new, self._is_begun = True, False
+        return replace(wanted, replaces=True)
+
+    def _same_or_new(self, wanted: Manifest) -> Manifest:
         held = Manifest.load(self._manifest_path)
         if held is not None and held.part != wanted.part and self._is_untouched(held):
             self._forget()
@@ -120,7 +153,7 @@ class Workspace:
                 return held
             log.warning("%s is gone, so its job, which was finished, is done again", self._output)
             self._forget()
-        elif not overwrite:
+        else:
             self._refuse_files_of_others()
         self._is_new = True
         wanted.save(self._manifest_path)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from flexmoe import file_io
-from flexmoe.job import JobFiles, run_job
+from flexmoe.job import Job, JobFiles
 from flexmoe.preparer_setup import PreparerSetup
 from flexmoe.row_stream import StreamOptions
 from tests.fake_engine import FakeEngine
@@ -63,7 +63,13 @@ class Runner:
         clock = {} if clock is None else {"clock": clock}
         stream = StreamOptions(bar=bar, checkpoint_interval_s=interval_s, **clock)
         engine = FakeEngine() if llm is None else llm
-        return run_job(self.files(**files or {}), engine, setup or self.setup, stream=stream, **options)
+        with Job(self.files(**files or {}), setup or self.setup, stream=stream, **options) as job:
+            if job.report is not None:
+                return job.report
+            job.look()
+            if job.rows_left:
+                job.run(engine)
+            return job.publish()
 
     def lines(self):
         return read(self.output)

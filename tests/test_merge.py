@@ -35,6 +35,15 @@ def make(directory, total=11, count=3, failed=(), identity=None, only=None):
     return paths
 
 
+def test_the_error_files_that_a_pattern_takes_in_are_passed_over(tmp_path, capsys):
+    make(tmp_path, failed={4, 5})
+    paths = sorted(tmp_path.glob("out.shard-*.jsonl"), key=lambda path: path.is_dir())
+    paths = [path for path in paths if path.is_file()]
+    assert len(paths) == 5
+    code, _, err = call(capsys, "-o", tmp_path / "merged.jsonl", *paths)
+    assert (code, err) == (3, "") and rows(tmp_path / "merged.errors.jsonl", b"bad") == [4, 5]
+
+
 @pytest.fixture
 def out(tmp_path):
     (tmp_path / "merged").mkdir()

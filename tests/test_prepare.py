@@ -52,7 +52,10 @@ def test_draws_depend_on_the_row_and_not_on_its_place(preparer):
 
 def test_chat_is_rendered_with_its_variables(tokenizer, preparer):
     chat = request(**CHAT)
-    assert preparer().prepare(chat, 0)[0].prompt_token_ids == tokenizer.encode_chat(chat.messages)
+    assert (
+        preparer().prepare(chat, 0)[0].prompt_token_ids
+        == tokenizer.encode_all([tokenizer.render(chat.messages)], rendered=True)[0]
+    )
     template = "{{ messages[0].content }}{{ mood }}"
     loud = Tokenizer(tokenizer._backend, "here", chat_template=template)
     [part] = preparer(tokenizer=loud).prepare(request(**CHAT, chat_template_kwargs={"mood": "!"}), 0)

@@ -60,7 +60,7 @@ def test_without_a_terminal_a_line_is_logged_every_half_minute(clock, caplog):
         progress.sweep(20, 1)
     progress.row()
     assert len(caplog.records) == 90 // LOG_INTERVAL_S
-    assert caplog.messages[0] == "2 of 10 rows, in 20 (20) out 1.0 (1.0) token/s of late (in all), 1:00:00 left"
+    assert caplog.messages[0] == "2 of 10 rows, 1:00:00 left, in 20 out 1.0 token/s of late (20 and 1.0 in all)"
 
 
 def test_the_bar_has_rows_and_rates(clock, capsys):
@@ -70,7 +70,32 @@ def test_the_bar_has_rows_and_rates(clock, capsys):
     progress.row()
     progress.close()
     err = capsys.readouterr().err
-    assert "3/10 rows" in err and "in 10 (10) out 1.0 (1.0) token/s" in err and "0:05 left" in err
+    assert "3/10 rows" in err and "0:05 left, in 10 out 1.0 token/s of late (10 and 1.0 in all)" in err
+
+
+def test_the_time_left_fits_a_narrow_terminal(clock, capsys):
+    progress = Progress(1_000_000, 2, bar=True, left=lambda: Left(prompt_tokens=0, generated_tokens=1e6), clock=clock)
+    progress._bar.dynamic_ncols, progress._bar.ncols = None, 80
+    clock.now += 10
+    progress.sweep(1_000_000, 10_000)
+    progress._bar.refresh()
+    shown = capsys.readouterr().err.split("\r")[-1]
+    progress.close()
+    assert len(shown) <= 80 and "16:40 left, in " in shown
+
+
+def test_the_bar_is_not_drawn_every_sweep_and_is_drawn_between_rows(clock, capsys):
+    progress = Progress(10, 0, bar=True, left=lambda: Left(prompt_tokens=0, generated_tokens=5), clock=clock)
+    now = progress._bar._time()
+    progress._bar._time = lambda: now
+    progress._bar.last_print_t = now
+    capsys.readouterr()
+    for _ in range(1000):
+        now += 0.01
+        progress.sweep(10, 1)
+    drawn = capsys.readouterr().err.count("\r")
+    progress.close()
+    assert 15 <= drawn <= 25, "every half second of ten"
 
 
 @pytest.mark.parametrize("seconds, text", [(0, "0:00"), (59.6, "1:00"), (3725, "1:02:05"), (90061, "1 d 01:01:01")])

@@ -1,22 +1,15 @@
 """The work directory: one job, one runner, and every way in which the two may not be the same as before."""
 
 import errno
-import fcntl
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 
-from flexmoe import lock
 from flexmoe.errors import DataError, StorageError, UsageError
-from flexmoe.lock import Lock
 from flexmoe.manifest import Finished, Manifest, work_directory
-from flexmoe.order import longest_first
 from flexmoe.output_files import publish
-from flexmoe.shards import Shard
 from flexmoe.workspace import Workspace
 
 IDENTITY = {"input": "a1", "model": "b2", "weights": "c3", "tokenizer": "d4", "gen_len": 32, "seed": 0}
@@ -117,11 +110,95 @@ def test_a_job_that_was_killed_before_it_had_done_anything_gives_way_to_another(
 
 
 def test_overwrite_starts_anew(opened):
-    first = opened()
-    first.journal.finish(1, b"one\n")
-    first.close()
+    begun(opened())
     space = opened(manifest(gen_len=64, created_s=2000), overwrite=True)
     assert space.journal.rows_done == 0 and space.manifest.created_s == 2000
+    begun(space)
+    again = opened(manifest(gen_len=64))
+    assert again.journal.rows_done == 1 and again.manifest.created_s == 2000
+
+
+@pytest.mark.parametrize("looked", [False, True])
+def test_overwrite_forgets_nothing_before_the_new_job_begins(opened, output, looked):
+    begun(opened())
+    work = work_directory(output)
+    before = {path.name: path.read_bytes() for path in work.iterdir()}
+    space = opened(manifest(gen_len=64), overwrite=True)
+    if looked:
+        space.journal.finish(0, b"refused", failed=True)
+        (work / "kept").write_bytes((work / "journal.new").read_bytes())
+    space.close()
+    if looked:
+        (work / "kept").rename(work / "journal.new")  # as a kill leaves it
+    assert 1 in opened().journal
+    assert before.items() <= {path.name: path.read_bytes() for path in work.iterdir()}.items()
+    assert not (work / "journal.new").exists()
+
+
+@pytest.mark.parametrize("moment", ["remove", "save", "rename"])
+def test_no_moment_of_the_beginning_mixes_two_jobs(opened, output, monkeypatch, moment):
+    begun(opened())
+    space = opened(manifest(gen_len=64), overwrite=True)
+    space.journal.finish(0, b"refused", failed=True)
+
+    class Killed(Exception):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    names = {
+        "remove": "flexmoe.workspace.remove",
+        "save": "flexmoe.manifest.Manifest.save",
+        "rename": "flexmoe.journal.Journal.rename",
+    }
+    with monkeypatch.context() as patched:
+        patched.setattr(names[moment], killed)
+        with pytest.raises(Killed):
+            space.begin()
+        space._journal.close()
+        os.close(space._lock._descriptor)
+        space._lock._descriptor = -1
+    if moment == "rename":
+        assert opened(manifest(gen_len=64)).journal.rows_done == 0
+    else:
+        assert (1 in opened().journal) == (moment == "remove")
+
+
+def test_overwrite_forgets_nothing_where_there_is_no_room_for_the_first_row(opened, monkeypatch):
+    begun(opened())
+    space = opened(manifest(gen_len=64), overwrite=True)
+    journal = space.journal
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("flexmoe.file_io.os.write", full)
+        with pytest.raises(StorageError):
+            journal.finish(0, b"zero\n")
+    space.close()
+    assert 1 in opened().journal
+
+
+def test_the_same_job_with_overwrite_goes_on_with_what_it_began(opened, output, caplog):
+    space = opened(overwrite=True)
+    begun(space)
+    again = opened(manifest(created_s=2000), overwrite=True)
+    assert 1 in again.journal and again.manifest.created_s == 1000
+    assert "remove" in caplog.text and str(work_directory(output)) in caplog.text
+    again.close()
+    other = opened(manifest(gen_len=64), overwrite=True)
+    assert other.journal.rows_done == 0, "another job starts anew"
+
+
+def test_overwrite_does_a_finished_job_again_though_it_was_begun_so(opened, output):
+    space = opened(overwrite=True)
+    space.begin()
+    space.finish(finished(output))
+    space.close()
+    again = opened(overwrite=True)
+    assert again.finished is None and again.journal.rows_done == 0
 
 
 def test_a_finished_job_is_known_and_its_journal_gone(opened, output):
@@ -184,105 +261,6 @@ def test_the_fingerprint_is_the_same_for_all_shards_and_starts():
     assert one.fingerprint != manifest(seed=1).fingerprint
 
 
-# The lock.
-
-
-def test_a_second_runner_is_told_who_works_on_the_job(opened):
-    opened()
-    with pytest.raises(UsageError, match=rf"process {os.getpid()} on .*, since 2"):
-        opened()
-
-
-def test_the_lock_of_a_killed_process_holds_nobody_up(tmp_path):
-    code = (
-        f"import os, signal; from flexmoe.lock import Lock; Lock({str(tmp_path / 'lock')!r}); os.kill(os.getpid(), 9)"
-    )
-    code = code.replace("Lock('", "Lock(__import__('pathlib').Path('").replace("'); os", "')); os")
-    subprocess.run([sys.executable, "-c", code], timeout=60, cwd=os.path.dirname(os.path.dirname(__file__)))
-    assert (tmp_path / "lock").exists()
-    Lock(tmp_path / "lock").release()
-    assert names(tmp_path) == []
-
-
-def test_a_lock_file_that_was_removed_meanwhile_is_made_anew(tmp_path, monkeypatch):
-    """Between opening and locking, the last holder may remove the file; two processes would then hold two locks."""
-    path, real, calls = tmp_path / "lock", fcntl.flock, []
-
-    def flock(descriptor, operation):
-        calls.append(descriptor)
-        if len(calls) == 1:
-            path.unlink()
-        real(descriptor, operation)
-
-    monkeypatch.setattr(lock.fcntl, "flock", flock)
-    held = Lock(path)
-    assert len(calls) == 2 and path.exists()
-    monkeypatch.undo()
-    with pytest.raises(UsageError, match="another run"):
-        Lock(path)
-    held.release()
-
-
-def test_a_file_system_without_locks_is_named_in_a_warning(tmp_path, monkeypatch, caplog):
-    def flock(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(lock.fcntl, "flock", flock)
-    Lock(tmp_path / "lock").release()
-    assert "has no locks" in caplog.text
-
-
-# Shards and the order of work.
-
-
-def test_shards_take_every_row_once():
-    for total, count in ((10, 3), (2, 5), (0, 2), (7, 1)):
-        parts = [list(Shard(index=i, count=count).rows(total)) for i in range(count)]
-        assert sorted(sum(parts, [])) == list(range(total))
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-@pytest.mark.parametrize("text", ["", "1", "1/", "2/2", "-1/2", "0/0", "a/b", "0/1001", "1/2/3", "٠/٢"])
-def test_a_shard_that_is_none_is_refused(text):
-    with pytest.raises(UsageError, match="--shard"):
-        Shard.parse(text)
-
-
-def slurm(task, first, last, count):
-    return {f"SLURM_ARRAY_TASK_{n}": str(v) for n, v in zip(("ID", "MIN", "MAX", "COUNT"), (task, first, last, count))}
-
-
-@pytest.mark.parametrize("variables, shard", [
-    ((0, 0, 7, 8), (0, 8)), ((7, 0, 7, 8), (7, 8)), ((3, 1, 4, 4), (2, 4)), ((10, 5, 15, 3), (1, 3)), ((4, 4, 4, 1), (0, 1)),
-])  # fmt: skip
-def test_slurms_array_gives_the_shard(variables, shard):
-    assert Shard.of_slurm(slurm(*variables)) == Shard(index=shard[0], count=shard[1])
-
-
-@pytest.mark.parametrize("variables", [{}, slurm("x", 0, 1, 2), slurm(3, 0, 9, 3), slurm(2, 0, 9, 4)], ids=str)
-def test_an_array_that_is_no_even_one_is_refused(variables):
-    with pytest.raises(UsageError, match="--shard"):
-        Shard.of_slurm(variables)
-
-
-def test_a_shards_output_is_named_after_the_jobs(tmp_path):
-    assert Shard(index=0, count=8).path(tmp_path / "out.jsonl") == tmp_path / "out.shard-0-of-8.jsonl"
-    assert Shard(index=1, count=2).path(tmp_path / "results").name == "results.shard-1-of-2"
-
-
-def test_the_longest_rows_of_a_window_come_first_and_nothing_is_read_ahead_of_it():
-    lengths, taken = [3, 9, 9, 1, 5, 7, 2, 8], []
-
-    def rows():
-        for row in range(len(lengths)):
-            taken.append(row)
-            yield row
-
-    order = longest_first(rows(), lengths, 4)
-    assert [next(order) for _ in range(4)] == [1, 2, 0, 3] and len(taken) == 4
-    assert list(order) == [7, 5, 4, 6]
-
-
 def test_what_a_killed_process_left_of_a_file_that_it_published_is_removed(opened, output):
     space = opened()
     begun(space)
@@ -303,3 +281,9 @@ def test_a_job_that_goes_on_with_other_versions_says_so_and_one_with_the_same_do
     opened(replace(first, versions={"torch": "2.2", "flexmoe": "1"}))
     [told] = caplog.messages
     assert "begun with torch 2.1 (now 2.2)" in told and "flexmoe" not in told.split("was begun")[1]
+
+
+def test_a_second_runner_is_told_who_works_on_the_job(opened):
+    opened()
+    with pytest.raises(UsageError, match=rf"process {os.getpid()} on .*, since 2"):
+        opened()

@@ -54,10 +54,10 @@ class InputOptions:
         """The template, ready to be filled."""
         return None if self.prompt_template is None else PromptTemplate(self.prompt_template)
 
-    def identity(self) -> dict[str, Any]:
-        """What, beside the input's content, decides what its rows say: for a job that is gone on with later."""
+    def identity(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """What, beside the content of the input at `path`, decides what its rows say: for a job that is gone on with."""
         return {
-            "input_format": self.format,
+            "input_format": self.format_of(path),
             "prompt_column": self.prompt_column,
             "prompt_template": self.prompt_template,
             "on_invalid": self.on_invalid,
