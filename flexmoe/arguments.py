@@ -17,10 +17,11 @@ Shares are rounded to whole units (an attention module, an expert), KV blocks an
 achieved. On --device cpu the GPU tier is a budget in RAM too.
 
 A job that was stopped, by whatever, goes on when the same command is run again: it is kept in <output>.flexmoe. Another
-policy, budget or device may be given then; another input, model or way of sampling is refused.
+policy, budget or device may be given then; another input, model or way of sampling is refused. --overwrite forgets what is
+there once there is work to keep instead; the same command with --overwrite goes on with what it began itself.
 
 exit codes: 0 all rows ok, 1 internal, 2 usage, 3 finished but some rows failed, 4 does not fit or other model,
-65 bad input or checkpoint, 66 input missing, 74 I/O error or disk full, 75 stopped by SIGTERM, 130 by Ctrl-C; after 4,
+65 bad input or checkpoint, 66 input missing, 74 I/O error or disk full, 75 stopped by SIGTERM or SIGHUP, 130 by Ctrl-C; after 4,
 74, 75 and 130 the same command goes on
 """
 _DESCRIPTION = """\
@@ -81,7 +82,8 @@ def _job_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--dry-run",
         action="store_true",
-        help="check every row, print counts, the plan and the predicted hours; load no weights, touch no output",
+        help="check every row, print counts, the plan and the predicted hours; load no weights, touch no output; exit code 3 where "
+        "rows cannot run",
     )
     g.add_argument("--metrics-json", type=Path, help="write what was measured as JSON")
     g.add_argument("--trace", type=Path, help="write a Chrome trace (chrome://tracing, Perfetto), one track per lane")
@@ -132,5 +134,7 @@ def _machine_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--nvme-mem", type=float, metavar="GIB", help="disk space to stay under, weights on disk included")
     g.add_argument("--offload-dir", type=Path, default=Path("~/flexmoe_offload_dir"), help="directory of the disk tier")
     g.add_argument(
-        "--kv-tokens", type=count, help="KV capacity in tokens (default: from the block and the rows' lengths)"
+        "--kv-tokens",
+        type=count,
+        help="KV capacity in tokens, and at least what the longest row needs (default: from the block and the rows' lengths)",
     )

@@ -14,6 +14,7 @@ from flexmoe.inputs.options import open_requests
 from flexmoe.interrupts import Interrupts
 from flexmoe.job import Job, JobFiles, JobReport, tell_other_model
 from flexmoe.job_arguments import input_options, shard
+from flexmoe.lengths import Lengths
 from flexmoe.llm import LLM
 from flexmoe.loader import Model
 from flexmoe.preflight import Preflight, preflight
@@ -62,6 +63,10 @@ class JobCommand:
         args: the command line.
         model: with the generation config that is asked for.
         interrupts: what may ask the job to stop.
+
+    Attributes:
+        lengths: of the rows that are left, once they have been measured.
+        rows_refused: rows that can never run, as far as `measure` found any.
     """
 
     def __init__(self, args: argparse.Namespace, model: Model, interrupts: Interrupts) -> None:
@@ -69,6 +74,8 @@ class JobCommand:
         self._template = None if args.chat_template is None else read_template(args.chat_template)
         self._parts = contextlib.ExitStack()
         self._job: Job | None = None
+        self.lengths: Lengths | None = None
+        self.rows_refused = 0
 
     def measure(self) -> Measured | None:
         """Looks at every row that is left; None when none is.
@@ -82,6 +89,7 @@ class JobCommand:
         if self._job.report is not None:
             return None
         measured = self._job.look()
+        self._note(self._job.found)
         return measured if self._job.rows_left else None
 
     def finish(self) -> JobReport:
@@ -113,6 +121,9 @@ class JobCommand:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _note(self, found: Preflight) -> None:
+        self.lengths, self.rows_refused = found.lengths, found.rows_refused
+
     def _open(self) -> Job:
         interval_s = self._args.checkpoint_interval
         stream = StreamOptions(
@@ -123,6 +134,7 @@ class JobCommand:
             self._setup(),
             self._identity(),
             model_name=str(self._args.model),
+            choices={"generation_config": self._args.generation_config or "auto"},
             stream=stream,
             interrupts=self._interrupts,
         )
@@ -168,6 +180,7 @@ class JobCommand:
             rows = Rows(requests=requests, numbers=numbers)
             with contextlib.closing(preflight(rows, setup, bar=sys.stderr.isatty())) as found:
                 say(*_found_lines(found, rows))
+                self._note(found)
                 return found.lengths.measured(setup.context)
 
 

@@ -69,15 +69,22 @@ class Lengths:
         self.prompt_tokens[row], self.new_tokens[row] = length.prompt_tokens, length.new_tokens
         self.longest[row] = length.longest
 
-    def measured(self, context: int) -> Measured:
-        """The job in a few numbers. Where a row has several prompts, each counts as long as they are on average."""
-        measured = Measured.of(self._each(), context)
-        longest = max(measured.longest_row, max(self.longest, default=0))
+    def measured(self, context: int, longest_row: int | None = None) -> Measured:
+        """The job in a few numbers. Where a row has several prompts, each counts as long as they are on average.
+
+        Args:
+            context: most tokens of a prompt and its completion.
+            longest_row: rows that may grow longer are left out; None leaves none out.
+        """
+        most = context if longest_row is None else longest_row
+        measured = Measured.of(self._each(most), context)
+        longest = max((tokens for tokens in self.longest if tokens <= most), default=0)
+        longest = max(measured.longest_row, longest)
         return replace(measured, workload=replace(measured.workload, longest_row=longest), longest_row=longest)
 
-    def _each(self) -> Iterator[tuple[int, int, int]]:
+    def _each(self, most: int) -> Iterator[tuple[int, int, int]]:
         """Prompt tokens, new tokens and samples of each row, as for one of its samples."""
         for row, prompts in enumerate(self._prompts):
-            if prompts:
+            if prompts and self.longest[row] <= most:
                 samples = self._samples[row]
                 yield -(-self.prompt_tokens[row] // prompts), -(-self.new_tokens[row] // samples), samples

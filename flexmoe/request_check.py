@@ -27,7 +27,7 @@ def problem(request: EngineRequest, arch: ModelArch, *, limit: int, room: int, h
     if limit - 1 > room:
         return (
             f"prompt and completion may reach {limit} tokens, but the KV cache and its buffers were planned for at most "
-            f"{room} in one row"
+            f"{room} in one row; lower max_tokens, shorten the prompt, or give the KV cache more memory"
         )
     return _parameters(request, arch.vocab_size, has_tokenizer) or _resumed(request, arch.vocab_size)
 

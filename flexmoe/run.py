@@ -9,25 +9,27 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from flexmoe.interrupts import Interrupts, Terminated, exit_at_signals
+from policies.command_line import complain, guarded, open_standard_streams, say
+
+if __name__ == "__main__":  # what follows takes a second to import, and from a cold disk many
+    open_standard_streams()
+    exit_at_signals()
+
 from cost_model.simulate import Simulation
 from flexmoe import report
 from flexmoe.arguments import parser
 from flexmoe.auto_policy import comparison_lines, describe_policy, forecast_line, predicted_metrics
 from flexmoe.errors import UsageError
-from flexmoe.interrupts import Interrupts, Terminated
 from flexmoe.job import JobReport
 from flexmoe.job_arguments import refuse_job_flags
 from flexmoe.job_command import JobCommand, job_files, with_generation_config
 from flexmoe.llm import LLM
-from flexmoe.loader import Model, load_model
+from flexmoe.loader import load_model
 from flexmoe.out_of_memory import as_infeasible
 from flexmoe.output_files import check_distinct, check_writable
 from flexmoe.params import EngineRequest, SamplingParams
-from flexmoe.planning import EngineConfig, EnginePlan
-from flexmoe.run_plan import benchmark_rows, choose_policy, engine_options, forecaster, is_auto
-from flexmoe.workload import Measured
-from policies.command_line import guarded, say
-from policies.policy import Policy
+from flexmoe.run_plan import RunPlan, benchmark_rows, is_auto, plan_run
 
 EXIT_ROWS_FAILED, EXIT_TERMINATED = 3, 75
 
@@ -46,7 +48,7 @@ def _interruptible(args: argparse.Namespace) -> int:
         try:
             return _run(args, interrupts)
         except Terminated:
-            sys.stderr.write("flexmoe: terminated\n")
+            complain("flexmoe: terminated")
             return EXIT_TERMINATED
 
 
@@ -62,18 +64,18 @@ def _run(args: argparse.Namespace, interrupts: Interrupts) -> int:
         measured = job.measure() if job else benchmark_rows(args)
         if measured is None:  # no row is left, so that no weight is needed
             return _nothing_ran(args, job.finish())
-        planner = forecaster(args, model, measured)
-        policy = choose_policy(args, model, measured, planner)
-        options = engine_options(args, measured, policy)
-        predicted = planner.predict(policy, options["kv_tokens"]) if planner else None
+        if args.dry_run and not measured.rows:
+            return EXIT_ROWS_FAILED if job.rows_refused else 0
+        plan = plan_run(args, model, measured, job.lengths if job else None)
+        predicted = plan.predicted
         if predicted:
-            say(describe_policy(policy), forecast_line(predicted))
+            say(describe_policy(plan.policy), forecast_line(predicted))
         if args.dry_run:
-            return _dry_run(model, policy, measured, options)
-        llm = LLM(model, policy=policy, workload=measured.workload, **options)
+            return _dry_run(plan, job)
+        llm = LLM(model, policy=plan.policy, workload=plan.measured.workload, **plan.options)
         parts.callback(llm.close)
         say(llm.engine.plan.describe_weights(), llm.engine.plan.describe_cache())
-        code = _job(args, llm, job, predicted) if job else _benchmark(args, llm, measured, predicted)
+        code = _job(args, llm, job, predicted) if job else _benchmark(args, llm, predicted)
         if args.trace:
             llm.engine.recorder.write_chrome_trace(args.trace)
             say(f"trace: {args.trace}")
@@ -113,16 +115,15 @@ def _check_arguments(args: argparse.Namespace) -> None:
             check_writable(path)
 
 
-def _dry_run(model: Model, policy: Policy, measured: Measured, options: dict) -> int:
-    config = EngineConfig(policy=policy, workload=measured.workload, **options)
-    plan = EnginePlan.of(model, config)
-    say(plan.describe_weights(), plan.describe_cache(), *plan.memory_lines())
+def _dry_run(plan: RunPlan, job: JobCommand | None) -> int:
+    engine, measured = plan.engine, plan.measured
+    say(engine.describe_weights(), engine.describe_cache(), *engine.memory_lines())
     s, n = measured.workload.prompt_len, measured.workload.gen_len
     say(
         f"lengths of {measured.rows} completions: mean prompt {s} tokens, mean completion at most {n}, longest row "
         f"{measured.longest_row}"
     )
-    return 0
+    return EXIT_ROWS_FAILED if job and (job.rows_refused or plan.rows_without_room) else 0
 
 
 def _job(args: argparse.Namespace, llm: LLM, job: JobCommand, predicted: Simulation | None) -> int:
@@ -144,7 +145,7 @@ def _exit_code(done: JobReport) -> int:
     return EXIT_ROWS_FAILED if done.rows_failed else 0
 
 
-def _benchmark(args: argparse.Namespace, llm: LLM, measured: Measured, predicted: Simulation | None) -> int:
+def _benchmark(args: argparse.Namespace, llm: LLM, predicted: Simulation | None) -> int:
     vocab, rng = llm.model.arch.vocab_size, random.Random(args.seed)
     params = SamplingParams(max_tokens=args.cut_gen_len or args.gen_len, ignore_eos=True)
     requests = [

@@ -3,17 +3,116 @@
 from __future__ import annotations
 
 import argparse
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cost_model.simulate import Simulation
 from cost_model.sizes import BLOCK_TOKENS
 from flexmoe.auto_policy import Forecaster
 from flexmoe.device import Device
+from flexmoe.errors import InfeasibleError
+from flexmoe.lengths import Lengths
 from flexmoe.llm import RESIDENT
 from flexmoe.loader import Model, compute_dtype
+from flexmoe.planning import EngineConfig, EnginePlan
 from flexmoe.workload import Measured
 from policies.policy import Policy, PolicyFile, Workload
 
+log = logging.getLogger(__name__)
 _MOST_PREFILL_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What a run is going to be.
+
+    Args:
+        measured: the rows that it is planned for; longer ones fit no memory, and the engine refuses them.
+        policy: of the engine.
+        options: of the engine, beside it.
+        engine: what it will allocate.
+        predicted: what it will do, where a planner was asked for.
+        rows_without_room: rows that are left out.
+    """
+
+    measured: Measured
+    policy: Policy
+    options: dict
+    engine: EnginePlan
+    predicted: Simulation | None
+    rows_without_room: int = 0
+
+
+def plan_run(args: argparse.Namespace, model: Model, measured: Measured, lengths: Lengths | None = None) -> RunPlan:
+    """The plan for rows that are to run; where a few of a job are too long for any memory, the plan for the others.
+
+    Args:
+        measured: all of them.
+        lengths: of each; None means that each has to fit.
+
+    Raises:
+        FlexMoEError: nothing fits, or what the flags ask for cannot be used.
+    """
+    planner = _forecaster(args, model, measured)
+    try:
+        return _planned(args, model, measured, planner)
+    except InfeasibleError:
+        fitting = None if lengths is None else _longest_that_fits(args, model, lengths, planner)
+        if fitting is None or fitting >= measured.longest_row:
+            raise
+    others = lengths.measured(model.arch.max_position, fitting)
+    without = [row for row, tokens in enumerate(lengths.longest) if tokens > fitting]
+    log.warning(
+        "rows that no memory has room for: %d (the longest may reach %d tokens); they become error rows, and the job is "
+        "planned for rows of up to %d tokens",
+        len(without),
+        measured.longest_row,
+        fitting,
+    )
+    return replace(_planned(args, model, others, planner), rows_without_room=len(without))
+
+
+def _planned(args: argparse.Namespace, model: Model, measured: Measured, planner: Forecaster | None) -> RunPlan:
+    planner = planner and replace(planner, workload=measured.workload)
+    policy = _choose_policy(args, model, measured, planner)
+    options = _engine_options(args, measured, policy)
+    plan = EnginePlan.of(model, EngineConfig(policy=policy, workload=measured.workload, **options))
+    predicted = planner.predict(policy, options["kv_tokens"]) if planner else None
+    return RunPlan(measured=measured, policy=policy, options=options, engine=plan, predicted=predicted)
+
+
+def _longest_that_fits(
+    args: argparse.Namespace, model: Model, lengths: Lengths, planner: Forecaster | None
+) -> int | None:
+    """The longest row that runs where it is alone, in tokens; None where even the shortest does not.
+
+    Each is tried with the policy that the job has without the longer ones, since those do not count then.
+    """
+
+    def fits(tokens: int) -> bool:
+        measured = lengths.measured(model.arch.max_position, tokens)
+        try:
+            policy = _choose_policy(args, model, measured, planner and replace(planner, workload=measured.workload))
+            options = {**_engine_options(args, measured, policy), "kv_tokens": 1}  # and what the longest row needs
+            EnginePlan.of(model, EngineConfig(policy=policy, workload=measured.workload, **options))
+        except InfeasibleError:
+            return False
+        return True
+
+    values = sorted({tokens for tokens in lengths.longest if tokens})
+    # Mostly it is not a row that does not fit, and to know that one plan is enough.
+    return _last(values, fits) if fits(values[0]) else None
+
+
+def _last(values: list[int], holds: Callable[[int], bool]) -> int | None:
+    """The last of sorted values for which it holds, as it does for all before; None where it does for none."""
+    low, high = 0, len(values)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if holds(values[middle]) else (low, middle)
+    return values[low - 1] if low else None
 
 
 def is_auto(value: Path | None) -> bool:
@@ -28,7 +127,7 @@ def benchmark_rows(args: argparse.Namespace) -> Measured:
     return Measured(workload=workload, longest_row=args.prompt_len + args.gen_len, rows=rows)
 
 
-def forecaster(args: argparse.Namespace, model: Model, measured: Measured) -> Forecaster | None:
+def _forecaster(args: argparse.Namespace, model: Model, measured: Measured) -> Forecaster | None:
     """The planner, where the run asks for it: a job's dry run does, to say how long the job will take.
 
     Raises:
@@ -49,7 +148,7 @@ def forecaster(args: argparse.Namespace, model: Model, measured: Measured) -> Fo
     )
 
 
-def choose_policy(args: argparse.Namespace, model: Model, measured: Measured, planner: Forecaster | None) -> Policy:
+def _choose_policy(args: argparse.Namespace, model: Model, measured: Measured, planner: Forecaster | None) -> Policy:
     """The policy that the flags ask for.
 
     Raises:
@@ -65,9 +164,15 @@ def choose_policy(args: argparse.Namespace, model: Model, measured: Measured, pl
     return _policy_of_flags(args, measured)
 
 
-def engine_options(args: argparse.Namespace, measured: Measured, policy: Policy) -> dict:
+def _engine_options(args: argparse.Namespace, measured: Measured, policy: Policy) -> dict:
     """The engine's options beside the policy."""
     kv_tokens, mean = args.kv_tokens, measured.workload
+    if kv_tokens is not None and kv_tokens < measured.longest_row:
+        log.warning(
+            "--kv-tokens is %d, and the longest row may reach %d tokens: the KV cache gets room for it",
+            kv_tokens,
+            measured.longest_row,
+        )
     if kv_tokens is None and not is_auto(args.policy) and _is_one_block(measured, policy.block_size):
         kv_tokens = measured.rows * (mean.prompt_len + mean.gen_len + BLOCK_TOKENS)
     return {

@@ -96,7 +96,7 @@ def test_a_row_on_which_a_process_dies_is_an_error_row_and_the_others_are_not(ro
 
 def test_a_row_on_which_a_process_hangs_is_an_error_row(rows, setup, monkeypatch):
     deadly(monkeypatch, limit_s=1.0)
-    sizes, refused = found(rows([{"prompt": "hang" if i == 1 else "live"} for i in range(4)]), setup, workers=1)
+    _, refused = found(rows([{"prompt": "hang" if i == 1 else "live"} for i in range(4)]), setup, workers=1)
     assert [row for row, *_ in refused] == [1] and "longer than 1 s" in refused[0][2]
 
 

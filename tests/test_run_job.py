@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+from shutil import copytree
 
 import pytest
 import torch
@@ -42,11 +43,21 @@ def interrupt(monkeypatch):
 
         monkeypatch.setattr(Engine, "step", step)
 
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     yield at
+    signal.signal(signal.SIGHUP, before)
 
 
 def failures(job):
     return [json.loads(line) for line in job.errors.read_text().splitlines()] if job.errors.exists() else []
+
+
+def sampled_by_default(job, **values):
+    """Gives the job a model of its own that has a generation config."""
+    model = job.directory / "model"
+    if job.model != model:
+        job.model = copytree(job.model, model)
+    (model / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.7, **values}))
 
 
 def sampled(job, tiny):
@@ -55,7 +66,7 @@ def sampled(job, tiny):
     job.write([{"prompt": tiny().prompts[row], "max_tokens": 5, "return_token_ids": True, **kinds[i % 4]} for i, row in enumerate(ROWS)])  # fmt: skip
 
 
-@pytest.mark.parametrize("end, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130), (torch.OutOfMemoryError("CUDA out of memory"), 4),
+@pytest.mark.parametrize("end, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75), (torch.OutOfMemoryError("CUDA out of memory"), 4),
                                        (OSError(28, "No space left on device"), 74), (RuntimeError("a fault"), 1)], ids=str)  # fmt: skip
 def test_a_job_that_was_stopped_goes_on_under_another_policy_and_ends_as_if_nothing_had_been(
     job, main, tiny, interrupt, monkeypatch, end, code
@@ -79,13 +90,15 @@ def test_a_job_that_was_stopped_goes_on_under_another_policy_and_ends_as_if_noth
 
 
 def test_a_finished_job_says_so_and_needs_no_weights(job, main, monkeypatch):
-    assert main(job.args())[0] == 0
+    first = job.directory / "first.json"
+    assert main(job.args("--metrics-json", str(first)))[0] == 0
     monkeypatch.setattr("flexmoe.engine.WeightStore", lambda *_: pytest.fail("weights were loaded"))
     metrics, trace = job.directory / "m.json", job.directory / "t.json"
     code, out, err = main(job.args("--metrics-json", str(metrics), "--trace", str(trace)))
     assert (code, err) == (0, "") and "finished already" in out and f"rows: {len(ROWS)} ok" in out
     record = json.loads(metrics.read_text())
     assert (record["rows_ok"], record["rows_resumed"], record["num_requests"]) == (len(ROWS), len(ROWS), 0)
+    assert record.keys() == json.loads(first.read_text()).keys(), "a reader finds what it looks for"
     assert "no trace" in out and not trace.exists()
 
 
@@ -108,15 +121,60 @@ def test_rows_for_another_model_run_with_one_warning_or_fail(job, main, caplog, 
 @pytest.mark.parametrize("flags, told", [
     (["--gen-len", "7"], "--gen-len was 32 and is 7"), (["--seed", "3"], "--seed was 0 and is 3"),
     (["--dtype", "bfloat16"], "--dtype was float32 and is bfloat16"), (["--strict-model"], "--strict-model was False and is"),
-    (["--prompt-column", "prompt"], "--prompt-column was not given"), (["--chat-template", "{{ messages }}"], "--chat-template was not given"),
+    (["--prompt-column", "prompt"], "--prompt-column was not given"), (["--generation-config", "none"], "--generation-config was auto and is none"), (["--chat-template", "{{ messages }}"], "--chat-template was not given"),
 ])  # fmt: skip
 def test_other_flags_are_refused_with_what_differs(job, main, flags, told):
+    sampled_by_default(job)
     assert main(job.args())[0] == 0
     before = job.output.read_bytes()
     code, _, err = main(job.args(*flags))
     assert code == 2
     assert_one_sentence(err, "holds another job", told, "--overwrite")
     assert job.output.read_bytes() == before
+
+
+def test_a_flag_that_names_what_is_meant_anyway_changes_no_job(job, main):
+    assert main(job.args())[0] == 0
+    code, out, err = main(job.args("--input-format", "jsonl", "--generation-config", "auto"))
+    assert (code, err) == (0, "") and "finished already" in out
+
+
+def test_a_model_with_another_generation_config_is_no_flag(job, main):
+    sampled_by_default(job)
+    assert main(job.args())[0] == 0
+    sampled_by_default(job, top_p=0.8)
+    code, _, err = main(job.args())
+    assert code == 65
+    assert_one_sentence(err, "the model's generation_config.json has changed")
+
+
+@pytest.mark.parametrize(
+    "flags, code", [(["--gpu-mem", "0.0001"], 4), ([], 4), (["--chat-template", "{% for %}"], 65)], ids=str
+)
+def test_overwrite_costs_nothing_where_the_new_job_cannot_run(job, main, interrupt, monkeypatch, flags, code):
+    interrupt(12, signal.SIGTERM)
+    assert main(job.args(*SMALL))[0] == 75
+    monkeypatch.undo()
+    work = job.directory / "out.jsonl.flexmoe"
+    before = {path.name: path.read_bytes() for path in work.iterdir()}
+    interrupt(0, torch.OutOfMemoryError("CUDA out of memory"))
+    assert main(job.args("--overwrite", *flags))[0] == code
+    assert before == {path.name: path.read_bytes() for path in work.iterdir()} and before.keys() >= {"journal"}
+
+
+def test_the_same_command_with_overwrite_goes_on_with_what_it_began(job, main, interrupt, monkeypatch, caplog):
+    job.output.write_text("mine")
+    metrics = job.directory / "m.json"
+    command = job.args("--overwrite", *SMALL, "--metrics-json", str(metrics))
+    interrupt(12, signal.SIGTERM)
+    code, _, err = main(command)
+    assert code == 75 and "the same command goes on" in err and job.output.read_text() == "mine"
+    monkeypatch.undo()
+    assert main(command)[0] == 0 and json.loads(metrics.read_text())["rows_resumed"] > 0
+    assert "--overwrite began" in caplog.text and len(job.lines()) == len(ROWS)
+    assert main(command)[0] == 0 and json.loads(metrics.read_text())["rows_resumed"] == 0, (
+        "a finished job is done again"
+    )
 
 
 def test_another_input_and_another_model_are_refused_and_overwrite_starts_anew(job, main, tiny):
@@ -138,8 +196,7 @@ def test_shards_merge_into_what_one_run_writes(job, main, tiny, capsys, monkeypa
         file.write('{"prompt": [9], "tools": [{}]}\n')
     assert main(job.args("-o", str(job.directory / "whole.jsonl")))[0] == 3
     codes = [main(job.args("--shard", f"{i}/3", *(THREE_TIERS if i else [])))[0] for i in range(2)]
-    for name, value in {"ID": 3, "MIN": 1, "MAX": 3, "COUNT": 3}.items():
-        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    slurm(monkeypatch, 3, 1, 3)
     codes.append(main(job.args("--shard"))[0])
     assert sorted(codes) == [0, 0, 3]
     parts = [str(job.directory / f"out.shard-{i}-of-3.jsonl") for i in range(3)]
@@ -147,6 +204,26 @@ def test_shards_merge_into_what_one_run_writes(job, main, tiny, capsys, monkeypa
     assert job.output.read_bytes() == (job.directory / "whole.jsonl").read_bytes()
     assert job.errors.read_bytes() == (job.directory / "whole.errors.jsonl").read_bytes()
     capsys.readouterr()
+
+
+def test_an_array_of_which_only_some_tasks_are_submitted_again_is_no_other_division(job, main, monkeypatch):
+    slurm(monkeypatch, 3, 0, 3)
+    assert main(job.args("--shard"))[0] == 0
+    slurm(monkeypatch, 2, 1, 2)
+    for flags in ([], ["--dry-run"], ["--overwrite"]):
+        code, _, err = main(job.args("--shard", *flags))
+        assert code == 2
+        assert_one_sentence(
+            err, "stands for shard 1/2", "out.shard-3-of-4.jsonl.flexmoe", "divided by 4", "--shard i/4"
+        )
+    assert main(job.args("--shard", "2/4"))[0] == 0
+    assert main(job.args("--shard", "-o", str(job.directory / "other.jsonl")))[0] == 0
+
+
+def slurm(monkeypatch, task, first, last):
+    """The environment of a task of ``sbatch --array=first-last``."""
+    for name, value in {"ID": task, "MIN": first, "MAX": last, "COUNT": last - first + 1}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
 
 
 @pytest.mark.parametrize("flags", [["--overwrite"], ["--shard", "0/2"], ["--on-invalid", "record"], ["--reserve", "max"],
@@ -186,13 +263,11 @@ def test_where_there_is_no_terminal_a_line_now_and_then_tells_how_far_the_job_is
     monkeypatch.setattr("flexmoe.progress.LOG_INTERVAL_S", 0.0)
     assert main(job.args("--gpu-batch-size", "2"))[0] == 0
     lines = [record.getMessage() for record in caplog.records if record.name == "flexmoe.progress"]
-    told = [line for line in lines if f"of {len(ROWS)} rows, in " in line]
-    assert len(told) >= 5 and told[0].startswith("0 of ") and all(line.endswith(" left") for line in told)
+    told = [line for line in lines if f"of {len(ROWS)} rows, " in line]
+    assert len(told) >= 5 and told[0].startswith("0 of ") and all(" left, in " in line for line in told)
 
 
 def test_lines_of_text_with_a_template_are_completed(job, main, tmp_path):
-    from shutil import copytree
-
     model = copytree(job.model, tmp_path / "model")
     build_tokenizer(model)
     text = job.directory / "in.txt"
@@ -205,7 +280,7 @@ def test_lines_of_text_with_a_template_are_completed(job, main, tmp_path):
 def test_a_dry_run_tells_rows_and_tokens_and_why_rows_cannot_run(job, main, machine):
     job.write([{"prompt": [5, 6], "max_tokens": 3}, {"prompt": [999]}, {"prompt": [7, 8, 9], "n": 2}])
     code, out, err = main(job.args("--dry-run", "--gen-len", "4", "--hardware", str(machine)))
-    assert (code, err) == (0, "")
+    assert (code, err) == (3, "")
     assert (
         "rows: 3, of which 1 cannot run; 5 prompt tokens, at most 11 new tokens" in out and "line 2: token 999" in out
     )
@@ -312,7 +387,7 @@ def test_what_the_terminal_cannot_show_stops_nothing(job, machine, monkeypatch):
     write(job, json.dumps({"prompt": [5], "lumière 日本": 1}, ensure_ascii=False) + "\n", GOOD)
     screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", screen)
-    assert command.main(job.args("--dry-run", "--hardware", str(machine))) == 0
+    assert command.main(job.args("--dry-run", "--hardware", str(machine))) == 3
     assert b"line 1: the field" in screen.buffer.getvalue() and b"lumi" in screen.buffer.getvalue()
 
 
