@@ -26,6 +26,8 @@ HOST_BUFFERS = 24
 #: Tokens of one expert that are computed at once: bounds the workspace, and keeps it in cache on the CPU.
 EXPERT_CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}
 LOADS_IN_FLIGHT = 4
+#: Bytes per vocabulary entry that the choice of one token takes at most: `flexmoe.sampling` takes 48, rounded up.
+SAMPLED_ROW_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +130,12 @@ def _gathered_blocks(policy: Policy, counts: Sizes) -> int:
     return ceil(1.25 * attended) + 3 * rows if attended else 0
 
 
+def sampling_bytes(arch: ModelArch, policy: Policy) -> int:
+    """Memory beside a sweep's logits in which tokens are chosen and prompts are scored, a few rows at a time: 4 bytes
+    per logit, and no less than one row takes."""
+    return arch.vocab_size * max(4 * policy.block_size, SAMPLED_ROW_BYTES)
+
+
 def _activation_bytes(arch: ModelArch, policy: Policy, counts: Sizes, device: str, b: int) -> dict[str, dict[str, int]]:
     tokens, batch, hidden = counts.max_tokens, counts.batch_tokens, arch.hidden
     tiers = counts.activation_tiers
@@ -138,7 +146,7 @@ def _activation_bytes(arch: ModelArch, policy: Policy, counts: Sizes, device: st
     chunk = min(EXPERT_CHUNK_TOKENS[device], tokens)
     expert = chunk * (2 * max(arch.ffn, arch.dense_ffn) + 2 * hidden) * b
     block = tokens * (2 * hidden + arch.num_experts) * b + tokens * arch.top_k * 32
-    logits = policy.block_size * (arch.vocab_size * (b + 4) + 2 * hidden * b)
+    logits = policy.block_size * (arch.vocab_size * b + 2 * hidden * b) + sampling_bytes(arch, policy)
     resident = min(tokens * hidden * b, tiers.count("gpu") * home) + min(2, away) * home
     return {
         "gpu": {"activations": resident, "workspace": block + max(attention, expert, logits)},

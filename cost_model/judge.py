@@ -139,6 +139,8 @@ class Judge:
         new_gpu = max(0, bisect_right(self._on_gpu, gpu_room) - 1)
         if self.fixed.w_gpu_percent is not None:
             new_gpu = gpu_end
+        elif shared and cpu_end > gpu_end == 0:  # as a move wants it: what is never loaded needs no buffers for that
+            new_gpu = 0
         if shared:
             grown = self._on_gpu[new_gpu] - self._on_gpu[gpu_end]
             cpu_room = min(cpu_room, host_weights + spare["gpu+cpu"] - grown)

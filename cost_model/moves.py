@@ -24,6 +24,7 @@ _PAIRING = {
     *("larger and fewer", "smaller and more", "more and smaller", "fewer and larger"),
     *("kv 0 to 1", "kv 1 to 0", "kv 1 to 2", "kv 2 to 1", "more cpu attention", "less cpu attention"),
     *("faster prefill", "slower prefill", "more slots", "fewer slots"),
+    *("activations on the gpu", "activations in host memory", "weights on the gpu", "weights in host memory"),
 }
 
 
@@ -56,6 +57,7 @@ def moves(workload: Workload) -> tuple[Move, ...]:
             *_pace_moves(workload),
             *_slot_moves(),
             *_activation_moves(),
+            *_weight_moves(),
             *_schedule_moves(workload),
         )
     )
@@ -135,6 +137,17 @@ def _row_moves(workload: Workload) -> Iterator[tuple[str, Callable]]:
 
         return apply
 
+    def more_in(fewer: Callable[[int], int]):
+        """A few rows more, which the present cut may not allow."""
+
+        def apply(policy: Policy, step: float) -> Policy | None:
+            count = fewer(policy.num_gpu_batches)
+            return resized(policy, ceil(up(policy.block_size, step) / count), count, "shares", workload)
+
+        return apply
+
+    yield "more rows in one batch", more_in(lambda count: 1)
+    yield "more rows in half the batches", more_in(lambda count: max(1, count // 2))
     yield "larger and fewer", cut(up, False, int)
     yield "smaller and more", cut(down, False, ceil)
     yield "more and smaller", cut(up, True, int)
@@ -228,6 +241,21 @@ def _activation_moves() -> Iterator[tuple[str, Callable]]:
     yield "activations in host memory", to(0.0, 100.0)
     yield "fewer activations on the gpu", down_by
     yield "more activations on the gpu", up_by
+
+
+def _weight_moves() -> Iterator[tuple[str, Callable]]:
+    """Between the two tiers that are one memory on device cpu; elsewhere the fastest tiers are filled anyway."""
+
+    def to(gpu: bool):
+        def apply(policy: Policy, step: float) -> Policy | None:
+            held = policy.w_gpu_percent + policy.w_cpu_percent
+            there = policy.w_gpu_percent if gpu else policy.w_cpu_percent
+            return None if there == held else replace(policy, w_gpu_percent=held * gpu, w_cpu_percent=held * (not gpu))
+
+        return apply
+
+    yield "weights on the gpu", to(True)
+    yield "weights in host memory", to(False)
 
 
 def _schedule_moves(workload: Workload) -> Iterator[tuple[str, Callable]]:

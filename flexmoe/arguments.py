@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from flexmoe.job_arguments import add_job_flags
 from policies.command_line import Parser, count, flag
 
 _EPILOG = """\
@@ -15,8 +16,13 @@ _EPILOG = """\
 Shares are rounded to whole units (an attention module, an expert), KV blocks and GPU batches; the run prints what was
 achieved. On --device cpu the GPU tier is a budget in RAM too.
 
+A job that was stopped, by whatever, goes on when the same command is run again: it is kept in <output>.flexmoe. Another
+policy, budget or device may be given then; another input, model or way of sampling is refused. --overwrite forgets what is
+there once there is work to keep instead; the same command with --overwrite goes on with what it began itself.
+
 exit codes: 0 all rows ok, 1 internal, 2 usage, 3 finished but some rows failed, 4 does not fit or other model,
-65 bad input or checkpoint, 66 input missing, 74 I/O error or disk full, 130 interrupted
+65 bad input or checkpoint, 66 input missing, 74 I/O error or disk full, 75 stopped by SIGTERM or SIGHUP, 130 by Ctrl-C; after 4,
+74, 75 and 130 the same command goes on
 """
 _DESCRIPTION = """\
 Complete a JSONL of requests with a Mixture-of-Experts model that does not fit on the GPU.
@@ -38,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _job_flags(p)
+    add_job_flags(p)
     _policy_flags(p)
     _machine_flags(p)
     return p
@@ -54,7 +61,12 @@ def _job_flags(p: argparse.ArgumentParser) -> None:
         default="auto",
         help="dummy: random weights, only the shape is needed",
     )
-    g.add_argument("-i", "--input-file", type=Path, help='requests: OpenAI Batch lines or plain {"prompt": …} rows')
+    g.add_argument(
+        "-i",
+        "--input-file",
+        type=Path,
+        help='requests: OpenAI Batch lines, plain {"prompt": …} rows, lines of text (.txt), Parquet, or a dataset',
+    )
     g.add_argument(
         "-o", "--output-file", type=Path, help="completions, in input order; failed rows go to <output>.errors.jsonl"
     )
@@ -64,8 +76,15 @@ def _job_flags(p: argparse.ArgumentParser) -> None:
     )
     g.add_argument("--cut-gen-len", type=count, help="benchmark: stop after so many tokens and project to --gen-len")
     g.add_argument("--num-prompts", type=count, help="benchmark: prompts (default: one block)")
-    g.add_argument("--seed", type=int, default=0, help="benchmark: seed of the synthetic prompts (default 0)")
-    g.add_argument("--dry-run", action="store_true", help="check everything, print placement and memory, load nothing")
+    g.add_argument(
+        "--seed", type=int, default=0, help="of rows without one, and of the benchmark's prompts (default 0)"
+    )
+    g.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check every row, print counts, the plan and the predicted hours; load no weights, touch no output; exit code 3 where "
+        "rows cannot run",
+    )
     g.add_argument("--metrics-json", type=Path, help="write what was measured as JSON")
     g.add_argument("--trace", type=Path, help="write a Chrome trace (chrome://tracing, Perfetto), one track per lane")
     g.add_argument("-v", "--verbose", action="store_true", help="log what is done, to stderr")
@@ -107,7 +126,7 @@ def _machine_flags(p: argparse.ArgumentParser) -> None:
         "--hardware",
         type=Path,
         help="this machine's rates, for --policy auto and for predicted beside measured: a file of python -m flexmoe.probe, "
-        "or auto (measured once, cached; what --policy auto takes by itself)",
+        "or auto (measured once, cached; what --policy auto and a job's --dry-run take by themselves)",
     )
     g.add_argument("--dtype", default="auto", help="auto (the checkpoint's), bfloat16, float16 or float32")
     g.add_argument("--gpu-mem", type=float, metavar="GIB", help="GPU memory to stay under")
@@ -115,5 +134,7 @@ def _machine_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--nvme-mem", type=float, metavar="GIB", help="disk space to stay under, weights on disk included")
     g.add_argument("--offload-dir", type=Path, default=Path("~/flexmoe_offload_dir"), help="directory of the disk tier")
     g.add_argument(
-        "--kv-tokens", type=count, help="KV capacity in tokens (default: from the block and the rows' lengths)"
+        "--kv-tokens",
+        type=count,
+        help="KV capacity in tokens, and at least what the longest row needs (default: from the block and the rows' lengths)",
     )

@@ -111,6 +111,17 @@ def forecast_line(predicted: Simulation) -> str:
     return f"predicted: {predicted.tokens_per_s:.2f} generated token/s, {predicted.job_s:.1f} s{hours}"
 
 
+def predicted_metrics(predicted: Simulation) -> dict:
+    """The prediction by the names that the measured values have in ``--metrics-json``."""
+    return {
+        "wall_s": predicted.job_s,
+        "generated_tokens_per_s": predicted.tokens_per_s,
+        "sweeps": predicted.sweeps,
+        "lanes": {lane: {"active_s": seconds} for lane, seconds in sorted(predicted.lanes_s.items())},
+        "peak_bytes": {tier: predicted.memory.total(tier) for tier in predicted.memory.parts},
+    }
+
+
 def comparison_lines(predicted: Simulation, metrics: dict) -> list[str]:
     """Predicted against measured, whole job and per lane; a lane counts while at least one of its workers is busy."""
     measured_s = metrics["wall_s"]

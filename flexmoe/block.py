@@ -13,6 +13,7 @@ import torch
 
 from flexmoe.attention import Ragged
 from flexmoe.kv_cache import RowKV
+from flexmoe.logprobs import PromptScores
 
 MODES = ("gpu", "fetch", "cpu")
 
@@ -29,6 +30,9 @@ class Run:
         owner: whatever the caller wants to find again.
         row_tokens: tokens of the row that are known, those after an unfinished prompt's run included; None: the run is
             the last of them.
+        targets: token ids whose log-probability is wanted: those that follow the run's positions from ``score_from`` on.
+        score_from: place in the run.
+        top: how many most probable tokens are wanted beside each of the targets.
     """
 
     kv: RowKV
@@ -37,6 +41,9 @@ class Run:
     logits: int
     owner: object = None
     row_tokens: int | None = None
+    targets: Sequence[int] = ()
+    score_from: int = 0
+    top: int = 0
 
 
 @dataclass(slots=True)
@@ -69,6 +76,7 @@ class Batch:
     positions_T: torch.Tensor
     lengths_T: torch.Tensor
     logit_rows: torch.Tensor
+    score_rows: torch.Tensor
     kv: dict = field(default_factory=dict)
     futures: dict = field(default_factory=dict)
     rope: object = None
@@ -86,6 +94,8 @@ class Block:
         token_ids: int64 ``[T]`` on the host.
         batches: the GPU batches.
         logit_owners: owner of each row of the sweep's logits, in order.
+        scored: the runs that have targets, in order.
+        scores: the targets' log-probabilities, in order; the executor's answer, None where there are no targets.
     """
 
     def __init__(self, runs: Sequence[Run], gpu_batch_size: int):
@@ -93,6 +103,8 @@ class Block:
         ids = [t for r in self.runs for t in r.tokens]
         self.token_ids = torch.tensor(ids, dtype=torch.int64)
         self.logit_owners = [r.owner for r in self.runs for _ in range(r.logits)]
+        self.scored = [r for r in self.runs if r.targets]
+        self.scores: PromptScores | None = None
         self.batches: list[Batch] = []
         start = 0
         for i in range(0, len(self.runs), gpu_batch_size):
@@ -107,7 +119,7 @@ class Block:
 
 
 def _batch(index: int, start: int, runs: list[Run]) -> Batch:
-    positions, lengths, wanted, groups, stop = [], [], [], [], 0
+    positions, lengths, wanted, scored, groups, stop = [], [], [], [], [], 0
     for run in runs:
         if not groups or groups[-1].mode != run.mode:
             groups.append(Group(run.mode, [], stop, stop))
@@ -116,15 +128,10 @@ def _batch(index: int, start: int, runs: list[Run]) -> Batch:
         end = run.kv.length + length
         positions += range(run.kv.length, end)
         lengths += [run.row_tokens or end] * length
+        first = stop + run.score_from
+        scored += range(first, first + len(run.targets))
         stop += length
         wanted += range(stop - run.logits, stop)
         groups[-1].stop = stop
-    return Batch(
-        index,
-        start,
-        start + stop,
-        groups,
-        torch.tensor(positions),
-        torch.tensor(lengths),
-        torch.tensor(wanted, dtype=torch.int64),
-    )
+    rows = [torch.tensor(places, dtype=torch.int64) for places in (wanted, scored)]
+    return Batch(index, start, start + stop, groups, torch.tensor(positions), torch.tensor(lengths), *rows)

@@ -5,42 +5,40 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 
+from cost_model.costs import sampling_bytes
 from cost_model.sizes import BLOCK_TOKENS
-from cost_model.units import experts_of
 from flexmoe.activations import Activations
 from flexmoe.block import Block, Run
+from flexmoe.completions import Answer, Rules
 from flexmoe.device import keep_freed_memory
-from flexmoe.errors import StorageError, UsageError
-from flexmoe.executor import Executor, Units
+from flexmoe.errors import UsageError
+from flexmoe.executor import Executor
 from flexmoe.kv_cache import KVCache, KVShape
 from flexmoe.kv_lanes import KVBuffers, KVLanes
 from flexmoe.loader import Model
-from flexmoe.params import CompletionOutput, EngineRequest, RequestOutput
+from flexmoe.machine import make_directory
+from flexmoe.params import EngineRequest, InFlight, RequestOutput, Resumed
 from flexmoe.planning import GIB, EngineConfig, EnginePlan
-from flexmoe.scheduler import Row, Scheduler
+from flexmoe.request_check import problem
+from flexmoe.reserve import Reserve
+from flexmoe.sampling import Chosen, sample
+from flexmoe.scheduler import Scheduler
 from flexmoe.stream import WeightStream
+from flexmoe.sweep_log import Sweep, SweepLog
 from flexmoe.trace import Recorder
+from flexmoe.units import Units
 from flexmoe.weights import EmbeddingTable, WeightStore
-from policies.schedule import SweepShape, UnitStep, experts_in_compute_order, fetch_order
+from policies.schedule import SweepShape, fetch_order
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sweep:
-    """What one sweep did."""
-
-    wall_s: float
-    rows: int
-    tokens: int
-    prompt_tokens: int
-    generated_tokens: int
 
 
 class Engine:
@@ -49,6 +47,10 @@ class Engine:
     Args:
         model: from `loader.load_model`.
         config: how to run it.
+        detokenize: text of token ids, for requests with stop strings.
+
+    Attributes:
+        largest_row_tokens: tokens of the longest prompt and completion that the KV cache and its buffers hold.
 
     Raises:
         UsageError: no such device or dtype.
@@ -56,9 +58,16 @@ class Engine:
         StorageError: the offload directory cannot be written.
     """
 
-    def __init__(self, model: Model, config: EngineConfig):
+    def __init__(self, model: Model, config: EngineConfig, detokenize: Callable[[Sequence[int]], Any] | None = None):
         self.config, self.model = config, model.grouped(config.policy.experts_per_unit)
         self.plan = EnginePlan.of(self.model, config)
+        self._rules = Rules(
+            eos_ids=frozenset(config.eos_ids),
+            seed=config.seed,
+            limit=partial(_limit, default=config.gen_len, context=model.arch.max_position),
+            detokenize=detokenize,
+            recompute_past=model.arch.rope_switch,
+        )
         self.device = self.plan.device
         log.info("%s", self.plan.describe_weights())
         self._parts = contextlib.ExitStack()
@@ -67,25 +76,20 @@ class Engine:
         except BaseException:
             self._parts.close()
             raise
-        self.sweeps: list[Sweep] = []
+        self.sweeps = SweepLog()
+        self._answers: dict[Answer, None] = {}
+        self._complete: list[RequestOutput] = []
         self._closed = False
 
     def check(self, request: EngineRequest) -> str | None:
         """Why a request can never run, as a sentence; None if it can."""
-        arch, prompt = self.model.arch, request.prompt_token_ids
-        if not prompt:
-            return "the prompt has no tokens"
-        wrong = next((t for t in prompt if not 0 <= t < arch.vocab_size), None)
-        if wrong is not None:
-            return f"token id {wrong} is outside the vocabulary of {arch.vocab_size}"
-        if len(prompt) >= arch.max_position:
-            return f"the prompt has {len(prompt)} tokens; the model's context of {arch.max_position} leaves no room for one more"
-        if self._limit(request) - 1 > self._largest_row:
-            return (
-                f"prompt and completion may reach {self._limit(request)} tokens, but the KV cache and its buffers were "
-                f"planned for at most {self._largest_row} in one row"
-            )
-        return None
+        return problem(
+            request,
+            self.model.arch,
+            limit=self.limit(request),
+            room=self.largest_row_tokens,
+            has_tokenizer=self._rules.detokenize is not None,
+        )
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request.
@@ -93,10 +97,15 @@ class Engine:
         Raises:
             UsageError: it can never run (`check`).
         """
-        problem = self.check(request)
-        if problem is not None:
-            raise UsageError(f"request {request.request_id}: {problem}")
-        self.scheduler.waiting.append(Row(request, list(request.prompt_token_ids), self._limit(request)))
+        reason = self.check(request)
+        if reason is not None:
+            raise UsageError(f"request {request.request_id}: {reason}")
+        answer = Answer(request, self._rules)
+        if answer.complete:
+            self._complete.append(answer.result())
+            return
+        self._answers[answer] = None
+        self.scheduler.submit(answer.rows)
 
     def enter_aged(self, request: EngineRequest, generated: Sequence[int]) -> None:
         """Put a request in flight as if ``generated`` had been generated, with KV that nobody computed (benchmarks).
@@ -105,18 +114,29 @@ class Engine:
             UsageError: it can never run, or would have ended already.
             KVExhausted: no tier has room for it.
         """
-        problem, limit = self.check(request), self._limit(request)
-        tokens = [*request.prompt_token_ids, *generated]
-        if problem is None and not len(request.prompt_token_ids) < len(tokens) < limit:
-            problem = f"it has {len(generated)} generated tokens; an aged row has at least 1, and one left to generate"
-        if problem is not None:
-            raise UsageError(f"request {request.request_id}: {problem}")
-        self.scheduler.enter_aged(Row(request, tokens, limit))
+        request = replace(request, resumed=(Resumed(token_ids=tuple(generated)),))
+        reason = self.check(request)
+        answer = Answer(request, self._rules) if reason is None else None
+        if answer and not (generated and answer.rows):
+            reason = f"it has {len(generated)} generated tokens; an aged row has at least 1, and one left to generate"
+        if reason is not None:
+            raise UsageError(f"request {request.request_id}: {reason}")
+        self.scheduler.enter_aged(answer.rows[0])
+        self._answers[answer] = None
 
     @property
     def unfinished(self) -> int:
-        """Requests waiting or in flight."""
-        return self.scheduler.unfinished
+        """Requests waiting, in flight, or complete and not returned yet."""
+        return len(self._answers) + len(self._complete)
+
+    @property
+    def waiting(self) -> int:
+        """Rows that have no place yet, and requests that are complete without one."""
+        return self.scheduler.rows_waiting + len(self._complete)
+
+    def in_flight(self) -> list[InFlight]:
+        """What the samples of unfinished requests have generated; those without a token are left out."""
+        return [state for answer in self._answers for state in answer.in_flight()]
 
     def step(self) -> list[RequestOutput]:
         """Run one sweep.
@@ -132,42 +152,42 @@ class Engine:
         start = time.perf_counter()
         runs = self.scheduler.plan()
         if not runs:
-            if self.unfinished:  # `check` admits only rows that fit an empty tier, so this cannot be waited out
+            if self._answers:  # `check` admits only rows that fit an empty tier, so this cannot be waited out
                 raise RuntimeError(f"{self.unfinished} requests wait, but the scheduler can admit none of them")
-            return []
+            return self._take_complete()
         block = Block(runs, self.config.policy.gpu_batch_size)
         logits = self.executor.run(block)
-        chosen = dict(zip(block.logit_owners, self._choose(logits)))
-        prompt = sum(self.scheduler.commit(run.owner, chosen.get(run.owner)) for run in block.runs)
-        finished = self._end_sweep(chosen)
-        self.sweeps.append(
+        chosen = sample(logits, [row.sampler for row in block.logit_owners], workspace_bytes=self._sampling_bytes)
+        tokens = dict(zip(block.logit_owners, chosen.tokens))
+        prompt = sum(self.scheduler.commit(run.owner, tokens.get(run.owner)) for run in block.runs)
+        self._end_sweep(block, chosen)
+        self.sweeps.add(
             Sweep(
                 wall_s=time.perf_counter() - start,
                 rows=len(runs),
-                tokens=block.tokens,
+                tokens=sum(len(run.tokens) for run in runs),
+                computed_tokens=block.tokens,
                 prompt_tokens=prompt,
                 generated_tokens=len(block.logit_owners),
             )
         )
-        return finished
+        return self._take_complete()
 
     def abort(self, request_id: str) -> bool:
-        """Drop a request that waits or is in flight; its place and KV are free for the next sweep."""
-        for row in self.scheduler.running:
-            if row.request.request_id == request_id:
-                self.scheduler.finish(row)
-                return True
-        for row in self.scheduler.waiting:
-            if row.request.request_id == request_id:
-                self.scheduler.waiting.remove(row)
+        """Drop a request that waits or is in flight; its places and KV are free for the next sweep."""
+        for answer in self._answers:
+            if answer.request.request_id == request_id:
+                for row in answer.rows:
+                    self.scheduler.drop(row)
+                del self._answers[answer]
                 return True
         return False
 
     def clear(self) -> None:
         """Drop every request."""
-        self.scheduler.waiting.clear()
-        for row in self.scheduler.running:
-            self.scheduler.finish(row)
+        self.scheduler.clear()
+        self._answers.clear()
+        self._complete.clear()
 
     def logits(self, token_ids: list[int]) -> torch.Tensor:
         """Logits after every token of one sequence, by the same path that generates.
@@ -178,9 +198,9 @@ class Engine:
         Raises:
             UsageError: the sequence is longer than a row may be.
         """
-        if len(token_ids) > self._largest_row:
+        if len(token_ids) > self.largest_row_tokens:
             raise UsageError(
-                f"{len(token_ids)} tokens are more than the {self._largest_row} that one row may have here"
+                f"{len(token_ids)} tokens are more than the {self.largest_row_tokens} that one row may have here"
             )
         tier = max(("gpu", "cpu", "disk"), key=self.cache.total)
         kv = self.cache.open(tier)
@@ -205,34 +225,39 @@ class Engine:
         self._closed = True
         self._parts.close()
 
-    def _limit(self, request: EngineRequest) -> int:
-        wanted = request.params.max_tokens or self.config.gen_len
-        return min(len(request.prompt_token_ids) + wanted, self.model.arch.max_position)
+    def limit(self, request: EngineRequest) -> int:
+        """Tokens that a request may reach, prompt and completion."""
+        return self._rules.limit(request)
 
-    def _choose(self, logits: torch.Tensor) -> list[int]:
-        """Greedy choice; the sweep's last host wait."""
-        return logits.argmax(dim=-1).tolist()
-
-    def _end_sweep(self, advanced: Iterable[Row]) -> list[RequestOutput]:
-        """Let go of the rows that have ended among those that got a token."""
-        done = [(row, reason) for row in advanced if (reason := self._finish_reason(row)) is not None]
-        for row, _ in done:
+    def _end_sweep(self, block: Block, chosen: Chosen) -> None:
+        """Give rows what the sweep found for them, and let go of those that have ended."""
+        if block.scores is not None:
+            found = iter(block.scores.records([run.top for run in block.scored for _ in run.targets]))
+            for run in block.scored:
+                run.owner.answer.prompt_logprobs += [next(found) for _ in run.targets]
+        ended = [run.owner for run in block.runs if run.owner.index < 0 and run.owner.answer.end(run.owner)]
+        for row, token, logprob in zip(block.logit_owners, chosen.tokens, chosen.logprobs):
+            row.took(token, logprob)
+            if row.answer.end(row):
+                ended.append(row)
+        for row in ended:
             self.scheduler.finish(row)
+            self.reserve.ended(row)
+            if row.answer.complete and row.answer in self._answers:  # several of its rows may have ended
+                del self._answers[row.answer]
+                self._complete.append(row.answer.result())
         self.scheduler.end_sweep()
-        return [_output(row, reason) for row, reason in done]
 
-    def _finish_reason(self, row: Row) -> str | None:
-        params, token = row.request.params, row.tokens[-1]
-        if token in params.stop_token_ids or (not params.ignore_eos and token in self.config.eos_ids):
-            return "stop"
-        return "length" if len(row.tokens) >= row.limit else None
+    def _take_complete(self) -> list[RequestOutput]:
+        complete, self._complete = self._complete, []
+        return complete
 
     def _build(self) -> None:
         c, policy, arch, counts = self.config, self.config.policy, self.model.arch, self.plan.sizes
-        dtype = self.plan.dtype
+        dtype, self._sampling_bytes = self.plan.dtype, sampling_bytes(arch, policy)
         keep_freed_memory()
         if self.plan.written_bytes:
-            _make_directory(c.offload_dir)
+            make_directory(c.offload_dir)
         if c.gpu_mem is not None:
             self.device.cap_memory(int(c.gpu_mem * GIB))
         self.recorder = Recorder(c.keep_spans)
@@ -241,7 +266,7 @@ class Engine:
         self.store = WeightStore(self.device, self.recorder, source, tier_of, dtype, policy.pin_weight)
         self._parts.callback(self.store.close)
         self.recorder.reset_totals()  # a run's rates do not count what loading moved
-        units = _units(self.model, tier_of)
+        units = Units.of(arch, tier_of)
         shape = SweepShape(
             attention=units.attention, experts=units.experts, head=units.head, activation_tiers=counts.activation_tiers
         )
@@ -266,10 +291,19 @@ class Engine:
             c.offload_dir,
         )
         self._parts.callback(self.activations.close)
-        self.scheduler = Scheduler(policy, self.cache, recompute_past=counts.recompute_past)
-        self._largest_row = self.scheduler.largest_row_tokens()
+        # Weak, so that the memory of an engine goes with its last user and does not wait for the garbage collector.
+        self.reserve = Reserve(lambda: scheduler().running)
+        self.scheduler = Scheduler(
+            policy,
+            self.cache,
+            self.reserve.expected_end if c.reserve == "p95" else None,
+            recompute_past=counts.recompute_past,
+        )
+        scheduler = weakref.ref(self.scheduler)
+        self.largest_row_tokens = self.scheduler.largest_row_tokens()
         if counts.fetch_blocks and c.longest_row:  # the buffers of fetched KV are made for rows of this length
-            self._largest_row = min(self._largest_row, -(-c.longest_row // BLOCK_TOKENS) * BLOCK_TOKENS)
+            longest = -(-c.longest_row // BLOCK_TOKENS) * BLOCK_TOKENS
+            self.largest_row_tokens = min(self.largest_row_tokens, longest)
         self.executor = Executor(
             device=self.device,
             recorder=self.recorder,
@@ -281,40 +315,12 @@ class Engine:
             activations=self.activations,
             activation_tiers=counts.activation_tiers,
             max_tokens=counts.max_tokens,
+            score_bytes=self._sampling_bytes,
             dtype=dtype,
             overlap=policy.overlap,
         )
 
 
-def _units(model: Model, tier_of: Mapping[str, str]) -> Units:
-    arch = model.arch
-    attention, experts, head, index, rows = [], [[] for _ in range(arch.num_layers)], [], {}, {}
-    for unit in arch.units():
-        step, number = UnitStep(name=unit.name, tier=tier_of[unit.name]), unit.name.rsplit(".", 1)[-1]
-        if unit.kind == "attention":
-            attention.append(step)
-        elif unit.kind == "expert":
-            experts[unit.layer].append(step)
-            index[unit.name] = experts_of(unit.name)
-        elif unit.kind == "head":
-            head.append(step)
-            rows[unit.name] = arch.head_rows(int(number))
-    ordered = tuple(tuple(experts_in_compute_order(e)) for e in experts)
-    return Units(attention=tuple(attention), experts=ordered, head=tuple(head), experts_of=index, head_rows=rows)
-
-
-def _make_directory(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise StorageError(f"cannot create the offload directory {path}: {e.strerror}") from e
-
-
-def _output(row: Row, reason: str) -> RequestOutput:
-    return RequestOutput(
-        request_id=row.request.request_id,
-        prompt=None,
-        prompt_token_ids=row.request.prompt_token_ids,
-        outputs=[CompletionOutput(index=0, text=None, token_ids=tuple(row.generated_ids), finish_reason=reason)],
-        finished=True,
-    )
+def _limit(request: EngineRequest, *, default: int, context: int) -> int:
+    wanted = default if request.params.max_tokens is None else request.params.max_tokens
+    return min(len(request.prompt_token_ids) + wanted, context)

@@ -10,7 +10,6 @@ Legend: T tokens of the block, D hidden, E experts, R rows of logits.
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 import torch
 
@@ -19,21 +18,15 @@ from flexmoe.block import Batch, Block
 from flexmoe.device import Device
 from flexmoe.experts import Bounds, ExpertDispatch
 from flexmoe.kv_lanes import Arrived, KVLanes
+from flexmoe.logprobs import PromptScores
 from flexmoe.stream import WeightStream
 from flexmoe.trace import Recorder
+from flexmoe.units import Units
 from flexmoe.weights import EmbeddingTable
-from policies.schedule import Op, SweepShape, UnitStep, sweep
+from policies.schedule import Op, SweepShape, sweep
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Units:
-    """The weight units of the model as the schedule wants them; ``experts_of`` and ``head_rows`` by unit name."""
-
-    attention: tuple[UnitStep, ...]
-    experts: tuple[tuple[UnitStep, ...], ...]
-    head: tuple[UnitStep, ...]
-    experts_of: dict[str, range]
-    head_rows: dict[str, tuple[int, int]]
+#: Bytes per vocabulary entry of a scored position at a time: its logits, in float32 too, and what `PromptScores` makes of them.
+SCORE_BYTES = 24
 
 
 class Executor:
@@ -49,6 +42,7 @@ class Executor:
         activations: keeps hidden states.
         activation_tiers: home of each GPU batch's hidden states.
         max_tokens: most tokens of a sweep.
+        score_bytes: memory that the logits of scored positions may take at a time.
         dtype: compute dtype.
         overlap: False runs every operation after the one before it.
     """
@@ -66,6 +60,7 @@ class Executor:
         activations: Activations,
         activation_tiers: tuple[str, ...],
         max_tokens: int,
+        score_bytes: int,
         dtype: torch.dtype,
         overlap: bool,
     ):
@@ -80,7 +75,7 @@ class Executor:
         self._y_TD = torch.empty(max_tokens, arch.hidden, **new)
         self._router_TE = torch.empty(max_tokens, arch.num_experts, **new)
         self._heads = (arch.num_heads, arch.head_dim)
-        self._dtype = dtype
+        self._dtype, self._score_bytes = dtype, score_bytes
 
     @torch.inference_mode()
     def run(self, block: Block) -> torch.Tensor:
@@ -88,6 +83,7 @@ class Executor:
 
         Returns:
             torch.Tensor: logits ``[R, vocab]`` on the compute device, one row per requested position, in block order.
+                The targets' log-probabilities are in ``block.scores``.
         """
         self._block, self._pending, self._qkv = block, {}, {}
         self._kv.begin(block)
@@ -249,11 +245,18 @@ class Executor:
     # Logits.
 
     def _op_collect(self, op: Op) -> None:
-        rows = []
+        rows, scored = [], 0
         for batch in self._block.batches:
-            wanted = batch.logit_rows.to(self._device.torch, non_blocking=True)
-            h_TD = self._hidden[batch.index].index_select(0, wanted)
-            rows.append(h_TD + self._y_TD[batch.start : batch.stop].index_select(0, wanted))
+            rows.append(self._final_hidden(batch, batch.logit_rows))
+            if len(batch.score_rows):
+                # The experts are done with their inputs, so the buffer of those takes what may be nearly as large.
+                last = scored + len(batch.score_rows)
+                self._x_TD[scored:last] = self._final_hidden(batch, batch.score_rows)
+                scored = last
+        if scored:
+            targets = torch.tensor([t for run in self._block.scored for t in run.targets])
+            top = max(run.top for run in self._block.scored)
+            self._block.scores = PromptScores(targets.to(self._device.torch), top)
         self._hidden.clear()
         self._rows_RD = torch.cat(rows)
         self._logits = torch.empty(len(self._rows_RD), self._vocab, dtype=self._dtype, device=self._device.torch)
@@ -264,7 +267,24 @@ class Executor:
             self._rows_RD = self._family.final_norm(self._rows_RD, weights)
         first, last = self._units.head_rows[op.unit]
         self._logits[:, first:last] = self._family.head(self._rows_RD, weights)
+        if self._block.scores is not None:
+            self._score(first, weights)
         self._stream.release(op.unit)
+
+    def _final_hidden(self, batch: Batch, places: torch.Tensor) -> torch.Tensor:
+        wanted = places.to(self._device.torch, non_blocking=True)
+        h_TD = self._hidden[batch.index].index_select(0, wanted)
+        return h_TD.add_(self._y_TD[batch.start : batch.stop].index_select(0, wanted))
+
+    def _score(self, first: int, weights: dict[str, torch.Tensor]) -> None:
+        """A piece of the head over the scored positions, as many of them at a time as the memory takes."""
+        scores = self._block.scores
+        step = max(1, self._score_bytes // (SCORE_BYTES * len(weights["head"])))
+        for at in range(0, len(scores), step):
+            rows = slice(at, min(at + step, len(scores)))
+            if "norm" in weights:
+                self._x_TD[rows] = self._family.final_norm(self._x_TD[rows], weights)
+            scores.add(rows, first, self._family.head(self._x_TD[rows], weights).float())
 
     def _op_sample(self, op: Op) -> None:
         """Marks the end of the sweep; the engine chooses tokens from the logits."""

@@ -1,8 +1,12 @@
-"""A batch job: a JSONL of requests in, a JSONL of completions out, through `stream` alone.
+"""A batch job: rows of requests in, OpenAI Batch output lines in input order out, and nothing lost on the way.
 
-Rows finish in any order. Each finished row is encoded at once (`responses`) and put aside in a file beside the output
-(`spool`); at the end the lines are published in input order (`output_files`), so that a file under the final name is
-always a whole one.
+    with Job(files, setup, identity) as job:    # the input is checked, the work directory held
+        if job.report is None:                  # else it was finished before
+            measured = job.look()               # every row tokenized and measured; those that cannot run refused
+            job.run(llm)                        # or the part of it that is left
+            report = job.publish()
+
+Whatever ends it in between, the same again goes on from there (`workspace`, `journal`).
 """
 
 from __future__ import annotations
@@ -11,32 +15,60 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from flexmoe.errors import DataError
-from flexmoe.output_files import PathLike, publish, resolve_outputs, storage_errors
-from flexmoe.params import EngineRequest, RequestOutput
+from flexmoe.errors import UsageError
+from flexmoe.inputs.options import InputOptions, open_requests
+from flexmoe.interrupts import Interrupts
+from flexmoe.manifest import Finished, Manifest
+from flexmoe.output_files import PathLike, publish, remove, resolve_outputs
+from flexmoe.preflight import Preflight, preflight
+from flexmoe.prepare import Preparer
+from flexmoe.preparer_setup import PreparerSetup
 from flexmoe.request_file import RequestFile
-from flexmoe.requests import Request
-from flexmoe.responses import ResponseEncoder, count_tokens, creation_time_s
-from flexmoe.spool import Spool
-from flexmoe.tokenizer import Tokenizer
-from flexmoe.workload import engine_requests
+from flexmoe.responses import ResponseEncoder, creation_time_s
+from flexmoe.row_stream import Engine, RowStream, StreamOptions
+from flexmoe.rows import Rows
+from flexmoe.shards import Shard
+from flexmoe.versions import versions
+from flexmoe.workload import Measured
+from flexmoe.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
 
-class Engine(Protocol):
-    """What a job needs of `flexmoe.LLM`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFiles:
+    """What a job reads and writes.
 
-    def stream(self, requests: Iterable[EngineRequest]) -> Iterator[RequestOutput]:
-        """Pulls requests lazily and yields each one's result once, in any order."""
+    Args:
+        input: a file of requests, a dataset's directory or its name.
+        output: rows that succeeded, in input order; replaced as a whole at the end, or not at all. That of a shard gets
+            the shard's name.
+        errors: rows that failed; None means beside the output.
+        shard: the part of the input that is this job's.
+        options: how the input is read.
+        overwrite: replace files that are there, and forget what was begun otherwise, once there is work to keep instead.
+    """
 
-    def check(self, request: EngineRequest) -> str | None:
-        """Why this request can never run, as a sentence; None when it can."""
+    input: PathLike
+    output: PathLike
+    errors: PathLike | None = None
+    shard: Shard | None = None
+    options: InputOptions = field(default_factory=InputOptions)
+    overwrite: bool = False
+
+    def outputs(self) -> tuple[Path, Path]:
+        """The final paths of the output and of the error file.
+
+        Raises:
+            UsageError, StorageError: they cannot be used.
+        """
+        output = Path(self.output) if self.shard is None else self.shard.path(Path(self.output))
+        return resolve_outputs(Path(self.input), output, self.errors)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,194 +76,207 @@ class JobReport:
     """What a finished job did. Tokens are those of the rows that went to the output file.
 
     Args:
+        rows_resumed: rows that an earlier start had finished already.
         error_path: the file of the failed rows; None when there are none.
-        wall_s: seconds from the first read of the input to the output under its final name.
+        wall_s: seconds from the first read of the input to the output under its final name; 0 where it was there.
+        was_finished: nothing was left to do.
     """
 
     rows_ok: int
     rows_failed: int
+    rows_resumed: int
     prompt_tokens: int
     generated_tokens: int
     output_path: Path
     error_path: Path | None
     wall_s: float
+    was_finished: bool = False
 
 
-def check_job(input_path: PathLike, output_path: PathLike, error_path: PathLike | None = None) -> int:
-    """All checks that need no model, for a command line to run before it loads one; `run_job` repeats them.
-
-    Returns:
-        The number of requests.
-
-    Raises:
-        UsageError, StorageError, InputMissingError, DataError: as `run_job`.
-    """
-    resolve_outputs(Path(input_path), output_path, error_path)
-    with RequestFile.open(input_path) as requests:
-        return len(requests)
-
-
-def run_job(
-    input_path: PathLike,
-    output_path: PathLike,
-    llm: Engine,
-    *,
-    tokenizer: Tokenizer,
-    default_max_tokens: int,
-    error_path: PathLike | None = None,
-    model_name: str = "flexmoe",
-    progress: bool | None = None,
-) -> JobReport:
-    """Completes every request of a JSONL file and writes OpenAI Batch output lines in input order.
+class Job:
+    """A job that this process holds until `close`; a context manager.
 
     Args:
-        input_path: OpenAI Batch lines or plain rows, see `flexmoe.requests`.
-        output_path: rows that succeeded; replaced as a whole at the end, or not at all.
-        llm: the engine; a row that its `check` refuses becomes an error row before the first one runs.
-        tokenizer: the checkpoint's; one without files serves token ids only, and texts are then null.
-        default_max_tokens: for rows that name no limit.
-        error_path: rows that failed; by default `output_files.default_error_path`. No file when no row failed.
+        files: its files.
+        setup: how requests are made of rows.
+        identity: what decides the completions, beside the input: a job that was begun with another one is not gone on
+            with.
         model_name: reported for rows that name no model.
-        progress: show a bar; None means only when stderr is a terminal.
+        choices: values of flags behind the identity, for the message of a refusal (`Manifest.choices`).
+        stream: how it is run.
+        interrupts: what may ask it to stop.
+
+    Attributes:
+        report: of the job when it was finished before; else None.
 
     Raises:
-        UsageError: two of the files are the same, or an output is no regular file.
-        InputMissingError: there is no such input file.
-        DataError: a line of the input is malformed.
-        StorageError: an output directory cannot be written, or the disk is full.
+        UsageError: files are the same or there already, flags are others than those the job was begun with, or another
+            run holds it.
+        InputMissingError: there is no such input.
+        DataError: the input is malformed, or is not what the job was begun with.
+        StorageError: something cannot be read or written.
     """
-    start = time.monotonic()
-    created_s = creation_time_s()
-    output, errors = resolve_outputs(Path(input_path), output_path, error_path)
-    with RequestFile.open(input_path) as requests, Spool(len(requests), output.parent) as spool:
-        encoder = ResponseEncoder(
-            tokenizer, content_hash=requests.content_hash, model_name=model_name, created_s=created_s
-        )
-        job = _Job(requests, llm, tokenizer, encoder, spool, default_max_tokens)
-        job.refuse_rows()
-        job.run(sys.stderr.isatty() if progress is None else progress)
-        rows_failed = spool.rows_failed
-        # The output comes last: who sees it may read the error file beside it.
-        if rows_failed:
-            publish(errors, lambda file: spool.copy(file, failed=True))
-        else:
-            with storage_errors(errors):
-                errors.unlink(missing_ok=True)
-        publish(output, lambda file: spool.copy(file, failed=False))
-    return JobReport(
-        rows_ok=len(requests) - rows_failed,
-        rows_failed=rows_failed,
-        prompt_tokens=job.prompt_tokens,
-        generated_tokens=job.generated_tokens,
-        output_path=output,
-        error_path=errors if rows_failed else None,
-        wall_s=time.monotonic() - start,
-    )
 
-
-@dataclass(slots=True)
-class _InFlight:
-    """A row that the engine has: what its output line needs, and the choices that are back."""
-
-    request: Request
-    missing: int
-    results: dict[int, RequestOutput] = field(default_factory=dict)
-
-
-class _Job:
     def __init__(
         self,
-        requests: RequestFile,
-        llm: Engine,
-        tokenizer: Tokenizer,
-        encoder: ResponseEncoder,
-        spool: Spool,
-        default_max_tokens: int,
+        files: JobFiles,
+        setup: PreparerSetup,
+        identity: Mapping[str, Any] | None = None,
+        *,
+        model_name: str = "flexmoe",
+        choices: Mapping[str, str] | None = None,
+        stream: StreamOptions | None = None,
+        interrupts: Interrupts | None = None,
     ) -> None:
-        self.requests, self.llm, self.tokenizer = requests, llm, tokenizer
-        self.encoder, self.spool, self.default_max_tokens = encoder, spool, default_max_tokens
-        self.prompt_tokens = self.generated_tokens = 0
-        self._in_flight: dict[int, _InFlight] = {}
-
-    def refuse_rows(self) -> None:
-        """Turns every row that can never run into an error row, before any work is done for the others."""
-        for row, request in enumerate(self.requests):
-            code, message = self._refusal(request, row)
-            if code:
-                self._fail(row, request, code, message, status=400)
-        if self.spool.rows_failed:
-            log.warning("%d of %d rows cannot run; the error file says why", self.spool.rows_failed, len(self.requests))
-
-    def run(self, progress: bool) -> None:
-        """Streams the remaining rows through the engine."""
-        stream = self.llm.stream(self._pull())
-        with contextlib.ExitStack() as stack:
-            bar = stack.enter_context(_bar(len(self.requests), progress))
-            if hasattr(stream, "close"):
-                stack.callback(stream.close)
-            bar.update(self.spool.rows_done)
-            for result in stream:
-                before = self.spool.rows_done
-                self._take(result)
-                bar.update(self.spool.rows_done - before)
-        missing = len(self.requests) - self.spool.rows_done
-        if missing:
-            raise RuntimeError(f"the engine's stream ended with {missing} rows unanswered")
-
-    def _refusal(self, request: Request, row: int) -> tuple[str, str]:
-        if request.error:
-            return "unsupported_request", request.error
+        self._start_s, self._now = time.monotonic(), creation_time_s()
+        self._files, self._stream_options = files, stream or StreamOptions(bar=sys.stderr.isatty())
+        self._interrupts = interrupts or Interrupts()
+        self._parts = contextlib.ExitStack()
+        self._output, self._errors = files.outputs()
         try:
-            parts = self._engine_requests(request, row)
-        except DataError as error:
-            return "invalid_prompt", str(error)
-        for part in parts:
-            if not part.prompt_token_ids:
-                return "invalid_prompt", "the prompt has no tokens; give a prompt that is not empty"
-            reason = self.llm.check(part)
-            if reason is not None:
-                return "cannot_run", reason
-        return "", ""
+            requests = self._parts.enter_context(open_requests(files.input, files.options, self._output.parent))
+            numbers = range(len(requests)) if files.shard is None else files.shard.rows(len(requests))
+            self._rows = Rows(requests=requests, numbers=numbers)
+            wanted = self._manifest(identity or {}, requests.content_hash, model_name, choices or {})
+            self._workspace = self._parts.enter_context(
+                Workspace(self._output, self._errors, wanted, overwrite=files.overwrite)
+            )
+        except BaseException:
+            self._parts.close()
+            raise
+        self._setup = setup.at(self._workspace.manifest.created_s)
+        self._found: Preflight | None = None
+        self._stream: RowStream | None = None
+        finished = self._workspace.finished
+        self.report = None if finished is None else self._report(finished, len(self._rows), was_finished=True)
 
-    def _engine_requests(self, request: Request, row: int) -> list[EngineRequest]:
-        return engine_requests(request, row, self.tokenizer, self.default_max_tokens)
+    @property
+    def rows(self) -> Rows:
+        """The job's rows."""
+        return self._rows
 
-    def _pull(self) -> Iterator[EngineRequest]:
-        for row in range(len(self.requests)):
-            if row in self.spool:
-                continue
-            request = self.requests[row]
-            parts = self._engine_requests(request, row)
-            # The prompts come back with the results: waiting rows need not hold their texts.
-            self._in_flight[row] = _InFlight(replace(request, prompts=(), messages=None), len(parts))
-            yield from parts
+    @property
+    def found(self) -> Preflight | None:
+        """What `look` found."""
+        return self._found
 
-    def _take(self, result: RequestOutput) -> None:
-        row, choice = map(int, result.request_id.split("/"))
-        waiting = self._in_flight[row]
-        waiting.results[choice] = result
-        if len(waiting.results) < waiting.missing:
-            return
-        del self._in_flight[row]
-        results = [waiting.results[index] for index in range(waiting.missing)]
-        error = next((r.error for r in results if r.error is not None), None)
-        if error is not None:
-            self._fail(row, waiting.request, "engine_error", error, status=None)
-        else:
-            self._succeed(row, waiting.request, results)
+    @property
+    def rows_left(self) -> int:
+        """Rows that have no line yet."""
+        return len(self._rows) - self._workspace.journal.rows_done
 
-    def _fail(self, row: int, request: Request, code: str, message: str, *, status: int | None) -> None:
-        log.info("row %s (line %d) failed: %s", request.custom_id, request.line_number, message)
-        self.spool.put(row, self.encoder.failure(request, code, message, status=status), failed=True)
+    def look(self) -> Measured:
+        """Tokenizes and measures the rows that are left; those that can never run become error rows.
 
-    def _succeed(self, row: int, request: Request, results: list[RequestOutput]) -> None:
-        self.spool.put(row, self.encoder.success(request, results), failed=False)
-        prompt_tokens, generated_tokens = count_tokens(results)
-        self.prompt_tokens += prompt_tokens
-        self.generated_tokens += generated_tokens
+        Returns:
+            The rows that are left in a few numbers.
+
+        Raises:
+            DataError, StorageError: as `preflight`.
+        """
+        tell_other_model(self._setup, self._rows.requests)
+        journal, preparer = self._workspace.journal, self._setup.preparer()
+        bar = self._stream_options.bar
+        self._found = preflight(self._rows, self._setup, preparer=preparer, done=journal.__contains__, bar=bar)
+        self._parts.callback(self._found.close)
+        self._stream = self._row_stream(preparer, self._found)
+        self._stream.refuse_rows()
+        return self._found.lengths.measured(preparer.limits.context)
+
+    def run(self, engine: Engine, block_rows: int | None = None) -> None:
+        """Runs the rows that are left; after `look`.
+
+        Args:
+            block_rows: rows that the engine has in flight together.
+
+        Raises:
+            Interrupted: the job was asked to stop; what has been done is kept, as it is after any other error.
+            DataError: the input was changed.
+            StorageError: the disk is full, or failed.
+        """
+        if self._stream is None:
+            raise UsageError("the rows have not been looked at; call look() before run()")
+        self._stream.run(engine, block_rows)
+
+    def publish(self) -> JobReport:
+        """Gives the output and the error file their names, once every row has its line.
+
+        Raises:
+            StorageError: the disk is full, or failed; the next start publishes.
+        """
+        journal = self._workspace.journal
+        if self.rows_left:
+            raise UsageError(f"{self.rows_left} rows have no line yet; call run() before publish()")
+        self._workspace.begin()
+        journal.checkpoint()
+        # The output comes last: who sees it may read the error file beside it.
+        errors = publish(self._errors, journal.lines(failed=True)) if journal.rows_failed else None
+        if errors is None:
+            remove(self._errors)
+        output = publish(self._output, journal.lines(failed=False))
+        finished = Finished(
+            rows_ok=journal.rows_done - journal.rows_failed,
+            prompt_tokens=journal.prompt_tokens,
+            generated_tokens=journal.generated_tokens,
+            output=output,
+            errors=errors,
+            failed_rows=tuple(journal.failed_rows()),
+        )
+        resumed = journal.recovered_rows
+        self._workspace.finish(finished)
+        return self._report(finished, resumed)
+
+    def close(self) -> None:
+        """Lets go of the job; a second call does nothing."""
+        self._parts.close()
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _manifest(
+        self, identity: Mapping[str, Any], content_hash: str, model_name: str, choices: Mapping[str, str]
+    ) -> Manifest:
+        shard = self._files.shard
+        return Manifest(
+            identity={"input": content_hash, **self._files.options.identity(self._files.input), **identity},
+            rows=len(self._rows),
+            shard=None if shard is None else (shard.index, shard.count),
+            created_s=self._now,
+            model_name=model_name,
+            versions=versions(),
+            choices=choices,
+        )
+
+    def _row_stream(self, preparer: Preparer, found: Preflight) -> RowStream:
+        manifest = self._workspace.manifest
+        encoder = ResponseEncoder(
+            preparer.tokenizer,
+            fingerprint=manifest.fingerprint,
+            model_name=manifest.model_name,
+            created_s=manifest.created_s,
+        )
+        journal = self._workspace.journal
+        return RowStream(self._rows, found, journal, preparer, encoder, self._stream_options, self._interrupts)
+
+    def _report(self, finished: Finished, rows_resumed: int, *, was_finished: bool = False) -> JobReport:
+        return JobReport(
+            rows_ok=finished.rows_ok,
+            rows_failed=len(finished.failed_rows),
+            rows_resumed=rows_resumed,
+            prompt_tokens=finished.prompt_tokens,
+            generated_tokens=finished.generated_tokens,
+            output_path=self._output,
+            error_path=None if finished.errors is None else self._errors,
+            wall_s=0.0 if was_finished else time.monotonic() - self._start_s,
+            was_finished=was_finished,
+        )
 
 
-def _bar(total: int, show: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="row", disable=not show, file=sys.stderr)
+def tell_other_model(setup: PreparerSetup, requests: RequestFile) -> None:
+    """Warns, once, where rows ask for a model that is not the one that runs."""
+    told = setup.served().warning(requests.models)
+    if told is not None:
+        log.warning("%s: %s", requests.name, told)

@@ -227,6 +227,13 @@ class KVCache:
             pool[:, :, target] = pool[:, :, source]
         return twin
 
+    def share(self, row: RowKV, tokens: int) -> RowKV:
+        """A hold on the row's first ``tokens`` tokens, whole blocks that are filled: rows are forked from it, and the
+        blocks stay while it or any of them is open. It takes no block and no tail, and does not grow."""
+        allocator = self._allocators[row.tier]
+        blocks = [allocator.share(b) for b in row.blocks[: tokens // self.block_tokens]]
+        return RowKV(row.tier, blocks=blocks, length=len(blocks) * self.block_tokens)
+
     def disk_offset(self, layer: int, block: int) -> int:
         """Byte offset of a block of a layer in the disk tier's file: a row's neighbouring blocks are neighbours."""
         return (layer * self.total("disk") + block) * self.block_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from flexmoe.engine import Engine
 from flexmoe.errors import UsageError
 from flexmoe.loader import Model, load_model
-from flexmoe.params import EngineRequest, RequestOutput, SamplingParams
+from flexmoe.params import CompletionOutput, EngineRequest, InFlight, RequestOutput, SamplingParams
 from flexmoe.planning import EngineConfig
 from flexmoe.tokenizer import Tokenizer, eos_ids
 from policies.policy import Policy, PolicyFile, Workload
@@ -32,7 +32,7 @@ class LLM:
         load_format: ``auto`` or ``dummy``.
         workload: mean prompt and completion lengths; with the policy they size the KV cache. Default 512/32.
         **options: fields of `EngineConfig` (``device``, ``dtype``, ``gpu_mem``, ``cpu_mem``, ``nvme_mem`` in GiB,
-            ``offload_dir``, ``kv_tokens``, ``longest_row``, ``gen_len``, ``keep_spans``).
+            ``offload_dir``, ``kv_tokens``, ``longest_row``, ``gen_len``, ``keep_spans``, ``seed``, ``reserve``).
 
     Raises:
         FlexMoEError: the model is missing or broken, or the policy does not fit; before any weight is loaded.
@@ -61,8 +61,9 @@ class LLM:
         if not config.eos_ids:
             ids = eos_ids(self.model.generation_config, self.model.config, self.tokenizer)
             config = replace(config, eos_ids=ids)
-        self.engine = Engine(self.model, config)
+        self.engine = Engine(self.model, config, self.tokenizer.decode if self.tokenizer.is_available else None)
         self._streaming = False
+        self._left: list[InFlight] = []
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -95,24 +96,30 @@ class LLM:
             problem = self.check(request)
             if problem is not None:
                 raise UsageError(f"prompt {request.request_id}: {problem}")
-        longest_first = sorted(requests, key=lambda r: -(r.params.max_tokens or self.engine.config.gen_len))
+        longest_first = sorted(requests, key=lambda r: len(r.prompt_token_ids) - self.engine.limit(r))
         outputs = {int(out.request_id): out for out in self.stream(longest_first)}
         return [self._with_text(outputs[i], prompts[i]) for i in range(len(prompts))]
 
-    def stream(self, requests: Iterable[EngineRequest]) -> Iterator[RequestOutput]:
+    def stream(
+        self, requests: Iterable[EngineRequest], on_sweep: Callable[[], None] | None = None
+    ) -> Iterator[RequestOutput]:
         """Run requests as they come and yield each when it finishes, in any order.
 
         Requests are pulled lazily: no more wait in the engine than one block. One that can never run is
         yielded with its ``error``. The engine is empty again when the iterator ends or is closed.
+
+        Args:
+            on_sweep: called after every sweep, when the requests that finished in it have been yielded: `in_flight`
+                then tells of all others. What it raises ends the stream.
         """
         if self._streaming:
             raise UsageError("another stream of this LLM is open; finish or close it first")
         source, exhausted = iter(requests), False
         ahead = self.engine.config.policy.block_size
-        self._streaming = True
+        self._streaming, self._left = True, []
         try:
             while not exhausted or self.engine.unfinished:
-                while not exhausted and len(self.engine.scheduler.waiting) < ahead:
+                while not exhausted and self.engine.waiting < ahead:
                     request = next(source, None)
                     if request is None:
                         exhausted = True
@@ -121,6 +128,11 @@ class LLM:
                     else:
                         self.engine.submit(request)
                 yield from self.engine.step()
+                if on_sweep is not None:
+                    on_sweep()
+        except Exception:
+            self._left = self.engine.in_flight()  # who stores it loses nothing by the failure
+            raise
         finally:
             self._streaming = False
             self.engine.clear()
@@ -129,13 +141,36 @@ class LLM:
         """Why a request can never run, as a sentence; None if it can."""
         return self.engine.check(request)
 
+    def in_flight(self) -> list[InFlight]:
+        """What the samples of unfinished requests have generated so far; those without a token are left out.
+
+        For the consumer of a `stream`, from its ``on_sweep``: while the results of a sweep are being yielded, those
+        that are still to come are in neither. After a stream that failed: what they had when it did.
+        """
+        return self.engine.in_flight() if self._streaming else self._left
+
+    @property
+    def largest_row_tokens(self) -> int:
+        """Tokens of the longest prompt and completion that the KV cache and its buffers hold."""
+        return self.engine.largest_row_tokens
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Prompt tokens computed and tokens generated so far."""
+        totals = self.engine.sweeps.totals
+        return totals.prompt_tokens, totals.generated_tokens
+
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Float32 logits ``[len(token_ids), vocab]`` after every token of one sequence."""
         return self.engine.logits(list(token_ids))
 
     def metrics(self) -> dict:
-        """What has been done so far: tokens, sweeps, bytes and busy seconds per lane, planned bytes per tier."""
+        """What has been done so far: tokens, sweeps, bytes and busy seconds per lane, planned bytes per tier.
+
+        What is listed sweep by sweep is of the last ones alone (`flexmoe.sweep_log`), all else of all.
+        """
         e = self.engine
+        totals = e.sweeps.totals
         lanes = {
             lane: {"bytes": t.nbytes, "busy_s": t.busy_s, "active_s": t.active_s}
             for lane, t in e.recorder.totals().items()
@@ -143,9 +178,16 @@ class LLM:
         memory = e.plan.memory
         return {
             "sweeps": len(e.sweeps),
-            "wall_s": sum(s.wall_s for s in e.sweeps),
-            "prompt_tokens": sum(s.prompt_tokens for s in e.sweeps),
-            "generated_tokens": sum(s.generated_tokens for s in e.sweeps),
+            "wall_s": totals.wall_s,
+            "prompt_tokens": totals.prompt_tokens,
+            "generated_tokens": totals.generated_tokens,
+            "run_tokens": totals.tokens,
+            "computed_tokens": totals.computed_tokens,
+            "prefill_s": totals.prefill_s,
+            "decode_s": totals.decode_s,
+            "decode_only_tokens": totals.decode_tokens,
+            "mean_rows_in_flight": totals.rows / max(1, len(e.sweeps)),
+            "most_rows_in_flight": totals.most_rows,
             "rows_in_flight": [s.rows for s in e.sweeps],
             "tokens_per_sweep": [s.tokens for s in e.sweeps],
             "generated_tokens_per_sweep": [s.generated_tokens for s in e.sweeps],
@@ -174,11 +216,14 @@ class LLM:
         return workload, policy
 
     def _with_text(self, output: RequestOutput, prompt: Prompt) -> RequestOutput:
-        completion = output.outputs[0]
+        outputs = [replace(c, text=self._text(c)) for c in output.outputs]
+        return replace(output, prompt=prompt if isinstance(prompt, str) else None, outputs=outputs)
+
+    def _text(self, completion: CompletionOutput) -> str | None:
+        if completion.text is not None:
+            return completion.text
         ended = completion.finish_reason == "stop"
-        text = self.tokenizer.decode(completion.token_ids[:-1] if ended else completion.token_ids)
-        prompt_text = prompt if isinstance(prompt, str) else None
-        return replace(output, prompt=prompt_text, outputs=[replace(completion, text=text)])
+        return self.tokenizer.decode(completion.token_ids[:-1] if ended else completion.token_ids)
 
 
 def _checked(index: int, prompt: Prompt) -> Prompt:

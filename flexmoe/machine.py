@@ -7,6 +7,8 @@ import platform
 import shutil
 from pathlib import Path
 
+from flexmoe.errors import StorageError
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -71,6 +73,18 @@ def nearest_existing(path: Path) -> Path:
     while not here.exists():
         here = here.parent
     return here
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory and its parents, where they are missing.
+
+    Raises:
+        StorageError: it cannot be created.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise StorageError(f"cannot create the offload directory {path}: {e.strerror}") from e
 
 
 def _lines(path: Path) -> list[str]:

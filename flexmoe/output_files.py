@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import glob
+import hashlib
 import itertools
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
+from flexmoe import file_io
 from flexmoe.errors import StorageError, UsageError
+from flexmoe.file_io import storage_errors
 
 PathLike = str | os.PathLike[str]
+_WRITE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A file as it was written, to tell later whether it is still the same."""
+
+    size_bytes: int
+    sha256: str
 
 
 def default_error_path(output_path: PathLike) -> Path:
@@ -72,47 +85,83 @@ def _same_file(one: Path, other: Path) -> bool:
         return False
 
 
-def publish(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Has `write` fill a temporary file in the same directory, makes it durable and gives it its final name.
+def publish(path: Path, pieces: Iterable[bytes]) -> Published:
+    """Writes a temporary file in the same directory, makes it durable and gives it its final name.
+
+    Returns:
+        What the file holds now.
 
     Raises:
-        StorageError: the disk is full or the directory read-only.
+        StorageError: the disk is full or the directory read-only; what had the name before is untouched.
     """
-    with storage_errors(path), _temporary(path) as (file, temporary):
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
+    digest, size = hashlib.sha256(), 0
+    with storage_errors(path), _temporary(path) as (descriptor, temporary):
+        for chunk in _gathered(pieces):
+            digest.update(chunk)
+            size += len(chunk)
+            file_io.write_all(descriptor, chunk)
+        file_io.sync(descriptor)
+        file_io.rename(temporary, path)
+    return Published(size_bytes=size, sha256=digest.hexdigest())
+
+
+def is_as_published(path: Path, published: Published) -> bool:
+    """Whether a file still holds what was written to it, to the byte.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with storage_errors(path):
+        if not path.exists() or path.stat().st_size != published.size_bytes:
+            return False
+        with open(path, "rb") as file:
+            while piece := file.read(_WRITE_BYTES):
+                digest.update(piece)
+    return digest.hexdigest() == published.sha256
+
+
+def remove(path: Path) -> None:
+    """Removes a file, where there is one.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    with storage_errors(path):
+        path.unlink(missing_ok=True)
+
+
+def remove_temporaries(path: Path) -> None:
+    """Removes what a process that was killed while it published the file has left beside it; for the holder of its lock."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.tmp-*-{'[0-9a-f]' * 8}"):
+        with contextlib.suppress(OSError):
+            left.unlink()
+
+
+def _gathered(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in pieces of about `_WRITE_BYTES`: lines are short, and a system call for each would cost more."""
+    waiting: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        waiting.append(piece)
+        size += len(piece)
+        if size >= _WRITE_BYTES:
+            yield b"".join(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield b"".join(waiting)
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
+def _temporary(path: Path) -> Iterator[tuple[int, Path]]:
     """A new file beside `path` that is gone afterwards, unless it was renamed."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with open(temporary, "xb") as file:
-            yield file, temporary
+        descriptor = file_io.create(temporary)
+        try:
+            yield descriptor, temporary
+        finally:
+            os.close(descriptor)
     finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Makes a rename durable, where the file system can (some network ones cannot, and the file is whole anyway)."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
         with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turns what the operating system raises while `path` is written into a sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}; free space there or choose another output file"
-        ) from error
+            temporary.unlink()

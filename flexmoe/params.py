@@ -2,54 +2,223 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from flexmoe.errors import UsageError
 
 FinishReason = Literal["stop", "length"]
 
+MAX_SAMPLES = 128
+MAX_LOGPROBS = 20
+MAX_TOKENS = 2**31 - 1
+MAX_PENALTY = 2.0
+MAX_BIAS = 100.0
+MAX_BIASED_TOKENS = 1024
+MAX_STOPS = 64
+MAX_STOP_CHARACTERS = 1024
+MAX_STOP_TOKENS = 1024
+#: Below this a temperature means the most probable token, as in vLLM.
+GREEDY_BELOW = 1e-5
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+
+class WrongValueError(UsageError):
+    """A field of `SamplingParams` with a value that it cannot have.
+
+    Args:
+        name: of the field.
+        shown: its value.
+        wanted: which values it can have.
+    """
+
+    def __init__(self, name: str, shown: str, wanted: str) -> None:
+        super().__init__(f"{name} is {shown}; give {wanted}")
+        self.wanted = wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How a completion is chosen and when it ends. Sampling is greedy: the most probable token, always.
+    """How completions are chosen and when they end. The names and meanings are OpenAI's and vLLM's.
+
+    A token is chosen in vLLM's order: logit bias and penalties, temperature, min_p, top_k, top_p. Log-probabilities
+    are those of the model's own distribution, before any of it.
 
     Args:
-        max_tokens: most tokens to generate, the end-of-sequence token included; None means the engine's
-            default (`--gen-len`).
-        ignore_eos: go on to `max_tokens` although the model ends the sequence (for benchmarks).
+        n: completions per prompt; they share the prompt's computation.
+        temperature: 0 (or less than 1e-5) takes the most probable token, always.
+        top_p: keep the most probable tokens whose probabilities sum to it; 1 keeps all.
+        top_k: keep that many of the most probable tokens; 0 or -1 keeps all.
+        min_p: keep the tokens at least this probable, relative to the most probable one; 0 keeps all.
+        max_tokens: most tokens to generate, the end-of-sequence token included; None means the engine's default
+            (`--gen-len`); 0 generates nothing, for `echo` or `prompt_logprobs`.
+        stop: strings that end the completion; the text is cut before the first of them.
         stop_token_ids: ids that end the completion as an end-of-sequence id does, even when `ignore_eos` is set.
+        seed: of the random draws; None means the job's. A draw depends on it, the request's `stream_key`, the sample's
+            index and the token's place in the completion alone.
+        logprobs: report each token's log-probability and those of as many most probable tokens; None reports none.
+        prompt_logprobs: the same for each token of the prompt but the first.
+        presence_penalty: subtracted from the logits of tokens generated already.
+        frequency_penalty: subtracted once for every time a token was generated.
+        repetition_penalty: divides positive and multiplies negative logits of tokens of the prompt or generated.
+        logit_bias: token id to what is added to its logit; kept as pairs sorted by id.
+        ignore_eos: go on to `max_tokens` although the model ends the sequence (for benchmarks).
+        echo: the caller will put the prompt before the completion; with `logprobs`, the prompt gets them too.
 
     Raises:
-        UsageError: a value of the wrong type, or `max_tokens` below 1.
+        UsageError: a value of the wrong type or out of bounds.
     """
 
+    n: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
     max_tokens: int | None = None
-    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] | Mapping[int, float] = ()
+    ignore_eos: bool = False
+    echo: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None and not (_is_int(self.max_tokens) and self.max_tokens >= 1):
-            raise UsageError(f"max_tokens is {self.max_tokens!r}; give a whole number of at least 1, or None")
-        if not isinstance(self.ignore_eos, bool):
-            raise UsageError(f"ignore_eos is {self.ignore_eos!r}; give True or False")
+        self._check_counts()
+        self._number("temperature", 0, math.inf, "a finite number of at least 0")
+        self._number("top_p", 0, 1, "a number above 0 and at most 1", above=True)
+        self._number("min_p", 0, 1, "a number from 0 to 1")
+        self._number("repetition_penalty", 0, math.inf, "a finite number above 0", above=True)
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._number(name, -MAX_PENALTY, MAX_PENALTY, f"a number from {-MAX_PENALTY:g} to {MAX_PENALTY:g}")
+        for name in ("ignore_eos", "echo"):
+            if not isinstance(getattr(self, name), bool):
+                raise self._wrong(name, "True or False")
+        self._set("stop", self._stops())
+        self._set("stop_token_ids", self._stop_token_ids())
+        self._set("logit_bias", self._bias())
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise UsageError("max_tokens is 0: nothing would be generated; give at least 1, or ask for echo")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken, so that nothing is drawn."""
+        return self.temperature < GREEDY_BELOW or self.top_k == 1
+
+    @property
+    def penalized(self) -> bool:
+        """Whether what was generated before changes the logits."""
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1
+
+    @property
+    def scores_prompt(self) -> int | None:
+        """As many most probable tokens as the prompt's log-probabilities come with; None where none are asked."""
+        return self.logprobs if self.prompt_logprobs is None and self.echo else self.prompt_logprobs
+
+    def _check_counts(self) -> None:
+        bounds = {
+            "n": (1, MAX_SAMPLES), "top_k": (-1, MAX_TOKENS), "max_tokens": (0, MAX_TOKENS),
+            "seed": (-(2**63), 2**63 - 1), "logprobs": (0, MAX_LOGPROBS), "prompt_logprobs": (0, MAX_LOGPROBS),
+        }  # fmt: skip
+        for name, (least, most) in bounds.items():
+            value, optional = getattr(self, name), name not in ("n", "top_k")
+            if not (value is None and optional or _is_int(value) and least <= value <= most):
+                raise self._wrong(name, f"a whole number from {least} to {most}" + ", or None" * optional)
+
+    def _number(self, name: str, least: float, most: float, wanted: str, *, above: bool = False) -> None:
+        value = _finite(getattr(self, name))
+        if value is None or not least <= value <= most or (above and value == least):
+            raise self._wrong(name, wanted)
+        self._set(name, value)
+
+    def _stops(self) -> tuple[str, ...]:
+        stops = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stops, (tuple, list)) or not all(isinstance(s, str) and s for s in stops):
+            raise self._wrong("stop", "strings, none of them empty")
+        if len(stops) > MAX_STOPS or any(len(s) > MAX_STOP_CHARACTERS for s in stops):
+            raise self._wrong("stop", f"at most {MAX_STOPS} strings of at most {MAX_STOP_CHARACTERS} characters")
+        return tuple(stops)
+
+    def _stop_token_ids(self) -> tuple[int, ...]:
         stops = self.stop_token_ids
         if not isinstance(stops, (tuple, list)) or not all(_is_int(i) and i >= 0 for i in stops):
-            raise UsageError(f"stop_token_ids is {stops!r}; give a tuple of token ids, none of them negative")
-        object.__setattr__(self, "stop_token_ids", tuple(stops))
+            raise self._wrong("stop_token_ids", "token ids, none of them negative")
+        if len(stops) > MAX_STOP_TOKENS:
+            raise self._wrong("stop_token_ids", f"at most {MAX_STOP_TOKENS} of them")
+        return tuple(stops)
+
+    def _bias(self) -> tuple[tuple[int, float], ...]:
+        given = self.logit_bias
+        pairs = list(given.items()) if isinstance(given, Mapping) else given
+        if not isinstance(pairs, (tuple, list)) or len(pairs) > MAX_BIASED_TOKENS:
+            raise self._wrong("logit_bias", f"at most {MAX_BIASED_TOKENS} token ids with their numbers")
+        bias = {}
+        for pair in pairs:
+            token, value = pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (None, None)
+            number = _finite(value)
+            if not _is_int(token) or token < 0 or token in bias or number is None or abs(number) > MAX_BIAS:
+                raise self._wrong(
+                    "logit_bias", f"token ids, each once, with numbers from -{MAX_BIAS:g} to {MAX_BIAS:g}"
+                )
+            bias[token] = number
+        return tuple(sorted(bias.items()))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _wrong(self, name: str, wanted: str) -> UsageError:
+        return WrongValueError(name, _show(getattr(self, name)), wanted)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """Log-probability of one token under the model's own distribution.
+
+    Args:
+        token_id: the token that stands there, chosen or given.
+        logprob: its natural log-probability.
+        top: the most probable ids with theirs, the best first, equal ones by lower id; whether or not ``token_id`` is
+            among them.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """What was generated of one sample before a crash.
+
+    Args:
+        token_ids: the ids, possibly none, possibly all.
+        logprobs: theirs, one for each id, where the request asks for logprobs; else None.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
-    """One prompt as the engine takes it: token ids in, one completion out."""
+    """One prompt as the engine takes it: token ids in, ``params.n`` completions out.
+
+    Args:
+        request_id: names the request among those in flight.
+        stream_key: what the random draws depend on beside the seed; "" means the ``request_id``.
+        resumed: per sample what was generated before a crash; (): nothing of any sample.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
+    stream_key: str = ""
+    resumed: tuple[Resumed, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,20 +227,29 @@ class CompletionOutput:
 
     Args:
         index: place among the completions of its prompt.
-        text: the decoded completion without the token that ended it; None when nothing decoded it.
-        token_ids: every generated id, the one that ended the row included.
-        finish_reason: "stop" when the last id is an end-of-sequence or stop id, else "length".
+        text: the decoded completion without the token or the string that ended it; None when nothing decoded it.
+        token_ids: every generated id, those that ended the completion included.
+        finish_reason: "stop" when an end-of-sequence id, a stop id or a stop string ended it, else "length".
+        stop_reason: the stop string or the stop id that ended it; None for an end-of-sequence id and for length.
+        logprobs: one for each of ``token_ids``; None where the request asks for none.
     """
 
     index: int
     text: str | None
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """The result of one `EngineRequest`; `error` is a sentence when it failed, and `outputs` is then empty."""
+    """The result of one `EngineRequest`; `error` is a sentence when it failed, and `outputs` is then empty.
+
+    Args:
+        outputs: the ``n`` completions, by index. A request of ``max_tokens`` 0 has them too, with no tokens.
+        prompt_logprobs: one for each token of the prompt but the first; None where the request asks for none.
+    """
 
     request_id: str
     prompt: str | None
@@ -79,3 +257,38 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     error: str | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InFlight:
+    """What a sample of an unfinished request has generated so far, ended or not; `Resumed` takes it up again.
+
+    Args:
+        token_ids: the ids; a copy.
+        logprobs: theirs, None where none are asked; the engine's own list, which goes on growing.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _finite(value: object) -> float | None:
+    """The value as a float; None where it is no finite number."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not -1e308 <= value <= 1e308:
+        return None
+    return float(value)
+
+
+def _show(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python prints
+        return "a very large number"
+    return text if len(text) <= 80 else f"{text[:77]}…"

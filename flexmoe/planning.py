@@ -18,6 +18,7 @@ from policies.placement import check_count, describe
 from policies.policy import Policy, Workload
 
 GIB = 1 << 30
+RESERVES = ("max", "p95")
 _REMEDY = {
     "gpu": "raise --gpu-mem, or lower the GPU percents, --gpu-batch-size or --prefill-tokens",
     "cpu": "raise --cpu-mem, or lower the CPU percents or the block size",
@@ -42,6 +43,9 @@ class EngineConfig:
         gen_len: ``max_tokens`` of requests without one.
         keep_spans: record spans for a trace.
         eos_ids: ids that end a row.
+        seed: of the random draws of requests that have none of their own.
+        reserve: KV that a row is expected to need: ``max``, up to its ``max_tokens``, or ``p95``, what the job's rows
+            have needed so far (`flexmoe.reserve`).
     """
 
     policy: Policy
@@ -57,6 +61,8 @@ class EngineConfig:
     gen_len: int = 32
     keep_spans: bool = False
     eos_ids: tuple[int, ...] = ()
+    seed: int = 0
+    reserve: str = "p95"
 
     def __post_init__(self):
         object.__setattr__(self, "offload_dir", Path(self.offload_dir).expanduser())
@@ -67,6 +73,10 @@ class EngineConfig:
         for name in ("kv_tokens", "longest_row", "gen_len"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not -(2**63) <= self.seed < 2**63:
+            raise UsageError(f"seed is {self.seed!r}; give a whole number of 64 bits")
+        if self.reserve not in RESERVES:
+            raise UsageError(f"reserve is {self.reserve!r}; choose one of {', '.join(RESERVES)}")
         if not isinstance(self.policy, Policy):
             raise UsageError(f"the policy is {self.policy!r}; give a Policy or the path of a policy file")
         for name in ("compress_weight", "compress_cache"):

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import platform
+from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from flexmoe.engine import Engine
 from flexmoe.errors import StorageError
 from flexmoe.planning import GIB
+from flexmoe.versions import versions
 
-_PACKAGES = ("flexmoe", "torch", "transformers", "safetensors", "numpy")
+# What a start that found nothing to run has to say, by kind.
+_NUMBERS = (
+    "elapsed_time", "num_requests", "total_num_tokens", "requests_per_second", "tokens_per_second", "sweeps", "wall_s",
+    "prompt_tokens", "generated_tokens", "run_tokens", "computed_tokens", "prefill_s", "decode_s", "decode_only_tokens",
+    "mean_rows_in_flight", "most_rows_in_flight", "restarts", "weights_stall_s", "prefill_tokens", "decode_tokens",
+    "padding_fraction", "peak_gpu_bytes",
+)  # fmt: skip
+_OF_SWEEPS = (
+    "rows_in_flight", "tokens_per_sweep", "generated_tokens_per_sweep", "prompt_tokens_per_sweep", "sweep_s",
+)  # fmt: skip
+_OF_PARTS = ("lanes", "memory", "moved_bytes", "peak_bytes")
+_OF_ENGINE = ("predicted", "achieved_weight_percent", "policy", "workload", "device", "dtype")
 
 
 def lane_lines(metrics: dict) -> list[str]:
@@ -33,11 +44,11 @@ def throughput_lines(metrics: dict) -> list[str]:
     """Tokens per second with the denominator named."""
     wall = max(metrics["wall_s"], 1e-9)
     generated, prompt = metrics["generated_tokens"], metrics["prompt_tokens"]
-    rows = metrics["rows_in_flight"]
     return [
         f"end to end: {generated / wall:.2f} generated token/s = {generated} tokens / {wall:.2f} s (prefill and decode; "
         f"loading excluded), {prompt / wall:.2f} prompt token/s",
-        f"sweeps: {len(rows)}, rows in flight: mean {sum(rows) / max(1, len(rows)):.1f}, most {max(rows, default=0)}",
+        f"sweeps: {metrics['sweeps']}, rows in flight: mean {metrics['mean_rows_in_flight']:.1f}, "
+        f"most {metrics['most_rows_in_flight']}",
     ]
 
 
@@ -47,11 +58,8 @@ def flexllmgen_lines(metrics: dict, engine: Engine, rows: int, gen_len: int, cut
     Sweeps in which prompt tokens entered count as prefill (with the rolling schedule other rows decode in them), the
     others as decode. With ``cut_gen_len`` the decode latency is projected to ``gen_len`` tokens from those that ran.
     """
-    sweeps = list(zip(metrics["sweep_s"], metrics["prompt_tokens_per_sweep"], metrics["generated_tokens_per_sweep"]))
-    prefill_s = sum(wall for wall, prompt, _ in sweeps if prompt)
-    decode_s = sum(wall for wall, prompt, _ in sweeps if not prompt)
-    decoded = sum(generated for _, prompt, generated in sweeps if not prompt)
-    decode_rate = decoded / decode_s if decode_s else 0.0
+    prefill_s, decode_s = metrics["prefill_s"], metrics["decode_s"]
+    decode_rate = metrics["decode_only_tokens"] / decode_s if decode_s else 0.0
     note = ""
     if cut_gen_len:
         decode_s *= (gen_len - 1) / max(1, cut_gen_len - 1)
@@ -87,27 +95,79 @@ def peak_process_bytes() -> int:
     return 0
 
 
-def metrics_record(metrics: dict, engine: Engine, rows_ok: int, rows_failed: int) -> dict:
-    """The content of `--metrics-json`: vLLM's throughput keys, then ours."""
+def metrics_record(
+    metrics: dict,
+    engine: Engine,
+    rows_ok: int,
+    rows_failed: int,
+    rows_resumed: int = 0,
+    predicted: Mapping | None = None,
+) -> dict:
+    """The content of `--metrics-json`: vLLM's throughput keys, then ours.
+
+    Args:
+        rows_resumed: rows that an earlier start had finished; requests, tokens and rates are those of this one alone.
+        predicted: what a planner said of this run, by the names of the measured values.
+    """
     wall = max(metrics["wall_s"], 1e-9)
-    total = metrics["prompt_tokens"] + metrics["generated_tokens"]
+    total, rows_run = metrics["prompt_tokens"] + metrics["generated_tokens"], rows_ok + rows_failed - rows_resumed
     return {
         "elapsed_time": wall,
-        "num_requests": rows_ok + rows_failed,
+        "num_requests": rows_run,
         "total_num_tokens": total,
-        "requests_per_second": rows_ok / wall,
+        "requests_per_second": rows_run / wall,
         "tokens_per_second": total / wall,
         "rows_ok": rows_ok,
         "rows_failed": rows_failed,
+        "rows_resumed": rows_resumed,
         **metrics,
+        **phases(metrics),
+        "padding_fraction": padding_fraction(metrics),
+        "moved_bytes": {lane: totals["bytes"] for lane, totals in metrics["lanes"].items()},
+        "peak_bytes": peak_bytes(metrics, engine),
+        "predicted": predicted and dict(predicted),
         "peak_process_bytes": peak_process_bytes(),
         "peak_gpu_bytes": peak_gpu_bytes(engine),
         "achieved_weight_percent": list(engine.plan.sizes.placement.achieved_percent),
         "policy": asdict(engine.config.policy),
+        "workload": engine.config.workload.to_json(),
         "device": str(engine.device.torch),
         "dtype": str(engine.plan.dtype),
-        "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "versions": versions(),
     }
+
+
+def finished_record(rows_ok: int, rows_failed: int, rows_resumed: int) -> dict:
+    """The same of a start that found nothing to run: the same keys, with nothing done, and null where no engine was made."""
+    rows = {"rows_ok": rows_ok, "rows_failed": rows_failed, "rows_resumed": rows_resumed}
+    record = dict.fromkeys(_NUMBERS, 0) | {name: [] for name in _OF_SWEEPS} | {name: {} for name in _OF_PARTS}
+    record |= dict.fromkeys(_OF_ENGINE) | rows
+    return record | {"peak_process_bytes": peak_process_bytes(), "versions": versions()}
+
+
+def phases(metrics: dict) -> dict:
+    """Tokens and seconds of prefill and decode. With a rolling schedule they share sweeps: a sweep into which prompt tokens
+    entered counts as prefill, and the tokens that other rows generated in it are decode tokens all the same."""
+    return {
+        "prefill_tokens": metrics["prompt_tokens"],
+        "prefill_s": metrics["prefill_s"],
+        "decode_tokens": metrics["generated_tokens"],
+        "decode_s": metrics["decode_s"],
+    }
+
+
+def padding_fraction(metrics: dict) -> float:
+    """Share of the positions that went through the layers which belonged to no row."""
+    computed = metrics["computed_tokens"]
+    return (computed - metrics["run_tokens"]) / computed if computed else 0.0
+
+
+def peak_bytes(metrics: dict, engine: Engine) -> dict[str, int]:
+    """Most bytes held in each tier: measured where the system tells, else what was planned (and is never exceeded)."""
+    planned = {tier: items["planned_bytes"] for tier, items in metrics["memory"].items()}
+    if engine.device.is_cuda:
+        return planned | {"gpu": peak_gpu_bytes(engine), "cpu": peak_process_bytes()}
+    return planned | {"gpu+cpu": peak_process_bytes()}
 
 
 def write_json(path: Path, record: dict) -> None:
@@ -123,10 +183,3 @@ def write_json(path: Path, record: dict) -> None:
     except OSError as e:
         temporary.unlink(missing_ok=True)
         raise StorageError(f"cannot write {path}: {e.strerror}") from e
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

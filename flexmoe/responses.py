@@ -1,4 +1,4 @@
-"""One finished row to one line of OpenAI Batch output. A repeated job writes the same bytes, but for the time."""
+"""One finished row to one line of OpenAI Batch output. A repeated job writes the same bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 from flexmoe.errors import UsageError
 from flexmoe.params import CompletionOutput, RequestOutput
-from flexmoe.requests import Request
+from flexmoe.requests import Prompt, Request, RowError
+from flexmoe.response_logprobs import Alignment, chat_logprobs, completion_logprobs
 from flexmoe.tokenizer import Tokenizer
 
 
@@ -19,20 +20,21 @@ class ResponseEncoder:
     """Encodes the rows of one job.
 
     Args:
-        tokenizer: makes the texts; one without files makes none, and they are null.
-        content_hash: of the requests file; with a row's `custom_id` it decides the row's ids.
+        tokenizer: makes the texts. Without its files there are none: they are empty, and the token ids are always there.
+        fingerprint: of the job; with a row's `custom_id` it decides the row's ids.
         model_name: reported for rows that name no model.
         created_s: reported as the time of every completion, in seconds since 1970.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, content_hash: str, model_name: str, created_s: int) -> None:
-        self._tokenizer, self._content_hash = tokenizer, content_hash
+    def __init__(self, tokenizer: Tokenizer, *, fingerprint: str, model_name: str, created_s: int) -> None:
+        self._tokenizer, self._fingerprint = tokenizer, fingerprint
         self._model_name, self._created_s = model_name, created_s
 
     def success(self, request: Request, results: Sequence[RequestOutput]) -> bytes:
         """The line of a row that ran, with its line end.
 
         Args:
+            request: its prompts are needed only where they are echoed.
             results: one for each prompt of the row, in order.
         """
         key = self._key(request)
@@ -42,7 +44,7 @@ class ResponseEncoder:
             "object": "chat.completion" if request.kind == "chat" else "text_completion",
             "created": self._created_s,
             "model": self._model_name if request.model is None else request.model,
-            "choices": [self._choice(request, index, result) for index, result in enumerate(results)],
+            "choices": self._choices(request, results),
             "usage": {
                 "prompt_tokens": prompt_tokens,
                 "completion_tokens": generated_tokens,
@@ -51,42 +53,59 @@ class ResponseEncoder:
         }
         return _line(key, request, {"status_code": 200, "request_id": f"req_{key}", "body": body}, None)
 
-    def failure(self, request: Request, code: str, message: str, *, status: int | None) -> bytes:
+    def failure(self, request: Request, error: RowError, *, status: int | None) -> bytes:
         """The line of a row that did not run, with its line end.
 
         Args:
-            code: for programs, `message` for people.
             status: the HTTP status that a server would have answered with; None when the row got no response at all.
         """
         key = self._key(request)
-        response = None
-        if status is not None:
-            body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
-            response = {"status_code": status, "request_id": f"req_{key}", "body": body}
-        return _line(key, request, response, {"code": code, "message": message})
+        if status is None:
+            return _line(key, request, None, {"code": error.code, "message": error.message})
+        told = {"message": error.message, "type": "invalid_request_error", "param": error.param, "code": error.code}
+        return _line(key, request, {"status_code": status, "request_id": f"req_{key}", "body": {"error": told}}, None)
 
-    def _choice(self, request: Request, index: int, result: RequestOutput) -> dict[str, Any]:
-        output = result.outputs[0]
-        text = self._tokenizer.decode(_visible(output))
-        choice: dict[str, Any] = {"index": index}
+    def _choices(self, request: Request, results: Sequence[RequestOutput]) -> list[dict[str, Any]]:
+        """All completions of the first prompt, then those of the second, and so on, as OpenAI numbers them."""
+        choices = []
+        for number, result in enumerate(results):
+            prompt = request.prompts[number] if request.echo and request.prompts else None
+            for output in result.outputs:
+                choices.append({"index": len(choices)} | self._choice(request, prompt, result, output))
+        return choices
+
+    def _choice(
+        self, request: Request, prompt: Prompt | None, result: RequestOutput, output: CompletionOutput
+    ) -> dict[str, Any]:
+        text = self._text(output)
         if request.kind == "chat":
-            choice["message"] = {"role": "assistant", "content": text}
+            message = {"role": "assistant", "content": text, "refusal": None}
+            choice = {"message": message, "logprobs": chat_logprobs(self._tokenizer, output)}
         else:
-            choice["text"] = text
-        choice |= {"logprobs": None, "finish_reason": output.finish_reason}
-        if request.return_token_ids:
+            before = self._prompt_text(prompt, result) if request.echo else ""
+            scored = result if request.echo else None
+            logprobs = completion_logprobs(self._tokenizer, output, Alignment(prompt=before, text=text), scored)
+            choice = {"text": before + text, "logprobs": logprobs}
+        choice |= {"finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
+        if request.return_token_ids or not self._tokenizer.is_available:
             choice |= {"prompt_token_ids": list(result.prompt_token_ids), "token_ids": list(output.token_ids)}
         return choice
 
+    def _text(self, output: CompletionOutput) -> str:
+        return output.text if output.text is not None else self._tokenizer.decode(_visible(output)) or ""
+
+    def _prompt_text(self, prompt: Prompt | None, result: RequestOutput) -> str:
+        return prompt if isinstance(prompt, str) else self._tokenizer.decode_prompt(result.prompt_token_ids) or ""
+
     def _key(self, request: Request) -> str:
-        """The same for the same row of the same file, so that a repeated job writes the same bytes."""
-        return hashlib.sha256(f"{self._content_hash}\n{request.custom_id}".encode()).hexdigest()[:32]
+        """The same for the same row of the same job, so that a repeated or resumed job writes the same bytes."""
+        return hashlib.sha256(f"{self._fingerprint}\n{request.custom_id}".encode()).hexdigest()[:32]
 
 
 def count_tokens(results: Sequence[RequestOutput]) -> tuple[int, int]:
-    """Prompt tokens and generated tokens of a row's results."""
+    """Prompt tokens and generated tokens of a row's results; a prompt counts once, whatever its completions."""
     prompt_tokens = sum(len(result.prompt_token_ids) for result in results)
-    return prompt_tokens, sum(len(result.outputs[0].token_ids) for result in results)
+    return prompt_tokens, sum(len(output.token_ids) for result in results for output in result.outputs)
 
 
 def creation_time_s() -> int:
@@ -105,10 +124,10 @@ def creation_time_s() -> int:
 
 
 def _visible(output: CompletionOutput) -> tuple[int, ...]:
-    """The ids that make the text: the one that stopped the row is not part of it, special or not."""
+    """The ids that make the text: the one that ended the completion is not part of it, special or not."""
     return output.token_ids[:-1] if output.finish_reason == "stop" else output.token_ids
 
 
 def _line(key: str, request: Request, response: dict[str, Any] | None, error: dict[str, str] | None) -> bytes:
     row = {"id": f"batch_req_{key}", "custom_id": request.custom_id, "response": response, "error": error}
-    return json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"

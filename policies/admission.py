@@ -2,55 +2,21 @@
 
 Admission is paced (at most ``prefill_tokens`` prompt tokens a sweep, because rows that enter together leave together
 and cost their full length) and looks ahead (a row enters a tier when the projected peak of all its rows fits). A row
-that is sent back re-enters as one run of its prompt and what it has generated. The runtime's scheduler and the
-planner's simulator walk this same admission, so what is predicted is what runs.
+that is sent back re-enters as one run of its prompt and what it has generated. Samples of one prompt share its
+computation (`policies.prefix`). The runtime's scheduler and the planner's simulator walk this same admission, so what is
+predicted is what runs.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 
 from policies.placement import TIERS
 from policies.policy import Policy
+from policies.prefix import Prefixes
 from policies.projection import Projection, growth
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class RowLengths:
-    """A row as admission sees it: how long it is, and what it holds while it is in flight.
-
-    Attributes:
-        prompt: tokens of the prompt, at least 1.
-        limit: length at which the row ends, prompt included.
-        generated: tokens generated so far.
-        tier: where its KV lives while in flight, "" while it waits.
-        mode: how it is attended while in flight: ``gpu`` (KV on the GPU), ``fetch`` (KV brought there), ``cpu``.
-        cached: tokens whose KV is stored.
-        blocks: KV blocks that it holds, those of the run under way included.
-        run: tokens of its run in the sweep under way, 0 where it has none.
-        logits: whether that run ends with a new token; false for an unfinished prompt.
-        prompt_done: prompt tokens that have been computed at least once; a restart does not count them again.
-        stale: its KV has to be computed anew before it goes on.
-    """
-
-    prompt: int
-    limit: int
-    generated: int = 0
-    tier: str = ""
-    mode: str = ""
-    cached: int = 0
-    blocks: int = 0
-    run: int = 0
-    logits: bool = False
-    prompt_done: int = 0
-    stale: bool = False
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt and of what was generated."""
-        return self.prompt + self.generated
+from policies.row_lengths import RowLengths
 
 
 class Admission:
@@ -74,6 +40,7 @@ class Admission:
         restarts: rows sent back so far.
         sent_back: rows sent back since the last `plan` began; one of them may have entered again since.
         free_tails: rows that the disk tier can still take.
+        prefixes: what rows share.
     """
 
     def __init__(
@@ -105,6 +72,7 @@ class Admission:
         self.waiting: deque[RowLengths] = deque()
         self.restarts = 0
         self.sent_back: list[RowLengths] = []
+        self.prefixes = Prefixes(self._free, self._projections)
 
     @property
     def running(self) -> list[RowLengths]:
@@ -157,6 +125,8 @@ class Admission:
         if before == row.prompt:
             return 0
         row.prompt_done = max(before, min(row.cached, row.prompt))
+        if row.prefix is not None:
+            self._queue_next(self.prefixes.computed(row))
         return row.prompt_done - before
 
     def end_sweep(self) -> None:
@@ -168,6 +138,12 @@ class Admission:
         """The row is done: its place and its blocks are free. A static block takes no more rows then."""
         self._leave(row)
         self._block_open = False
+
+    def drop(self, row: RowLengths) -> None:
+        """The row no longer waits."""
+        self.waiting.remove(row)
+        if row.prefix is not None:
+            self.prefixes.drop(row)
 
     def send_back(self, row: RowLengths) -> None:
         """Take a row out of flight; it re-enters first, as one run of all its tokens."""
@@ -186,7 +162,7 @@ class Admission:
         tier = self._choose_tier(curve)
         if tier is None:
             return False
-        self._enter(row, tier, curve)
+        self._enter(row, tier, curve, shares=False)
         self._hold(row, row.length - 1)
         row.cached = row.length - 1
         row.prompt_done = min(row.cached, row.prompt)
@@ -200,7 +176,8 @@ class Admission:
         if run == 0:
             return 0
         while not self._hold(row, row.cached + run):
-            self._send_back_youngest(row.tier)
+            if not self.prefixes.forget(row.tier):
+                self._send_back_youngest(row.tier)
             if not row.tier:
                 return 0
         row.run, row.logits = run, run == left
@@ -225,20 +202,42 @@ class Admission:
             self._block_open = True
         if self._policy.schedule == "static" and not self._block_open:
             return
-        while self.waiting and budget > 0 and len(self._running) < self._policy.block_size:
+        while self.waiting and budget > 0 and self._has_place(self.waiting[0]):
             row = self.waiting[0]
-            curve = self._curve(row, budget)
-            tier = self._choose_tier(curve)
-            if tier is None:
+            tier, curve, shares = self._future(row, budget)
+            if tier is not None:
+                self.waiting.popleft()
+                self._enter(row, tier, curve, shares)
+                budget -= self._give_run(row, budget)
+            elif self._running or not self.prefixes.forget():
                 return
-            self.waiting.popleft()
-            self._enter(row, tier, curve)
-            budget -= self._give_run(row, budget)
 
-    def _curve(self, row: RowLengths, budget: int) -> list[int]:
+    def _queue_next(self, rows: Iterable[RowLengths]) -> None:
+        """Let rows wait before all that have not begun."""
+        begun = next((at for at, row in enumerate(self.waiting) if not row.prompt_done), len(self.waiting))
+        for at, row in enumerate(rows, begun):
+            self.waiting.insert(at, row)
+
+    def _has_place(self, row: RowLengths) -> bool:
+        """Rows that begin something new leave the places that others have been promised."""
+        new = row.prompt_done == row.generated == 0 and self._running
+        return len(self._running) + (self.prefixes.promised if new else 0) < self._policy.block_size
+
+    def _future(self, row: RowLengths, budget: int) -> tuple[str | None, list[int], bool]:
+        """The tier that the row enters now, its future there, and whether it begins after its prefix."""
+        prefix = row.prefix
+        if prefix is not None and prefix.tier:
+            tier, spare = prefix.tier, self.prefixes.spare(prefix)
+            curve = self._curve(row, budget, cached=prefix.tokens)
+            if self._has_room(tier, curve[0] - spare) and self._projections[tier].fits(curve, spare):
+                return tier, curve, True
+        curve = self._curve(row, budget)
+        return self._choose_tier(curve), curve, False
+
+    def _curve(self, row: RowLengths, budget: int, cached: int = 0) -> list[int]:
         """The row's future if it enters now, with ``budget`` prompt tokens left in this sweep."""
         tokens = row.length
-        chunks = 1 + -(-max(0, tokens - budget) // self._policy.prefill_tokens)
+        chunks = 1 + -(-max(0, tokens - cached - budget) // self._policy.prefill_tokens)
         # The last token a row generates never enters the cache.
         decode = max(0, self._expected_end(row) - tokens - 1)
         return growth(tokens, chunks, decode, self._block_tokens)
@@ -255,13 +254,15 @@ class Admission:
         """Rows that have outgrown their expected end hold blocks that no projection knows of."""
         return self._free[tier] >= blocks and (tier != "disk" or self.free_tails > 0)
 
-    def _enter(self, row: RowLengths, tier: str, curve: list[int]) -> None:
+    def _enter(self, row: RowLengths, tier: str, curve: list[int], shares: bool) -> None:
         row.tier, row.mode = tier, self._mode(tier)
         self._rows[tier] += 1
         self._rows_on_cpu_attention += row.mode == "cpu"
         self.free_tails -= tier == "disk"
         self._projections[tier].add(row, curve)
         self._running[row] = None
+        if row.prefix is not None:
+            self.prefixes.enter(row, shares)
 
     def _mode(self, tier: str) -> str:
         if tier != "cpu":
@@ -276,4 +277,6 @@ class Admission:
         self._rows_on_cpu_attention -= row.mode == "cpu"
         self.free_tails += row.tier == "disk"
         self._free[row.tier] += row.blocks
+        if row.prefix is not None:
+            self.prefixes.leave(row)
         row.tier, row.cached, row.blocks, row.run, row.stale = "", 0, 0, 0, False

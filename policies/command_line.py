@@ -8,11 +8,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import TextIO
 
 from policies.errors import FlexMoEError, UsageError
 from policies.placement import check_number, check_percent
 
 EXIT_INTERNAL, EXIT_IO, EXIT_INTERRUPTED = 1, 74, 130
+#: A pipe whose reader is gone, a terminal that is.
+_NO_READER = (errno.EPIPE, errno.EIO)
 _DISK_ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT)
 
 
@@ -58,6 +61,14 @@ def size_gib(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of GiB of at least 0") from None
 
 
+def seconds(text: str) -> float:
+    """Seconds of at least 0; 0 is a value."""
+    try:
+        return check_number("", float(text), zero=True)
+    except (ValueError, UsageError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of seconds of at least 0") from None
+
+
 def fraction(text: str) -> float:
     """A number above 0 and at most 1."""
     try:
@@ -76,28 +87,59 @@ def guarded(program: str, body: Callable[[], int]) -> int:
         program: what the sentence begins with.
         body: the command; its result is the exit code.
     """
+    open_standard_streams()
     try:
         return body()
     except FlexMoEError as error:
-        sys.stderr.write(f"{program}: {error}\n")
+        complain(f"{program}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write(f"{program}: interrupted\n")
+        complain(f"{program}: interrupted")
         return EXIT_INTERRUPTED
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        sys.stderr.write(f"{program}: {error}\n")
+        complain(f"{program}: {error}")
         return EXIT_IO
     except Exception:  # noqa: BLE001 - the last resort of a program
         traceback.print_exc()
         return EXIT_INTERNAL
 
 
-def say(*lines: str) -> None:
-    """Lines to stdout; a reader that has closed the pipe is no reason to stop."""
+def open_standard_streams() -> None:
+    """Opens /dev/null where stdin, stdout or stderr is closed, as some daemons start programs: the next file that is opened
+    would take its place, and get whatever a library prints."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free is this one
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, _nothing("r" if name == "stdin" else "w"))
+
+
+def complain(sentence: str) -> None:
+    """A line to stderr; where it cannot be written, as to a terminal that is gone, the exit code has to do."""
     try:
-        sys.stdout.write("".join(f"{line}\n" for line in lines))
+        sys.stderr.write(f"{sentence}\n")
+        sys.stderr.flush()
+    except OSError:
+        sys.stderr = _nothing("w")
+
+
+def _nothing(mode: str) -> TextIO:
+    return open(os.devnull, mode, encoding="utf-8")  # it serves until the process ends
+
+
+def say(*lines: str) -> None:
+    """Lines to stdout; a reader that has closed the pipe, or the terminal, or a character that it cannot show, is no reason
+    to stop."""
+    text, encoding = "".join(f"{line}\n" for line in lines), sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - it serves until the process ends
+    except OSError as error:
+        if error.errno not in _NO_READER:
+            raise
+        sys.stdout = _nothing("w")

@@ -38,10 +38,14 @@ class Projection:
 
     Args:
         blocks: blocks of the tier.
+
+    Attributes:
+        held: blocks that are in use for an unknown time, whatever the rows do.
     """
 
     def __init__(self, blocks: int):
         self.blocks = blocks
+        self.held = 0
         self._now = 0
         self._usage: list[int] = []
         self._rows: dict[Hashable, tuple[int, Sequence[int]]] = {}
@@ -49,11 +53,16 @@ class Projection:
     @property
     def peak(self) -> int:
         """The most blocks in use in any sweep to come."""
-        return max(self._usage, default=0)
+        return self.held + max(self._usage, default=0)
 
-    def fits(self, curve: Sequence[int]) -> bool:
-        """Whether a row with this future can be added. The rows that are there fit: each was asked about first."""
-        return max(curve) <= self.blocks and max(map(add, self._usage, curve), default=0) <= self.blocks
+    def fits(self, curve: Sequence[int], spare: int = 0) -> bool:
+        """Whether a row with this future can be added. The rows that are there fit: each was asked about first.
+
+        Args:
+            spare: held blocks that the row would take over.
+        """
+        room = self.blocks - self.held + spare
+        return max(curve) <= room and max(map(add, self._usage, curve), default=0) <= room
 
     def add(self, row: Hashable, curve: Sequence[int]) -> None:
         """Add a row's future."""

@@ -57,6 +57,11 @@ class Workload:
         counts: dict[tuple[int, int], int] = {}
         for row in rows:
             counts[row] = counts.get(row, 0) + 1
+        return cls.of_counts(counts, num_requests)
+
+    @classmethod
+    def of_counts(cls, counts: Mapping[tuple[int, int], int], num_requests: int | None = None) -> Workload:
+        """As `of_lengths`, from how many rows there are of each (prompt tokens, generated tokens)."""
         if not counts:
             raise UsageError("there are no rows to plan for; give at least one.")
         total = sum(counts.values())
@@ -86,7 +91,7 @@ class Workload:
 _FINEST = 24
 
 
-def _coarsened(counts: dict[tuple[int, int], int]) -> dict[tuple[int, int], int]:
+def _coarsened(counts: Mapping[tuple[int, int], int]) -> Mapping[tuple[int, int], int]:
     """The same rows in at most `_FINEST` squared entries: of like prompts, then of like completions, each by its mean."""
     if len(counts) <= _FINEST * _FINEST:
         return counts

@@ -18,11 +18,8 @@ from flexmoe.auto_policy import Forecaster
 from flexmoe.device import Device
 from flexmoe.loader import compute_dtype, load_model
 from flexmoe.probe.cache import cache_path
-from flexmoe.request_file import RequestFile
 from flexmoe.run import main as run
-from flexmoe.tokenizer import Tokenizer
-from flexmoe.workload import measure
-from policies.policy import Policy
+from policies.policy import Policy, Workload
 from scripts.demo_report import compared, planned, put_beside, under_compute_percent
 from scripts.make_checkpoint import SIZES, make_checkpoint
 
@@ -77,7 +74,17 @@ def command(setting: Setting, checkpoint: Path, home: Path) -> list[str]:
     """The arguments of ``python -m flexmoe.run``."""
     files = {"-i": "requests.jsonl", "-o": "completions.jsonl", "--trace": "trace.json", "--metrics-json": "metrics.json",
              "--offload-dir": "offload"}  # fmt: skip
-    args = ["--model", str(checkpoint), "--policy", "auto", "--gen-len", str(GEN_LEN), "--device", setting.device]
+    args = [
+        "--model",
+        str(checkpoint),
+        "--overwrite",
+        "--policy",
+        "auto",
+        "--gen-len",
+        str(GEN_LEN),
+        "--device",
+        setting.device,
+    ]
     args += [part for name, gib in setting.budgets.items() for part in (f"--{name.replace('_', '-')}", f"{gib:g}")]
     return args + [part for flag, name in files.items() for part in (flag, str(home / name))]
 
@@ -140,9 +147,7 @@ def show(setting: Setting, checkpoint: Path, home: Path) -> None:
 
 def forecast(setting: Setting, checkpoint: Path, home: Path, metrics: dict) -> Simulation:
     """What the run predicted before it started, with the operations of every sweep."""
-    model, tokenizer = load_model(str(checkpoint)), Tokenizer.load(checkpoint)
-    with RequestFile.open(home / "requests.jsonl") as requests:
-        job = measure(requests, tokenizer, GEN_LEN, model.arch.max_position).workload
+    model, job = load_model(str(checkpoint)), Workload(**metrics["workload"])
     planner = Forecaster.of_machine(
         model.arch,
         job,

@@ -38,7 +38,7 @@ def planned(metrics: Mapping, budgets: Mapping[str, float]) -> list[str]:
         *rows,
         f"{parts} are more than gpu and cpu may take together:",
         f"the disk holds the rest, and every sweep reads {read} from it, beside the computation.",
-        f"Up to {max(metrics['rows_in_flight'])} rows share a sweep.",
+        f"Up to {metrics['most_rows_in_flight']} rows share a sweep.",
     ]
 
 

@@ -126,7 +126,7 @@ def steady(
         engine.stream.stall_s,
     )
     wall_s = sweeps(timed)
-    after, done = engine.recorder.totals(), engine.sweeps[first:]
+    after, done = engine.recorder.totals(), engine.sweeps.since(first)
     stalled = engine.stream.stall_s - stalled
     waits = engine.device.host_waits - waits
     if trace:
@@ -182,7 +182,7 @@ def job(
     while engine.unfinished:
         engine.step()
     wall_s = time.perf_counter() - begin
-    generated = sum(sweep.generated_tokens for sweep in engine.sweeps[first:])
+    generated = sum(sweep.generated_tokens for sweep in engine.sweeps.since(first))
     if generated != rows * n:
         raise ValueError(f"{generated} tokens were generated, and {rows * n} were asked for")
     engine.close()

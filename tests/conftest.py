@@ -3,6 +3,8 @@
 import pytest
 
 import flexmoe  # noqa: F401
+from tests.command_lines import job, machine, main  # noqa: F401
+from tests.jobs import bare, quick_disk, runner, setup, tokenizer_directory  # noqa: F401
 
 
 @pytest.fixture(scope="session")

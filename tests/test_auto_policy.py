@@ -19,14 +19,6 @@ BUDGETS = ["--gpu-mem", "0.004", "--cpu-mem", "0.004", "--nvme-mem", "0.1"]
 
 
 @pytest.fixture
-def machine(tmp_path):
-    """A file of a machine's rates."""
-    path = tmp_path / "machine.json"
-    Hardware.preset("cpu").save(path)
-    return path
-
-
-@pytest.fixture
 def run(tiny, tmp_path, machine, capsys):
     """Runs a small job with more flags; returns (exit code, stdout, stderr)."""
     variant = tiny()
@@ -56,6 +48,11 @@ def test_planned_job_gives_the_tokens_of_transformers_within_its_budgets(run, ti
     assert Policy(**record["policy"]).block_size >= 1
     for tier, gib in (("gpu", 0.004), ("cpu", 0.004), ("disk", 0.1)):
         assert record["memory"][tier]["planned_bytes"] <= gib * 2**30
+    predicted = record["predicted"]
+    assert predicted["wall_s"] > 0 and predicted["sweeps"] > 0 and record["lanes"].keys() <= predicted["lanes"].keys()
+    assert all(predicted["peak_bytes"][tier] == record["memory"][tier]["planned_bytes"] for tier in ("gpu", "disk"))
+    job = Workload(**record["workload"])
+    assert (job.num_requests, job.longest_row) == (len(ROWS), max(len(tiny().prompts[r]) + 4 + r % 3 for r in ROWS))
     assert re.search(r"^policy: --gpu-batch-size \d+", out, re.M)
     assert re.search(r"^predicted: [\d.]+ generated token/s", out, re.M)
     assert re.search(r"^predicted/measured: [\d.]+/[\d.]+ s, the prediction is off by [+-]", out, re.M)

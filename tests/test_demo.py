@@ -71,7 +71,7 @@ def test_requests_are_ragged_and_of_every_kind(tmp_path):
 METRICS = {
     "device": "cpu",
     "wall_s": 8.0,
-    "rows_in_flight": [20, 60, 40],
+    "most_rows_in_flight": 60,
     "memory": {
         "gpu": {"planned_bytes": 50 << 20, "weights": 30 << 20, "slots": 20 << 20},
         "cpu": {"planned_bytes": 40 << 20, "weights": 25 << 20, "kv": 15 << 20},

@@ -1,7 +1,9 @@
 """Rows through the engine: who enters, who leaves, what comes back, and what is left behind."""
 
+import gc
 import itertools
 import threading
+import weakref
 
 import pytest
 import torch
@@ -48,11 +50,14 @@ def request(variant, row, max_tokens=GEN_LEN, **params):
 
 
 def is_clean(llm):
-    """Nobody waits or runs, and every block, tail and projection is given back."""
+    """Nobody waits or runs, and every block, tail, projection and promised place is given back."""
     engine = llm.engine
     free = all(engine.cache.free(t) == engine.cache.total(t) for t in TIERS)
     none_projected = all(engine.scheduler.admission.projected_peak(t) == 0 for t in TIERS)
-    return engine.unfinished == 0 and free and none_projected and engine.cache.free_tails == engine.cache._tails.total
+    counted = all(engine.scheduler.admission.free(t) == engine.cache.total(t) for t in TIERS)
+    none_promised = engine.scheduler.rows_waiting == engine.scheduler.admission.prefixes.promised == 0
+    all_tails = engine.cache.free_tails == engine.cache._tails.total
+    return engine.unfinished == 0 and free and counted and none_projected and none_promised and all_tails
 
 
 def ids(output):
@@ -75,8 +80,10 @@ def test_a_finished_row_frees_its_blocks_and_its_place_is_refilled_in_the_next_s
     assert [row.request.request_id for row in engine.scheduler.running] == ["2"]
     engine.step()
     assert {row.request.request_id for row in engine.scheduler.running} == {"2", "5"}
-    assert engine.sweeps[-1].rows == 2
-    assert engine.sweeps[-1].tokens == 1 + len(variant.prompts[5]), "prefill and decode share the sweep"
+    assert [sweep.rows for sweep in engine.sweeps][-1] == 2
+    assert [sweep.tokens for sweep in engine.sweeps][-1] == 1 + len(variant.prompts[5]), (
+        "prefill and decode share the sweep"
+    )
 
 
 @pytest.mark.parametrize("pace", (16, 50))
@@ -404,6 +411,21 @@ def test_two_engines_in_two_threads_generate_exactly(make, tiny):
         thread.join()
     for out in outputs:
         assert [ids(o) for o in out] == [tiny().expected(row, 6) for row in range(8)]
+
+
+def test_memory_of_an_engine_goes_with_its_last_user_and_waits_for_no_garbage_collector(tiny, tmp_path):
+    policy = Policy.from_percent((10, 20, 0, 50, 0, 0), gpu_batch_size=2, num_gpu_batches=2, prompt_len=60, gen_len=4)
+    llm = LLM(tiny().directory, policy=policy, workload=Workload(prompt_len=60, gen_len=4), **offload(tmp_path))
+    llm.generate(tiny().prompts[:3], SamplingParams(max_tokens=3))
+    held = [weakref.ref(part) for part in (llm.engine, llm.engine.cache, llm.engine.store)]
+    llm.close()
+    gc.collect()
+    gc.disable()
+    try:
+        del llm
+        assert [ref() for ref in held] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_closing_an_engine_ends_its_threads_and_leaves_no_file(tiny, tmp_path):

@@ -192,6 +192,25 @@ def test_fork_without_room_changes_nothing(tmp_path, tier):
     assert free(cache, tier) == 2
 
 
+@pytest.mark.parametrize("tier", TIERS)
+def test_shared_beginning_takes_nothing_and_outlives_the_row_it_came_from(tmp_path, tier):
+    cache = cache_of(tmp_path, **{tier: 8}, tails=2)
+    row = filled(cache, tier, 2 * B + 3)
+    tails = cache.free_tails
+    beginning = cache.share(row, 2 * B)
+    assert (beginning.blocks, beginning.length) == (row.blocks[:2], 2 * B)
+    assert (free(cache, tier), cache.free_tails) == (8 - 3, tails)
+    cache.close(row)
+    assert free(cache, tier) == 8 - 2
+    twins = [cache.fork(beginning)]
+    cache.reserve(twins[0], 1)
+    assert twins[0].blocks[:2] == beginning.blocks and free(cache, tier) == 8 - 3
+    cache.close(beginning)
+    assert free(cache, tier) == 8 - 3, "the shared blocks stay while the twin holds them"
+    cache.close(twins[0])
+    assert free(cache, tier) == 8 and cache.free_tails == cache._tails.total
+
+
 def test_row_that_shares_a_block_is_not_cut_inside_it(tmp_path):
     cache = cache_of(tmp_path, gpu=6)
     row = filled(cache, "gpu", 2 * B)

@@ -38,6 +38,16 @@ def test_the_peak_never_hides_a_sweep_beyond_the_new_row():
     assert projection.fits([2, 2])
 
 
+def test_held_blocks_take_room_in_every_sweep_and_may_be_taken_over():
+    projection = Projection(5)
+    projection.held = 2
+    projection.add("a", [1, 2])
+    assert projection.peak == 4
+    assert projection.fits([2, 1]) and projection.fits([1, 1, 3])
+    assert not projection.fits([3, 1]) and not projection.fits([1, 1, 4])
+    assert projection.fits([4, 3], spare=2) and not projection.fits([4, 4], spare=2)
+
+
 def test_a_row_that_leaves_early_gives_back_its_future_and_only_that():
     projection = Projection(10)
     projection.add("a", [1, 2, 3, 4])

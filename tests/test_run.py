@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,70 +15,11 @@ import pytest
 from flexmoe import run as command
 from flexmoe.loader import load_model
 from policies.policy import Policy, PolicyFile
+from tests.command_lines import ROWS, THREE_TIERS, assert_one_sentence, body
 from tests.test_tokenizer import build_tokenizer
 from tests.tiny import assert_greedy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-THREE_TIERS = ["--percent", "20", "30", "30", "30", "50", "0", "--gpu-batch-size", "3", "--num-gpu-batches", "2"]
-ROWS = (0, 1, 2, 3, 5, 6, 8)
-
-
-@pytest.fixture
-def job(tiny, tmp_path):
-    """Arguments of a job over a few prompts of a tiny model, all its files below `tmp_path`."""
-    variant = tiny()
-    lines = [
-        {"custom_id": f"r{row}", "prompt": variant.prompts[row], "return_token_ids": True, "max_tokens": 4 + row % 3}
-        for row in ROWS
-    ]
-    return Job(variant.directory, tmp_path, lines)
-
-
-class Job:
-    def __init__(self, model, directory, lines):
-        self.model, self.directory = model, directory
-        self.output, self.errors = directory / "out.jsonl", directory / "out.errors.jsonl"
-        self.write(lines)
-
-    def write(self, lines):
-        (self.directory / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    def args(self, *more, model=None, files=True):
-        args = [
-            "--model",
-            str(model or self.model),
-            "--device",
-            "cpu",
-            "--offload-dir",
-            str(self.directory / "offload"),
-        ]
-        args += ["-i", str(self.directory / "in.jsonl"), "-o", str(self.output)] if files else []
-        return [*args, *more]
-
-    def lines(self):
-        return [json.loads(line) for line in self.output.read_text().splitlines()]
-
-
-@pytest.fixture
-def main(capsys):
-    """Runs the command line in this process; returns (exit code, stdout, stderr)."""
-
-    def call(args):
-        code = command.main(args)
-        return (code, *capsys.readouterr())
-
-    return call
-
-
-def assert_one_sentence(stderr, *parts):
-    assert "Traceback" not in stderr
-    assert len(stderr.splitlines()) == 1 and stderr.startswith("flexmoe: "), stderr
-    for part in parts:
-        assert part in stderr, stderr
-
-
-def body(line):
-    return line["response"]["body"]
 
 
 # Jobs.
@@ -186,11 +128,12 @@ def test_the_trace_has_a_track_per_lane_in_which_nothing_overlaps_and_disk_reads
     assert under > 0, "no disk read ran while the device computed"
 
 
-def test_a_dry_run_checks_and_prints_the_plan_and_neither_loads_nor_writes(job, main, monkeypatch):
+def test_a_dry_run_checks_and_prints_the_plan_and_neither_loads_nor_writes(job, main, machine, monkeypatch):
     monkeypatch.setattr("flexmoe.engine.WeightStore", lambda *_: pytest.fail("weights were loaded"))
     before = sorted(job.directory.rglob("*"))
     metrics, trace = job.directory / "m.json", job.directory / "t.json"
-    code, out, err = main(job.args(*THREE_TIERS, "--dry-run", "--metrics-json", str(metrics), "--trace", str(trace)))
+    files = ["--metrics-json", str(metrics), "--trace", str(trace), "--hardware", str(machine)]
+    code, out, err = main(job.args(*THREE_TIERS, "--dry-run", *files))
     assert (code, err) == (0, "")
     for words in (
         "weights: asked 20/30/50 %, placed",
@@ -198,6 +141,7 @@ def test_a_dry_run_checks_and_prints_the_plan_and_neither_loads_nor_writes(job, 
         "memory  cpu:",
         "memory disk:",
         f"rows: {len(ROWS)}",
+        "predicted: ",
     ):
         assert words in out
     assert sorted(job.directory.rglob("*")) == before
@@ -308,7 +252,9 @@ def test_a_malformed_line_exits_65_and_is_named(job, main):
         file.write("{broken\n")
     code, _, err = main(job.args())
     assert code == 65
-    assert_one_sentence(err, f"line {len(ROWS) + 1}")
+    told, way_out = err.splitlines()
+    assert_one_sentence(told, f"line {len(ROWS) + 1}")
+    assert "--on-invalid record" in way_out
     assert not job.output.exists()
 
 
@@ -403,7 +349,7 @@ def test_an_interrupted_job_exits_130_and_keeps_the_old_output(job, main, monkey
         raise KeyboardInterrupt
 
     monkeypatch.setattr("flexmoe.engine.Engine.step", interrupted_step)
-    code, _, err = main(job.args(*THREE_TIERS))
+    code, _, err = main(job.args(*THREE_TIERS, "--overwrite"))
     assert code == 130 and steps
     assert_one_sentence(err, "interrupted")
     assert job.output.read_text() == "what was there\n"
@@ -459,13 +405,17 @@ def test_ctrl_c_exits_130_with_a_sentence_and_no_file_under_the_final_name(job, 
     model = job.directory / "endless"
     shutil.copytree(job.model, model)
     (model / "generation_config.json").write_text('{"eos_token_id": [299]}')
-    process = start(job.args(*THREE_TIERS, model=model))
-    assert process.stdout.readline().startswith("weights:")
+    process = start(job.args(*THREE_TIERS, "--checkpoint-interval", "0", model=model))
+    journal = job.directory / "out.jsonl.flexmoe" / "journal"
+    while process.poll() is None and not (journal.exists() and journal.stat().st_size > 1000):
+        time.sleep(0.01)  # until sweeps run
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert_one_sentence(err, "interrupted")
-    assert sorted(p.name for p in job.directory.iterdir()) == ["endless", "in.jsonl", "offload"]
+    stopping, told = err.splitlines()
+    assert "stopping after this sweep" in stopping
+    assert_one_sentence(told, "interrupted", "of 400 rows are done", "the same command goes on")
+    assert not job.output.exists()
 
 
 def test_a_reader_that_closes_the_pipe_does_not_stop_the_job(tiny, tmp_path):

@@ -59,6 +59,29 @@ def test_no_rival_beats_the_planned_policy_by_two_percent(seed):
     assert max(map(rivals.tokens_per_s, (best, *climbed))) <= 1.02 * plan.prediction.tokens_per_s
 
 
+@pytest.mark.parametrize(
+    "seed, percents, shape",
+    [
+        # Weights in host memory alone need no buffers to load them; on device cpu it is the same memory.
+        (87, (0, 47.2, 100, 0, 100, 0), {"gpu_batch_size": 15, "prefill_tokens": 163}),
+        # One row more than two batches hold, at a pace that goes with it; it fits in slots of one expert.
+        (
+            108,
+            (0, 0, 0, 100, 0, 100),
+            {"gpu_batch_size": 29, "prefill_tokens": 4835, "cpu_attention_percent": 100, "experts_per_unit": 1},
+        ),
+    ],
+)
+def test_policies_that_several_steps_lead_to_are_found(seed, percents, shape):
+    problem = random_problem(seed)
+    job = problem.workload
+    rival = Policy.from_percent(percents, num_gpu_batches=1, prompt_len=job.prompt_len, gen_len=job.gen_len, **shape)
+    found = evaluate(problem.arch, problem.hardware, job, rival)
+    plan = solve(problem.arch, problem.hardware, job)
+    assert found.tokens_per_s > 0
+    assert plan.prediction.tokens_per_s > 0.995 * found.tokens_per_s
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(200, 206))
 def test_no_rival_of_many_beats_the_planned_policy_by_two_percent(seed):

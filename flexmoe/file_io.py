@@ -1,0 +1,74 @@
+"""Every byte that a job writes goes through here, and what the operating system refuses becomes a sentence.
+
+A write may take only a part of what it is given, and a read may return less: both are gone on with until all is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from flexmoe.errors import StorageError
+
+_READ_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turns what the operating system raises while `path` is written into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}; free space there or choose another output file"
+        ) from error
+
+
+def open_to_append(path: Path) -> int:
+    """A descriptor that reads anywhere and writes at the end; the file is made where there is none."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+
+
+def create(path: Path) -> int:
+    """A descriptor of a file that was not there before."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Writes all of `data`."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """`size` bytes from `offset`, fewer only where the file ends."""
+    pieces = []
+    while size > 0 and (piece := os.pread(descriptor, min(size, _READ_BYTES), offset)):
+        pieces.append(piece)
+        offset += len(piece)
+        size -= len(piece)
+    return b"".join(pieces)
+
+
+def sync(descriptor: int) -> None:
+    """What was written is on the disk when this returns."""
+    os.fsync(descriptor)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Gives a file its final name, in one step and durably; what had the name before is gone."""
+    os.replace(old, new)
+    sync_directory(new.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes new names durable, where the file system can (some network ones cannot, and the files are whole anyway)."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,96 @@
+"""Logit bias and penalties: what changes a row's logits because the request says so, or because of earlier tokens.
+
+Kept per row as the ids that occur and how often, never as a vector over the vocabulary; applied to a chunk of rows by
+one gather and one scatter.
+
+Legend: C rows of a chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from flexmoe.params import SamplingParams
+
+_FIRST_ROOM = 32
+
+
+class TokenCounts:
+    """Which ids a row holds, each once, and how often each was generated (0: it occurs in the prompt alone).
+
+    Args:
+        prompt: ids that count as seen but not as generated; only the repetition penalty asks for them.
+        generated: ids generated so far.
+    """
+
+    def __init__(self, prompt: Sequence[int], generated: Sequence[int]):
+        ids = np.unique(np.asarray(prompt, dtype=np.int64))
+        self._used = len(ids)
+        self._ids = np.concatenate([ids, np.empty(_FIRST_ROOM, np.int64)])
+        self._counts = np.zeros(len(self._ids), np.float32)
+        self._place = {token: at for at, token in enumerate(ids.tolist())}
+        for token in generated:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        """A token was generated."""
+        at = self._place.setdefault(token, self._used)
+        if at == self._used:
+            if at == len(self._ids):
+                self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
+                self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+            self._ids[at] = token
+            self._used += 1
+        self._counts[at] += 1
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int64: the ids, each once."""
+        return self._ids[: self._used]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """float32: how often each of them was generated."""
+        return self._counts[: self._used]
+
+
+def add_bias(x_CV: torch.Tensor, params: Sequence[SamplingParams]) -> None:
+    """Add each row's logit bias, in place."""
+    rows = [(at, p.logit_bias) for at, p in enumerate(params) if p.logit_bias]
+    if not rows:
+        return
+    place = np.repeat([at for at, _ in rows], [len(bias) for _, bias in rows])
+    pairs = [pair for _, bias in rows for pair in bias]
+    where = _to(x_CV, place), _to(x_CV, np.array([token for token, _ in pairs]))
+    x_CV[where] += _to(x_CV, np.array([value for _, value in pairs], np.float32))
+
+
+def penalize(x_CV: torch.Tensor, params: Sequence[SamplingParams], counts: Sequence[TokenCounts | None]) -> None:
+    """Apply each row's penalties, in place; rows without counts are left alone.
+
+    As in vLLM: first the repetition penalty (Keskar et al. 2019, CTRL, equation 2 with negative logits multiplied),
+    then the frequency and the presence penalty of OpenAI's API.
+    """
+    rows = [(at, p, c) for (at, p), c in zip(enumerate(params), counts) if c is not None and len(c.ids)]
+    if not rows:
+        return
+    sizes = [len(c.ids) for _, _, c in rows]
+
+    def spread(values: list, dtype: type) -> torch.Tensor:
+        return _to(x_CV, np.repeat(np.array(values, dtype), sizes))
+
+    where = spread([at for at, _, _ in rows], np.int64), _to(x_CV, np.concatenate([c.ids for _, _, c in rows]))
+    times = _to(x_CV, np.concatenate([c.counts for _, _, c in rows]))
+    repetition = spread([p.repetition_penalty for _, p, _ in rows], np.float32)
+    x = x_CV[where]
+    x = torch.where(x > 0, x / repetition, x * repetition)
+    x -= spread([p.frequency_penalty for _, p, _ in rows], np.float32) * times
+    x -= spread([p.presence_penalty for _, p, _ in rows], np.float32) * (times > 0)
+    x_CV[where] = x
+
+
+def _to(like: torch.Tensor, values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values).to(like.device, non_blocking=True)

@@ -1,0 +1,176 @@
+"""How far a job is and how fast it goes: a bar on a terminal, a line now and then elsewhere.
+
+Rows are a poor measure of what is left, because the longest come first: the estimate is made of tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+log = logging.getLogger(__name__)
+LOG_INTERVAL_S = 30.0
+#: Rates called recent are of so many seconds.
+_RECENT_S = 60.0
+_DRAW_INTERVAL_S = 0.5
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} rows [{elapsed}{postfix}]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Left:
+    """What is still to be done, in tokens; completions count as what they are expected to be."""
+
+    prompt_tokens: float
+    generated_tokens: float
+
+
+class Rates:
+    """Tokens per second since the beginning and of late.
+
+    Args:
+        clock: seconds; only differences count.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._start = clock()
+        self.prompt_tokens = self.generated_tokens = 0
+        self._marks: deque[tuple[float, int, int]] = deque([(self._start, 0, 0)])
+
+    def add(self, prompt_tokens: int, generated_tokens: int) -> None:
+        """Counts a sweep."""
+        self.prompt_tokens += prompt_tokens
+        self.generated_tokens += generated_tokens
+        now = self._clock()
+        if now - self._marks[-1][0] >= 1:
+            self._marks.append((now, self.prompt_tokens, self.generated_tokens))
+        while len(self._marks) > 2 and now - self._marks[1][0] >= _RECENT_S:
+            self._marks.popleft()
+
+    def whole(self) -> tuple[float, float]:
+        """Prompt and generated tokens per second since the beginning."""
+        return self._since(self._start, 0, 0)
+
+    def recent(self) -> tuple[float, float]:
+        """The same of the last minute, or of all where the job is younger."""
+        return self._since(*self._marks[0])
+
+    def seconds_left(self, left: Left) -> float | None:
+        """Seconds that the rest takes at the rates of late; None while there is none to go by.
+
+        Prompts and completions go on side by side, so that the one that takes longer decides.
+        """
+        times = []
+        for tokens, recent, whole in zip((left.prompt_tokens, left.generated_tokens), self.recent(), self.whole()):
+            rate = recent or whole
+            if tokens > 0:
+                times.append(tokens / rate if rate else None)
+        if None in times:
+            return None
+        return max(times, default=0.0)
+
+    def _since(self, start: float, prompt_tokens: int, generated_tokens: int) -> tuple[float, float]:
+        seconds = max(self._clock() - start, 1e-9)
+        return (self.prompt_tokens - prompt_tokens) / seconds, (self.generated_tokens - generated_tokens) / seconds
+
+
+class Progress:
+    """Shows a job's progress on stderr.
+
+    Args:
+        rows: rows of the job.
+        done: rows that are finished already.
+        bar: draw a bar; otherwise a line is logged every `LOG_INTERVAL_S`.
+        left: asked for what is left whenever something is shown.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, rows: int, done: int, *, bar: bool, left: Callable[[], Left], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.rates = Rates(clock)
+        self._rows, self._done, self._left, self._clock = rows, done, left, clock
+        self._logged = clock()
+        # With miniters=0 it draws between rows too: a sweep of a large model takes minutes.
+        self._bar = _tqdm(rows, done, miniters=0, mininterval=_DRAW_INTERVAL_S) if bar else None
+
+    def row(self) -> None:
+        """A row is finished."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def sweep(self, prompt_tokens: int, generated_tokens: int) -> None:
+        """A sweep is over."""
+        self.rates.add(prompt_tokens, generated_tokens)
+        if self._bar is not None:
+            self._bar.set_postfix_str(self.describe(), refresh=False)
+            self._bar.update(0)  # draws, unless it did a moment ago
+        elif self._clock() - self._logged >= LOG_INTERVAL_S:
+            self._logged = self._clock()
+            log.info("%d of %d rows, %s", self._done, self._rows, self.describe())
+
+    def describe(self) -> str:
+        """How long the rest will take, which a narrow terminal must not cut off, and the rates (of late, and in all)."""
+        (prompt, generated), (all_prompt, all_generated) = self.rates.recent(), self.rates.whole()
+        seconds = self.rates.seconds_left(self._left())
+        return (
+            f"{'?' if seconds is None else duration(seconds)} left, "
+            f"in {prompt:.0f} out {generated:.1f} token/s of late ({all_prompt:.0f} and {all_generated:.1f} in all)"
+        )
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Counter:
+    """Counts the rows of something short: a bar that goes away, or a line every `LOG_INTERVAL_S`.
+
+    Args:
+        rows: how many there are.
+        what: is done to them.
+        bar: draw a bar.
+    """
+
+    def __init__(self, rows: int, what: str, *, bar: bool) -> None:
+        self._rows, self._what, self._done, self._logged = rows, what, 0, time.monotonic()
+        self._bar = _tqdm(rows, 0, desc=what, leave=False, bar_format=None) if bar else None
+
+    def add(self) -> None:
+        """One more row."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update(1)
+        elif time.monotonic() - self._logged >= LOG_INTERVAL_S:
+            self._logged = time.monotonic()
+            log.info("%s: %d of %d rows", self._what, self._done, self._rows)
+
+    def __enter__(self) -> Counter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """``1 d 02:03:04``, ``2:03:04`` or ``3:04``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours:02}:{minutes:02}:{rest:02}"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _tqdm(rows: int, done: int, **options: Any) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=rows, initial=done, unit="row", file=sys.stderr, **{"bar_format": _BAR, **options})
