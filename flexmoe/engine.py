@@ -210,11 +210,8 @@ class Engine:
                 tokens = token_ids[i : i + step]
                 self.cache.reserve(kv, len(tokens))
                 mode = "gpu" if tier == "gpu" else "fetch" if self.plan.sizes.fetch_blocks else "cpu"
-                pieces.append(
-                    self.executor.run(Block([Run(kv, tokens, mode, len(tokens), row_tokens=len(token_ids))], 1))
-                    .float()
-                    .cpu()
-                )
+                run = Run(kv, tokens, mode, len(tokens), row_tokens=len(token_ids))
+                pieces.append(self.executor.run(Block([run], 1)).float().cpu())
                 kv.length += len(tokens)
             return torch.cat(pieces)
         finally:
@@ -282,23 +279,13 @@ class Engine:
         self.kv = KVLanes(self.device, self.recorder, self.cache, buffers, arch.num_heads, arch.sliding_window)
         self._parts.callback(self.kv.close)
         self.activations = Activations(
-            self.device,
-            self.recorder,
-            counts.activation_tiers,
-            counts.batch_tokens,
-            arch.hidden,
-            dtype,
-            c.offload_dir,
+            self.device, self.recorder, counts.activation_tiers, counts.batch_tokens, arch.hidden, dtype, c.offload_dir
         )
         self._parts.callback(self.activations.close)
         # Weak, so that the memory of an engine goes with its last user and does not wait for the garbage collector.
         self.reserve = Reserve(lambda: scheduler().running)
-        self.scheduler = Scheduler(
-            policy,
-            self.cache,
-            self.reserve.expected_end if c.reserve == "p95" else None,
-            recompute_past=counts.recompute_past,
-        )
+        expected_end = self.reserve.expected_end if c.reserve == "p95" else None
+        self.scheduler = Scheduler(policy, self.cache, expected_end, counts.recompute_past)
         scheduler = weakref.ref(self.scheduler)
         self.largest_row_tokens = self.scheduler.largest_row_tokens()
         if counts.fetch_blocks and c.longest_row:  # the buffers of fetched KV are made for rows of this length
