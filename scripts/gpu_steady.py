@@ -197,7 +197,7 @@ def _open(
     begin, gpu = time.perf_counter(), PeakGpu(Device(device))
     config = EngineConfig(
         policy=Policy(**policy), workload=Workload(prompt_len=lengths[0], gen_len=lengths[1]), device=device,
-        offload_dir=offload_dir, gen_len=lengths[1], keep_spans=keep_spans, **budgets,
+        offload_dir=offload_dir, gen_len=lengths[1], longest_row=sum(lengths), keep_spans=keep_spans, **budgets,
     )  # fmt: skip
     return Engine(load_model(model, "dummy"), config), gpu, time.perf_counter() - begin
 
