@@ -36,6 +36,7 @@ class SweepShape:
         cpu_batches: GPU batches that have rows attended on the CPU.
         stored_batches: GPU batches that have rows whose KV home is not the GPU.
         disk_batches: GPU batches that have rows whose KV home is the disk.
+        on_demand: layers of whose streamed experts only those are brought that were routed to, when that is known.
     """
 
     attention: Sequence[UnitStep]
@@ -46,6 +47,7 @@ class SweepShape:
     cpu_batches: frozenset[int] = frozenset()
     stored_batches: frozenset[int] = frozenset()
     disk_batches: frozenset[int] = frozenset()
+    on_demand: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +88,11 @@ class _Builder:
 
 
 def fetch_order(shape: SweepShape) -> list[str]:
-    """Names of the units that a sweep moves, in the order it needs them: what the weight stream cycles over."""
-    steps = [s for unit, experts in zip(shape.attention, shape.experts) for s in (unit, *experts)]
+    """Names of the units that a sweep moves whatever is routed where, in the order it needs them: what the weight stream
+    cycles over."""
+    steps = []
+    for layer, (unit, experts) in enumerate(zip(shape.attention, shape.experts)):
+        steps += [unit, *(() if layer in shape.on_demand else experts)]
     return [s.name for s in (*steps, *shape.head) if s.tier != "gpu"]
 
 
@@ -102,7 +107,8 @@ def sweep(shape: SweepShape, *, overlap: bool = True) -> Iterator[Op]:
     Kinds, with their lanes: ``read`` (disk_read) and ``copy`` (h2d) of a weight unit; ``embed``, ``load_act`` and
     ``store_act`` of a GPU batch's hidden states; ``project`` (norm, QKV, rope, new KV); ``load_kv`` (h2d),
     ``store_kv`` (d2h), ``write_kv`` (disk_write); ``cpu_attend`` (cpu); ``attend`` (gpu; includes the output
-    projection); ``route`` once per layer; ``expert`` once per unit; ``head`` once per head unit; ``sample``.
+    projection); ``route`` once per layer; ``expert`` once per unit; ``head`` once per head unit; ``sample``. In a layer on
+    demand the streamed experts are one operation: ``read_routed`` (disk_read), ``copy_routed`` (h2d), ``routed``.
 
     Args:
         shape: the units, tiers and GPU batches of the sweep.
@@ -118,11 +124,13 @@ def sweep(shape: SweepShape, *, overlap: bool = True) -> Iterator[Op]:
         attended, stored = _attention(build, shape, layer, _fetch(build, layer, unit), ready, first_kv)
         first_kv = _load_kv(build, shape, layer + 1, 0) if layer + 1 < len(shape.attention) else -1
         route = build.add("route", "gpu", layer, attended)
-        done = []
-        for step in experts:
-            arrived = _fetch(build, layer, step)
-            done.append(build.add("expert", "gpu", layer, (arrived, route), unit=step.name))
-        ready = [(done[-1], home) for home in stored]
+        if layer in shape.on_demand:
+            last = _routed(build, layer, experts, route)
+        else:
+            for step in experts:
+                arrived = _fetch(build, layer, step)
+                last = build.add("expert", "gpu", layer, (arrived, route), unit=step.name)
+        ready = [(last, home) for home in stored]
         yield from build.drain()
     yield from _head(build, shape, ready)
 
@@ -143,6 +151,17 @@ def _fetch(build: _Builder, layer: int, step: UnitStep) -> int:
         return -1
     read = build.add("read", "disk_read", layer, unit=step.name) if step.tier == "disk" else -1
     return build.add("copy", "h2d", layer, (read,), unit=step.name)
+
+
+def _routed(build: _Builder, layer: int, experts: Sequence[UnitStep], route: int) -> int:
+    """The experts of a layer on demand: what has to come is asked for first, and the resident ones compute meanwhile."""
+    tiers = {step.tier for step in experts}
+    read = build.add("read_routed", "disk_read", layer, (route,)) if "disk" in tiers else route
+    copied = build.add("copy_routed", "h2d", layer, (read,))
+    for step in experts:
+        if step.tier == "gpu":
+            build.add("expert", "gpu", layer, (route,), unit=step.name)
+    return build.add("routed", "gpu", layer, (route, copied))
 
 
 def _load_kv(build: _Builder, shape: SweepShape, layer: int, batch: int) -> int:

@@ -1,6 +1,7 @@
 """The schedule of a sweep: pure, ordered, complete, and free of deadlock on lanes that work in issue order."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -42,6 +43,7 @@ def random_shape(rng):
         cpu_batches=on_cpu,
         stored_batches=fetched | on_cpu,
         disk_batches=some(fetched),
+        on_demand=frozenset(i for i in some(range(layers)) if any(e.tier != "gpu" for e in experts[i])),
     )
 
 
@@ -92,6 +94,21 @@ def test_small_sweep_is_this_sequence():
     ]
 
 
+def test_in_a_layer_on_demand_streamed_experts_come_after_the_routing():
+    layer = [step("e0", "gpu"), step("e1", "disk"), step("e2", "cpu")]
+    shape = replace(small_shape(), experts=[layer], on_demand=frozenset({0}))
+    ops = list(sweep(shape))
+    (route,) = find(ops, kind="route")
+    assert [(op.kind, op.lane, op.unit, op.deps) for op in ops[route.id + 1 : route.id + 5]] == [
+        ("read_routed", "disk_read", "", (route.id,)),
+        ("copy_routed", "h2d", "", (route.id + 1,)),
+        ("expert", "gpu", "e0", (route.id,)),
+        ("routed", "gpu", "", (route.id, route.id + 2)),
+    ]
+    assert fetch_order(shape) == ["a0", "h0"]
+    assert fetch_order(replace(shape, on_demand=frozenset())) == ["a0", "e1", "e2", "h0"]
+
+
 def test_same_shape_gives_the_same_operations():
     for overlap in (True, False):
         shape = small_shape()
@@ -139,8 +156,9 @@ def test_every_streamed_unit_is_read_and_copied_before_its_use():
     for shape in shapes():
         ops = list(sweep(shape))
         users = {"a": "attend", "e": "expert", "h": "head"}
+        ahead = set(fetch_order(shape))
         units = [*shape.attention, *(s for e in shape.experts for s in e), *shape.head]
-        for unit in units:
+        for unit in (u for u in units if u.tier == "gpu" or u.name in ahead):
             kind = users[unit.name[0]]
             layer = {"layer": int(unit.name[1:])} if kind == "attend" else {"unit": unit.name}
             uses = find(ops, kind=kind, **layer)
@@ -152,6 +170,25 @@ def test_every_streamed_unit_is_read_and_copied_before_its_use():
                 assert {op.id for op in (*copies, *reads)} <= reaches(ops, use)
             for read in reads:
                 assert read.id in copies[0].deps
+
+
+def test_experts_on_demand_are_asked_for_once_their_layer_is_routed_and_never_ahead():
+    seen = 0
+    for shape in shapes():
+        ops = list(sweep(shape))
+        for layer, experts in enumerate(shape.experts):
+            streamed = [step for step in experts if step.tier != "gpu"]
+            routed = find(ops, kind="routed", layer=layer)
+            assert len(routed) == (layer in shape.on_demand)
+            if not routed:
+                continue
+            seen += 1
+            (route,), (copied,) = find(ops, kind="route", layer=layer), find(ops, kind="copy_routed", layer=layer)
+            assert {route.id, copied.id} <= set(routed[0].deps) and route.id in reaches(ops, copied)
+            assert len(find(ops, kind="read_routed", layer=layer)) == any(s.tier == "disk" for s in streamed)
+            assert not any(find(ops, unit=step.name) for step in streamed)
+            assert len(find(ops, kind="expert", layer=layer)) == len(experts) - len(streamed)
+    assert seen > 10
 
 
 def test_attention_weights_arrive_before_the_first_projection():
@@ -169,7 +206,7 @@ def test_kv_of_the_next_layers_first_batch_is_requested_before_the_experts():
             loads = find(ops, kind="load_kv", layer=layer, batch=0)
             assert len(loads) == (0 in shape.fetched_batches)
             for load in loads:
-                assert load.id < find(ops, kind="expert", layer=layer - 1)[0].id
+                assert load.id < find(ops, kind="route", layer=layer - 1)[0].id
                 assert load.id > max(op.id for op in find(ops, kind="attend", layer=layer - 1))
 
 

@@ -1,0 +1,101 @@
+"""Sweeps of few tokens: routing leaves experts untouched, so what was routed to is moved when that is known, not all ahead.
+
+Both the runtime and the planner decide by this, sweep by sweep: the one with the routing that it has seen, the other with
+measured or uniform shares. A share is the probability that a token is routed to an expert; those of a layer add up to k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from cost_model.arch import ModelArch
+from cost_model.sizes import Sizes, slot_bytes
+from cost_model.units import experts_of, unit_slack_bytes
+
+#: Mean tokens of an expert beyond which a sweep is never on demand: hardly an expert is left out.
+MOST_TOKENS_PER_EXPERT = 8
+#: Slots that go on streaming attention, dense layers and the head while experts come on demand.
+KEPT_SLOTS = 2
+#: Fewer experts at hand leave nothing to load into while another computes.
+FEWEST_AT_HAND = 2
+#: Part of the streamed experts up to which moving them on demand pays, although nothing else runs meanwhile; and up to which
+#: a run stays with it, because a change of mode costs what has been moved ahead.
+_PAYS, _STILL_PAYS = 2 / 3, 0.8
+
+
+def touched(shares: np.ndarray, tokens: float) -> np.ndarray:
+    """Probability of each expert that one of so many tokens is routed to it: 1 − (1 − share)^T."""
+    return 1.0 - (1.0 - np.minimum(shares, 1.0)) ** tokens
+
+
+def uniform_shares(arch: ModelArch) -> np.ndarray:
+    """Shares ``[layers, E]`` under uniform routing."""
+    return np.full((arch.num_layers, arch.num_experts), arch.top_k / arch.num_experts)
+
+
+def entry_bytes(arch: ModelArch) -> int:
+    """Room that a single expert takes where experts come on demand."""
+    single = arch.grouped(1)
+    return -(-(arch.expert_bytes + unit_slack_bytes(single)) // 4096) * 4096
+
+
+def lent_experts(arch: ModelArch, counts: Sizes) -> int:
+    """Experts that fit the slots which the stream does not need while experts come on demand."""
+    return max(0, counts.slots - KEPT_SLOTS) * slot_bytes(arch, counts.placement) // entry_bytes(arch)
+
+
+@dataclass(frozen=True, slots=True)
+class OnDemand:
+    """When a model's experts are moved on demand.
+
+    Args:
+        arch: the shape, with the units of the run.
+        streamed: bool ``[layers, E]``, the experts that do not live on the compute device; none in dense layers.
+        at_hand: experts that the cache holds, lent slots included.
+    """
+
+    arch: ModelArch
+    streamed: np.ndarray
+    at_hand: int
+
+    @classmethod
+    def of(cls, arch: ModelArch, tier_of: Mapping[str, str], at_hand: int) -> OnDemand:
+        """From the tier of every unit."""
+        streamed = np.zeros((arch.num_layers, arch.num_experts), dtype=bool)
+        for unit in arch.units():
+            if unit.kind == "expert" and tier_of[unit.name] != "gpu" and not arch.is_dense(unit.layer):
+                experts = experts_of(unit.name)
+                streamed[unit.layer, experts.start : experts.stop] = True
+        return cls(arch, streamed, at_hand)
+
+    @property
+    def layers(self) -> frozenset[int]:
+        """Layers that have such experts."""
+        return frozenset(np.flatnonzero(self.streamed.any(axis=1)).tolist())
+
+    def missed(self, shares: np.ndarray, tokens: float) -> float:
+        """Experts that a sweep of so many tokens is expected to move, when those most used are at hand.
+
+        Args:
+            shares: ``[layers, E]``.
+        """
+        expected = touched(shares, tokens)[self.streamed]
+        left = len(expected) - self.at_hand
+        if left <= 0:
+            return 0.0
+        return float(np.partition(expected, left - 1)[:left].sum())
+
+    def pays(self, shares: np.ndarray, tokens: float, already: bool = False) -> bool:
+        """Whether a sweep of so many tokens had better be on demand.
+
+        Args:
+            already: the sweep before was.
+        """
+        arch = self.arch
+        if self.at_hand < FEWEST_AT_HAND or tokens * arch.top_k > MOST_TOKENS_PER_EXPERT * arch.num_experts:
+            return False
+        most = (_STILL_PAYS if already else _PAYS) * np.count_nonzero(self.streamed)
+        return bool(most) and self.missed(shares, tokens) <= most
