@@ -31,12 +31,11 @@ from flexmoe.request_check import problem
 from flexmoe.reserve import Reserve
 from flexmoe.sampling import Chosen, sample
 from flexmoe.scheduler import Scheduler
-from flexmoe.stream import WeightStream
 from flexmoe.sweep_log import Sweep, SweepLog
 from flexmoe.trace import Recorder
 from flexmoe.units import Units
+from flexmoe.weight_feed import WeightFeed
 from flexmoe.weights import EmbeddingTable, WeightStore
-from policies.schedule import SweepShape, fetch_order
 
 log = logging.getLogger(__name__)
 
@@ -264,14 +263,12 @@ class Engine:
         self._parts.callback(self.store.close)
         self.recorder.reset_totals()  # a run's rates do not count what loading moved
         units = Units.of(arch, tier_of)
-        shape = SweepShape(
-            attention=units.attention, experts=units.experts, head=units.head, activation_tiers=counts.activation_tiers
-        )
-        self.stream = WeightStream(
-            self.store, fetch_order(shape), counts.slots, counts.staging_slots, overlap=policy.overlap
+        known = None if c.expert_usage is None else c.expert_usage.shares
+        self.feed = WeightFeed(
+            self.store, arch, units, counts, kind=c.expert_cache, known=known, overlap=policy.overlap
         )
         kv_shape = KVShape(layers=arch.num_layers, kv_heads=arch.num_kv_heads, head_dim=arch.head_dim, dtype=dtype)
-        self._parts.callback(self.stream.close)
+        self._parts.callback(self.feed.close)
         self.cache = KVCache(self.device, kv_shape, counts.kv_blocks, counts.tails, c.offload_dir)
         buffers = KVBuffers(
             staging_blocks=counts.fetch_blocks, batch_tokens=counts.batch_tokens, write_blocks=counts.write_blocks
@@ -296,7 +293,7 @@ class Engine:
             recorder=self.recorder,
             family=self.model.family,
             units=units,
-            stream=self.stream,
+            feed=self.feed,
             embed=EmbeddingTable(self.store, source, "embed", counts.max_tokens),
             kv=self.kv,
             activations=self.activations,

@@ -196,7 +196,8 @@ class LLM:
             "restarts": e.scheduler.restarts,
             "lanes": lanes,
             "memory": {t: {"planned_bytes": memory.total(t), **memory.parts[t]} for t in memory.parts},
-            "weights_stall_s": e.stream.stall_s,
+            "weights_stall_s": e.feed.stall_s,
+            "expert_cache": e.feed.metrics(),
         }
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ _NUMBERS = (
 _OF_SWEEPS = (
     "rows_in_flight", "tokens_per_sweep", "generated_tokens_per_sweep", "prompt_tokens_per_sweep", "sweep_s",
 )  # fmt: skip
-_OF_PARTS = ("lanes", "memory", "moved_bytes", "peak_bytes")
+_OF_PARTS = ("lanes", "memory", "moved_bytes", "peak_bytes", "expert_cache")
 _OF_ENGINE = ("predicted", "achieved_weight_percent", "policy", "workload", "device", "dtype")
 
 
