@@ -204,6 +204,18 @@ def test_one_thread_serves_in_the_order_of_submission(threads_before):
     pool.close()
 
 
+def test_urgent_transfers_overtake_those_that_wait(threads_before):
+    pool, file = DiskPool(Recorder(), threads=1), SlowFile()
+    waiting = [pool.submit([Transfer(file, i, page_buffer(1), 1)], "ahead") for i in range(6)]
+    urgent = [pool.urgent().submit([Transfer(file, i, page_buffer(1), 1)], "now") for i in (10, 11)]
+    for pending in (*urgent, *waiting):
+        pending.wait()
+    rest = [offset for offset in file.offsets if offset < 10]
+    assert rest == list(range(6)) and len(file.offsets) == 8
+    assert file.offsets.index(10) + 1 == file.offsets.index(11) <= 3
+    pool.close()
+
+
 def test_large_transfer_is_cut_into_pieces_that_tile_it(tmp_path, threads_before):
     size = 2 * PIECE_BYTES + 3 * PAGE_BYTES + 17
     data = torch.randint(0, 256, (size,), dtype=torch.uint8)
