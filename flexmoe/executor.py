@@ -19,6 +19,7 @@ from flexmoe.device import Device
 from flexmoe.experts import Bounds, ExpertDispatch
 from flexmoe.kv_lanes import Arrived, KVLanes
 from flexmoe.logprobs import PromptScores
+from flexmoe.router_stats import RouterCounter
 from flexmoe.stream import WeightStream
 from flexmoe.trace import Recorder
 from flexmoe.units import Units
@@ -41,6 +42,7 @@ class Executor:
         kv: brings and stores KV.
         activations: keeps hidden states.
         activation_tiers: home of each GPU batch's hidden states.
+        router_counter: counts what the routers choose.
         max_tokens: most tokens of a sweep.
         score_bytes: memory that the logits of scored positions may take at a time.
         dtype: compute dtype.
@@ -59,6 +61,7 @@ class Executor:
         kv: KVLanes,
         activations: Activations,
         activation_tiers: tuple[str, ...],
+        router_counter: RouterCounter,
         max_tokens: int,
         score_bytes: int,
         dtype: torch.dtype,
@@ -66,7 +69,7 @@ class Executor:
     ):
         self._device, self._recorder, self._family, self._units = device, recorder, family, units
         self._stream, self._embedding, self._kv, self._hidden = stream, embed, kv, activations
-        self._tiers, self._overlap = activation_tiers, overlap
+        self._tiers, self._overlap, self._router_counter = activation_tiers, overlap, router_counter
         arch = family.arch
         self._vocab, self._layers = arch.vocab_size, arch.num_layers
         self._experts = ExpertDispatch(device, arch.num_experts, max_tokens, arch.top_k)
@@ -228,7 +231,7 @@ class Executor:
             self._experts.route_all(tokens)
             return
         ids_TK, weights_TK = self._family.route(self._router_TE[:tokens])
-        self._experts.route(ids_TK, weights_TK, self._dtype)
+        self._router_counter.add(op.layer, ids_TK, self._experts.route(ids_TK, weights_TK, self._dtype))
 
     def _op_expert(self, op: Op) -> None:
         weights, family = self._stream.get(op.unit), self._family

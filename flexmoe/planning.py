@@ -14,6 +14,7 @@ from flexmoe.device import Device
 from flexmoe.errors import InfeasibleError, UsageError
 from flexmoe.loader import Model, compute_dtype
 from flexmoe.machine import available_host_bytes, free_disk_bytes
+from flexmoe.router_stats import coactivation_bytes
 from policies.placement import check_count, describe
 from policies.policy import Policy, Workload
 
@@ -46,6 +47,7 @@ class EngineConfig:
         seed: of the random draws of requests that have none of their own.
         reserve: KV that a row is expected to need: ``max``, up to its ``max_tokens``, or ``p95``, what the job's rows
             have needed so far (`flexmoe.reserve`).
+        router_stats: count which experts are chosen together too, not only how often each is (`flexmoe.router_stats`).
     """
 
     policy: Policy
@@ -63,6 +65,7 @@ class EngineConfig:
     eos_ids: tuple[int, ...] = ()
     seed: int = 0
     reserve: str = "p95"
+    router_stats: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "offload_dir", Path(self.offload_dir).expanduser())
@@ -116,6 +119,9 @@ class EnginePlan:
             longest_row=config.longest_row or 0,
         )
         memory = plan_memory(arch, config.policy, counts, device=kind, compute_bytes=dtype.itemsize)
+        if config.router_stats:
+            gpu = {**memory.parts["gpu"], "router statistics": coactivation_bytes(arch)}
+            memory = MemoryPlan(parts={**memory.parts, "gpu": gpu})
         stored = ("weights",) if model.checkpoint is not None else ()  # a checkpoint's weights are on disk already
         written = sum(size for item, size in memory.parts["disk"].items() if item not in stored)
         budgets = _budgets(config, device)
