@@ -20,7 +20,7 @@ from flexmoe.errors import UsageError
 from policies.placement import check_count
 
 #: Of the one-hot rows of a chunk of tokens. Such a chunk is far below the 2^24 tokens up to which float32 counts exactly.
-_CHUNK_BYTES = 4 << 20
+_CHUNK_BYTES = 1 << 20
 
 
 def coactivation_bytes(arch: ModelArch) -> int:

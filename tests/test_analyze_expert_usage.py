@@ -5,7 +5,8 @@ import pytest
 
 from cost_model.arch import ModelArch
 from cost_model.expert_usage import ExpertUsage
-from scripts.analyze_expert_usage import balance_table, carriers, main, pairs, touched_table
+from scripts import analyze_expert_usage as command
+from scripts.analyze_expert_usage import balance_table, carriers, pairs, touched_table
 from tests.command_lines import THREE_TIERS
 from tests.test_router_stats_file import MODEL, made
 
@@ -13,7 +14,7 @@ from tests.test_router_stats_file import MODEL, made
 @pytest.fixture
 def analyze(capsys):
     def call(*args):
-        code = main([str(arg) for arg in args])
+        code = command.main([str(arg) for arg in args])
         return (code, *capsys.readouterr())
 
     return call

@@ -180,7 +180,7 @@ def test_without_asking_there_are_counts_and_balance_but_no_coactivation(tiny, l
         llm.engine.router_counter.stats()
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 4 * 16 * 7, 4 << 20])
+@pytest.mark.parametrize("chunk_bytes", [1, 4 * 16 * 7, 1 << 20])
 def test_coactivation_is_exact_in_chunks_of_any_size_and_beyond_what_float32_counts(chunk_bytes, monkeypatch):
     monkeypatch.setattr(router_stats, "_CHUNK_BYTES", chunk_bytes)
     arch = ModelArch.from_name("phi-3.5-moe")
