@@ -86,6 +86,13 @@ def _job_flags(p: argparse.ArgumentParser) -> None:
         "rows cannot run",
     )
     g.add_argument("--metrics-json", type=Path, help="write what was measured as JSON")
+    g.add_argument(
+        "--router-stats",
+        type=Path,
+        metavar="FILE",
+        help="count which experts are chosen, how evenly and which ones together, in the tokens that this start computes, and write "
+        "it as JSON for scripts.analyze_expert_usage",
+    )
     g.add_argument("--trace", type=Path, help="write a Chrome trace (chrome://tracing, Perfetto), one track per lane")
     g.add_argument("-v", "--verbose", action="store_true", help="log what is done, to stderr")
 

@@ -29,6 +29,7 @@ from flexmoe.params import EngineRequest, InFlight, RequestOutput, Resumed
 from flexmoe.planning import GIB, EngineConfig, EnginePlan
 from flexmoe.request_check import problem
 from flexmoe.reserve import Reserve
+from flexmoe.router_stats import RouterCounter
 from flexmoe.sampling import Chosen, sample
 from flexmoe.scheduler import Scheduler
 from flexmoe.sweep_log import Sweep, SweepLog
@@ -288,6 +289,7 @@ class Engine:
         if counts.fetch_blocks and c.longest_row:  # the buffers of fetched KV are made for rows of this length
             longest = -(-c.longest_row // BLOCK_TOKENS) * BLOCK_TOKENS
             self.largest_row_tokens = min(self.largest_row_tokens, longest)
+        self.router_counter = RouterCounter(arch, self.device.torch, coactivation=c.router_stats)
         self.executor = Executor(
             device=self.device,
             recorder=self.recorder,
@@ -298,6 +300,7 @@ class Engine:
             kv=self.kv,
             activations=self.activations,
             activation_tiers=counts.activation_tiers,
+            router_counter=self.router_counter,
             max_tokens=counts.max_tokens,
             score_bytes=self._sampling_bytes,
             dtype=dtype,

@@ -20,6 +20,7 @@ from flexmoe.device import Device
 from flexmoe.experts import Bounds, ExpertDispatch
 from flexmoe.kv_lanes import Arrived, KVLanes
 from flexmoe.logprobs import PromptScores
+from flexmoe.router_stats import RouterCounter
 from flexmoe.trace import Recorder
 from flexmoe.units import Units
 from flexmoe.weight_feed import WeightFeed
@@ -42,6 +43,7 @@ class Executor:
         kv: brings and stores KV.
         activations: keeps hidden states.
         activation_tiers: home of each GPU batch's hidden states.
+        router_counter: counts what the routers choose.
         max_tokens: most tokens of a sweep.
         score_bytes: memory that the logits of scored positions may take at a time.
         dtype: compute dtype.
@@ -60,6 +62,7 @@ class Executor:
         kv: KVLanes,
         activations: Activations,
         activation_tiers: tuple[str, ...],
+        router_counter: RouterCounter,
         max_tokens: int,
         score_bytes: int,
         dtype: torch.dtype,
@@ -67,7 +70,7 @@ class Executor:
     ):
         self._device, self._recorder, self._family, self._units = device, recorder, family, units
         self._feed, self._embedding, self._kv, self._hidden = feed, embed, kv, activations
-        self._tiers, self._overlap = activation_tiers, overlap
+        self._tiers, self._overlap, self._router_counter = activation_tiers, overlap, router_counter
         arch = family.arch
         self._vocab, self._layers = arch.vocab_size, arch.num_layers
         self._experts = ExpertDispatch(device, arch.num_experts, max_tokens, arch.top_k)
@@ -244,6 +247,7 @@ class Executor:
         ids_TK, weights_TK = self._family.route(self._router_TE[:tokens])
         counts = self._experts.route(ids_TK, weights_TK, self._dtype)
         self._feed.routed(op.layer, counts, tokens)
+        self._router_counter.add(op.layer, ids_TK, counts)
 
     def _op_expert(self, op: Op) -> None:
         weights, family = self._feed.get(op.unit), self._family

@@ -19,6 +19,7 @@ from flexmoe.errors import InfeasibleError, UsageError
 from flexmoe.loader import Model, compute_dtype
 from flexmoe.eviction import EXPERT_CACHES
 from flexmoe.machine import available_host_bytes, free_disk_bytes
+from flexmoe.router_stats import coactivation_bytes
 from policies.placement import check_count, describe
 from policies.policy import Policy, Workload
 
@@ -56,6 +57,7 @@ class EngineConfig:
         expert_usage: how often each expert was chosen in another run, or the path of that file.
         reserve: KV that a row is expected to need: ``max``, up to its ``max_tokens``, or ``p95``, what the job's rows
             have needed so far (`flexmoe.reserve`).
+        router_stats: count which experts are chosen together too, not only how often each is (`flexmoe.router_stats`).
     """
 
     policy: Policy
@@ -75,6 +77,7 @@ class EngineConfig:
     expert_cache: str = "lfu"
     expert_usage: ExpertUsage | str | Path | None = None
     reserve: str = "p95"
+    router_stats: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "offload_dir", Path(self.offload_dir).expanduser())
@@ -135,8 +138,7 @@ class EnginePlan:
         )
         if config.expert_usage is not None:
             config.expert_usage.check_model(arch)
-        about = {"device": kind, "compute_bytes": dtype.itemsize}
-        memory = plan_memory(arch, config.policy, counts, **about)
+        memory = _memory(arch, counts, config, kind, dtype)
         stored = ("weights",) if model.checkpoint is not None else ()  # a checkpoint's weights are on disk already
         written = sum(size for item, size in memory.parts["disk"].items() if item not in stored)
         budgets = _budgets(config, device)
@@ -144,7 +146,7 @@ class EnginePlan:
         _check_disk(config.offload_dir, written)
         if config.expert_cache != "off":
             counts = replace(counts, cache_experts=_cache_experts(arch, counts, memory, budgets, config))
-            memory = plan_memory(arch, config.policy, counts, **about)
+            memory = _memory(arch, counts, config, kind, dtype)
         return cls(
             device=device,
             dtype=dtype,
@@ -192,6 +194,15 @@ def _budgets(config: EngineConfig, device: Device) -> dict[str, int | None]:
     for tier, has in (("gpu", free), ("cpu", host)):
         budgets[tier] = has if budgets[tier] is None else min(has, budgets[tier])
     return budgets
+
+
+def _memory(arch: ModelArch, counts: Sizes, config: EngineConfig, device: str, dtype: torch.dtype) -> MemoryPlan:
+    memory = plan_memory(arch, config.policy, counts, device=device, compute_bytes=dtype.itemsize)
+    if not config.router_stats:
+        return memory
+    return MemoryPlan(
+        parts={**memory.parts, "gpu": {**memory.parts["gpu"], "router statistics": coactivation_bytes(arch)}}
+    )
 
 
 def _cache_experts(
