@@ -52,6 +52,18 @@ def throughput_lines(metrics: dict) -> list[str]:
     ]
 
 
+def cache_lines(metrics: dict) -> list[str]:
+    """What the expert cache did, where experts came on demand."""
+    cache = metrics["expert_cache"]
+    if not cache["on_demand_sweeps"]:
+        return []
+    return [
+        f"experts on demand in {cache['on_demand_sweeps']} of {metrics['sweeps']} sweeps: {cache['lookups']} asked for, "
+        f"{100 * cache['hit_rate']:.1f} % at hand ({cache['policy']}, room for {cache['experts']}), {cache['loads']} loads of "
+        f"{1e3 * cache['mean_load_s']:.1f} ms, {cache['evictions']} evictions"
+    ]
+
+
 def flexllmgen_lines(metrics: dict, engine: Engine, rows: int, gen_len: int, cut_gen_len: int | None) -> list[str]:
     """FlexLLMGen's summary of a benchmark.
 

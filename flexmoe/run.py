@@ -181,7 +181,12 @@ def _finish(
     rows_resumed: int = 0,
 ) -> None:
     metrics = llm.metrics()
-    lines = report.throughput_lines(metrics) + report.lane_lines(metrics) + llm.engine.plan.memory_lines()
+    lines = (
+        report.throughput_lines(metrics)
+        + report.cache_lines(metrics)
+        + report.lane_lines(metrics)
+        + llm.engine.plan.memory_lines()
+    )
     say(*lines)
     say(f"peak process memory: {report.peak_process_bytes() / 2**30:.3f} GiB resident")
     if predicted:

@@ -189,6 +189,7 @@ def _engine_options(args: argparse.Namespace, measured: Measured, policy: Policy
         "gen_len": args.gen_len,
         "seed": args.seed,
         "keep_spans": args.trace is not None,
+        "expert_cache": args.expert_cache,
         "router_stats": args.router_stats is not None,
         **({} if args.reserve is None else {"reserve": args.reserve}),
     }
