@@ -14,6 +14,7 @@ from math import ceil
 from cost_model.arch import ModelArch
 from cost_model.hardware import Hardware
 from cost_model.load import BatchLoad
+from cost_model.on_demand import entry_bytes
 from cost_model.sizes import BLOCK_TOKENS, Sizes, slot_bytes
 from cost_model.units import unit_slack_bytes
 from policies.errors import InfeasibleError
@@ -92,7 +93,12 @@ def _weight_bytes(arch: ModelArch, counts: Sizes, device: str, b: int, policy: P
     loading = min(LOADS_IN_FLIGHT, at.count_of("gpu")) * (largest + slack)
     rows = counts.max_tokens * arch.hidden * arch.dtype_bytes if not at.count_of("gpu", "embed") else 0
     return {
-        "gpu": {"weights": gpu, "slots": counts.slots * slot, "cast": cast},
+        "gpu": {
+            "weights": gpu,
+            "slots": counts.slots * slot,
+            "cast": cast,
+            "expert cache": counts.cache_experts * entry_bytes(arch),
+        },
         "cpu": {"weights": cpu, "staging slots": staging, "load buffers": loading, "embedding rows": rows},
         "disk": {"weights": counts.placement.bytes_per_tier["disk"]},
     }

@@ -35,6 +35,7 @@ class Sizes:
         fetch_blocks: blocks of one layer that a GPU batch may bring to the device (0: none ever are).
         write_blocks: disk-tier blocks that the runs of a GPU batch may touch.
         stretch_tokens: tokens of KV that lie side by side on disk on average: a prompt, and each block that it grew by.
+        cache_experts: experts that device memory beyond the slots holds (`cost_model.on_demand`).
         recompute_past: length beyond which a row's KV is computed anew; None: never.
     """
 
@@ -50,6 +51,7 @@ class Sizes:
     write_blocks: int
     stretch_tokens: float
     recompute_past: int | None = None
+    cache_experts: int = 0
 
 
 def sizes(

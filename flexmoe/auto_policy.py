@@ -41,12 +41,14 @@ class Forecaster:
         device: str,
         directory: Path,
         budgets: Mapping[str, float | None],
+        held_bytes: int = 0,
     ) -> Forecaster:
         """For this machine, measured now or before (``hardware`` "auto"), or from a file of `python -m flexmoe.probe`.
 
         Args:
             directory: on the disk that the disk tier lives on.
             budgets: GiB of ``gpu_mem``, ``cpu_mem`` and ``nvme_mem``; None is what the machine has, less a tenth.
+            held_bytes: of the compute device's memory, not for what the planner places.
 
         Raises:
             FlexMoEError: it cannot be measured, or the file cannot be used.
@@ -62,7 +64,11 @@ class Forecaster:
             host_memory_bytes=int(_SHARE_TO_TAKE * machine.host_memory_bytes),
             disk_bytes=int(_SHARE_TO_TAKE * machine.disk_bytes),
         )
-        return cls(arch=arch, hardware=machine.with_budgets(**budgets), workload=workload, number_bytes=dtype.itemsize)
+        machine = machine.with_budgets(**budgets)
+        if held_bytes:
+            gpu = replace(machine.gpu, memory_bytes=max(0, machine.gpu.memory_bytes - held_bytes))
+            machine = replace(machine, gpus=(gpu,))
+        return cls(arch=arch, hardware=machine, workload=workload, number_bytes=dtype.itemsize)
 
     def plan(self, kv_tokens: int | None = None) -> Policy:
         """The best policy for the job.

@@ -17,6 +17,7 @@ from flexmoe.lengths import Lengths
 from flexmoe.llm import RESIDENT
 from flexmoe.loader import Model, compute_dtype
 from flexmoe.planning import EngineConfig, EnginePlan
+from flexmoe.router_stats import coactivation_bytes
 from flexmoe.workload import Measured
 from policies.policy import Policy, PolicyFile, Workload
 
@@ -145,6 +146,7 @@ def _forecaster(args: argparse.Namespace, model: Model, measured: Measured) -> F
         device=args.device,
         directory=args.offload_dir,
         budgets={name: getattr(args, name) for name in ("gpu_mem", "cpu_mem", "nvme_mem")},
+        held_bytes=coactivation_bytes(model.arch) if args.router_stats else 0,
     )
 
 
@@ -187,6 +189,8 @@ def _engine_options(args: argparse.Namespace, measured: Measured, policy: Policy
         "gen_len": args.gen_len,
         "seed": args.seed,
         "keep_spans": args.trace is not None,
+        "expert_cache": args.expert_cache,
+        "router_stats": args.router_stats is not None,
         **({} if args.reserve is None else {"reserve": args.reserve}),
     }
 
