@@ -147,11 +147,15 @@ def _gpu(hw: Hardware, **changes) -> Hardware:
 _Better = Callable[[Hardware], Hardware]
 #: What has to be scarce, the change, and the machine with it.
 _MACHINES: Iterable[tuple[tuple[str, ...], str, _Better]] = (
-    (("gpu memory",), "+8 GiB GPU memory", _more_gpu_memory),
+    (("gpu memory", "on demand"), "+8 GiB GPU memory", _more_gpu_memory),
     (("cpu memory", "gpu+cpu memory"), "+16 GiB host memory", _more_host_memory),
     (("disk memory",), "+1 TB NVMe", _more_disk),
-    (("h2d", "d2h", "pcie", "slots", "kv loads", "hidden states"), "a link to the device twice as fast", _faster_link),
-    (("disk_read", "disk_write", "kv loads"), "a disk twice as fast", _faster_disk),
+    (
+        ("h2d", "d2h", "pcie", "slots", "kv loads", "hidden states", "on demand"),
+        "a link to the device twice as fast",
+        _faster_link,
+    ),
+    (("disk_read", "disk_write", "kv loads", "on demand"), "a disk twice as fast", _faster_disk),
     (("cpu", "host memory"), "host memory and CPU attention twice as fast", _faster_host),
     (("gpu", "cores", "schedule"), "a compute device twice as fast", _faster_device),
 )

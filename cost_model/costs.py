@@ -10,15 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
+from typing import TYPE_CHECKING
 
 from cost_model.arch import ModelArch
 from cost_model.hardware import Hardware
 from cost_model.load import BatchLoad
-from cost_model.sizes import BLOCK_TOKENS, Sizes, slot_bytes
+from cost_model.routing import Demand, Routing
+from cost_model.sizes import BLOCK_TOKENS, Sizes, entry_bytes, slot_bytes
 from cost_model.units import unit_slack_bytes
 from policies.errors import InfeasibleError
 from policies.placement import TIERS
 from policies.policy import Policy
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PAGE_BYTES = 4096
 #: Host buffers that the runtime makes beside those of hidden states; each takes whole pages, an empty one too.
@@ -92,7 +97,12 @@ def _weight_bytes(arch: ModelArch, counts: Sizes, device: str, b: int, policy: P
     loading = min(LOADS_IN_FLIGHT, at.count_of("gpu")) * (largest + slack)
     rows = counts.max_tokens * arch.hidden * arch.dtype_bytes if not at.count_of("gpu", "embed") else 0
     return {
-        "gpu": {"weights": gpu, "slots": counts.slots * slot, "cast": cast},
+        "gpu": {
+            "weights": gpu,
+            "slots": counts.slots * slot,
+            "cast": cast,
+            "expert cache": counts.cache_experts * entry_bytes(arch),
+        },
         "cpu": {"weights": cpu, "staging slots": staging, "load buffers": loading, "embedding rows": rows},
         "disk": {"weights": counts.placement.bytes_per_tier["disk"]},
     }
@@ -158,6 +168,25 @@ def _activation_bytes(arch: ModelArch, policy: Policy, counts: Sizes, device: st
     }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demanded:
+    """Seconds of a mean layer whose experts come on demand. One is computed, or copied, while the next one comes.
+
+    Attributes:
+        read_s: from disk; of a layer that has experts there.
+        copy_s, copy_last_s: to the device, while others are read, and the last one of the disk's afterwards.
+        ahead_s, last_s: computation of those that are at hand or come earlier, and of the last one.
+        unit_s: of a unit that lives on the device.
+    """
+
+    read_s: float
+    copy_s: float
+    copy_last_s: float
+    ahead_s: float
+    last_s: float
+    unit_s: float
+
+
 class Costs:
     """Seconds of every operation when nothing else runs.
 
@@ -165,13 +194,24 @@ class Costs:
         arch, hardware, policy: the model on the machine under the policy.
         counts: from `sizes`.
         number_bytes: bytes of one number in the compute dtype.
+        shares: as in `Routing`.
 
     Attributes:
+        routing: which experts tokens are routed to.
         lane_share: part of all cores that an operation on a lane keeps busy (device cpu, where all lanes share them).
     """
 
-    def __init__(self, arch: ModelArch, hardware: Hardware, policy: Policy, counts: Sizes, number_bytes: int):
+    def __init__(
+        self,
+        arch: ModelArch,
+        hardware: Hardware,
+        policy: Policy,
+        counts: Sizes,
+        number_bytes: int,
+        shares: np.ndarray | None = None,
+    ):
         gpu, b = hardware.gpu, number_bytes
+        self.routing = Routing(arch, counts, shares)
         self.arch, self.hardware, self.counts, self._gpu, self._b = arch, hardware, counts, gpu, b
         self.overlap, self.pinned = policy.overlap, policy.pin_weight
         self.kv_bytes = arch.kv_bytes_per_token_layer(b)
@@ -304,7 +344,37 @@ class Costs:
 
     def touched(self, tokens: float) -> float:
         """Experts of a layer that the tokens reach."""
-        return self.arch.expected_experts_touched(tokens)
+        return self.routing.touched(tokens)
+
+    def reached_expert_s(self, tokens: float) -> float:
+        """One of the experts that a sweep's tokens reach, over its share of them."""
+        touched = self.touched(tokens)
+        return self.expert_s(tokens * self.arch.top_k / touched, self.arch.expert_params) if touched else 0.0
+
+    def demanded_bytes(self, demand: Demand) -> tuple[float, float]:
+        """(read in a mean layer that has experts on disk, copied in a mean layer) where experts come on demand.
+
+        On device cpu what is on disk is read straight into its place.
+        """
+        copied = demand.host_bytes + (0.0 if self.hardware.device == "cpu" else demand.disk_bytes)
+        return demand.disk_bytes / max(1, demand.disk_layers), copied / len(demand.layers)
+
+    def demanded(self, demand: Demand, tokens: float) -> Demanded:
+        """Seconds of a layer whose experts come on demand; what is not pinned is copied to a pinned buffer first."""
+        layers, on_cpu = len(demand.layers), self.hardware.device == "cpu"
+        read, copied = self.demanded_bytes(demand)
+        staged = 0.0 if self.pinned or on_cpu else demand.host_bytes / layers
+        each, missed = self.reached_expert_s(tokens), demand.missed / layers
+        waited = min(1.0, missed)
+        last_bytes = 0.0 if on_cpu or not missed else demand.disk_bytes / layers * waited / missed
+        return Demanded(
+            read_s=self.read_s(read),
+            copy_s=self.copy_s(copied + staged - last_bytes),
+            copy_last_s=self.copy_s(last_bytes),
+            ahead_s=(each + self.op_s) * demand.streamed / layers - each * waited,
+            last_s=each * waited,
+            unit_s=each * demand.resident / demand.resident_units if demand.resident_units else 0.0,
+        )
 
     def head_s(self, rows: float, elements: float) -> float:
         """A chunk of the head over the rows that get a token; as large a matrix as an expert's."""

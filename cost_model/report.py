@@ -40,6 +40,7 @@ _BOUND = {
     "host memory": "bound by host memory's bandwidth, which copies and CPU attention share",
     "cores": "bound by the CPU cores, which all lanes share",
     "schedule": "bound by the chain of operations: computation, and what it waits for in a layer",
+    "on demand": "bound by the experts that routing asks for: they are moved while the layer waits",
     "slots": "bound by the weight slots: the link waits for a free one while a layer attends",
     "serial": "every lane waits for the others (--overlap false)",
 }

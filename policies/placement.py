@@ -81,14 +81,18 @@ class Placement:
 
     def bytes_of(self, tier: str, *kinds: str) -> int:
         """Stored bytes of the units of these kinds (default all) in a tier."""
-        return self.residency.bytes_between(*self._stretch[tier], *kinds)
+        return self.residency.bytes_between(*self.stretch(tier), *kinds)
 
     def count_of(self, tier: str, *kinds: str) -> int:
         """How many units of these kinds (default all) a tier holds."""
-        return self.residency.count_between(*self._stretch[tier], *kinds)
+        return self.residency.count_between(*self.stretch(tier), *kinds)
+
+    def stretch(self, tier: str) -> tuple[int, int]:
+        """The places [first, last) in residency order that a tier holds."""
+        return self._stretches[tier]
 
     @cached_property
-    def _stretch(self) -> dict[str, tuple[int, int]]:
+    def _stretches(self) -> dict[str, tuple[int, int]]:
         ends = (0, self.gpu_end, self.cpu_end, len(self.residency.order))
         return dict(zip(TIERS, pairwise(ends), strict=True))
 
@@ -98,19 +102,21 @@ class Residency:
 
     Args:
         units: all units of the model, in schedule order.
+        expert_order: for each layer the numbers of its expert units, those first that most deserve a fast tier; None: as
+            they stand.
 
     Raises:
-        UsageError: there are no units, or two share a name.
+        UsageError: there are no units, two share a name, or the order is not one of these units.
     """
 
-    def __init__(self, units: Iterable[Unit]):
-        self.units = tuple(units)
+    def __init__(self, units: Iterable[Unit], expert_order: Sequence[Sequence[int]] | None = None):
+        self.units, self.expert_order = tuple(units), expert_order
         if not self.units:
             raise UsageError("there are no weight units to place; give at least one.")
         names = len({unit.name for unit in self.units})
         if names != len(self.units):
             raise UsageError(f"{len(self.units)} units have only {names} different names; each needs its own.")
-        self.order = tuple(residency_order(self.units))
+        self.order = tuple(residency_order(self.units, expert_order))
         self._bytes = {kind: _sums(unit.stored_bytes * (unit.kind == kind) for unit in self.order) for kind in KINDS}
         self._counts = {kind: _sums(unit.kind == kind for unit in self.order) for kind in KINDS}
         self.prefix_bytes = _sums(unit.stored_bytes for unit in self.order)
@@ -118,7 +124,9 @@ class Residency:
         self._largest_after = list(accumulate(reversed(streamed), max, initial=0))[::-1]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Residency) and self.units == other.units
+        return self is other or (
+            isinstance(other, Residency) and self.order == other.order and self.units == other.units
+        )
 
     def __hash__(self) -> int:
         return hash(self.units)
@@ -161,28 +169,47 @@ def place_weights(units: Iterable[Unit], gpu_percent: float, cpu_percent: float)
     return Residency(units).place(gpu_percent, cpu_percent)
 
 
-def residency_order(units: Sequence[Unit]) -> list[Unit]:
-    """All units, those that most deserve a fast tier first; it depends on the units alone, not on percents.
+def residency_order(units: Sequence[Unit], expert_order: Sequence[Sequence[int]] | None = None) -> list[Unit]:
+    """All units, those that most deserve a fast tier first; it does not depend on percents.
 
     Embedding, attention and head serve every token in every sweep and are small, so they come before the experts.
-    Experts follow by their index within the layer, and for each index the layers come in bit-reversed (van der Corput)
-    order. That order is the same for every index, so any interval of the experts is a window of one repeating
+    Experts follow by their rank within the layer (``expert_order``, as `Residency` takes it), and for each rank the layers come in bit-reversed (van der Corput)
+    order. That order is the same for every rank, so any interval of the experts is a window of one repeating
     sequence: two layers differ by at most one expert in a prefix (GPU) and in an interval (CPU) alike, and the layers
     that hold the extra one are spread over the depth of the model.
+
+    Raises:
+        UsageError: ``expert_order`` has another number of layers, or a layer another number of expert units.
     """
     layers = sorted({unit.layer for unit in units if unit.kind in ("attention", "expert")})
     rank = {layer: place for place, layer in enumerate(_spread(layers))}
     by_kind = {kind: [unit for unit in units if unit.kind == kind] for kind in KINDS}
     attention = sorted(by_kind["attention"], key=lambda unit: rank[unit.layer])
 
-    experts_seen: dict[int, int] = {}
-    keyed_experts = []
-    for unit in by_kind["expert"]:
-        index = experts_seen.get(unit.layer, 0)
-        experts_seen[unit.layer] = index + 1
-        keyed_experts.append(((index, rank[unit.layer]), unit))
-    keyed_experts.sort(key=lambda keyed: keyed[0])
-    return by_kind["embed"] + attention + by_kind["head"] + [unit for _, unit in keyed_experts]
+    ranked = _ranked_experts(by_kind["expert"], layers, expert_order)
+    experts = sorted(by_kind["expert"], key=lambda unit: (ranked[unit.name], rank[unit.layer]))
+    return by_kind["embed"] + attention + by_kind["head"] + experts
+
+
+def _ranked_experts(
+    experts: Sequence[Unit], layers: Sequence[int], order: Sequence[Sequence[int]] | None
+) -> dict[str, int]:
+    """By unit name, how many units of its layer come before it."""
+    of_layer: dict[int, list[str]] = {layer: [] for layer in layers}
+    for unit in experts:
+        of_layer[unit.layer].append(unit.name)
+    numbers = [range(len(names)) for names in of_layer.values()] if order is None else order
+    if len(numbers) != len(layers):
+        raise UsageError(
+            f"expert_order is of {len(numbers)} layers, and the model has {len(layers)}; take one made for it."
+        )
+    for layer, own in zip(layers, numbers):
+        if sorted(own) != list(range(len(of_layer[layer]))):
+            raise UsageError(
+                f"expert_order names {len(own)} expert units of layer {layer}, which has {len(of_layer[layer])}; it must "
+                "name each of them once. Take an order made for this model and these units."
+            )
+    return {of_layer[layer][number]: at for layer, own in zip(layers, numbers) for at, number in enumerate(own)}
 
 
 def place_blocks(total: int, gpu_percent: float, cpu_percent: float) -> dict[str, int]:

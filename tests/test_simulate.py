@@ -219,8 +219,8 @@ def on_track(spans, track):
 @pytest.mark.parametrize(
     ("percent", "rest"),
     [
-        ((20, 40, 30, 30, 34, 33), {"cpu_attention_percent": 50.0}),
-        ((30, 30, 0, 60, 100, 0), {"schedule": "static", "prefill_tokens": 70}),
+        ((20, 40, 30, 30, 34, 33), {"cpu_attention_percent": 50.0, "weight_slots": 2}),
+        ((30, 30, 0, 60, 100, 0), {"schedule": "static", "prefill_tokens": 70, "weight_slots": 2}),
         ((100, 0, 100, 0, 100, 0), {"prefill_tokens": 30}),
     ],
 )
