@@ -9,7 +9,7 @@ from cost_model.arch import ModelArch
 from cost_model.fixed import Fixed
 from cost_model.hardware import GIB, Gpu, Hardware
 from cost_model.optimum import Optimum, improved
-from cost_model.slopes import Problem
+from cost_model.problem import Problem
 from policies.placement import Unit
 
 #: So many changes are told that the runtime could use at once, and so many that it could not.

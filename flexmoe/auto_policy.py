@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from cost_model import Hardware, ModelArch, Workload
+from cost_model.expert_usage import ExpertUsage
 from cost_model.simulate import Simulation, simulate
 from policies.policy import Policy
 
@@ -23,12 +24,14 @@ class Forecaster:
     Args:
         arch, hardware, workload: the model on the machine for the job.
         number_bytes: bytes of one number in the compute dtype.
+        usage: how often each expert was chosen in another run; None: all are alike.
     """
 
     arch: ModelArch
     hardware: Hardware
     workload: Workload
     number_bytes: int
+    usage: ExpertUsage | None = None
 
     @classmethod
     def of_machine(
@@ -41,6 +44,7 @@ class Forecaster:
         device: str,
         directory: Path,
         budgets: Mapping[str, float | None],
+        usage: ExpertUsage | None = None,
     ) -> Forecaster:
         """For this machine, measured now or before (``hardware`` "auto"), or from a file of `python -m flexmoe.probe`.
 
@@ -62,7 +66,8 @@ class Forecaster:
             host_memory_bytes=int(_SHARE_TO_TAKE * machine.host_memory_bytes),
             disk_bytes=int(_SHARE_TO_TAKE * machine.disk_bytes),
         )
-        return cls(arch=arch, hardware=machine.with_budgets(**budgets), workload=workload, number_bytes=dtype.itemsize)
+        machine = machine.with_budgets(**budgets)
+        return cls(arch=arch, hardware=machine, workload=workload, number_bytes=dtype.itemsize, usage=usage)
 
     def plan(self, kv_tokens: int | None = None) -> Policy:
         """The best policy for the job.
@@ -75,16 +80,17 @@ class Forecaster:
         """
         from cost_model import solve
 
-        plan = solve(
-            self.arch, self.hardware, self.workload, number_bytes=self.number_bytes, kv_tokens=kv_tokens, advice=False
-        )
-        return plan.policy
+        about = {"number_bytes": self.number_bytes, "kv_tokens": kv_tokens, "usage": self.usage}
+        return solve(self.arch, self.hardware, self.workload, advice=False, **about).policy
 
-    def predict(self, policy: Policy, kv_tokens: int | None = None) -> Simulation:
-        """What the job will do under a policy."""
-        return simulate(
-            self.arch, self.hardware, self.workload, policy, number_bytes=self.number_bytes, kv_tokens=kv_tokens
-        )
+    def predict(self, policy: Policy, kv_tokens: int | None = None, cache_experts: int = 0) -> Simulation:
+        """What the job will do under a policy.
+
+        Args:
+            cache_experts: experts that the run keeps in device memory beyond what the policy takes.
+        """
+        about = {"number_bytes": self.number_bytes, "kv_tokens": kv_tokens, "usage": self.usage}
+        return simulate(self.arch, self.hardware, self.workload, policy, cache_experts=cache_experts, **about)
 
 
 def describe_policy(policy: Policy) -> str:
@@ -102,6 +108,7 @@ def describe_policy(policy: Policy) -> str:
     return (
         f"policy: --gpu-batch-size {p.gpu_batch_size} --num-gpu-batches {p.num_gpu_batches} --percent {percents} "
         f"--schedule {p.schedule} --prefill-tokens {p.prefill_tokens}, CPU attention {p.cpu_attention_percent:g} %"
+        + (", most used experts first" if p.expert_order else "")
     )
 
 

@@ -103,7 +103,12 @@ def _check_arguments(args: argparse.Namespace) -> None:
     block_size = (args.gpu_batch_size or 16) * (args.num_gpu_batches or 1)
     if args.cut_gen_len and not args.policy and (args.num_prompts or 0) > block_size:
         raise UsageError(f"--cut-gen-len projects one block; give at most {block_size} --num-prompts")
-    files = {"input": args.input_file, "trace": args.trace, "metrics": args.metrics_json}
+    files = {
+        "input": args.input_file,
+        "trace": args.trace,
+        "metrics": args.metrics_json,
+        "expert usage": args.expert_usage,
+    }
     files |= {name: path for name in ("policy", "hardware") if not is_auto(path := getattr(args, name))}
     if args.output_file:
         files["output"], files["error"] = job_files(args).outputs()
