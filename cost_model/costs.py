@@ -194,7 +194,7 @@ class Costs:
         arch, hardware, policy: the model on the machine under the policy.
         counts: from `sizes`.
         number_bytes: bytes of one number in the compute dtype.
-        shares: as in `Routing`.
+        shares, on_demand: as in `Routing`.
 
     Attributes:
         routing: which experts tokens are routed to.
@@ -209,9 +209,10 @@ class Costs:
         counts: Sizes,
         number_bytes: int,
         shares: np.ndarray | None = None,
+        on_demand: bool = True,
     ):
         gpu, b = hardware.gpu, number_bytes
-        self.routing = Routing(arch, counts, shares)
+        self.routing = Routing(arch, counts, shares, on_demand)
         self.arch, self.hardware, self.counts, self._gpu, self._b = arch, hardware, counts, gpu, b
         self.overlap, self.pinned = policy.overlap, policy.pin_weight
         self.kv_bytes = arch.kv_bytes_per_token_layer(b)

@@ -89,6 +89,7 @@ def evaluate(
     number_bytes: int | None = None,
     kv_tokens: int | None = None,
     usage: ExpertUsage | None = None,
+    on_demand: bool = True,
     ignore_memory: bool = False,
 ) -> Prediction:
     """Judge a policy.
@@ -98,13 +99,14 @@ def evaluate(
         number_bytes: bytes of one number in the compute dtype; default: as stored.
         kv_tokens: KV capacity over all tiers; default: what keeps the block in flight.
         usage: how often each expert was chosen; default: all alike.
+        on_demand: sweeps of few rows move only the experts that were routed to.
         ignore_memory: predict a policy that does not fit, too.
 
     Raises:
         InfeasibleError: a tier has too few bytes; the sentence says how many are missing. Or the usage, or the policy's
             order of experts, is of another model.
     """
-    about = {"number_bytes": number_bytes, "kv_tokens": kv_tokens, "usage": usage}
+    about = {"number_bytes": number_bytes, "kv_tokens": kv_tokens, "usage": usage, "on_demand": on_demand}
     return predict(Problem.of(arch, hardware, workload, **about), policy, ignore_memory=ignore_memory)
 
 

@@ -109,11 +109,7 @@ class ExpertUsage:
         check_header(document, KIND, SCHEMA_VERSION, "a file of expert usage")
         names = ("kind", "schema_version", "model", "tokens", "counts")
         check_keys("the file", document, names, names)
-        model, rows = document["model"], document["counts"]
-        if not isinstance(model, dict) or not all(
-            type(model.get(name)) is int for name in ("num_layers", "num_experts", "top_k")
-        ):
-            raise DataError('"model" must be an object with num_layers, num_experts and top_k.')
+        model, rows = check_shape(document["model"]), document["counts"]
         if not isinstance(rows, list) or not all(
             isinstance(row, list) and len(row) == len(rows[0]) and all(type(n) is int and 0 <= n < 2**53 for n in row)
             for row in rows
@@ -121,3 +117,18 @@ class ExpertUsage:
             raise DataError('"counts" must be a list of equally long lists of whole numbers, one for each layer.')
         counts = np.array(rows, dtype=np.int64)
         return cls(model=model, tokens=check_count("tokens", document["tokens"]), counts=counts)
+
+
+def check_shape(model) -> Mapping:
+    """Returns what a file says of its model if that has the numbers of layers, experts and choices.
+
+    Raises:
+        DataError: it has not.
+    """
+    names = ("num_layers", "num_experts", "top_k")
+    if not isinstance(model, dict) or not all(type(model.get(name)) is int and model[name] > 0 for name in names):
+        raise DataError('"model" must be an object with num_layers, num_experts and top_k.')
+    dense = model.get("dense_layers", [])
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise DataError('"dense_layers" of "model" must be a list of layers.')
+    return model

@@ -90,4 +90,4 @@ class OnDemand:
         if self.at_hand < FEWEST_AT_HAND or tokens * arch.top_k > MOST_TOKENS_PER_EXPERT * arch.num_experts:
             return False
         most = (_STILL_PAYS if already else _PAYS) * np.count_nonzero(self.streamed)
-        return bool(most) and self.missed(shares, tokens) <= most
+        return bool(most > 0 and self.missed(shares, tokens) <= most)

@@ -18,16 +18,19 @@ _SMALL_SHARE = 0.03
 _GREY, _COLOURS = "0.6", ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
 
 
-def check_plot(path: Path) -> None:
+def check_plot(path: Path, flag: str = "--plot") -> None:
     """Refuses a plot that could not be written, before anything is computed.
+
+    Args:
+        flag: that asks for it.
 
     Raises:
         UsageError: matplotlib is not installed, or the file's name asks for an unknown format.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"--plot {path} has no known format; end its name in one of {', '.join(SUFFIXES)}")
+        raise UsageError(f"{flag} {path} has no known format; end its name in one of {', '.join(SUFFIXES)}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib, which is not installed; pip install 'flexmoe[plot]' brings it")
+        raise UsageError(f"{flag} needs matplotlib, which is not installed; pip install 'flexmoe[plot]' brings it")
 
 
 def draw(report: Report, predict: Callable[[Policy], Prediction], path: Path) -> None:

@@ -27,6 +27,7 @@ class Problem:
         number_bytes: bytes of one number in the compute dtype.
         kv_tokens: KV capacity over all tiers; None: what keeps the block in flight.
         shares: ``[layers, E]``, the probability that a token is routed to an expert; None: all are alike.
+        on_demand: sweeps of few rows move only the experts that were routed to.
         cache_experts: experts that device memory beyond what a policy takes holds.
     """
 
@@ -36,6 +37,7 @@ class Problem:
     number_bytes: int
     kv_tokens: int | None = None
     shares: np.ndarray | None = field(default=None, compare=False)
+    on_demand: bool = True
     cache_experts: int = 0
 
     @classmethod
@@ -84,4 +86,4 @@ class Problem:
     def costs(self, policy: Policy, counts: Sizes) -> Costs:
         """The durations of a policy's operations."""
         arch = self.arch.grouped(policy.experts_per_unit)
-        return Costs(arch, self.hardware, policy, counts, self.number_bytes, self.shares)
+        return Costs(arch, self.hardware, policy, counts, self.number_bytes, self.shares, self.on_demand)

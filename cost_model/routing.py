@@ -51,10 +51,11 @@ class Routing:
         arch: the shape, with the units of the run.
         counts: from `sizes`.
         shares: ``[layers, E]``, the probability that a token is routed to an expert; None: all are alike.
+        on_demand: a sweep may be.
     """
 
-    def __init__(self, arch: ModelArch, counts: Sizes, shares: np.ndarray | None = None):
-        self._arch, self._counts, self._shares = arch, counts, shares
+    def __init__(self, arch: ModelArch, counts: Sizes, shares: np.ndarray | None = None, on_demand: bool = True):
+        self._arch, self._counts, self._shares, self._may = arch, counts, shares, on_demand
         self._on_demand: OnDemand | None = None
         self._known: dict[tuple[float, bool], Demand | None] = {}
 
@@ -74,7 +75,7 @@ class Routing:
         """
         from cost_model.on_demand import MOST_TOKENS_PER_EXPERT
 
-        if tokens * self._arch.top_k > MOST_TOKENS_PER_EXPERT * self._arch.num_experts:
+        if not self._may or tokens * self._arch.top_k > MOST_TOKENS_PER_EXPERT * self._arch.num_experts:
             return None
         key = tokens, already
         if key not in self._known:

@@ -98,6 +98,7 @@ def simulate(
     number_bytes: int | None = None,
     kv_tokens: int | None = None,
     usage: ExpertUsage | None = None,
+    on_demand: bool = True,
     cache_experts: int = 0,
     full: bool = False,
     keep_trace_sweeps: int = 0,
@@ -113,6 +114,7 @@ def simulate(
         number_bytes: bytes of one number in the compute dtype; default: as stored.
         kv_tokens: KV capacity over all tiers; default: what keeps the block in flight.
         usage: how often each expert was chosen; default: all alike.
+        on_demand: sweeps of few rows move only the experts that were routed to.
         cache_experts: experts that device memory beyond what the policy takes holds.
         full: follow every row and walk every sweep, however long that takes.
         keep_trace_sweeps: keep the operations of so many sweeps, from the first on.
@@ -125,8 +127,10 @@ def simulate(
     """
     if workload.num_requests is None:
         raise UsageError("an endless job cannot be simulated; give the workload num_requests")
-    about = {"number_bytes": number_bytes, "kv_tokens": kv_tokens, "usage": usage, "cache_experts": cache_experts}
-    problem = Problem.of(arch, hardware, workload, **about)
+    problem = Problem.of(
+        arch, hardware, workload, number_bytes=number_bytes, kv_tokens=kv_tokens, usage=usage, on_demand=on_demand,
+        cache_experts=cache_experts,
+    )  # fmt: skip
     counts = problem.sizes(policy)
     costs = problem.costs(policy, counts)
     job = job_sweeps(policy, counts, workload, whole=full, seed=seed)

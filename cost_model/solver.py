@@ -72,6 +72,7 @@ def solve(
     number_bytes: int | None = None,
     kv_tokens: int | None = None,
     usage: ExpertUsage | None = None,
+    on_demand: bool = True,
     advice: bool = False,
     effort: float = 1.0,
 ) -> Plan:
@@ -84,6 +85,7 @@ def solve(
         kv_tokens: KV capacity over all tiers; default: what keeps the block in flight.
         usage: how often each expert was chosen; experts that were used most are the first to become resident. Default: all
             are alike.
+        on_demand: sweeps of few rows move only the experts that were routed to.
         advice: find out, too, what would help most.
         effort: how long to search, by judgements and not by the clock; less is quicker and may find a little less.
 
@@ -105,7 +107,8 @@ def solve(
         fixed = replace(fixed, schedule=schedule)
     group = group_on(hardware, arch)
     arch = arch.grouped(group)
-    problem = Problem.of(arch, hardware, workload, number_bytes=number_bytes, kv_tokens=kv_tokens, usage=usage)
+    about = {"number_bytes": number_bytes, "kv_tokens": kv_tokens, "usage": usage, "on_demand": on_demand}
+    problem = Problem.of(arch, hardware, workload, **about)
     if usage is not None:
         fixed = replace(fixed, expert_order=usage.unit_order(arch))
     smallest = smallest_policies(problem, fixed)

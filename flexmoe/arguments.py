@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from flexmoe.eviction import EXPERT_CACHES
 from flexmoe.job_arguments import add_job_flags
 from policies.command_line import Parser, count, flag
 
@@ -86,6 +87,13 @@ def _job_flags(p: argparse.ArgumentParser) -> None:
         "rows cannot run",
     )
     g.add_argument("--metrics-json", type=Path, help="write what was measured as JSON")
+    g.add_argument(
+        "--router-stats",
+        type=Path,
+        metavar="FILE",
+        help="count which experts are chosen, how evenly and which ones together, in the tokens that this start computes, and write "
+        "it as JSON for scripts.analyze_expert_usage",
+    )
     g.add_argument("--trace", type=Path, help="write a Chrome trace (chrome://tracing, Perfetto), one track per lane")
     g.add_argument("-v", "--verbose", action="store_true", help="log what is done, to stderr")
 
@@ -136,7 +144,20 @@ def _machine_flags(p: argparse.ArgumentParser) -> None:
         "or auto (measured once, cached; what --policy auto and a job's --dry-run take by themselves)",
     )
     g.add_argument("--dtype", default="auto", help="auto (the checkpoint's), bfloat16, float16 or float32")
-    g.add_argument("--gpu-mem", type=float, metavar="GIB", help="GPU memory to stay under")
+    g.add_argument(
+        "--expert-cache",
+        choices=EXPERT_CACHES,
+        default="lfu",
+        help="with few rows in flight only experts that were routed to are moved, and stay in the device memory that the plan "
+        "leaves: who makes room there (default lfu: the least frequently used of late; static keeps what --expert-usage "
+        "counts most); off moves all experts in every sweep",
+    )
+    g.add_argument(
+        "--gpu-mem",
+        type=float,
+        metavar="GIB",
+        help="GPU memory to stay under; what the plan leaves of it holds experts",
+    )
     g.add_argument("--cpu-mem", type=float, metavar="GIB", help="CPU memory to stay under")
     g.add_argument("--nvme-mem", type=float, metavar="GIB", help="disk space to stay under, weights on disk included")
     g.add_argument("--offload-dir", type=Path, default=Path("~/flexmoe_offload_dir"), help="directory of the disk tier")

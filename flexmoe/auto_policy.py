@@ -25,6 +25,7 @@ class Forecaster:
         arch, hardware, workload: the model on the machine for the job.
         number_bytes: bytes of one number in the compute dtype.
         usage: how often each expert was chosen in another run; None: all are alike.
+        on_demand: sweeps of few rows move only the experts that were routed to.
     """
 
     arch: ModelArch
@@ -32,6 +33,7 @@ class Forecaster:
     workload: Workload
     number_bytes: int
     usage: ExpertUsage | None = None
+    on_demand: bool = True
 
     @classmethod
     def of_machine(
@@ -44,13 +46,16 @@ class Forecaster:
         device: str,
         directory: Path,
         budgets: Mapping[str, float | None],
+        held_bytes: int = 0,
         usage: ExpertUsage | None = None,
+        on_demand: bool = True,
     ) -> Forecaster:
         """For this machine, measured now or before (``hardware`` "auto"), or from a file of `python -m flexmoe.probe`.
 
         Args:
             directory: on the disk that the disk tier lives on.
             budgets: GiB of ``gpu_mem``, ``cpu_mem`` and ``nvme_mem``; None is what the machine has, less a tenth.
+            held_bytes: of the compute device's memory, not for what the planner places.
 
         Raises:
             FlexMoEError: it cannot be measured, or the file cannot be used.
@@ -67,7 +72,11 @@ class Forecaster:
             disk_bytes=int(_SHARE_TO_TAKE * machine.disk_bytes),
         )
         machine = machine.with_budgets(**budgets)
-        return cls(arch=arch, hardware=machine, workload=workload, number_bytes=dtype.itemsize, usage=usage)
+        if held_bytes:
+            gpu = replace(machine.gpu, memory_bytes=max(0, machine.gpu.memory_bytes - held_bytes))
+            machine = replace(machine, gpus=(gpu,))
+        about = {"number_bytes": dtype.itemsize, "usage": usage, "on_demand": on_demand}
+        return cls(arch=arch, hardware=machine, workload=workload, **about)
 
     def plan(self, kv_tokens: int | None = None) -> Policy:
         """The best policy for the job.
@@ -80,8 +89,7 @@ class Forecaster:
         """
         from cost_model import solve
 
-        about = {"number_bytes": self.number_bytes, "kv_tokens": kv_tokens, "usage": self.usage}
-        return solve(self.arch, self.hardware, self.workload, advice=False, **about).policy
+        return solve(self.arch, self.hardware, self.workload, advice=False, **self._about(kv_tokens)).policy
 
     def predict(self, policy: Policy, kv_tokens: int | None = None, cache_experts: int = 0) -> Simulation:
         """What the job will do under a policy.
@@ -89,8 +97,16 @@ class Forecaster:
         Args:
             cache_experts: experts that the run keeps in device memory beyond what the policy takes.
         """
-        about = {"number_bytes": self.number_bytes, "kv_tokens": kv_tokens, "usage": self.usage}
-        return simulate(self.arch, self.hardware, self.workload, policy, cache_experts=cache_experts, **about)
+        about = self._about(kv_tokens) | {"cache_experts": cache_experts}
+        return simulate(self.arch, self.hardware, self.workload, policy, **about)
+
+    def _about(self, kv_tokens: int | None) -> dict:
+        return {
+            "number_bytes": self.number_bytes,
+            "kv_tokens": kv_tokens,
+            "usage": self.usage,
+            "on_demand": self.on_demand,
+        }
 
 
 def describe_policy(policy: Policy) -> str:

@@ -149,6 +149,16 @@ class Device:
             pages.registered_at = buffer.data_ptr()
         return buffer[:nbytes]
 
+    def device_buffer(self, nbytes: int) -> torch.Tensor:
+        """Uint8 ``[nbytes]`` on the compute device; on cpu, whole pages that take memory when they are written.
+
+        Raises:
+            InfeasibleError: the host has not that much memory.
+        """
+        if self.is_cuda:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.torch)
+        return self.host_buffer(nbytes, pinned=False)
+
     def room(self, budget_bytes: int) -> int:
         """What a budget for the whole process leaves for tensors: on CUDA, the context and the kernels take their share.
 

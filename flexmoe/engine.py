@@ -29,14 +29,14 @@ from flexmoe.params import EngineRequest, InFlight, RequestOutput, Resumed
 from flexmoe.planning import GIB, EngineConfig, EnginePlan
 from flexmoe.request_check import problem
 from flexmoe.reserve import Reserve
+from flexmoe.router_stats import RouterCounter
 from flexmoe.sampling import Chosen, sample
 from flexmoe.scheduler import Scheduler
-from flexmoe.stream import WeightStream
 from flexmoe.sweep_log import Sweep, SweepLog
 from flexmoe.trace import Recorder
 from flexmoe.units import Units
+from flexmoe.weight_feed import WeightFeed
 from flexmoe.weights import EmbeddingTable, WeightStore
-from policies.schedule import SweepShape, fetch_order
 
 log = logging.getLogger(__name__)
 
@@ -264,14 +264,12 @@ class Engine:
         self._parts.callback(self.store.close)
         self.recorder.reset_totals()  # a run's rates do not count what loading moved
         units = Units.of(arch, tier_of)
-        shape = SweepShape(
-            attention=units.attention, experts=units.experts, head=units.head, activation_tiers=counts.activation_tiers
-        )
-        self.stream = WeightStream(
-            self.store, fetch_order(shape), counts.slots, counts.staging_slots, overlap=policy.overlap
+        known = None if c.expert_usage is None else c.expert_usage.shares
+        self.feed = WeightFeed(
+            self.store, arch, units, counts, kind=c.expert_cache, known=known, overlap=policy.overlap
         )
         kv_shape = KVShape(layers=arch.num_layers, kv_heads=arch.num_kv_heads, head_dim=arch.head_dim, dtype=dtype)
-        self._parts.callback(self.stream.close)
+        self._parts.callback(self.feed.close)
         self.cache = KVCache(self.device, kv_shape, counts.kv_blocks, counts.tails, c.offload_dir)
         buffers = KVBuffers(
             staging_blocks=counts.fetch_blocks, batch_tokens=counts.batch_tokens, write_blocks=counts.write_blocks
@@ -291,16 +289,18 @@ class Engine:
         if counts.fetch_blocks and c.longest_row:  # the buffers of fetched KV are made for rows of this length
             longest = -(-c.longest_row // BLOCK_TOKENS) * BLOCK_TOKENS
             self.largest_row_tokens = min(self.largest_row_tokens, longest)
+        self.router_counter = RouterCounter(arch, self.device.torch, coactivation=c.router_stats)
         self.executor = Executor(
             device=self.device,
             recorder=self.recorder,
             family=self.model.family,
             units=units,
-            stream=self.stream,
+            feed=self.feed,
             embed=EmbeddingTable(self.store, source, "embed", counts.max_tokens),
             kv=self.kv,
             activations=self.activations,
             activation_tiers=counts.activation_tiers,
+            router_counter=self.router_counter,
             max_tokens=counts.max_tokens,
             score_bytes=self._sampling_bytes,
             dtype=dtype,

@@ -10,6 +10,7 @@ Legend: T tokens of the block, D hidden, E experts, R rows of logits.
 from __future__ import annotations
 
 from concurrent.futures import Future
+from functools import partial
 
 import torch
 
@@ -19,9 +20,10 @@ from flexmoe.device import Device
 from flexmoe.experts import Bounds, ExpertDispatch
 from flexmoe.kv_lanes import Arrived, KVLanes
 from flexmoe.logprobs import PromptScores
-from flexmoe.stream import WeightStream
+from flexmoe.router_stats import RouterCounter
 from flexmoe.trace import Recorder
 from flexmoe.units import Units
+from flexmoe.weight_feed import WeightFeed
 from flexmoe.weights import EmbeddingTable
 from policies.schedule import Op, SweepShape, sweep
 
@@ -36,11 +38,12 @@ class Executor:
         device, recorder: as everywhere.
         family: the model's mathematics.
         units: its weight units.
-        stream: brings the units.
+        feed: brings them.
         embed: the embedding table.
         kv: brings and stores KV.
         activations: keeps hidden states.
         activation_tiers: home of each GPU batch's hidden states.
+        router_counter: counts what the routers choose.
         max_tokens: most tokens of a sweep.
         score_bytes: memory that the logits of scored positions may take at a time.
         dtype: compute dtype.
@@ -54,19 +57,20 @@ class Executor:
         recorder: Recorder,
         family,
         units: Units,
-        stream: WeightStream,
+        feed: WeightFeed,
         embed: EmbeddingTable,
         kv: KVLanes,
         activations: Activations,
         activation_tiers: tuple[str, ...],
+        router_counter: RouterCounter,
         max_tokens: int,
         score_bytes: int,
         dtype: torch.dtype,
         overlap: bool,
     ):
         self._device, self._recorder, self._family, self._units = device, recorder, family, units
-        self._stream, self._embedding, self._kv, self._hidden = stream, embed, kv, activations
-        self._tiers, self._overlap = activation_tiers, overlap
+        self._feed, self._embedding, self._kv, self._hidden = feed, embed, kv, activations
+        self._tiers, self._overlap, self._router_counter = activation_tiers, overlap, router_counter
         arch = family.arch
         self._vocab, self._layers = arch.vocab_size, arch.num_layers
         self._experts = ExpertDispatch(device, arch.num_experts, max_tokens, arch.top_k)
@@ -102,8 +106,11 @@ class Executor:
             for dep in op.deps:
                 self._wait(dep)
             self._await_weights(op)
-            with self._device.timed(self._recorder, "gpu", f"{op.kind} {op.unit or op.layer}"):
+            if op.kind == "routed":  # times its experts one by one, because between them it waits
                 result = handler(op)
+            else:
+                with self._timed(f"{op.kind} {op.unit or op.layer}"):
+                    result = handler(op)
         else:
             result = handler(op)
         if isinstance(result, Future):
@@ -111,11 +118,14 @@ class Executor:
         if not self._overlap:
             self._wait(op.id)
 
+    def _timed(self, name: str):
+        return self._device.timed(self._recorder, "gpu", name)
+
     def _await_weights(self, op: Op) -> None:
         """Wait for the unit that the operation computes with, outside of the time that counts as compute."""
         unit = self._units.attention[op.layer].name if op.kind == "project" else op.unit
         if unit:
-            self._stream.get(unit)
+            self._feed.get(unit)
 
     def _wait(self, op_id: int):
         """The result of an operation on another lane; the compute stream waits for its event."""
@@ -141,6 +151,7 @@ class Executor:
             cpu_batches=having(lambda g: g.mode == "cpu"),
             stored_batches=having(lambda g: g.mode != "gpu"),
             disk_batches=having(lambda g: any(r.kv.tier == "disk" for r in g.runs)),
+            on_demand=self._feed.begin(block.tokens),
         )
 
     def _batch(self, op: Op) -> Batch:
@@ -153,7 +164,13 @@ class Executor:
 
     def _op_copy(self, op: Op) -> None:
         if not self._overlap:
-            self._stream.get(op.unit)
+            self._feed.get(op.unit)
+
+    def _op_read_routed(self, op: Op) -> None:
+        """The copy asks for both."""
+
+    def _op_copy_routed(self, op: Op) -> None:
+        self._feed.request(op.layer)
 
     # Attention of one GPU batch.
 
@@ -178,7 +195,7 @@ class Executor:
         h_TD = self._hidden[batch.index]
         if op.layer > 0:
             h_TD += self._y_TD[batch.start : batch.stop]
-        weights = self._stream.get(self._units.attention[op.layer].name)
+        weights = self._feed.get(self._units.attention[op.layer].name)
         q, k, v = self._family.project(h_TD, weights, batch.rope)
         self._kv.append(op.layer, batch, k, v)
         self._qkv[batch.index] = (q, k, v)
@@ -204,13 +221,13 @@ class Executor:
         attended = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         unit = self._units.attention[op.layer].name
         here = slice(batch.start, batch.stop)
-        h_TD, x_TD, router_TE = self._family.output(self._hidden[batch.index], attended, self._stream.get(unit))
+        h_TD, x_TD, router_TE = self._family.output(self._hidden[batch.index], attended, self._feed.get(unit))
         self._hidden.put(batch.index, h_TD)
         self._x_TD[here] = x_TD
         if router_TE is not None:
             self._router_TE[here] = router_TE
         if batch is self._block.batches[-1]:
-            self._stream.release(unit)
+            self._feed.release(unit)
 
     def _attend_group(self, layer: int, batch: Batch, mode: str, q, k, v) -> torch.Tensor:
         if mode == "gpu":
@@ -228,10 +245,12 @@ class Executor:
             self._experts.route_all(tokens)
             return
         ids_TK, weights_TK = self._family.route(self._router_TE[:tokens])
-        self._experts.route(ids_TK, weights_TK, self._dtype)
+        counts = self._experts.route(ids_TK, weights_TK, self._dtype)
+        self._feed.routed(op.layer, counts, tokens)
+        self._router_counter.add(op.layer, ids_TK, counts)
 
     def _op_expert(self, op: Op) -> None:
-        weights, family = self._stream.get(op.unit), self._family
+        weights, family = self._feed.get(op.unit), self._family
         experts, tokens = self._units.experts_of[op.unit], self._block.tokens
         x_TD, y_TD = self._x_TD[:tokens], self._y_TD[:tokens]
         if len(experts) == 1:
@@ -240,7 +259,14 @@ class Executor:
             self._experts.add_group(experts, x_TD, y_TD, lambda x_nD, own: family.experts(x_nD, own.ends(), weights))
         else:
             self._experts.add_group(experts, x_TD, y_TD, lambda x_nD, own: _one_by_one(family, x_nD, own, weights))
-        self._stream.release(op.unit)
+        self._feed.release(op.unit)
+
+    def _op_routed(self, op: Op) -> None:
+        """The routed experts of a layer on demand, those at hand first."""
+        x_TD, y_TD = self._x_TD[: self._block.tokens], self._y_TD[: self._block.tokens]
+        for expert, weights in self._feed.experts():
+            with self._timed(f"expert {op.layer}.{expert}"):
+                self._experts.add(expert, x_TD, y_TD, partial(self._family.expert, w=weights))
 
     # Logits.
 
@@ -262,14 +288,14 @@ class Executor:
         self._logits = torch.empty(len(self._rows_RD), self._vocab, dtype=self._dtype, device=self._device.torch)
 
     def _op_head(self, op: Op) -> None:
-        weights = self._stream.get(op.unit)
+        weights = self._feed.get(op.unit)
         if "norm" in weights:
             self._rows_RD = self._family.final_norm(self._rows_RD, weights)
         first, last = self._units.head_rows[op.unit]
         self._logits[:, first:last] = self._family.head(self._rows_RD, weights)
         if self._block.scores is not None:
             self._score(first, weights)
-        self._stream.release(op.unit)
+        self._feed.release(op.unit)
 
     def _final_hidden(self, batch: Batch, places: torch.Tensor) -> torch.Tensor:
         wanted = places.to(self._device.torch, non_blocking=True)

@@ -187,3 +187,22 @@ def _copies(pieces: Sequence[Piece], device: Mapping[str, Place]) -> list[tuple[
                 continue
         copies.append((source, target, place.nbytes))
     return copies
+
+
+def expert_copies(unit: UnitLayout, number: int, single: Mapping[str, Place]) -> tuple[tuple[int, int, int], ...]:
+    """(offset in the unit's host bytes, offset in ``single``, bytes) of every stretch of one expert of a unit of several.
+
+    Args:
+        number: the expert's place in the unit.
+        single: where the tensors of the expert alone go.
+    """
+    copies = []
+    for piece in unit.pieces:
+        target, size = single[piece.role], piece.place.dtype.itemsize
+        first = number * prod(target.shape)  # of the expert, in elements of the unit's tensor
+        start = max(first, piece.into)
+        count = min(first + prod(target.shape), piece.into + prod(piece.place.shape)) - start
+        if count > 0:
+            source = piece.place.offset + (start - piece.into) * size
+            copies.append((source, target.offset + (start - first) * size, count * size))
+    return tuple(copies)

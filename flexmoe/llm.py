@@ -14,6 +14,7 @@ from flexmoe.errors import UsageError
 from flexmoe.loader import Model, load_model
 from flexmoe.params import CompletionOutput, EngineRequest, InFlight, RequestOutput, SamplingParams
 from flexmoe.planning import EngineConfig
+from flexmoe.router_stats import LayerStats
 from flexmoe.tokenizer import Tokenizer, eos_ids
 from policies.policy import Policy, PolicyFile, Workload
 
@@ -32,7 +33,7 @@ class LLM:
         load_format: ``auto`` or ``dummy``.
         workload: mean prompt and completion lengths; with the policy they size the KV cache. Default 512/32.
         **options: fields of `EngineConfig` (``device``, ``dtype``, ``gpu_mem``, ``cpu_mem``, ``nvme_mem`` in GiB,
-            ``offload_dir``, ``kv_tokens``, ``longest_row``, ``gen_len``, ``keep_spans``, ``seed``, ``reserve``).
+            ``offload_dir``, ``kv_tokens``, ``longest_row``, ``gen_len``, ``keep_spans``, ``seed``, ``reserve``, ``router_stats``).
 
     Raises:
         FlexMoEError: the model is missing or broken, or the policy does not fit; before any weight is loaded.
@@ -196,8 +197,21 @@ class LLM:
             "restarts": e.scheduler.restarts,
             "lanes": lanes,
             "memory": {t: {"planned_bytes": memory.total(t), **memory.parts[t]} for t in memory.parts},
-            "weights_stall_s": e.stream.stall_s,
+            "weights_stall_s": e.feed.stall_s,
+            "expert_cache": e.feed.metrics(),
         }
+
+    def router_stats(self, layer: int) -> LayerStats:
+        """How often each expert of a layer has been chosen, how evenly, and with ``router_stats=True`` which ones together.
+
+        Raises:
+            UsageError: there is no such layer, it is dense, or nothing has been routed yet.
+
+        Example:
+            >>> llm.generate(prompts)
+            >>> llm.router_stats(0).counts, llm.router_stats(0).balance.max_over_mean
+        """
+        return self.engine.router_counter.layer(layer)
 
     def close(self) -> None:
         """Stop the threads and close the files."""

@@ -49,9 +49,11 @@ class Model:
 
     def source(self, offload_dir: Path) -> WeightSource:
         """Where the weights come from."""
+        names = () if self.checkpoint is None else self.checkpoint.tensors
+        parts, experts = self.family.parts(names), self.family.expert_parts(names)
         if self.checkpoint is None:
-            return DummySource(self.family.parts(()), self.stored_dtype, offload_dir)
-        return CheckpointSource(self.checkpoint, self.family.parts(self.checkpoint.tensors))
+            return DummySource(parts, self.stored_dtype, offload_dir, experts=experts)
+        return CheckpointSource(self.checkpoint, parts, experts)
 
 
 def load_model(model: str, load_format: str = "auto") -> Model:

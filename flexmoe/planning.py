@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from cost_model.arch import ModelArch
 from cost_model.costs import MemoryPlan, plan_memory
+from cost_model.expert_usage import ExpertUsage
+from cost_model.on_demand import OnDemand, entry_bytes
 from cost_model.sizes import Sizes, sizes
 from flexmoe.device import Device
 from flexmoe.errors import InfeasibleError, UsageError
 from flexmoe.loader import Model, compute_dtype
+from flexmoe.eviction import EXPERT_CACHES
 from flexmoe.machine import available_host_bytes, free_disk_bytes
+from flexmoe.router_stats import coactivation_bytes
 from policies.placement import check_count, describe
 from policies.policy import Policy, Workload
 
 GIB = 1 << 30
 RESERVES = ("max", "p95")
+#: Part of a GPU that the cache leaves alone where no budget was given: the allocator cuts its memory into pieces.
+_SPARED_SHARE = 0.05
 _REMEDY = {
     "gpu": "raise --gpu-mem, or lower the GPU percents, --gpu-batch-size or --prefill-tokens",
     "cpu": "raise --cpu-mem, or lower the CPU percents or the block size",
@@ -44,8 +52,12 @@ class EngineConfig:
         keep_spans: record spans for a trace.
         eos_ids: ids that end a row.
         seed: of the random draws of requests that have none of their own.
+        expert_cache: who makes room among the experts at hand when they come on demand (`flexmoe.eviction`): ``lfu``, ``lru``,
+            ``static``, or ``off``, which streams all experts in every sweep.
+        expert_usage: how often each expert was chosen in another run, or the path of that file.
         reserve: KV that a row is expected to need: ``max``, up to its ``max_tokens``, or ``p95``, what the job's rows
             have needed so far (`flexmoe.reserve`).
+        router_stats: count which experts are chosen together too, not only how often each is (`flexmoe.router_stats`).
     """
 
     policy: Policy
@@ -62,7 +74,10 @@ class EngineConfig:
     keep_spans: bool = False
     eos_ids: tuple[int, ...] = ()
     seed: int = 0
+    expert_cache: str = "lfu"
+    expert_usage: ExpertUsage | str | Path | None = None
     reserve: str = "p95"
+    router_stats: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "offload_dir", Path(self.offload_dir).expanduser())
@@ -77,6 +92,12 @@ class EngineConfig:
             raise UsageError(f"seed is {self.seed!r}; give a whole number of 64 bits")
         if self.reserve not in RESERVES:
             raise UsageError(f"reserve is {self.reserve!r}; choose one of {', '.join(RESERVES)}")
+        if isinstance(self.expert_usage, (str, Path)):
+            object.__setattr__(self, "expert_usage", ExpertUsage.load(self.expert_usage))
+        if self.expert_cache not in EXPERT_CACHES:
+            raise UsageError(f"expert_cache is {self.expert_cache!r}; choose one of {', '.join(EXPERT_CACHES)}")
+        if self.expert_cache == "static" and self.expert_usage is None:
+            raise UsageError("a static expert cache keeps what another run used most; give its expert usage too")
         if not isinstance(self.policy, Policy):
             raise UsageError(f"the policy is {self.policy!r}; give a Policy or the path of a policy file")
         for name in ("compress_weight", "compress_cache"):
@@ -115,12 +136,17 @@ class EnginePlan:
             kv_tokens=config.kv_tokens,
             longest_row=config.longest_row or 0,
         )
-        memory = plan_memory(arch, config.policy, counts, device=kind, compute_bytes=dtype.itemsize)
+        if config.expert_usage is not None:
+            config.expert_usage.check_model(arch)
+        memory = _memory(arch, counts, config, kind, dtype)
         stored = ("weights",) if model.checkpoint is not None else ()  # a checkpoint's weights are on disk already
         written = sum(size for item, size in memory.parts["disk"].items() if item not in stored)
         budgets = _budgets(config, device)
         memory.check(budgets, _REMEDY)
         _check_disk(config.offload_dir, written)
+        if config.expert_cache != "off":
+            counts = replace(counts, cache_experts=_cache_experts(arch, counts, memory, budgets, config))
+            memory = _memory(arch, counts, config, kind, dtype)
         return cls(
             device=device,
             dtype=dtype,
@@ -168,6 +194,30 @@ def _budgets(config: EngineConfig, device: Device) -> dict[str, int | None]:
     for tier, has in (("gpu", free), ("cpu", host)):
         budgets[tier] = has if budgets[tier] is None else min(has, budgets[tier])
     return budgets
+
+
+def _memory(arch: ModelArch, counts: Sizes, config: EngineConfig, device: str, dtype: torch.dtype) -> MemoryPlan:
+    memory = plan_memory(arch, config.policy, counts, device=device, compute_bytes=dtype.itemsize)
+    if not config.router_stats:
+        return memory
+    return MemoryPlan(
+        parts={**memory.parts, "gpu": {**memory.parts["gpu"], "router statistics": coactivation_bytes(arch)}}
+    )
+
+
+def _cache_experts(
+    arch: ModelArch, counts: Sizes, memory: MemoryPlan, budgets: Mapping[str, int | None], config: EngineConfig
+) -> int:
+    """Experts that fit the device memory which the plan leaves; on device cpu, what it leaves of a given budget."""
+    if budgets["gpu"] is None:
+        return 0
+    left = budgets["gpu"] - memory.total("gpu")
+    if "gpu+cpu" in budgets:
+        left = min(left, budgets["gpu+cpu"] - memory.total("gpu") - memory.total("cpu"))
+    elif config.gpu_mem is None:
+        left -= int(_SPARED_SHARE * budgets["gpu"])
+    streamed = np.count_nonzero(OnDemand.of(arch, counts.placement.tier_of, 0).streamed)
+    return max(0, min(left // entry_bytes(arch), int(streamed)))
 
 
 def _check_disk(directory: Path, written_bytes: int) -> None:

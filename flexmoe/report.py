@@ -23,7 +23,7 @@ _NUMBERS = (
 _OF_SWEEPS = (
     "rows_in_flight", "tokens_per_sweep", "generated_tokens_per_sweep", "prompt_tokens_per_sweep", "sweep_s",
 )  # fmt: skip
-_OF_PARTS = ("lanes", "memory", "moved_bytes", "peak_bytes")
+_OF_PARTS = ("lanes", "memory", "moved_bytes", "peak_bytes", "expert_cache")
 _OF_ENGINE = ("predicted", "achieved_weight_percent", "policy", "workload", "device", "dtype")
 
 
@@ -49,6 +49,18 @@ def throughput_lines(metrics: dict) -> list[str]:
         f"loading excluded), {prompt / wall:.2f} prompt token/s",
         f"sweeps: {metrics['sweeps']}, rows in flight: mean {metrics['mean_rows_in_flight']:.1f}, "
         f"most {metrics['most_rows_in_flight']}",
+    ]
+
+
+def cache_lines(metrics: dict) -> list[str]:
+    """What the expert cache did, where experts came on demand."""
+    cache = metrics["expert_cache"]
+    if not cache["on_demand_sweeps"]:
+        return []
+    return [
+        f"experts on demand in {cache['on_demand_sweeps']} of {metrics['sweeps']} sweeps: {cache['lookups']} asked for, "
+        f"{100 * cache['hit_rate']:.1f} % at hand ({cache['policy']}, room for {cache['experts']}), {cache['loads']} loads of "
+        f"{1e3 * cache['mean_load_s']:.1f} ms, {cache['evictions']} evictions"
     ]
 
 

@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 from flexmoe.interrupts import Interrupts, Terminated, exit_at_signals
 from policies.command_line import complain, guarded, open_standard_streams, say
@@ -29,6 +30,7 @@ from flexmoe.loader import load_model
 from flexmoe.out_of_memory import as_infeasible
 from flexmoe.output_files import check_distinct, check_writable
 from flexmoe.params import EngineRequest, SamplingParams
+from flexmoe.router_stats import RouterCounter
 from flexmoe.run_plan import RunPlan, benchmark_rows, is_auto, plan_run
 
 EXIT_ROWS_FAILED, EXIT_TERMINATED = 3, 75
@@ -103,19 +105,16 @@ def _check_arguments(args: argparse.Namespace) -> None:
     block_size = (args.gpu_batch_size or 16) * (args.num_gpu_batches or 1)
     if args.cut_gen_len and not args.policy and (args.num_prompts or 0) > block_size:
         raise UsageError(f"--cut-gen-len projects one block; give at most {block_size} --num-prompts")
-    files = {
-        "input": args.input_file,
-        "trace": args.trace,
-        "metrics": args.metrics_json,
-        "expert usage": args.expert_usage,
-    }
+    files = {"input": args.input_file, "trace": args.trace, "metrics": args.metrics_json}
+    files["router statistics"] = args.router_stats
+    files["expert usage"] = args.expert_usage
     files |= {name: path for name in ("policy", "hardware") if not is_auto(path := getattr(args, name))}
     if args.output_file:
         files["output"], files["error"] = job_files(args).outputs()
     else:
         refuse_job_flags(args)
     check_distinct({name: path for name, path in files.items() if path is not None})
-    for path in (args.trace, args.metrics_json):
+    for path in (args.trace, args.metrics_json, args.router_stats):
         if path is not None:
             check_writable(path)
 
@@ -143,6 +142,8 @@ def _nothing_ran(args: argparse.Namespace, done: JobReport) -> int:
         report.write_json(args.metrics_json, record)
     if args.trace:
         say("nothing was left to run, so there is no trace")
+    if args.router_stats:
+        say("nothing was left to run, so there are no router statistics")
     return _exit_code(done)
 
 
@@ -181,7 +182,12 @@ def _finish(
     rows_resumed: int = 0,
 ) -> None:
     metrics = llm.metrics()
-    lines = report.throughput_lines(metrics) + report.lane_lines(metrics) + llm.engine.plan.memory_lines()
+    lines = (
+        report.throughput_lines(metrics)
+        + report.cache_lines(metrics)
+        + report.lane_lines(metrics)
+        + llm.engine.plan.memory_lines()
+    )
     say(*lines)
     say(f"peak process memory: {report.peak_process_bytes() / 2**30:.3f} GiB resident")
     if predicted:
@@ -191,6 +197,16 @@ def _finish(
             metrics, llm.engine, rows_ok, rows_failed, rows_resumed, predicted and predicted_metrics(predicted)
         )
         report.write_json(args.metrics_json, record)
+    if args.router_stats:
+        _write_router_stats(llm.engine.router_counter, args.router_stats)
+
+
+def _write_router_stats(counter: RouterCounter, path: Path) -> None:
+    if counter.is_empty:  # no row could run
+        say("no token was routed, so there are no router statistics")
+        return
+    counter.stats().save(path)
+    say(f"router statistics: {path}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from flexmoe.lengths import Lengths
 from flexmoe.llm import RESIDENT
 from flexmoe.loader import Model, compute_dtype
 from flexmoe.planning import EngineConfig, EnginePlan
+from flexmoe.router_stats import coactivation_bytes
 from flexmoe.workload import Measured
 from policies.policy import Policy, PolicyFile, Workload
 
@@ -81,7 +82,7 @@ def _planned(
 ) -> RunPlan:
     planner = planner and replace(planner, workload=measured.workload)
     policy = _choose_policy(args, model, measured, planner, usage)
-    options = _engine_options(args, measured, policy)
+    options = _engine_options(args, measured, policy, usage)
     plan = EnginePlan.of(model, EngineConfig(policy=policy, workload=measured.workload, **options))
     predicted = planner.predict(policy, options["kv_tokens"], plan.sizes.cache_experts) if planner else None
     return RunPlan(measured=measured, policy=policy, options=options, engine=plan, predicted=predicted)
@@ -104,7 +105,10 @@ def _longest_that_fits(
         try:
             own = planner and replace(planner, workload=measured.workload)
             policy = _choose_policy(args, model, measured, own, usage)
-            options = {**_engine_options(args, measured, policy), "kv_tokens": 1}  # and what the longest row needs
+            options = {
+                **_engine_options(args, measured, policy, usage),
+                "kv_tokens": 1,
+            }  # and what the longest row needs
             EnginePlan.of(model, EngineConfig(policy=policy, workload=measured.workload, **options))
         except InfeasibleError:
             return False
@@ -170,6 +174,8 @@ def _forecaster(
         directory=args.offload_dir,
         budgets={name: getattr(args, name) for name in ("gpu_mem", "cpu_mem", "nvme_mem")},
         usage=usage,
+        on_demand=args.expert_cache != "off",
+        held_bytes=coactivation_bytes(model.arch) if args.router_stats else 0,
     )
 
 
@@ -192,7 +198,7 @@ def _choose_policy(
     return _policy_of_flags(args, measured, order)
 
 
-def _engine_options(args: argparse.Namespace, measured: Measured, policy: Policy) -> dict:
+def _engine_options(args: argparse.Namespace, measured: Measured, policy: Policy, usage: ExpertUsage | None) -> dict:
     """The engine's options beside the policy."""
     kv_tokens, mean = args.kv_tokens, measured.workload
     if kv_tokens is not None and kv_tokens < measured.longest_row:
@@ -215,6 +221,9 @@ def _engine_options(args: argparse.Namespace, measured: Measured, policy: Policy
         "gen_len": args.gen_len,
         "seed": args.seed,
         "keep_spans": args.trace is not None,
+        "expert_cache": args.expert_cache,
+        "expert_usage": usage,
+        "router_stats": args.router_stats is not None,
         **({} if args.reserve is None else {"reserve": args.reserve}),
     }
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -88,14 +89,23 @@ class CheckpointSource:
     Args:
         checkpoint: an opened, checked checkpoint.
         parts: parts of each unit, by unit name.
+        experts: parts of each single expert of a unit of several, by its name as a unit of its own.
     """
 
-    def __init__(self, checkpoint: Checkpoint, parts: Mapping[str, Sequence[Part]]):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        parts: Mapping[str, Sequence[Part]],
+        experts: Mapping[str, Sequence[Part]] = MappingProxyType({}),
+    ):
+        self._tensors, self._experts = checkpoint.tensors, experts
         self._layouts = {unit: unit_layout(ps, checkpoint.tensors) for unit, ps in parts.items()}
         self._reader = _FileReader()
 
     def layout(self, unit: str) -> UnitLayout:
-        """The unit's layout."""
+        """The unit's layout, or that of a single expert."""
+        if unit not in self._layouts:  # a model has thousands of experts, and a run may need none by itself
+            self._layouts[unit] = unit_layout(self._experts[unit], self._tensors)
         return self._layouts[unit]
 
     def prepare(self, disk_units: Sequence[str]) -> None:
@@ -103,7 +113,7 @@ class CheckpointSource:
 
     def read(self, unit: str, buffer: torch.Tensor, pool: DiskPool, on_done: OnDone | None = None) -> Pending:
         """Start reading the unit."""
-        return self._reader.read(unit, self._layouts[unit], buffer, pool, on_done)
+        return self._reader.read(unit, self.layout(unit), buffer, pool, on_done)
 
     def read_rows(self, unit: str, rows: Sequence[int], row_bytes: int) -> bytearray:
         """Rows of the embedding table."""
@@ -122,27 +132,35 @@ class DummySource:
         dtype: dtype at rest.
         offload_dir: directory for the disk units' file.
         scale: standard deviation of the weights.
+        experts: parts of each single expert of a unit of several, by its name as a unit of its own.
     """
 
     _PATTERN_BYTES = 64 << 20
 
-    def __init__(self, parts: Mapping[str, Sequence[Part]], dtype: torch.dtype, offload_dir: Path, scale: float = 0.02):
+    def __init__(
+        self,
+        parts: Mapping[str, Sequence[Part]],
+        dtype: torch.dtype,
+        offload_dir: Path,
+        scale: float = 0.02,
+        experts: Mapping[str, Sequence[Part]] = MappingProxyType({}),
+    ):
         self._path = Path(offload_dir) / f"dummy-weights-{os.getpid()}.bin"
         self._dtype = dtype
         self._layouts = {}
         self._names: dict[str, dict[tuple[str, int], str]] = {}
+        self._experts, self._tensors = experts, {}
         offset = 0
         for unit, ps in parts.items():
-            tensors = {}
             for p in ps:
                 name, size = _number_name(p), prod(p.shape) * dtype.itemsize
-                tensors[name] = TensorInfo(
+                self._tensors[name] = TensorInfo(
                     name=name, path=self._path, offset=offset, nbytes=size, dtype=dtype, shape=p.shape
                 )
                 offset += size
-            own = [dataclasses.replace(p, tensor=_number_name(p), first_element=0, whole=None) for p in ps]
+            own = _by_number_name(ps)
             self._names[unit] = {(p.role, p.into): p.tensor for p in own}
-            self._layouts[unit] = unit_layout(own, tensors)
+            self._layouts[unit] = unit_layout(own, self._tensors)
             offset = align_up(offset)
         generator = torch.Generator().manual_seed(0)
         count = self._PATTERN_BYTES // dtype.itemsize
@@ -151,7 +169,9 @@ class DummySource:
         self._reader = _FileReader()
 
     def layout(self, unit: str) -> UnitLayout:
-        """The unit's layout."""
+        """The unit's layout, or that of a single expert, which is part of its unit on disk."""
+        if unit not in self._layouts:
+            self._layouts[unit] = unit_layout(_by_number_name(self._experts[unit]), self._tensors)
         return self._layouts[unit]
 
     def prepare(self, disk_units: Sequence[str]) -> None:
@@ -180,9 +200,9 @@ class DummySource:
             file.write_from(memoryview(buffer.numpy())[e.buffer_offset : e.buffer_offset + e.length], e.offset)
 
     def read(self, unit: str, buffer: torch.Tensor, pool: DiskPool, on_done: OnDone | None = None) -> Pending:
-        """Start reading the unit, or fill it at once when it is not on disk."""
-        if unit in self._on_disk:
-            return self._reader.read(unit, self._layouts[unit], buffer, pool, on_done)
+        """Start reading the unit, or fill it at once when it is not on disk. Single experts are of units on disk."""
+        if unit in self._on_disk or unit in self._experts:
+            return self._reader.read(unit, self.layout(unit), buffer, pool, on_done)
         self._fill(unit, buffer)
         return Pending(0, on_done)
 
@@ -213,6 +233,10 @@ class DummySource:
                 piece = self._pattern[start : start + flat.numel() - done]
                 flat[done : done + len(piece)] = piece
                 done, start = done + len(piece), 0
+
+
+def _by_number_name(parts: Sequence[Part]) -> list[Part]:
+    return [dataclasses.replace(p, tensor=_number_name(p), first_element=0, whole=None) for p in parts]
 
 
 def _number_name(part: Part) -> str:

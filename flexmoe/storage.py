@@ -6,12 +6,14 @@ O_DIRECT is refused (EINVAL: tmpfs, some overlays) the same call reads through t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,7 +177,7 @@ class Transfer:
 
 
 class DiskPool:
-    """Threads that serve disk transfers in the order they are submitted.
+    """Threads that serve disk transfers in the order they are submitted, urgent ones before all others.
 
     Args:
         recorder: where bytes and times go.
@@ -187,7 +189,8 @@ class DiskPool:
     def __init__(self, recorder: Recorder, lane: str = "disk_read", threads: int = READ_THREADS, worker: str = ""):
         self._recorder = recorder
         self._write = lane == "disk_write"
-        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue = queue.SimpleQueue()  # one for each piece that waits, None to end
+        self._waiting: dict[bool, deque] = {True: deque(), False: deque()}  # by urgency
         self._threads = [
             threading.Thread(target=self._work, args=(name,), name=name, daemon=True)
             for name in (f"{lane}/{worker}{i}" for i in range(threads))
@@ -195,24 +198,35 @@ class DiskPool:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, transfers: list[Transfer], name: str, on_done: OnDone | None = None) -> Pending:
-        """Queue the transfers, cut into pieces; returns their joint completion."""
+    def submit(
+        self, transfers: list[Transfer], name: str, on_done: OnDone | None = None, *, urgent: bool = False
+    ) -> Pending:
+        """Queue the transfers, cut into pieces; returns their joint completion.
+
+        Args:
+            urgent: overtake what is not; a piece that has been begun is finished first.
+        """
         pieces = [piece for t in transfers for piece in _cut(t)]
         pending = Pending(len(pieces), on_done)
         for piece in pieces:
-            self._queue.put((piece, name, pending))
+            self._waiting[urgent].append((piece, name, pending))
+            self._calls.put(True)
         return pending
+
+    def urgent(self) -> UrgentTransfers:
+        """The same threads for those whose transfers are all urgent."""
+        return UrgentTransfers(self)
 
     def close(self) -> None:
         """Finish what is queued and end the threads."""
         for _ in self._threads:
-            self._queue.put(None)
+            self._calls.put(None)
         for thread in self._threads:
             thread.join()
 
     def _work(self, lane: str) -> None:
-        while (item := self._queue.get()) is not None:
-            piece, name, pending = item
+        while self._calls.get() is not None:
+            piece, name, pending = self._next()
             start = time.perf_counter()
             error: BaseException | None = None
             try:
@@ -224,6 +238,23 @@ class DiskPool:
                 error = e
             self._recorder.add(lane, name, start, time.perf_counter(), len(piece.buffer))
             pending.piece_done(error)
+
+    def _next(self) -> tuple[Transfer, str, Pending]:
+        while True:  # there is one for every call, and another worker may have had the one that came with this call
+            for urgent in (True, False):
+                with contextlib.suppress(IndexError):
+                    return self._waiting[urgent].popleft()
+
+
+@dataclass(frozen=True, slots=True)
+class UrgentTransfers:
+    """A pool as those see it whose transfers overtake the others."""
+
+    pool: DiskPool
+
+    def submit(self, transfers: list[Transfer], name: str, on_done: OnDone | None = None) -> Pending:
+        """As `DiskPool.submit`."""
+        return self.pool.submit(transfers, name, on_done, urgent=True)
 
 
 def _cut(transfer: Transfer) -> list[Transfer]:

@@ -53,6 +53,7 @@ class WeightStore:
         self.layouts: dict[str, UnitLayout] = {name: source.layout(name) for name in tier_of}
         self._source = source
         self._pool = DiskPool(recorder)
+        self._urgent = self._pool.urgent()
         self._cpu: dict[str, torch.Tensor] = {}
         self._gpu: dict[str, dict[str, torch.Tensor]] = {}
         self._load()
@@ -60,6 +61,14 @@ class WeightStore:
     def read(self, unit: str, buffer: torch.Tensor, on_done=None) -> Pending:
         """Start reading a unit's stored bytes into ``buffer`` (uint8, page-aligned, ``layout.host_bytes``)."""
         return self._source.read(unit, buffer, self._pool, on_done)
+
+    def read_expert(self, name: str, buffer: torch.Tensor, on_done=None) -> Pending:
+        """Start reading a single expert, before all that has been asked for by `read`; its layout is `expert_layout`."""
+        return self._source.read(name, buffer, self._urgent, on_done)
+
+    def expert_layout(self, name: str) -> UnitLayout:
+        """Layout of a single expert by itself, whatever unit it belongs to; ``name`` as `cost_model.units.expert_unit` has it."""
+        return self._source.layout(name)
 
     def home(self, unit: str) -> torch.Tensor:
         """Host bytes of a ``cpu`` unit, in its host layout."""
@@ -96,7 +105,7 @@ class WeightStore:
         if not units:
             return
         placed = {u: pack({r: (self.dtype, p.shape) for r, p in self.layouts[u].device.items()}) for u in units}
-        arena = self._device_bytes(sum(size for _, size in placed.values()))
+        arena = self.device.device_buffer(sum(size for _, size in placed.values()))
         offset = 0
         for unit, (places, size) in placed.items():
             self._gpu[unit] = views(arena[offset : offset + size], places)
@@ -119,11 +128,6 @@ class WeightStore:
             into = self._gpu[unit][piece.role].view(-1)[piece.into : piece.into + tensor.numel()]
             into.copy_(tensor.view(-1))
         return buffer
-
-    def _device_bytes(self, size: int) -> torch.Tensor:
-        if self.device.is_cuda:
-            return torch.empty(size, dtype=torch.uint8, device=self.device.torch)
-        return self.device.host_buffer(size, pinned=False)
 
 
 class EmbeddingTable:

@@ -123,11 +123,11 @@ def steady(
         len(engine.sweeps),
         engine.recorder.totals(),
         engine.device.host_waits,
-        engine.stream.stall_s,
+        engine.feed.stall_s,
     )
     wall_s = sweeps(timed)
     after, done = engine.recorder.totals(), engine.sweeps.since(first)
-    stalled = engine.stream.stall_s - stalled
+    stalled = engine.feed.stall_s - stalled
     waits = engine.device.host_waits - waits
     if trace:
         start = time.perf_counter()

@@ -10,13 +10,27 @@ from tests.jobs import bare, quick_disk, runner, setup, tokenizer_directory  # n
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """`tiny(name)`: the variant of that name from `tests.tiny`, made once."""
-    from tests.tiny import RECIPES, make
+    from tests.tiny import RECIPES
+
+    return _made_once(RECIPES, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def variants(tmp_path_factory):
+    """`variants(name)`: likewise from `tests.tiny_families`."""
+    from tests.tiny_families import RECIPES
+
+    return _made_once(RECIPES, tmp_path_factory)
+
+
+def _made_once(recipes, tmp_path_factory):
+    from tests.tiny import make
 
     made = {}
 
     def get(name="gqa-8-to-2"):
         if name not in made:
-            made[name] = make(RECIPES[name], tmp_path_factory.mktemp(name))
+            made[name] = make(recipes[name], tmp_path_factory.mktemp(name))
         return made[name]
 
     return get

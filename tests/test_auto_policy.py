@@ -10,6 +10,8 @@ import torch
 from cost_model import Hardware, ModelArch, Workload, evaluate
 from flexmoe import run as command
 from flexmoe.auto_policy import Forecaster, comparison_lines
+from flexmoe.router_stats import coactivation_bytes
+from policies.errors import InfeasibleError
 from policies.policy import Policy, PolicyFile
 from tests.tiny import assert_greedy
 
@@ -115,6 +117,20 @@ def test_plan_leaves_a_tenth_of_what_is_free_to_others(tmp_path):
     smaller = replace(machine, host_memory_bytes=int(0.9 * machine.host_memory_bytes))
     assert evaluate(arch, smaller, forecaster.workload, policy).job_s > 0
     assert forecaster.predict(policy).job_s > 0
+
+
+def test_plan_leaves_room_for_the_router_statistics(run, tiny, monkeypatch, tmp_path):
+    made, of_machine = [], Forecaster.of_machine
+
+    def stop(*args, **options):
+        made.append(of_machine(*args, **options))
+        raise InfeasibleError("far enough")
+
+    monkeypatch.setattr("flexmoe.run_plan.Forecaster.of_machine", stop)
+    for flags in ([], ["--router-stats", str(tmp_path / "stats.json")]):
+        assert run("--policy", "auto", *BUDGETS, *flags)[0] == 4
+    without, with_them = (forecaster.hardware.gpu.memory_bytes for forecaster in made)
+    assert without - with_them == coactivation_bytes(ModelArch.from_dir(tiny().directory)) > 0
 
 
 def test_comparison_names_every_lane_of_either_side():

@@ -73,14 +73,16 @@ def host_buffers(monkeypatch):
     """Bytes of all host buffers made, whole pages, by what they are."""
     taken, real = Counter(), Device.host_buffer
     taken.made = []
-    by_function = {"_load_cpu": "cpu weights", "_device_bytes": "gpu weights", "__init__": "cpu embedding rows"}
+    by_function = {"_load_cpu": "cpu weights", "__init__": "cpu embedding rows"}
 
     def host_buffer(self, nbytes, *, pinned=True, shared=False):
         code = sys._getframe(1).f_code
+        on_device = code.co_name == "device_buffer"
+        code = sys._getframe(2).f_code if on_device else code
         module = Path(code.co_filename).stem
         name = {
-            "weights": by_function.get(code.co_name, "cpu load buffers"),
-            "stream": "cpu staging slots" if pinned else "gpu slots",
+            "weights": "gpu weights" if on_device else by_function.get(code.co_name, "cpu load buffers"),
+            "stream": "gpu slots" if on_device else "cpu staging slots",
             "kv_lanes": "cpu kv buffers",
             "disk_kv": "cpu kv buffers",
             "activations": "cpu activations",

@@ -3,14 +3,17 @@
 import random
 import statistics
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from cost_model.costs import Costs
+from cost_model.evaluate import evaluate
 from cost_model.hardware import Hardware
 from cost_model.load import SweepLoad
 from cost_model.on_demand import OnDemand, lent_experts, uniform_shares
 from cost_model.phases import course
+from cost_model.simulate import simulate
 from cost_model.sizes import single_expert_bytes
 from cost_model.sweep import sweep_time
 from cost_model.walk import Walker, walk
@@ -142,3 +145,15 @@ def test_dense_layers_and_resident_ones_are_never_on_demand():
     assert costs.routing.on_demand(1.0).layers == frozenset(range(1, 5))
     units, _ = costs.routing.streamed("cpu")
     assert costs.counts.placement.count_of("cpu", "expert") - units == 1  # the dense layer's own
+
+
+def test_a_run_without_an_expert_cache_is_predicted_to_stream_all_experts():
+    _, policy = costs_of((5, 95, 100, 0, 100, 0), rows=1, batches=1, arch=MIXTRAL)
+    job, machine = Workload(prompt_len=64, gen_len=32, num_requests=1), Hardware.preset("rtx4090")
+    for predicted in (simulate, partial(evaluate, ignore_memory=True)):
+        on_demand, streamed = (predicted(MIXTRAL, machine, job, policy, on_demand=may) for may in (True, False))
+        assert streamed.job_s > 2 * on_demand.job_s
+    assert (
+        simulate(MIXTRAL, machine, job, policy, cache_experts=60).job_s
+        < 0.9 * simulate(MIXTRAL, machine, job, policy).job_s
+    )

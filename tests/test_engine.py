@@ -301,7 +301,7 @@ def test_prompt_and_generated_tokens_add_up(pace, schedule, make, tiny):
 
 
 def test_lanes_count_the_bytes_of_every_streamed_unit_in_every_sweep(make, tiny):
-    llm = make((0, 40, 100, 0, 100, 0), rows=8)
+    llm = make((0, 40, 100, 0, 100, 0), rows=8, expert_cache="off")
     llm.generate(tiny().prompts[:8], SamplingParams(max_tokens=4, ignore_eos=True))
     placement, arch, metrics = llm.engine.plan.sizes.placement, llm.model.arch, llm.metrics()
     on_host = sum(u.stored_bytes for u in arch.units() if placement.tier_of[u.name] == "cpu" and u.kind != "embed")
@@ -342,37 +342,26 @@ def test_on_cuda_a_sweep_waits_once_per_moe_layer_and_never_for_the_device(make,
 @pytest.mark.parametrize("weights", [(0, 0), (0, 100), (0, 50)], ids=str)
 def test_the_stream_is_ahead_by_no_more_than_its_slots(weights, make, tiny, monkeypatch):
     """Units that have been asked for and not been released never exceed the slots, which hold less than the model."""
+    from flexmoe import feeders
     from flexmoe.stream import WeightStream
 
     lock, ahead, most, freed = threading.Lock(), [0], [0], WeightStream.release
 
-    class CountingQueue:
-        def __init__(self, inner):
-            self.inner = inner
-
-        def put(self, item):
+    class CountingFetch(feeders.Fetch):
+        def __init__(self, unit, slot, **rest):
             with lock:
-                ahead[0] += item is not None
+                ahead[0] += slot is not None
                 most[0] = max(most[0], ahead[0])
-            self.inner.put(item)
-
-        def get(self):
-            return self.inner.get()
-
-    start = WeightStream._start
-
-    def counted_start(self):
-        self._issued = CountingQueue(self._issued)
-        start(self)
+            super().__init__(unit, slot, **rest)
 
     def counted_release(self, unit):
         with lock:
             ahead[0] -= unit in self._held
         freed(self, unit)
 
-    monkeypatch.setattr(WeightStream, "_start", counted_start)
+    monkeypatch.setattr(feeders, "Fetch", CountingFetch)
     monkeypatch.setattr(WeightStream, "release", counted_release)
-    llm = make((*weights, 100, 0, 100, 0), rows=4)
+    llm = make((*weights, 100, 0, 100, 0), rows=4, expert_cache="off")
     llm.generate(tiny().prompts[:4], SamplingParams(max_tokens=4, ignore_eos=True))
     slots, units = llm.engine.plan.sizes.slots, len(llm.model.arch.units()) - 1
     assert 0 < most[0] <= slots < units

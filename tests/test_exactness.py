@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from flexmoe import LLM, SamplingParams, native
-from flexmoe import engine as engine_module
+from flexmoe import LLM, SamplingParams, native, weight_feed
 from flexmoe.scheduler import Scheduler
 from flexmoe.stream import WeightStream
 from policies import Policy, Workload
@@ -84,7 +83,7 @@ def sample(count, seed):
 
 def make_llm(variant, case, device, tmp_path, monkeypatch, **options):
     if case.staged:
-        monkeypatch.setattr(engine_module, "WeightStream", _staged_stream)
+        monkeypatch.setattr(weight_feed, "WeightStream", _staged_stream)
     if not case.native:
         monkeypatch.setattr(native, "available", lambda: False)
     workload = Workload(prompt_len=60, gen_len=GEN_LEN)

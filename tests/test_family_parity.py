@@ -26,18 +26,6 @@ def cases(count, seed):
 WAYS = [(name, case) for at, name in enumerate(RECIPES) for case in cases(5, at)]
 
 
-@pytest.fixture(scope="module")
-def variants(tmp_path_factory):
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = make(RECIPES[name], tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return get
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name, case", WAYS, ids=str)
 def test_greedy_ids_of_every_family_equal_transformers(name, case, device, variants, tmp_path, monkeypatch):

@@ -6,13 +6,17 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 import scripts.make_checkpoint as subject
 from flexmoe.checkpoint import Checkpoint
 from flexmoe.errors import StorageError, UsageError
+from flexmoe.llm import LLM
 from flexmoe.models import FAMILIES
-from scripts.make_checkpoint import SIZES, main, make_checkpoint, tensor_shapes
+from flexmoe.params import SamplingParams
+from scripts.checkpoint_shapes import as_family, model_config, tensor_shapes
+from scripts.make_checkpoint import SIZES, main, make_checkpoint
+from tests.tiny import transformers_greedy
 
 TINY = SIZES["tiny"]
 
@@ -22,9 +26,12 @@ def tensors_of(directory):
 
 
 def load(directory):
-    model, report = MixtralForCausalLM.from_pretrained(directory, output_loading_info=True, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        directory, output_loading_info=True, dtype=torch.float32, experts_implementation="eager"
+    )
+    model, report = loaded
     assert not any(report.values()), report
-    return model
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -32,27 +39,59 @@ def tiny(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("made") / "tiny", TINY)
 
 
+#: One model of each family, with what only that family has.
+OF_FAMILY = {
+    "mixtral": {"head_dim": 32, "sliding_window": 16},
+    "phimoe": {"intermediate_size": 40},
+    "qwen3_moe": {"head_dim": 24, "mlp_only_layers": [1], "intermediate_size": 48, "attention_bias": True},
+}
+LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["per_expert", "packed"])
+EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+
+
+def of_family(family, **changes):
+    return as_family(TINY, family) | OF_FAMILY[family] | changes
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("packed", [False, True], ids=["per_expert", "packed"])
-def test_names_shapes_and_dtypes_on_disk_are_those_of_save_pretrained(tmp_path, packed, tied):
-    kwargs = dict(TINY, head_dim=32, sliding_window=16, tie_word_embeddings=tied)
+@LAYOUTS
+@EVERY_FAMILY
+def test_names_shapes_and_dtypes_on_disk_are_those_of_save_pretrained(tmp_path, family, packed, tied):
+    kwargs = of_family(family, tie_word_embeddings=tied)
     made = make_checkpoint(tmp_path / "made", kwargs, packed=packed, tokenizer=False)
     load(made).bfloat16().save_pretrained(tmp_path / "saved", save_original_format=not packed)
     saved, ours = tensors_of(tmp_path / "saved"), tensors_of(made)
     assert saved.keys() == ours.keys()
     for name, tensor in saved.items():
         assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
-    shapes = tensor_shapes(MixtralConfig(**kwargs), packed=packed)
+    shapes = tensor_shapes(model_config(kwargs, torch.bfloat16), packed=packed)
     assert ("lm_head.weight" in shapes) != tied
     Checkpoint.open(made).check(shapes, FAMILIES)
 
 
-def test_both_layouts_and_any_sharding_hold_the_same_model(tiny, tmp_path):
-    packed = make_checkpoint(tmp_path / "packed", TINY, packed=True, shard_bytes=100_000, tokenizer=False)
+@EVERY_FAMILY
+def test_both_layouts_and_any_sharding_hold_the_same_model(tmp_path, family):
+    whole = make_checkpoint(tmp_path / "whole", of_family(family), tokenizer=False)
+    packed = make_checkpoint(tmp_path / "packed", of_family(family), packed=True, shard_bytes=100_000, tokenizer=False)
     assert len(list(packed.glob("*.safetensors"))) > 3
     ids = torch.arange(20).view(1, -1)
     with torch.no_grad():
-        assert torch.equal(load(packed)(ids).logits, load(tiny)(ids).logits)
+        assert torch.equal(load(packed)(ids).logits, load(whole)(ids).logits)
+
+
+@LAYOUTS
+@EVERY_FAMILY
+def test_transformers_and_flexmoe_compute_the_same_from_what_was_written(tmp_path, family, packed, one_thread):
+    made = make_checkpoint(tmp_path / "made", of_family(family), dtype=torch.float32, packed=packed, router_skew=1.0)
+    model, prompt = load(made), [1, *range(40, 60)]
+    llm = LLM(made, device="cpu", dtype="float32", offload_dir=tmp_path / "offload", longest_row=40)
+    try:
+        with torch.no_grad():
+            assert torch.allclose(llm.logits(prompt), model(torch.tensor([prompt])).logits[0], atol=2e-3, rtol=1e-4)
+        (output,) = llm.generate([prompt], SamplingParams(max_tokens=12, ignore_eos=True))
+    finally:
+        llm.close()
+    assert list(output.outputs[0].token_ids) == transformers_greedy(model, prompt, eos_token_id=None)
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 30_000, 10**9])
@@ -125,30 +164,40 @@ def test_chat_template_renders_a_conversation(tiny):
     assert tokenizer.apply_chat_template(turns, tokenize=False) == "<s>[INST] Hi [/INST]Ho</s>[INST] ? [/INST]"
 
 
-def test_demo_size_is_a_few_hundred_megabytes_and_bench_is_three_gigabytes():
+def test_sizes_are_what_they_are_meant_to_be():
     def size_bytes(size):
-        return 2 * sum(math.prod(shape) for shape in tensor_shapes(MixtralConfig(**SIZES[size])).values())
+        return 2 * sum(map(math.prod, tensor_shapes(model_config(SIZES[size], torch.bfloat16)).values()))
 
     assert 250e6 <= size_bytes("demo") <= 350e6
     assert 2.9e9 <= size_bytes("bench") <= 3.1e9
+    assert 1.2e9 <= size_bytes("qwen3-like") <= 1.4e9
+    assert size_bytes("phi-like") <= 100e6
+
+
+def test_a_size_of_one_family_has_the_same_numbers_in_another():
+    qwen = as_family(SIZES["demo"], "qwen3_moe")
+    assert (qwen["num_experts"], qwen["moe_intermediate_size"], qwen["norm_topk_prob"]) == (8, 1536, True)
+    assert as_family(qwen, "mixtral") == SIZES["demo"] | {"model_type": "mixtral"}
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"num_key_value_heads": 3}, "share"),
-        ({"num_experts_per_tok": 5}, "top-k"),
+        ({"num_key_value_heads": 3}, "no multiple"),
+        ({"num_experts_per_tok": 5}, "more than the 4 experts"),
         ({"num_attention_heads": 6}, "no multiple"),
         ({"head_dim": 7}, "even"),
-        ({"head_dim": 0}, "even"),
+        ({"head_dim": 0}, "at least 1"),
         ({"vocab_size": 100}, "vocabulary"),
         ({"num_key_value_heads": 0}, "at least 1"),
-        ({"hidden_size": "wide"}, "no Mixtral"),
+        ({"hidden_size": "wide"}, "no mixtral model"),
+        ({"model_type": "llama"}, "no family 'llama'.*qwen3_moe"),
+        ({"model_type": "phimoe", "num_experts_per_tok": 1}, "sparsemixer"),
     ],
 )
 def test_shape_that_contradicts_itself_is_a_usage_error(tmp_path, changes, says):
     with pytest.raises(UsageError, match=says):
-        make_checkpoint(tmp_path / "made", dict(TINY, **changes))
+        make_checkpoint(tmp_path / "made", TINY | changes)
     assert not any(tmp_path.iterdir())
 
 
@@ -187,6 +236,20 @@ def test_command_line_replaces_parts_of_a_size(tmp_path, capsys):
     assert "float32" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--size tiny --family qwen3_moe --ffn 32", {"model_type": "qwen3_moe", "moe_intermediate_size": 32}),
+        ("--size tiny --family phimoe", {"model_type": "phimoe", "lm_head_bias": True, "intermediate_size": 96}),
+        ("--size phi-like --layers 1 --vocab 300", {"model_type": "phimoe", "num_hidden_layers": 1}),
+        ("--size tiny --router-skew 1 --router-topics 2", {"model_type": "mixtral"}),
+    ],
+)
+def test_command_line_makes_every_family(tmp_path, flags, expected):
+    assert main([str(tmp_path / "made"), *flags.split(), "--no-tokenizer"]) == 0
+    assert Checkpoint.open(tmp_path / "made").config.items() >= expected.items()
+
+
 def test_command_line_maps_errors_to_one_sentence_and_an_exit_code(tmp_path, capsys):
     assert main([str(tmp_path / "made"), "--size", "tiny", "--kv-heads", "3"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -195,7 +258,8 @@ def test_command_line_maps_errors_to_one_sentence_and_an_exit_code(tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    "flag", [["--layers", "0"], ["--shard-size", "lots"], ["--shard-size", "0"], ["--dtype", "int8"]]
+    "flag",
+    [["--layers", "0"], ["--shard-size", "lots"], ["--shard-size", "0"], ["--dtype", "int8"], ["--router-skew", "-1"]],
 )
 def test_command_line_refuses_impossible_values(tmp_path, flag):
     with pytest.raises(SystemExit) as caught:

@@ -10,18 +10,13 @@ from flexmoe.completions import Answer, Rules
 from flexmoe.params import Resumed
 from policies import Policy, Workload
 from tests.test_completions import DRAWN, HOMES, assert_records, prompt_reference, reference, request, run
-from tests.tiny import make, offload
-from tests.tiny_families import RECIPES, SWITCH
+from tests.tiny import offload
+from tests.tiny_families import SWITCH
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GEN = 12
 #: It shares three blocks of KV, and grows past the switch after four tokens.
 SHORT = SWITCH - 4
-
-
-@pytest.fixture(scope="module")
-def variants(tmp_path_factory):
-    return {name: make(RECIPES[name], tmp_path_factory.mktemp(name)) for name in ("phi", "phi-packed")}
 
 
 @pytest.fixture
@@ -56,9 +51,9 @@ def expected_samples(variant, prompt, count):
 def test_samples_that_outgrow_the_switch_are_those_of_rows_on_their_own(
     tokens, home, rows, prefill_tokens, variants, serve
 ):
-    prompt, llm = prompt_of(tokens), serve(variants["phi"], home, rows=rows, prefill_tokens=prefill_tokens)
+    prompt, llm = prompt_of(tokens), serve(variants("phi"), home, rows=rows, prefill_tokens=prefill_tokens)
     (out,) = run(llm, request(prompt, max_tokens=GEN, n=3, **DRAWN)).values()
-    assert [list(o.token_ids) for o in out.outputs] == expected_samples(variants["phi"], prompt, 3)
+    assert [list(o.token_ids) for o in out.outputs] == expected_samples(variants("phi"), prompt, 3)
     assert llm.metrics()["restarts"] == (3 if tokens <= SWITCH else 0)
 
 
@@ -66,9 +61,9 @@ def test_samples_that_outgrow_the_switch_are_those_of_rows_on_their_own(
 @pytest.mark.parametrize("home", ["gpu", "all"])
 def test_resumed_samples_on_both_sides_of_the_switch_are_those_of_rows_on_their_own(had, home, variants, serve):
     prompt = prompt_of(SHORT)
-    expected = expected_samples(variants["phi"], prompt, 3)
+    expected = expected_samples(variants("phi"), prompt, 3)
     resumed = tuple(Resumed(token_ids=tuple(ids[:count])) for ids, count in zip(expected, had))
-    llm = serve(variants["phi"], home)
+    llm = serve(variants("phi"), home)
     (out,) = run(llm, request(prompt, max_tokens=GEN, n=3, resumed=resumed, **DRAWN)).values()
     assert [list(o.token_ids) for o in out.outputs] == expected
     assert llm.metrics()["prompt_tokens"] == len(prompt), "the prompt counts once"
@@ -88,7 +83,7 @@ def test_the_row_that_computes_the_prompt_for_others_is_as_short_where_one_is(ha
 
 @pytest.mark.parametrize("had", [(7, 7), (7, 0), (0, 7), (12, 12), (12, 7)], ids=str)
 def test_prompt_is_scored_at_its_own_length_whatever_its_samples_have_grown_to(had, variants, serve):
-    variant, prompt = variants["phi"], prompt_of(SHORT)
+    variant, prompt = variants("phi"), prompt_of(SHORT)
     expected = expected_samples(variant, prompt, 2)
     resumed = tuple(Resumed(token_ids=tuple(ids[:count])) for ids, count in zip(expected, had))
     asked = request(prompt, max_tokens=GEN, n=2, prompt_logprobs=2, resumed=resumed, **DRAWN)
@@ -100,7 +95,7 @@ def test_prompt_is_scored_at_its_own_length_whatever_its_samples_have_grown_to(h
 @pytest.mark.parametrize("name", ["phi", "phi-packed"])
 @pytest.mark.parametrize("home", ["gpu", "all"])
 def test_scores_of_a_prompt_have_the_bias_of_the_head(name, home, variants, serve):
-    variant = variants[name]
+    variant = variants(name)
     assert variant.model.lm_head.bias.abs().max() > 0.1
     llm = serve(variant, home, prefill_tokens=37, longest_row=160)
     prompts = {str(tokens): prompt_of(tokens) for tokens in (2, 40, SWITCH, SWITCH + 9, 150)}

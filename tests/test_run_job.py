@@ -89,6 +89,20 @@ def test_a_job_that_was_stopped_goes_on_under_another_policy_and_ends_as_if_noth
     assert record["generated_tokens"] < total, "what had been generated is not generated again"
 
 
+def test_router_statistics_are_of_the_start_that_writes_them_and_one_that_is_stopped_writes_none(
+    job, main, tiny, interrupt, monkeypatch
+):
+    stats, metrics = job.directory / "stats.json", job.directory / "m.json"
+    flags = ["--router-stats", str(stats), "--metrics-json", str(metrics)]
+    interrupt(12, signal.SIGTERM)
+    assert main(job.args(*SMALL, *flags))[0] == 75 and not stats.exists()
+    monkeypatch.undo()
+    assert main(job.args(*SMALL, *flags))[0] == 0
+    record = json.loads(metrics.read_text())
+    assert record["rows_resumed"] > 0
+    assert json.loads(stats.read_text())["tokens"] == record["run_tokens"]
+
+
 def test_a_finished_job_says_so_and_needs_no_weights(job, main, monkeypatch):
     first = job.directory / "first.json"
     assert main(job.args("--metrics-json", str(first)))[0] == 0

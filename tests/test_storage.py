@@ -204,6 +204,26 @@ def test_one_thread_serves_in_the_order_of_submission(threads_before):
     pool.close()
 
 
+def test_urgent_transfers_overtake_those_that_wait(threads_before):
+    begun, submitted = threading.Event(), threading.Event()
+
+    class HeldFile(SlowFile):
+        def read_into(self, buffer, offset, needed):
+            begun.set()
+            submitted.wait(5)
+            super().read_into(buffer, offset, needed)
+
+    pool, file = DiskPool(Recorder(), threads=1), HeldFile()
+    waiting = [pool.submit([Transfer(file, i, page_buffer(1), 1)], "ahead") for i in range(4)]
+    begun.wait(5)
+    urgent = [pool.urgent().submit([Transfer(file, i, page_buffer(1), 1)], "now") for i in (10, 11)]
+    submitted.set()
+    for pending in (*urgent, *waiting):
+        pending.wait()
+    assert file.offsets == [0, 10, 11, 1, 2, 3], "what has been begun is finished first"
+    pool.close()
+
+
 def test_large_transfer_is_cut_into_pieces_that_tile_it(tmp_path, threads_before):
     size = 2 * PIECE_BYTES + 3 * PAGE_BYTES + 17
     data = torch.randint(0, 256, (size,), dtype=torch.uint8)

@@ -51,6 +51,14 @@ class Decoder(ABC):
         """Parts of every unit, given the names in the checkpoint (they tell the layout: per expert or packed)."""
         return unit_parts(self.arch, self.names, packed=self.names.are_packed(on_disk))
 
+    def expert_parts(self, on_disk: Iterable[str]) -> dict[str, list[Part]]:
+        """Parts of every single expert that belongs to a unit of several, by the name that it has as a unit of its own."""
+        if self.arch.experts_per_unit == 1:
+            return {}
+        single = unit_parts(self.arch.grouped(1), self.names, packed=self.names.are_packed(on_disk), kinds=("expert",))
+        units = {unit.name for unit in self.arch.units()}
+        return {name: parts for name, parts in single.items() if name not in units}
+
     def expected_tensors(self, on_disk: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Names and shapes that a complete checkpoint in the layout of ``on_disk`` must have."""
         return {p.tensor: p.whole or p.shape for parts in self.parts(on_disk).values() for p in parts}

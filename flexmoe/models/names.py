@@ -6,12 +6,13 @@ a router or a dense MLP) the shape says. `Names` is what families spell differen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cost_model.arch import ModelArch
 from cost_model.units import experts_of
 from flexmoe.layout import Part
+from policies.placement import KINDS
 
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -43,9 +44,10 @@ class Names:
         return any(name.endswith(self.packed_gate_up) for name in on_disk)
 
 
-def unit_parts(arch: ModelArch, names: Names, *, packed: bool) -> dict[str, list[Part]]:
-    """The parts of every unit of a shape."""
-    return {unit.name: list(_parts(arch, names, packed, unit.kind, unit.layer, unit.name)) for unit in arch.units()}
+def unit_parts(arch: ModelArch, names: Names, *, packed: bool, kinds: Sequence[str] = KINDS) -> dict[str, list[Part]]:
+    """The parts of every unit of these kinds of a shape."""
+    units = [unit for unit in arch.units() if unit.kind in kinds]
+    return {unit.name: list(_parts(arch, names, packed, unit.kind, unit.layer, unit.name)) for unit in units}
 
 
 def _parts(arch: ModelArch, names: Names, packed: bool, kind: str, layer: int, unit: str) -> Iterator[Part]:

@@ -1,0 +1,153 @@
+"""Where the executor's weights come from: the weight stream, and for sweeps of few tokens the expert cache beside it.
+
+With many tokens every expert is needed and all are streamed ahead of their use. With few, the stream goes on with what every
+sweep needs, in a few of its slots, and the memory of the others holds single experts that come on demand; so does the device
+memory beyond the slots, in which experts stay also while all are streamed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from cost_model.arch import ModelArch
+from cost_model.on_demand import FEWEST_AT_HAND, KEPT_SLOTS, OnDemand, entry_bytes
+from cost_model.sizes import Sizes
+from flexmoe.eviction import LFU, LRU, Eviction, Static, Usage
+from flexmoe.expert_cache import CacheCounts, ExpertCache
+from flexmoe.expert_loader import ExpertLoader
+from flexmoe.feeders import needs_staging
+from flexmoe.stream import WeightStream
+from flexmoe.units import Units
+from flexmoe.weights import WeightStore
+from policies.schedule import SweepShape, fetch_order
+
+log = logging.getLogger(__name__)
+
+
+class WeightFeed:
+    """Brings weights to the compute device.
+
+    Args:
+        store: homes of the units.
+        arch: the shape, in the units of the run.
+        units: the same units as the schedule wants them.
+        counts: slots and room of the cache.
+        kind: one of `eviction.EXPERT_CACHES`.
+        known: shares ``[layers, E]`` of another run, or None; a static cache needs them.
+        overlap: False starts a transfer only when it is asked for.
+    """
+
+    def __init__(
+        self,
+        store: WeightStore,
+        arch: ModelArch,
+        units: Units,
+        counts: Sizes,
+        *,
+        kind: str = "lfu",
+        known: np.ndarray | None = None,
+        overlap: bool = True,
+    ):
+        self._kind, self._entry_bytes = kind, entry_bytes(arch)
+        shape = SweepShape(attention=units.attention, experts=units.experts, head=units.head, activation_tiers=())
+        self._all = fetch_order(shape)
+        room = counts.cache_experts * self._entry_bytes
+        self._stream = WeightStream(
+            store, self._all, counts.slots, counts.staging_slots, overlap=overlap, room_bytes=room
+        )
+        self._kept = min(KEPT_SLOTS, counts.slots) * self._stream.slot_bytes
+        self._lent = counts.slots * self._stream.slot_bytes - self._kept
+        at_hand = (self._lent + room) // self._entry_bytes if self._all and kind != "off" else 0
+        self._rule, self._usage = OnDemand.of(arch, store.tier_of, at_hand), Usage(arch, known)
+        self._always = fetch_order(replace(shape, on_demand=self._rule.layers))
+        self._kept_staging = min(KEPT_SLOTS, sum(needs_staging(store, unit) for unit in self._always))
+        self._cache: ExpertCache | None = None
+        if at_hand >= FEWEST_AT_HAND:
+            streamed = {unit: e for unit, e in units.experts_of.items() if store.tier_of[unit] != "gpu"}
+            staging = self._stream.staging[self._kept_staging :]
+            self._loader = ExpertLoader(store, streamed, self._stream.staged, staging)
+            memory, eviction = self._stream.memory[self._kept :], _eviction(kind, self._usage, known, self._rule)
+            self._cache = ExpertCache(
+                store.device, self._loader, memory, self._entry_bytes, eviction, store.dtype, overlap
+            )
+        self._on_demand, self._on_demand_sweeps = False, 0
+
+    @property
+    def stall_s(self) -> float:
+        """Host seconds that computation waited for weights."""
+        return self._stream.stall_s + (self._cache.stall_s if self._cache else 0.0)
+
+    def begin(self, tokens: int) -> frozenset[int]:
+        """A sweep of so many tokens begins; returns the layers whose streamed experts come on demand."""
+        wanted = self._cache is not None and self._rule.pays(self._usage.shares, tokens, already=self._on_demand)
+        if wanted != self._on_demand:
+            self._change(wanted)
+        self._on_demand_sweeps += wanted
+        return self._rule.layers if wanted else frozenset()
+
+    def get(self, unit: str) -> dict[str, torch.Tensor]:
+        """Tensors of a unit that every sweep needs, or that is streamed with all others, as `WeightStream.get`."""
+        return self._stream.get(unit)
+
+    def release(self, unit: str) -> None:
+        """The last kernel that reads ``unit`` has been issued."""
+        self._stream.release(unit)
+
+    def routed(self, layer: int, counts: Sequence[int], tokens: int) -> None:
+        """Tokens that each expert of a layer got, of so many that were routed."""
+        if self._cache is not None:
+            self._usage.add(layer, np.array(counts), tokens)
+            self._counts = counts
+
+    def request(self, layer: int) -> None:
+        """Ask for the streamed experts that this layer has been routed to."""
+        streamed = self._rule.streamed[layer]
+        self._cache.request(layer, [e for e, count in enumerate(self._counts) if count and streamed[e]])
+
+    def experts(self) -> Iterator[tuple[int, Mapping[str, torch.Tensor]]]:
+        """(number, tensors) of each of them; an expert may be used until the next one is asked for."""
+        return self._cache.experts()
+
+    def metrics(self) -> dict:
+        """What the cache did: ``experts`` that it has room for, and per expert that was loaded the mean seconds it took."""
+        counts = self._cache.counts if self._cache else CacheCounts()
+        return {
+            "policy": self._kind,
+            "experts": len(self._cache) if self._cache else 0,
+            "on_demand_sweeps": self._on_demand_sweeps,
+            "lookups": counts.lookups,
+            "hits": counts.hits,
+            "hit_rate": counts.hits / counts.lookups if counts.lookups else 0.0,
+            "loads": counts.loads,
+            "evictions": counts.evictions,
+            "mean_load_s": counts.load_s / counts.loads if counts.loads else 0.0,
+        }
+
+    def close(self) -> None:
+        """Stop after the transfers under way."""
+        self._stream.close()
+        if self._cache is not None:
+            self._loader.close()
+
+    def _change(self, on_demand: bool) -> None:
+        """Between two sweeps, which is rare: what the stream has brought ahead is dropped."""
+        log.debug("experts come %s from here on", "on demand" if on_demand else "all")
+        if on_demand:
+            self._stream.restart(self._always, KEPT_SLOTS, self._kept_staging)
+            self._cache.take_back(self._lent)
+        else:
+            self._cache.lend(self._lent)
+            self._loader.settle()
+            self._stream.restart(self._all)
+        self._on_demand = on_demand
+
+
+def _eviction(kind: str, usage: Usage, known: np.ndarray | None, rule: OnDemand) -> Eviction:
+    if kind == "lfu":
+        return LFU(usage)
+    return LRU(usage) if kind == "lru" else Static(usage, known, rule.streamed, rule.at_hand)
