@@ -101,7 +101,7 @@ def _weight_bytes(arch: ModelArch, counts: Sizes, device: str, b: int, policy: P
             "weights": gpu,
             "slots": counts.slots * slot,
             "cast": cast,
-            "expert cache": counts.cache_experts * entry_bytes(arch),
+            "expert cache": counts.cache_experts * entry_bytes(arch) if counts.cache_experts else 0,
         },
         "cpu": {"weights": cpu, "staging slots": staging, "load buffers": loading, "embedding rows": rows},
         "disk": {"weights": counts.placement.bytes_per_tier["disk"]},

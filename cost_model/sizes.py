@@ -165,6 +165,7 @@ def single_expert_bytes(arch: ModelArch) -> float:
     return unit.stored_bytes / len(experts_of(unit.name))
 
 
+@lru_cache(maxsize=16)
 def entry_bytes(arch: ModelArch) -> int:
     """Room that a single expert takes where experts come on demand."""
     return ceil((single_expert_bytes(arch) + unit_slack_bytes(arch.grouped(1))) / _PAGE_BYTES) * _PAGE_BYTES
