@@ -14,7 +14,7 @@ from cost_model.problem import Problem
 from cost_model.sizes import residency
 from cost_model.slopes import Choice
 from cost_model.units import unit_slack_bytes
-from policies.placement import PERCENT_TOLERANCE
+from policies.checks import PERCENT_TOLERANCE
 from policies.policy import SCHEDULES, Policy
 
 _SIZES = (4, 64, 1024)

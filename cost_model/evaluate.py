@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cost_model.arch import ModelArch
-from cost_model.costs import Costs, MemoryPlan
+from cost_model.costs import Costs
 from cost_model.hardware import GIB, Hardware
+from cost_model.memory import MemoryPlan
 from cost_model.phases import course
 from cost_model.problem import Problem
 from cost_model.sizes import Sizes

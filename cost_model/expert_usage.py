@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_model.arch import ModelArch
+from policies.checks import check_count
 from policies.errors import DataError, FlexMoEError, InfeasibleError
 from policies.files import check_header, check_keys, read_json, write_json
-from policies.placement import check_count
 
 KIND = "flexmoe.expert-usage"
 SCHEMA_VERSION = 1

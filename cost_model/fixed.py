@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from policies.checks import check_count, check_percent, check_shares
 from policies.errors import UsageError
-from policies.placement import check_count, check_percent, check_shares
 from policies.policy import SCHEDULES, Policy
 
 _PAIRS = (("weights", "w"), ("cache", "cache"), ("activations", "act"))

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cost_model.arch import ModelArch
-from cost_model.costs import Costs, MemoryPlan, plan_memory
+from cost_model.costs import Costs
 from cost_model.hardware import Hardware
+from cost_model.memory import MemoryPlan, plan_memory
 from cost_model.sizes import Sizes, sizes
 from policies.policy import Policy
 from policies.workload import Workload

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_model.arch import ModelArch
-from cost_model.costs import MemoryPlan
 from cost_model.expert_usage import ExpertUsage
 from cost_model.hardware import Hardware
 from cost_model.job_sweeps import JobSweeps, job_sweeps
+from cost_model.memory import MemoryPlan
 from cost_model.problem import Problem
 from cost_model.sizes import BLOCK_TOKENS
 from cost_model.sweep_times import SweepTimes, like_times, operations, walked_times

@@ -1,7 +1,7 @@
 """Counts that follow from model, policy and workload: units, KV blocks, rows and tokens. The runtime allocates by them.
 
-The policy's shares are turned into whole numbers here, once, by `policies.placement`; `cost_model.costs` turns the
-numbers into bytes and seconds.
+The policy's shares are turned into whole numbers here, once, by `policies.placement`; `cost_model.memory`
+and `cost_model.costs` turn the numbers into bytes and seconds.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from cost_model.evaluate import Prediction, predict
 from cost_model.fixed import Fixed
 from cost_model.hardware import Hardware
 from cost_model.units import group_on
-from policies.placement import check_number
+from policies.checks import check_number
 from policies.policy import Policy
 from policies.workload import Workload
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import lru_cache
 
+from policies.checks import check_count, check_percent, check_shares
 from policies.errors import DataError, FlexMoEError, InfeasibleError, UsageError
 from policies.files import check_header, check_keys, read_json, write_json
-from policies.placement import check_count, check_percent, check_shares
 from policies.workload import Workload
 
 KIND = "flexmoe.policy"
