@@ -25,6 +25,7 @@ from policies.policy import Policy, PolicyFile
 from policies.workload import Workload
 
 if TYPE_CHECKING:
+    from cost_model.expert_usage import ExpertUsage
     from cost_model.simulate import Simulation
 
 
@@ -46,7 +47,8 @@ def _run(args: argparse.Namespace) -> int:
     arch = _model(args.model)
     hardware, origin = _machine(args)
     workload, notes = _job(args, arch)
-    report = _report(args, arch, hardware, workload, origin=origin, notes=notes)
+    usage = _usage(args.expert_usage, arch) if args.expert_usage else None
+    report = _report(args, arch, hardware, workload, usage, origin=origin, notes=notes)
     if args.output:
         report.policy_file().save(args.output)
     if args.plot:
@@ -65,7 +67,7 @@ def _plot(report: Report, path: Path) -> None:
 
     def judge(policy: Policy) -> Prediction:
         about = (report.arch, report.hardware, report.workload, policy)
-        return evaluate(*about, number_bytes=report.number_bytes, ignore_memory=True)
+        return evaluate(*about, number_bytes=report.number_bytes, usage=report.usage, ignore_memory=True)
 
     draw(report, judge, path)
 
@@ -76,7 +78,7 @@ def _trace(report: Report, path: Path) -> None:
     if job.num_requests is None:
         job = replace(job, num_requests=report.policy.block_size)
     about = (report.arch, report.hardware, job, report.policy, report.number_bytes)
-    _simulate(*about, keep_trace_sweeps=_TRACE_SWEEPS).write_chrome_trace(path)
+    _simulate(*about, usage=report.usage, keep_trace_sweeps=_TRACE_SWEEPS).write_chrome_trace(path)
 
 
 def _simulate(
@@ -89,6 +91,14 @@ def _simulate(
 
 def _model(name: str) -> ModelArch:
     return ModelArch.from_dir(name) if Path(name).is_dir() else ModelArch.from_name(name)
+
+
+def _usage(path: Path, arch: ModelArch) -> ExpertUsage:
+    from cost_model.expert_usage import ExpertUsage  # with numpy, as above
+
+    usage = ExpertUsage.load(path)
+    usage.check_model(arch)
+    return usage
 
 
 def _machine(args: argparse.Namespace) -> tuple[Hardware, str]:
@@ -131,13 +141,21 @@ def _job(args: argparse.Namespace, arch: ModelArch) -> tuple[Workload, tuple[str
     return Workload(prompt_len=prompt_len, gen_len=args.gen_len, num_requests=args.num_requests), ()
 
 
-def _report(args: argparse.Namespace, arch: ModelArch, hardware: Hardware, workload: Workload, **about) -> Report:
+def _report(
+    args: argparse.Namespace,
+    arch: ModelArch,
+    hardware: Hardware,
+    workload: Workload,
+    usage: ExpertUsage | None,
+    **about,
+) -> Report:
     b = DTYPE_BYTES.get(args.dtype, arch.dtype_bytes)
     if args.percent or args.policy:
-        policy, explanation = _given_policy(args, arch, workload), None
-        prediction = evaluate(arch, hardware, workload, policy, number_bytes=b, ignore_memory=args.ignore_memory)
+        policy, explanation = _given_policy(args, arch, workload, usage), None
+        options = {"number_bytes": b, "usage": usage, "ignore_memory": args.ignore_memory}
+        prediction = evaluate(arch, hardware, workload, policy, **options)
     else:
-        plan = _plan(args, arch, hardware, workload, b)
+        plan = _plan(args, arch, hardware, workload, number_bytes=b, usage=usage)
         policy, explanation, prediction = plan.policy, plan.explanation, plan.prediction
     return Report(
         arch=arch,
@@ -147,14 +165,15 @@ def _report(args: argparse.Namespace, arch: ModelArch, hardware: Hardware, workl
         policy=policy,
         prediction=prediction,
         explanation=explanation,
-        simulation=_simulate(arch, hardware, workload, policy, b) if workload.num_requests else None,
+        simulation=_simulate(arch, hardware, workload, policy, b, usage=usage) if workload.num_requests else None,
+        usage=usage,
         **about,
     )
 
 
-def _plan(args: argparse.Namespace, arch: ModelArch, hardware: Hardware, workload: Workload, number_bytes: int) -> Plan:
+def _plan(args: argparse.Namespace, arch: ModelArch, hardware: Hardware, workload: Workload, **about) -> Plan:
     try:
-        return solve(arch, hardware, workload, fixed=_fixed(args), number_bytes=number_bytes, advice=True)
+        return solve(arch, hardware, workload, fixed=_fixed(args), advice=True, **about)
     except InfeasibleError as error:  # it speaks of what may be used
         parts = {"gpu": args.alpha_g, "cpu": args.alpha_c, "nvme": args.alpha_n}
         lowered = [f"--alpha-{tier[0]} leaves {part:g} of --{tier}-mem" for tier, part in parts.items() if part < 1]
@@ -170,7 +189,7 @@ def _fixed(args: argparse.Namespace) -> Fixed:
     return Fixed(**{name: value for name, value in values.items() if value is not None})
 
 
-def _given_policy(args: argparse.Namespace, arch: ModelArch, workload: Workload) -> Policy:
+def _given_policy(args: argparse.Namespace, arch: ModelArch, workload: Workload, usage: ExpertUsage | None) -> Policy:
     if args.policy:
         file = PolicyFile.load(args.policy)
         file.check_model(arch.fingerprint())
@@ -183,6 +202,7 @@ def _given_policy(args: argparse.Namespace, arch: ModelArch, workload: Workload)
         prompt_len=workload.prompt_len,
         gen_len=workload.gen_len,
         cpu_attention_percent=100.0 if args.cpu_cache_compute else 0.0,
+        expert_order=usage.unit_order(arch) if usage else None,
         **{name: value for name, value in flags.items() if value is not None},
     )
 

@@ -9,7 +9,7 @@ from cost_model.arch import ModelArch
 from cost_model.fixed import Fixed
 from cost_model.hardware import GIB, Gpu, Hardware
 from cost_model.optimum import Optimum, improved
-from cost_model.slopes import Problem
+from cost_model.problem import Problem
 from policies.placement import Unit
 
 #: So many changes are told that the runtime could use at once, and so many that it could not.
@@ -147,11 +147,15 @@ def _gpu(hw: Hardware, **changes) -> Hardware:
 _Better = Callable[[Hardware], Hardware]
 #: What has to be scarce, the change, and the machine with it.
 _MACHINES: Iterable[tuple[tuple[str, ...], str, _Better]] = (
-    (("gpu memory",), "+8 GiB GPU memory", _more_gpu_memory),
+    (("gpu memory", "on demand"), "+8 GiB GPU memory", _more_gpu_memory),
     (("cpu memory", "gpu+cpu memory"), "+16 GiB host memory", _more_host_memory),
     (("disk memory",), "+1 TB NVMe", _more_disk),
-    (("h2d", "d2h", "pcie", "slots", "kv loads", "hidden states"), "a link to the device twice as fast", _faster_link),
-    (("disk_read", "disk_write", "kv loads"), "a disk twice as fast", _faster_disk),
+    (
+        ("h2d", "d2h", "pcie", "slots", "kv loads", "hidden states", "on demand"),
+        "a link to the device twice as fast",
+        _faster_link,
+    ),
+    (("disk_read", "disk_write", "kv loads", "on demand"), "a disk twice as fast", _faster_disk),
     (("cpu", "host memory"), "host memory and CPU attention twice as fast", _faster_host),
     (("gpu", "cores", "schedule"), "a compute device twice as fast", _faster_device),
 )

@@ -77,6 +77,12 @@ def _job_flags(p: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="take the rows' lengths from a requests file (JSONL as for flexmoe.run, or one text per line)",
     )
+    g.add_argument(
+        "--expert-usage",
+        type=Path,
+        metavar="FILE",
+        help="how often each expert was chosen in a run: how many are reached, and which deserve the GPU (default: all alike)",
+    )
     g.add_argument("--dtype", choices=("auto", *DTYPE_BYTES), default="auto", help="compute in it (auto: as stored)")
 
 
@@ -162,7 +168,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _check_files(args: argparse.Namespace) -> None:
-    names = ("hardware", "prompts", "policy", "output", "plot", "trace")
+    names = ("hardware", "prompts", "expert_usage", "policy", "output", "plot", "trace")
     used: dict[str, str] = {}
     for name in names:
         value = getattr(args, name)
@@ -170,9 +176,10 @@ def _check_files(args: argparse.Namespace) -> None:
             path = os.path.realpath(value)
             if name in ("output", "plot", "trace") and os.path.exists(path) and not os.path.isfile(path):
                 raise UsageError(f"--{name} {value} is no regular file; choose another file")
+            flag = f"--{name.replace('_', '-')}"
             if path in used:
-                raise UsageError(f"--{used[path]} and --{name} are both {value}; choose another file for --{name}")
-            used[path] = name
+                raise UsageError(f"{used[path]} and {flag} are both {value}; choose another file for {flag}")
+            used[path] = flag
 
 
 def _given(args: argparse.Namespace) -> list[str]:

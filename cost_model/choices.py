@@ -10,10 +10,11 @@ from cost_model.fixed import Fixed
 from cost_model.load import MODES
 from cost_model.lp import Programme, Relaxed
 from cost_model.moves import MOST_BATCHES
+from cost_model.problem import Problem
 from cost_model.sizes import residency
-from cost_model.slopes import Choice, Problem
+from cost_model.slopes import Choice
 from cost_model.units import unit_slack_bytes
-from policies.placement import PERCENT_TOLERANCE
+from policies.checks import PERCENT_TOLERANCE
 from policies.policy import SCHEDULES, Policy
 
 _SIZES = (4, 64, 1024)
@@ -139,7 +140,7 @@ class Search:
 
 def choice_of(policy: Policy, problem: Problem) -> Choice:
     """What a policy has chosen of what is discrete."""
-    placed = residency(problem.arch).place(policy.w_gpu_percent, policy.w_cpu_percent)
+    placed = residency(problem.arch, policy.expert_order).place(policy.w_gpu_percent, policy.w_cpu_percent)
     on_host = policy.cache_cpu_percent > 0
     used = {
         "gpu": policy.cache_gpu_percent > 0,

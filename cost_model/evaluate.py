@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cost_model.arch import ModelArch
-from cost_model.costs import Costs, MemoryPlan, plan_memory
+from cost_model.costs import Costs
 from cost_model.hardware import GIB, Hardware
+from cost_model.memory import MemoryPlan
 from cost_model.phases import course
-from cost_model.sizes import Sizes, sizes
+from cost_model.problem import Problem
+from cost_model.sizes import Sizes
 from cost_model.sweep import SweepForm, SweepTime
 from policies.errors import InfeasibleError
 from policies.policy import Policy
 from policies.workload import Workload
+
+if TYPE_CHECKING:
+    from cost_model.expert_usage import ExpertUsage
 
 REMEDY = {
     "gpu": "raise --gpu-mem, or lower the GPU percents, the block size or the prefill tokens",
@@ -83,6 +89,8 @@ def evaluate(
     *,
     number_bytes: int | None = None,
     kv_tokens: int | None = None,
+    usage: ExpertUsage | None = None,
+    on_demand: bool = True,
     ignore_memory: bool = False,
 ) -> Prediction:
     """Judge a policy.
@@ -91,20 +99,26 @@ def evaluate(
         arch, hardware, workload, policy: the model on the machine for the job under the policy.
         number_bytes: bytes of one number in the compute dtype; default: as stored.
         kv_tokens: KV capacity over all tiers; default: what keeps the block in flight.
+        usage: how often each expert was chosen; default: all alike.
+        on_demand: sweeps of few rows move only the experts that were routed to.
         ignore_memory: predict a policy that does not fit, too.
 
     Raises:
-        InfeasibleError: a tier has too few bytes; the sentence says how many are missing.
+        InfeasibleError: a tier has too few bytes; the sentence says how many are missing. Or the usage, or the policy's
+            order of experts, is of another model.
     """
-    arch, b = arch.grouped(policy.experts_per_unit), number_bytes or arch.dtype_bytes
-    counts = sizes(
-        arch, policy, workload, device=hardware.device, kv_tokens=kv_tokens, longest_row=workload.longest_row
-    )
-    memory = plan_memory(arch, policy, counts, device=hardware.device, compute_bytes=b)
-    budgets = hardware.budgets()
+    about = {"number_bytes": number_bytes, "kv_tokens": kv_tokens, "usage": usage, "on_demand": on_demand}
+    return predict(Problem.of(arch, hardware, workload, **about), policy, ignore_memory=ignore_memory)
+
+
+def predict(problem: Problem, policy: Policy, *, ignore_memory: bool = False) -> Prediction:
+    """`evaluate` for many policies of one problem."""
+    counts = problem.sizes(policy)
+    memory = problem.memory(policy, counts)
+    budgets = problem.hardware.budgets()
     if not ignore_memory:
-        memory.check(budgets, _remedies(hardware))
-    return _predict(Costs(arch, hardware, policy, counts, b), policy, workload, memory, budgets)
+        memory.check(budgets, _remedies(problem.hardware))
+    return _predict(problem.costs(policy, counts), policy, problem.workload, memory, budgets)
 
 
 def _remedies(hardware: Hardware) -> dict[str, str]:

@@ -7,7 +7,23 @@ from dataclasses import dataclass
 
 from cost_model.program import Errand, Program
 from cost_model.resources import USERS
-from cost_model.threads import ACT, ATTENDED, COPY, COUNT, CPU, ERRANDS, KV, MAIN, READ, STAGE, STORE, STREAM, WRITE
+from cost_model.threads import (
+    ACT,
+    ATTENDED,
+    BROUGHT,
+    COPY,
+    COUNT,
+    CPU,
+    DEMANDED,
+    ERRANDS,
+    KV,
+    MAIN,
+    READ,
+    STAGE,
+    STORE,
+    STREAM,
+    WRITE,
+)
 from cost_model.weight_queues import WeightQueues
 
 _NEVER = float("inf")
@@ -15,7 +31,10 @@ _PLACE = {name: place for place, name in enumerate(USERS)}
 #: Who of `Resources` a thread of the weight stream is.
 WEIGHT_USER = {COPY: "h2d", READ: "disk_read", STAGE: "stage"}
 #: Who may be waiting for a thread, beside the main thread.
-_WAKES = {CPU: (ATTENDED,), KV: (STORE,), STORE: (CPU, WRITE), WRITE: (STORE,), ACT: (), ATTENDED: ()}
+_WAKES = {
+    CPU: (ATTENDED,), KV: (STORE,), STORE: (CPU, WRITE), WRITE: (STORE,), ACT: (), ATTENDED: (), DEMANDED: (BROUGHT,),
+    BROUGHT: (),
+}  # fmt: skip
 
 #: Speed by place in `USERS` while those whose bits are set work; None where all have the speed 1.
 Speeds = Callable[[int], "tuple[float, ...] | None"]
@@ -85,6 +104,18 @@ class Clock:
             self.now = end
             self._end(finish.index(end))
         self._next_sweep()
+
+    def turn_to(self, queues: WeightQueues, buffers: Buffers) -> None:
+        """From the next sweep on the weight stream is another one; what the old one has moved ahead is lost."""
+        if queues is self._queues:
+            return
+        self._queues, self._buffers, self._moves = queues, buffers, queues.moves
+        for thread in STREAM:
+            if self._finish[thread] != _NEVER:
+                self._mask &= ~(1 << self._user[thread])
+                self._finish[thread] = _NEVER
+            self._done[thread] = 0
+        self._freed = self._unstaged = 0
 
     def _set_speeds(self) -> None:
         """What runs goes on at the speed that the others leave it."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cost_model.arch import ModelArch
+from policies.checks import check_count
 from policies.errors import DataError, FlexMoEError, InfeasibleError
 from policies.files import check_header, check_keys, read_json, write_json
-from policies.placement import check_count
 
 KIND = "flexmoe.expert-usage"
 SCHEMA_VERSION = 1
@@ -55,6 +55,18 @@ class ExpertUsage:
         that an expert which was not seen is not impossible."""
         even = self.model["top_k"] / self.model["num_experts"]
         return np.where(self.counts.any(axis=1, keepdims=True), (self.counts + even) / (self.tokens + 1), 0.0)
+
+    def unit_order(self, arch: ModelArch) -> tuple[tuple[int, ...], ...]:
+        """For each layer the numbers of its expert units, those most used first: `Policy.expert_order` for units as ``arch``
+        groups them."""
+        return tuple(
+            self._layer_order(counts, arch.expert_groups_in(layer)) for layer, counts in enumerate(self.counts)
+        )
+
+    @staticmethod
+    def _layer_order(counts: np.ndarray, units: Sequence[range]) -> tuple[int, ...]:
+        used = [counts[unit.start : unit.stop].mean() for unit in units]
+        return tuple(sorted(range(len(units)), key=lambda number: -used[number]))
 
     def check_model(self, arch: ModelArch) -> None:
         """Refuse the usage of another model's experts.

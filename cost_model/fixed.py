@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from policies.checks import check_count, check_percent, check_shares
 from policies.errors import UsageError
-from policies.placement import check_count, check_percent, check_shares
 from policies.policy import SCHEDULES, Policy
 
 _PAIRS = (("weights", "w"), ("cache", "cache"), ("activations", "act"))
@@ -31,13 +31,14 @@ class Fixed:
     cpu_attention_percent: float | None = None
     schedule: str | None = None
     weight_slots: int | None = None
+    expert_order: tuple[tuple[int, ...], ...] | None = None
     overlap: bool = True
     pin_weight: bool = True
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is None:
+            if value is None or field.name == "expert_order":  # the policies that get it check it
                 continue
             if field.name.endswith("_percent"):
                 object.__setattr__(self, field.name, check_percent(field.name, value))
@@ -70,5 +71,5 @@ class Fixed:
 
     def __str__(self) -> str:
         names = [f"{name} {value:g}" if not isinstance(value, str) else f"{name} {value}" for name, value in self.given.items()
-                 if not isinstance(value, bool)]  # fmt: skip
+                 if not isinstance(value, (bool, tuple))]  # fmt: skip
         return ", ".join(names)

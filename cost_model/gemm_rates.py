@@ -4,8 +4,8 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
 
+from policies.checks import check_number
 from policies.errors import UsageError
-from policies.placement import check_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

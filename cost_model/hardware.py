@@ -9,9 +9,9 @@ from pathlib import Path
 from cost_model.gemm_rates import GemmRates
 from cost_model.json_values import build, listed
 from cost_model.link_curves import LinkCurve, check_curve
+from policies.checks import check_count, check_number
 from policies.errors import DataError, FlexMoEError, UsageError
 from policies.files import check_header, check_keys, read_json, write_json
-from policies.placement import check_count, check_number
 
 KIND = "flexmoe.hardware"
 SCHEMA_VERSION = 1

@@ -10,7 +10,7 @@ from math import ceil, floor, log10
 from cost_model.fixed import Fixed
 from cost_model.hardware import GIB, Hardware
 from cost_model.judge import Judge
-from cost_model.slopes import Problem
+from cost_model.problem import Problem
 from policies.errors import InfeasibleError
 from policies.policy import Policy
 

@@ -6,10 +6,10 @@ from bisect import bisect_right
 from dataclasses import replace
 from math import ceil
 
-from cost_model.evaluate import evaluate
+from cost_model.evaluate import predict
 from cost_model.fixed import Fixed
+from cost_model.problem import Problem
 from cost_model.sizes import BLOCK_TOKENS, Sizes, residency
-from cost_model.slopes import Problem
 from cost_model.units import unit_slack_bytes
 from policies.errors import InfeasibleError
 from policies.placement import TIERS
@@ -38,7 +38,7 @@ class Judge:
         self._judged: dict[Policy, float] = {}
         self._budgets = problem.hardware.budgets()
         arch = problem.arch
-        bytes_before, slack = residency(arch).prefix_bytes, unit_slack_bytes(arch)
+        bytes_before, slack = residency(arch, fixed.expert_order).prefix_bytes, unit_slack_bytes(arch)
         # What the first so many units take on the GPU, and in host memory.
         self._on_gpu = [
             size // arch.dtype_bytes * problem.number_bytes + count * slack for count, size in enumerate(bytes_before)
@@ -48,18 +48,14 @@ class Judge:
         self._block_bytes = arch.kv_bytes_per_token(problem.number_bytes) * BLOCK_TOKENS
 
     def tokens_per_s(self, policy: Policy | None) -> float:
-        """What `evaluate` predicts; 0 where the policy does not fit, or there is none."""
+        """What `predict` says; 0 where the policy does not fit, or there is none."""
         if policy is None:
             return 0.0
         if policy not in self._judged:
             self.evaluations += 1
             self.effort += 1 + policy.num_gpu_batches / _BATCHES
-            p = self.problem
             try:
-                prediction = evaluate(
-                    p.arch, p.hardware, p.workload, policy, number_bytes=p.number_bytes, kv_tokens=p.kv_tokens
-                )
-                self._judged[policy] = prediction.tokens_per_s
+                self._judged[policy] = predict(self.problem, policy).tokens_per_s
             except InfeasibleError:
                 self._judged[policy] = 0.0
         return self._judged[policy]

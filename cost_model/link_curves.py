@@ -6,7 +6,7 @@ from itertools import pairwise
 from math import exp, log
 
 from policies.errors import UsageError
-from policies.placement import check_count, check_number
+from policies.checks import check_count, check_number
 
 #: Pairs of bytes and bytes/s; empty where nothing was measured.
 LinkCurve = tuple[tuple[int, float], ...]

@@ -20,8 +20,9 @@ import pulp
 from cost_model.fixed import Fixed
 from cost_model.hardware import GIB
 from cost_model.lp_sweep import bound_sweep
+from cost_model.problem import Problem
 from cost_model.sizes import residency, slot_bytes
-from cost_model.slopes import Choice, Problem, Slopes
+from cost_model.slopes import Choice, Slopes
 from cost_model.units import unit_slack_bytes
 from policies.placement import TIERS
 
@@ -79,7 +80,7 @@ class Programme:
     def __init__(self, problem: Problem, choice: Choice, fixed: Fixed):
         self.problem, self.choice, self.fixed, self.lines = problem, choice, fixed, Slopes(problem, choice)
         self.lp = pulp.LpProblem("policy", pulp.LpMaximize)
-        self.units = residency(problem.arch)
+        self.units = residency(problem.arch, fixed.expert_order)
         self.total_bytes = self.units.prefix_bytes[-1]
         self.block = self.lines.rows
         self.second = problem.hardware.gpu.h2d_bytes_per_s / self.total_bytes

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_model.arch import ModelArch
-from cost_model.sizes import Sizes, slot_bytes
-from cost_model.units import experts_of, unit_slack_bytes
+from cost_model.sizes import KEPT_SLOTS, Sizes, entry_bytes, slot_bytes
+from cost_model.units import experts_of
 
 #: Mean tokens of an expert beyond which a sweep is never on demand: hardly an expert is left out.
 MOST_TOKENS_PER_EXPERT = 8
-#: Slots that go on streaming attention, dense layers and the head while experts come on demand.
-KEPT_SLOTS = 2
 #: Fewer experts at hand leave nothing to load into while another computes.
 FEWEST_AT_HAND = 2
 #: Part of the streamed experts up to which moving them on demand pays, although nothing else runs meanwhile; and up to which
@@ -34,12 +32,6 @@ def touched(shares: np.ndarray, tokens: float) -> np.ndarray:
 def uniform_shares(arch: ModelArch) -> np.ndarray:
     """Shares ``[layers, E]`` under uniform routing."""
     return np.full((arch.num_layers, arch.num_experts), arch.top_k / arch.num_experts)
-
-
-def entry_bytes(arch: ModelArch) -> int:
-    """Room that a single expert takes where experts come on demand."""
-    single = arch.grouped(1)
-    return -(-(arch.expert_bytes + unit_slack_bytes(single)) // 4096) * 4096
 
 
 def lent_experts(arch: ModelArch, counts: Sizes) -> int:

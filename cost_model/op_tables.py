@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from cost_model.arch import ModelArch
 from cost_model.costs import Costs
 from cost_model.load import BatchLoad, SweepLoad
+from cost_model.routing import Demand
 
-_OF_SWEEP = ("host", "route", "collect", "sample", "expert", "dense", "disk_wait")
+_OF_SWEEP = (
+    "host", "route", "collect", "sample", "expert", "dense", "disk_wait", "read_routed", "copy_routed",
+    "copy_last", "routed", "routed_last",
+)  # fmt: skip
 _OF_BATCH = (
     "embed", "project", "attend", "cpu_attend", "attended", "load_kv", "read_kv", "store_kv", "write_kv", "load_act",
     "read_act", "store_act", "write_act",
@@ -32,19 +36,26 @@ def batch_place(arch: ModelArch, batch: int, name: str) -> int:
     return len(_OF_SWEEP) + arch.num_head_chunks + batch * len(_OF_BATCH) + _BATCH_PLACE[name]
 
 
-def table_of_seconds(costs: Costs, cut: Sequence[BatchLoad], load: SweepLoad) -> list[float]:
+def table_of_seconds(
+    costs: Costs, cut: Sequence[BatchLoad], load: SweepLoad, demand: Demand | None = None
+) -> list[float]:
     """Seconds of each operation when it is alone, its dispatch not counted.
 
     Args:
         cut: the GPU batches of ``load``.
+        demand: of the sweep, where it is on demand.
     """
     arch, tokens = costs.arch, load.tokens
-    touched = costs.touched(tokens)
-    each = costs.expert_s(tokens * arch.top_k / touched, arch.expert_params) if touched else 0.0
     dense = costs.expert_s(tokens, arch.dense_params) if arch.dense_layers else 0.0
-    # Those of a layer that no token reaches take no time; on average each unit takes its share of the others'.
-    table = [costs.host_s(load.rows), 0.0, 0.0, costs.sample_s(load.logits), each * touched / arch.expert_units, dense]
-    table.append(costs.hardware.disk_latency_s)
+    table = [costs.host_s(load.rows), 0.0, 0.0, costs.sample_s(load.logits)]
+    if demand:
+        own = costs.demanded(demand, tokens)
+        table += [own.unit_s, dense, costs.hardware.disk_latency_s]
+        table += [own.read_s, own.copy_s, own.copy_last_s, own.ahead_s, own.last_s]
+    else:
+        # Those of a layer that no token reaches take no time; on average each unit takes its share of the others'.
+        unit = costs.reached_expert_s(tokens) * costs.touched(tokens) / arch.expert_units
+        table += [unit, dense, costs.hardware.disk_latency_s, *[0.0] * 5]
     for start, stop in map(arch.head_rows, range(arch.num_head_chunks)):
         table.append(costs.head_s(load.logits, (stop - start) * arch.head_row_params))
     for batch in cut:
@@ -67,9 +78,12 @@ def table_of_seconds(costs: Costs, cut: Sequence[BatchLoad], load: SweepLoad) ->
     return table
 
 
-def table_of_bytes(costs: Costs, cut: Sequence[BatchLoad]) -> list[float]:
+def table_of_bytes(costs: Costs, cut: Sequence[BatchLoad], demand: Demand | None = None) -> list[float]:
     """Bytes that each operation moves or attends over, as a trace shows them; 0 where it shows none."""
     table = [0.0] * (len(_OF_SWEEP) + costs.arch.num_head_chunks)
+    if demand:
+        read, copied = costs.demanded_bytes(demand)
+        table[sweep_place("read_routed")], table[sweep_place("copy_routed")] = read, copied
     for batch in cut:
         new, past, width = batch.new, batch.past, costs.kv_bytes
         act = costs.activation_bytes(batch)

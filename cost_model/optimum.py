@@ -11,7 +11,7 @@ from cost_model.fixed import Fixed
 from cost_model.judge import Judge
 from cost_model.lp import Price
 from cost_model.polish import Climb
-from cost_model.slopes import Problem
+from cost_model.problem import Problem
 from policies.policy import Policy
 
 #: Rounds of climbs: so many policies go on, the best of the round before, for so many judgements (`Judge.effort`) each.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from cost_model.arch import ModelArch
 from cost_model.op_tables import batch_place, head_place, sweep_place
-from cost_model.threads import ACT, ATTENDED, COUNT, CPU, KV, STORE, WRITE
+from cost_model.threads import ACT, ATTENDED, BROUGHT, COUNT, CPU, DEMANDED, KV, STORE, WRITE
 from cost_model.weight_queues import WeightQueues
 from policies.schedule import Op, SweepShape, sweep
 
@@ -24,9 +24,14 @@ _HANDED_ON = {
     "cpu_attend": (CPU, (("cpu", "cpu_attend"),)),
     "load_act": (ACT, (("disk_read/wait", "disk_wait"), ("disk_read/act", "read_act"), ("h2d/act", "load_act"))),
     "store_act": (ACT, (("d2h/act", "store_act"), ("disk_write/wait", "disk_wait"), ("disk_write/act", "write_act"))),
+    "read_routed": (DEMANDED, (("disk_read/routed", "read_routed"),)),
+    "copy_routed": (BROUGHT, (("h2d/routed", "copy_routed"),)),
 }
 #: A store waits until the write that used its buffer before has ended.
 _WRITE_BUFFERS = 2
+#: Threads whose operations go with another one, or with the experts that they bring.
+_NOT_DISPATCHED = (ATTENDED, DEMANDED, BROUGHT)
+_ERRAND_NAMES = {CPU: "attend", DEMANDED: "experts", BROUGHT: "experts"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,20 +103,23 @@ class _Compiler:
         return Program(steps=tuple(self._steps), errands=tuple(map(tuple, self._errands)))
 
     def _compute(self, op: Op) -> None:
+        if op.kind == "routed":  # what is at hand, or comes earlier, is computed while the last one comes
+            self._step(op, sweep_place("routed"), after=())
+            self._step(op, sweep_place("routed_last"), after=self._latest(op.deps))
+            return
         attention = self._shape.attention[op.layer].name if op.kind in ("project", "attend") else ""
         used = attention if op.kind == "project" else op.unit
         done_with = attention if op.batch == len(self._shape.activation_tiers) - 1 and op.kind == "attend" else op.unit
-        step = Step(
-            name=f"{op.kind} {op.unit or op.layer}",
-            user="gpu",
-            seconds=self._place(op),
-            handed_on=tuple(self._handed),
-            dispatched=1 + sum(thread != ATTENDED for thread in self._handed),
-            after=self._latest(op.deps),
-            unit=self._brought_by.get(used),
-            frees=int(done_with in self._brought_by),
+        unit, frees = self._brought_by.get(used), int(done_with in self._brought_by)
+        self._step(op, self._place(op), after=self._latest(op.deps), unit=unit, frees=frees)
+
+    def _step(self, op: Op, seconds: int, **waits) -> None:
+        handed = tuple(self._handed)
+        dispatched = 1 + sum(thread not in _NOT_DISPATCHED for thread in handed)
+        name = f"{op.kind} {op.unit or op.layer}"
+        self._steps.append(
+            Step(name=name, user="gpu", seconds=seconds, handed_on=handed, dispatched=dispatched, **waits)
         )
-        self._steps.append(step)
         self._handed.clear()
 
     def _place(self, op: Op) -> int:
@@ -123,12 +131,14 @@ class _Compiler:
 
     def _hand_on(self, op: Op) -> None:
         thread, parts = _HANDED_ON[op.kind]
-        after = list(self._latest(op.deps))
+        after = [] if thread == BROUGHT else list(self._latest(op.deps))
         if thread == STORE and op.batch in self._shape.disk_batches:
             buffer_free = len(self._errands[WRITE]) - _WRITE_BUFFERS + 1
             after += [(WRITE, buffer_free)] if buffer_free > 0 else []
-        name = f"act {op.batch}" if thread == ACT else f"{'attend' if thread == CPU else 'kv'} {op.layer}"
+        name = f"act {op.batch}" if thread == ACT else f"{_ERRAND_NAMES.get(thread, 'kv')} {op.layer}"
         self._add(op, thread, name, [part for part in parts if self._takes_part(part[0], op)], after)
+        if thread == BROUGHT:  # each is copied when it has been read, so only the last one's copy waits for all of them
+            self._add(op, BROUGHT, name, [("h2d/routed", "copy_last")], self._latest(op.deps))
         if thread == CPU:
             self._add(op, ATTENDED, name, [("h2d/attended", "attended")], [self._done[op.id]])
 
@@ -139,7 +149,8 @@ class _Compiler:
         self._handed.append(thread)
 
     def _part_place(self, op: Op, seconds: str) -> int:
-        return sweep_place(seconds) if seconds == "disk_wait" else batch_place(self._arch, op.batch, seconds)
+        of_batch = op.batch >= 0 and seconds != "disk_wait"
+        return batch_place(self._arch, op.batch, seconds) if of_batch else sweep_place(seconds)
 
     def _takes_part(self, user: str, op: Op) -> bool:
         if user.startswith("disk") and op.kind in ("load_act", "store_act"):

@@ -17,6 +17,7 @@ from policies.policy import Policy, PolicyFile
 from policies.workload import Workload
 
 if TYPE_CHECKING:
+    from cost_model.expert_usage import ExpertUsage
     from cost_model.simulate import Simulation
     from cost_model.solver import Explanation
 
@@ -40,6 +41,7 @@ _BOUND = {
     "host memory": "bound by host memory's bandwidth, which copies and CPU attention share",
     "cores": "bound by the CPU cores, which all lanes share",
     "schedule": "bound by the chain of operations: computation, and what it waits for in a layer",
+    "on demand": "bound by the experts that routing asks for: they are moved while the layer waits",
     "slots": "bound by the weight slots: the link waits for a free one while a layer attends",
     "serial": "every lane waits for the others (--overlap false)",
 }
@@ -56,6 +58,7 @@ class Report:
         notes: sentences on how the job's lengths were found.
         policy, prediction: the policy and what is expected of it.
         explanation: why it is that one; None for a given policy.
+        usage: how often each expert was chosen, where that is known.
         simulation: the job followed sweep by sweep; None for one without end. Where it is given, the whole job's rate, time
             and lanes are its.
     """
@@ -69,6 +72,7 @@ class Report:
     policy: Policy
     prediction: Prediction
     explanation: Explanation | None = None
+    usage: ExpertUsage | None = None
     simulation: Simulation | None = None
 
     @property
@@ -169,19 +173,22 @@ class Report:
         mean = "mean " if len(job.lengths) > 1 else ""
         rows = f"{job.num_requests:,} requests" if job.num_requests else "requests without end"
         longest = f", longest row {job.longest_row}" if job.lengths else ""
-        return [f"{rows}, {mean}prompt {job.prompt_len}, {mean}completion {job.gen_len} tokens{longest}", *self.notes]
+        lengths = f"{rows}, {mean}prompt {job.prompt_len}, {mean}completion {job.gen_len} tokens{longest}"
+        routed = [f"experts are chosen as {self.usage.tokens:,} tokens of another run chose them"] if self.usage else []
+        return [lengths, *self.notes, *routed]
 
     def _policy(self) -> list[str]:
         policy, counts = self.policy, self.prediction.sizes
         slots = f"; {counts.slots} slots" if counts.slots else ""
         overlap = "" if policy.overlap else "; no overlap"
+        order = "; most used experts first" if policy.expert_order else ""
         shares = [f"{name:<12}" + "".join(f"{v:8.1f}" for v in row) for name, row in self.achieved().items()]
         modes = mode_shares(policy, counts)
         where = {"gpu": "on the GPU", "fetch": "fetched to it", "disk": "from disk", "cpu": "on the CPU"}
         attended = ", ".join(f"{_percent(modes[mode])} {where[mode]}" for mode in MODES if mode in modes)
         rows = f"{policy.num_gpu_batches} GPU batches of {policy.gpu_batch_size} = {policy.block_size} rows"
         return [
-            f"{policy.schedule}: {rows}; at most {policy.prefill_tokens} prompt tokens a sweep{slots}{overlap}",
+            f"{policy.schedule}: {rows}; at most {policy.prefill_tokens} prompt tokens a sweep{slots}{overlap}{order}",
             f"{'percent on':<12}" + "".join(f"{tier:>8}" for tier in ("GPU", "CPU", "disk")),
             *shares,
             f"attended: {attended}",

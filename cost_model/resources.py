@@ -11,11 +11,13 @@ from collections.abc import Collection, Mapping
 
 from cost_model.costs import Costs
 
-#: ``host``: the main thread between operations. ``wait``: a small transfer waits for the disk. ``h2d/attended``: results of the CPU's attention, up. ``stage``: host
-#: weights that are not pinned, copied to a pinned buffer first.
+#: ``host``: the main thread between operations. ``wait``: a small transfer waits for the disk. ``h2d/attended``:
+#: results of the CPU's attention, up. ``routed``: experts on demand. ``stage``: host weights that are not pinned, copied to a
+#: pinned buffer first.
 USERS = (
     "gpu", "host", "cpu", "h2d", "h2d/kv", "h2d/attended", "h2d/act", "d2h", "d2h/act", "disk_read", "disk_read/kv",
-    "disk_read/act", "disk_read/wait", "disk_write", "disk_write/act", "disk_write/wait", "stage",
+    "disk_read/act", "disk_read/wait", "disk_write", "disk_write/act", "disk_write/wait", "stage", "h2d/routed",
+    "disk_read/routed",
 )  # fmt: skip
 #: Threads of the runtime that read or write disk at once; with how many the cores are shared when they all work.
 _DISK_THREADS = 4
@@ -130,6 +132,7 @@ def _host_memory(costs: Costs) -> dict[str, float]:
         "h2d/kv": _PASSES_OF_KV * gpu.kv_load_bytes_per_s,
         "h2d/attended": gpu.h2d_bytes_per_s,
         "h2d/act": gpu.h2d_bytes_per_s,
+        "h2d/routed": gpu.h2d_bytes_per_s,
         "d2h": _PASSES_OF_KV * gpu.kv_store_bytes_per_s,
         "d2h/act": gpu.d2h_bytes_per_s,
         "stage": _PASSES_OF_KV * gpu.h2d_bytes_per_s,

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from cost_model.expert_usage import ExpertUsage, check_shape
+from policies.checks import check_count
 from policies.errors import DataError, FlexMoEError, InfeasibleError
 from policies.files import check_header, check_keys, read_json, write_json
-from policies.placement import check_count
 
 KIND = "flexmoe.router-stats"
 SCHEMA_VERSION = 1

@@ -36,7 +36,11 @@ class SerialClock:
             if step.unit is not None and step.unit not in brought:
                 brought.add(step.unit)
                 self._bring(step)
-                self._spend(step.user, step.name, seconds[step.seconds] + step.dispatched * self._op_s, 0.0)
+            self._spend(step.user, step.name, seconds[step.seconds] + step.dispatched * self._op_s, 0.0)
+
+    def turn_to(self, queues: WeightQueues, buffers: Buffers) -> None:
+        """As `Clock.turn_to`; nothing has been moved ahead."""
+        self._queues = queues
 
     def _bring(self, step: Step) -> None:
         thread, place = step.unit

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_model.arch import ModelArch
-from cost_model.costs import Costs, MemoryPlan, plan_memory
+from cost_model.expert_usage import ExpertUsage
 from cost_model.hardware import Hardware
 from cost_model.job_sweeps import JobSweeps, job_sweeps
-from cost_model.sizes import BLOCK_TOKENS, sizes
+from cost_model.memory import MemoryPlan
+from cost_model.problem import Problem
+from cost_model.sizes import BLOCK_TOKENS
 from cost_model.sweep_times import SweepTimes, like_times, operations, walked_times
 from cost_model.walk import walk
 from policies.chrome_trace import Span, write_chrome_trace
@@ -95,6 +97,9 @@ def simulate(
     *,
     number_bytes: int | None = None,
     kv_tokens: int | None = None,
+    usage: ExpertUsage | None = None,
+    on_demand: bool = True,
+    cache_experts: int = 0,
     full: bool = False,
     keep_trace_sweeps: int = 0,
     seed: int = 0,
@@ -108,27 +113,32 @@ def simulate(
         arch, hardware, workload, policy: the model on the machine for the job under the policy.
         number_bytes: bytes of one number in the compute dtype; default: as stored.
         kv_tokens: KV capacity over all tiers; default: what keeps the block in flight.
+        usage: how often each expert was chosen; default: all alike.
+        on_demand: sweeps of few rows move only the experts that were routed to.
+        cache_experts: experts that device memory beyond what the policy takes holds.
         full: follow every row and walk every sweep, however long that takes.
         keep_trace_sweeps: keep the operations of so many sweeps, from the first on.
         seed: of the rows' order.
 
     Raises:
         UsageError: the workload is endless.
-        InfeasibleError: a row fits no tier's KV cache.
+        InfeasibleError: a row fits no tier's KV cache; or the usage, or the policy's order of experts, is of another
+            model.
     """
     if workload.num_requests is None:
         raise UsageError("an endless job cannot be simulated; give the workload num_requests")
-    arch, b = arch.grouped(policy.experts_per_unit), number_bytes or arch.dtype_bytes
-    counts = sizes(
-        arch, policy, workload, device=hardware.device, kv_tokens=kv_tokens, longest_row=workload.longest_row
-    )
-    costs = Costs(arch, hardware, policy, counts, b)
+    problem = Problem.of(
+        arch, hardware, workload, number_bytes=number_bytes, kv_tokens=kv_tokens, usage=usage, on_demand=on_demand,
+        cache_experts=cache_experts,
+    )  # fmt: skip
+    counts = problem.sizes(policy)
+    costs = problem.costs(policy, counts)
     job = job_sweeps(policy, counts, workload, whole=full, seed=seed)
     size, batches = policy.gpu_batch_size, float(np.ceil(job.rows / policy.gpu_batch_size).sum())
     walked = full or operations(costs, batches / len(job.logits)) * len(job.logits) <= WALKED_OPS
     times = (walked_times if walked else like_times)(costs, size, job)
-    memory = plan_memory(arch, policy, counts, device=hardware.device, compute_bytes=b)
-    block_bytes = arch.kv_bytes_per_token(b) * BLOCK_TOKENS
+    memory = problem.memory(policy, counts)
+    block_bytes = arch.kv_bytes_per_token(problem.number_bytes) * BLOCK_TOKENS
     spans = walk(costs, [job.load(at) for at in range(min(keep_trace_sweeps, len(job.logits)))], size, keep_spans=True)
     return _summary(job, times, memory, block_bytes, tuple(spans.spans))
 

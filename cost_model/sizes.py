@@ -1,7 +1,7 @@
 """Counts that follow from model, policy and workload: units, KV blocks, rows and tokens. The runtime allocates by them.
 
-The policy's shares are turned into whole numbers here, once, by `policies.placement`; `cost_model.costs` turns the
-numbers into bytes and seconds.
+The policy's shares are turned into whole numbers here, once, by `policies.placement`; `cost_model.memory`
+and `cost_model.costs` turn the numbers into bytes and seconds.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from functools import lru_cache
 from math import ceil
 
 from cost_model.arch import ModelArch
-from cost_model.units import unit_slack_bytes
+from cost_model.units import experts_of, unit_slack_bytes
+from policies.errors import InfeasibleError, UsageError
 from policies.placement import Placement, Residency, place_batches, place_blocks
 from policies.policy import Policy, Workload
 
 BLOCK_TOKENS = 16
 LOOK_AHEAD_BYTES = 1 << 30
+#: Slots that go on streaming attention, dense layers and the head while experts come on demand.
+KEPT_SLOTS = 2
+_PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +75,7 @@ def sizes(
             default: rows as long as a tier can hold.
     """
     arch = arch.grouped(policy.experts_per_unit)
-    placement = residency(arch).place(policy.w_gpu_percent, policy.w_cpu_percent)
+    placement = residency(arch, policy.expert_order).place(policy.w_gpu_percent, policy.w_cpu_percent)
     longest = longest_row or workload.longest_row
     together = ceil((workload.prompt_len + workload.gen_len) / BLOCK_TOKENS) if policy.schedule == "static" else 1
     blocks = kv_blocks_per_tier(policy, kv_tokens or kv_tokens_wanted(policy, workload), longest, together)
@@ -104,9 +108,19 @@ def sizes(
 
 
 @lru_cache(maxsize=16)
-def residency(arch: ModelArch) -> Residency:
-    """The model's units in the order in which they deserve a fast tier."""
-    return Residency(arch.units())
+def residency(arch: ModelArch, expert_order: tuple[tuple[int, ...], ...] | None = None) -> Residency:
+    """The model's units in the order in which they deserve a fast tier.
+
+    Args:
+        expert_order: that of a policy.
+
+    Raises:
+        InfeasibleError: the order is of another model, or of other units of experts.
+    """
+    try:
+        return Residency(arch.units(), expert_order)
+    except UsageError as error:
+        raise InfeasibleError(f"the policy was made for another model or other units of experts: {error}") from error
 
 
 def kv_tokens_wanted(policy: Policy, workload: Workload) -> int:
@@ -142,6 +156,19 @@ def slot_bytes(arch: ModelArch, placement: Placement) -> int:
     """Bytes of a weight slot: the largest unit that is streamed."""
     largest = placement.residency.largest_streamed_bytes(placement.gpu_end)
     return largest + unit_slack_bytes(arch) if largest else 0
+
+
+@lru_cache(maxsize=16)
+def single_expert_bytes(arch: ModelArch) -> float:
+    """Stored bytes of one expert of a sparse layer, as `units` have it."""
+    unit = next(unit for unit in arch.units() if unit.kind == "expert" and not arch.is_dense(unit.layer))
+    return unit.stored_bytes / len(experts_of(unit.name))
+
+
+@lru_cache(maxsize=16)
+def entry_bytes(arch: ModelArch) -> int:
+    """Room that a single expert takes where experts come on demand."""
+    return ceil((single_expert_bytes(arch) + unit_slack_bytes(arch.grouped(1))) / _PAGE_BYTES) * _PAGE_BYTES
 
 
 def _look_ahead(arch: ModelArch, placement: Placement) -> int:

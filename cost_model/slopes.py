@@ -11,13 +11,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
 
-from cost_model.arch import ModelArch
 from cost_model.attention_phase import DOWN, UP, hidden_states_s
-from cost_model.costs import Costs, MemoryPlan, plan_memory
-from cost_model.hardware import Hardware
 from cost_model.load import BatchLoad, RowGroup
 from cost_model.phases import course
-from cost_model.sizes import Sizes, sizes
+from cost_model.problem import Problem
 from policies.placement import TIERS
 from policies.policy import Policy
 from policies.workload import Workload
@@ -30,28 +27,6 @@ _POINTS = (0.25, 0.5, 1, 2, 4)
 #: Operations that the main thread hands to others with a GPU batch's projection, by mode (`cost_model.attention_phase`).
 _HANDED_ON = {"gpu": 0, "fetch": 2, "disk": 3, "cpu": 2}
 _FEW_BATCHES = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """What is to be planned. ``number_bytes``: of one number in the compute dtype; ``kv_tokens``: as in `evaluate`."""
-
-    arch: ModelArch
-    hardware: Hardware
-    workload: Workload
-    number_bytes: int
-    kv_tokens: int | None = None
-
-    def sizes(self, policy: Policy) -> Sizes:
-        """The counts that `evaluate` takes for a policy."""
-        p = self
-        device, longest = p.hardware.device, p.workload.longest_row
-        return sizes(p.arch, policy, p.workload, device=device, kv_tokens=p.kv_tokens, longest_row=longest)
-
-    def memory(self, policy: Policy, counts: Sizes) -> MemoryPlan:
-        """The bytes that `evaluate` takes for a policy."""
-        device = self.hardware.device
-        return plan_memory(self.arch, policy, counts, device=device, compute_bytes=self.number_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +161,7 @@ class Slopes:
         policy = choice.policy(problem.workload, choice.rows, "gpu")
         counts = problem.sizes(policy)
         self.rows = policy.block_size
-        self.costs = Costs(problem.arch, problem.hardware, policy, counts, problem.number_bytes)
+        self.costs = problem.costs(policy, counts)
         way = course(policy, counts, problem.workload)
         self.tokens = way.tokens / self.rows
         self.phases = [self._phase(p.sweeps, p.load.groups["gpu"], p.load.logits) for p in way.phases if p.sweeps > 0]

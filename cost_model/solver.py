@@ -7,19 +7,20 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cost_model.arch import ModelArch
-from cost_model.evaluate import Prediction, evaluate
+from cost_model.evaluate import Prediction, predict
 from cost_model.fixed import Fixed
 from cost_model.hardware import Hardware
 from cost_model.units import group_on
-from policies.placement import check_number
+from policies.checks import check_number
 from policies.policy import Policy
 from policies.workload import Workload
 
 if TYPE_CHECKING:
     from cost_model.advice import Advice
+    from cost_model.expert_usage import ExpertUsage
     from cost_model.lp import Price
     from cost_model.optimum import Optimum
-    from cost_model.slopes import Problem
+    from cost_model.problem import Problem
 
 #: Each one asks for what the one before placed, and that settles at once but for the smallest of caches.
 _MOST_ROUNDINGS = 8
@@ -70,6 +71,8 @@ def solve(
     schedule: str | None = None,
     number_bytes: int | None = None,
     kv_tokens: int | None = None,
+    usage: ExpertUsage | None = None,
+    on_demand: bool = True,
     advice: bool = False,
     effort: float = 1.0,
 ) -> Plan:
@@ -80,18 +83,22 @@ def solve(
         schedule: rolling or static; a short way to fix it.
         number_bytes: bytes of one number in the compute dtype; default: as stored.
         kv_tokens: KV capacity over all tiers; default: what keeps the block in flight.
+        usage: how often each expert was chosen; experts that were used most are the first to become resident. Default: all
+            are alike.
+        on_demand: sweeps of few rows move only the experts that were routed to.
         advice: find out, too, what would help most.
         effort: how long to search, by judgements and not by the clock; less is quicker and may find a little less.
 
     Raises:
         InfeasibleError: nothing fits; the sentence names the limit, and how much of each capacity alone would do.
+            Or the usage is of another model.
         UsageError: what is fixed contradicts itself.
     """
     # The programme's library is loaded only where a plan is made.
     from cost_model.advice import advise
     from cost_model.infeasible import refusal, smallest_policies
     from cost_model.optimum import optimum
-    from cost_model.slopes import Problem
+    from cost_model.problem import Problem
     from cost_model.spared_disk import spare_the_disk
 
     start = time.perf_counter()
@@ -100,19 +107,16 @@ def solve(
         fixed = replace(fixed, schedule=schedule)
     group = group_on(hardware, arch)
     arch = arch.grouped(group)
-    problem = Problem(
-        arch=arch,
-        hardware=hardware,
-        workload=workload,
-        number_bytes=number_bytes or arch.dtype_bytes,
-        kv_tokens=kv_tokens,
-    )
+    about = {"number_bytes": number_bytes, "kv_tokens": kv_tokens, "usage": usage, "on_demand": on_demand}
+    problem = Problem.of(arch, hardware, workload, **about)
+    if usage is not None:
+        fixed = replace(fixed, expert_order=usage.unit_order(arch))
     smallest = smallest_policies(problem, fixed)
     if not smallest:
         raise refusal(problem, fixed)
     found = optimum(problem, fixed, smallest, check_number("effort", effort))
     policy = replace(achieved(problem, spare_the_disk(problem, fixed, found.policy)), experts_per_unit=group)
-    prediction = evaluate(arch, hardware, workload, policy, number_bytes=problem.number_bytes, kv_tokens=kv_tokens)
+    prediction = predict(problem, policy)
     found = replace(found, policy=policy)
     hints = advise(problem, fixed, found, prediction.bottleneck) if advice else ((), 0, 0)
     return Plan(policy=policy, prediction=prediction, explanation=_explanation(found, prediction, hints, start))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from cost_model.evaluate import evaluate
+from cost_model.evaluate import predict
 from cost_model.fixed import Fixed
-from cost_model.slopes import Problem
+from cost_model.problem import Problem
 from policies.errors import InfeasibleError
 from policies.policy import Policy
 
@@ -40,11 +40,7 @@ def _moved(policy: Policy, fixed: Fixed, on_disk: float) -> Iterator[Policy]:
 
 def _tokens_per_s(problem: Problem, policy: Policy) -> float:
     """0 where it does not fit."""
-    p = problem
     try:
-        prediction = evaluate(
-            p.arch, p.hardware, p.workload, policy, number_bytes=p.number_bytes, kv_tokens=p.kv_tokens
-        )
+        return predict(problem, policy).tokens_per_s
     except InfeasibleError:
         return 0.0
-    return prediction.tokens_per_s

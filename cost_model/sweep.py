@@ -5,7 +5,8 @@ sweep takes the largest of
 
 * each thread's busy seconds, and each shared resource's (`cost_model.resources`);
 * the compute chain: in every layer the attention of all GPU batches, with CPU attention, fetched KV and hidden states on
-  the way (`cost_model.attention_phase`), and then the experts;
+  the way (`cost_model.attention_phase`), and then the experts; where these come on demand, only what lives on the device
+  is computed meanwhile;
 * each link behind the chain: from the last expert of a layer to the first of the next no slot is freed, so no more units
   arrive than there are slots, and the link stands still for the rest of that time.
 
@@ -21,6 +22,8 @@ from cost_model.attention_phase import DOWN, UP, AttentionPhase
 from cost_model.costs import Costs
 from cost_model.load import BatchLoad, SweepLoad, batches
 from cost_model.resources import USERS, Resources
+from cost_model.routing import Demand
+from cost_model.sizes import KEPT_SLOTS
 
 _LANES = ("gpu", "cpu", "h2d", "d2h", "disk_read", "disk_write")
 _STREAMED = ("attention", "expert", "head")
@@ -34,6 +37,8 @@ THREADS = {
     "hidden states": (*UP, *DOWN),
     "disk_write": ("disk_write", "disk_write/act"),
 }
+#: Users that the chain waits for where experts come on demand.
+_DEMANDED = ("disk_read/routed", "h2d/routed")
 #: Users that keep all cores of device cpu busy.
 _ALL_CORES = ("gpu", "cpu", "h2d/kv", "h2d/attended", "d2h")
 _LANE_OF = {user: "gpu" if user == "host" else user.partition("/")[0] for user in USERS}
@@ -83,26 +88,38 @@ class SweepForm:
         self._on_cpu = costs.hardware.device == "cpu"
         self._resources = Resources(costs)
         self._beside = beside_shares(self._resources) if self._on_cpu else {}
-        self._weights_s = _weights_s(costs)
-        self._streams = _streams(costs, self._weights_s)
+        self._stream, self._kept = _WeightStream(costs), None
 
     def time(self, load: SweepLoad) -> SweepTime:
         """Seconds of one sweep in a row of like ones."""
         costs, layers, cut = self._costs, self._layers, batches(load, self._rows)
-        experts_s, attention = _experts_s(costs, load.tokens), AttentionPhase(costs, cut)
+        demand, attention = costs.routing.on_demand(load.tokens), AttentionPhase(costs, cut)
+        stream = self._stream_beside(demand)
+        experts = _experts(costs, load.tokens, demand, stream)
         embed_s = costs.embed_s(BatchLoad(tokens=load.tokens)) + len(cut) * costs.op_s
         computed_s = embed_s + _head_s(costs, load.logits) + costs.sample_s(load.logits)
-        busy = {user: layers * seconds for user, seconds in attention.moved_s.items()} | self._weights_s
-        busy |= {"gpu": layers * (attention.compute_s + experts_s) + computed_s, "host": costs.host_s(load.rows)}
+        busy = {user: layers * seconds for user, seconds in attention.moved_s.items()} | stream.busy_s
+        busy |= {user: layers * seconds for user, seconds in experts.moved_s.items()}
+        busy |= {
+            "gpu": layers * (attention.compute_s + experts.compute_s) + computed_s,
+            "host": costs.host_s(load.rows),
+        }
         lanes = dict.fromkeys(_LANES, 0.0)
         for user, seconds in busy.items():
             lanes[_LANE_OF[user]] += seconds
         if costs.overlap:
-            chain = self._chain(busy, attention, experts_s, computed_s + busy["host"])
+            chain = self._chain(busy, attention, experts, stream, computed_s + busy["host"])
             bounds = self._shared(busy) | chain
         else:
             bounds = {"serial": sum(lanes.values())}
         return SweepTime(total_s=max(bounds.values()), lanes_s=lanes, bounds_s=bounds)
+
+    def _stream_beside(self, demand: Demand | None) -> _WeightStream:
+        if demand is None:
+            return self._stream
+        if self._kept is None:
+            self._kept = _WeightStream(self._costs, demanded=True)
+        return self._kept
 
     def _shared(self, busy: Mapping[str, float]) -> dict[str, float]:
         """The fewest seconds in which each thread, and each resource that threads share, does its work."""
@@ -115,66 +132,119 @@ class SweepForm:
         return found
 
     def _chain(
-        self, busy: Mapping[str, float], attention: AttentionPhase, experts_s: float, outside_s: float
+        self,
+        busy: Mapping[str, float],
+        attention: AttentionPhase,
+        experts: _Experts,
+        stream: _WeightStream,
+        outside_s: float,
     ) -> dict[str, float]:
         """Seconds of the compute chain, and of each link behind it."""
-        layers, phase_s = self._layers, attention.seconds(experts_s)
+        layers, experts_s = self._layers, experts.chain_s
+        phase_s = attention.seconds(experts_s)
         chain_s = layers * (phase_s + experts_s) + outside_s
-        found = {"schedule": chain_s + (self._beside_s(busy, chain_s) if self._on_cpu else 0.0)}
-        for link_s, ahead_s in self._streams:
+        name = "on demand" if experts_s > experts.compute_s else "schedule"
+        computed_s = chain_s - layers * (experts_s - experts.compute_s)
+        found = {name: chain_s + (self._beside_s(busy, computed_s) if self._on_cpu else 0.0)}
+        for link_s, ahead_s in stream.links:
             # Where a link decides, the experts last as long as their units take to come, and more KV hides behind them.
             window_s = attention.seconds(max(experts_s, link_s / layers - min(ahead_s, phase_s)))
             idle_s = (layers - 1) * max(0.0, window_s - ahead_s) + max(0.0, window_s + outside_s - ahead_s)
             found["slots"] = max(found.get("slots", 0.0), link_s + idle_s)
         return found
 
-    def _beside_s(self, busy: Mapping[str, float], chain_s: float) -> float:
+    def _beside_s(self, busy: Mapping[str, float], computed_s: float) -> float:
         """Seconds that copies and readers take from the cores that compute on device cpu."""
-        return sum(share * min(chain_s, busy[user]) for user, share in self._beside.items())
+        return sum(share * min(computed_s, busy[user]) for user, share in self._beside.items())
 
 
 def beside_shares(resources: Resources) -> dict[str, float]:
     """Part of all cores that weights and disk transfers take from what computes beside them on device cpu."""
-    users = ("h2d", *(user for user in USERS if user.startswith("disk")))
+    users = ("h2d", *(user for user in USERS if user.startswith("disk") and user not in _DEMANDED))
     return {user: resources.seconds({user: 1.0})["cores"] for user in users}
 
 
-def _weights_s(costs: Costs) -> dict[str, float]:
-    """Busy seconds of the weight stream in a sweep, by user of `cost_model.resources`."""
-    at = costs.counts.placement
-    on_cpu, on_disk = at.bytes_of("cpu", *_STREAMED), at.bytes_of("disk", *_STREAMED)
-    through_host = costs.hardware.device == "cuda"  # on device cpu, disk units are read straight into their slot
-    return {"h2d": costs.copy_s(on_cpu + on_disk * through_host), "disk_read": costs.read_s(on_disk)}
+class _WeightStream:
+    """What is moved ahead of the computation, whatever is routed where.
+
+    Args:
+        costs: durations of the operations.
+        demanded: experts come on demand; only what else is streamed passes through the slots that are kept for that.
+
+    Attributes:
+        busy_s: seconds of a sweep, by user of `cost_model.resources`.
+        links: of each link, (its seconds in a sweep, those of what it may bring before a slot is freed).
+    """
+
+    def __init__(self, costs: Costs, demanded: bool = False):
+        at, counts, on_cuda = costs.counts.placement, costs.counts, costs.hardware.device == "cuda"
+        units = {tier: at.count_of(tier, *_STREAMED) for tier in ("cpu", "disk")}
+        sizes = {tier: at.bytes_of(tier, *_STREAMED) for tier in ("cpu", "disk")}
+        slots = counts.slots
+        if demanded:
+            slots = min(slots, KEPT_SLOTS)
+            for tier in ("cpu", "disk"):
+                count, size = costs.routing.streamed(tier)
+                units[tier] -= count
+                sizes[tier] -= size
+        # On device cpu, disk units are read straight into their slot.
+        copy_s, read_s = costs.copy_s(sizes["cpu"] + sizes["disk"] * on_cuda), costs.read_s(sizes["disk"])
+        self.busy_s = {"h2d": copy_s, "disk_read": read_s}
+        self.links = _links(costs, units["cpu"], units["disk"], copy_s, read_s, slots)
 
 
-def _streams(costs: Costs, weights_s: Mapping[str, float]) -> list[tuple[float, float]]:
-    """Of each link of the weight stream, (its seconds in a sweep, those of what it may bring before a slot is freed)."""
-    at, counts, layers = costs.counts.placement, costs.counts, costs.arch.num_layers
-    from_host, from_disk = (at.count_of(tier, *_STREAMED) for tier in ("cpu", "disk"))
+def _links(
+    costs: Costs, from_host: int, from_disk: int, copy_s: float, read_s: float, slots: int
+) -> list[tuple[float, float]]:
+    counts, layers = costs.counts, costs.arch.num_layers
     if not from_host + from_disk:
         return []
-    part = counts.slots / (from_host + from_disk)
-    copy_s, read_s = weights_s["h2d"], weights_s["disk_read"]
+    part = slots / (from_host + from_disk)
     if costs.hardware.device == "cuda":
         staged = counts.staging_slots / from_disk if from_disk else 0.0
         return [(copy_s, part * copy_s), (read_s, (part + staged) * read_s)]
     # A layer's host units come before its disk units, so few slots hold either these or those, and one link rests.
     each_s = min(copy_s / from_host, read_s / from_disk) if from_host and from_disk else 0.0
-    link_s = max(copy_s, read_s, copy_s + read_s - 2 * layers * (counts.slots - 1) * each_s)
+    link_s = max(copy_s, read_s, copy_s + read_s - 2 * layers * (slots - 1) * each_s)
     return [(link_s, part * link_s)]
 
 
-def _experts_s(costs: Costs, tokens: float) -> float:
-    """Seconds of the routing and of all experts of a mean layer."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Experts:
+    """Routing and experts of a mean layer.
+
+    ``compute_s``: the compute device is busy; ``chain_s``: until the last of them is done; ``moved_s``: busy seconds of those
+    who bring experts on demand, by user of `cost_model.resources`.
+    """
+
+    compute_s: float
+    chain_s: float
+    moved_s: Mapping[str, float]
+
+
+def _experts(costs: Costs, tokens: float, demand: Demand | None, stream: _WeightStream) -> _Experts:
     arch = costs.arch
-    dense = len(arch.dense_layers)
-    sparse = arch.num_layers - dense
-    touched = costs.touched(tokens)
-    each = costs.expert_s(tokens * arch.top_k / touched, arch.expert_params) if touched else 0.0
-    total = sparse * (touched * each + (arch.expert_units + 1) * costs.op_s)
-    if dense:
-        total += dense * (costs.expert_s(tokens, arch.dense_params) + 2 * costs.op_s)
-    return total / arch.num_layers
+    layers, dense = arch.num_layers, len(arch.dense_layers)
+    beside_s = dense * (costs.expert_s(tokens, arch.dense_params) + 2 * costs.op_s) if dense else 0.0
+    if demand is None:
+        each_layer = costs.touched(tokens) * costs.reached_expert_s(tokens) + (arch.expert_units + 1) * costs.op_s
+        seconds = ((layers - dense) * each_layer + beside_s) / layers
+        return _Experts(compute_s=seconds, chain_s=seconds, moved_s=dict.fromkeys(_DEMANDED, 0.0))
+    own, asking = costs.demanded(demand, tokens), len(demand.layers)
+    # Beside the experts: the routing of each layer, and two operations with those that come.
+    other_s = ((layers - dense + 2 * asking) * costs.op_s + asking * own.last_s + beside_s) / layers
+    while_s = (demand.resident_units * (own.unit_s + costs.op_s) + asking * own.ahead_s) / layers
+    moved_s = {
+        "disk_read/routed": demand.disk_layers * own.read_s / layers,
+        "h2d/routed": asking * (own.copy_s + own.copy_last_s) / layers,
+    }
+    # What is streamed begins when the attention of the layer is over, as this does, and a link has room for one at a time.
+    beside = {"disk_read/routed": stream.busy_s["disk_read"], "h2d/routed": stream.busy_s["h2d"]}
+    if costs.hardware.device == "cpu":  # where a copy is work for a core of its own
+        beside["h2d/routed"] = 0.0
+    read_s, copied_s = (s + min(s, beside[user] / layers) for user, s in moved_s.items())
+    wait_s = max(read_s + asking * own.copy_last_s / layers, copied_s)
+    return _Experts(compute_s=while_s + other_s, chain_s=max(while_s, wait_s) + other_s, moved_s=moved_s)
 
 
 def _head_s(costs: Costs, logits: float) -> float:

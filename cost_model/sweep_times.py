@@ -23,6 +23,8 @@ _FEWEST_KNOTS, _MOST_KNOTS = 2, 12
 _KNOT_OPS = 70_000
 #: GPU batches of a sweep that is walked as a knot; more are merged, as all but the first and the last are alike.
 _KNOT_BATCHES = 24
+#: Between sweeps of which one has its experts on demand: beyond any distance in size.
+_FAR = 100.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +57,10 @@ def like_times(costs: Costs, gpu_batch_size: int, sweeps: JobSweeps) -> SweepTim
     closed = list(map(SweepForm(costs, gpu_batch_size).time, loads))
     closed_s, lanes_s = _as_arrays(closed)
     spent = np.bincount(group_of, weights=sweeps.recurs, minlength=len(loads)) * closed_s
-    knots = _knots(loads, spent, _count_knots(costs, batches))
+    demanded = [costs.routing.on_demand(load.tokens) is not None for load in loads]
+    knots = _knots(loads, demanded, spent, _count_knots(costs, batches))
     ratios = np.array([_walked_over_closed(costs, gpu_batch_size, loads[knot]) for knot in knots])
-    mixed = _nearness(loads, knots) @ ratios
+    mixed = _nearness(loads, demanded, knots) @ ratios
     return SweepTimes(seconds=(closed_s * mixed[:, 0])[group_of], lanes_s=(lanes_s * mixed[:, 1:])[group_of])
 
 
@@ -88,18 +91,19 @@ def _count_knots(costs: Costs, batches: float) -> int:
     return int(min(_MOST_KNOTS, max(_FEWEST_KNOTS, walked)))
 
 
-def _knots(loads: list[SweepLoad], spent_s: np.ndarray, most: int) -> list[int]:
-    """Groups to walk: those that prefill and those that do not, each in the order of their size, at equal seconds."""
+def _knots(loads: list[SweepLoad], demanded: list[bool], spent_s: np.ndarray, most: int) -> list[int]:
+    """Groups to walk: those that prefill and those that do not, those whose experts come on demand apart, each in the order
+    of their size, at equal seconds."""
     found: list[int] = []
-    for prefills in (True, False):
-        members = [at for at, load in enumerate(loads) if (load.prompt_tokens > 0) == prefills]
+    kinds = [(load.prompt_tokens > 0, on_demand) for load, on_demand in zip(loads, demanded, strict=True)]
+    for kind in sorted(set(kinds), reverse=True):
+        members = [at for at, own in enumerate(kinds) if own == kind]
         members.sort(key=lambda at: (loads[at].tokens, _context(loads[at])))
-        if members:
-            part = spent_s[members].sum() / spent_s.sum()
-            count = max(1, round(part * most))
-            reached = np.cumsum(spent_s[members]) / spent_s[members].sum()
-            places = np.searchsorted(reached, (np.arange(count) + 0.5) / count)
-            found += [members[place] for place in dict.fromkeys(map(int, np.minimum(places, len(members) - 1)))]
+        part = spent_s[members].sum() / spent_s.sum()
+        count = max(1, round(part * most))
+        reached = np.cumsum(spent_s[members]) / spent_s[members].sum()
+        places = np.searchsorted(reached, (np.arange(count) + 0.5) / count)
+        found += [members[place] for place in dict.fromkeys(map(int, np.minimum(places, len(members) - 1)))]
     return found
 
 
@@ -112,9 +116,10 @@ def _walked_over_closed(costs: Costs, gpu_batch_size: int, load: SweepLoad) -> l
     return [walked_s / closed.total_s, *lanes]
 
 
-def _nearness(loads: list[SweepLoad], knots: list[int]) -> np.ndarray:
+def _nearness(loads: list[SweepLoad], demanded: list[bool], knots: list[int]) -> np.ndarray:
     """``[groups, knots]``: how much each knot says of each group; rows sum to 1."""
     where = np.log1p(np.array([[load.tokens, load.prompt_tokens, _context(load)] for load in loads]))
+    where = np.column_stack([where, _FAR * np.array(demanded)])
     apart = ((where[:, None, :] - where[None, knots, :]) ** 2).sum(axis=2)
     near = 1 / (apart + 1e-6) ** 2
     return near / near.sum(axis=1, keepdims=True)

@@ -18,12 +18,16 @@ from cost_model.op_tables import table_of_bytes, table_of_seconds
 from cost_model.program import Program, compile_sweep
 from cost_model.resources import USERS, Resources
 from cost_model.serial import SerialClock
-from cost_model.weight_queues import UnitSteps, weight_queues
+from cost_model.sizes import KEPT_SLOTS
+from cost_model.weight_queues import UnitSteps, WeightQueues, weight_queues
 from policies.chrome_trace import Span
 from policies.schedule import LANES, SweepShape
 
 #: Where the runtime's recorder puts what is not recorded under its own name.
-_TRACKS = {"disk_read": "disk_read/0", "disk_read/kv": "disk_read/kv0", "disk_write": "disk_write/kv0"}
+_TRACKS = {
+    "disk_read": "disk_read/0", "disk_read/kv": "disk_read/kv0", "disk_write": "disk_write/kv0", "disk_read/routed": "disk_read/1",
+    "h2d/routed": "h2d",
+}  # fmt: skip
 _NOT_RECORDED = ("host", "h2d/attended", "stage", "disk_read/wait", "disk_write/wait")
 _LANE_MASKS = {
     lane: sum(1 << place for place, user in enumerate(USERS) if user.partition("/")[0] == lane) for lane in LANES
@@ -73,8 +77,7 @@ class Walker:
         self._costs, self._rows = costs, gpu_batch_size
         self._resources = Resources(costs)
         self._units = UnitSteps.of(costs.arch, costs.counts.placement.tier_of)
-        self._queues = weight_queues(costs, self._units)
-        self._buffers = Buffers(slots=costs.counts.slots, staging_slots=max(1, costs.counts.staging_slots))
+        self._streams: dict[frozenset[int], tuple[WeightQueues, Buffers]] = {}
         self._programs: dict[tuple, Program] = {}
         self._speeds: dict[int, tuple[float, ...] | None] = {}
 
@@ -87,12 +90,16 @@ class Walker:
                 done.spans.append((_TRACKS.get(user, user), name, start, end, round(nbytes)))
 
         clock = (Clock if self._costs.overlap else SerialClock)(
-            self._queues, self._buffers, self._speeds_of, self._costs.op_s, record if keep_spans else None
+            *self._stream(frozenset()), self._speeds_of, self._costs.op_s, record if keep_spans else None
         )
+        demand = None
         for load in loads:
             cut, start = batches(load, self._rows), clock.now
-            nbytes = table_of_bytes(self._costs, cut) if keep_spans else ()
-            clock.sweep(self._program(cut), table_of_seconds(self._costs, cut, load), nbytes)
+            demand = self._costs.routing.on_demand(load.tokens, already=demand is not None)
+            on_demand = demand.layers if demand else frozenset()
+            clock.turn_to(*self._stream(on_demand))
+            nbytes = table_of_bytes(self._costs, cut, demand) if keep_spans else ()
+            clock.sweep(self._program(cut, on_demand), table_of_seconds(self._costs, cut, load, demand), nbytes)
             done.sweep_s.append(clock.now - start)
             done.lanes_s.append(_lanes_s(clock.active_s))
         return done
@@ -118,9 +125,18 @@ class Walker:
         self._speeds[mask] = tuple(found.get(user, 1.0) for user in USERS) if slowed else None
         return self._speeds[mask]
 
-    def _program(self, cut: Sequence[BatchLoad]) -> Program:
+    def _stream(self, on_demand: frozenset[int]) -> tuple[WeightQueues, Buffers]:
+        """The weight stream beside experts that come on demand, which have lent the other slots."""
+        if on_demand not in self._streams:
+            counts = self._costs.counts
+            slots = min(counts.slots, KEPT_SLOTS) if on_demand else counts.slots
+            buffers = Buffers(slots=slots, staging_slots=max(1, counts.staging_slots))
+            self._streams[on_demand] = weight_queues(self._costs, self._units, on_demand), buffers
+        return self._streams[on_demand]
+
+    def _program(self, cut: Sequence[BatchLoad], on_demand: frozenset[int]) -> Program:
         ways = tuple((b.new["fetch"] + b.new["disk"] > 0, b.new["cpu"] > 0, b.new["disk"] > 0) for b in cut)
-        if ways not in self._programs:
+        if (ways, on_demand) not in self._programs:
             tiers = self._costs.counts.activation_tiers
             fetched, on_cpu, on_disk = (frozenset(j for j, way in enumerate(ways) if way[k]) for k in range(3))
             shape = SweepShape(
@@ -132,9 +148,10 @@ class Walker:
                 cpu_batches=on_cpu,
                 stored_batches=fetched | on_cpu,
                 disk_batches=on_disk,
+                on_demand=on_demand,
             )
-            self._programs[ways] = compile_sweep(self._costs.arch, shape, self._queues)
-        return self._programs[ways]
+            self._programs[ways, on_demand] = compile_sweep(self._costs.arch, shape, self._stream(on_demand)[0])
+        return self._programs[ways, on_demand]
 
 
 def _lanes_s(active_s: dict[int, float]) -> dict[str, float]:

@@ -30,11 +30,12 @@ class UnitSteps:
         ordered = [experts_in_compute_order(each) for each in experts]
         return cls(attention=found["attention"], experts=ordered, head=found["head"])
 
-    def in_order(self) -> Iterable[UnitStep]:
-        """All of them in the order in which a sweep needs them."""
-        for unit, experts in zip(self.attention, self.experts, strict=True):
+    def in_order(self, on_demand: frozenset[int] = frozenset()) -> Iterable[UnitStep]:
+        """Those that a sweep needs for sure, in the order in which it does: not the experts of layers on demand."""
+        for layer, (unit, experts) in enumerate(zip(self.attention, self.experts, strict=True)):
             yield unit
-            yield from experts
+            if layer not in on_demand:
+                yield from experts
         yield from self.head
 
 
@@ -75,8 +76,8 @@ class WeightQueues:
     staged: int
 
 
-def weight_queues(costs: Costs, steps: UnitSteps) -> WeightQueues:
-    """The moves of a sweep.
+def weight_queues(costs: Costs, steps: UnitSteps, on_demand: frozenset[int] = frozenset()) -> WeightQueues:
+    """The moves of a sweep, but for the experts of the layers that are on demand.
 
     On device cpu a disk unit is read straight into its slot and a host unit is copied. On CUDA every unit is copied;
     one on disk is read into a staging slot first, and a host unit that is not pinned is copied there.
@@ -85,7 +86,7 @@ def weight_queues(costs: Costs, steps: UnitSteps) -> WeightQueues:
     sizes = {unit.name: unit.stored_bytes for unit in costs.arch.units()}
     moves: dict[int, list[Move]] = {COPY: [], READ: [], STAGE: []}
     brought_by, staged = {}, 0
-    streamed = [step for step in steps.in_order() if step.tier != "gpu"]
+    streamed = [step for step in steps.in_order(on_demand) if step.tier != "gpu"]
     for place, step in enumerate(streamed):
         size, on_disk = sizes[step.name], step.tier == "disk"
         what = {"name": step.name, "nbytes": size, "place": place}

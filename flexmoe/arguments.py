@@ -106,6 +106,13 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
         help="policy file, or auto: measure this machine (once, cached) and plan for the job's own lengths; instead of the "
         "flags of this group",
     )
+    g.add_argument(
+        "--expert-usage",
+        type=Path,
+        metavar="FILE",
+        help="how often each expert was chosen in another run: the planner and the flags of this group place the most used first, "
+        "and a static expert cache keeps them",
+    )
     g.add_argument("--force-policy", action="store_true", help="run a policy file that was made for another model")
     g.add_argument(
         "--percent", nargs=6, type=float, metavar=("W", "W", "C", "C", "A", "A"), help="placement; see below"

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from cost_model import Hardware, ModelArch, Workload
+from cost_model.expert_usage import ExpertUsage
 from cost_model.simulate import Simulation, simulate
 from policies.policy import Policy
 
@@ -23,12 +24,16 @@ class Forecaster:
     Args:
         arch, hardware, workload: the model on the machine for the job.
         number_bytes: bytes of one number in the compute dtype.
+        usage: how often each expert was chosen in another run; None: all are alike.
+        on_demand: sweeps of few rows move only the experts that were routed to.
     """
 
     arch: ModelArch
     hardware: Hardware
     workload: Workload
     number_bytes: int
+    usage: ExpertUsage | None = None
+    on_demand: bool = True
 
     @classmethod
     def of_machine(
@@ -42,6 +47,8 @@ class Forecaster:
         directory: Path,
         budgets: Mapping[str, float | None],
         held_bytes: int = 0,
+        usage: ExpertUsage | None = None,
+        on_demand: bool = True,
     ) -> Forecaster:
         """For this machine, measured now or before (``hardware`` "auto"), or from a file of `python -m flexmoe.probe`.
 
@@ -68,7 +75,8 @@ class Forecaster:
         if held_bytes:
             gpu = replace(machine.gpu, memory_bytes=max(0, machine.gpu.memory_bytes - held_bytes))
             machine = replace(machine, gpus=(gpu,))
-        return cls(arch=arch, hardware=machine, workload=workload, number_bytes=dtype.itemsize)
+        about = {"number_bytes": dtype.itemsize, "usage": usage, "on_demand": on_demand}
+        return cls(arch=arch, hardware=machine, workload=workload, **about)
 
     def plan(self, kv_tokens: int | None = None) -> Policy:
         """The best policy for the job.
@@ -81,16 +89,24 @@ class Forecaster:
         """
         from cost_model import solve
 
-        plan = solve(
-            self.arch, self.hardware, self.workload, number_bytes=self.number_bytes, kv_tokens=kv_tokens, advice=False
-        )
-        return plan.policy
+        return solve(self.arch, self.hardware, self.workload, advice=False, **self._about(kv_tokens)).policy
 
-    def predict(self, policy: Policy, kv_tokens: int | None = None) -> Simulation:
-        """What the job will do under a policy."""
-        return simulate(
-            self.arch, self.hardware, self.workload, policy, number_bytes=self.number_bytes, kv_tokens=kv_tokens
-        )
+    def predict(self, policy: Policy, kv_tokens: int | None = None, cache_experts: int = 0) -> Simulation:
+        """What the job will do under a policy.
+
+        Args:
+            cache_experts: experts that the run keeps in device memory beyond what the policy takes.
+        """
+        about = self._about(kv_tokens) | {"cache_experts": cache_experts}
+        return simulate(self.arch, self.hardware, self.workload, policy, **about)
+
+    def _about(self, kv_tokens: int | None) -> dict:
+        return {
+            "number_bytes": self.number_bytes,
+            "kv_tokens": kv_tokens,
+            "usage": self.usage,
+            "on_demand": self.on_demand,
+        }
 
 
 def describe_policy(policy: Policy) -> str:
@@ -108,6 +124,7 @@ def describe_policy(policy: Policy) -> str:
     return (
         f"policy: --gpu-batch-size {p.gpu_batch_size} --num-gpu-batches {p.num_gpu_batches} --percent {percents} "
         f"--schedule {p.schedule} --prefill-tokens {p.prefill_tokens}, CPU attention {p.cpu_attention_percent:g} %"
+        + (", most used experts first" if p.expert_order else "")
     )
 
 

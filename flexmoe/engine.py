@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cost_model.costs import sampling_bytes
+from cost_model.memory import sampling_bytes
 from cost_model.sizes import BLOCK_TOKENS
 from flexmoe.activations import Activations
 from flexmoe.block import Block, Run

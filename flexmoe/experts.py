@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 
-from cost_model.costs import EXPERT_CHUNK_TOKENS
+from cost_model.memory import EXPERT_CHUNK_TOKENS
 from flexmoe import native
 from flexmoe.device import Device
 from flexmoe.native.products import grouped_products

@@ -10,17 +10,18 @@ import numpy as np
 import torch
 
 from cost_model.arch import ModelArch
-from cost_model.costs import MemoryPlan, plan_memory
 from cost_model.expert_usage import ExpertUsage
+from cost_model.memory import MemoryPlan, plan_memory
 from cost_model.on_demand import OnDemand, entry_bytes
 from cost_model.sizes import Sizes, sizes
 from flexmoe.device import Device
 from flexmoe.errors import InfeasibleError, UsageError
-from flexmoe.loader import Model, compute_dtype
 from flexmoe.eviction import EXPERT_CACHES
+from flexmoe.loader import Model, compute_dtype
 from flexmoe.machine import available_host_bytes, free_disk_bytes
 from flexmoe.router_stats import coactivation_bytes
-from policies.placement import check_count, describe
+from policies.checks import check_count
+from policies.placement import describe
 from policies.policy import Policy, Workload
 
 GIB = 1 << 30

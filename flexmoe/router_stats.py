@@ -17,7 +17,7 @@ import torch
 from cost_model.arch import ModelArch
 from cost_model.router_stats import Balance, RouterStats
 from flexmoe.errors import UsageError
-from policies.placement import check_count
+from policies.checks import check_count
 
 #: Of the one-hot rows of a chunk of tokens. Such a chunk is far below the 2^24 tokens up to which float32 counts exactly.
 _CHUNK_BYTES = 1 << 20

@@ -107,6 +107,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--cut-gen-len projects one block; give at most {block_size} --num-prompts")
     files = {"input": args.input_file, "trace": args.trace, "metrics": args.metrics_json}
     files["router statistics"] = args.router_stats
+    files["expert usage"] = args.expert_usage
     files |= {name: path for name in ("policy", "hardware") if not is_auto(path := getattr(args, name))}
     if args.output_file:
         files["output"], files["error"] = job_files(args).outputs()

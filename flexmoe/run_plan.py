@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cost_model.expert_usage import ExpertUsage
 from cost_model.simulate import Simulation
 from cost_model.sizes import BLOCK_TOKENS
 from flexmoe.auto_policy import Forecaster
@@ -56,11 +57,12 @@ def plan_run(args: argparse.Namespace, model: Model, measured: Measured, lengths
     Raises:
         FlexMoEError: nothing fits, or what the flags ask for cannot be used.
     """
-    planner = _forecaster(args, model, measured)
+    usage = _expert_usage(args, model)
+    planner = _forecaster(args, model, measured, usage)
     try:
-        return _planned(args, model, measured, planner)
+        return _planned(args, model, measured, planner, usage)
     except InfeasibleError:
-        fitting = None if lengths is None else _longest_that_fits(args, model, lengths, planner)
+        fitting = None if lengths is None else _longest_that_fits(args, model, lengths, planner, usage)
         if fitting is None or fitting >= measured.longest_row:
             raise
     others = lengths.measured(model.arch.max_position, fitting)
@@ -72,20 +74,26 @@ def plan_run(args: argparse.Namespace, model: Model, measured: Measured, lengths
         measured.longest_row,
         fitting,
     )
-    return replace(_planned(args, model, others, planner), rows_without_room=len(without))
+    return replace(_planned(args, model, others, planner, usage), rows_without_room=len(without))
 
 
-def _planned(args: argparse.Namespace, model: Model, measured: Measured, planner: Forecaster | None) -> RunPlan:
+def _planned(
+    args: argparse.Namespace, model: Model, measured: Measured, planner: Forecaster | None, usage: ExpertUsage | None
+) -> RunPlan:
     planner = planner and replace(planner, workload=measured.workload)
-    policy = _choose_policy(args, model, measured, planner)
-    options = _engine_options(args, measured, policy)
+    policy = _choose_policy(args, model, measured, planner, usage)
+    options = _engine_options(args, measured, policy, usage)
     plan = EnginePlan.of(model, EngineConfig(policy=policy, workload=measured.workload, **options))
-    predicted = planner.predict(policy, options["kv_tokens"]) if planner else None
+    predicted = planner.predict(policy, options["kv_tokens"], plan.sizes.cache_experts) if planner else None
     return RunPlan(measured=measured, policy=policy, options=options, engine=plan, predicted=predicted)
 
 
 def _longest_that_fits(
-    args: argparse.Namespace, model: Model, lengths: Lengths, planner: Forecaster | None
+    args: argparse.Namespace,
+    model: Model,
+    lengths: Lengths,
+    planner: Forecaster | None,
+    usage: ExpertUsage | None,
 ) -> int | None:
     """The longest row that runs where it is alone, in tokens; None where even the shortest does not.
 
@@ -95,8 +103,12 @@ def _longest_that_fits(
     def fits(tokens: int) -> bool:
         measured = lengths.measured(model.arch.max_position, tokens)
         try:
-            policy = _choose_policy(args, model, measured, planner and replace(planner, workload=measured.workload))
-            options = {**_engine_options(args, measured, policy), "kv_tokens": 1}  # and what the longest row needs
+            own = planner and replace(planner, workload=measured.workload)
+            policy = _choose_policy(args, model, measured, own, usage)
+            options = {
+                **_engine_options(args, measured, policy, usage),
+                "kv_tokens": 1,
+            }  # and what the longest row needs
             EnginePlan.of(model, EngineConfig(policy=policy, workload=measured.workload, **options))
         except InfeasibleError:
             return False
@@ -128,7 +140,22 @@ def benchmark_rows(args: argparse.Namespace) -> Measured:
     return Measured(workload=workload, longest_row=args.prompt_len + args.gen_len, rows=rows)
 
 
-def _forecaster(args: argparse.Namespace, model: Model, measured: Measured) -> Forecaster | None:
+def _expert_usage(args: argparse.Namespace, model: Model) -> ExpertUsage | None:
+    """How often each expert was chosen in another run, where that is given.
+
+    Raises:
+        FlexMoEError: the file cannot be used, or is another model's.
+    """
+    if args.expert_usage is None:
+        return None
+    usage = ExpertUsage.load(args.expert_usage)
+    usage.check_model(model.arch)
+    return usage
+
+
+def _forecaster(
+    args: argparse.Namespace, model: Model, measured: Measured, usage: ExpertUsage | None
+) -> Forecaster | None:
     """The planner, where the run asks for it: a job's dry run does, to say how long the job will take.
 
     Raises:
@@ -146,11 +173,15 @@ def _forecaster(args: argparse.Namespace, model: Model, measured: Measured) -> F
         device=args.device,
         directory=args.offload_dir,
         budgets={name: getattr(args, name) for name in ("gpu_mem", "cpu_mem", "nvme_mem")},
+        usage=usage,
+        on_demand=args.expert_cache != "off",
         held_bytes=coactivation_bytes(model.arch) if args.router_stats else 0,
     )
 
 
-def _choose_policy(args: argparse.Namespace, model: Model, measured: Measured, planner: Forecaster | None) -> Policy:
+def _choose_policy(
+    args: argparse.Namespace, model: Model, measured: Measured, planner: Forecaster | None, usage: ExpertUsage | None
+) -> Policy:
     """The policy that the flags ask for.
 
     Raises:
@@ -163,10 +194,11 @@ def _choose_policy(args: argparse.Namespace, model: Model, measured: Measured, p
         if not args.force_policy:
             file.check_model(model.arch.fingerprint())
         return file.policy
-    return _policy_of_flags(args, measured)
+    order = usage.unit_order(model.arch) if usage else None
+    return _policy_of_flags(args, measured, order)
 
 
-def _engine_options(args: argparse.Namespace, measured: Measured, policy: Policy) -> dict:
+def _engine_options(args: argparse.Namespace, measured: Measured, policy: Policy, usage: ExpertUsage | None) -> dict:
     """The engine's options beside the policy."""
     kv_tokens, mean = args.kv_tokens, measured.workload
     if kv_tokens is not None and kv_tokens < measured.longest_row:
@@ -190,12 +222,15 @@ def _engine_options(args: argparse.Namespace, measured: Measured, policy: Policy
         "seed": args.seed,
         "keep_spans": args.trace is not None,
         "expert_cache": args.expert_cache,
+        "expert_usage": usage,
         "router_stats": args.router_stats is not None,
         **({} if args.reserve is None else {"reserve": args.reserve}),
     }
 
 
-def _policy_of_flags(args: argparse.Namespace, measured: Measured) -> Policy:
+def _policy_of_flags(
+    args: argparse.Namespace, measured: Measured, expert_order: tuple[tuple[int, ...], ...] | None
+) -> Policy:
     workload = measured.workload
     size, count = args.gpu_batch_size or 16, args.num_gpu_batches or 1
     flags = {"schedule": args.schedule, "overlap": args.overlap, "pin_weight": args.pin_weight}
@@ -209,6 +244,7 @@ def _policy_of_flags(args: argparse.Namespace, measured: Measured) -> Policy:
         prompt_len=workload.prompt_len,
         gen_len=workload.gen_len,
         cpu_attention_percent=100.0 if args.cpu_cache_compute else 0.0,
+        expert_order=expert_order,
         **{name: value for name, value in flags.items() if value is not None},
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from cost_model.costs import LOADS_IN_FLIGHT
+from cost_model.memory import LOADS_IN_FLIGHT
 from flexmoe.device import Device
 from flexmoe.layout import UnitLayout, pack, views
 from flexmoe.sources import WeightSource

@@ -10,8 +10,8 @@ import traceback
 from collections.abc import Callable
 from typing import TextIO
 
+from policies.checks import check_number, check_percent
 from policies.errors import FlexMoEError, UsageError
-from policies.placement import check_number, check_percent
 
 EXIT_INTERNAL, EXIT_IO, EXIT_INTERRUPTED = 1, 74, 130
 #: A pipe whose reader is gone, a terminal that is.

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from policies import strict_json
+from policies.checks import check_count
 from policies.errors import DataError, InputMissingError, StorageError
-from policies.placement import check_count
 
 
 def read_json(path: str | os.PathLike, what: str) -> Any:

@@ -6,19 +6,17 @@ achieved percents are reported beside the asked ones (`describe`), and placing t
 the same placement, so that a policy file means one thing.
 """
 
-import sys
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from numbers import Integral, Real
 
+from policies.checks import PERCENT_TOLERANCE, check_count, check_shares
 from policies.errors import UsageError
 
 TIERS = ("gpu", "cpu", "disk")
 KINDS = ("embed", "attention", "expert", "head")
-PERCENT_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +79,18 @@ class Placement:
 
     def bytes_of(self, tier: str, *kinds: str) -> int:
         """Stored bytes of the units of these kinds (default all) in a tier."""
-        return self.residency.bytes_between(*self._stretch[tier], *kinds)
+        return self.residency.bytes_between(*self.stretch(tier), *kinds)
 
     def count_of(self, tier: str, *kinds: str) -> int:
         """How many units of these kinds (default all) a tier holds."""
-        return self.residency.count_between(*self._stretch[tier], *kinds)
+        return self.residency.count_between(*self.stretch(tier), *kinds)
+
+    def stretch(self, tier: str) -> tuple[int, int]:
+        """The places [first, last) in residency order that a tier holds."""
+        return self._stretches[tier]
 
     @cached_property
-    def _stretch(self) -> dict[str, tuple[int, int]]:
+    def _stretches(self) -> dict[str, tuple[int, int]]:
         ends = (0, self.gpu_end, self.cpu_end, len(self.residency.order))
         return dict(zip(TIERS, pairwise(ends), strict=True))
 
@@ -98,19 +100,21 @@ class Residency:
 
     Args:
         units: all units of the model, in schedule order.
+        expert_order: for each layer the numbers of its expert units, those first that most deserve a fast tier; None: as
+            they stand.
 
     Raises:
-        UsageError: there are no units, or two share a name.
+        UsageError: there are no units, two share a name, or the order is not one of these units.
     """
 
-    def __init__(self, units: Iterable[Unit]):
-        self.units = tuple(units)
+    def __init__(self, units: Iterable[Unit], expert_order: Sequence[Sequence[int]] | None = None):
+        self.units, self.expert_order = tuple(units), expert_order
         if not self.units:
             raise UsageError("there are no weight units to place; give at least one.")
         names = len({unit.name for unit in self.units})
         if names != len(self.units):
             raise UsageError(f"{len(self.units)} units have only {names} different names; each needs its own.")
-        self.order = tuple(residency_order(self.units))
+        self.order = tuple(residency_order(self.units, expert_order))
         self._bytes = {kind: _sums(unit.stored_bytes * (unit.kind == kind) for unit in self.order) for kind in KINDS}
         self._counts = {kind: _sums(unit.kind == kind for unit in self.order) for kind in KINDS}
         self.prefix_bytes = _sums(unit.stored_bytes for unit in self.order)
@@ -118,7 +122,9 @@ class Residency:
         self._largest_after = list(accumulate(reversed(streamed), max, initial=0))[::-1]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Residency) and self.units == other.units
+        return self is other or (
+            isinstance(other, Residency) and self.order == other.order and self.units == other.units
+        )
 
     def __hash__(self) -> int:
         return hash(self.units)
@@ -161,28 +167,47 @@ def place_weights(units: Iterable[Unit], gpu_percent: float, cpu_percent: float)
     return Residency(units).place(gpu_percent, cpu_percent)
 
 
-def residency_order(units: Sequence[Unit]) -> list[Unit]:
-    """All units, those that most deserve a fast tier first; it depends on the units alone, not on percents.
+def residency_order(units: Sequence[Unit], expert_order: Sequence[Sequence[int]] | None = None) -> list[Unit]:
+    """All units, those that most deserve a fast tier first; it does not depend on percents.
 
     Embedding, attention and head serve every token in every sweep and are small, so they come before the experts.
-    Experts follow by their index within the layer, and for each index the layers come in bit-reversed (van der Corput)
-    order. That order is the same for every index, so any interval of the experts is a window of one repeating
+    Experts follow by their rank within the layer (``expert_order``, as `Residency` takes it), and for each rank the layers come in bit-reversed (van der Corput)
+    order. That order is the same for every rank, so any interval of the experts is a window of one repeating
     sequence: two layers differ by at most one expert in a prefix (GPU) and in an interval (CPU) alike, and the layers
     that hold the extra one are spread over the depth of the model.
+
+    Raises:
+        UsageError: ``expert_order`` has another number of layers, or a layer another number of expert units.
     """
     layers = sorted({unit.layer for unit in units if unit.kind in ("attention", "expert")})
     rank = {layer: place for place, layer in enumerate(_spread(layers))}
     by_kind = {kind: [unit for unit in units if unit.kind == kind] for kind in KINDS}
     attention = sorted(by_kind["attention"], key=lambda unit: rank[unit.layer])
 
-    experts_seen: dict[int, int] = {}
-    keyed_experts = []
-    for unit in by_kind["expert"]:
-        index = experts_seen.get(unit.layer, 0)
-        experts_seen[unit.layer] = index + 1
-        keyed_experts.append(((index, rank[unit.layer]), unit))
-    keyed_experts.sort(key=lambda keyed: keyed[0])
-    return by_kind["embed"] + attention + by_kind["head"] + [unit for _, unit in keyed_experts]
+    ranked = _ranked_experts(by_kind["expert"], layers, expert_order)
+    experts = sorted(by_kind["expert"], key=lambda unit: (ranked[unit.name], rank[unit.layer]))
+    return by_kind["embed"] + attention + by_kind["head"] + experts
+
+
+def _ranked_experts(
+    experts: Sequence[Unit], layers: Sequence[int], order: Sequence[Sequence[int]] | None
+) -> dict[str, int]:
+    """By unit name, how many units of its layer come before it."""
+    of_layer: dict[int, list[str]] = {layer: [] for layer in layers}
+    for unit in experts:
+        of_layer[unit.layer].append(unit.name)
+    numbers = [range(len(names)) for names in of_layer.values()] if order is None else order
+    if len(numbers) != len(layers):
+        raise UsageError(
+            f"expert_order is of {len(numbers)} layers, and the model has {len(layers)}; take one made for it."
+        )
+    for layer, own in zip(layers, numbers):
+        if sorted(own) != list(range(len(of_layer[layer]))):
+            raise UsageError(
+                f"expert_order names {len(own)} expert units of layer {layer}, which has {len(of_layer[layer])}; it must "
+                "name each of them once. Take an order made for this model and these units."
+            )
+    return {of_layer[layer][number]: at for layer, own in zip(layers, numbers) for at, number in enumerate(own)}
 
 
 def place_blocks(total: int, gpu_percent: float, cpu_percent: float) -> dict[str, int]:
@@ -247,40 +272,6 @@ def describe(asked: Sequence[float], achieved: Sequence[float], what: str = "wei
     asked_text = "/".join(f"{percent:g}" for percent in asked)
     achieved_text = "/".join(f"{percent:.1f}" for percent in achieved)
     return f"{what}: asked {asked_text} %, placed {achieved_text} %"
-
-
-def check_count(name: str, value: int, minimum: int = 1) -> int:
-    """Returns `value` as an int, or raises UsageError unless it is a whole number of at least `minimum`."""
-    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)) or value < minimum:
-        raise UsageError(f"{name} is {value!r}; it must be a whole number of at least {minimum}.")
-    return int(value)
-
-
-def check_number(name: str, value: float, *, zero: bool = False) -> float:
-    """Returns `value` as a float, or raises UsageError unless it is a finite number above 0 (of at least 0 with `zero`)."""
-    real = isinstance(value, Real) and not isinstance(value, bool)
-    if not real or not 0 <= value <= sys.float_info.max or (value == 0 and not zero):
-        raise UsageError(f"{name} is {value!r}; it must be a finite number {'of at least' if zero else 'above'} 0.")
-    return float(value) + 0.0  # -0.0 becomes 0.0
-
-
-def check_percent(name: str, value: float) -> float:
-    """Returns `value` as a float, or raises UsageError unless it is a number from 0 to 100."""
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)) or not 0 <= value <= 100:
-        raise UsageError(f"{name} is {value!r}; it must be a number from 0 to 100.")
-    return float(value) + 0.0  # -0.0 becomes 0.0
-
-
-def check_shares(name: str, gpu_percent: float, cpu_percent: float) -> tuple[float, float]:
-    """Returns both percents as floats, or raises UsageError unless each is 0 to 100 and they sum to at most 100."""
-    gpu_percent = check_percent(f"the GPU percent of {name}", gpu_percent)
-    cpu_percent = check_percent(f"the CPU percent of {name}", cpu_percent)
-    if gpu_percent + cpu_percent > 100 + PERCENT_TOLERANCE:
-        raise UsageError(
-            f"{name}: {gpu_percent:g} % on the GPU and {cpu_percent:g} % on the CPU add up to "
-            f"{gpu_percent + cpu_percent:g} %; lower one, so that they sum to at most 100 (the rest goes to disk)."
-        )
-    return gpu_percent, cpu_percent
 
 
 def _nearest_prefix(prefix_bytes: Sequence[int], percent: float) -> int:

@@ -3,10 +3,11 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import lru_cache
 
+from policies.checks import check_count, check_percent, check_shares
 from policies.errors import DataError, FlexMoEError, InfeasibleError, UsageError
 from policies.files import check_header, check_keys, read_json, write_json
-from policies.placement import check_count, check_percent, check_shares
 from policies.workload import Workload
 
 KIND = "flexmoe.policy"
@@ -41,6 +42,8 @@ class Policy:
             itself (`cost_model.sizes`). More of them keep the links busy through a long attention phase.
         experts_per_unit: consecutive experts of a layer that are placed and moved as one; None is what the runtime takes by
             itself (`cost_model.units`). Small experts are moved in groups.
+        expert_order: for each layer the numbers of its expert units, 0 being the first, those first that are to live in
+            the fastest tier; None is as they stand. `cost_model.expert_usage` makes one of how often each was used.
 
     Raises:
         UsageError: a value is of the wrong type or out of range, or the percents of a pair add up to more than 100.
@@ -63,6 +66,7 @@ class Policy:
     schedule: str = "rolling"
     weight_slots: int | None = None
     experts_per_unit: int | None = None
+    expert_order: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self):
         for name in ("gpu_batch_size", "num_gpu_batches", "prefill_tokens"):
@@ -79,6 +83,8 @@ class Policy:
             object.__setattr__(self, "weight_slots", check_count("weight_slots", self.weight_slots, minimum=2))
         if self.experts_per_unit is not None:
             object.__setattr__(self, "experts_per_unit", check_count("experts_per_unit", self.experts_per_unit))
+        if self.expert_order is not None:
+            object.__setattr__(self, "expert_order", _checked_order(self.expert_order))
         if self.schedule not in SCHEDULES:
             raise UsageError(f"schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}.")
 
@@ -233,6 +239,32 @@ class PolicyFile:
                 f"the policy was made for another model: {'; '.join(differing)}. "
                 "Make a policy for this model, or override with --force-policy."
             )
+
+
+def _checked_order(order: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """The order as tuples; the search makes many policies of one order, which is checked once."""
+    if isinstance(order, tuple) and all(isinstance(layer, tuple) for layer in order):
+        return _known_order(order)
+    layers = order if isinstance(order, (list, tuple)) else ()
+    if not layers or not all(isinstance(layer, (list, tuple)) for layer in layers):
+        raise UsageError(
+            f"expert_order is {order!r:.80}; it must list, for each layer, the numbers of its expert units."
+        )
+    return _known_order.__wrapped__(tuple(map(tuple, layers)))
+
+
+@lru_cache(maxsize=16)
+def _known_order(order: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    for layer, numbers in enumerate(order):
+        whole = all(type(number) is int for number in numbers)
+        if not whole or not numbers or sorted(numbers) != list(range(len(numbers))):
+            raise UsageError(
+                f"expert_order has {numbers!r:.80} for layer {layer}; it must name each of the layer's expert units, which "
+                "count from 0, once."
+            )
+    if not order:
+        raise UsageError("expert_order names no layer; leave it out, or give the expert units of each layer.")
+    return order
 
 
 _SECTIONS = ("model", "hardware", "workload", "predicted")

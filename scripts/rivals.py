@@ -177,7 +177,7 @@ class Rivals:
         yield lambda policy, stride: replace(policy, schedule="static" if policy.schedule == "rolling" else "rolling")
 
     def _more_units(self, gpu: int, cpu: int, policy: Policy, stride: int) -> Policy | None:
-        units = residency(self.problem.arch.grouped(policy.experts_per_unit))
+        units = residency(self.problem.arch.grouped(policy.experts_per_unit), policy.expert_order)
         placed, before = units.place(policy.w_gpu_percent, policy.w_cpu_percent), units.prefix_bytes
         gpu_end, cpu_end = placed.gpu_end + gpu * stride, placed.cpu_end + cpu * stride
         if not 0 <= gpu_end <= cpu_end < len(before):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from cost_model.arch import ModelArch
-from cost_model.costs import HOST_BUFFERS, MemoryPlan, plan_memory
+from cost_model.memory import HOST_BUFFERS, MemoryPlan, plan_memory
 from cost_model.sizes import BLOCK_TOKENS, kv_blocks_per_tier, kv_tokens_wanted, sizes
 from cost_model.units import unit_slack_bytes
 from flexmoe.device import PAGE_BYTES, Device

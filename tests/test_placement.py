@@ -9,6 +9,7 @@ from cost_model.arch import ModelArch
 from policies.errors import UsageError
 from policies.placement import (
     TIERS,
+    Residency,
     Unit,
     describe,
     place_batches,
@@ -108,6 +109,51 @@ def test_every_interval_of_the_order_is_spread_evenly_over_layers(num_layers):
         counts = Counter(order[start:stop])
         per_layer = [counts[layer] for layer in range(num_layers)]
         assert max(per_layer) - min(per_layer) <= 1
+
+
+def random_order(rng, num_layers, num_experts):
+    return tuple(tuple(rng.sample(range(num_experts), num_experts)) for _ in range(num_layers))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_given_order_of_experts_says_which_of_a_layer_come_first_and_no_more(seed):
+    rng = random.Random(seed)
+    num_layers, num_experts = rng.randint(1, 20), rng.randint(1, 12)
+    units, order = small_units(num_layers, num_experts), random_order(rng, num_layers, num_experts)
+    plain, ordered = Residency(units), Residency(units, order)
+    assert [(unit.layer, unit.kind) for unit in ordered.order] == [(unit.layer, unit.kind) for unit in plain.order]
+    for layer in range(num_layers):
+        names = [unit.name for unit in ordered.order if (unit.layer, unit.kind) == (layer, "expert")]
+        assert names == [f"layers.{layer}.expert.{number}" for number in order[layer]]
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_placing_the_achieved_percents_in_a_given_order_gives_the_same_placement(seed):
+    rng = random.Random(seed)
+    num_layers, num_experts = rng.randint(1, 40), rng.randint(1, 16)
+    units = [Unit(u.name, u.layer, u.kind, rng.randint(1, 1000)) for u in small_units(num_layers, num_experts)]
+    residency = Residency(units, random_order(rng, num_layers, num_experts))
+    placement = residency.place(*random_shares(rng))
+    assert residency.place(*placement.achieved_percent[:2]) == placement
+    assert set(placement.tier_of) == {unit.name for unit in units}
+    larger = residency.place(min(100.0, placement.achieved_percent[0] + 10), 0)
+    on_gpu = [{name for name, tier in each.tier_of.items() if tier == "gpu"} for each in (placement, larger)]
+    assert on_gpu[0] <= on_gpu[1]
+
+
+def test_residencies_of_different_orders_are_different():
+    units = small_units(1, 3)
+    assert Residency(units, ((2, 0, 1),)) != Residency(units) == Residency(units, ((0, 1, 2),))
+    assert hash(Residency(units)) == hash(Residency(units, ((0, 1, 2),)))
+
+
+@pytest.mark.parametrize(
+    "order, said",
+    [(((0, 1),), "1 layers"), (((0, 1), (0, 1)), "layer 0, which has 3"), (((0, 1, 1), (0, 1, 2)), "once")],
+)
+def test_an_order_of_other_units_is_refused(order, said):
+    with pytest.raises(UsageError, match=said):
+        Residency(small_units(2, 3), order)
 
 
 def test_layers_with_one_expert_more_lie_apart():

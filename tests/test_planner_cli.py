@@ -15,6 +15,7 @@ from cost_model import __main__ as command
 from cost_model.hardware import GIB, Hardware
 from policies.policy import PolicyFile
 from policies.workload import Workload
+from tests.test_expert_usage import MIXTRAL, skewed
 
 ROOT = Path(__file__).parents[1]
 
@@ -379,3 +380,41 @@ def test_as_a_program_it_exits_with_the_code_and_a_sentence():
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert "110" in done.stderr and "Traceback" not in done.stderr
+
+
+# Usage of experts.
+
+
+@pytest.fixture
+def usage_file(tmp_path):
+    skewed().save(tmp_path / "usage.json")
+    return str(tmp_path / "usage.json")
+
+
+def test_usage_decides_which_experts_a_plan_has_on_the_gpu(main, usage_file, tmp_path):
+    few = [*SHAPE, *MACHINE, "--num-requests", "2", *FIXED[2:4], "--expert-usage", usage_file]
+    code, out, err = main(*few, "-o", str(tmp_path / "policy.json"))
+    assert (code, err) == (0, "")
+    screen = " ".join(out.split())
+    assert "experts are chosen as 1,000 tokens of another run chose them" in screen
+    assert "; most used experts first" in screen
+    policy = PolicyFile.load(tmp_path / "policy.json").policy
+    assert policy.expert_order == skewed().unit_order(MIXTRAL)
+    again = main(
+        *SHAPE, *MACHINE, "--num-requests", "2", "--policy", str(tmp_path / "policy.json"), "--expert-usage", usage_file
+    )
+    assert again[0] == 0 and re.search(r"predicted.*", again[1])[0] == re.search(r"predicted.*", out)[0]
+
+
+def test_usage_orders_the_experts_of_given_percents_too(judged, usage_file):
+    few = [*SHAPE, *GIVEN, "--num-requests", "2", "--hardware", "rtx4090", "--ignore-memory"]
+    plain, known = judged(*few), judged(*few, "--expert-usage", usage_file)
+    assert known["policy_file"]["policy"]["expert_order"] == [list(layer) for layer in skewed().unit_order(MIXTRAL)]
+    assert plain["policy_file"]["policy"]["expert_order"] is None
+    assert known["policy_file"]["predicted"]["tokens_per_s"] > plain["policy_file"]["predicted"]["tokens_per_s"]
+
+
+def test_usage_that_cannot_be_used_is_refused(main, usage_file, tmp_path):
+    assert_one_sentence(main("--model", "Qwen3-30B-A3B", "--expert-usage", usage_file), 4, "of another model")
+    assert_one_sentence(main(*SHAPE, "--expert-usage", str(tmp_path / "none.json")), 66, "none.json")
+    assert_one_sentence(main(*SHAPE, "--expert-usage", usage_file, "-o", usage_file), 2, "--expert-usage and --output")

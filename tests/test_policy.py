@@ -7,6 +7,7 @@ import pytest
 
 import policies
 from cost_model.arch import ModelArch
+from cost_model.sizes import residency
 from policies.errors import DataError, InfeasibleError, InputMissingError, StorageError, UsageError
 from policies.policy import Policy, PolicyFile, Workload
 
@@ -116,6 +117,25 @@ def test_a_saved_policy_loads_as_itself(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["policy.json"]
 
 
+def test_an_order_of_experts_is_saved_and_loaded(tmp_path):
+    policy = replace(make_policy(), expert_order=[[1, 0, 2], [2, 1, 0]])
+    assert policy.expert_order == ((1, 0, 2), (2, 1, 0)) and hash(policy) == hash(replace(policy))
+    PolicyFile(policy).save(tmp_path / "policy.json")
+    VALIDATOR.validate(json.loads((tmp_path / "policy.json").read_text()))
+    assert PolicyFile.load(tmp_path / "policy.json").policy == policy
+
+
+@pytest.mark.parametrize("order", [((0, 2),), ((1, 2),), ((-1, 0),), ((0, 1.5),)])
+def test_an_order_that_does_not_name_each_unit_once_is_refused(order):
+    with pytest.raises(UsageError, match="expert_order has .* for layer 0"):
+        make_policy(expert_order=order)
+
+
+def test_an_order_of_another_model_is_refused_where_it_is_placed():
+    with pytest.raises(InfeasibleError, match="another model or other units of experts: expert_order is of 2 layers"):
+        residency(ModelArch.from_name("mixtral-8x7b"), ((0, 1), (1, 0)))
+
+
 def test_an_empty_section_is_none():
     assert PolicyFile(make_policy(), {}, {}) == PolicyFile(make_policy())
 
@@ -147,6 +167,13 @@ BAD_POLICIES = [
     {"schedule": "lazy"},
     {"colour": "red"},
     {"prefill_tokens": None},
+    {"expert_order": []},
+    {"expert_order": [[]]},
+    {"expert_order": [[0, 0]]},
+    {"expert_order": [[0, "1"]]},
+    {"expert_order": [[0, True]]},
+    {"expert_order": [0, 1]},
+    {"expert_order": "01"},
 ]
 
 

@@ -10,8 +10,8 @@ import pytest
 
 import policies
 from cost_model.arch import ModelArch
-from cost_model.costs import plan_memory
 from cost_model.evaluate import evaluate
+from cost_model.memory import plan_memory
 from cost_model.report import Report
 from cost_model.sizes import sizes
 from policies.errors import InfeasibleError

@@ -4,9 +4,13 @@ import json
 
 import pytest
 
+from cost_model.arch import ModelArch
+from flexmoe import run_plan as run_plan_module
 from flexmoe.lengths import Lengths, RowLength
-from flexmoe.run_plan import _last
+from flexmoe.run_plan import RunPlan, _last
+from policies.policy import Policy
 from tests.command_lines import assert_one_sentence, body
+from tests.test_expert_usage import skewed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = {"prompt": [5] * 10, "max_tokens": 4}
@@ -93,3 +97,38 @@ def test_lengths_are_measured_without_the_longest_rows():
 def test_the_last_value_that_holds_is_found(holds):
     values = [2, 3, 5, 7, 11]
     assert _last(values, lambda value: value in values[:holds]) == (values[holds - 1] if holds else None)
+
+
+# Usage of experts.
+
+
+@pytest.fixture
+def usage(tiny, tmp_path):
+    arch = ModelArch.from_dir(tiny().directory)
+    usage = skewed(arch)
+    usage.save(tmp_path / "usage.json")
+    return usage, arch
+
+
+@pytest.mark.parametrize("flags", [["--percent", "40", "60", "100", "0", "100", "0"], AUTO[:2]], ids=["flags", "auto"])
+def test_experts_that_another_run_used_most_are_on_the_device(job, main, machine, usage, tmp_path, flags, monkeypatch):
+    known, arch = usage
+    plans = []
+    monkeypatch.setattr(run_plan_module, "RunPlan", lambda **about: plans.append(RunPlan(**about)) or plans[-1])
+    job.write([SHORT])
+    flags = [*flags, "--hardware", str(machine), "--expert-usage", str(tmp_path / "usage.json")]
+    code, out, err = main(job.args(*flags, "--metrics-json", str(tmp_path / "metrics.json")))
+    assert (code, err) == (0, "") and "most used experts first" in out
+    policy = Policy(**json.loads((tmp_path / "metrics.json").read_text())["policy"])
+    assert policy.expert_order == known.unit_order(arch.grouped(policy.experts_per_unit))
+    tiers = plans[0].engine.sizes.placement.tier_of
+    for layer, order in enumerate(policy.expert_order):
+        on_gpu = [tiers[f"layers.{layer}.expert.{number}"] == "gpu" for number in order]
+        assert on_gpu == sorted(on_gpu, reverse=True)
+
+
+def test_usage_of_another_model_is_refused_before_anything_is_planned(job, main, tmp_path):
+    skewed().save(tmp_path / "usage.json")
+    code, _, err = main(job.args("--expert-usage", str(tmp_path / "usage.json")))
+    assert code == 4
+    assert_one_sentence(err, "expert usage is of another model")

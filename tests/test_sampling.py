@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from cost_model.costs import SAMPLED_ROW_BYTES
+from cost_model.memory import SAMPLED_ROW_BYTES
 from flexmoe.logprobs import top_tokens
 from flexmoe.params import SamplingParams
 from flexmoe.penalties import TokenCounts, add_bias, penalize

@@ -9,6 +9,7 @@ from itertools import islice, pairwise
 import pytest
 
 from cost_model import job_sweeps as job_sweeps_module
+from cost_model import problem as problem_module
 from cost_model import simulate as simulate_module
 from cost_model.arch import ModelArch
 from cost_model.hardware import Hardware
@@ -96,9 +97,9 @@ def test_an_endless_job_is_refused():
 
 
 def test_rows_that_no_tier_can_hold_are_refused(monkeypatch):
-    real = simulate_module.sizes
+    real = problem_module.sizes
     monkeypatch.setattr(
-        simulate_module, "sizes",
+        problem_module, "sizes",
         lambda *a, **k: replace(real(*a, **k), kv_blocks={"gpu": 0, "cpu": 3, "disk": 0}),
     )  # fmt: skip
     with pytest.raises(InfeasibleError, match="room for 48 tokens"):
@@ -219,8 +220,8 @@ def on_track(spans, track):
 @pytest.mark.parametrize(
     ("percent", "rest"),
     [
-        ((20, 40, 30, 30, 34, 33), {"cpu_attention_percent": 50.0}),
-        ((30, 30, 0, 60, 100, 0), {"schedule": "static", "prefill_tokens": 70}),
+        ((20, 40, 30, 30, 34, 33), {"cpu_attention_percent": 50.0, "weight_slots": 2}),
+        ((30, 30, 0, 60, 100, 0), {"schedule": "static", "prefill_tokens": 70, "weight_slots": 2}),
         ((100, 0, 100, 0, 100, 0), {"prefill_tokens": 30}),
     ],
 )

@@ -10,11 +10,12 @@ from itertools import pairwise
 import pytest
 
 from cost_model import Fixed, Hardware, ModelArch, Workload, evaluate, solve
-from cost_model.costs import plan_memory
 from cost_model.infeasible import least_capacity
 from cost_model.lp import Programme
+from cost_model.memory import plan_memory
+from cost_model.problem import Problem
 from cost_model.sizes import sizes
-from cost_model.slopes import Choice, Problem
+from cost_model.slopes import Choice
 from flexmoe.llm import LLM
 from flexmoe.params import SamplingParams
 from policies.errors import InfeasibleError, UsageError

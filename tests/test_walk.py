@@ -116,9 +116,9 @@ def test_host_units_that_are_not_pinned_pass_through_a_staging_slot():
 
 
 def test_a_link_bound_sweep_takes_the_time_of_its_bytes():
-    costs, policy = costs_of((0, 100, 100, 0, 100, 0), gpu={"h2d_bytes_per_s": 1e8}, weight_slots=20)
+    costs, policy = costs_of((0, 100, 100, 0, 100, 0), gpu={"h2d_bytes_per_s": 1e8}, weight_slots=20, rows=80)
     streamed = costs.counts.placement.bytes_of("cpu", "attention", "expert", "head")
-    walked = walk(costs, [decoding(24)] * 3, policy.gpu_batch_size)
+    walked = walk(costs, [decoding(240)] * 3, policy.gpu_batch_size)
     assert walked.sweep_s[-1] == pytest.approx(streamed / 1e8, rel=1e-6)
     assert walked.lanes_s[-1]["h2d"] == pytest.approx(walked.sweep_s[-1], rel=1e-6)
 
@@ -136,9 +136,9 @@ def test_disk_units_wait_for_a_copy_on_cuda_and_for_none_on_cpu():
 def test_links_work_while_the_host_prepares_the_next_sweep():
     hardware = {"sweep_s": 1.0}
     costs, policy = costs_of(
-        (0, 100, 100, 0, 100, 0), gpu={"h2d_bytes_per_s": 1e10}, hardware=hardware, weight_slots=30
+        (0, 100, 100, 0, 100, 0), gpu={"h2d_bytes_per_s": 1e10}, hardware=hardware, weight_slots=30, rows=80
     )
-    first, *_, last = walk(costs, [decoding(24)] * 3, policy.gpu_batch_size).sweep_s
+    first, *_, last = walk(costs, [decoding(240)] * 3, policy.gpu_batch_size).sweep_s
     unit_s = costs.copy_s(costs.arch.expert_bytes)
     assert first - last > 20 * unit_s
 

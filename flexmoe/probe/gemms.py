@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from cost_model.arch import ModelArch
-from cost_model.costs import EXPERT_CHUNK_TOKENS
 from cost_model.gemm_rates import GemmRates
+from cost_model.memory import EXPERT_CHUNK_TOKENS
 from cost_model.sizes import BLOCK_TOKENS
 from flexmoe.block import Batch, Block, Run
 from flexmoe.device import Device
