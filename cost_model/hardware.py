@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cost_model.gemm_rates import GemmRates
 from cost_model.json_values import build, listed
+from cost_model.link_curves import LinkCurve, check_curve
 from policies.checks import check_count, check_number
 from policies.errors import DataError, FlexMoEError, UsageError
 from policies.files import check_header, check_keys, read_json, write_json
@@ -39,6 +40,7 @@ class Gpu:
         attention_bytes_per_s: decode attention over KV on the device.
         attention_flops_per_s: prefill attention.
         op_s: dispatch of one operation of the schedule.
+        h2d_curve: pinned copies up by the bytes of a unit; empty where not measured.
 
     Raises:
         UsageError: a value is of the wrong type or out of range; the sentence names it.
@@ -59,6 +61,7 @@ class Gpu:
     attention_bytes_per_s: float
     attention_flops_per_s: float
     op_s: float
+    h2d_curve: LinkCurve = ()
 
     def __post_init__(self):
         _check_fields(self, "of the GPU")
@@ -100,6 +103,7 @@ class Hardware:
         sweep_s: host work per sweep.
         sources: field name of this class or of `Gpu` to where the value comes from.
         cpu_budget_bytes: on device cpu, what the cpu tier may take of host memory; None is all of it.
+        disk_read_curve: reads by the bytes of a unit, a few units under way; empty where not measured.
 
     Raises:
         UsageError: a value is of the wrong type or out of range; the sentence names it.
@@ -129,6 +133,7 @@ class Hardware:
     sweep_s: float
     sources: Mapping[str, str] = field(default_factory=dict)
     cpu_budget_bytes: int | None = None
+    disk_read_curve: LinkCurve = ()
 
     def __post_init__(self):
         if self.device not in DEVICES:
@@ -208,8 +213,7 @@ class Hardware:
 
     def to_json(self) -> dict:
         """The content of the file as a dict of JSON values; `hardware.schema.json` describes it."""
-        values = listed(asdict(self))
-        return {"kind": KIND, "schema_version": SCHEMA_VERSION, **values}
+        return {"kind": KIND, "schema_version": SCHEMA_VERSION, **listed(asdict(self))}
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the file under its final name in one step.
@@ -261,10 +265,12 @@ def _check_fields(values: Gpu | Hardware, of_what: str) -> None:
         if name == "name":
             if not isinstance(value, str) or not value:
                 raise UsageError(f"the name {of_what} is {value!r}; it must be a text.")
+        elif name.endswith("_curve"):
+            object.__setattr__(values, name, check_curve(f"{name} {of_what}", value))
         elif name == "cores" or name.endswith("_bytes"):
             if name != "cpu_budget_bytes" or value is not None:
-                least = 1 if name == "cores" else 0
-                object.__setattr__(values, name, check_count(f"{name} {of_what}", value, minimum=least))
+                count = check_count(f"{name} {of_what}", value, minimum=int(name == "cores"))
+                object.__setattr__(values, name, count)
         elif name.endswith(("_s", "_per_byte")):
             zero = not name.endswith(("bytes_per_s", "flops_per_s"))
             object.__setattr__(values, name, check_number(f"{name} {of_what}", value, zero=zero))

@@ -11,6 +11,7 @@ from functools import lru_cache
 from math import ceil
 from typing import TYPE_CHECKING
 
+from cost_model.link_curves import efficient_bytes
 from policies.placement import Unit
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ FEWEST_UNITS = 8
 #: Of a link's seconds, what dispatch may take beside it; a unit is read, copied and computed.
 _DISPATCH_SHARE = 0.05
 _OPS_PER_UNIT = 3
+#: What a unit has at least where no link was measured by size, and at most.
 _LEAST_BYTES, _MOST_BYTES = 16 << 20, 256 << 20
 _PAGE_BYTES = 4096
 _LEAST_SLACK_BYTES = 64 << 10
@@ -35,13 +37,17 @@ def experts_per_unit(expert_bytes: int, num_experts: int, unit_bytes: float = UN
 
 
 def group_on(hardware: Hardware, arch: ModelArch) -> int | None:
-    """Experts per unit at which dispatching a unit costs little beside moving it over the machine's fastest link.
+    """Experts per unit at which the machine's fastest link is efficient, as far as it was measured by the size of what is moved,
+    and dispatching a unit costs little beside moving it.
 
     None where that is what a shape has by itself.
     """
-    rate = max(hardware.gpu.h2d_bytes_per_s, hardware.disk_read_bytes_per_s)
-    wanted = _OPS_PER_UNIT * hardware.gpu.op_s * rate / _DISPATCH_SHARE
-    group = experts_per_unit(arch.expert_bytes, arch.num_experts, min(max(wanted, _LEAST_BYTES), _MOST_BYTES))
+    gpu = hardware.gpu
+    links = (gpu.h2d_bytes_per_s, gpu.h2d_curve), (hardware.disk_read_bytes_per_s, hardware.disk_read_curve)
+    rate, curve = max(links, key=lambda link: link[0])
+    dispatched = _OPS_PER_UNIT * gpu.op_s * rate / _DISPATCH_SHARE
+    wanted = max(dispatched, efficient_bytes(curve) if curve else _LEAST_BYTES)
+    group = experts_per_unit(arch.expert_bytes, arch.num_experts, min(wanted, _MOST_BYTES))
     return None if group == arch.experts_per_unit else group
 
 

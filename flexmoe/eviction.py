@@ -7,6 +7,7 @@ does not drive out another. Counting in tokens, not in sweeps, makes a prompt of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from typing import Protocol
 
 import numpy as np
@@ -15,11 +16,17 @@ from cost_model.on_demand import uniform_shares
 from cost_model.arch import ModelArch
 
 EXPERT_CACHES = ("lfu", "lru", "static", "off")
-#: Tokens after which what has been seen counts half. Short enough that new favourites are known within a completion or two;
-#: long enough that rare experts are ranked well (`benchmarks/expert-cache.md`).
-HALF_LIFE_TOKENS = 256
-#: Places in which a static cache takes the experts that it does not keep.
-_PASSING = 4
+#: Tokens after which what has been seen counts half. Short enough that new favourites are known within a completion; where they
+#: do not change, a memory of any length has 1 to 2 % more hits (`benchmarks/expert-cache.md`).
+HALF_LIFE_TOKENS = 64
+#: Experts that deserve no room pass through as many places as hold these bytes: enough of them are on their way at once to
+#: keep the disk busy.
+_PASSING_BYTES = 8 << 20
+
+
+def passing_places(at_hand: int, expert_bytes: int) -> int:
+    """Places of a cache that experts pass through which deserve to stay less than all that are in it."""
+    return max(1, min(max(2, ceil(_PASSING_BYTES / expert_bytes)), at_hand // 2))
 
 
 class Usage:
@@ -79,17 +86,16 @@ class LRU:
 
 
 class Static(LRU):
-    """Those that are used most stay for good; the others pass through a few places, the least recent first.
+    """Those that are used most stay for good; the others pass through the places that are left, the least recent first.
 
     Args:
         shares: ``[layers, E]``, by which it is decided.
         streamed: bool ``[layers, E]``, the experts that the cache may hold.
-        at_hand: experts that it holds.
+        kept: experts that stay.
     """
 
-    def __init__(self, usage: Usage, shares: np.ndarray, streamed: np.ndarray, at_hand: int):
+    def __init__(self, usage: Usage, shares: np.ndarray, streamed: np.ndarray, kept: int):
         super().__init__(usage)
-        kept = max(0, at_hand - min(_PASSING, at_hand // 2))
         best = np.argsort(np.where(streamed, shares, -1.0), axis=None, kind="stable")[::-1][:kept]
         self._kept = np.zeros(shares.shape, dtype=bool)
         self._kept.flat[best] = True

@@ -51,6 +51,7 @@ class ExpertCache:
         memory: uint8 on the compute device, cut into entries.
         entry_bytes: room that one expert takes.
         eviction: who makes room.
+        passing: places that experts pass through which deserve to stay less than all that are at hand.
         dtype: compute dtype.
         overlap: False starts a load only when its expert is next.
 
@@ -66,6 +67,7 @@ class ExpertCache:
         memory: torch.Tensor,
         entry_bytes: int,
         eviction: Eviction,
+        passing: int,
         dtype: torch.dtype,
         overlap: bool = True,
     ):
@@ -79,6 +81,7 @@ class ExpertCache:
         # Of each entry: the place of its expert among the scores, and whether the current layer needs it.
         self._place = np.zeros(len(self._entries), dtype=np.int64)
         self._needed = np.zeros(len(self._entries), dtype=bool)
+        self._passing = passing
         self._layer = -1
         self._hits: deque[Entry] = deque()
         self._coming: deque[Entry] = deque()
@@ -87,8 +90,8 @@ class ExpertCache:
         self.counts, self.stall_s = CacheCounts(), 0.0
 
     def __len__(self) -> int:
-        """Experts that there is room for."""
-        return len(self._entries)
+        """Experts that can stay while others pass by."""
+        return len(self._entries) - self._passing
 
     def request(self, layer: int, experts: Sequence[int]) -> None:
         """The experts of a layer that `experts` is going to give; those that are not at hand are asked for."""
@@ -148,12 +151,13 @@ class ExpertCache:
     def _ask(self, most: int) -> None:
         """Start so many loads, as long as there is room for them."""
         for _ in range(min(most, len(self._missing))):
-            entry = self._room()
+            entry = self._room(self._missing[0])
             if entry is None:
                 return
             self._load(entry, self._missing.popleft())
 
-    def _room(self) -> Entry | None:
+    def _room(self, expert: int) -> Entry | None:
+        """The entry that an expert of the current layer goes to; None while it has to wait for one."""
         if self._empty:
             return self._empty.pop()
         scores = np.where(self._needed, np.inf, self._eviction.scores.reshape(-1)[self._place])
@@ -162,6 +166,9 @@ class ExpertCache:
             index = int(self._needed.argmin())
             if self._needed[index]:
                 return None
+        is_better = scores[index] > self._eviction.scores[self._layer, expert]
+        if is_better and len(self._coming) >= self._passing:
+            return None  # it passes by, through the place of one that is about to be used
         entry = self._entries[index]
         del self._of[entry.expert]
         self.counts.evictions += 1

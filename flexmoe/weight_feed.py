@@ -17,7 +17,7 @@ import torch
 from cost_model.arch import ModelArch
 from cost_model.on_demand import FEWEST_AT_HAND, KEPT_SLOTS, OnDemand, entry_bytes
 from cost_model.sizes import Sizes
-from flexmoe.eviction import LFU, LRU, Eviction, Static, Usage
+from flexmoe.eviction import LFU, LRU, Eviction, Static, Usage, passing_places
 from flexmoe.expert_cache import CacheCounts, ExpertCache
 from flexmoe.expert_loader import ExpertLoader
 from flexmoe.feeders import needs_staging
@@ -40,6 +40,9 @@ class WeightFeed:
         kind: one of `eviction.EXPERT_CACHES`.
         known: shares ``[layers, E]`` of another run, or None; a static cache needs them.
         overlap: False starts a transfer only when it is asked for.
+
+    Attributes:
+        trace: where it is a list, the (layer, experts) of every request are added to it (benchmarks).
     """
 
     def __init__(
@@ -71,11 +74,13 @@ class WeightFeed:
             streamed = {unit: e for unit, e in units.experts_of.items() if store.tier_of[unit] != "gpu"}
             staging = self._stream.staging[self._kept_staging :]
             self._loader = ExpertLoader(store, streamed, self._stream.staged, staging)
-            memory, eviction = self._stream.memory[self._kept :], _eviction(kind, self._usage, known, self._rule)
-            self._cache = ExpertCache(
-                store.device, self._loader, memory, self._entry_bytes, eviction, store.dtype, overlap
-            )
+            passing = passing_places(at_hand, self._entry_bytes)
+            eviction = _eviction(kind, self._usage, known, self._rule.streamed, at_hand - passing)
+            about = {"passing": passing, "dtype": store.dtype, "overlap": overlap}
+            memory = self._stream.memory[self._kept :]
+            self._cache = ExpertCache(store.device, self._loader, memory, self._entry_bytes, eviction, **about)
         self._on_demand, self._on_demand_sweeps = False, 0
+        self.trace: list[tuple[int, list[int]]] | None = None
 
     @property
     def stall_s(self) -> float:
@@ -107,14 +112,17 @@ class WeightFeed:
     def request(self, layer: int) -> None:
         """Ask for the streamed experts that this layer has been routed to."""
         streamed = self._rule.streamed[layer]
-        self._cache.request(layer, [e for e, count in enumerate(self._counts) if count and streamed[e]])
+        experts = [e for e, count in enumerate(self._counts) if count and streamed[e]]
+        self._cache.request(layer, experts)
+        if self.trace is not None:
+            self.trace.append((layer, experts))
 
     def experts(self) -> Iterator[tuple[int, Mapping[str, torch.Tensor]]]:
         """(number, tensors) of each of them; an expert may be used until the next one is asked for."""
         return self._cache.experts()
 
     def metrics(self) -> dict:
-        """What the cache did: ``experts`` that it has room for, and per expert that was loaded the mean seconds it took."""
+        """What the cache did: ``experts`` that can stay, and per expert that was loaded the mean seconds it took."""
         counts = self._cache.counts if self._cache else CacheCounts()
         return {
             "policy": self._kind,
@@ -147,7 +155,7 @@ class WeightFeed:
         self._on_demand = on_demand
 
 
-def _eviction(kind: str, usage: Usage, known: np.ndarray | None, rule: OnDemand) -> Eviction:
+def _eviction(kind: str, usage: Usage, known: np.ndarray | None, streamed: np.ndarray, kept: int) -> Eviction:
     if kind == "lfu":
         return LFU(usage)
-    return LRU(usage) if kind == "lru" else Static(usage, known, rule.streamed, rule.at_hand)
+    return LRU(usage) if kind == "lru" else Static(usage, known, streamed, kept)

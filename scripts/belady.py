@@ -1,8 +1,8 @@
 """How many hits a cache of experts can have at best on a known trace, and how many any policy has on the same trace.
 
-A trace is a sequence of *steps*: the experts that one layer of one sweep needs together. Everything is loaded on demand, and what
-was missed must land in the cache. The experts of a step do not drive out one another. Only a step that is larger than the
-cache is served expert by expert, those at hand first; of its experts MIN keeps those that it likes.
+A trace is a sequence of *steps*: the experts that one layer of one sweep needs together. Everything is loaded on demand. MIN
+may let what was missed pass by without a place in the cache; a replayed policy has to give it one, and the experts of a step do
+not drive out one another unless the step is larger than the cache.
 """
 
 from __future__ import annotations
@@ -109,18 +109,11 @@ def belady(trace: Iterable[Step], capacity: int) -> Replay:
     order = _LatestFirst(next_use)
     lookups = hits = evictions = 0
     for step, following in zip(steps, upcoming, strict=True):
-        found = sum(key in next_use for key in step)
-        missing = len(step) - found
-        lookups, hits = lookups + len(step), hits + found
-        surplus = max(0, len(next_use) + missing - capacity)
+        lookups, hits = lookups + len(step), hits + sum(key in next_use for key in step)
+        order.enter(zip(step, following, strict=True))
+        surplus = max(0, len(next_use) - capacity)
+        order.forget(surplus)
         evictions += surplus
-        uses = zip(step, following, strict=True)
-        if len(step) > capacity:
-            order.enter(uses)
-            order.forget(surplus)
-        else:  # those at hand are needed the earliest of all, so they stay
-            order.forget(surplus)
-            order.enter(uses)
     return Replay(lookups=lookups, hits=hits, evictions=evictions)
 
 

@@ -5,7 +5,7 @@
     python -m scripts.bench --quick              # does the benchmark work? its numbers mean nothing
 
 Sections: `check` outputs against transformers'; `limit` three classes of jobs against max(D, C) and a bare loop;
-`resident` against transformers in memory; `offload` against accelerate's disk offload; `rows` tokens/s against rows in
+`resident` and `ragged` prompts against transformers in memory; `offload` against accelerate's disk offload; `rows` tokens/s against rows in
 flight; `memory` peak against plan; `steady` rows in flight against the KV capacity. Nothing else should run meanwhile.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from flexmoe.errors import FlexMoEError
 from scripts.bench_checks import check, memory, steady
-from scripts.bench_compare import resident
+from scripts.bench_compare import ragged, resident
 from scripts.bench_context import QUICK, Bench, Scale, make_checkpoint
 from scripts.bench_limit import limit, rows
 from scripts.bench_offload import offload
@@ -32,7 +32,7 @@ from scripts.bench_worker import WorkerError
 Section = Callable[[Bench], tuple[list[Figure], dict]]
 SECTIONS: dict[str, Section] = {
     "check": check, "memory": memory, "steady": steady, "limit": limit, "rows": rows, "resident": resident,
-    "offload": offload,
+    "ragged": ragged, "offload": offload,
 }  # fmt: skip
 
 
@@ -42,9 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--section", action="append", choices=list(SECTIONS), help="repeatable; default: all")
     parser.add_argument("--quick", action="store_true", help="a small model and short runs, to see that it works")
-    parser.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="of `make_checkpoint --size bench`; default: made"
-    )
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: `make_checkpoint --size bench`, made")
     parser.add_argument(
         "--workdir", type=Path, default=Path("build"), metavar="DIR", help="checkpoints and offload files"
     )

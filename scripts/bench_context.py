@@ -80,6 +80,11 @@ class Bench:
         return sum(unit.stored_bytes for unit in self.arch.units() if unit.kind == "expert")
 
     @property
+    def has_small_experts(self) -> bool:
+        """Whether experts are moved in groups."""
+        return self.arch.experts_per_unit > 1
+
+    @property
     def offload(self) -> str:
         """Where FlexMoE's disk tier writes, should it write."""
         return str(self.workdir / "offload")

@@ -84,16 +84,15 @@ def as_family(config_kwargs: Mapping[str, Any], model_type: str) -> dict[str, An
     if own == model_type:
         return dict(config_kwargs)
     neutral = {spelled: name for name, spelled in _SPELLING.get(own, {}).items()}
-    common = {
-        neutral.get(name, name): value for name, value in config_kwargs.items() if name not in _OPTIONS.get(own, ())
-    }
-    return with_changes(common | {"model_type": model_type} | _OPTIONS.get(model_type, {}), {})
+    left = {name: value for name, value in config_kwargs.items() if name not in _OPTIONS.get(own, ())}
+    common = {neutral.get(name, name): value for name, value in left.items()}
+    return with_changes({"model_type": model_type} | _OPTIONS.get(model_type, {}), common | {"model_type": model_type})
 
 
 def with_changes(config_kwargs: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a config, all of them in the spelling of their family; the changes may have Mixtral's."""
+    """Arguments of a config with others added or replaced, which are spelled as Mixtral's."""
     spelled = _SPELLING.get(config_kwargs.get("model_type", "mixtral"), {})
-    return {spelled.get(name, name): value for name, value in [*config_kwargs.items(), *changes.items()]}
+    return dict(config_kwargs) | {spelled.get(name, name): value for name, value in changes.items()}
 
 
 def model_config(config_kwargs: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedConfig:
@@ -131,13 +130,9 @@ def tensors_on_disk(config: PreTrainedConfig, *, packed: bool = False) -> dict[s
         for part in parts:
             tensor = found.setdefault(part.tensor, TensorOnDisk(shape=part.whole or part.shape))
             same = [s for s in sources if s.name == part.tensor]
-            own = same or [
-                s for s in sources if s.role == part.role
-            ]  # stacked: all of its kind, one expert after another
-            for source in own:
-                tensor.matrices.setdefault(
-                    source.name, source
-                )  # a table that head and embedding share is the embedding
+            stacked = [s for s in sources if s.role == part.role]  # one expert after another
+            for source in same or stacked:
+                tensor.matrices.setdefault(source.name, source)  # of a shared table the embedding, not the head
     return found
 
 

@@ -43,9 +43,7 @@ def most_hits(trace, capacity):
             return 0
         step = frozenset(trace[at])
         known, room = held | step, min(capacity, len(held | step))
-        kept = [frozenset(some) for some in combinations(known, room)]
-        following = [best(at + 1, some) for some in kept if len(step) > capacity or step <= some]
-        return len(held & step) + max(following)
+        return len(held & step) + max(best(at + 1, frozenset(some)) for some in combinations(known, room))
 
     return best(0, frozenset())
 

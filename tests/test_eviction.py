@@ -57,7 +57,7 @@ def test_known_usage_is_where_frequencies_start_and_is_not_changed():
     known[0] = [2, 0, 0, 0, 0, 0, 0, 0]
     usage = Usage(ARCH, known)
     usage.add(0, counts(e5=1, e6=1), 1)
-    assert usage.shares[0].argmax() == 0 and usage.shares[0, 5] < 0.01
+    assert usage.shares[0].argmax() == 0 and usage.shares[0, 5] < 0.02
     assert known[0].tolist() == [2, 0, 0, 0, 0, 0, 0, 0]
 
 
@@ -85,7 +85,7 @@ def test_a_static_cache_keeps_the_most_used_streamed_experts_and_lets_the_others
     shares = np.linspace(1, 0, 16).reshape(2, 8)
     streamed = np.ones((2, 8), dtype=bool)
     streamed[0, :2] = False  # the two most used live on the device
-    policy = Static(Usage(ARCH), shares, streamed, at_hand=9)
+    policy = Static(Usage(ARCH), shares, streamed, kept=5)
     kept = np.argwhere(np.isinf(policy.scores)).tolist()
     assert kept == [[0, 2], [0, 3], [0, 4], [0, 5], [0, 6]]
     policy.used(0, [2, 7])

@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from cost_model.arch import ModelArch
 from cost_model.expert_usage import ExpertUsage
 from cost_model.on_demand import entry_bytes
 from cost_model.sizes import residency
 from flexmoe import LLM, SamplingParams, weight_feed
 from flexmoe.device import Device
 from flexmoe.errors import InfeasibleError, StorageError, UsageError
+from flexmoe.eviction import LFU, LRU, Usage
+from flexmoe.expert_cache import ExpertCache
+from flexmoe.feeders import Fetch
 from flexmoe.loader import load_model
 from flexmoe.stream import WeightStream
 from flexmoe.trace import Recorder
@@ -22,6 +26,7 @@ from flexmoe.units import Units
 from flexmoe.weight_feed import WeightFeed
 from flexmoe.weights import WeightStore
 from policies import Policy, Workload
+from scripts.belady import belady, best_static
 from tests.tiny import GEN_LEN, assert_greedy, offload
 from tests.tiny_units import within
 
@@ -94,7 +99,7 @@ def test_every_expert_comes_with_its_own_numbers(name, group, percents, staged, 
                 assert sorted(within(10, lambda w=wanted, at=layer: ask(run, at, w))) == sorted(wanted)
         counts = run.feed.metrics()
         assert counts["hits"] + counts["loads"] == counts["lookups"] > 0 < counts["hits"]
-        assert counts["loads"] - counts["evictions"] <= counts["experts"] == 6
+        assert counts["loads"] - counts["evictions"] <= 6 and counts["experts"] == 3
 
 
 def test_unpinned_homes_pass_through_staging(variants, monkeypatch):
@@ -126,15 +131,82 @@ def test_more_experts_than_there_is_room_for_take_turns(variants):
     with fed(variants("qwen3").directory, experts=2) as run:
         run.feed.begin(1)
         assert within(10, lambda: ask(run, 0, range(16))) == list(range(16))
-        assert run.feed.metrics()["experts"] == 2
+        assert run.feed.metrics()["experts"] == 1
 
 
-@pytest.mark.parametrize("kind", ["lfu", "lru", "static"])
-def test_hits_are_those_that_the_policy_has_on_paper(kind, variants):
+class AtOnce:
+    """A loader whose experts are there as soon as they are asked for."""
+
+    def fetch(self, layer, expert, slot):
+        return Fetch(f"{layer}.{expert}", slot)
+
+    def load(self, layer, expert, fetch):
+        fetch.done()
+
+    def places(self, layer, expert):
+        return {}
+
+
+SHAPES = {
+    "mixtral": ("Mixtral-8x7B", 8, 16),
+    "qwen3": ("Qwen3-30B-A3B", 12, 384),
+}  # name, layers, experts that can stay
+
+
+def zipf_trace(arch, tokens, sweeps, topics, seed=0):
+    """Tokens per expert of every layer of every sweep; each layer has favourites of its own, and each topic others."""
+    rng = np.random.default_rng(seed)
+    law = np.log(1 / np.arange(1, arch.num_experts + 1))
+    orders = [[rng.permutation(arch.num_experts) for _ in range(arch.num_layers)] for _ in range(topics)]
+    for sweep in range(sweeps):
+        for layer, order in enumerate(orders[sweep * topics // sweeps]):
+            drawn = np.empty((tokens, arch.num_experts))
+            drawn[:, order] = law + rng.gumbel(size=drawn.shape)
+            chosen = np.argpartition(-drawn, arch.top_k, axis=1)[:, : arch.top_k]
+            yield layer, np.bincount(chosen.ravel(), minlength=arch.num_experts)
+
+
+def hits_on(shape, tokens, sweeps, topics, kind="lfu"):
+    """Hits of a policy in the runtime's cache, and the trace, and how many experts can stay."""
+    name, layers, room = SHAPES[shape]
+    arch = replace(ModelArch.from_name(name), num_layers=layers)
+    usage, passing = Usage(arch), 4
+    policy = LFU(usage) if kind == "lfu" else LRU(usage)
+    memory = torch.empty(room + passing, dtype=torch.uint8)
+    cache = ExpertCache(Device("cpu"), AtOnce(), memory, 1, policy, passing, torch.float32)
+    trace = []
+    for layer, counts in zipf_trace(arch, tokens, sweeps, topics):
+        usage.add(layer, counts, tokens)
+        needed = np.flatnonzero(counts).tolist()
+        cache.request(layer, needed)
+        assert sorted(e for e, _ in cache.experts()) == needed
+        trace.append([(layer, e) for e in needed])
+    assert len(cache) == room
+    return cache.counts.hits, trace, room
+
+
+@pytest.mark.parametrize(
+    "shape, tokens, sweeps", [("mixtral", 1, 1200), ("mixtral", 4, 600), ("qwen3", 1, 300), ("qwen3", 4, 200)]
+)
+def test_the_default_has_nine_tenths_of_the_hits_of_the_best_static_set(shape, tokens, sweeps):
+    hits, trace, room = hits_on(shape, tokens, sweeps, topics=1)
+    assert 0.9 * best_static(trace, room).hits <= hits <= belady(trace, room + 4).hits
+
+
+@pytest.mark.parametrize(
+    "shape, tokens, sweeps", [("mixtral", 1, 1200), ("mixtral", 4, 600), ("qwen3", 1, 600), ("qwen3", 4, 200)]
+)
+def test_when_favourites_change_half_way_the_default_beats_static_and_lru(shape, tokens, sweeps):
+    hits, trace, room = hits_on(shape, tokens, sweeps, topics=2)
+    recent, same, _ = hits_on(shape, tokens, sweeps, topics=2, kind="lru")
+    assert same == trace
+    assert hits > 1.02 * max(best_static(trace, room).hits, recent)
+
+
+def test_recency_evicts_as_it_does_on_paper(variants):
     """The same requests replayed by hand over a list of what is held."""
     rng, capacity = np.random.default_rng(3), 8
-    known = np.sort(rng.random((4, 16)), axis=1)[:, ::-1] if kind == "static" else None
-    with fed(variants("qwen3").directory, experts=capacity, kind=kind, known=known) as run:
+    with fed(variants("qwen3").directory, experts=capacity, kind="lru") as run:
         layers = sorted(run.feed.begin(1))
         held, hits = [], 0
         policy = run.feed._cache._eviction
@@ -152,6 +224,23 @@ def test_hits_are_those_that_the_policy_has_on_paper(kind, variants):
                     others = [at for at in held if at not in {(layer, w) for w in wanted}]
                     held[held.index(min(others, key=lambda at: policy.scores[at]))] = (layer, e)
         assert 0 < hits == run.feed.metrics()["hits"] < run.feed.metrics()["lookups"]
+
+
+def test_a_static_cache_never_lets_go_of_what_it_keeps(variants):
+    known = np.tile(np.linspace(1, 0, 16), (4, 1))
+    with fed(variants("qwen3").directory, experts=12, kind="static", known=known) as run:
+        layers, rng = sorted(run.feed.begin(1)), random.Random(1)
+        kept = np.argwhere(np.isinf(run.feed._cache._eviction.scores)).tolist()
+        assert len(kept) == run.feed.metrics()["experts"] == 6
+        for layer, expert in kept:
+            ask(run, layer, [expert])
+        for _ in range(10):
+            for layer in layers:
+                ask(run, layer, rng.sample(range(16), 9))
+        before = run.feed.metrics()["hits"]
+        for layer, expert in kept:
+            ask(run, layer, [expert])
+        assert run.feed.metrics()["hits"] == before + len(kept)
 
 
 def test_while_all_are_streamed_only_the_room_beyond_the_slots_keeps_its_experts(variants):
@@ -175,10 +264,10 @@ def test_what_was_lent_by_the_stream_is_forgotten_when_it_takes_its_slots_back(v
     monkeypatch.setattr(weight_feed, "KEPT_SLOTS", 0)
     with fed(variants("qwen3").directory, group=8, experts=2) as run:
         feed = run.feed
-        assert feed._lent > 0 and len(feed._cache) > 4
+        assert feed._lent > 0 and len(feed._cache._entries) > 4
         feed._always = []  # nothing else is streamed, so the stream needs no slot
         layers = sorted(feed.begin(1))
-        wanted = list(range(len(feed._cache)))
+        wanted = list(range(len(feed._cache._entries)))
         for _ in range(3):
             feed.begin(1)
             ask(run, layers[0], wanted)
@@ -264,7 +353,7 @@ def test_a_budget_for_the_device_becomes_room_for_experts(make, variants):
     assert large.engine.plan.memory.parts["gpu"]["expert cache"] == 10 * entry_bytes(small.engine.model.arch)
     assert large.engine.plan.memory.total("gpu") <= budget * 2**30
     caches = [run_rows(llm, variants("qwen3"), 1)["expert_cache"] for llm in (small, large)]
-    assert caches[1]["experts"] == caches[0]["experts"] + 10
+    assert caches[0]["experts"] + 5 <= caches[1]["experts"] <= caches[0]["experts"] + 10
     assert caches[1]["hit_rate"] > caches[0]["hit_rate"]
 
 

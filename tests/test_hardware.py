@@ -174,6 +174,12 @@ BAD_DOCUMENTS = [
     ((*CURVE, "tokens"), [0.5]),
     ((*CURVE, "flops_per_s"), [[0] * 7]),
     ((*CURVE, "flops_per_s"), [3]),
+    (("disk_read_curve",), 3),
+    (("disk_read_curve",), [[4096]]),
+    (("disk_read_curve",), [4096, 1e9]),
+    ((*GPU, "h2d_curve"), [[0, 1e9]]),
+    ((*GPU, "h2d_curve"), [[4096.5, 1e9]]),
+    ((*GPU, "h2d_curve"), [[4096, 0]]),
 ]
 
 
@@ -203,7 +209,7 @@ def test_numbers_that_are_none_are_refused(tmp_path, literal):
 
 def test_what_is_optional_may_be_absent(tmp_path):
     document = Hardware.preset("t4").to_json()
-    del document["sources"], document["cpu_budget_bytes"]
+    del document["sources"], document["cpu_budget_bytes"], document["disk_read_curve"], document["gpus"][0]["h2d_curve"]
     VALIDATOR.validate(document)
     (tmp_path / "machine.json").write_text(json.dumps(document))
     assert Hardware.load(tmp_path / "machine.json") == replace(Hardware.preset("t4"), sources={})
@@ -214,6 +220,20 @@ def test_schema_and_classes_have_the_same_fields():
     described = {Hardware: SCHEMA, Gpu: SCHEMA["$defs"]["gpu"], GemmRates: SCHEMA["$defs"]["gemm_rates"]}
     for kind, schema in described.items():
         assert set(schema["properties"]) - {"kind", "schema_version"} == {field.name for field in fields(kind)}
+
+
+def test_curves_of_links_go_through_a_file(tmp_path):
+    t4, curve = Hardware.preset("t4"), ((1 << 20, 1e9), (4 << 20, 2e9))
+    measured = replace(t4, disk_read_curve=curve, gpus=(replace(t4.gpu, h2d_curve=list(curve)),))
+    VALIDATOR.validate(measured.to_json())
+    measured.save(tmp_path / "machine.json")
+    again = Hardware.load(tmp_path / "machine.json")
+    assert again == measured and again.disk_read_curve == again.gpu.h2d_curve == curve
+
+
+def test_sizes_of_a_links_curve_rise():
+    with pytest.raises(UsageError, match="disk_read_curve of the machine has the sizes 8, 8; they must rise"):
+        replace(Hardware.preset("t4"), disk_read_curve=((8, 1.0), (8, 2.0)))
 
 
 def test_an_unknown_machine_is_refused_with_the_known_ones():
@@ -231,7 +251,7 @@ def test_every_preset_satisfies_the_schema_and_names_its_sources(name):
     machine = Hardware.preset(name)
     assert machine.name == name
     numbers = {field.name for kind in (Hardware, Gpu) for field in fields(kind)}
-    numbers -= {"name", "device", "gpus", "sources", "cpu_budget_bytes"}
+    numbers -= {"name", "device", "gpus", "sources", "cpu_budget_bytes", "disk_read_curve", "h2d_curve"}
     assert set(machine.sources) - {"without a field"} == numbers
     assert all(len(source) > 3 for source in machine.sources.values())
 

@@ -14,7 +14,7 @@ from flexmoe.errors import StorageError, UsageError
 from flexmoe.llm import LLM
 from flexmoe.models import FAMILIES
 from flexmoe.params import SamplingParams
-from scripts.checkpoint_shapes import as_family, model_config, tensor_shapes
+from scripts.checkpoint_shapes import as_family, model_config, tensor_shapes, with_changes
 from scripts.make_checkpoint import SIZES, main, make_checkpoint
 from tests.tiny import transformers_greedy
 
@@ -178,6 +178,8 @@ def test_a_size_of_one_family_has_the_same_numbers_in_another():
     qwen = as_family(SIZES["demo"], "qwen3_moe")
     assert (qwen["num_experts"], qwen["moe_intermediate_size"], qwen["norm_topk_prob"]) == (8, 1536, True)
     assert as_family(qwen, "mixtral") == SIZES["demo"] | {"model_type": "mixtral"}
+    dense = with_changes(qwen | {"intermediate_size": 900}, {"intermediate_size": 40})
+    assert (dense["moe_intermediate_size"], dense["intermediate_size"]) == (40, 900)
 
 
 @pytest.mark.parametrize(

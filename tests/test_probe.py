@@ -35,12 +35,14 @@ from flexmoe.probe import (
     kv_blocks,
     latency,
     measure,
+    others,
     probe,
     streaming,
     sweeps,
 )
 from flexmoe.probe.buffers import WeightArena
 from flexmoe.probe.effort import MIB, Effort, Heads
+from flexmoe.probe.timing import best_of_rounds
 from flexmoe.trace import Recorder
 from tests.test_pretend_cuda import PretendCuda, pretend  # noqa: F401 - a fixture
 
@@ -55,6 +57,7 @@ TINY = Effort(
     modules=(Heads(hidden=32, heads=4, kv_heads=1, head_dim=8), Heads(hidden=64, heads=4, kv_heads=1, head_dim=16)),
     cycle_bytes=MIB,
     copy_bytes={"cpu": MIB, "cuda": MIB},
+    link_bytes=(16 << 10, MIB // 4, MIB // 2, 64 * MIB),
     decode_rows=4,
     fetched_rows=2,
     contexts=(20, 40),
@@ -153,6 +156,12 @@ def test_gpu_is_measured(tmp_path):
     assert found.device == "cuda" and found.gpu.memory_bytes > found.gpu.reserved_bytes > 100 * MIB
     assert found.gpu.h2d_bytes_per_s > 1e9 and found.gpu.memory_bytes_per_s > found.gpu.h2d_bytes_per_s
     assert found.gpu.attention_bytes_per_s != found.cpu_attention_bytes_per_s
+
+
+def test_links_are_measured_by_the_size_of_what_is_moved(machine):
+    assert [size for size, _ in machine.disk_read_curve] == [16 << 10, MIB // 4, MIB // 2]  # 64 MiB fit no buffer
+    assert [size for size, _ in machine.gpu.h2d_curve] == [16 << 10, MIB // 4, MIB // 2]
+    assert all(0 < rate < 1e13 for curve in (machine.disk_read_curve, machine.gpu.h2d_curve) for _, rate in curve)
 
 
 # What is timed.
@@ -358,13 +367,50 @@ def test_both_ways_are_copied_at_once():
     assert up > 0 and down > 0 and torch.equal(target, host) and torch.equal(back, device)
 
 
+def test_a_curve_of_copies_walks_through_its_buffers(monkeypatch):
+    copied = []
+
+    def counted(target, source):
+        copied.append((len(target), target.ctypes.data, source.ctypes.data))
+        target[:] = source
+
+    monkeypatch.setattr(copies, "np", SimpleNamespace(copyto=counted))
+    curve = copies.copy_curve(CPU, 3 << 20, (3 << 16, 3 << 18, 3 << 22), 0.01)
+    assert [size for size, _ in curve] == [3 << 16, 3 << 18] and {size for size, *_ in copied} == {1 << 16, 1 << 18}
+    small = [(target, source) for size, target, source in copied if size == 1 << 16]
+    assert len({target for target, _ in small}) == len({source for _, source in small}) == 3 * 16
+
+
+def test_a_curve_of_reads_takes_other_parts_of_the_file_in_turn(tmp_path, monkeypatch):
+    reads, transfer = [], disk.transfer
+
+    def counted(lane, file, buffers, nbytes, seconds, start=0):
+        done = transfer(lane, file, buffers, nbytes, seconds, start)
+        reads.append((lane, buffers[0].numel(), len(buffers), start, start + done.nbytes))
+        return done
+
+    monkeypatch.setattr(disk, "transfer", counted)
+    found = disk.disk_rates(CPU, tmp_path, replace(TINY, point_s=0.0))
+    rounds = reads[2:]
+    assert [size for _, size, *_ in rounds] == [size for size, _ in found.curve] * 3
+    assert {(lane, slots) for lane, _, slots, *_ in rounds} == {("disk_read", 4)}
+    assert all(0 <= start < end <= found.write.nbytes for *_, start, end in rounds)
+    assert len({start for *_, start, _ in rounds}) > 3
+
+
+def test_rounds_take_turns_and_the_best_of_each_size_counts():
+    asked, rates = [], iter([1.0, 5.0, 3.0, 4.0, 2.0, 6.0])
+    assert best_of_rounds((1, 2), lambda size: asked.append(size) or next(rates)) == ((1, 3.0), (2, 6.0))
+    assert asked == [1, 2] * 3 and best_of_rounds((), asked.append) == ()
+
+
 @pytest.mark.parametrize("rows, batch_rows", [(2, 8), (6, 2)])
 def test_operations_of_the_fit_are_those_that_a_sweep_runs(rows, batch_rows, tmp_path, monkeypatch):
     ran, sweep = [], executor.sweep
     monkeypatch.setattr(executor, "sweep", lambda *a, **k: (ran.append(op) or op for op in sweep(*a, **k)))
     arch = gemms.bench_arch(sweeps._HEADS, sweeps._FFN, layers=2, experts=4)
     assert sweeps.timed_sweeps(CPU, arch, torch.float32, rows, batch_rows, tmp_path, 2).sweep_s > 0
-    assert len(ran) == (sweeps._WARM + 2) * sweeps._operations(arch, len(sweeps._batches(rows, batch_rows)))
+    assert len(ran) == (sweeps._WARM + 2) * sweeps._operations(arch, len(sweeps.gpu_batches(rows, batch_rows)))
 
 
 def test_fit_finds_the_coefficients_and_none_is_negative():
@@ -450,10 +496,10 @@ def test_memory_lock_limit_counts_only_where_the_driver_counts_it(monkeypatch):
 
 def test_busy_neighbours_are_reported(monkeypatch, caplog):
     busy = iter([100.0, 1000.0])
-    monkeypatch.setattr(measure, "busy_core_s", lambda: next(busy))
-    assert "other processes kept" in measure.Others().sentence() and "measure again" in caplog.text
-    monkeypatch.setattr(measure, "busy_core_s", lambda: None)
-    assert measure.Others().sentence() == ""
+    monkeypatch.setattr(others, "busy_core_s", lambda: next(busy))
+    assert "other processes kept" in others.Others().sentence() and "measure again" in caplog.text
+    monkeypatch.setattr(others, "busy_core_s", lambda: None)
+    assert others.Others().sentence() == ""
 
 
 # The cache.

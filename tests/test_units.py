@@ -11,6 +11,7 @@ from cost_model.hardware import Hardware
 from cost_model.simulate import simulate
 from cost_model.sizes import sizes, slot_bytes
 from cost_model.solver import solve
+from cost_model.link_curves import efficient_bytes
 from cost_model.units import (
     FEWEST_UNITS,
     UNIT_BYTES,
@@ -122,6 +123,45 @@ def test_the_planner_groups_by_the_measured_link():
     assert plan.policy.experts_per_unit == fewer
     again = evaluate(QWEN, quick.with_budgets(cpu_mem=200), WORKLOAD, plan.policy)
     assert again.tokens_per_s == plan.prediction.tokens_per_s
+
+
+MIB = 1 << 20
+
+
+def test_the_smallest_efficient_transfer_is_read_off_a_curve():
+    assert efficient_bytes(((MIB, 5.0),)) == MIB
+    assert efficient_bytes(((MIB, 96.0), (4 * MIB, 100.0))) == MIB
+    assert efficient_bytes(((MIB, 90.0), (4 * MIB, 100.0))) == pytest.approx(2 * MIB)
+    # Beyond the best size a link may become slower again; what counts is where it is first fast enough.
+    assert efficient_bytes(((MIB, 50.0), (4 * MIB, 95.0), (16 * MIB, 100.0), (64 * MIB, 60.0))) == pytest.approx(
+        4 * MIB
+    )
+
+
+def with_curves(machine, *, h2d=(), disk=(), op_s=0.0):
+    return replace(machine, disk_read_curve=disk, gpus=(replace(machine.gpu, h2d_curve=h2d, op_s=op_s),))
+
+
+def test_the_group_is_the_smallest_that_moves_efficiently_over_the_fastest_link():
+    t4, expert = Hardware.preset("t4"), QWEN.expert_bytes
+    assert t4.gpu.h2d_bytes_per_s > t4.disk_read_bytes_per_s
+    quick = ((MIB, 1e9), (4 * expert, 10e9), (256 * MIB, 10e9))
+    slow = ((MIB, 1e9), (16 * expert, 9.6e9), (64 * expert, 10e9))
+    assert group_on(with_curves(t4, h2d=quick, disk=slow), QWEN) == 4
+    # Between two measured sizes the rate is interpolated; no layer has fewer than 8 units.
+    assert 8 < group_on(with_curves(t4, h2d=slow), QWEN) <= 16
+    assert group_on(with_curves(t4, h2d=((64 * expert, 9e9), (128 * expert, 10e9))), QWEN) == 16
+    # A slow link's curve does not matter, and where the fastest was not measured all is as without curves.
+    assert group_on(with_curves(t4, disk=slow), QWEN) == group_on(with_curves(t4), QWEN)
+    # Dispatch is counted beside what was measured.
+    assert group_on(with_curves(t4, h2d=quick, op_s=1e-3), QWEN) == 16
+
+
+def test_on_a_machine_that_reads_faster_than_it_copies_the_disk_decides():
+    t4 = Hardware.preset("t4")
+    fast = replace(t4, disk_read_bytes_per_s=2 * t4.gpu.h2d_bytes_per_s)
+    curve = ((MIB, 1e9), (4 * QWEN.expert_bytes, 10e9))
+    assert group_on(with_curves(fast, disk=curve, h2d=((256 * MIB, 1e9),)), QWEN) == 4
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-packed"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from cost_model.hardware import Gpu, Hardware
 from flexmoe.arguments import parser as run_parser
 from flexmoe.output_files import check_writable
+from flexmoe.probe.effort import MIB
 from flexmoe.probe.measure import probe
 from policies.command_line import Parser, guarded, say
 
@@ -80,6 +81,8 @@ def table(hardware: Hardware) -> list[str]:
         *(_line(*row) for row in _numbers(hardware)),
         *(_line(*row) for row in _numbers(hardware.gpu)),
     ]
+    for name, curve in (("disk_read", hardware.disk_read_curve), ("h2d", hardware.gpu.h2d_curve)):
+        lines += [_line(f"{name}, units of {size / MIB:g} MiB", rate / 1e9, "GB/s") for size, rate in curve]
     for name in ("experts", "dense"):
         for size, rates in getattr(hardware.gpu, name).items():
             for elements, row in zip(rates.weight_elements, rates.flops_per_s, strict=True):

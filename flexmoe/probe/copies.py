@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Sequence
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from cost_model.link_curves import LinkCurve
 from flexmoe.device import Device
-from flexmoe.probe.timing import best_s, repeat_s
+from flexmoe.probe.timing import best_of_rounds, best_s, repeat_s
 
 PIECES = 3  # a unit is copied tensor by tensor; an expert has three
 
@@ -66,6 +68,39 @@ def copy_rates(device: Device, unit_bytes: int, seconds: float) -> CopyRates:
     (h2d,), (d2h,) = (lane_rates(device, [lane], seconds) for lane in (up, down))
     both = lane_rates(device, [up, down], seconds)
     return CopyRates(h2d=h2d, d2h=d2h, h2d_duplex=both[0], d2h_duplex=both[1])
+
+
+def copy_curve(device: Device, nbytes: int, sizes: Sequence[int], seconds: float) -> LinkCurve:
+    """Bytes/s of copies up by the bytes of a unit; the units lie one after the other, as no cache holds all weights.
+
+    Args:
+        nbytes: of a buffer on the host and another on the device; larger units are left out.
+        seconds: of copying for each size and round.
+
+    Raises:
+        InfeasibleError: as for `copy_rates`.
+    """
+    host = device.host_buffer(nbytes).fill_(1)
+    if device.is_cuda:
+        on_device = torch.zeros(nbytes, dtype=torch.uint8, device=device.torch)
+    else:
+        on_device = device.host_buffer(nbytes).fill_(2)
+    stream = device.stream()
+
+    def rate(size: int) -> float:
+        starts = range(0, nbytes - size + 1, size)
+        lanes = [Lane(on_device[at : at + size], host[at : at + size], stream) for at in starts]
+        pieces = (lane.pieces() for lane in lanes)
+        units = itertools.cycle([[(t, s) if device.is_cuda else (t.numpy(), s.numpy()) for t, s in p] for p in pieces])
+
+        def copy() -> None:
+            for target, source in next(units):
+                target.copy_(source, non_blocking=True) if device.is_cuda else np.copyto(target, source)
+
+        with device.on(stream):
+            return lanes[0].nbytes / repeat_s(device, copy, seconds)
+
+    return best_of_rounds([size for size in sizes if size <= nbytes], rate)
 
 
 def lane_rates(device: Device, lanes: Sequence[Lane], seconds: float) -> list[float]:

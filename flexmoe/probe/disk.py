@@ -12,15 +12,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cost_model.link_curves import LinkCurve
 from flexmoe.device import PAGE_BYTES, Device
 from flexmoe.errors import StorageError
 from flexmoe.machine import free_disk_bytes
 from flexmoe.probe.effort import Effort
+from flexmoe.probe.timing import best_of_rounds
 from flexmoe.storage import PIECE_BYTES, DirectFile, DiskPool, Transfer, align_down
 from flexmoe.trace import Recorder
 
 _UNIT_BYTES = 64 << 20
 _IN_FLIGHT = 8
+#: Of the curve: as many units are under way as there are weight slots by default.
+_SLOTS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +48,15 @@ class Transferred:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskRates:
-    """Writes, flushed to the device, and reads; ``direct`` unless the file system went through the page cache."""
+    """Writes, flushed to the device, and reads; ``direct`` unless the file system went through the page cache.
+
+    ``curve``: reads of smaller and larger units, fewer of them under way.
+    """
 
     read: Transferred
     write: Transferred
     direct: bool
+    curve: LinkCurve = ()
 
 
 def disk_rates(device: Device, directory: Path, effort: Effort) -> DiskRates:
@@ -65,16 +73,37 @@ def disk_rates(device: Device, directory: Path, effort: Effort) -> DiskRates:
             write = transfer("disk_write", file, buffers, size, effort.disk_s)
             forget()
             read = transfer("disk_read", file, buffers, write.nbytes, effort.disk_s)
-            return DiskRates(read=read, write=write, direct=file.direct)
+            curve = _read_curve(file, buffers, write.nbytes, effort)
+            return DiskRates(read=read, write=write, direct=file.direct, curve=curve)
 
 
-def transfer(lane: str, file: DirectFile, buffers: list[torch.Tensor], nbytes: int, seconds: float) -> Transferred:
+def _read_curve(file: DirectFile, buffers: list[torch.Tensor], nbytes: int, effort: Effort) -> LinkCurve:
+    """Bytes/s of reads by the bytes of a unit, each the best of rounds that read other parts of the file."""
+    sizes = [size for size in effort.link_bytes if size <= min(buffers[0].numel(), nbytes // _SLOTS)]
+    start = 0
+
+    def rate(size: int) -> float:
+        nonlocal start
+        if nbytes - start < _SLOTS * size:
+            start = 0
+        slots = [buffer[:size] for buffer in buffers[:_SLOTS]]
+        done = transfer("disk_read", file, slots, nbytes - start, effort.point_s, start)
+        start += done.nbytes
+        return done.bytes_per_s
+
+    return best_of_rounds(sizes, rate)
+
+
+def transfer(
+    lane: str, file: DirectFile, buffers: list[torch.Tensor], nbytes: int, seconds: float, start: int = 0
+) -> Transferred:
     """Move units between ``file`` and the buffers in turn, all buffers being under way; what is written is flushed.
 
     Args:
         lane: ``disk_read`` or ``disk_write``.
         nbytes: as many whole units as this holds are moved,
         seconds: or as many as were started in this time.
+        start: where in the file, a whole number of pages.
     """
     pool, size = DiskPool(Recorder(), lane), buffers[0].numel()
     begin_s, begin_core_s = time.perf_counter(), time.process_time()
@@ -85,7 +114,7 @@ def transfer(lane: str, file: DirectFile, buffers: list[torch.Tensor], nbytes: i
                 pending[i - len(buffers)].wait()
                 if time.perf_counter() - begin_s > seconds:
                     break
-            piece = Transfer(file, i * size, memoryview(buffers[i % len(buffers)].numpy()), size)
+            piece = Transfer(file, start + i * size, memoryview(buffers[i % len(buffers)].numpy()), size)
             pending.append(pool.submit([piece], lane))
         for each in pending:
             each.wait()

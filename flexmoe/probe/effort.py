@@ -31,9 +31,10 @@ class Effort:
         curve_s: a weight size whose curve over tokens would take longer than this is left out.
         tokens: token counts of the curves, by device type.
         experts: (hidden, width) of the experts measured, rising.
-        modules: attention modules measured, rising.
+        modules: attention modules measured, rising; one at least has the hidden size of an expert.
         cycle_bytes: weights are taken in turn from so many bytes, more than a cache holds.
         copy_bytes: a copied unit, by device type.
+        link_bytes: units of the curves of reads and copies, as far as the buffers hold them.
         decode_rows, fetched_rows: rows of a decode call, and of a batch whose KV is loaded.
         contexts: shortest and longest context of a row.
         prompts: run lengths of the prefill calls.
@@ -59,6 +60,7 @@ class Effort:
     )
     cycle_bytes: int = 256 * MIB
     copy_bytes: Mapping[str, int] = field(default_factory=lambda: {"cpu": 128 * MIB, "cuda": 336 * MIB})
+    link_bytes: tuple[int, ...] = (MIB // 4, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
     decode_rows: int = 128
     fetched_rows: int = 16
     contexts: tuple[int, int] = (256, 640)

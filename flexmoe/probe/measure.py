@@ -18,10 +18,10 @@ from cost_model.sizes import BLOCK_TOKENS
 from flexmoe import native
 from flexmoe.device import Device, keep_freed_memory
 from flexmoe.errors import InfeasibleError
-from flexmoe.machine import busy_core_s, cpu_name, filesystem, usable_cores
+from flexmoe.machine import cpu_name, filesystem
 from flexmoe.probe.attention import attention_rates
 from flexmoe.probe.buffers import WeightArena
-from flexmoe.probe.copies import copy_rates, memory_rate
+from flexmoe.probe.copies import copy_curve, copy_rates, memory_rate
 from flexmoe.probe.disk import DiskRates, disk_rates
 from flexmoe.probe.effort import MIB, Effort
 from flexmoe.probe.facts import capacities, compute_dtypes, device_name, gpu_details, pinned_limit_bytes
@@ -29,14 +29,12 @@ from flexmoe.probe.gemms import dense_rates, expert_rates
 from flexmoe.probe.kv import kv_rates
 from flexmoe.probe.kv_blocks import SHAPES, kv_block_costs
 from flexmoe.probe.latency import disk_latency
+from flexmoe.probe.others import Others
 from flexmoe.probe.streaming import handoff_s, streaming_arch, streaming_core_s_per_byte
 from flexmoe.probe.sweeps import overheads
 from flexmoe.storage import PIECE_BYTES, READ_THREADS
 
 log = logging.getLogger(__name__)
-
-#: Other processes may use so much of the cores without a word.
-_IDLE = 0.1
 
 
 @dataclass(slots=True)
@@ -110,29 +108,6 @@ def _give_back(device: Device) -> None:
         libc.malloc_trim(0)
 
 
-class Others:
-    """How busy other processes keep the cores from now on: rates that were measured beside them are too low."""
-
-    def __init__(self) -> None:
-        self._before = self._now()
-
-    def sentence(self) -> str:
-        """What to say of it, also as a warning; empty when the machine was idle or it cannot be told."""
-        before, now = self._before, self._now()
-        if before is None or now is None:
-            return ""
-        used = (now[0] - before[0]) / max(1e-3, now[1] - before[1])
-        if used < _IDLE * usable_cores():
-            return ""
-        sentence = f"other processes kept {used:.1f} of {usable_cores()} cores busy meanwhile"
-        log.warning("%s: measure again on an idle machine for better numbers", sentence)
-        return f"; {sentence}"
-
-    def _now(self) -> tuple[float, float] | None:
-        busy_s = busy_core_s()
-        return None if busy_s is None else (busy_s - time.process_time(), time.perf_counter())
-
-
 def _hardware(device: Device, found: Found, meanwhile: str) -> Hardware:
     gpu_name, cpus = device_name(device), f"{found.values['cores']} cores of {cpu_name()}"
     now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
@@ -167,6 +142,7 @@ def _disk(s: Setting, found: Found) -> None:
     own = f"{source}; CPU time of this process"
     found.put(source, disk_read_bytes_per_s=rates.read.bytes_per_s)
     found.put(f"{source}, flushed", disk_write_bytes_per_s=rates.write.bytes_per_s)
+    found.put(f"{source}, a unit at a time, 4 under way; the best of 3 rounds", disk_read_curve=rates.curve)
     found.put(own, disk_read_core_s_per_byte=rates.read.core_s_per_byte)
     found.put(own, disk_write_core_s_per_byte=rates.write.core_s_per_byte)
     _kv_blocks(s, found, rates)
@@ -207,6 +183,11 @@ def _copies(s: Setting, found: Found) -> None:
     found.put(f"{source}, alone", h2d_bytes_per_s=rates.h2d, d2h_bytes_per_s=rates.d2h)
     found.put(
         f"{source}, both at once", h2d_duplex_bytes_per_s=rates.h2d_duplex, d2h_duplex_bytes_per_s=rates.d2h_duplex
+    )
+    room = s.effort.buffer_bytes // (2 if s.device.is_cuda else 4)
+    found.put(
+        f"{how}, units of each size in three pieces, one after the other in {room / MIB:.0f} MiB; the best of 3 rounds",
+        h2d_curve=copy_curve(s.device, room, s.effort.link_bytes, s.effort.point_s),
     )
 
 

@@ -17,11 +17,11 @@ from cost_model.arch import ModelArch
 from cost_model.sizes import residency
 from flexmoe.device import Device
 from flexmoe.machine import usable_cores
-from flexmoe.probe.effort import Effort, Heads
+from flexmoe.probe.effort import Effort
 from flexmoe.probe.gemms import bench_arch
-from flexmoe.probe.sweeps import timed_sweeps
+from flexmoe.probe.sweeps import gpu_batches, timed_sweeps
 
-_LAYERS, _HEAD_DIM = 4, 64
+_LAYERS = 4
 #: The disk is to read for no longer than this part of a sweep, and at most this percentage of the weights.
 _DISK_BUSY, _DISK_PERCENT = 0.6, 50.0
 _ROUNDS = 5
@@ -38,7 +38,7 @@ def handoff_s(device: Device, dtype: torch.dtype, directory: Path, effort: Effor
     timed = timed_sweeps(
         device, arch, dtype, rows, batch_rows, directory, effort.sweeps, cache=(0, 100), context=_SHORT
     )
-    operations = 2 * arch.num_layers * -(-rows // batch_rows)  # a load and a store
+    operations = 2 * arch.num_layers * len(gpu_batches(rows, batch_rows))  # a load and a store
     return (timed.lanes_s["h2d"] + timed.lanes_s["d2h"]) / operations
 
 
@@ -76,12 +76,9 @@ def streaming_core_s_per_byte(
 
 
 def streaming_arch(dtype: torch.dtype, effort: Effort) -> ModelArch:
-    """The largest of the measured experts of which a model of a few layers fits half of the buffers."""
-    shapes = [bench_arch(_heads(hidden), ffn, layers=_LAYERS) for hidden, ffn in effort.experts]
+    """The largest of the measured experts, with the attention module of its hidden size, of which a model of a few layers fits
+    half of the buffers."""
+    modules = {heads.hidden: heads for heads in effort.modules}
+    shapes = [bench_arch(modules[hidden], ffn, layers=_LAYERS) for hidden, ffn in effort.experts if hidden in modules]
     fits = [s for s in shapes if s.total_bytes // s.dtype_bytes * dtype.itemsize <= effort.buffer_bytes // 2]
     return (fits or shapes[:1])[-1]
-
-
-def _heads(hidden: int) -> Heads:
-    heads = max(1, hidden // _HEAD_DIM)
-    return Heads(hidden=hidden, heads=heads, kv_heads=max(1, heads // 4), head_dim=min(hidden, _HEAD_DIM))

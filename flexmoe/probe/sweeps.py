@@ -72,7 +72,7 @@ def overheads(device: Device, dtype: torch.dtype, directory: Path, effort: Effor
         arch = bench_arch(_HEADS, _FFN, layers=layers, experts=_EXPERTS, vocab=_VOCAB)
         for rows in effort.rows:
             each_s = timed_sweeps(device, arch, dtype, rows, batch_rows, directory, effort.sweeps).sweep_s
-            batches = _batches(rows, batch_rows)
+            batches = gpu_batches(rows, batch_rows)
             features.append((1, rows, _operations(arch, len(batches))))
             whole_s.append(each_s)
             rest_s.append(each_s - _arithmetic_s(device, arch, dtype, arena, batches, effort))
@@ -132,7 +132,7 @@ def timed_sweeps(
     """
     last = context + _WARM + sweeps + 2
     policy = Policy.from_percent(
-        (*weights, *cache, 100, 0), gpu_batch_size=batch_rows, num_gpu_batches=-(-rows // batch_rows), prompt_len=context,
+        (*weights, *cache, 100, 0), gpu_batch_size=batch_rows, num_gpu_batches=len(gpu_batches(rows, batch_rows)), prompt_len=context,
         gen_len=last - context, prefill_tokens=1,
     )  # fmt: skip
     config = EngineConfig(
@@ -164,7 +164,7 @@ def timed_sweeps(
         engine.close()
 
 
-def _batches(rows: int, batch_rows: int) -> list[int]:
+def gpu_batches(rows: int, batch_rows: int) -> list[int]:
     """Rows of each GPU batch."""
     return [min(batch_rows, rows - start) for start in range(0, rows, batch_rows)]
 

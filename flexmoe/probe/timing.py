@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from cost_model.link_curves import LinkCurve
 from flexmoe.device import Device
 
 _MOST_CALLS = 1000
+_CURVE_ROUNDS = 3
 
 
 def repeat_s(device: Device, work: Callable[[], object], seconds: float, *, warm: int = 1, least: int = 3) -> float:
@@ -25,6 +27,12 @@ def repeat_s(device: Device, work: Callable[[], object], seconds: float, *, warm
 def best_s(work: Callable[[], object], rounds: int) -> float:
     """Host seconds of the fastest of ``rounds`` calls."""
     return min(_timed(work) for _ in range(rounds))
+
+
+def best_of_rounds(sizes: Sequence[int], bytes_per_s: Callable[[int], float]) -> LinkCurve:
+    """The best rate of each size. The sizes take turns, so that a machine which is slow for a while is so for all of them."""
+    rounds = [[bytes_per_s(size) for size in sizes] for _ in range(_CURVE_ROUNDS)]
+    return tuple((size, max(rates)) for size, *rates in zip(sizes, *rounds, strict=True))
 
 
 def _host_s(work: Callable[[], object], seconds: float, least: int) -> float:
