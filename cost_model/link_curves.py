@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from math import exp, log
 
-from policies.errors import UsageError
 from policies.checks import check_count, check_number
+from policies.errors import UsageError
 
 #: Pairs of bytes and bytes/s; empty where nothing was measured.
 LinkCurve = tuple[tuple[int, float], ...]
