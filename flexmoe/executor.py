@@ -19,16 +19,13 @@ from flexmoe.block import Batch, Block
 from flexmoe.device import Device
 from flexmoe.experts import Bounds, ExpertDispatch
 from flexmoe.kv_lanes import Arrived, KVLanes
-from flexmoe.logprobs import PromptScores
+from flexmoe.logits import Logits
 from flexmoe.router_stats import RouterCounter
 from flexmoe.trace import Recorder
 from flexmoe.units import Units
 from flexmoe.weight_feed import WeightFeed
 from flexmoe.weights import EmbeddingTable
 from policies.schedule import Op, SweepShape, sweep
-
-#: Bytes per vocabulary entry of a scored position at a time: its logits, in float32 too, and what `PromptScores` makes of them.
-SCORE_BYTES = 24
 
 
 class Executor:
@@ -72,14 +69,12 @@ class Executor:
         self._feed, self._embedding, self._kv, self._hidden = feed, embed, kv, activations
         self._tiers, self._overlap, self._router_counter = activation_tiers, overlap, router_counter
         arch = family.arch
-        self._vocab, self._layers = arch.vocab_size, arch.num_layers
         self._experts = ExpertDispatch(device, arch.num_experts, max_tokens, arch.top_k)
         new = {"dtype": dtype, "device": device.torch}
         self._x_TD = torch.empty(max_tokens, arch.hidden, **new)
         self._y_TD = torch.empty(max_tokens, arch.hidden, **new)
         self._router_TE = torch.empty(max_tokens, arch.num_experts, **new)
-        self._heads = (arch.num_heads, arch.head_dim)
-        self._dtype, self._score_bytes = dtype, score_bytes
+        self._dtype, self._logits = dtype, Logits(device, family, score_bytes, dtype)
 
     @torch.inference_mode()
     def run(self, block: Block) -> torch.Tensor:
@@ -98,7 +93,7 @@ class Executor:
             self._dispatch(op)
         self._kv.drain()
         self._recorder.resolve()
-        return self._logits
+        return self._logits.take()
 
     def _dispatch(self, op: Op) -> None:
         handler = getattr(self, f"_op_{op.kind}")
@@ -271,46 +266,18 @@ class Executor:
     # Logits.
 
     def _op_collect(self, op: Op) -> None:
-        rows, scored = [], 0
-        for batch in self._block.batches:
-            rows.append(self._final_hidden(batch, batch.logit_rows))
-            if len(batch.score_rows):
-                # The experts are done with their inputs, so the buffer of those takes what may be nearly as large.
-                last = scored + len(batch.score_rows)
-                self._x_TD[scored:last] = self._final_hidden(batch, batch.score_rows)
-                scored = last
-        if scored:
-            targets = torch.tensor([t for run in self._block.scored for t in run.targets])
-            top = max(run.top for run in self._block.scored)
-            self._block.scores = PromptScores(targets.to(self._device.torch), top)
+        # The experts are done with their inputs, so the buffer of those takes what may be nearly as large.
+        self._logits.collect(self._block, self._final_hidden, self._x_TD)
         self._hidden.clear()
-        self._rows_RD = torch.cat(rows)
-        self._logits = torch.empty(len(self._rows_RD), self._vocab, dtype=self._dtype, device=self._device.torch)
 
     def _op_head(self, op: Op) -> None:
-        weights = self._feed.get(op.unit)
-        if "norm" in weights:
-            self._rows_RD = self._family.final_norm(self._rows_RD, weights)
-        first, last = self._units.head_rows[op.unit]
-        self._logits[:, first:last] = self._family.head(self._rows_RD, weights)
-        if self._block.scores is not None:
-            self._score(first, weights)
+        self._logits.add(self._units.head_rows[op.unit], self._feed.get(op.unit))
         self._feed.release(op.unit)
 
     def _final_hidden(self, batch: Batch, places: torch.Tensor) -> torch.Tensor:
         wanted = places.to(self._device.torch, non_blocking=True)
         h_TD = self._hidden[batch.index].index_select(0, wanted)
         return h_TD.add_(self._y_TD[batch.start : batch.stop].index_select(0, wanted))
-
-    def _score(self, first: int, weights: dict[str, torch.Tensor]) -> None:
-        """A piece of the head over the scored positions, as many of them at a time as the memory takes."""
-        scores = self._block.scores
-        step = max(1, self._score_bytes // (SCORE_BYTES * len(weights["head"])))
-        for at in range(0, len(scores), step):
-            rows = slice(at, min(at + step, len(scores)))
-            if "norm" in weights:
-                self._x_TD[rows] = self._family.final_norm(self._x_TD[rows], weights)
-            scores.add(rows, first, self._family.head(self._x_TD[rows], weights).float())
 
     def _op_sample(self, op: Op) -> None:
         """Marks the end of the sweep; the engine chooses tokens from the logits."""

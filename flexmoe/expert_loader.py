@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,6 +21,8 @@ from flexmoe.weights import WeightStore
 
 #: Experts that are on their way at once on the staged way.
 _MOST_AT_ONCE = 8
+#: A lane works in order, and these copies run beside those of the weight stream.
+_LANE = "h2d/experts"
 
 
 class ExpertLoader:
@@ -42,6 +45,7 @@ class ExpertLoader:
             self._unit_of |= {(layer, e): (unit, place) for place, e in enumerate(experts)}
         self._stream = self._device.stream() if staged else None
         self._staging: queue.SimpleQueue = queue.SimpleQueue()
+        self._issues = threading.Lock()
         for buffer in staging:
             self._staging.put((buffer, None))
         self._threads = ThreadPoolExecutor(max(1, min(len(staging), _MOST_AT_ONCE)), "expert loads")
@@ -93,14 +97,16 @@ class ExpertLoader:
 
     def _copy(self, unit: str, place: int, layout: UnitLayout, fetch: Fetch) -> None:
         copies = expert_copies(self._store.layouts[unit], place, layout.device)
-        with self._store.recorder.span("h2d", fetch.unit, layout.stored_bytes):
+        with self._store.recorder.span(_LANE, fetch.unit, layout.stored_bytes):
             copy_bytes(copies, self._store.home(unit), fetch.slot.buffer)
 
     def _upload(self, unit: str, place: int, layout: UnitLayout, fetch: Fetch) -> None:
         store = self._store
 
         def upload(source: torch.Tensor, copies) -> object:
-            return copy_to_device(store, self._stream, source, fetch.slot, fetch.unit, copies, layout.stored_bytes)
+            name, nbytes = fetch.unit, layout.stored_bytes
+            with self._issues:
+                return copy_to_device(store, self._stream, source, fetch.slot, name, copies, nbytes, _LANE)
 
         if store.tier_of[unit] == "disk":
             with self._staging_buffer() as buffer:

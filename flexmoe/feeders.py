@@ -245,9 +245,19 @@ def copy_bytes(copies: Sequence[tuple[int, int, int]], source: torch.Tensor, tar
 
 
 def copy_to_device(
-    store: WeightStore, stream, source: torch.Tensor, slot: Slot, name: str, copies: Sequence, nbytes: int
+    store: WeightStore,
+    stream,
+    source: torch.Tensor,
+    slot: Slot,
+    name: str,
+    copies: Sequence,
+    nbytes: int,
+    lane: str = "h2d",
 ) -> object:
     """Issue the copy of the stretches from host bytes to a slot on ``stream``, after the slot's last user.
+
+    Args:
+        lane: where the copy is recorded.
 
     Returns:
         The event of the copy.
@@ -255,7 +265,7 @@ def copy_to_device(
     device = store.device
     if slot.freed is not None and stream is not None:
         stream.wait_event(slot.freed)
-    with device.on(stream), device.timed(store.recorder, "h2d", name, nbytes, stream):
+    with device.on(stream), device.timed(store.recorder, lane, name, nbytes, stream):
         for start, into, size in copies:
             slot.buffer[into : into + size].copy_(source[start : start + size], non_blocking=True)
     return device.record(stream)

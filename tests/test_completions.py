@@ -187,7 +187,7 @@ def test_logprobs_of_generated_tokens_are_those_of_transformers(k, make, tiny):
 def test_prompts_are_scored_as_by_transformers_and_nothing_is_generated(home, pace, score_bytes, make, tiny):
     variant, llm = tiny(), make(home, rows=5, batches=2, prefill_tokens=pace)
     if score_bytes is not None:
-        llm.engine.executor._score_bytes = score_bytes  # one position at a time
+        llm.engine.executor._logits._score_bytes = score_bytes  # one position at a time
     rows = (0, 1, 3, 6, 7, 8)
     outputs = run(
         llm, *(request(variant.prompts[r], request_id=str(r), max_tokens=0, echo=True, logprobs=r % 4) for r in rows)

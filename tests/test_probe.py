@@ -308,8 +308,8 @@ def test_small_transfer_is_timed_alone_and_behind_large_ones(tmp_path, monkeypat
     found = latency.disk_latency(CPU, tmp_path, TINY)
     assert found.alone_s > 0 and found.busy_s > 0 and list(tmp_path.iterdir()) == []
     first_large = reads.index(TINY.buffer_bytes // latency._PIECES)
-    assert set(reads[:first_large]) == {latency._SMALL_BYTES} and first_large == latency._SMALL_TRANSFERS
-    assert reads[first_large:].count(latency._SMALL_BYTES) == latency._SMALL_TRANSFERS
+    assert set(reads[:first_large]) == {latency._SMALL_BYTES} and first_large <= latency._SMALL_TRANSFERS
+    assert 0 < reads[first_large:].count(latency._SMALL_BYTES) <= latency._SMALL_TRANSFERS
 
 
 @pytest.mark.parametrize(
