@@ -15,28 +15,18 @@ import torch
 
 from cost_model.memory import sampling_bytes
 from cost_model.sizes import BLOCK_TOKENS
-from flexmoe.activations import Activations
 from flexmoe.block import Block, Run
 from flexmoe.completions import Answer, Rules
-from flexmoe.device import keep_freed_memory
+from flexmoe.engine_parts import build_parts
 from flexmoe.errors import UsageError
-from flexmoe.executor import Executor
-from flexmoe.kv_cache import KVCache, KVShape
-from flexmoe.kv_lanes import KVBuffers, KVLanes
 from flexmoe.loader import Model
-from flexmoe.machine import make_directory
 from flexmoe.params import EngineRequest, InFlight, RequestOutput, Resumed
-from flexmoe.planning import GIB, EngineConfig, EnginePlan
+from flexmoe.planning import EngineConfig, EnginePlan
 from flexmoe.request_check import problem
 from flexmoe.reserve import Reserve
-from flexmoe.router_stats import RouterCounter
 from flexmoe.sampling import Chosen, sample
 from flexmoe.scheduler import Scheduler
 from flexmoe.sweep_log import Sweep, SweepLog
-from flexmoe.trace import Recorder
-from flexmoe.units import Units
-from flexmoe.weight_feed import WeightFeed
-from flexmoe.weights import EmbeddingTable, WeightStore
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +60,11 @@ class Engine:
         )
         self.device = self.plan.device
         log.info("%s", self.plan.describe_weights())
-        self._parts = contextlib.ExitStack()
+        self._closing = contextlib.ExitStack()
         try:
             self._build()
         except BaseException:
-            self._parts.close()
+            self._closing.close()
             raise
         self.sweeps = SweepLog()
         self._answers: dict[Answer, None] = {}
@@ -220,7 +210,7 @@ class Engine:
     def close(self) -> None:
         """Stop the threads and close the files; a second call does nothing."""
         self._closed = True
-        self._parts.close()
+        self._closing.close()
 
     def limit(self, request: EngineRequest) -> int:
         """Tokens that a request may reach, prompt and completion."""
@@ -250,62 +240,20 @@ class Engine:
         return complete
 
     def _build(self) -> None:
-        c, policy, arch, counts = self.config, self.config.policy, self.model.arch, self.plan.sizes
-        dtype, self._sampling_bytes = self.plan.dtype, sampling_bytes(arch, policy)
-        keep_freed_memory()
-        if self.plan.written_bytes:
-            make_directory(c.offload_dir)
-        if c.gpu_mem is not None:
-            self.device.cap_memory(int(c.gpu_mem * GIB))
-        self.recorder = Recorder(c.keep_spans)
-        source = self.model.source(c.offload_dir)
-        tier_of = counts.placement.tier_of
-        self.store = WeightStore(self.device, self.recorder, source, tier_of, dtype, policy.pin_weight)
-        self._parts.callback(self.store.close)
-        self.recorder.reset_totals()  # a run's rates do not count what loading moved
-        units = Units.of(arch, tier_of)
-        known = None if c.expert_usage is None else c.expert_usage.shares
-        self.feed = WeightFeed(
-            self.store, arch, units, counts, kind=c.expert_cache, known=known, overlap=policy.overlap
-        )
-        kv_shape = KVShape(layers=arch.num_layers, kv_heads=arch.num_kv_heads, head_dim=arch.head_dim, dtype=dtype)
-        self._parts.callback(self.feed.close)
-        self.cache = KVCache(self.device, kv_shape, counts.kv_blocks, counts.tails, c.offload_dir)
-        buffers = KVBuffers(
-            staging_blocks=counts.fetch_blocks, batch_tokens=counts.batch_tokens, write_blocks=counts.write_blocks
-        )
-        self.kv = KVLanes(self.device, self.recorder, self.cache, buffers, arch.num_heads, arch.sliding_window)
-        self._parts.callback(self.kv.close)
-        self.activations = Activations(
-            self.device, self.recorder, counts.activation_tiers, counts.batch_tokens, arch.hidden, dtype, c.offload_dir
-        )
-        self._parts.callback(self.activations.close)
+        c, counts, parts = self.config, self.plan.sizes, build_parts(self.model, self.config, self.plan, self._closing)
+        self.recorder, self.store, self.feed, self.executor = parts.recorder, parts.store, parts.feed, parts.executor
+        self.cache, self.kv, self.activations = parts.cache, parts.kv, parts.activations
+        self.router_counter = parts.router_counter
+        self._sampling_bytes = sampling_bytes(self.model.arch, c.policy)
         # Weak, so that the memory of an engine goes with its last user and does not wait for the garbage collector.
         self.reserve = Reserve(lambda: scheduler().running)
         expected_end = self.reserve.expected_end if c.reserve == "p95" else None
-        self.scheduler = Scheduler(policy, self.cache, expected_end, counts.recompute_past)
+        self.scheduler = Scheduler(c.policy, self.cache, expected_end, counts.recompute_past)
         scheduler = weakref.ref(self.scheduler)
         self.largest_row_tokens = self.scheduler.largest_row_tokens()
         if counts.fetch_blocks and c.longest_row:  # the buffers of fetched KV are made for rows of this length
             longest = -(-c.longest_row // BLOCK_TOKENS) * BLOCK_TOKENS
             self.largest_row_tokens = min(self.largest_row_tokens, longest)
-        self.router_counter = RouterCounter(arch, self.device.torch, coactivation=c.router_stats)
-        self.executor = Executor(
-            device=self.device,
-            recorder=self.recorder,
-            family=self.model.family,
-            units=units,
-            feed=self.feed,
-            embed=EmbeddingTable(self.store, source, "embed", counts.max_tokens),
-            kv=self.kv,
-            activations=self.activations,
-            activation_tiers=counts.activation_tiers,
-            router_counter=self.router_counter,
-            max_tokens=counts.max_tokens,
-            score_bytes=self._sampling_bytes,
-            dtype=dtype,
-            overlap=policy.overlap,
-        )
 
 
 def _limit(request: EngineRequest, *, default: int, context: int) -> int:

@@ -446,7 +446,7 @@ def test_a_closed_engine_says_so_and_closing_twice_does_nothing(make, tiny):
 
 def test_an_engine_that_cannot_be_built_leaves_no_thread(make, monkeypatch):
     before = set(threading.enumerate())
-    monkeypatch.setattr("flexmoe.engine.KVCache", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "no space")))
+    monkeypatch.setattr("flexmoe.engine_parts.KVCache", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "no space")))
     with pytest.raises(OSError):
         make()
     assert set(threading.enumerate()) <= before

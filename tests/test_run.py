@@ -129,7 +129,7 @@ def test_the_trace_has_a_track_per_lane_in_which_nothing_overlaps_and_disk_reads
 
 
 def test_a_dry_run_checks_and_prints_the_plan_and_neither_loads_nor_writes(job, main, machine, monkeypatch):
-    monkeypatch.setattr("flexmoe.engine.WeightStore", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("flexmoe.engine_parts.WeightStore", lambda *_: pytest.fail("weights were loaded"))
     before = sorted(job.directory.rglob("*"))
     metrics, trace = job.directory / "m.json", job.directory / "t.json"
     files = ["--metrics-json", str(metrics), "--trace", str(trace), "--hardware", str(machine)]

@@ -106,7 +106,7 @@ def test_router_statistics_are_of_the_start_that_writes_them_and_one_that_is_sto
 def test_a_finished_job_says_so_and_needs_no_weights(job, main, monkeypatch):
     first = job.directory / "first.json"
     assert main(job.args("--metrics-json", str(first)))[0] == 0
-    monkeypatch.setattr("flexmoe.engine.WeightStore", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("flexmoe.engine_parts.WeightStore", lambda *_: pytest.fail("weights were loaded"))
     metrics, trace = job.directory / "m.json", job.directory / "t.json"
     code, out, err = main(job.args("--metrics-json", str(metrics), "--trace", str(trace)))
     assert (code, err) == (0, "") and "finished already" in out and f"rows: {len(ROWS)} ok" in out
