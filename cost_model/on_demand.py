@@ -19,7 +19,10 @@ from cost_model.units import experts_of
 MOST_TOKENS_PER_EXPERT = 8
 #: Fewer experts at hand leave nothing to load into while another computes.
 FEWEST_AT_HAND = 2
-#: Part of the streamed experts up to which moving them on demand pays, although nothing else runs meanwhile; and up to which
+#: What a load of its own costs beyond its bytes, in bytes of the link by the tier that it comes from: about 100 µs of dispatch,
+#: hand-over and latency at 20 and at 5 GB/s.
+LOAD_BYTES = {"cpu": 2 << 20, "disk": 512 << 10}
+#: Part of the bytes of the streamed experts up to which moving them on demand pays, although nothing else runs meanwhile; and up to which
 #: a run stays with it, because a change of mode costs what has been moved ahead.
 _PAYS, _STILL_PAYS = 2 / 3, 0.8
 
@@ -46,22 +49,25 @@ class OnDemand:
     Args:
         arch: the shape, with the units of the run.
         streamed: bool ``[layers, E]``, the experts that do not live on the compute device; none in dense layers.
+        from_disk: part of them that lives on disk.
         at_hand: experts that the cache holds, lent slots included.
     """
 
     arch: ModelArch
     streamed: np.ndarray
+    from_disk: float
     at_hand: int
 
     @classmethod
     def of(cls, arch: ModelArch, tier_of: Mapping[str, str], at_hand: int) -> OnDemand:
         """From the tier of every unit."""
-        streamed = np.zeros((arch.num_layers, arch.num_experts), dtype=bool)
+        streamed, on_disk = np.zeros((arch.num_layers, arch.num_experts), dtype=bool), 0
         for unit in arch.units():
             if unit.kind == "expert" and tier_of[unit.name] != "gpu" and not arch.is_dense(unit.layer):
                 experts = experts_of(unit.name)
                 streamed[unit.layer, experts.start : experts.stop] = True
-        return cls(arch, streamed, at_hand)
+                on_disk += len(experts) * (tier_of[unit.name] == "disk")
+        return cls(arch, streamed, on_disk / max(1, np.count_nonzero(streamed)), at_hand)
 
     @property
     def layers(self) -> frozenset[int]:
@@ -89,5 +95,6 @@ class OnDemand:
         arch = self.arch
         if self.at_hand < FEWEST_AT_HAND or tokens * arch.top_k > MOST_TOKENS_PER_EXPERT * arch.num_experts:
             return False
-        most = (_STILL_PAYS if already else _PAYS) * np.count_nonzero(self.streamed)
-        return bool(most > 0 and self.missed(shares, tokens) <= most)
+        most = (_STILL_PAYS if already else _PAYS) * np.count_nonzero(self.streamed) * arch.expert_bytes
+        alone = self.from_disk * LOAD_BYTES["disk"] + (1 - self.from_disk) * LOAD_BYTES["cpu"]
+        return bool(most > 0 and self.missed(shares, tokens) * (arch.expert_bytes + alone) <= most)

@@ -98,7 +98,9 @@ class Routing:
         counts, places = self._counts, self._experts.places
         if self._on_demand is None:
             at_hand = lent_experts(self._arch, counts) + counts.cache_experts
-            self._on_demand = OnDemand(self._arch, places >= counts.placement.gpu_end, at_hand)
+            streamed = places >= counts.placement.gpu_end
+            from_disk = np.count_nonzero(places >= counts.placement.cpu_end) / max(1, np.count_nonzero(streamed))
+            self._on_demand = OnDemand(self._arch, streamed, from_disk, at_hand)
         streamed = self._on_demand.streamed
         shares = uniform_shares(self._arch) if self._shares is None else self._shares
         if not self._on_demand.pays(shares, tokens, already):

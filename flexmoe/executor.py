@@ -10,7 +10,6 @@ Legend: T tokens of the block, D hidden, E experts, R rows of logits.
 from __future__ import annotations
 
 from concurrent.futures import Future
-from functools import partial
 
 import torch
 
@@ -259,9 +258,10 @@ class Executor:
     def _op_routed(self, op: Op) -> None:
         """The routed experts of a layer on demand, those at hand first."""
         x_TD, y_TD = self._x_TD[: self._block.tokens], self._y_TD[: self._block.tokens]
-        for expert, weights in self._feed.experts():
-            with self._timed(f"expert {op.layer}.{expert}"):
-                self._experts.add(expert, x_TD, y_TD, partial(self._family.expert, w=weights))
+        for weights in self._feed.experts():
+            with self._timed(f"experts {op.layer}.{','.join(map(str, weights))}"):
+                self._experts.add_some(weights, x_TD, y_TD, self._family)
+            del weights  # casts are made for the next ones
 
     # Logits.
 

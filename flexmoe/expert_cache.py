@@ -6,6 +6,7 @@ reads ahead, because the device waits for it.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,9 +96,7 @@ class ExpertCache:
 
     def request(self, layer: int, experts: Sequence[int]) -> None:
         """The experts of a layer that `experts` is going to give; those that are not at hand are asked for."""
-        for entry in self._coming:  # of a sweep that failed
-            entry.fetch.ready.wait()
-        self._coming.clear()
+        self.settle()
         self._eviction.used(layer, experts)
         self._layer = layer
         self._hits = deque(self._of[layer, e] for e in experts if (layer, e) in self._of)
@@ -109,9 +108,9 @@ class ExpertCache:
         if self._overlap:
             self._ask(len(experts))
 
-    def experts(self) -> Iterator[tuple[int, Mapping[str, torch.Tensor]]]:
-        """(number, tensors in the compute dtype) of each requested expert, those at hand first. An expert may be used until
-        the next one is asked for.
+    def experts(self) -> Iterator[dict[int, Mapping[str, torch.Tensor]]]:
+        """Tensors in the compute dtype by number of the requested experts: those at hand, then those that have come meanwhile,
+        and so on. They may be used until the next ones are asked for.
 
         Raises:
             StorageError, DataError: a load failed.
@@ -119,20 +118,34 @@ class ExpertCache:
         while self._hits or self._coming or self._missing:
             if not self._hits and not self._coming:
                 self._ask(1)
-            ahead = self._hits or self._coming
-            entry = ahead[0]
-            yield entry.expert[1], self._tensors(entry)
-            if ahead is self._coming:
-                self.counts.loads += 1
-                self.counts.load_s += entry.fetch.seconds
-            entry.freed = self._device.record()
-            self._needed[entry.index] = False
-            ahead.popleft()
+            entries = list(self._hits) or self._arrived()
+            yield {entry.expert[1]: self._tensors(entry) for entry in entries}
+            used, taken = self._device.record(), self._hits or self._coming
+            for entry in entries:
+                if taken is self._coming:
+                    self.counts.loads += 1
+                    self.counts.load_s += entry.fetch.seconds
+                entry.freed = used
+                self._needed[entry.index] = False
+                taken.popleft()
             if self._overlap:
                 self._ask(len(self._missing))
 
+    def _arrived(self) -> list[Entry]:
+        """The experts that are there, as far as they come in the order in which they were asked for; the next one at least."""
+        there = list(itertools.takewhile(lambda entry: entry.fetch.ready.is_set(), self._coming))
+        return there or [self._coming[0]]
+
+    def settle(self) -> None:
+        """Wait for loads that nobody took, those of a sweep that was broken off; nothing is written then until the next request."""
+        for entry in self._coming:
+            entry.fetch.ready.wait()
+        self._coming.clear()
+        self._missing.clear()
+
     def lend(self, nbytes: int) -> None:
         """The first bytes of the memory are used otherwise from now on: what lies there is forgotten."""
+        self.settle()
         for entry in self._first(nbytes):
             if entry.expert is not None:
                 del self._of[entry.expert]
@@ -167,7 +180,8 @@ class ExpertCache:
             if self._needed[index]:
                 return None
         is_better = scores[index] > self._eviction.scores[self._layer, expert]
-        if is_better and len(self._coming) >= self._passing:
+        waits = len(self._coming) >= self._passing or (np.isinf(scores[index]) and (self._hits or self._coming))
+        if is_better and waits:
             return None  # it passes by, through the place of one that is about to be used
         entry = self._entries[index]
         del self._of[entry.expert]

@@ -8,8 +8,10 @@ Legend: T tokens, D hidden, E experts, K chosen experts, n tokens of one expert 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -21,8 +23,10 @@ from flexmoe.native.products import grouped_products
 #: Mean tokens of an expert up to which a grouped product is at least as fast as a product per expert.
 _GROUPED_TOKENS = 64
 #: Likewise, up to which our own is faster on the CPU than torch's.
-_NATIVE_TOKENS = 16
+_NATIVE_TOKENS = 32
 _ROW_BYTES = 16  # grouped products want rows of a multiple of this
+
+Weights = Mapping[str, torch.Tensor]
 
 
 class ExpertDispatch:
@@ -99,13 +103,47 @@ class ExpertDispatch:
             bounds = Bounds(self._starts, self._starts_device, experts, pairs)
             y_TD.index_add_(0, tokens, compute(x_TD.index_select(0, tokens), bounds).mul_(self._weights[pairs]))
 
+    def add_some(self, weights: Mapping[int, Weights], x_TD: torch.Tensor, y_TD: torch.Tensor, family) -> None:
+        """Run single experts over their tokens and add the weighted results to the block's output; on the CPU together.
+
+        Args:
+            weights: of each expert, by its number.
+            x_TD, y_TD: as for `add`.
+            family: the model's mathematics.
+        """
+        if self._device.torch.type != "cpu" or not native.available():
+            for expert, own in weights.items():
+                self.add(expert, x_TD, y_TD, partial(family.expert, w=own))
+            return
+        for experts in self._together(weights):
+            pairs = np.concatenate([np.arange(*self._starts[e : e + 2]) for e in experts])
+            tokens = self._tokens[pairs]
+            ends = np.cumsum([self._starts[e + 1] - self._starts[e] for e in experts], dtype=np.int32)
+            computed = family.some_experts(
+                x_TD.index_select(0, tokens), torch.from_numpy(ends), [weights[e] for e in experts]
+            )
+            y_TD.index_add_(0, tokens, computed.mul_(self._weights[pairs]))
+
+    def _together(self, experts: Iterable[int]) -> Iterator[list[int]]:
+        """The experts in order, as many at a time as the workspace takes the tokens of."""
+        batch, room = [], self._chunk
+        for expert in experts:
+            tokens = self._starts[expert + 1] - self._starts[expert]
+            if batch and tokens > room:
+                yield batch
+                batch, room = [], self._chunk
+            batch.append(expert)
+            room -= tokens
+        if batch:
+            yield batch
+
     def can_group(self, experts: range, weights: Mapping[str, torch.Tensor]) -> bool:
-        """Whether one grouped product serves the unit: its weights lie stacked, its experts have few tokens each, and
-        the device has such a product for them."""
-        if "gate_up" not in weights or "down" not in weights:
-            return False
+        """Whether one grouped product serves the unit: its experts have few tokens each, and the device has such a product
+        for them. Torch's want weights that lie stacked; our own takes them wherever they lie."""
         if self._starts[experts.stop] - self._starts[experts.start] > _GROUPED_TOKENS * len(experts):
             return False
+        if "gate_up" not in weights or "down" not in weights:
+            return self._device.torch.type == "cpu" and native.available()
         stacked = weights["gate_up"], weights["down"]
         if stacked[0].is_cuda and (
             stacked[0].dtype != torch.bfloat16 or torch.cuda.get_device_capability(stacked[0].device)[0] < 8
@@ -144,9 +182,15 @@ class Bounds:
         return (own - self._pairs.start).clamp_(0, self._pairs.stop - self._pairs.start).to(torch.int32)
 
 
-def grouped_product(x_nD: torch.Tensor, weight_eRD: torch.Tensor, ends_e: torch.Tensor) -> torch.Tensor:
-    """``x · weight[e]^T`` for the tokens ``x_nD[ends_e[e - 1] : ends_e[e]]`` of each expert e, in one call: ``[n, R]``."""
-    few = len(x_nD) <= _NATIVE_TOKENS * len(weight_eRD)
-    if few and x_nD.device.type == "cpu" and native.available():
-        return grouped_products(x_nD, weight_eRD, ends_e)
-    return F.grouped_mm(x_nD, weight_eRD.transpose(1, 2), offs=ends_e)
+def grouped_product(
+    x_nD: torch.Tensor, weights: torch.Tensor | Sequence[torch.Tensor], ends_e: torch.Tensor
+) -> torch.Tensor:
+    """``x · weight[e]^T`` for the tokens ``x_nD[ends_e[e - 1] : ends_e[e]]`` of each expert e, in one call: ``[n, R]``.
+
+    Args:
+        weights: stacked ``[e, R, D]``; on the CPU also each by itself.
+    """
+    few = len(x_nD) <= _NATIVE_TOKENS * len(weights)
+    if not isinstance(weights, torch.Tensor) or (few and x_nD.device.type == "cpu" and native.available()):
+        return grouped_products(x_nD, weights, ends_e)
+    return F.grouped_mm(x_nD, weights.transpose(1, 2), offs=ends_e)

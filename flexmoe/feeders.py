@@ -94,9 +94,10 @@ class Feeder(ABC):
         for q in offered:
             _drained(q)
             q.put(None)
-        self._to_copy.put(None)
-        for thread in self._threads:
-            thread.join()
+        feeding, copying = self._threads
+        feeding.join()
+        self._to_copy.put(None)  # behind all that the other has put there
+        copying.join()
 
     def _guard(self, loop: Callable[[], None]) -> None:
         """An exception of a thread becomes the error of the next fetch, not a silent end of the stream."""

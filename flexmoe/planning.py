@@ -26,7 +26,8 @@ from policies.policy import Policy, Workload
 
 GIB = 1 << 30
 RESERVES = ("max", "p95")
-#: Part of a GPU that the cache leaves alone where no budget was given: the allocator cuts its memory into pieces.
+#: Part of a GPU, and of the host's memory, that the cache leaves alone: the allocator cuts the one into pieces, and others
+#: use the other.
 _SPARED_SHARE = 0.05
 _REMEDY = {
     "gpu": "raise --gpu-mem, or lower the GPU percents, --gpu-batch-size or --prefill-tokens",
@@ -213,9 +214,10 @@ def _cache_experts(
     if budgets["gpu"] is None:
         return 0
     left = budgets["gpu"] - memory.total("gpu")
-    if "gpu+cpu" in budgets:
-        left = min(left, budgets["gpu+cpu"] - memory.total("gpu") - memory.total("cpu"))
-    elif config.gpu_mem is None:
+    if "gpu+cpu" in budgets:  # a budget in RAM is met to the byte, and what the machine has is not
+        both = int((1 - _SPARED_SHARE) * budgets["gpu+cpu"]) - memory.total("gpu") - memory.total("cpu")
+        left = min(left, both)
+    else:
         left -= int(_SPARED_SHARE * budgets["gpu"])
     streamed = np.count_nonzero(OnDemand.of(arch, counts.placement.tier_of, 0).streamed)
     return max(0, min(left // entry_bytes(arch), int(streamed)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,7 @@ class _FileReader:
 
     def __init__(self) -> None:
         self._files: dict[str, DirectFile] = {}
+        self._opening = threading.Lock()  # the weight stream and the loads of single experts read at once
         self._row_files: dict[str, int] = {}
 
     def adopt(self, file: DirectFile) -> None:
@@ -78,9 +80,10 @@ class _FileReader:
         return result
 
     def _file(self, path: str) -> DirectFile:
-        if path not in self._files:
-            self._files[path] = DirectFile(path)
-        return self._files[path]
+        with self._opening:
+            if path not in self._files:
+                self._files[path] = DirectFile(path)
+            return self._files[path]
 
 
 class CheckpointSource:

@@ -65,12 +65,13 @@ class WeightFeed:
         )
         self._kept = min(KEPT_SLOTS, counts.slots) * self._stream.slot_bytes
         self._lent = counts.slots * self._stream.slot_bytes - self._kept
-        at_hand = (self._lent + room) // self._entry_bytes if self._all and kind != "off" else 0
+        at_hand = (self._lent + room) // self._entry_bytes if kind != "off" else 0
         self._rule, self._usage = OnDemand.of(arch, store.tier_of, at_hand), Usage(arch, known)
         self._always = fetch_order(replace(shape, on_demand=self._rule.layers))
-        self._kept_staging = min(KEPT_SLOTS, sum(needs_staging(store, unit) for unit in self._always))
+        staged = sum(needs_staging(store, unit) for unit in self._always)
+        self._kept_staging = min(KEPT_SLOTS, staged, max(0, len(self._stream.staging) - 1))
         self._cache: ExpertCache | None = None
-        if at_hand >= FEWEST_AT_HAND:
+        if at_hand >= FEWEST_AT_HAND and self._rule.layers:
             streamed = {unit: e for unit, e in units.experts_of.items() if store.tier_of[unit] != "gpu"}
             staging = self._stream.staging[self._kept_staging :]
             self._loader = ExpertLoader(store, streamed, self._stream.staged, staging)
@@ -117,8 +118,8 @@ class WeightFeed:
         if self.trace is not None:
             self.trace.append((layer, experts))
 
-    def experts(self) -> Iterator[tuple[int, Mapping[str, torch.Tensor]]]:
-        """(number, tensors) of each of them; an expert may be used until the next one is asked for."""
+    def experts(self) -> Iterator[dict[int, Mapping[str, torch.Tensor]]]:
+        """Tensors by number of some of them at a time; they may be used until the next ones are asked for."""
         return self._cache.experts()
 
     def metrics(self) -> dict:

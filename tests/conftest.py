@@ -36,6 +36,14 @@ def _made_once(recipes, tmp_path_factory):
     return get
 
 
+@pytest.fixture(autouse=True)
+def loads_cost_their_bytes(monkeypatch):
+    """Tiny experts stand for large ones, of which a load costs no more than its bytes: few rows bring them on demand."""
+    from cost_model import on_demand
+
+    monkeypatch.setattr(on_demand, "LOAD_BYTES", {"cpu": 0, "disk": 0})
+
+
 @pytest.fixture
 def one_thread():
     """Tiny operations on busy cores: several threads would spend most of their time waiting for each other."""

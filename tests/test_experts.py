@@ -142,15 +142,25 @@ def test_the_bounds_of_a_chunk_are_the_same_on_host_and_device(monkeypatch, chun
     assert seen == [0, 0, *sizes[2:]]
 
 
-def test_a_grouped_product_serves_stacked_weights_of_experts_with_few_tokens_each():
+def in_pieces(stacked):
+    """The same weights as the hub's layout has them: each matrix by itself."""
+    gates = {
+        f"gate_up.{2 * e + half}": t for e, w in enumerate(stacked["gate_up"]) for half, t in enumerate(w.chunk(2))
+    }
+    return gates | {f"down.{e}": w for e, w in enumerate(stacked["down"])}
+
+
+def test_a_grouped_product_serves_weights_of_experts_with_few_tokens_each(monkeypatch):
     dispatch = ExpertDispatch(Device("cpu"), EXPERTS, 1000, TOP_K)
     stacked = {"gate_up": torch.zeros(4, 2 * WIDTH, WIDTH), "down": torch.zeros(4, WIDTH, WIDTH)}
     dispatch.route(torch.tensor([[0, 1]] * 100), torch.ones(100, 2), torch.float32)
     assert dispatch.can_group(range(4), stacked)
-    assert not dispatch.can_group(range(4), {"gate_up.0": stacked["down"], "down": stacked["down"]})
+    for available in (True, False):
+        monkeypatch.setattr(native, "available", lambda: available)
+        assert dispatch.can_group(range(4), in_pieces(stacked)) == available, "torch's product wants them stacked"
     assert not dispatch.can_group(range(4), {role: t[..., :3] for role, t in stacked.items()}), "rows of 12 bytes"
     dispatch.route(torch.tensor([[0, 1]] * 1000), torch.ones(1000, 2), torch.float32)
-    assert not dispatch.can_group(range(4), stacked)
+    assert not dispatch.can_group(range(4), stacked) and not dispatch.can_group(range(4), in_pieces(stacked))
 
 
 @pytest.mark.parametrize("in_native_code", [True, False])
@@ -168,6 +178,12 @@ def test_grouped_products_equal_those_of_one_expert_at_a_time(dtype, in_native_c
     starts = [0, *ends[:-1]]
     want = torch.cat([math.expert(x_nD[a:b], weights, number) for number, (a, b) in enumerate(zip(starts, ends))])
     torch.testing.assert_close(got, want, atol=0.02 if dtype != torch.float32 else 1e-6, rtol=0.02)
+    if in_native_code:
+        close = {"atol": 0.02 if dtype != torch.float32 else 1e-6, "rtol": 0.02}
+        pieces = math.experts(x_nD, torch.tensor(ends, dtype=torch.int32), in_pieces(weights))
+        torch.testing.assert_close(pieces, got, **close)
+        mixed = {"gate_up": weights["gate_up"]} | {k: w for k, w in in_pieces(weights).items() if k.startswith("down")}
+        torch.testing.assert_close(math.experts(x_nD, torch.tensor(ends, dtype=torch.int32), mixed), got, **close)
 
 
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler")
@@ -191,6 +207,7 @@ def test_native_products_refuse_what_does_not_fit():
     assert grouped_products(x, weight, ends).shape == (4, 3)
     for bad in (
         (x[:, :7], weight, ends), (x.T.contiguous().T, weight, ends), (x.bfloat16(), weight, ends), (x, weight[:, :, :8:2], ends),
+        (x, [weight[0], weight[1, :2]], ends), (x, list(weight.mT.contiguous().mT), ends), (x, [weight[0], weight[1].double()], ends),
         (x, weight, ends.long()), (x, weight, ends[:1]), (x, weight, ends.flip(0)), (x, weight, ends - 2), (x, weight, ends + 1),
     ):  # fmt: skip
         with pytest.raises(ValueError):

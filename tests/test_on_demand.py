@@ -1,12 +1,14 @@
 """When a sweep moves only the experts that were routed to."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from cost_model.arch import ModelArch
-from cost_model.on_demand import OnDemand, touched, uniform_shares
+from cost_model import on_demand as on_demand_module
+from cost_model.on_demand import LOAD_BYTES, OnDemand, touched, uniform_shares
 from cost_model.sizes import residency
 
 MIXTRAL, QWEN = ModelArch.from_name("Mixtral-8x7B"), ModelArch.from_name("Qwen3-30B-A3B")
@@ -64,6 +66,17 @@ def test_a_run_does_not_change_its_mode_at_a_trifle():
     shares = uniform_shares(MIXTRAL)
     between = on_demand(MIXTRAL, 4)  # 4 tokens touch 68 % of the experts
     assert not between.pays(shares, 4) and between.pays(shares, 4, already=True)
+
+
+def test_small_experts_have_to_spare_more_loads_the_faster_their_link_is(monkeypatch):
+    monkeypatch.setattr(on_demand_module, "LOAD_BYTES", LOAD_BYTES)
+    small, shares = replace(QWEN, hidden=512, ffn=256), uniform_shares(QWEN)
+    tiers = {tier: residency(small).place(0, share).tier_of for tier, share in (("disk", 0), ("host", 100))}
+    most = {}
+    for tier, tier_of in tiers.items():
+        rule = OnDemand.of(small, tier_of, 4)
+        most[tier] = max(tokens for tokens in range(1, 40) if rule.pays(shares, tokens))
+    assert most == {"disk": 7, "host": 3}
 
 
 def test_one_place_to_load_into_is_too_few():

@@ -11,7 +11,8 @@ R rows of logits.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -108,9 +109,20 @@ class Decoder(ABC):
         return F.linear(F.silu(gate_nF, inplace=True).mul_(up_nF), down_DF)
 
     def experts(self, x_nD: torch.Tensor, ends_e: torch.Tensor, w: Weights) -> torch.Tensor:
-        """All experts of a unit in one call each of two products: expert i over ``x_nD[ends_e[i - 1] : ends_e[i]]``."""
+        """All experts of a unit in one call of each product: expert i over ``x_nD[ends_e[i - 1] : ends_e[i]]``."""
+        if "gate_up" not in w or "down" not in w:
+            return self._each(x_nD, ends_e, *_matrices(w))
         gate_nF, up_nF = grouped_product(x_nD, w["gate_up"], ends_e).chunk(2, dim=-1)
         return grouped_product(F.silu(gate_nF, inplace=True).mul_(up_nF), w["down"], ends_e)
+
+    def some_experts(self, x_nD: torch.Tensor, ends_e: torch.Tensor, each: Sequence[Weights]) -> torch.Tensor:
+        """The same of single experts, wherever they lie; on the CPU."""
+        gates, ups, downs = zip(*(_matrices(w) for w in each))
+        return self._each(x_nD, ends_e, *(list(chain.from_iterable(found)) for found in (gates, ups, downs)))
+
+    def _each(self, x_nD: torch.Tensor, ends_e: torch.Tensor, gates: list, ups: list, downs: list) -> torch.Tensor:
+        gate_nF, up_nF = grouped_product(x_nD, gates, ends_e), grouped_product(x_nD, ups, ends_e)
+        return grouped_product(F.silu(gate_nF, inplace=True).mul_(up_nF), downs, ends_e)
 
     def final_norm(self, h_RD: torch.Tensor, w: Weights) -> torch.Tensor:
         """Norm before the head; its weight travels with the first head unit."""
@@ -138,6 +150,17 @@ def best_experts(logits_TE: torch.Tensor, top_k: int, *, normalized: bool) -> tu
     """The ``top_k`` experts of highest softmax probability, and those probabilities, normalized to a sum of one or not."""
     weights_TK, ids_TK = torch.topk(torch.softmax(logits_TE.float(), dim=-1), top_k, dim=-1)
     return ids_TK, weights_TK / weights_TK.sum(dim=-1, keepdim=True) if normalized else weights_TK
+
+
+def _matrices(w: Weights) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Gate, up and down of each expert of a unit, however they lie."""
+    if "gate_up" in w:
+        gates, ups = (list(halves.unbind()) for halves in w["gate_up"].chunk(2, dim=1))
+    else:
+        both = [w[role] for role in map("gate_up.{}".format, range(len(w))) if role in w]
+        gates, ups = both[::2], both[1::2]
+    downs = list(w["down"].unbind()) if "down" in w else [w[f"down.{at}"] for at in range(len(gates))]
+    return gates, ups, downs
 
 
 def _rotate(x_THd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -61,9 +61,9 @@ int flexmoe_attention(int dtype, const void* q, int64_t q_stride, int64_t tokens
 }
 
 // out[n, R] = x[n, D] · weight[e]^T for the tokens x[ends[e - 1], ends[e]) of each expert e.
-int flexmoe_products(int dtype, const void* x, int64_t x_stride, const void* weight, const int32_t* ends, void* out, int E,
-                     int R, int D, int num_threads) {
-  Product product{x, weight, out, ends, x_stride, E, R, D};
+int flexmoe_products(int dtype, const void* x, int64_t x_stride, const void* const* weights, const int32_t* ends, void* out,
+                     int E, int R, int D, int num_threads) {
+  Product product{x, weights, out, ends, x_stride, E, R, D};
   try {
     ProductJob job{product, dtype};
     for (int e = 0; e < E; e++)

@@ -31,7 +31,7 @@ INLINE float sum_of(vf x) {
 
 struct Product {
   const void* x;
-  const void* weight;  // [E, R, D]
+  const void* const* weights;  // of each expert, [R, D]
   void* out;           // [n, R]
   const int32_t* ends;
   int64_t x_stride;
@@ -84,7 +84,7 @@ template <class T, int R0> INLINE void rows(const T* w, const T* x, int64_t x_st
 template <class T> void run_rows(const Product& p, int expert, int first, int last) {
   const int start = expert ? p.ends[expert - 1] : 0, n = p.ends[expert] - start;
   const T* x = static_cast<const T*>(p.x) + start * p.x_stride;
-  const T* w = static_cast<const T*>(p.weight) + int64_t(expert) * p.R * p.D;
+  const T* w = static_cast<const T*>(p.weights[expert]);
   T* out = static_cast<T*>(p.out) + int64_t(start) * p.R;
   int r = first;
   for (; r + TILE <= last; r += TILE) rows<T, TILE>(w + int64_t(r) * p.D, x, p.x_stride, n, p.D, out + r, p.R);
