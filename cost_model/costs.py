@@ -7,9 +7,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from cost_model.arch import ModelArch
+from cost_model.gemm_rates import GemmRates
+from cost_model.grouped import are_grouped
 from cost_model.hardware import Hardware
 from cost_model.load import BatchLoad
 from cost_model.routing import Demand, Routing
@@ -192,17 +195,45 @@ class Costs:
     # The rest of a sweep.
 
     def expert_s(self, tokens: float, elements: float) -> float:
-        """One expert of so many weights over its tokens."""
+        """One expert of so many weights over its tokens, by itself."""
         return self._experts.seconds(tokens, elements)
 
     def touched(self, tokens: float) -> float:
         """Experts of a layer that the tokens reach."""
         return self.routing.touched(tokens)
 
+    def stacked_rates(self, tokens: float) -> GemmRates:
+        """Rates of an expert whose unit's weights lie stacked, in a sweep of so many tokens."""
+        grouped = self._gpu.grouped_experts.get(self._b)
+        return grouped if grouped and are_grouped(self.arch, self._b, tokens) else self._experts
+
+    def scattered_expert_s(self, tokens: float) -> float:
+        """What one of the reached experts takes longer where its unit's weights do not lie stacked."""
+        return self._reached_s(self._experts, tokens) - self._reached_s(self.stacked_rates(tokens), tokens)
+
     def reached_expert_s(self, tokens: float) -> float:
-        """One of the experts that a sweep's tokens reach, over its share of them."""
+        """One of the experts that a sweep's tokens reach, over its share of them: the mean of all places that units come from."""
+        rates = self.stacked_rates(tokens)
+        seconds = self._reached_s(rates, tokens)
+        if rates is self._experts or not self._scattered_share:
+            return seconds
+        return seconds + self._scattered_share * self.scattered_expert_s(tokens)
+
+    def _reached_s(self, rates: GemmRates, tokens: float) -> float:
         touched = self.touched(tokens)
-        return self.expert_s(tokens * self.arch.top_k / touched, self.arch.expert_params) if touched else 0.0
+        return rates.seconds(tokens * self.arch.top_k / touched, self.arch.expert_params) if touched else 0.0
+
+    @cached_property
+    def _scattered_share(self) -> float:
+        """Of the units of experts, the part whose weights do not lie stacked when they are computed.
+
+        On device cpu what is on disk is read straight into its place and lies there as in the file: on the hub, a matrix of
+        an expert after another.
+        """
+        if self.hardware.device != "cpu" or not self.counts.placement.count_of("disk", "expert"):
+            return 0.0
+        sparse_layers = self.arch.num_layers - len(self.arch.dense_layers)
+        return self.routing.streamed("disk")[0] / (sparse_layers * self.arch.expert_units)
 
     def demanded_bytes(self, demand: Demand) -> tuple[float, float]:
         """(read in a mean layer that has experts on disk, copied in a mean layer) where experts come on demand.
@@ -213,11 +244,15 @@ class Costs:
         return demand.disk_bytes / max(1, demand.disk_layers), copied / len(demand.layers)
 
     def demanded(self, demand: Demand, tokens: float) -> Demanded:
-        """Seconds of a layer whose experts come on demand; what is not pinned is copied to a pinned buffer first."""
+        """Seconds of a layer whose experts come on demand; what is not pinned is copied to a pinned buffer first.
+
+        What comes is computed one expert at a time; what lives on the device, in its units.
+        """
         layers, on_cpu = len(demand.layers), self.hardware.device == "cpu"
         read, copied = self.demanded_bytes(demand)
         staged = 0.0 if self.pinned or on_cpu else demand.host_bytes / layers
-        each, missed = self.reached_expert_s(tokens), demand.missed / layers
+        each, missed = self._reached_s(self._experts, tokens), demand.missed / layers
+        resident = self._reached_s(self.stacked_rates(tokens), tokens)
         waited = min(1.0, missed)
         last_bytes = 0.0 if on_cpu or not missed else demand.disk_bytes / layers * waited / missed
         return Demanded(
@@ -226,7 +261,7 @@ class Costs:
             copy_last_s=self.copy_s(last_bytes),
             ahead_s=(each + self.op_s) * demand.streamed / layers - each * waited,
             last_s=each * waited,
-            unit_s=each * demand.resident / demand.resident_units if demand.resident_units else 0.0,
+            unit_s=resident * demand.resident / demand.resident_units if demand.resident_units else 0.0,
         )
 
     def head_s(self, rows: float, elements: float) -> float:

@@ -36,7 +36,7 @@ class _Sweep:
         self.dense_s = phase.project_s + phase.attend_s
         on_device = {mode: 0.0 if mode == "cpu" else s for mode, s in phase.attention_s.items()}
         self.busy = self._rows({mode: self.dense_s + s for mode, s in on_device.items()})
-        self.experts = self._largest("experts", self._expert_pieces())
+        self.experts = self._largest("experts", self._expert_pieces(), self._scattered())
         head = self._largest("head", self._head_pieces())
         self.computed = [*programme.every_row(phase.outside_s * programme.second), (head, 1.0)]
         self.host = [
@@ -202,32 +202,41 @@ class _Sweep:
 
     # Curves.
 
-    def _largest(self, name: str, pieces: list[tuple[float, float]]):
-        """A variable of at least the largest of (seconds of a nominal block, constant seconds)."""
+    def _largest(self, name: str, pieces: list[tuple[float, float]], beside: Sequence = ()):
+        """A variable of at least the largest of (seconds of a nominal block, constant seconds), and what comes beside it."""
         variable = self.lp.variable(f"{name}_{self.index}")
         for slope, constant in pieces:
             rows = self.lp.every_row(slope * self.lp.second / self.lp.block)
-            self.lp.at_most_zero(*rows, (self.lp.u, constant * self.lp.second), (variable, -1.0))
+            self.lp.at_most_zero(*rows, *beside, (self.lp.u, constant * self.lp.second), (variable, -1.0))
         return variable
 
     def _expert_pieces(self) -> list[tuple[float, float]]:
         """A mean layer's experts, as `sweep._experts_s`; how many are touched is that of the nominal block."""
         arch, costs = self.problem.arch, self.costs
-        curve = self.problem.hardware.gpu.experts[self.problem.number_bytes]
         tokens = self.phase.tokens * self.lp.block
         dense = len(arch.dense_layers) / arch.num_layers
         touched = max(1.0, costs.touched(tokens))
         dispatch = (1 - dense) * (arch.expert_units + 1) * costs.op_s
         if dense:
             dispatch += dense * 2 * costs.op_s
+            curve = self.problem.hardware.gpu.experts[self.problem.number_bytes]
             slope, constant = max(curve.pieces(arch.dense_params), key=lambda piece: piece[0] * tokens + piece[1])
             beside = dense * slope * tokens, dense * constant + dispatch
         else:
             beside = 0.0, dispatch
         return [
             ((1 - dense) * slope * tokens * arch.top_k + beside[0], (1 - dense) * touched * constant + beside[1])
-            for slope, constant in curve.pieces(arch.expert_params)
+            for slope, constant in costs.stacked_rates(tokens).pieces(arch.expert_params)
         ]
+
+    def _scattered(self) -> list:
+        """What a mean layer's experts take longer for those on disk whose weights do not lie stacked (`Costs`)."""
+        arch, tokens = self.problem.arch, self.phase.tokens * self.lp.block
+        longer_s = max(0.0, self.costs.scattered_expert_s(tokens)) if self.problem.hardware.device == "cpu" else 0.0
+        if not longer_s or not self.lp.choice.disk_weights:
+            return []
+        sparse = 1 - len(arch.dense_layers) / arch.num_layers
+        return _times(self._streamed("disk"), sparse * self.costs.touched(tokens) * longer_s / self.lp.total_bytes)
 
     def _head_pieces(self) -> list[tuple[float, float]]:
         arch, op_s = self.problem.arch, self.costs.op_s
