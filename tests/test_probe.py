@@ -232,6 +232,7 @@ def test_token_counts_are_spread_as_random_routing_spreads_them():
     counts = gemms.around(400, 8)
     assert np.mean(counts) == pytest.approx(400, abs=1) and np.std(counts) == pytest.approx(20, rel=0.2)
     assert len({n % 2 for n in counts}) == 2
+    assert np.std(gemms.around(400, 8, experts=4)) == pytest.approx(10, rel=0.2), "the mean of four"
 
 
 def test_rate_is_flops_over_seconds_and_costly_points_are_measured_once():

@@ -141,35 +141,34 @@ def _rates(
             log.info("         no %s of %.0f M weights in %s: %s", name, case.elements / 1e6, dtype, why)
             break
         with case.bench(device, case.arch, dtype, arena, _most(device, effort), effort) as seconds:
-            spread = _COUNTS if case.experts == 1 else (1,)  # a unit's tokens are spread over its experts
-            curves.append(_curve(case.elements, tokens, effort.point_s, seconds, spread))
+            curves.append(_curve(case.elements, tokens, effort.point_s, seconds, case.experts))
         sizes.append(case.elements // case.experts)
     return GemmRates(tokens=tokens, weight_elements=tuple(sizes), flops_per_s=tuple(curves))
 
 
 def _curve(
-    elements: int, tokens: tuple[int, ...], point_s: float, seconds: Seconds, spread: tuple[int, ...] = _COUNTS
+    elements: int, tokens: tuple[int, ...], point_s: float, seconds: Seconds, experts: int = 1
 ) -> tuple[float, ...]:
     """FLOP/s at each token count: the mean over counts around it, fewer of them where a call is costly."""
     rates: list[float] = []
     for n in tokens:
         expected_s = 2 * n * elements / rates[-1] if rates else 0.0
-        many = next((m for m in spread if m * expected_s <= _MOST_POINTS * point_s), 1)
-        counts, cheap = around(n, many), 3 * many * expected_s <= _MOST_POINTS * point_s
+        many = next((m for m in _COUNTS if m * expected_s <= _MOST_POINTS * point_s), 1)
+        counts, cheap = around(n, many, experts), 3 * many * expected_s <= _MOST_POINTS * point_s
         took_s = [seconds(count, point_s / len(counts), int(cheap), 2 if cheap else 1) for count in counts]
         rates.append(2 * sum(counts) * elements / sum(took_s))
     return tuple(rates)
 
 
-def around(n: int, many: int, fewest: int = 8) -> list[int]:
-    """Token counts spread around ``n`` as those of an expert to which tokens are routed at random: quantiles.
+def around(n: int, many: int, experts: int = 1, fewest: int = 8) -> list[int]:
+    """Token counts spread around ``n`` as the mean of so many experts to which tokens are routed at random: quantiles.
 
     A GEMM library is fast at some counts and slow at others: the mean over a few is what a run meets. Fewer than ``fewest`` are
     not spread.
     """
     if n < fewest:
         return [n]
-    return [round(n + n**0.5 * _NORMAL.inv_cdf((i + 0.5) / many)) for i in range(many)]
+    return [round(n + (n / experts) ** 0.5 * _NORMAL.inv_cdf((i + 0.5) / many)) for i in range(many)]
 
 
 @contextlib.contextmanager
@@ -217,7 +216,7 @@ def unit_bench(
     """Seconds of a unit that is all experts of a layer, over n tokens of each on average, by grouped products."""
     math, unit = family(arch), range(arch.num_experts)
     sets = arena.sets(math.parts(())[expert_unit(0, unit)], effort.cycle_bytes)
-    x_TD = noise(device, dtype, len(unit) * min(most, GROUPED_TOKENS), arch.hidden)
+    x_TD = noise(device, dtype, len(unit) * min(most, 2 * GROUPED_TOKENS), arch.hidden)
     y_TD = torch.zeros_like(x_TD)
     dispatch = ExpertDispatch(device, len(unit), len(x_TD), 1)
 
