@@ -124,6 +124,7 @@ def _faster_device(hw: Hardware) -> Hardware:
         hw,
         experts=twice(gpu.experts),
         dense=twice(gpu.dense),
+        grouped_experts=twice(gpu.grouped_experts),
         attention_bytes_per_s=2 * gpu.attention_bytes_per_s,
         attention_flops_per_s=2 * gpu.attention_flops_per_s,
         memory_bytes_per_s=2 * gpu.memory_bytes_per_s,

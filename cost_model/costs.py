@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cost_model.arch import ModelArch
+from cost_model.gemm_rates import GemmRates
+from cost_model.grouped import are_grouped
 from cost_model.hardware import Hardware
 from cost_model.load import BatchLoad
 from cost_model.routing import Demand, Routing
@@ -192,17 +194,25 @@ class Costs:
     # The rest of a sweep.
 
     def expert_s(self, tokens: float, elements: float) -> float:
-        """One expert of so many weights over its tokens."""
+        """One expert of so many weights over its tokens, by itself."""
         return self._experts.seconds(tokens, elements)
 
     def touched(self, tokens: float) -> float:
         """Experts of a layer that the tokens reach."""
         return self.routing.touched(tokens)
 
+    def unit_rates(self, tokens: float) -> GemmRates:
+        """Rates of an expert that is computed with the others of its unit, in a sweep of so many tokens."""
+        grouped = self._gpu.grouped_experts.get(self._b)
+        return grouped if grouped and are_grouped(self.arch, self._b, tokens) else self._experts
+
     def reached_expert_s(self, tokens: float) -> float:
         """One of the experts that a sweep's tokens reach, over its share of them."""
+        return self._reached_s(self.unit_rates(tokens), tokens)
+
+    def _reached_s(self, rates: GemmRates, tokens: float) -> float:
         touched = self.touched(tokens)
-        return self.expert_s(tokens * self.arch.top_k / touched, self.arch.expert_params) if touched else 0.0
+        return rates.seconds(tokens * self.arch.top_k / touched, self.arch.expert_params) if touched else 0.0
 
     def demanded_bytes(self, demand: Demand) -> tuple[float, float]:
         """(read in a mean layer that has experts on disk, copied in a mean layer) where experts come on demand.
@@ -213,11 +223,16 @@ class Costs:
         return demand.disk_bytes / max(1, demand.disk_layers), copied / len(demand.layers)
 
     def demanded(self, demand: Demand, tokens: float) -> Demanded:
-        """Seconds of a layer whose experts come on demand; what is not pinned is copied to a pinned buffer first."""
+        """Seconds of a layer whose experts come on demand; what is not pinned is copied to a pinned buffer first.
+
+        What comes is computed one expert at a time, on device cpu together like a unit; what lives on the device, in its units.
+        """
         layers, on_cpu = len(demand.layers), self.hardware.device == "cpu"
         read, copied = self.demanded_bytes(demand)
         staged = 0.0 if self.pinned or on_cpu else demand.host_bytes / layers
-        each, missed = self.reached_expert_s(tokens), demand.missed / layers
+        missed = demand.missed / layers
+        each = self._reached_s(self.unit_rates(tokens) if on_cpu else self._experts, tokens)
+        resident = self._reached_s(self.unit_rates(tokens), tokens)
         waited = min(1.0, missed)
         last_bytes = 0.0 if on_cpu or not missed else demand.disk_bytes / layers * waited / missed
         return Demanded(
@@ -226,7 +241,7 @@ class Costs:
             copy_last_s=self.copy_s(last_bytes),
             ahead_s=(each + self.op_s) * demand.streamed / layers - each * waited,
             last_s=each * waited,
-            unit_s=each * demand.resident / demand.resident_units if demand.resident_units else 0.0,
+            unit_s=resident * demand.resident / demand.resident_units if demand.resident_units else 0.0,
         )
 
     def head_s(self, rows: float, elements: float) -> float:

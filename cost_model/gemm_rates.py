@@ -1,11 +1,17 @@
 """How long a linear operation takes over so many tokens: a measured curve, and its convex pieces for a linear programme."""
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
+from cost_model.json_values import build
 from policies.checks import check_number
-from policies.errors import UsageError
+from policies.errors import DataError, UsageError
+from policies.files import check_keys
+
+#: Bytes of the numbers that a model may compute with.
+DTYPE_BYTES = (2, 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +91,33 @@ class GemmRates:
             return 2 * tokens / rates[left]
         start_s, end_s = 2 * points[left] / rates[left], 2 * points[right] / rates[right]
         return start_s + (end_s - start_s) * (tokens - points[left]) / (points[right] - points[left])
+
+
+def check_rates(name: str, curves, *, complete: bool) -> dict[int, GemmRates]:
+    """Rates by the bytes of one number: of every size where they must be complete.
+
+    Raises:
+        UsageError: they are not; the sentence has the name.
+    """
+    sizes = set(curves) if isinstance(curves, Mapping) else {None}
+    known = sizes == set(DTYPE_BYTES) if complete else sizes <= set(DTYPE_BYTES)
+    if not known or not all(isinstance(each, GemmRates) for each in curves.values()):
+        which = "and of" if complete else "or"
+        raise UsageError(f"{name} is {curves!r}; it needs rates for numbers of 2 {which} 4 bytes.")
+    return dict(curves)
+
+
+def rates_from_json(where: str, values, *, complete: bool) -> dict[int, GemmRates]:
+    """The same from a JSON object, whose keys are texts.
+
+    Raises:
+        DataError: it is none, or a key or value is unknown, missing or out of range; `where` names the object.
+    """
+    known = [str(size) for size in DTYPE_BYTES]
+    if not isinstance(values, dict):
+        raise DataError(f"{where} must be a JSON object with the keys {', '.join(known)}.")
+    check_keys(where, values, known, known if complete else [])
+    return {int(size): build(GemmRates, f"{where} for {size} bytes", curve) for size, curve in values.items()}
 
 
 def _slope(start: tuple[float, float], end: tuple[float, float]) -> float:

@@ -6,19 +6,20 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
 
-from cost_model.gemm_rates import GemmRates
+from cost_model.gemm_rates import GemmRates, check_rates, rates_from_json
 from cost_model.json_values import build, listed
 from cost_model.link_curves import LinkCurve, check_curve
 from policies.checks import check_count, check_number
 from policies.errors import DataError, FlexMoEError, UsageError
-from policies.files import check_header, check_keys, read_json, write_json
+from policies.files import check_header, read_json, write_json
 
 KIND = "flexmoe.hardware"
 SCHEMA_VERSION = 1
 DEVICES = ("cuda", "cpu")
-DTYPE_BYTES = (2, 4)
 GIB = 1 << 30
 MACHINES = Path(__file__).parent / "machines"
+#: Rates of linear operations by bytes of one number, and whether every size must be there.
+_RATES = {"experts": True, "dense": True, "grouped_experts": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,8 @@ class Gpu:
         attention_flops_per_s: prefill attention.
         op_s: dispatch of one operation of the schedule.
         h2d_curve: pinned copies up by the bytes of a unit; empty where not measured.
+        grouped_experts: like ``experts``, one of a unit of several whose weights lie stacked, by grouped products; without
+            the sizes of numbers that were not measured, or for which the runtime has none.
 
     Raises:
         UsageError: a value is of the wrong type or out of range; the sentence names it.
@@ -62,15 +65,12 @@ class Gpu:
     attention_flops_per_s: float
     op_s: float
     h2d_curve: LinkCurve = ()
+    grouped_experts: Mapping[int, GemmRates] = field(default_factory=dict)
 
     def __post_init__(self):
         _check_fields(self, "of the GPU")
-        for name in ("experts", "dense"):
-            curves = getattr(self, name)
-            complete = isinstance(curves, Mapping) and set(curves) == set(DTYPE_BYTES)
-            if not complete or not all(isinstance(each, GemmRates) for each in curves.values()):
-                raise UsageError(f"{name} of the GPU is {curves!r}; it needs rates for numbers of 2 and of 4 bytes.")
-            object.__setattr__(self, name, dict(curves))
+        for name, complete in _RATES.items():
+            object.__setattr__(self, name, check_rates(f"{name} of the GPU", getattr(self, name), complete=complete))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,14 +287,9 @@ def _from_document(document: Mapping) -> Hardware:
 def _gpu_from_json(where: str, values) -> Gpu:
     if not isinstance(values, dict):
         raise DataError(f"{where} must be a JSON object.")
-    named = [name for name in ("experts", "dense") if name in values]
-    curves = {name: _curves_from_json(f"{name} of {where}", values[name]) for name in named}
+    curves = {
+        name: rates_from_json(f"{name} of {where}", values[name], complete=complete)
+        for name, complete in _RATES.items()
+        if name in values
+    }
     return build(Gpu, where, values | curves)
-
-
-def _curves_from_json(where: str, values) -> dict[int, GemmRates]:
-    known = [str(size) for size in DTYPE_BYTES]
-    if not isinstance(values, dict):
-        raise DataError(f"{where} must be a JSON object with the keys {', '.join(known)}.")
-    check_keys(where, values, known, known)
-    return {int(size): build(GemmRates, f"{where} for {size} bytes", values[size]) for size in known}

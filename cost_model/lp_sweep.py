@@ -213,20 +213,20 @@ class _Sweep:
     def _expert_pieces(self) -> list[tuple[float, float]]:
         """A mean layer's experts, as `sweep._experts_s`; how many are touched is that of the nominal block."""
         arch, costs = self.problem.arch, self.costs
-        curve = self.problem.hardware.gpu.experts[self.problem.number_bytes]
         tokens = self.phase.tokens * self.lp.block
         dense = len(arch.dense_layers) / arch.num_layers
         touched = max(1.0, costs.touched(tokens))
         dispatch = (1 - dense) * (arch.expert_units + 1) * costs.op_s
         if dense:
             dispatch += dense * 2 * costs.op_s
+            curve = self.problem.hardware.gpu.experts[self.problem.number_bytes]
             slope, constant = max(curve.pieces(arch.dense_params), key=lambda piece: piece[0] * tokens + piece[1])
             beside = dense * slope * tokens, dense * constant + dispatch
         else:
             beside = 0.0, dispatch
         return [
             ((1 - dense) * slope * tokens * arch.top_k + beside[0], (1 - dense) * touched * constant + beside[1])
-            for slope, constant in curve.pieces(arch.expert_params)
+            for slope, constant in costs.unit_rates(tokens).pieces(arch.expert_params)
         ]
 
     def _head_pieces(self) -> list[tuple[float, float]]:

@@ -15,16 +15,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from cost_model.grouped import GROUPED_TOKENS, ROW_BYTES
 from cost_model.memory import EXPERT_CHUNK_TOKENS
 from flexmoe import native
 from flexmoe.device import Device
 from flexmoe.native.products import grouped_products
 
-#: Mean tokens of an expert up to which a grouped product is at least as fast as a product per expert.
-_GROUPED_TOKENS = 64
-#: Likewise, up to which our own is faster on the CPU than torch's.
+#: Mean tokens of an expert up to which our own grouped product is faster on the CPU than torch's.
 _NATIVE_TOKENS = 32
-_ROW_BYTES = 16  # grouped products want rows of a multiple of this
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -140,16 +138,14 @@ class ExpertDispatch:
     def can_group(self, experts: range, weights: Mapping[str, torch.Tensor]) -> bool:
         """Whether one grouped product serves the unit: its experts have few tokens each, and the device has such a product
         for them. Torch's want weights that lie stacked; our own takes them wherever they lie."""
-        if self._starts[experts.stop] - self._starts[experts.start] > _GROUPED_TOKENS * len(experts):
+        if self._starts[experts.stop] - self._starts[experts.start] > GROUPED_TOKENS * len(experts):
             return False
         if "gate_up" not in weights or "down" not in weights:
             return self._device.torch.type == "cpu" and native.available()
         stacked = weights["gate_up"], weights["down"]
-        if stacked[0].is_cuda and (
-            stacked[0].dtype != torch.bfloat16 or torch.cuda.get_device_capability(stacked[0].device)[0] < 8
-        ):
+        if not has_grouped_product(stacked[0].device, stacked[0].dtype):
             return False
-        return all(t.shape[-1] * t.element_size() % _ROW_BYTES == 0 and t.data_ptr() % _ROW_BYTES == 0 for t in stacked)
+        return all(t.shape[-1] * t.element_size() % ROW_BYTES == 0 and t.data_ptr() % ROW_BYTES == 0 for t in stacked)
 
     def _chunks(self, experts: range) -> list[slice]:
         """The (token, expert) pairs of consecutive experts, as many at a time as the workspace takes."""
@@ -180,6 +176,13 @@ class Bounds:
         """int32 ``[e]`` on the device: where the tokens of each expert end."""
         own = self._on_device[self._experts.start + 1 : self._experts.stop + 1]
         return (own - self._pairs.start).clamp_(0, self._pairs.stop - self._pairs.start).to(torch.int32)
+
+
+def has_grouped_product(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device has a grouped product for numbers of this dtype."""
+    if device.type != "cuda":
+        return True
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def grouped_product(

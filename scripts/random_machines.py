@@ -97,6 +97,7 @@ def _machine(rng: random.Random, preset: Hardware, size: float) -> Hardware:
         reserved_bytes=int(gpu.reserved_bytes * size),
         experts={number: _faster(curve, speed) for number, curve in gpu.experts.items()},
         dense={number: _faster(curve, speed) for number, curve in gpu.dense.items()},
+        grouped_experts={number: _faster(curve, speed) for number, curve in gpu.grouped_experts.items()},
         **rates,
     )
     return replace(

@@ -163,6 +163,18 @@ def test_a_grouped_product_serves_weights_of_experts_with_few_tokens_each(monkey
     assert not dispatch.can_group(range(4), stacked) and not dispatch.can_group(range(4), in_pieces(stacked))
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtypes"), [((7, 5), set()), ((8, 0), {torch.bfloat16}), ((9, 0), {torch.bfloat16})]
+)
+def test_a_gpu_has_grouped_products_of_bf16_from_the_first_generation_that_computes_in_it(
+    capability, dtypes, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    known = (torch.bfloat16, torch.float16, torch.float32)
+    assert {d for d in known if experts.has_grouped_product(torch.device("cuda"), d)} == dtypes
+    assert all(experts.has_grouped_product(torch.device("cpu"), d) for d in known)
+
+
 @pytest.mark.parametrize("in_native_code", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_grouped_products_equal_those_of_one_expert_at_a_time(dtype, in_native_code, monkeypatch):

@@ -122,6 +122,9 @@ def test_a_value_that_no_machine_has_is_refused_by_name(field, value):
         ("experts", {}),
         ("dense", {2: ROOFLINE}),
         ("dense", {2: 1.0, 4: 1.0}),
+        ("grouped_experts", {2: 1.0}),
+        ("grouped_experts", {8: ROOFLINE}),
+        ("grouped_experts", ()),
     ],
 )
 def test_a_value_that_no_gpu_has_is_refused_by_name(field, value):
@@ -180,6 +183,9 @@ BAD_DOCUMENTS = [
     ((*GPU, "h2d_curve"), [[0, 1e9]]),
     ((*GPU, "h2d_curve"), [[4096.5, 1e9]]),
     ((*GPU, "h2d_curve"), [[4096, 0]]),
+    ((*GPU, "grouped_experts"), 3),
+    ((*GPU, "grouped_experts"), {"8": {}}),
+    ((*GPU, "grouped_experts"), {"2": {"tokens": [1]}}),
 ]
 
 
@@ -209,7 +215,8 @@ def test_numbers_that_are_none_are_refused(tmp_path, literal):
 
 def test_what_is_optional_may_be_absent(tmp_path):
     document = Hardware.preset("t4").to_json()
-    del document["sources"], document["cpu_budget_bytes"], document["disk_read_curve"], document["gpus"][0]["h2d_curve"]
+    del document["sources"], document["cpu_budget_bytes"], document["disk_read_curve"]
+    del document["gpus"][0]["h2d_curve"], document["gpus"][0]["grouped_experts"]
     VALIDATOR.validate(document)
     (tmp_path / "machine.json").write_text(json.dumps(document))
     assert Hardware.load(tmp_path / "machine.json") == replace(Hardware.preset("t4"), sources={})
@@ -229,6 +236,16 @@ def test_curves_of_links_go_through_a_file(tmp_path):
     measured.save(tmp_path / "machine.json")
     again = Hardware.load(tmp_path / "machine.json")
     assert again == measured and again.disk_read_curve == again.gpu.h2d_curve == curve
+
+
+@pytest.mark.parametrize("sizes", [(), (2,), (2, 4)])
+def test_rates_of_grouped_experts_go_through_a_file_as_far_as_they_were_measured(sizes, tmp_path):
+    t4 = Hardware.preset("t4")
+    measured = replace(t4, gpus=(replace(t4.gpu, grouped_experts=dict.fromkeys(sizes, ROOFLINE)),))
+    VALIDATOR.validate(measured.to_json())
+    measured.save(tmp_path / "machine.json")
+    again = Hardware.load(tmp_path / "machine.json")
+    assert again == measured and set(again.gpu.grouped_experts) == set(sizes)
 
 
 def test_sizes_of_a_links_curve_rise():
@@ -251,7 +268,16 @@ def test_every_preset_satisfies_the_schema_and_names_its_sources(name):
     machine = Hardware.preset(name)
     assert machine.name == name
     numbers = {field.name for kind in (Hardware, Gpu) for field in fields(kind)}
-    numbers -= {"name", "device", "gpus", "sources", "cpu_budget_bytes", "disk_read_curve", "h2d_curve"}
+    numbers -= {
+        "name",
+        "device",
+        "gpus",
+        "sources",
+        "cpu_budget_bytes",
+        "disk_read_curve",
+        "h2d_curve",
+        "grouped_experts",
+    }
     assert set(machine.sources) - {"without a field"} == numbers
     assert all(len(source) > 3 for source in machine.sources.values())
 

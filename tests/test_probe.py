@@ -124,6 +124,10 @@ def test_every_rate_is_positive_and_finite(machine):
             assert rates.tokens == TOKENS and len(rates.weight_elements) == 2
             assert np.isfinite(rates.flops_per_s).all() and np.min(rates.flops_per_s) > 0
     assert machine.gpu.experts[4].weight_elements == (3 * 32 * 48, 3 * 64 * 96)
+    assert set(machine.gpu.grouped_experts) == {2, 4}
+    for rates in machine.gpu.grouped_experts.values():
+        assert rates.tokens == TOKENS and rates.weight_elements == machine.gpu.experts[4].weight_elements
+        assert np.isfinite(rates.flops_per_s).all() and np.min(rates.flops_per_s) > 0
 
 
 def test_every_field_says_where_it_comes_from(machine):
@@ -156,6 +160,7 @@ def test_gpu_is_measured(tmp_path):
     assert found.device == "cuda" and found.gpu.memory_bytes > found.gpu.reserved_bytes > 100 * MIB
     assert found.gpu.h2d_bytes_per_s > 1e9 and found.gpu.memory_bytes_per_s > found.gpu.h2d_bytes_per_s
     assert found.gpu.attention_bytes_per_s != found.cpu_attention_bytes_per_s
+    assert set(found.gpu.grouped_experts) == ({2} if torch.cuda.get_device_capability()[0] >= 8 else set())
 
 
 def test_links_are_measured_by_the_size_of_what_is_moved(machine):
@@ -180,6 +185,31 @@ def test_expert_is_timed_over_exactly_the_tokens_routed_to_it(count, monkeypatch
     assert len({weights for _, weights in seen}) > 20  # no cache holds what comes next
 
 
+@pytest.mark.parametrize("count", [1, 2, 4, 16, 64])
+def test_unit_is_timed_over_tokens_that_are_spread_over_its_experts(count, monkeypatch):
+    seen, together = [], Mixtral.experts
+    monkeypatch.setattr(
+        Mixtral, "experts", lambda self, x, ends, w: seen.append((len(x), ends.tolist())) or together(self, x, ends, w)
+    )
+    arena, arch = WeightArena(CPU, torch.float32, MIB), gemms.bench_arch(HEADS, 48, group=8)
+    with gemms.unit_bench(CPU, arch, torch.float32, arena, 64, TINY) as seconds:
+        assert seconds(count, 0.001, 1, 2) > 0
+    ends = seen[0][1]
+    each = np.diff([0, *ends])
+    assert len(seen) >= 3 and {n for n, _ in seen} == {8 * count} == {ends[-1]}
+    assert each.min() >= 1 and each.std() == pytest.approx(count**0.5 if count >= 4 else 0, rel=0.2)
+
+
+def test_only_what_the_runtime_groups_is_measured_in_units(monkeypatch):
+    arena, rates = WeightArena(CPU, torch.float32, MIB), gemms.grouped_expert_rates
+    many = replace(TINY, tokens={"cpu": (16, 64, 65, 256)})
+    assert rates(CPU, arena, torch.float32, many).tokens == (16, 64)
+    assert rates(CPU, arena, torch.float32, replace(TINY, tokens={"cpu": (65,)})) is None
+    assert rates(CPU, arena, torch.float32, replace(TINY, experts=((4096, 14336),))) is None, "as large as a unit"
+    monkeypatch.setattr(gemms, "has_grouped_product", lambda device, dtype: False)
+    assert rates(CPU, arena, torch.float32, TINY) is None
+
+
 @pytest.mark.parametrize("count", [1, 16, 150])
 def test_attention_module_is_timed_over_a_whole_batch_with_its_new_kv_and_routing(count, monkeypatch):
     calls, project, route = [], Mixtral.project, gemms.ExpertDispatch.route
@@ -202,6 +232,7 @@ def test_token_counts_are_spread_as_random_routing_spreads_them():
     counts = gemms.around(400, 8)
     assert np.mean(counts) == pytest.approx(400, abs=1) and np.std(counts) == pytest.approx(20, rel=0.2)
     assert len({n % 2 for n in counts}) == 2
+    assert np.std(gemms.around(400, 8, experts=4)) == pytest.approx(10, rel=0.2), "the mean of four"
 
 
 def test_rate_is_flops_over_seconds_and_costly_points_are_measured_once():

@@ -83,7 +83,7 @@ def table(hardware: Hardware) -> list[str]:
     ]
     for name, curve in (("disk_read", hardware.disk_read_curve), ("h2d", hardware.gpu.h2d_curve)):
         lines += [_line(f"{name}, units of {size / MIB:g} MiB", rate / 1e9, "GB/s") for size, rate in curve]
-    for name in ("experts", "dense"):
+    for name in ("experts", "grouped_experts", "dense"):
         for size, rates in getattr(hardware.gpu, name).items():
             for elements, row in zip(rates.weight_elements, rates.flops_per_s, strict=True):
                 for tokens, rate in zip(rates.tokens, row, strict=True):

@@ -20,7 +20,7 @@ from flexmoe.probe.facts import capacities, circumstances
 log = logging.getLogger(__name__)
 
 #: What is measured, and how; another number makes what was kept before worthless.
-_EDITION = "3"
+_EDITION = "5"
 _COMMAND = (sys.executable, "-m", "flexmoe.probe")
 _ERRORS = {kind.exit_code: kind for kind in (UsageError, InfeasibleError, StorageError)}
 

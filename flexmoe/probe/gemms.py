@@ -1,4 +1,4 @@
-"""FLOP/s of experts and of attention modules over so many tokens, computed as the executor computes them.
+"""FLOP/s of experts, alone and in units, and of attention modules over so many tokens, computed as the executor computes them.
 
 Legend: T tokens of the block, n tokens of an expert, D hidden, F expert width, E experts, K chosen experts.
 """
@@ -16,11 +16,13 @@ import torch
 
 from cost_model.arch import ModelArch
 from cost_model.gemm_rates import GemmRates
+from cost_model.grouped import GROUPED_TOKENS
 from cost_model.memory import EXPERT_CHUNK_TOKENS
 from cost_model.sizes import BLOCK_TOKENS
+from cost_model.units import UNIT_BYTES, expert_unit
 from flexmoe.block import Batch, Block, Run
 from flexmoe.device import Device
-from flexmoe.experts import ExpertDispatch
+from flexmoe.experts import ExpertDispatch, has_grouped_product
 from flexmoe.kv_cache import KVCache, KVShape
 from flexmoe.kv_lanes import KVBuffers, KVLanes
 from flexmoe.models import family
@@ -32,6 +34,8 @@ from flexmoe.trace import Recorder
 log = logging.getLogger(__name__)
 
 _EXPERTS, _TOP_K = 8, 2
+#: Experts of a unit that is measured.
+UNIT_EXPERTS = 8
 _DECODE_TOKENS = 64
 #: Token counts per point, the most that take no longer than so many times the seconds meant for a point.
 _COUNTS, _MOST_POINTS = (8, 4, 2, 1), 10
@@ -40,23 +44,27 @@ _NORMAL = statistics.NormalDist()
 Seconds = Callable[[int, float, int, int], float]
 
 
-def bench_arch(heads: Heads, ffn: int, *, layers: int = 1, experts: int = _EXPERTS, vocab: int = 256) -> ModelArch:
+def bench_arch(
+    heads: Heads, ffn: int, *, layers: int = 1, experts: int = _EXPERTS, vocab: int = 256, group: int | None = None
+) -> ModelArch:
     """A shape of the first family with one given attention module and expert width."""
     return ModelArch(
         name="probe", model_type="mixtral", num_layers=layers, hidden=heads.hidden, ffn=ffn, num_experts=experts,
         top_k=_TOP_K, num_heads=heads.heads, num_kv_heads=heads.kv_heads, head_dim=heads.head_dim, vocab_size=vocab,
-        max_position=4096, sliding_window=None, tied=False, dtype_bytes=2, norm_eps=1e-5, rope_theta=1e6,
+        max_position=4096, sliding_window=None, tied=False, dtype_bytes=2, norm_eps=1e-5, rope_theta=1e6, group=group,
     )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One weight size: how it is timed, its weights, and the bytes that the largest token count takes beside them."""
+    """One weight size: how it is timed, the weights of a call, the bytes that the largest token count takes beside them, and
+    how many experts a call computes."""
 
     arch: ModelArch
     bench: Callable
     elements: int
     work_bytes: int
+    experts: int = 1
 
 
 def expert_rates(device: Device, arena: WeightArena, dtype: torch.dtype, effort: Effort) -> GemmRates:
@@ -69,6 +77,28 @@ def expert_rates(device: Device, arena: WeightArena, dtype: torch.dtype, effort:
         work_bytes = numbers * dtype.itemsize
         cases.append(Case(arch=arch, bench=expert_bench, elements=arch.expert_params, work_bytes=work_bytes))
     return _rates("experts", cases, device, arena, dtype, effort)
+
+
+def grouped_expert_rates(device: Device, arena: WeightArena, dtype: torch.dtype, effort: Effort) -> GemmRates | None:
+    """Curves of an expert of a unit that is computed by grouped products, up to the tokens at which the runtime does that.
+
+    None where it never does, or nothing of what is measured is so small.
+    """
+    tokens = tuple(n for n in effort.tokens[device.torch.type] if n <= GROUPED_TOKENS)
+    cases = []
+    for hidden, ffn in effort.experts:
+        arch = bench_arch(
+            Heads(hidden=hidden, heads=1, kv_heads=1, head_dim=2), ffn, experts=UNIT_EXPERTS, group=UNIT_EXPERTS
+        )
+        if arch.expert_params * dtype.itemsize < UNIT_BYTES:
+            work_bytes = 2 * GROUPED_TOKENS * UNIT_EXPERTS * (4 * hidden + 3 * ffn) * dtype.itemsize
+            elements = UNIT_EXPERTS * arch.expert_params
+            cases.append(
+                Case(arch=arch, bench=unit_bench, elements=elements, work_bytes=work_bytes, experts=UNIT_EXPERTS)
+            )
+    if not tokens or not cases or not has_grouped_product(device.torch, dtype):
+        return None
+    return _rates("units of experts", cases, device, arena, dtype, effort, tokens)
 
 
 def dense_rates(device: Device, arena: WeightArena, dtype: torch.dtype, effort: Effort) -> GemmRates:
@@ -93,10 +123,16 @@ def _most(device: Device, effort: Effort) -> int:
 
 
 def _rates(
-    name: str, cases: list[Case], device: Device, arena: WeightArena, dtype: torch.dtype, effort: Effort
+    name: str,
+    cases: list[Case],
+    device: Device,
+    arena: WeightArena,
+    dtype: torch.dtype,
+    effort: Effort,
+    tokens: tuple[int, ...] = (),
 ) -> GemmRates:
-    """Curves of those sizes, from the smallest on, that fit the memory and the time."""
-    tokens, sizes, curves = effort.tokens[device.torch.type], [], []
+    """Curves of those sizes, from the smallest on, that fit the memory and the time; default tokens: the effort's."""
+    tokens, sizes, curves = tokens or effort.tokens[device.torch.type], [], []
     for case in cases:
         expected_s = sum(2 * n * case.elements / rate for n, rate in zip(tokens, curves[-1])) if curves else 0.0
         fits = case.elements * dtype.itemsize <= 0.99 * arena.nbytes and case.work_bytes <= _room(device, arena)
@@ -105,31 +141,34 @@ def _rates(
             log.info("         no %s of %.0f M weights in %s: %s", name, case.elements / 1e6, dtype, why)
             break
         with case.bench(device, case.arch, dtype, arena, _most(device, effort), effort) as seconds:
-            curves.append(_curve(case.elements, tokens, effort.point_s, seconds))
-        sizes.append(case.elements)
+            curves.append(_curve(case.elements, tokens, effort.point_s, seconds, case.experts))
+        sizes.append(case.elements // case.experts)
     return GemmRates(tokens=tokens, weight_elements=tuple(sizes), flops_per_s=tuple(curves))
 
 
-def _curve(elements: int, tokens: tuple[int, ...], point_s: float, seconds: Seconds) -> tuple[float, ...]:
+def _curve(
+    elements: int, tokens: tuple[int, ...], point_s: float, seconds: Seconds, experts: int = 1
+) -> tuple[float, ...]:
     """FLOP/s at each token count: the mean over counts around it, fewer of them where a call is costly."""
     rates: list[float] = []
     for n in tokens:
         expected_s = 2 * n * elements / rates[-1] if rates else 0.0
         many = next((m for m in _COUNTS if m * expected_s <= _MOST_POINTS * point_s), 1)
-        counts, cheap = around(n, many), 3 * many * expected_s <= _MOST_POINTS * point_s
+        counts, cheap = around(n, many, experts), 3 * many * expected_s <= _MOST_POINTS * point_s
         took_s = [seconds(count, point_s / len(counts), int(cheap), 2 if cheap else 1) for count in counts]
         rates.append(2 * sum(counts) * elements / sum(took_s))
     return tuple(rates)
 
 
-def around(n: int, many: int) -> list[int]:
-    """Token counts spread around ``n`` as those of an expert to which tokens are routed at random: quantiles.
+def around(n: int, many: int, experts: int = 1, fewest: int = 8) -> list[int]:
+    """Token counts spread around ``n`` as the mean of so many experts to which tokens are routed at random: quantiles.
 
-    A GEMM library is fast at some counts and slow at others: the mean over a few is what a run meets.
+    A GEMM library is fast at some counts and slow at others: the mean over a few is what a run meets. Fewer than ``fewest`` are
+    not spread.
     """
-    if n < 8:
+    if n < fewest:
         return [n]
-    return [round(n + n**0.5 * _NORMAL.inv_cdf((i + 0.5) / many)) for i in range(many)]
+    return [round(n + (n / experts) ** 0.5 * _NORMAL.inv_cdf((i + 0.5) / many)) for i in range(many)]
 
 
 @contextlib.contextmanager
@@ -158,6 +197,41 @@ def expert_bench(
         def work() -> None:
             weights = next(sets)
             dispatch.add(next(turn), x_TD[:block], y_TD[:block], lambda x_nD: math.expert(x_nD, weights))
+
+        return repeat_s(device, work, seconds, warm=warm, least=least)
+
+    with torch.inference_mode():
+        yield seconds
+
+
+@contextlib.contextmanager
+def unit_bench(
+    device: Device,
+    arch: ModelArch,
+    dtype: torch.dtype,
+    arena: WeightArena,
+    most: int,
+    effort: Effort,
+) -> Iterator[Seconds]:
+    """Seconds of a unit that is all experts of a layer, over n tokens of each on average, by grouped products."""
+    math, unit = family(arch), range(arch.num_experts)
+    sets = arena.sets(math.parts(())[expert_unit(0, unit)], effort.cycle_bytes)
+    x_TD = noise(device, dtype, len(unit) * min(most, 2 * GROUPED_TOKENS), arch.hidden)
+    y_TD = torch.zeros_like(x_TD)
+    dispatch = ExpertDispatch(device, len(unit), len(x_TD), 1)
+
+    def seconds(count: int, seconds: float, warm: int, least: int) -> float:
+        spread = torch.tensor(around(count, len(unit), fewest=4)).expand(len(unit))
+        ids_T = torch.arange(len(unit)).repeat_interleave(spread)
+        block = len(ids_T)
+        ids_TK = ids_T[torch.randperm(block)].unsqueeze(1)
+        dispatch.route(ids_TK.to(device.torch), torch.ones(block, 1, device=device.torch), dtype)
+
+        def work() -> None:
+            weights = next(sets)
+            dispatch.add_group(
+                unit, x_TD[:block], y_TD[:block], lambda x_nD, own: math.experts(x_nD, own.ends(), weights)
+            )
 
         return repeat_s(device, work, seconds, warm=warm, least=least)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from cost_model.gemm_rates import GemmRates
+from cost_model.grouped import GROUPED_TOKENS
 from cost_model.hardware import Gpu, Hardware
 from cost_model.sizes import BLOCK_TOKENS
 from flexmoe import native
@@ -25,7 +25,7 @@ from flexmoe.probe.copies import copy_curve, copy_rates, memory_rate
 from flexmoe.probe.disk import DiskRates, disk_rates
 from flexmoe.probe.effort import MIB, Effort
 from flexmoe.probe.facts import capacities, compute_dtypes, device_name, gpu_details, pinned_limit_bytes
-from flexmoe.probe.gemms import dense_rates, expert_rates
+from flexmoe.probe.gemms import UNIT_EXPERTS, dense_rates, expert_rates, grouped_expert_rates
 from flexmoe.probe.kv import kv_rates
 from flexmoe.probe.kv_blocks import SHAPES, kv_block_costs
 from flexmoe.probe.latency import disk_latency
@@ -215,21 +215,24 @@ def _attention(s: Setting, found: Found) -> None:
 
 
 def _linear(s: Setting, found: Found) -> None:
-    experts, dense = {}, {}
+    experts, grouped, dense = {}, {}, {}
     room = min(s.effort.buffer_bytes, found.values["memory_bytes"] // 8) * 3 // 4
     for size, dtype in s.dtypes.items():
-        experts[size], dense[size] = _curves(s, dtype, room)
+        arena = WeightArena(s.device, dtype, room)
+        experts[size], dense[size] = (rates(s.device, arena, dtype, s.effort) for rates in (expert_rates, dense_rates))
+        together = grouped_expert_rates(s.device, arena, dtype, s.effort)
+        grouped |= {size: together} if together else {}
+        del arena  # before the next is made
     source = f"weights in turn from {s.effort.cycle_bytes / MIB:.0f} MiB, token counts spread as random routing spreads them, {_dtype(s, 2)} and {_dtype(s, 4)}"
     found.put(
         f"flexmoe.experts and the family's expert: gather, three GEMMs, activation, scatter; {source}", experts=experts
     )
+    found.put(
+        f"the same, of units of {UNIT_EXPERTS} experts with up to {GROUPED_TOKENS} tokens each, by grouped products; {source}, "
+        f"as far as the device has such products",
+        grouped_experts=grouped,
+    )
     found.put(f"the family's projections, new KV, output and router, and routing, per GPU batch; {source}", dense=dense)
-
-
-def _curves(s: Setting, dtype: torch.dtype, room: int) -> tuple[GemmRates, GemmRates]:
-    """Those of experts and of attention modules, from one arena that is gone before the next is made."""
-    arena = WeightArena(s.device, dtype, room)
-    return expert_rates(s.device, arena, dtype, s.effort), dense_rates(s.device, arena, dtype, s.effort)
 
 
 def _overheads(s: Setting, found: Found) -> None:
