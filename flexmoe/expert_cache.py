@@ -34,7 +34,8 @@ class Entry(Slot):
 
 @dataclass(slots=True)
 class CacheCounts:
-    """What the cache did. ``load_s``: seconds from the request of an expert to its arrival, summed over the loads."""
+    """What the cache did. ``load_s``: seconds from the request of an expert to its arrival, on CUDA until its copy has been
+    issued, summed over the loads."""
 
     lookups: int = 0
     hits: int = 0

@@ -258,14 +258,15 @@ class UrgentTransfers:
 
 
 def _cut(transfer: Transfer) -> list[Transfer]:
-    """Pieces of at most `PIECE_BYTES`: several threads then share even one unit's bytes."""
+    """Pieces of about `PIECE_BYTES`, all alike: several threads then share even one unit's bytes."""
     size = len(transfer.buffer)
+    each = align_up(-(-size // max(1, round(size / PIECE_BYTES))))
     return [
         Transfer(
             transfer.file,
             transfer.offset + start,
-            transfer.buffer[start : min(size, start + PIECE_BYTES)],
-            min(PIECE_BYTES, transfer.needed - start),
+            transfer.buffer[start : min(size, start + each)],
+            min(each, transfer.needed - start),
         )
-        for start in range(0, size, PIECE_BYTES)
+        for start in range(0, size, each)
     ]
