@@ -91,6 +91,7 @@ class Executor:
         for op in sweep(self._shape(block), overlap=self._overlap):
             self._dispatch(op)
         self._kv.drain()
+        self._feed.end()
         self._recorder.resolve()
         return self._logits.take()
 

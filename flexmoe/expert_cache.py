@@ -145,8 +145,7 @@ class ExpertCache:
         self._missing.clear()
 
     def lend(self, nbytes: int) -> None:
-        """The first bytes of the memory are used otherwise from now on: what lies there is forgotten."""
-        self.settle()
+        """The first bytes of the memory are used otherwise from now on: what lies there is forgotten. Nothing may be on its way."""
         for entry in self._first(nbytes):
             if entry.expert is not None:
                 del self._of[entry.expert]

@@ -95,6 +95,7 @@ class WeightStream:
         if self._feeder is not None:
             self._feeder.stop()
             self._feeder = None
+        self._held.clear()
         now = self._device.record()  # the slots' memory may have been somebody else's until here
         self._idle_slots = [Slot(buffer, now) for buffer in self._slots[:slots]]
         self._idle_staging = [(buffer, None) for buffer in self.staging[:staging_slots]]

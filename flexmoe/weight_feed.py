@@ -80,7 +80,7 @@ class WeightFeed:
             about = {"passing": passing, "dtype": store.dtype, "overlap": overlap}
             memory = self._stream.memory[self._kept :]
             self._cache = ExpertCache(store.device, self._loader, memory, self._entry_bytes, eviction, **about)
-        self._on_demand, self._on_demand_sweeps = False, 0
+        self._on_demand, self._in_sweep, self._on_demand_sweeps = False, False, 0
         self.trace: list[tuple[int, list[int]]] | None = None
 
     @property
@@ -91,10 +91,15 @@ class WeightFeed:
     def begin(self, tokens: int) -> frozenset[int]:
         """A sweep of so many tokens begins; returns the layers whose streamed experts come on demand."""
         wanted = self._cache is not None and self._rule.pays(self._usage.shares, tokens, already=self._on_demand)
-        if wanted != self._on_demand:
+        if wanted != self._on_demand or self._in_sweep:  # the last sweep was broken off: the stream is somewhere in it
             self._change(wanted)
+        self._in_sweep = True
         self._on_demand_sweeps += wanted
         return self._rule.layers if wanted else frozenset()
+
+    def end(self) -> None:
+        """The sweep is over, and the stream at the beginning of the next."""
+        self._in_sweep = False
 
     def get(self, unit: str) -> dict[str, torch.Tensor]:
         """Tensors of a unit that every sweep needs, or that is streamed with all others, as `WeightStream.get`."""
@@ -146,12 +151,15 @@ class WeightFeed:
     def _change(self, on_demand: bool) -> None:
         """Between two sweeps, which is rare: what the stream has brought ahead is dropped."""
         log.debug("experts come %s from here on", "on demand" if on_demand else "all")
+        if self._cache is not None:
+            self._cache.settle()
+            self._loader.settle()
         if on_demand:
             self._stream.restart(self._always, KEPT_SLOTS, self._kept_staging)
             self._cache.take_back(self._lent)
         else:
-            self._cache.lend(self._lent)
-            self._loader.settle()
+            if self._cache is not None:
+                self._cache.lend(self._lent)
             self._stream.restart(self._all)
         self._on_demand = on_demand
 

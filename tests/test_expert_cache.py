@@ -1,6 +1,8 @@
 """Experts on demand: their own numbers whatever brings them, no more of them than were routed to, and hits as the policy has them."""
 
+import os
 import random
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ from cost_model.arch import ModelArch
 from cost_model.expert_usage import ExpertUsage
 from cost_model.on_demand import entry_bytes
 from cost_model.sizes import residency
-from flexmoe import LLM, SamplingParams, weight_feed
+from flexmoe import LLM, SamplingParams, feeders, weight_feed
 from flexmoe.device import Device
 from flexmoe.errors import InfeasibleError, StorageError, UsageError
 from flexmoe.eviction import LFU, LRU, Usage
@@ -278,9 +280,60 @@ def test_what_was_lent_by_the_stream_is_forgotten_when_it_takes_its_slots_back(v
         assert 0 < feed.metrics()["hits"] <= 2 * 3
 
 
-def test_a_failed_read_reaches_whoever_asks_and_again(variants, monkeypatch):
-    import os
+def test_a_static_cache_keeps_its_experts_even_when_its_passing_places_are_needed(variants):
+    known = np.tile(np.linspace(1, 0, 16), (4, 1))
+    with fed(variants("qwen3").directory, experts=8, kind="static", known=known) as run:
+        layer = min(run.feed.begin(1))
+        kept = [e for at, e in np.argwhere(np.isinf(run.feed._cache._eviction.scores)).tolist() if at == layer]
+        assert kept and run.feed.metrics()["experts"] == 4
+        passing = [10, 11, 12, 13]
+        for wanted in (kept, passing, [*passing, 14], kept):  # the passing places are full of what the layer needs
+            before = run.feed.metrics()["hits"]
+            assert sorted(within(5, lambda w=wanted: ask(run, layer, w))) == wanted
+        assert run.feed.metrics()["hits"] == before + len(kept)
 
+
+def test_loads_of_a_sweep_that_was_broken_off_do_not_reach_what_comes_after(variants, monkeypatch):
+    monkeypatch.setattr(weight_feed, "KEPT_SLOTS", 0)
+    real = os.preadv
+
+    def slow(fd, buffers, offset):
+        time.sleep(0.01)
+        return real(fd, buffers, offset)
+
+    with fed(variants("qwen3").directory, group=8, experts=2) as run:
+        feed = run.feed
+        feed._always = []
+        layer = min(feed.begin(1))
+        monkeypatch.setattr(os, "preadv", slow)
+        feed.routed(layer, [1] * 16, 1)
+        feed.request(layer)  # and nobody takes them
+        assert feed.begin(100_000) == frozenset()
+        for unit in feed._all:
+            got = within(5, lambda u=unit: feed.get(u))
+            if unit.startswith(f"layers.{layer}.expert"):
+                for place, e in enumerate(range(8)[: len(got) // 3]):
+                    assert torch.equal(got[f"down.{place}"] if f"down.{place}" in got else got["down"][place],
+                                       run.expected[layer, e + int(unit.rsplit(".", 1)[1].split("-")[0])][1])  # fmt: skip
+            feed.release(unit)
+
+
+def test_a_feeder_that_is_stopped_between_taking_a_slot_and_its_copy_ends(variants, monkeypatch):
+    real = feeders.Fetch
+
+    def late(*arguments, **named):
+        fetch = real(*arguments, **named)
+        time.sleep(0.05)
+        return fetch
+
+    monkeypatch.setattr(feeders, "Fetch", late)
+    with fed(variants("qwen3").directory, (0, 100), group=3) as run:
+        for tokens in (1, 100_000) * 3:
+            within(10, lambda t=tokens: run.feed.begin(t))
+            run.feed.end()
+
+
+def test_a_failed_read_reaches_whoever_asks_and_again(variants, monkeypatch):
     def failing(fd, buffers, offset):
         raise OSError(5, "Input/output error")
 
@@ -335,6 +388,24 @@ def test_experts_that_no_token_was_routed_to_are_not_moved(make, variants):
     everything = sum(u.stored_bytes for u in arch.units() if u.kind != "embed")
     assert read < 0.7 * metrics["sweeps"] * everything
     assert cache["hits"] > 0 < cache["mean_load_s"]
+
+
+def test_an_engine_goes_on_exactly_after_a_sweep_that_was_broken_off(make, variants, monkeypatch):
+    variant, real, left = variants("qwen3"), LFU.used, [5]
+    llm = make(rows=2)
+
+    def used(self, layer, experts):
+        left[0] -= 1
+        if left[0] == 0:
+            raise RuntimeError("broken off")
+
+    monkeypatch.setattr(LFU, "used", used)
+    for _ in range(3):
+        left[0] = 5
+        with pytest.raises(RuntimeError, match="broken off"):
+            llm.generate(variant.prompts[:2], SamplingParams(max_tokens=4))
+    monkeypatch.setattr(LFU, "used", real)
+    run_rows(llm, variant, 4)
 
 
 @pytest.mark.parametrize("kind", ["lfu", "lru", "off"])
