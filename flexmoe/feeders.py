@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -89,6 +89,16 @@ class Feeder(ABC):
     @abstractmethod
     def _loops(self) -> Sequence[Callable[[], None]]: ...
 
+    def _fetches(self) -> Iterator[Fetch]:
+        """Fetches of the units in order, each when there is a slot for it, until the feeder is stopped."""
+        for unit in itertools.cycle(self._order):
+            slot = self._free.get()
+            if slot is None:
+                return
+            fetch = Fetch(unit, slot)
+            self.issued.put(fetch)
+            yield fetch
+
     def _end(self, *offered: queue.SimpleQueue) -> None:
         """Start nothing more with what has been offered, finish what has been started, and end."""
         for q in offered:
@@ -123,17 +133,13 @@ class DirectFeeder(Feeder):
         return self._feed_direct, self._copy_direct
 
     def _feed_direct(self) -> None:
-        for unit in itertools.cycle(self._order):
-            slot = self._free.get()
-            if slot is None:
-                return
-            fetch = Fetch(unit, slot)
-            self.issued.put(fetch)
-            if self._store.tier_of[unit] != "disk":
+        for fetch in self._fetches():
+            if self._store.tier_of[fetch.unit] != "disk":
                 self._to_copy.put(fetch)
                 continue
+            size = self._store.layouts[fetch.unit].host_bytes
             try:
-                self._store.read(unit, slot.buffer[: self._store.layouts[unit].host_bytes], fetch.done)
+                self._store.read(fetch.unit, fetch.slot.buffer[:size], fetch.done)
             except Exception as e:  # a file that cannot be opened
                 fetch.done(e)
 
@@ -199,12 +205,7 @@ class StagedFeeder(Feeder):
         return Pending(0)
 
     def _copy_staged(self) -> None:
-        for unit in itertools.cycle(self._order):
-            slot = self._free.get()
-            if slot is None:
-                return
-            fetch = Fetch(unit, slot)
-            self.issued.put(fetch)
+        for fetch in self._fetches():
             try:
                 if not self._copy_one(fetch):
                     return
