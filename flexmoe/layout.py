@@ -56,6 +56,11 @@ class Place:
         """Bytes of the tensor."""
         return prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Its strides, in numbers."""
+        return tuple(prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -81,8 +86,9 @@ class Extent:
 class UnitLayout:
     """Layouts of one unit; ``copies`` are (host offset, device offset, bytes).
 
-    On the device every role is one tensor. On the host it is one where its parts lie in order without gaps, else there is a
-    tensor ``<role>.<number>`` for each part; ``pieces`` are the parts either way.
+    On the device every role is one tensor. On the host it is one where its parts lie in order without gaps, else there are
+    tensors ``<role>.<number>``: one for each expert of the unit where the parts of each do, else one for each part. ``pieces``
+    are the parts either way.
     """
 
     extents: tuple[Extent, ...]
@@ -105,8 +111,14 @@ def pack(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[dic
 
 
 def views(buffer: torch.Tensor, places: Mapping[str, Place]) -> dict[str, torch.Tensor]:
-    """The tensors of ``places`` as views of a uint8 buffer."""
-    return {r: buffer[p.offset : p.offset + p.nbytes].view(p.dtype).view(p.shape) for r, p in places.items()}
+    """The tensors of ``places`` as views of a uint8 buffer, whose size is a multiple of their numbers'."""
+    numbers = {dtype: buffer.view(dtype) for dtype in {p.dtype for p in places.values()}}
+    tensors = {}
+    for role, place in places.items():  # a unit of small experts has dozens: one call each, not a slice and two views
+        whole = numbers[place.dtype]
+        start = whole.storage_offset() + place.offset // place.dtype.itemsize
+        tensors[role] = whole.as_strided(place.shape, place.strides, start)
+    return tensors
 
 
 def unit_layout(parts: Sequence[Part], tensors: Mapping[str, TensorInfo]) -> UnitLayout:
@@ -162,16 +174,28 @@ def _host_layout(found: list[tuple[str, int, Part, torch.dtype]]) -> tuple[list[
 def _host_tensors(
     pieces: Sequence[Piece], shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 ) -> dict[str, Place]:
-    """Every role as one tensor where its pieces lie in order without gaps; else each piece by itself."""
+    """Every role as one tensor where its pieces lie in order without gaps; else the tensor of each expert of the unit where all
+    of those do; else each piece by itself."""
     host = {}
     for role, (dtype, shape) in shapes.items():
         own = sorted((p for p in pieces if p.role == role), key=lambda p: p.into)
-        start = own[0].place.offset
-        if all(p.place.offset == start + p.into * dtype.itemsize for p in own):
-            host[role] = Place(start, dtype, shape)
+        each = prod(shape[1:])
+        experts = (
+            [[p for p in own if p.into // each == number] for number in range(shape[0])] if len(shape) == 3 else []
+        )
+        if _is_gapless(own):
+            host[role] = Place(own[0].place.offset, dtype, shape)
+        elif experts and all(map(_is_gapless, experts)):
+            places = (Place(parts[0].place.offset, dtype, shape[1:]) for parts in experts)
+            host |= {f"{role}.{number}": place for number, place in enumerate(places)}
         else:
             host |= {f"{role}.{number}": p.place for number, p in enumerate(own)}
     return host
+
+
+def _is_gapless(pieces: Sequence[Piece]) -> bool:
+    first = pieces[0]
+    return all(p.place.offset - first.place.offset == (p.into - first.into) * p.place.dtype.itemsize for p in pieces)
 
 
 def _copies(pieces: Sequence[Piece], device: Mapping[str, Place]) -> list[tuple[int, int, int]]:

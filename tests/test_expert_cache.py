@@ -62,7 +62,8 @@ def fed(directory, percents=(0, 0), *, group=None, experts=6, staged=False, monk
 
 def whole(weights):
     """gate_up and down of a single expert, as one tensor each however they lie."""
-    up = weights["gate_up"][0] if "gate_up" in weights else torch.cat([weights["gate_up.0"], weights["gate_up.1"]])
+    pieces = [weights[role] for role in ("gate_up.0", "gate_up.1") if role in weights]
+    up = weights["gate_up"][0] if "gate_up" in weights else torch.cat(pieces)
     return up, weights["down"][0] if "down" in weights else weights["down.0"]
 
 

@@ -194,6 +194,10 @@ def test_grouped_products_equal_those_of_one_expert_at_a_time(dtype, in_native_c
         close = {"atol": 0.02 if dtype != torch.float32 else 1e-6, "rtol": 0.02}
         pieces = math.experts(x_nD, torch.tensor(ends, dtype=torch.int32), in_pieces(weights))
         torch.testing.assert_close(pieces, got, **close)
+        whole = {f"gate_up.{e}": w for e, w in enumerate(weights["gate_up"])}
+        whole |= {f"down.{e}": w for e, w in enumerate(weights["down"])}
+        torch.testing.assert_close(math.experts(x_nD, torch.tensor(ends, dtype=torch.int32), whole), got, **close)
+        assert torch.equal(math.expert(x_nD[:7], whole, 3), math.expert(x_nD[:7], weights, 3))
         mixed = {"gate_up": weights["gate_up"]} | {k: w for k, w in in_pieces(weights).items() if k.startswith("down")}
         torch.testing.assert_close(math.experts(x_nD, torch.tensor(ends, dtype=torch.int32), mixed), got, **close)
 

@@ -121,6 +121,19 @@ def test_parts_that_lie_in_order_are_one_tensor_on_the_host_too():
     assert len(layout.copies) == len(layout.extents) == 1
 
 
+def test_parts_of_which_only_those_of_an_expert_lie_together_are_a_tensor_for_each_expert():
+    layout = expert_parts(5, 6, 1, 2)
+    assert {role: place.shape for role, place in layout.host.items()} == {"gate_up.0": (4, 8), "gate_up.1": (4, 8)}
+    assert list(expert_parts(5, 6, 2, 1).host) == [f"gate_up.{i}" for i in range(4)], "not of every expert"
+    host = torch.randint(0, 100, (layout.host_bytes,), dtype=torch.uint8)
+    device = torch.zeros(layout.device_bytes, dtype=torch.uint8)
+    for source, target, size in layout.copies:
+        device[target : target + size] = host[source : source + size]
+    whole, pieces = views(device, layout.device)["gate_up"], views(host, layout.host)
+    for number in range(2):
+        assert torch.equal(whole[number].view(torch.int32), pieces[f"gate_up.{number}"].view(torch.int32))
+
+
 def test_parts_that_do_not_are_a_tensor_each_on_the_host_and_one_on_the_device():
     layout = expert_parts(4, 2, 9, 1)
     assert list(layout.host) == ["gate_up.0", "gate_up.1", "gate_up.2", "gate_up.3"]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -101,8 +100,9 @@ class Decoder(ABC):
 
     def expert(self, x_nD: torch.Tensor, w: Weights, index: int = 0) -> torch.Tensor:
         """The feed-forward network of one expert of a unit, or the MLP of a dense layer."""
-        if "gate_up" in w:
-            gate_nF, up_nF = F.linear(x_nD, w["gate_up"][index]).chunk(2, dim=-1)
+        if "gate_up" in w or _are_whole(w):
+            gate_up_FD = w["gate_up"][index] if "gate_up" in w else w[f"gate_up.{index}"]
+            gate_nF, up_nF = F.linear(x_nD, gate_up_FD).chunk(2, dim=-1)
         else:
             gate_nF, up_nF = (F.linear(x_nD, w[f"gate_up.{2 * index + half}"]) for half in (0, 1))
         down_DF = w["down"][index] if "down" in w else w[f"down.{index}"]
@@ -110,19 +110,23 @@ class Decoder(ABC):
 
     def experts(self, x_nD: torch.Tensor, ends_e: torch.Tensor, w: Weights) -> torch.Tensor:
         """All experts of a unit in one call of each product: expert i over ``x_nD[ends_e[i - 1] : ends_e[i]]``."""
-        if "gate_up" not in w or "down" not in w:
-            return self._each(x_nD, ends_e, *_matrices(w))
-        gate_nF, up_nF = grouped_product(x_nD, w["gate_up"], ends_e).chunk(2, dim=-1)
-        return grouped_product(F.silu(gate_nF, inplace=True).mul_(up_nF), w["down"], ends_e)
+        gate_up = w["gate_up"] if "gate_up" in w else _gates_and_ups(w, len(ends_e))
+        down = w["down"] if "down" in w else [w[f"down.{at}"] for at in range(len(ends_e))]
+        return self._grouped(x_nD, ends_e, gate_up, down)
 
     def some_experts(self, x_nD: torch.Tensor, ends_e: torch.Tensor, each: Sequence[Weights]) -> torch.Tensor:
         """The same of single experts, wherever they lie; on the CPU."""
-        gates, ups, downs = zip(*(_matrices(w) for w in each))
-        return self._each(x_nD, ends_e, *(list(chain.from_iterable(found)) for found in (gates, ups, downs)))
+        gate_up = [w["gate_up"][0] if "gate_up" in w else _gates_and_ups(w, 1)[0] for w in each]
+        if not all(isinstance(own, torch.Tensor) for own in gate_up):  # some came from disk and others from host memory
+            gate_up = [own.chunk(2) if isinstance(own, torch.Tensor) else own for own in gate_up]
+        return self._grouped(x_nD, ends_e, gate_up, [w["down"][0] if "down" in w else w["down.0"] for w in each])
 
-    def _each(self, x_nD: torch.Tensor, ends_e: torch.Tensor, gates: list, ups: list, downs: list) -> torch.Tensor:
-        gate_nF, up_nF = grouped_product(x_nD, gates, ends_e), grouped_product(x_nD, ups, ends_e)
-        return grouped_product(F.silu(gate_nF, inplace=True).mul_(up_nF), downs, ends_e)
+    def _grouped(self, x_nD: torch.Tensor, ends_e: torch.Tensor, gate_up, down) -> torch.Tensor:
+        if isinstance(gate_up[0], torch.Tensor):
+            gate_nF, up_nF = grouped_product(x_nD, gate_up, ends_e).chunk(2, dim=-1)
+        else:
+            gate_nF, up_nF = (grouped_product(x_nD, list(half), ends_e) for half in zip(*gate_up))
+        return grouped_product(F.silu(gate_nF, inplace=True).mul_(up_nF), down, ends_e)
 
     def final_norm(self, h_RD: torch.Tensor, w: Weights) -> torch.Tensor:
         """Norm before the head; its weight travels with the first head unit."""
@@ -152,15 +156,17 @@ def best_experts(logits_TE: torch.Tensor, top_k: int, *, normalized: bool) -> tu
     return ids_TK, weights_TK / weights_TK.sum(dim=-1, keepdim=True) if normalized else weights_TK
 
 
-def _matrices(w: Weights) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Gate, up and down of each expert of a unit, however they lie."""
-    if "gate_up" in w:
-        gates, ups = (list(halves.unbind()) for halves in w["gate_up"].chunk(2, dim=1))
-    else:
-        both = [w[role] for role in map("gate_up.{}".format, range(len(w))) if role in w]
-        gates, ups = both[::2], both[1::2]
-    downs = list(w["down"].unbind()) if "down" in w else [w[f"down.{at}"] for at in range(len(gates))]
-    return gates, ups, downs
+def _are_whole(w: Weights) -> bool:
+    """Of weights in pieces, whether gate and up of an expert are one tensor, ``[2F, D]``; else there is one after the other."""
+    down = w["down"][0] if "down" in w else w["down.0"]
+    return len(w["gate_up.0"]) == 2 * down.shape[1]
+
+
+def _gates_and_ups(w: Weights, count: int) -> list:
+    """Gate and up of each expert of a unit in pieces: one tensor, or a pair."""
+    if _are_whole(w):
+        return [w[f"gate_up.{at}"] for at in range(count)]
+    return [(w[f"gate_up.{2 * at}"], w[f"gate_up.{2 * at + 1}"]) for at in range(count)]
 
 
 def _rotate(x_THd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
