@@ -39,7 +39,7 @@ TIERS = {"disk": (0, 0), "host": (0, 100)}
 ROWS = (1, 4, 16)
 _PROMPT, _PART = 16, 0.25
 #: New tokens of a row, by rows in flight; without a cache fewer, because nothing changes from sweep to sweep.
-_NEW, _NEW_WITHOUT = {1: 192, 4: 96, 16: 32, 192: 6}, 12
+_NEW, _NEW_WITHOUT = {1: 192, 4: 96, 16: 32, 192: 16}, 12
 _SKEW = 1.0
 
 
