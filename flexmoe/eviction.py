@@ -12,8 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
-from cost_model.on_demand import uniform_shares
 from cost_model.arch import ModelArch
+from cost_model.on_demand import uniform_shares
 
 EXPERT_CACHES = ("lfu", "lru", "static", "off")
 #: Tokens after which what has been seen counts half. Short enough that new favourites are known within a completion; where they

@@ -29,9 +29,9 @@ from flexmoe.loader import Model, load_model
 from flexmoe.params import EngineRequest, SamplingParams
 from flexmoe.planning import GIB, EngineConfig, EnginePlan
 from policies.policy import Policy, Workload
+from scripts.belady import Replay, belady, best_static, replay
 from scripts.bench_probes import machine, versions
 from scripts.bench_record import Figure, Record, figure_table
-from scripts.belady import Replay, belady, best_static, replay
 from scripts.make_checkpoint import SIZES, make_checkpoint
 
 MODELS = ("qwen3-like", "demo")
