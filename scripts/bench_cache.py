@@ -82,7 +82,7 @@ def run(scene: Scene, kind: str, *, usage: ExpertUsage | None = None, new: int =
     shape = {"prompt_len": _PROMPT, "gen_len": new}
     percent = (*TIERS[scene.tier], 100, 0, 100, 0)
     policy = Policy.from_percent(percent, gpu_batch_size=scene.rows, num_gpu_batches=1, **shape, schedule="static")
-    with tempfile.TemporaryDirectory(dir="build") as directory:
+    with tempfile.TemporaryDirectory() as directory:
         options = {"workload": Workload(**shape), "device": "cpu", "expert_cache": kind, "expert_usage": usage}
         options["router_stats"] = True
         options["offload_dir"] = Path(directory)
