@@ -55,7 +55,7 @@ bench: $(BENCH) ## speed against its limit and against transformers and accelera
 	@$(RUN) -m scripts.bench $(ARGS)
 
 native: $(SETUP) ## compile the CPU attention ahead of its first use
-	@$(RUN) -m flexmoe.native
+	@$(RUN) -m flexmoe.kernels.native
 
 clean: ## remove what the other targets made, except .venv
 	@rm -rf build demo .pytest_cache *.egg-info

@@ -1,10 +1,10 @@
 """How long it takes, and which policy is best: numpy and pulp, never torch."""
 
-from cost_model.arch import ModelArch
-from cost_model.evaluate import Prediction, evaluate
-from cost_model.fixed import Fixed
-from cost_model.hardware import Hardware
-from cost_model.solver import Explanation, Plan, solve
+from cost_model.hardware.hardware import Hardware
+from cost_model.model.arch import ModelArch
+from cost_model.planner.constraints import Fixed
+from cost_model.planner.solve import Explanation, Plan, solve
+from cost_model.timing.evaluate import Prediction, evaluate
 from policies.workload import Workload
 
 __all__ = [

@@ -1,6 +1,6 @@
 """The user-facing errors, re-exported so that the runtime's callers need not know the policies package."""
 
-from policies.errors import (
+from policies.common.errors import (
     DataError,
     FlexMoEError,
     InfeasibleError,

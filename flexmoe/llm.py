@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from flexmoe.engine import Engine
+from flexmoe.engine.config import EngineConfig
+from flexmoe.engine.engine import Engine
+from flexmoe.engine.router_counter import LayerStats
 from flexmoe.errors import UsageError
-from flexmoe.loader import Model, load_model
+from flexmoe.models.loader import Model, load_model
 from flexmoe.params import CompletionOutput, EngineRequest, InFlight, RequestOutput, SamplingParams
-from flexmoe.planning import EngineConfig
-from flexmoe.router_stats import LayerStats
-from flexmoe.tokenizer import Tokenizer, eos_ids
+from flexmoe.text.tokenizer import Tokenizer, eos_ids
 from policies.policy import Policy, PolicyFile, Workload
 
 Prompt = str | Sequence[int]
@@ -168,7 +168,7 @@ class LLM:
     def metrics(self) -> dict:
         """What has been done so far: tokens, sweeps, bytes and busy seconds per lane, planned bytes per tier.
 
-        What is listed sweep by sweep is of the last ones alone (`flexmoe.sweep_log`), all else of all.
+        What is listed sweep by sweep is of the last ones alone (`flexmoe.engine.sweep_log`), all else of all.
         """
         e = self.engine
         totals = e.sweeps.totals

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
-from policies.checks import PERCENT_TOLERANCE, check_count, check_shares
-from policies.errors import UsageError
+from policies.common.checks import PERCENT_TOLERANCE, check_count, check_shares
+from policies.common.errors import UsageError
 
 TIERS = ("gpu", "cpu", "disk")
 KINDS = ("embed", "attention", "expert", "head")

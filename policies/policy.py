@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import lru_cache
 
-from policies.checks import check_count, check_percent, check_shares
-from policies.errors import DataError, FlexMoEError, InfeasibleError, UsageError
-from policies.files import check_header, check_keys, read_json, write_json
+from policies.common.checks import check_count, check_percent, check_shares
+from policies.common.errors import DataError, FlexMoEError, InfeasibleError, UsageError
+from policies.common.json_files import check_header, check_keys, read_json, write_json
 from policies.workload import Workload
 
 KIND = "flexmoe.policy"
@@ -39,11 +39,11 @@ class Policy:
         schedule: "rolling" (a finished row's place is refilled in the next sweep) or "static" (a block starts and
             ends together).
         weight_slots: buffers on the compute device that streamed units pass through; None is what the runtime takes by
-            itself (`cost_model.sizes`). More of them keep the links busy through a long attention phase.
+            itself (`cost_model.memory.allocation`). More of them keep the links busy through a long attention phase.
         experts_per_unit: consecutive experts of a layer that are placed and moved as one; None is what the runtime takes by
-            itself (`cost_model.units`). Small experts are moved in groups.
+            itself (`cost_model.model.weight_units`). Small experts are moved in groups.
         expert_order: for each layer the numbers of its expert units, 0 being the first, those first that are to live in
-            the fastest tier; None is as they stand. `cost_model.expert_usage` makes one of how often each was used.
+            the fastest tier; None is as they stand. `cost_model.routing.expert_usage` makes one of how often each was used.
 
     Raises:
         UsageError: a value is of the wrong type or out of range, or the percents of a pair add up to more than 100.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from policies.checks import check_count
-from policies.errors import UsageError
+from policies.common.checks import check_count
+from policies.common.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cost_model.on_demand import touched
-from cost_model.plot import check_plot
-from cost_model.router_stats import RouterStats
-from policies.command_line import Parser, count, guarded, say
-from policies.errors import StorageError, UsageError
+from cost_model.cli.plot import check_plot
+from cost_model.routing.on_demand import touched
+from cost_model.routing.router_stats import RouterStats
+from policies.common.command_line import Parser, count, guarded, say
+from policies.common.errors import StorageError, UsageError
 
 #: Parts of a layer's choices of which the table says how few experts get them.
 CARRIED = (0.5, 0.8, 0.95)

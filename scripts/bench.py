@@ -20,14 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flexmoe.errors import FlexMoEError
-from scripts.bench_checks import check, memory, steady
-from scripts.bench_compare import ragged, resident
-from scripts.bench_context import QUICK, Bench, Scale, make_checkpoint
-from scripts.bench_limit import limit, rows
-from scripts.bench_offload import offload
-from scripts.bench_probes import machine, versions
-from scripts.bench_record import Figure, Record, figure_table
-from scripts.bench_worker import WorkerError
+from scripts.benchmark.checks import check, memory, steady
+from scripts.benchmark.compare import ragged, resident
+from scripts.benchmark.context import QUICK, Bench, Scale, make_checkpoint
+from scripts.benchmark.limit import limit, rows
+from scripts.benchmark.offload import offload
+from scripts.benchmark.probes import machine, versions
+from scripts.benchmark.record import Figure, Record, figure_table
+from scripts.benchmark.worker import WorkerError
 
 Section = Callable[[Bench], tuple[list[Figure], dict]]
 SECTIONS: dict[str, Section] = {

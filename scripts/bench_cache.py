@@ -22,17 +22,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cost_model.expert_usage import ExpertUsage
-from cost_model.on_demand import OnDemand, entry_bytes, lent_experts
+from cost_model.routing.expert_usage import ExpertUsage
+from cost_model.routing.on_demand import OnDemand, entry_bytes, lent_experts
+from flexmoe.engine.config import GIB, EngineConfig, EnginePlan
 from flexmoe.llm import LLM
-from flexmoe.loader import Model, load_model
+from flexmoe.models.loader import Model, load_model
 from flexmoe.params import EngineRequest, SamplingParams
-from flexmoe.planning import GIB, EngineConfig, EnginePlan
 from policies.policy import Policy, Workload
-from scripts.belady import Replay, belady, best_static, replay
-from scripts.bench_probes import machine, versions
-from scripts.bench_record import Figure, Record, figure_table
+from scripts.benchmark.probes import machine, versions
+from scripts.benchmark.record import Figure, Record, figure_table
 from scripts.make_checkpoint import SIZES, make_checkpoint
+from scripts.support.belady import Replay, belady, best_static, replay
 
 MODELS = ("qwen3-like", "demo")
 TIERS = {"disk": (0, 0), "host": (0, 100)}

@@ -23,14 +23,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flexmoe.errors import FlexMoEError
-from flexmoe.machine import filesystem
-from scripts.bench_probes import machine, versions
-from scripts.bench_record import Figure, Record, figure_table
-from scripts.bench_worker import Worker, WorkerError
-from scripts.gpu_capped import capped
-from scripts.gpu_context import Context
-from scripts.gpu_stages import parity, peer, probe
-from scripts.gpu_validate import DESCRIPTION, validate
+from flexmoe.system.machine import filesystem
+from scripts.benchmark.probes import machine, versions
+from scripts.benchmark.record import Figure, Record, figure_table
+from scripts.benchmark.worker import Worker, WorkerError
+from scripts.gpu.capped import capped
+from scripts.gpu.context import Context
+from scripts.gpu.stages import parity, peer, probe
+from scripts.gpu.validate import DESCRIPTION, validate
 
 Stage = Callable[[Context], tuple[list[Figure], dict]]
 STAGES: dict[str, Stage] = {
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         run = Context.of(args)
-        with Worker("scripts.gpu_probe") as worker:
+        with Worker("scripts.gpu.probe") as worker:
             about = worker.ask("about", device=run.device)
         record = Record(
             run.out / f"gpu-{args.stage}.json",

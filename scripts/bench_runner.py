@@ -22,20 +22,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flexmoe import job as job_module
-from flexmoe.job import Job, JobFiles
-from flexmoe.journal import Journal
+from flexmoe.inputs.request_file import RequestFile
+from flexmoe.job import job as job_module
+from flexmoe.job.job import Job, JobFiles
+from flexmoe.job.journal import Journal
+from flexmoe.job.runner import StreamOptions
 from flexmoe.llm import LLM
-from flexmoe.loader import load_model
-from flexmoe.prepare import Preparer
-from flexmoe.preparer_setup import PreparerSetup
-from flexmoe.request_file import RequestFile
-from flexmoe.responses import ResponseEncoder
-from flexmoe.row_stream import StreamOptions
+from flexmoe.models.loader import load_model
+from flexmoe.openai.response import ResponseEncoder
+from flexmoe.preflight.prepare import Preparer
+from flexmoe.preflight.prepare_setup import PreparerSetup
 from policies.policy import Policy, Workload
-from scripts.bench_probes import machine, versions
-from scripts.bench_record import Figure, Record, figure_table
+from scripts.benchmark.probes import machine, versions
+from scripts.benchmark.record import Figure, Record, figure_table
 from scripts.make_checkpoint import SIZES, make_checkpoint
+from scripts.support.corpus import corpus_words
 
 TARGET = 0.03
 _PROMPT_BYTES, _NEW_TOKENS, _BLOCK_ROWS = 1000, 32, 64
@@ -145,7 +146,7 @@ _WATCHED = (
 def write_rows(path: Path, rows: int) -> None:
     """Text prompts of about 1 KB, as the lines of an OpenAI Batch."""
     rng = random.Random(0)
-    words = Path(__file__).with_name("corpus.txt").read_text(encoding="utf-8").split()
+    words = corpus_words()
     with open(path, "w", encoding="utf-8") as file:
         for row in range(rows):
             text = " ".join(rng.choice(words) for _ in range(_PROMPT_BYTES // 6))[:_PROMPT_BYTES]

@@ -22,9 +22,9 @@ from itertools import count
 from pathlib import Path
 
 from cost_model import solve
-from policies.errors import InfeasibleError
-from scripts.random_machines import random_problem
-from scripts.rivals import Rivals
+from policies.common.errors import InfeasibleError
+from scripts.optimality.random_machines import random_problem
+from scripts.optimality.rivals import Rivals
 
 TOLERANCE = 0.02
 CLIMBS, PER_CLIMB, PER_OWN_CLIMB = 20, 600, 3000

@@ -13,15 +13,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cost_model.simulate import Simulation, simulate
-from flexmoe.auto_policy import Forecaster
-from flexmoe.device import Device
-from flexmoe.loader import compute_dtype, load_model
-from flexmoe.probe.cache import cache_path
-from flexmoe.run import main as run
+from cost_model.simulation.simulate import Simulation, simulate
+from flexmoe.cli.forecast import Forecaster
+from flexmoe.cli.run import main as run
+from flexmoe.models.loader import compute_dtype, load_model
+from flexmoe.probing.cache import cache_path
+from flexmoe.system.device import Device
 from policies.policy import Policy, Workload
-from scripts.demo_report import compared, planned, put_beside, under_compute_percent
 from scripts.make_checkpoint import SIZES, make_checkpoint
+from scripts.support.corpus import corpus_words
+from scripts.support.demo_report import compared, planned, put_beside, under_compute_percent
 
 GIB = 1 << 30
 ROWS, GEN_LEN = 96, 24
@@ -108,7 +109,7 @@ def introduction(setting: Setting, checkpoint: Path, device: Device, home: Path)
 def write_requests(path: Path) -> None:
     """Ragged requests: a few words to a few hundred tokens, text, chat and token ids."""
     rng = random.Random(0)
-    words = Path(__file__).with_name("corpus.txt").read_text(encoding="utf-8").split()
+    words = corpus_words()
     written = []
     for i in range(ROWS):
         start, length = rng.randrange(len(words) - 200), rng.choice((3, 10, 30, 80, 160))

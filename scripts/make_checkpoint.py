@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedConfig
 
 from flexmoe.errors import FlexMoEError, StorageError, UsageError
-from flexmoe.models import FAMILIES
-from scripts.checkpoint_shapes import (
+from flexmoe.models.registry import FAMILIES
+from scripts.checkpoints.router_skew import RouterSkew
+from scripts.checkpoints.shapes import (
     SIZES,
     TensorOnDisk,
     as_family,
@@ -36,9 +37,8 @@ from scripts.checkpoint_shapes import (
     tensors_on_disk,
     with_changes,
 )
-from scripts.checkpoint_values import Values
-from scripts.make_tokenizer import check_vocab_size, train_tokenizer
-from scripts.router_skew import RouterSkew
+from scripts.checkpoints.tokenizer import check_vocab_size, train_tokenizer
+from scripts.checkpoints.values import Values
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEFAULT_SHARD_BYTES = 200_000_000

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cost_model.gemm_rates import GemmRates
-from cost_model.hardware import GIB, MACHINES, Gpu, Hardware
-from scripts.machine_cards import DESKTOP, MACHINES_BY_NAME, Card, Drive, Host
-from scripts.machine_flexllmgen import t4_flexllmgen
+from cost_model.hardware.gemm_rates import GemmRates
+from cost_model.hardware.hardware import GIB, MACHINES, Gpu, Hardware
+from scripts.machines.cards import DESKTOP, MACHINES_BY_NAME, Card, Drive, Host
+from scripts.machines.flexllmgen import t4_flexllmgen
 
 GEMM_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 #: Weights of one expert and of one attention module of Mixtral 8x7B.

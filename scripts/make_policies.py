@@ -15,15 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import policies
-from cost_model.arch import ModelArch
-from cost_model.hardware import GIB, Hardware
-from cost_model.report import Report
-from cost_model.solver import Plan, solve
+from cost_model.cli.report import Report
+from cost_model.hardware.hardware import GIB, Hardware
+from cost_model.model.arch import ModelArch
+from cost_model.planner.solve import Plan, solve
 from policies.policy import PolicyFile
 from policies.workload import Workload
-from scripts.gpu_plan import GPU_MARGIN_BYTES
+from scripts.gpu.plan import GPU_MARGIN_BYTES
 
-POLICIES = Path(policies.__file__).parent
+POLICIES = Path(policies.__file__).parent / "presets"
 HOST_SHARE = 0.93
 MODELS = ("mixtral-8x7b",)
 WORKLOADS = (

@@ -17,14 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import flexmoe  # noqa: F401 - sets how idle threads wait, before torch is loaded
-from cost_model.arch import ModelArch
-from cost_model.hardware import Hardware
-from cost_model.simulate import Simulation, simulate
-from scripts.bench_probes import machine, versions
+from cost_model.hardware.hardware import Hardware
+from cost_model.model.arch import ModelArch
+from cost_model.simulation.simulate import Simulation, simulate
+from scripts.benchmark.probes import machine, versions
 from scripts.make_checkpoint import SIZES, make_checkpoint
-from scripts.validation_configs import Configuration, draw
-from scripts.validation_record import lines, summary, write
-from scripts.validation_runs import Run, Subject, cpu_rate, measure
+from scripts.validation.configs import Configuration, draw
+from scripts.validation.record import lines, summary, write
+from scripts.validation.runs import Run, Subject, cpu_rate, measure
 
 MODELS = {
     "bench": SIZES["bench"],

@@ -3,28 +3,28 @@
 import pytest
 
 import flexmoe  # noqa: F401
-from tests.command_lines import job, machine, main  # noqa: F401
-from tests.jobs import bare, quick_disk, runner, setup, tokenizer_directory  # noqa: F401
+from tests.support.command_lines import job, machine, main  # noqa: F401
+from tests.support.jobs import bare, quick_disk, runner, setup, tokenizer_directory  # noqa: F401
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """`tiny(name)`: the variant of that name from `tests.tiny`, made once."""
-    from tests.tiny import RECIPES
+    """`tiny(name)`: the variant of that name from `tests.support.tiny`, made once."""
+    from tests.support.tiny import RECIPES
 
     return _made_once(RECIPES, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def variants(tmp_path_factory):
-    """`variants(name)`: likewise from `tests.tiny_families`."""
-    from tests.tiny_families import RECIPES
+    """`variants(name)`: likewise from `tests.support.tiny_families`."""
+    from tests.support.tiny_families import RECIPES
 
     return _made_once(RECIPES, tmp_path_factory)
 
 
 def _made_once(recipes, tmp_path_factory):
-    from tests.tiny import make
+    from tests.support.tiny import make
 
     made = {}
 
@@ -39,7 +39,7 @@ def _made_once(recipes, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def loads_cost_their_bytes(monkeypatch):
     """Tiny experts stand for large ones, of which a load costs no more than its bytes: few rows bring them on demand."""
-    from cost_model import on_demand
+    from cost_model.routing import on_demand
 
     monkeypatch.setattr(on_demand, "LOAD_BYTES", {"cpu": 0, "disk": 0})
 

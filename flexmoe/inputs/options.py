@@ -11,8 +11,8 @@ from typing import Any, Literal
 from flexmoe.errors import InputMissingError, UsageError
 from flexmoe.inputs.parsers import DataRows, JsonLines, Parser, TextLines
 from flexmoe.inputs.prompt_template import PromptTemplate
+from flexmoe.inputs.request_file import OnInvalid, RequestFile
 from flexmoe.inputs.tables import dataset_rows, parquet_rows
-from flexmoe.request_file import OnInvalid, RequestFile
 
 Format = Literal["auto", "jsonl", "text", "parquet", "dataset"]
 

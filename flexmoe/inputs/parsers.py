@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from flexmoe.errors import UsageError
 from flexmoe.inputs.prompt_template import PromptTemplate, column, named
-from flexmoe.request_json import InvalidLine, parse_json, show
-from flexmoe.requests import Request, parse_line, request_of
+from flexmoe.openai.batch_line import Request, parse_line, request_of
+from flexmoe.openai.json_line import InvalidLine, parse_json, show
 
 #: The column that a line of text is, for a template.
 TEXT_COLUMN = "text"

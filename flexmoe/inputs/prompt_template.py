@@ -7,7 +7,7 @@ from string import Formatter
 from typing import Any
 
 from flexmoe.errors import UsageError
-from flexmoe.request_json import InvalidLine, show
+from flexmoe.openai.json_line import InvalidLine, show
 
 
 class PromptTemplate:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexmoe.inputs.parsers import Parser
-from flexmoe.request_json import InvalidLine, show, too_long
-from flexmoe.requests import Request, RowError
+from flexmoe.openai.batch_line import Request, RowError
+from flexmoe.openai.json_line import InvalidLine, show, too_long
 
 #: The code of a row whose structural fault was recorded.
 INVALID_LINE = "invalid_line"

@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from cost_model.arch import ModelArch
-from flexmoe.experts import grouped_product
-from flexmoe.layout import Part
+from cost_model.model.arch import ModelArch
+from flexmoe.checkpoint.unit_layout import Part
+from flexmoe.kernels.expert_dispatch import grouped_product
 from flexmoe.models.names import Names, unit_parts
 
 Weights = Mapping[str, torch.Tensor]

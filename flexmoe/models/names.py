@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from cost_model.arch import ModelArch
-from cost_model.units import experts_of
-from flexmoe.layout import Part
+from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import experts_of
+from flexmoe.checkpoint.unit_layout import Part
 from policies.placement import KINDS
 
 _EMBEDDING = "model.embed_tokens.weight"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cost_model.arch import ModelArch
+from cost_model.model.arch import ModelArch
 from flexmoe.errors import DataError
 from flexmoe.models.decoder import Decoder, Rope, Weights, rotation
 from flexmoe.models.names import Names

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from cost_model.arch import ModelArch
+from cost_model.model.arch import ModelArch
 from flexmoe.models.decoder import Decoder, best_experts
 from flexmoe.models.names import Names
 

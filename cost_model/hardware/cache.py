@@ -1,0 +1,33 @@
+"""Where measurements of this machine are kept, so that each is made once: the probe writes them, planners read them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cost_model.hardware.hardware import Hardware
+from policies.common.errors import InputMissingError
+
+PATTERN = "machine-*.json"
+
+
+def cache_directory() -> Path:
+    """`FLEXMOE_CACHE`, else `flexmoe` in `XDG_CACHE_HOME`, else in `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FLEXMOE_CACHE") or Path(base) / "flexmoe")
+
+
+def last_measured() -> tuple[Hardware, Path]:
+    """The measurement of this machine that was made last, and its file. Capacities are those of that moment.
+
+    Raises:
+        InputMissingError: none was ever made.
+        DataError: the file cannot be used.
+    """
+    found = sorted(cache_directory().glob(PATTERN), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise InputMissingError(
+            f"--hardware auto needs a measurement of this machine, and {cache_directory()} holds none; "
+            "run python -m flexmoe.probe -o machine.json and give --hardware machine.json"
+        )
+    return Hardware.load(found[-1]), found[-1]

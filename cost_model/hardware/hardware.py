@@ -1,0 +1,295 @@
+"""A machine: how much its tiers hold and how fast its lanes are. Presets, and the JSON file that carries a measured one."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from fractions import Fraction
+from pathlib import Path
+
+from cost_model.hardware.gemm_rates import GemmRates, check_rates, rates_from_json
+from cost_model.hardware.json_values import build, listed
+from cost_model.hardware.link_curves import LinkCurve, check_curve
+from policies.common.checks import check_count, check_number
+from policies.common.errors import DataError, FlexMoEError, UsageError
+from policies.common.json_files import check_header, read_json, write_json
+
+KIND = "flexmoe.hardware"
+SCHEMA_VERSION = 1
+DEVICES = ("cuda", "cpu")
+GIB = 1 << 30
+MACHINES = Path(__file__).parent / "machines"
+#: Rates of linear operations by bytes of one number, and whether every size must be there.
+_RATES = {"experts": True, "dense": True, "grouped_experts": False}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """The compute device; on device cpu, the cores in that role.
+
+    Args:
+        name: for people.
+        memory_bytes: what it has; on device cpu, what the gpu tier may take of host memory (all of it without a budget).
+        reserved_bytes: CUDA context and kernels, not for tensors; 0 on device cpu.
+        experts: by bytes of one number (2 and 4), an expert as the runtime computes it: gather, three GEMMs, activation,
+            scatter.
+        dense: likewise the linear part of the attention module (projections, norms, rope, router), and the head.
+        memory_bytes_per_s: reads of its own memory; on device cpu, of host memory.
+        h2d_bytes_per_s, d2h_bytes_per_s: pinned copies up and down, each alone.
+        h2d_duplex_bytes_per_s, d2h_duplex_bytes_per_s: the same while both run.
+        kv_load_bytes_per_s: scattered KV blocks of host memory, packed, copied up and placed in the staging buffer.
+        kv_store_bytes_per_s: new KV, copied down and scattered into blocks of host memory.
+        attention_bytes_per_s: decode attention over KV on the device.
+        attention_flops_per_s: prefill attention.
+        op_s: dispatch of one operation of the schedule.
+        h2d_curve: pinned copies up by the bytes of a unit; empty where not measured.
+        grouped_experts: like ``experts``, one of a unit of several whose weights lie stacked, by grouped products; without
+            the sizes of numbers that were not measured, or for which the runtime has none.
+
+    Raises:
+        UsageError: a value is of the wrong type or out of range; the sentence names it.
+    """
+
+    name: str
+    memory_bytes: int
+    reserved_bytes: int
+    experts: Mapping[int, GemmRates]
+    dense: Mapping[int, GemmRates]
+    memory_bytes_per_s: float
+    h2d_bytes_per_s: float
+    d2h_bytes_per_s: float
+    h2d_duplex_bytes_per_s: float
+    d2h_duplex_bytes_per_s: float
+    kv_load_bytes_per_s: float
+    kv_store_bytes_per_s: float
+    attention_bytes_per_s: float
+    attention_flops_per_s: float
+    op_s: float
+    h2d_curve: LinkCurve = ()
+    grouped_experts: Mapping[int, GemmRates] = field(default_factory=dict)
+
+    def __post_init__(self):
+        _check_fields(self, "of the GPU")
+        for name, complete in _RATES.items():
+            object.__setattr__(self, name, check_rates(f"{name} of the GPU", getattr(self, name), complete=complete))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """What the planner knows of a machine.
+
+    Args:
+        name: for people, and for `preset`.
+        device: "cuda" or "cpu", the type of the compute device.
+        gpus: the compute devices; exactly one today.
+        cores: CPU cores that a run may use.
+        host_memory_bytes: host memory that a run may take.
+        host_bytes_per_s: DRAM, all readers together.
+        disk_bytes: disk space that a run may take.
+        disk_read_bytes_per_s, disk_write_bytes_per_s: at the runtime's depth.
+        h2d_core_s_per_byte: core-seconds that copying a weight byte takes from computing beside it, on device cpu; 0 is
+            allowed, and what a device with copy engines has.
+        disk_read_core_s_per_byte: core-seconds that reading a byte takes from computing beside it; 0 is allowed.
+        disk_write_core_s_per_byte: likewise for writing.
+        kv_block_read_s: the disk's seconds per read of KV, of one block or neighbours, beyond its bytes at
+            disk_read_bytes_per_s, at the depth of the KV lanes; 0 is allowed, here and below.
+        kv_block_core_s: core-seconds per such read beyond those of its bytes.
+        kv_block_write_s: the disk's seconds per KV block written, beyond its bytes at disk_write_bytes_per_s.
+        disk_latency_s: what a transfer to or from disk takes that somebody waits for, beyond its bytes.
+        disk_busy_latency_s: the same while weights are read at the full rate.
+        handoff_s: from one thread of the runtime to another: what an operation beside the compute lane takes at least.
+        cpu_attention_bytes_per_s: decode attention over KV in host memory, all cores.
+        cpu_attention_flops_per_s: prefill attention on the cores.
+        row_s: host work per row and sweep.
+        sweep_s: host work per sweep.
+        sources: field name of this class or of `Gpu` to where the value comes from.
+        cpu_budget_bytes: on device cpu, what the cpu tier may take of host memory; None is all of it.
+        disk_read_curve: reads by the bytes of a unit, a few units under way; empty where not measured.
+
+    Raises:
+        UsageError: a value is of the wrong type or out of range; the sentence names it.
+    """
+
+    name: str
+    device: str
+    gpus: tuple[Gpu, ...]
+    cores: int
+    host_memory_bytes: int
+    host_bytes_per_s: float
+    disk_bytes: int
+    disk_read_bytes_per_s: float
+    disk_write_bytes_per_s: float
+    h2d_core_s_per_byte: float
+    disk_read_core_s_per_byte: float
+    disk_write_core_s_per_byte: float
+    kv_block_read_s: float
+    kv_block_core_s: float
+    kv_block_write_s: float
+    disk_latency_s: float
+    disk_busy_latency_s: float
+    handoff_s: float
+    cpu_attention_bytes_per_s: float
+    cpu_attention_flops_per_s: float
+    row_s: float
+    sweep_s: float
+    sources: Mapping[str, str] = field(default_factory=dict)
+    cpu_budget_bytes: int | None = None
+    disk_read_curve: LinkCurve = ()
+
+    def __post_init__(self):
+        if self.device not in DEVICES:
+            raise UsageError(f"device is {self.device!r}; it must be one of {', '.join(DEVICES)}.")
+        if not isinstance(self.gpus, (tuple, list)) or len(self.gpus) != 1 or not isinstance(self.gpus[0], Gpu):
+            raise UsageError(f"gpus is {self.gpus!r}; it must be a list of exactly one GPU.")
+        object.__setattr__(self, "gpus", tuple(self.gpus))
+        _check_fields(self, "of the machine")
+        if self.cpu_budget_bytes is not None and self.device != "cpu":
+            raise UsageError("cpu_budget_bytes is for device cpu; on device cuda lower host_memory_bytes instead.")
+        if self.device == "cpu" and self.gpu.reserved_bytes:
+            raise UsageError(
+                f"reserved_bytes is {self.gpu.reserved_bytes} on device cpu, which has no context; give 0."
+            )
+        if not isinstance(self.sources, Mapping):
+            raise UsageError(f"sources is {self.sources!r}; it must map field names to sentences.")
+        for name, source in self.sources.items():
+            if not isinstance(name, str) or not isinstance(source, str):
+                raise UsageError(f"the source of {name!r} is {source!r}; it must be a sentence.")
+        object.__setattr__(self, "sources", dict(self.sources))
+
+    @property
+    def gpu(self) -> Gpu:
+        """The one compute device."""
+        return self.gpus[0]
+
+    def with_budgets(
+        self, *, gpu_mem: float | None = None, cpu_mem: float | None = None, nvme_mem: float | None = None
+    ) -> "Hardware":
+        """This machine with other capacities, in GiB; None keeps what it has, and 0 is a value.
+
+        On device cuda they replace the sizes of GPU memory (the context included) and of host memory, be they smaller
+        or larger. On device cpu they limit the gpu and the cpu tier, which go on sharing the machine's host memory.
+
+        Raises:
+            UsageError: a value is negative or no finite number; the sentence names the flag.
+        """
+        gpu_bytes, cpu_bytes, disk_bytes = (
+            None if gib is None else int(Fraction(check_number(flag, gib, zero=True)) * GIB)
+            for flag, gib in (("--gpu-mem", gpu_mem), ("--cpu-mem", cpu_mem), ("--nvme-mem", nvme_mem))
+        )
+        changes = {}
+        if gpu_bytes is not None:
+            changes["gpus"] = (replace(self.gpu, memory_bytes=gpu_bytes),)
+        if cpu_bytes is not None:
+            changes["host_memory_bytes" if self.device == "cuda" else "cpu_budget_bytes"] = cpu_bytes
+        if disk_bytes is not None:
+            changes["disk_bytes"] = disk_bytes
+        return replace(self, **changes)
+
+    def budgets(self) -> dict[str, int | None]:
+        """Bytes that each tier's tensors may take, by the keys of `MemoryPlan.check`; None is no limit of its own.
+
+        On device cpu both tiers are host memory, under the key ``gpu+cpu``; each has a limit of its own only where a
+        budget below that was given.
+        """
+        host = self.host_memory_bytes
+        if self.device == "cuda":
+            return {
+                "gpu": max(0, self.gpu.memory_bytes - self.gpu.reserved_bytes),
+                "cpu": host,
+                "disk": self.disk_bytes,
+            }
+        gpu = self.gpu.memory_bytes if self.gpu.memory_bytes < host else None
+        return {"gpu": gpu, "cpu": self.cpu_budget_bytes, "gpu+cpu": host, "disk": self.disk_bytes}
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """What a policy file says of the machine that it was planned for."""
+        return {
+            "name": self.name,
+            "device": self.device,
+            "gpu": self.gpu.name,
+            "gpu_memory_bytes": self.gpu.memory_bytes,
+            "host_memory_bytes": self.host_memory_bytes,
+            "disk_bytes": self.disk_bytes,
+        }
+
+    def to_json(self) -> dict:
+        """The content of the file as a dict of JSON values; `hardware.schema.json` describes it."""
+        return {"kind": KIND, "schema_version": SCHEMA_VERSION, **listed(asdict(self))}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the file under its final name in one step.
+
+        Raises:
+            StorageError: the directory is missing, read-only or full.
+        """
+        write_json(path, self.to_json(), "the machine")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Hardware":
+        """Reads and checks a hardware file.
+
+        Raises:
+            InputMissingError: there is no such file, or it cannot be read.
+            DataError: it is not strict JSON, not a hardware file, newer than this program, or a key or value is unknown,
+                missing or out of range; the sentence names the file and the field.
+        """
+        document = read_json(path, "the hardware file")
+        try:
+            check_header(document, KIND, SCHEMA_VERSION, "a hardware file")
+            return _from_document(document)
+        except FlexMoEError as error:
+            raise DataError(f"the hardware file {path} cannot be used: {error}") from error
+
+    @classmethod
+    def preset(cls, name: str) -> "Hardware":
+        """A machine that ships with the package, by name in any case.
+
+        Raises:
+            UsageError: there is no such preset; the known ones are listed.
+        """
+        if name.lower() not in cls.preset_names():
+            raise UsageError(
+                f"there is no machine {name!r}; give a hardware file, or one of {', '.join(cls.preset_names())}."
+            )
+        return cls.load(MACHINES / f"{name.lower()}.json")
+
+    @staticmethod
+    def preset_names() -> tuple[str, ...]:
+        """Names of the machines that ship with the package."""
+        return tuple(sorted(path.stem for path in MACHINES.glob("*.json")))
+
+
+def _check_fields(values: Gpu | Hardware, of_what: str) -> None:
+    """Numbers by the unit in their name: sizes are whole, rates above 0, times and costs at least 0."""
+    for name in (each.name for each in fields(values)):
+        value = getattr(values, name)
+        if name == "name":
+            if not isinstance(value, str) or not value:
+                raise UsageError(f"the name {of_what} is {value!r}; it must be a text.")
+        elif name.endswith("_curve"):
+            object.__setattr__(values, name, check_curve(f"{name} {of_what}", value))
+        elif name == "cores" or name.endswith("_bytes"):
+            if name != "cpu_budget_bytes" or value is not None:
+                count = check_count(f"{name} {of_what}", value, minimum=int(name == "cores"))
+                object.__setattr__(values, name, count)
+        elif name.endswith(("_s", "_per_byte")):
+            zero = not name.endswith(("bytes_per_s", "flops_per_s"))
+            object.__setattr__(values, name, check_number(f"{name} {of_what}", value, zero=zero))
+
+
+def _from_document(document: Mapping) -> Hardware:
+    values = {key: value for key, value in document.items() if key not in ("kind", "schema_version")}
+    if not isinstance(values.get("gpus", []), list):
+        raise DataError('"gpus" must be a list.')
+    gpus = tuple(_gpu_from_json(f"gpus[{index}]", gpu) for index, gpu in enumerate(values.get("gpus", [])))
+    return build(Hardware, "the file", values | ({"gpus": gpus} if "gpus" in values else {}))
+
+
+def _gpu_from_json(where: str, values) -> Gpu:
+    if not isinstance(values, dict):
+        raise DataError(f"{where} must be a JSON object.")
+    curves = {
+        name: rates_from_json(f"{name} of {where}", values[name], complete=complete)
+        for name, complete in _RATES.items()
+        if name in values
+    }
+    return build(Gpu, where, values | curves)

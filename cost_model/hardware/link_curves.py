@@ -1,0 +1,50 @@
+"""The rate of a link by the size of what is moved at once: pairs of (bytes, bytes per second), bytes rising."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import exp, log
+
+from policies.common.checks import check_count, check_number
+from policies.common.errors import UsageError
+
+#: Pairs of bytes and bytes/s; empty where nothing was measured.
+LinkCurve = tuple[tuple[int, float], ...]
+#: Of a link's best rate, what a transfer may fall short of it and still be called efficient.
+_SHORT = 0.05
+
+
+def check_curve(name: str, value) -> LinkCurve:
+    """A curve as tuples.
+
+    Raises:
+        UsageError: it is none; the sentence has the name.
+    """
+    if not isinstance(value, (tuple, list)) or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in value):
+        raise UsageError(f"{name} is {value!r}; it must be a list of pairs of bytes and bytes per second.")
+    curve = tuple(
+        (check_count(f"bytes in {name}", size, minimum=1), check_number(f"a rate in {name}", rate, zero=False))
+        for size, rate in value
+    )
+    if any(one[0] >= other[0] for one, other in pairwise(curve)):
+        raise UsageError(f"{name} has the sizes {', '.join(str(size) for size, _ in curve)}; they must rise.")
+    return curve
+
+
+def efficient_bytes(curve: LinkCurve) -> float:
+    """The smallest transfer that reaches the best rate of a curve within 5 %; between two sizes the rate is linear in the
+    logarithm of the size.
+
+    Args:
+        curve: with at least one pair.
+    """
+    enough = (1 - _SHORT) * max(rate for _, rate in curve)
+    before = curve[0]
+    for size, rate in curve:
+        if rate >= enough:
+            break
+        before = size, rate
+    if before[0] >= size:
+        return float(size)
+    part = (enough - before[1]) / (rate - before[1])
+    return exp((1 - part) * log(before[0]) + part * log(size))

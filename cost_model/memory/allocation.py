@@ -1,0 +1,177 @@
+"""Counts that follow from model, policy and workload: units, KV blocks, rows and tokens. The runtime allocates by them.
+
+The policy's shares are turned into whole numbers here, once, by `policies.placement`; `cost_model.memory.memory_plan`
+and `cost_model.timing.op_costs` turn the numbers into bytes and seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+
+from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import experts_of, unit_slack_bytes
+from policies.common.errors import InfeasibleError, UsageError
+from policies.placement import Placement, Residency, place_batches, place_blocks
+from policies.policy import Policy, Workload
+
+BLOCK_TOKENS = 16
+LOOK_AHEAD_BYTES = 1 << 30
+#: Slots that go on streaming attention, dense layers and the head while experts come on demand.
+KEPT_SLOTS = 2
+_PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Counts for one run.
+
+    Attributes:
+        placement: tier of every weight unit.
+        activation_tiers: tier of each GPU batch's hidden states.
+        kv_blocks: KV blocks per tier (each of all layers).
+        tails: rows that the disk tier holds at once.
+        max_tokens: most tokens of a sweep.
+        batch_tokens: most tokens of a GPU batch in a sweep.
+        slots: weight slots on the compute device.
+        staging_slots: host slots that disk units pass through on CUDA.
+        fetch_blocks: blocks of one layer that a GPU batch may bring to the device (0: none ever are).
+        write_blocks: disk-tier blocks that the runs of a GPU batch may touch.
+        stretch_tokens: tokens of KV that lie side by side on disk on average: a prompt, and each block that it grew by.
+        cache_experts: experts that device memory beyond the slots holds (`cost_model.routing.on_demand`).
+        recompute_past: length beyond which a row's KV is computed anew; None: never.
+    """
+
+    placement: Placement
+    activation_tiers: tuple[str, ...]
+    kv_blocks: dict[str, int]
+    tails: int
+    max_tokens: int
+    batch_tokens: int
+    slots: int
+    staging_slots: int
+    fetch_blocks: int
+    write_blocks: int
+    stretch_tokens: float
+    recompute_past: int | None = None
+    cache_experts: int = 0
+
+
+def sizes(
+    arch: ModelArch,
+    policy: Policy,
+    workload: Workload,
+    *,
+    device: str,
+    kv_tokens: int | None = None,
+    longest_row: int = 0,
+) -> Sizes:
+    """Counts for running ``policy`` on a device type (``cpu`` or ``cuda``).
+
+    Args:
+        kv_tokens: KV capacity over all tiers; default `kv_tokens_wanted`.
+        longest_row: tokens of the longest row, prompt and completion, which the buffers of fetched KV are made for;
+            default: rows as long as a tier can hold.
+    """
+    arch = arch.grouped(policy.experts_per_unit)
+    placement = residency(arch, policy.expert_order).place(policy.w_gpu_percent, policy.w_cpu_percent)
+    longest = longest_row or workload.longest_row
+    together = ceil((workload.prompt_len + workload.gen_len) / BLOCK_TOKENS) if policy.schedule == "static" else 1
+    blocks = kv_blocks_per_tier(policy, kv_tokens or kv_tokens_wanted(policy, workload), longest, together)
+    row_blocks = ceil(longest_row / BLOCK_TOKENS) if longest_row else max(blocks.values())
+    batch_tokens = policy.prefill_tokens + policy.gpu_batch_size
+    fetches = blocks["disk"] > 0 or (blocks["cpu"] > 0 and policy.cpu_attention_percent < 100)
+    reachable = min(policy.gpu_batch_size * row_blocks, blocks["cpu"] + blocks["disk"])
+    disk_share = 1 - (policy.cache_gpu_percent + policy.cache_cpu_percent) / 100
+    tails = min(policy.block_size, max(1, ceil(policy.block_size * disk_share))) if blocks["disk"] else 0
+    ahead = _look_ahead(arch, placement)
+    slots = min(4, ahead) if device == "cuda" else ahead
+    if policy.weight_slots is not None:
+        slots = min(policy.weight_slots, placement.count_of("cpu") + placement.count_of("disk"))
+    on_disk = placement.count_of("disk")
+    return Sizes(
+        placement=placement,
+        activation_tiers=place_batches(policy.num_gpu_batches, policy.act_gpu_percent, policy.act_cpu_percent),
+        kv_blocks=blocks,
+        tails=tails,
+        max_tokens=policy.prefill_tokens + policy.block_size,
+        batch_tokens=batch_tokens,
+        slots=slots,
+        staging_slots=min(on_disk, ahead) if policy.pin_weight else ahead,
+        # A run's own tokens may open one block more than its past fills.
+        fetch_blocks=reachable + policy.gpu_batch_size if fetches else 0,
+        write_blocks=ceil(batch_tokens / BLOCK_TOKENS) + 2 * policy.gpu_batch_size if blocks["disk"] else 0,
+        stretch_tokens=(workload.prompt_len + workload.gen_len / 2) / (1 + workload.gen_len / (2 * BLOCK_TOKENS)),
+        recompute_past=arch.rope_switch,
+    )
+
+
+@lru_cache(maxsize=16)
+def residency(arch: ModelArch, expert_order: tuple[tuple[int, ...], ...] | None = None) -> Residency:
+    """The model's units in the order in which they deserve a fast tier.
+
+    Args:
+        expert_order: that of a policy.
+
+    Raises:
+        InfeasibleError: the order is of another model, or of other units of experts.
+    """
+    try:
+        return Residency(arch.units(), expert_order)
+    except UsageError as error:
+        raise InfeasibleError(f"the policy was made for another model or other units of experts: {error}") from error
+
+
+def kv_tokens_wanted(policy: Policy, workload: Workload) -> int:
+    """KV capacity in tokens that keeps ``block_size`` rows of the workload in flight.
+
+    Rolling rows are of all ages, so their mean context is s + n/2; a static block marches to s + n together.
+    """
+    s, n = workload.prompt_len, workload.gen_len
+    if policy.schedule == "static":
+        return policy.block_size * ceil((s + n) / BLOCK_TOKENS) * BLOCK_TOKENS
+    return policy.block_size * (s + ceil((n + BLOCK_TOKENS) / 2))
+
+
+def kv_blocks_per_tier(policy: Policy, kv_tokens: int, longest_row: int, together: int = 1) -> dict[str, int]:
+    """KV blocks per tier, the policy's shares rounded once; a row of ``longest_row`` tokens fits the largest tier.
+
+    Args:
+        kv_tokens: capacity over all tiers; so many fit at least.
+        together: blocks that go to a tier together: those of a mean row where all rows of a block grow at once, so that no
+            tier is left with the room of a part of a row.
+    """
+    pieces = max(1, ceil(kv_tokens / (BLOCK_TOKENS * together)))
+    shares = policy.cache_gpu_percent, policy.cache_cpu_percent
+    needed = ceil(longest_row / (BLOCK_TOKENS * together))
+    placed = place_blocks(pieces, *shares)
+    while max(placed.values()) < needed:
+        pieces += needed - max(placed.values())
+        placed = place_blocks(pieces, *shares)
+    return {tier: count * together for tier, count in placed.items()}
+
+
+def slot_bytes(arch: ModelArch, placement: Placement) -> int:
+    """Bytes of a weight slot: the largest unit that is streamed."""
+    largest = placement.residency.largest_streamed_bytes(placement.gpu_end)
+    return largest + unit_slack_bytes(arch) if largest else 0
+
+
+@lru_cache(maxsize=16)
+def single_expert_bytes(arch: ModelArch) -> float:
+    """Stored bytes of one expert of a sparse layer, as `units` have it."""
+    unit = next(unit for unit in arch.units() if unit.kind == "expert" and not arch.is_dense(unit.layer))
+    return unit.stored_bytes / len(experts_of(unit.name))
+
+
+@lru_cache(maxsize=16)
+def entry_bytes(arch: ModelArch) -> int:
+    """Room that a single expert takes where experts come on demand."""
+    return ceil((single_expert_bytes(arch) + unit_slack_bytes(arch.grouped(1))) / _PAGE_BYTES) * _PAGE_BYTES
+
+
+def _look_ahead(arch: ModelArch, placement: Placement) -> int:
+    streamed = placement.count_of("cpu") + placement.count_of("disk")
+    wanted = min(arch.expert_units + 2, LOOK_AHEAD_BYTES // max(1, slot_bytes(arch, placement)))
+    return min(streamed, max(4, wanted))

@@ -1,0 +1,159 @@
+"""Exact peak bytes per tier, item by item: planner and executor ask the same function.
+
+Bytes follow the runtime's buffers one by one; a change there is a change here, and a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+
+from cost_model.memory.allocation import BLOCK_TOKENS, Sizes, entry_bytes, slot_bytes
+from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import unit_slack_bytes
+from policies.common.errors import InfeasibleError
+from policies.placement import TIERS
+from policies.policy import Policy
+
+PAGE_BYTES = 4096
+#: Host buffers that the runtime makes beside those of hidden states; each takes whole pages, an empty one too.
+HOST_BUFFERS = 24
+#: Tokens of one expert that are computed at once: bounds the workspace, and keeps it in cache on the CPU.
+EXPERT_CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}
+LOADS_IN_FLIGHT = 4
+#: Bytes per vocabulary entry that the choice of one token takes at most: `flexmoe.sampling.sampler` takes 48, rounded up.
+SAMPLED_ROW_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes per tier, item by item. ``parts[tier][item]``."""
+
+    parts: Mapping[str, Mapping[str, int]]
+
+    def total(self, tier: str) -> int:
+        """Bytes of a tier."""
+        return sum(self.parts[tier].values())
+
+    def check(self, budgets: Mapping[str, int | None], remedy: Mapping[str, str]) -> None:
+        """Refuse a plan that is larger than a budget.
+
+        Args:
+            budgets: bytes per tier; None is no limit. ``gpu`` and ``cpu`` may share memory under the key ``gpu+cpu``.
+            remedy: per budget, the flag and what to lower.
+
+        Raises:
+            InfeasibleError: names the tier, the missing bytes and the largest item.
+        """
+        for name, budget in budgets.items():
+            if budget is None:
+                continue
+            tiers = name.split("+")
+            need = sum(self.total(t) for t in tiers)
+            if need > budget:
+                items = {f"{t} {item}": size for t in tiers for item, size in self.parts[t].items()}
+                largest = max(items, key=items.__getitem__)
+                raise InfeasibleError(
+                    f"the {name} memory needs {need / 2**30:.3f} GiB but has {budget / 2**30:.3f} GiB: "
+                    f"{need - budget} bytes are missing; the largest item is {largest} with "
+                    f"{items[largest] / 2**30:.3f} GiB; {remedy[name]}"
+                )
+
+
+def plan_memory(arch: ModelArch, policy: Policy, counts: Sizes, *, device: str, compute_bytes: int) -> MemoryPlan:
+    """Bytes that each tier holds at its peak.
+
+    Args:
+        counts: from `sizes`.
+        device: ``cpu`` or ``cuda``.
+        compute_bytes: bytes of one number in the compute dtype.
+    """
+    arch = arch.grouped(policy.experts_per_unit)
+    weights = _weight_bytes(arch, counts, device, compute_bytes, policy)
+    kv = _kv_bytes(arch, counts, device, compute_bytes, policy)
+    act = _activation_bytes(arch, policy, counts, device, compute_bytes)
+    parts = {tier: {**weights[tier], **kv[tier], **act[tier]} for tier in TIERS}
+    return MemoryPlan(parts={t: {k: v for k, v in items.items() if v} for t, items in parts.items()})
+
+
+def _weight_bytes(arch: ModelArch, counts: Sizes, device: str, b: int, policy: Policy) -> dict[str, dict[str, int]]:
+    at = counts.placement
+    slot, slack = slot_bytes(arch, at), unit_slack_bytes(arch)
+    gpu = at.bytes_of("gpu") // arch.dtype_bytes * b + at.count_of("gpu") * slack
+    cast = slot // arch.dtype_bytes * b if slot and b != arch.dtype_bytes else 0
+    cpu = at.bytes_of("cpu") + at.count_of("cpu") * slack
+    staging = counts.staging_slots * slot if device == "cuda" else 0
+    largest = max(at.residency.largest_streamed_bytes(0), arch.embed_params * arch.dtype_bytes)
+    loading = min(LOADS_IN_FLIGHT, at.count_of("gpu")) * (largest + slack)
+    rows = counts.max_tokens * arch.hidden * arch.dtype_bytes if not at.count_of("gpu", "embed") else 0
+    return {
+        "gpu": {
+            "weights": gpu,
+            "slots": counts.slots * slot,
+            "cast": cast,
+            "expert cache": counts.cache_experts * entry_bytes(arch) if counts.cache_experts else 0,
+        },
+        "cpu": {"weights": cpu, "staging slots": staging, "load buffers": loading, "embedding rows": rows},
+        "disk": {"weights": counts.placement.bytes_per_tier["disk"]},
+    }
+
+
+def _kv_bytes(arch: ModelArch, counts: Sizes, device: str, b: int, policy: Policy) -> dict[str, dict[str, int]]:
+    block = arch.kv_bytes_per_token_layer(b) * BLOCK_TOKENS
+    staging = 2 * counts.fetch_blocks * block
+    on_disk = counts.kv_blocks["disk"] > 0
+    down = landing = gathered = 0
+    if device == "cuda":
+        query = arch.num_heads * arch.head_dim * b
+        down = 2 * counts.batch_tokens * (arch.kv_bytes_per_token_layer(b) + 2 * query)
+        landing = counts.fetch_blocks * block // 2  # K, then V
+        gathered = _gathered_blocks(policy, counts) * block
+    return {
+        "gpu": {
+            "kv": counts.kv_blocks["gpu"] * block * arch.num_layers,
+            "kv staging": staging + landing,
+            "kv gathered": gathered,
+        },
+        "cpu": {
+            "kv": counts.kv_blocks["cpu"] * block * arch.num_layers,
+            "kv tails": counts.tails * block * arch.num_layers,
+            "kv buffers": staging + (2 * (counts.fetch_blocks + counts.write_blocks) * block if on_disk else 0) + down,
+        },
+        "disk": {"kv": counts.kv_blocks["disk"] * block * arch.num_layers},
+    }
+
+
+def _gathered_blocks(policy: Policy, counts: Sizes) -> int:
+    """Blocks of one layer that attention on the GPU pads to rows of like length (`flexmoe.kernels.paged_attention`) and holds at once."""
+    rows = policy.gpu_batch_size
+    attended = max(counts.fetch_blocks, counts.kv_blocks["gpu"])
+    return ceil(1.25 * attended) + 3 * rows if attended else 0
+
+
+def sampling_bytes(arch: ModelArch, policy: Policy) -> int:
+    """Memory beside a sweep's logits in which tokens are chosen and prompts are scored, a few rows at a time: 4 bytes
+    per logit, and no less than one row takes."""
+    return arch.vocab_size * max(4 * policy.block_size, SAMPLED_ROW_BYTES)
+
+
+def _activation_bytes(arch: ModelArch, policy: Policy, counts: Sizes, device: str, b: int) -> dict[str, dict[str, int]]:
+    tokens, batch, hidden = counts.max_tokens, counts.batch_tokens, arch.hidden
+    tiers = counts.activation_tiers
+    home = batch * hidden * b
+    away = len(tiers) - tiers.count("gpu")
+    heads, kv_heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    attention = 2 * batch * (4 * heads + 6 * kv_heads + 2 * hidden) * b + 3 * batch * hidden * 4
+    chunk = min(EXPERT_CHUNK_TOKENS[device], tokens)
+    expert = chunk * (2 * max(arch.ffn, arch.dense_ffn) + 2 * hidden) * b
+    block = tokens * (2 * hidden + arch.num_experts) * b + tokens * arch.top_k * 32
+    logits = policy.block_size * (arch.vocab_size * b + 2 * hidden * b) + sampling_bytes(arch, policy)
+    resident = min(tokens * hidden * b, tiers.count("gpu") * home) + min(2, away) * home
+    return {
+        "gpu": {"activations": resident, "workspace": block + max(attention, expert, logits)},
+        "cpu": {
+            "activations": tiers.count("cpu") * home + (2 * home if "disk" in tiers else 0),
+            "page rounding": (HOST_BUFFERS + len(tiers)) * PAGE_BYTES,
+        },
+        "disk": {"activations": tiers.count("disk") * (home + PAGE_BYTES)},
+    }

@@ -1,0 +1,300 @@
+"""The shape of a model from its `config.json`: bytes and FLOPs per unit, KV bytes per token. No hardware, no torch."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cost_model.model.families import check_model_type, shape_fields
+from cost_model.model.known_shapes import known_config, read_config
+from cost_model.model.weight_units import all_units, experts_per_unit, head_chunks
+from policies.common.errors import DataError
+from policies.placement import Unit
+
+_COUNTS = (
+    "num_layers", "hidden", "ffn", "num_experts", "top_k", "num_heads", "num_kv_heads", "head_dim",
+    "vocab_size", "max_position", "dtype_bytes",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelArch:
+    """A Mixture-of-Experts decoder, as far as bytes and FLOPs depend on it.
+
+    Attributes without a layer mean a sparse layer, one with experts. Where layers may differ there is a method `..._in`.
+
+    Args:
+        name: for people; hub id, directory name or "".
+        model_type: the family, one of `families.SUPPORTED_MODEL_TYPES`.
+        num_layers, hidden, vocab_size, max_position: as in the config.
+        ffn: width of one expert.
+        num_experts, top_k: experts per layer, and how many a token is routed to.
+        num_heads, num_kv_heads, head_dim: attention; a group of query heads shares a KV head.
+        sliding_window: tokens that attention looks back, itself included; None is all.
+        tied: the head is the embedding table.
+        dtype_bytes: bytes of one stored weight.
+        norm_eps, rope_theta: constants of the norms and of the rotary embedding.
+        attention_bias: q, k, v and o add a bias.
+        head_bias: the head adds one, also where its table is tied.
+        norm_bias: the norms over the hidden state have a bias beside the weight.
+        qk_norm: every head's queries and keys are normed, by one weight of `head_dim` each.
+        dense_layers: layers whose feed-forward network is one MLP that every token passes, in ascending order.
+        dense_ffn: its width; 0 where there is none.
+        rope_switch: longest row that the rotary embedding turns by its first set of factors; a row that grows past it is
+            computed anew with the second. None: one set for all.
+        group: consecutive experts of a layer that make up a unit; None: as `units.experts_per_unit` has it.
+
+    Raises:
+        DataError: a value is out of range, or two contradict each other; the sentence names the field.
+    """
+
+    name: str
+    model_type: str
+    num_layers: int
+    hidden: int
+    ffn: int
+    num_experts: int
+    top_k: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int
+    sliding_window: int | None
+    tied: bool
+    dtype_bytes: int
+    norm_eps: float
+    rope_theta: float
+    attention_bias: bool = False
+    head_bias: bool = False
+    norm_bias: bool = False
+    qk_norm: bool = False
+    dense_layers: tuple[int, ...] = ()
+    dense_ffn: int = 0
+    rope_switch: int | None = None
+    group: int | None = None
+
+    def __post_init__(self):
+        check_model_type(self.model_type)
+        optional = [field for field in ("sliding_window", "rope_switch", "group") if getattr(self, field) is not None]
+        for field in (*_COUNTS, *optional, *(["dense_ffn"] if self.dense_layers else [])):
+            if type(getattr(self, field)) is not int or getattr(self, field) < 1:
+                raise DataError(f"{field} is {getattr(self, field)!r}; it must be a whole number of at least 1.")
+        if self.top_k > self.num_experts:
+            raise DataError(f"top_k is {self.top_k}, more than the {self.num_experts} experts of a layer.")
+        if self.num_heads % self.num_kv_heads:
+            raise DataError(f"num_heads is {self.num_heads}, which is no multiple of num_kv_heads {self.num_kv_heads}.")
+        if self.head_dim % 2:
+            raise DataError(f"head_dim is {self.head_dim}; the rotary embedding needs an even one.")
+        self._check_dense_layers()
+
+    def _check_dense_layers(self) -> None:
+        layers = self.dense_layers
+        whole = type(layers) is tuple and all(type(layer) is int for layer in layers)
+        if not whole or list(layers) != sorted({layer for layer in layers if 0 <= layer < self.num_layers}):
+            raise DataError(
+                f"dense_layers is {layers!r}; it must list layers from 0 to {self.num_layers - 1} in order."
+            )
+        if len(layers) == self.num_layers:
+            raise DataError("every layer of the model is dense; FlexMoE needs layers with experts.")
+        if self.dense_ffn and not layers:
+            raise DataError(f"dense_ffn is {self.dense_ffn}, but no layer is dense.")
+
+    @classmethod
+    def from_config(cls, config: Mapping, name: str = "") -> "ModelArch":
+        """The shape from a parsed `config.json`.
+
+        Raises:
+            DataError: `families.shape_fields` refuses it, or its values contradict each other.
+        """
+        return cls(name=name, **shape_fields(config))
+
+    @classmethod
+    def from_dir(cls, path: str | os.PathLike) -> "ModelArch":
+        """The shape from `config.json` in a checkpoint directory.
+
+        Raises:
+            InputMissingError: there is no such file, or it cannot be read.
+            DataError: it is not JSON, or `from_config` refuses it.
+        """
+        path = Path(path)
+        return cls.from_config(read_config(path / "config.json"), name=path.resolve().name)
+
+    @classmethod
+    def from_name(cls, name: str) -> "ModelArch":
+        """The shape of a known model by hub id or short name, in any case; shapes ship with the package.
+
+        Raises:
+            UsageError: the model is not among the known ones, which are listed.
+        """
+        return cls.from_config(known_config(name), name=name)
+
+    @property
+    def projection_params(self) -> int:
+        """Weights of one layer's q, k, v and o projections, without biases."""
+        return 2 * self.hidden * self.head_dim * (self.num_heads + self.num_kv_heads)
+
+    @property
+    def router_params(self) -> int:
+        """Weights of one layer's router."""
+        return self.hidden * self.num_experts
+
+    @property
+    def norm_params(self) -> int:
+        """Weights of one norm over the hidden state: two in a layer, and a final one."""
+        return self.hidden * (2 if self.norm_bias else 1)
+
+    @property
+    def attention_params(self) -> int:
+        """Weights of one attention unit: q, k, v, o and their biases, the layer's norms, and its router."""
+        biases = self.head_dim * (self.num_heads + 2 * self.num_kv_heads) + self.hidden if self.attention_bias else 0
+        head_norms = 2 * self.head_dim if self.qk_norm else 0
+        return self.projection_params + biases + 2 * self.norm_params + head_norms + self.router_params
+
+    @property
+    def expert_params(self) -> int:
+        """Weights of one expert: gate, up and down projections."""
+        return 3 * self.hidden * self.ffn
+
+    @property
+    def dense_params(self) -> int:
+        """Weights of the MLP of a dense layer; 0 where there is none."""
+        return 3 * self.hidden * self.dense_ffn
+
+    @property
+    def embed_params(self) -> int:
+        """Weights of the embedding table; the head's table has as many."""
+        return self.vocab_size * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """All weights; a table that embedding and head share counts once."""
+        sparse, dense = self.num_layers - len(self.dense_layers), len(self.dense_layers)
+        layers = sparse * (self.attention_params + self.num_experts * self.expert_params)
+        layers += dense * (self.attention_params - self.router_params + self.dense_params)
+        head = (0 if self.tied else self.embed_params) + (self.vocab_size if self.head_bias else 0)
+        return self.embed_params + layers + self.norm_params + head
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all weights at rest; for tied models less than the sum over `units`."""
+        return self.parameters * self.dtype_bytes
+
+    @property
+    def attention_bytes(self) -> int:
+        """Stored bytes of one attention unit."""
+        return self.attention_params * self.dtype_bytes
+
+    @property
+    def expert_bytes(self) -> int:
+        """Stored bytes of one expert."""
+        return self.expert_params * self.dtype_bytes
+
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs of one token in the linear layers it passes: projections, router, chosen experts and head.
+
+        A multiply-add is two. Biases, norms and attention over the context come on top.
+        """
+        sparse = self.router_params + self.top_k * self.expert_params
+        layers = self.num_layers * (self.projection_params + sparse)
+        return 2 * (layers - len(self.dense_layers) * (sparse - self.dense_params) + self.embed_params)
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether every token of a layer passes the same MLP. The MLP is the layer's unit `layers.L.expert.0`."""
+        return layer in self.dense_layers
+
+    def experts_in(self, layer: int) -> int:
+        """Experts of a layer; the MLP of a dense layer counts as one."""
+        return 1 if self.is_dense(layer) else self.num_experts
+
+    def grouped(self, group: int | None) -> "ModelArch":
+        """This shape with units of so many experts; None leaves it as it is."""
+        return self if group is None else replace(self, group=group)
+
+    @property
+    def experts_per_unit(self) -> int:
+        """Consecutive experts of a layer that are placed and moved as one."""
+        group = self.group or experts_per_unit(self.expert_bytes, self.num_experts)
+        return min(group, self.num_experts)
+
+    @property
+    def expert_units(self) -> int:
+        """Units of experts of a sparse layer."""
+        return -(-self.num_experts // self.experts_per_unit)
+
+    def expert_groups_in(self, layer: int) -> list[range]:
+        """The experts of each unit of a layer; the last one may be smaller."""
+        count = self.experts_in(layer)
+        return [range(at, min(at + self.experts_per_unit, count)) for at in range(0, count, self.experts_per_unit)]
+
+    def top_k_in(self, layer: int) -> int:
+        """How many of them a token passes."""
+        return 1 if self.is_dense(layer) else self.top_k
+
+    def ffn_in(self, layer: int) -> int:
+        """Width of each of them."""
+        return self.dense_ffn if self.is_dense(layer) else self.ffn
+
+    def expert_params_in(self, layer: int) -> int:
+        """Weights of each of them."""
+        return self.dense_params if self.is_dense(layer) else self.expert_params
+
+    def expert_bytes_in(self, layer: int) -> int:
+        """Stored bytes of each of them."""
+        return self.expert_params_in(layer) * self.dtype_bytes
+
+    def attention_params_in(self, layer: int) -> int:
+        """Weights of a layer's attention unit; a dense layer has no router."""
+        return self.attention_params - (self.router_params if self.is_dense(layer) else 0)
+
+    def attention_bytes_in(self, layer: int) -> int:
+        """Stored bytes of a layer's attention unit."""
+        return self.attention_params_in(layer) * self.dtype_bytes
+
+    def kv_bytes_per_token_layer(self, dtype_bytes: int = 2) -> int:
+        """Bytes of K and V that one token keeps in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim * dtype_bytes
+
+    def kv_bytes_per_token(self, dtype_bytes: int = 2) -> int:
+        """Bytes of K and V that one token keeps in all layers."""
+        return self.num_layers * self.kv_bytes_per_token_layer(dtype_bytes)
+
+    def expected_experts_touched(self, tokens: float) -> float:
+        """Experts of a sparse layer that `tokens` tokens reach under uniform routing: E·(1 − (1 − k/E)^T)."""
+        return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** tokens)
+
+    def fingerprint(self) -> dict[str, str | int | list[int]]:
+        """What must agree between the model of a policy and the model at hand; what a model lacks is left out."""
+        fields = (
+            "model_type", "hidden", "num_layers", "num_experts", "top_k", "num_heads", "num_kv_heads", "head_dim",
+            "ffn", "vocab_size",
+        )  # fmt: skip
+        optional = {
+            "attention_bias": self.attention_bias, "head_bias": self.head_bias,
+            "dense_layers": list(self.dense_layers), "dense_ffn": self.dense_ffn,
+        }  # fmt: skip
+        return {f: getattr(self, f) for f in fields} | {f: value for f, value in optional.items() if value}
+
+    @property
+    def head_row_params(self) -> int:
+        """Weights of one row of the head, with its bias."""
+        return self.hidden + (1 if self.head_bias else 0)
+
+    @property
+    def num_head_chunks(self) -> int:
+        """Pieces that the head is cut into (`units.head_chunks`)."""
+        return head_chunks(self)
+
+    def head_rows(self, index: int) -> tuple[int, int]:
+        """(start, stop) of the vocabulary rows in head chunk `index`; chunks differ by at most one row."""
+        chunks = self.num_head_chunks
+        return index * self.vocab_size // chunks, (index + 1) * self.vocab_size // chunks
+
+    def units(self) -> tuple[Unit, ...]:
+        """All units in schedule order, with their stored bytes; made once per shape.
+
+        A tied model's head chunks refer to the embedding table again: as units they are placed and moved on their own,
+        so the sum over units counts the table twice, while `parameters` and `total_bytes` count it once.
+        """
+        return all_units(self)

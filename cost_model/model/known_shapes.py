@@ -1,0 +1,56 @@
+"""Where a `config.json` comes from: a checkpoint directory, or the shapes of known models that ship with the package."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from policies.common import strict_json
+from policies.common.errors import DataError, InputMissingError, UsageError
+
+#: Each file holds what the hub's `config.json` says of the shape, without what only training or generation needs.
+SHAPES = Path(__file__).parent / "shapes"
+SHAPE_OF_HUB_ID = {
+    "mistralai/mixtral-8x7b-v0.1": "mixtral-8x7b",
+    "mistralai/mixtral-8x7b-instruct-v0.1": "mixtral-8x7b",
+    "mistralai/mixtral-8x22b-v0.1": "mixtral-8x22b",
+    "mistralai/mixtral-8x22b-instruct-v0.1": "mixtral-8x22b-instruct",
+    "microsoft/phi-3.5-moe-instruct": "phi-3.5-moe",
+    "qwen/qwen3-30b-a3b": "qwen3-30b-a3b",
+    "qwen/qwen3-30b-a3b-base": "qwen3-30b-a3b-base",
+    "qwen/qwen3-30b-a3b-instruct-2507": "qwen3-30b-a3b-2507",
+    "qwen/qwen3-30b-a3b-thinking-2507": "qwen3-30b-a3b-2507",
+    "qwen/qwen3-235b-a22b": "qwen3-235b-a22b",
+    "qwen/qwen3-235b-a22b-instruct-2507": "qwen3-235b-a22b-2507",
+    "qwen/qwen3-235b-a22b-thinking-2507": "qwen3-235b-a22b-2507",
+}
+
+
+def read_config(path: str | os.PathLike) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        InputMissingError: there is no such file, or it cannot be read.
+        DataError: it is not JSON, or one that readers disagree about (`policies.common.strict_json`).
+    """
+    try:
+        return strict_json.parse(Path(path).read_bytes())
+    except OSError as error:
+        raise InputMissingError(f"the model's config {path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"the model's config {path} is not valid JSON: {error}.") from error
+
+
+def known_config(name: str) -> Any:
+    """The config of a known model, by hub id or short name, in any case.
+
+    Raises:
+        UsageError: the model is not among the known ones, which are listed.
+    """
+    short_names = sorted(path.stem for path in SHAPES.glob("*.json"))
+    shape = SHAPE_OF_HUB_ID.get(name.lower(), name.lower())
+    if shape not in short_names:
+        raise UsageError(
+            f"the shape of {name!r} is not known; give a directory with a config.json, or one of "
+            f"{', '.join([*short_names, *SHAPE_OF_HUB_ID])}."
+        )
+    return read_config(SHAPES / f"{shape}.json")

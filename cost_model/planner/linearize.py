@@ -1,0 +1,273 @@
+"""What one more row costs: the equations of `phases`, `costs` and `plan_memory` as straight lines around a nominal block.
+
+For one discrete choice all that a sweep takes is nearly linear in the rows of each mode. The lines are read off the
+equations themselves, at a nominal block size, so that the programme follows them when they change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import ceil
+
+from cost_model.timing.attention_phase import DOWN, UP, hidden_states_s
+from cost_model.timing.job_phases import course
+from cost_model.timing.problem import Problem
+from cost_model.timing.sweep_load import BatchLoad, RowGroup
+from policies.placement import TIERS
+from policies.policy import Policy
+from policies.workload import Workload
+
+#: Cache percents (GPU, CPU) and CPU attention percent that put all rows into one mode of `load.MODES`.
+_PURE = {"gpu": (100, 0, 0), "fetch": (0, 100, 0), "disk": (0, 0, 0), "cpu": (0, 100, 100)}
+_PRICED_APART = ("weights", "slots", "workspace")
+#: Where the workspace is met, in nominal blocks: it is the largest of several buffers.
+_POINTS = (0.25, 0.5, 1, 2, 4)
+#: Operations that the main thread hands to others with a GPU batch's projection, by mode (`cost_model.timing.attention_phase`).
+_HANDED_ON = {"gpu": 0, "fetch": 2, "disk": 3, "cpu": 2}
+_FEW_BATCHES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What the programme takes as given.
+
+    Attributes:
+        schedule: rolling or static.
+        fill_sweeps: sweeps in which a block fills; it sets the pace of admission.
+        gpu_batch_size: rows per GPU batch.
+        modes: how rows may be attended (`load.MODES`).
+        rows: nominal block size.
+        most_rows: the block may not be larger; None is no limit.
+        streams: weights may live outside the GPU.
+        disk_weights: weights may live on disk.
+        act_percents: activations on the GPU and in host memory.
+        overlap, pin_weight: as in `Policy`.
+    """
+
+    schedule: str
+    fill_sweeps: float
+    gpu_batch_size: int
+    modes: tuple[str, ...]
+    rows: float
+    most_rows: float | None = None
+    streams: bool = True
+    disk_weights: bool = True
+    act_percents: tuple[float, float] = (100.0, 0.0)
+    overlap: bool = True
+    pin_weight: bool = True
+
+    def policy(self, workload: Workload, rows: float, mode: str) -> Policy:
+        """A block of about so many rows, all in one mode; a few weights are on the GPU, or all."""
+        cache_gpu, cache_cpu, attended = _PURE[mode]
+        size = min(self.gpu_batch_size, max(1, round(rows)))
+        count = max(1, round(rows / size))
+        gpu = 5 if self.streams else 100
+        return Policy(
+            gpu_batch_size=size,
+            num_gpu_batches=count,
+            w_gpu_percent=gpu,
+            w_cpu_percent=0 if self.disk_weights else 100 - gpu,
+            cache_gpu_percent=cache_gpu,
+            cache_cpu_percent=cache_cpu,
+            act_gpu_percent=self.act_percents[0],
+            act_cpu_percent=self.act_percents[1],
+            prefill_tokens=max(1, ceil(size * count * workload.prompt_len / self.fill_sweeps)),
+            cpu_attention_percent=attended,
+            schedule=self.schedule,
+            overlap=self.overlap,
+            pin_weight=self.pin_weight,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """``fixed`` + ``per_row`` · rows."""
+
+    fixed: float
+    per_row: float
+
+    @classmethod
+    def through(cls, x0: float, y0: float, x1: float, y1: float) -> Line:
+        """Through two points; through the origin and the second one where both are the same."""
+        slope = y1 / x1 if x0 == x1 else (y1 - y0) / (x1 - x0)
+        return cls(y1 - slope * x1, slope)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseSlopes:
+    """One kind of sweep; per row of the block, of whatever age, and in seconds of one layer where it is seconds.
+
+    Attributes:
+        sweeps: how many of them the job, or the period, has.
+        rows: rows that take part.
+        tokens, logits: tokens that advance; rows that get a token.
+        outside_s: embedding and sampling, of the sweep.
+        host_s: bookkeeping of the sweep.
+        project_s, attend_s: dense parts before and after attention in any mode, dispatch included.
+        attention_s: attention on the device and dispatch of what goes with it; like the next ones by mode of `load.MODES`.
+        cpu_s, attended_s: CPU attention, and its results up.
+        load_s, read_s, store_s, write_s: KV up, from disk, down, to disk.
+        act_s: hidden states of the batches that live elsewhere, by user of `cost_model.timing.contention`.
+    """
+
+    sweeps: float
+    rows: float
+    tokens: float
+    logits: float
+    outside_s: float
+    host_s: float
+    project_s: float
+    attend_s: float
+    attention_s: Mapping[str, float]
+    cpu_s: Mapping[str, float]
+    attended_s: Mapping[str, float]
+    load_s: Mapping[str, float]
+    read_s: Mapping[str, float]
+    store_s: Mapping[str, float]
+    write_s: Mapping[str, float]
+    act_s: Mapping[str, float]
+
+    @property
+    def act_up_s(self) -> float:
+        """Hidden states on their way to the device."""
+        return sum(self.act_s[user] for user in UP)
+
+    @property
+    def act_down_s(self) -> float:
+        """Hidden states on their way home."""
+        return sum(self.act_s[user] for user in DOWN)
+
+
+class Slopes:
+    """All lines of a choice.
+
+    Attributes:
+        rows: the nominal block size that was met.
+        costs: of the nominal policy.
+        tokens: generated per row of the block, in the job or the period.
+        phases: its sweeps.
+        common: bytes by tier without weights, slots and workspace, whatever the modes.
+        kv: bytes by mode and tier.
+        gathered: device bytes of KV gathered for attention, by mode; the largest counts.
+        workspace: device bytes; the largest counts.
+    """
+
+    def __init__(self, problem: Problem, choice: Choice):
+        # The capacity follows from the block here; a given one limits the rows instead.
+        self.problem, self.choice = replace(problem, kv_tokens=None), choice
+        problem = self.problem
+        policy = choice.policy(problem.workload, choice.rows, "gpu")
+        counts = problem.sizes(policy)
+        self.rows = policy.block_size
+        self.costs = problem.costs(policy, counts)
+        way = course(policy, counts, problem.workload)
+        self.tokens = way.tokens / self.rows
+        self.phases = [self._phase(p.sweeps, p.load.groups["gpu"], p.load.logits) for p in way.phases if p.sweeps > 0]
+        self._read_bytes()
+
+    def _phase(self, sweeps: float, group: RowGroup, logits: float) -> PhaseSlopes:
+        costs, rows = self.costs, self.rows
+        project_s, attend_s = self._dense(group)
+        batches = max(1.0, group.rows / self.choice.gpu_batch_size)
+        cut = {mode: self._batch_of(group, batches, mode) for mode in _PURE}
+        hidden = BatchLoad(tokens=group.tokens / batches)
+        away, _ = self._away()
+
+        def by_mode(seconds: Callable[[BatchLoad], float]) -> dict[str, float]:
+            return {mode: seconds(batch) * batches / rows for mode, batch in cut.items()}
+
+        op_s = costs.op_s * batches / rows
+        attention_s, loads_s, attended_s = map(by_mode, (costs.attend_s, costs.load_kv_s, costs.attended_s))
+        return PhaseSlopes(
+            sweeps=sweeps,
+            rows=group.rows / rows,
+            tokens=group.tokens / rows,
+            logits=logits / rows,
+            outside_s=batches * costs.embed_s(hidden) / rows + op_s + costs.sample_s(logits) / rows,
+            host_s=(costs.host_s(group.rows) - costs.host_s(0)) / rows,
+            project_s=project_s / rows + (1 + away) * op_s,
+            attend_s=attend_s / rows + (1 + away) * op_s,
+            attention_s={mode: attention_s[mode] + count * op_s for mode, count in _HANDED_ON.items()},
+            cpu_s=by_mode(costs.cpu_attend_s),
+            attended_s=attended_s,
+            load_s={mode: loads_s[mode] - attended_s[mode] for mode in cut},
+            read_s=by_mode(costs.read_kv_s),
+            store_s=by_mode(costs.store_kv_s),
+            write_s=by_mode(costs.write_kv_s),
+            act_s={user: seconds * batches / rows for user, seconds in self._hidden_states(hidden).items()},
+        )
+
+    def _hidden_states(self, batch: BatchLoad) -> dict[str, float]:
+        """Seconds that those of a mean GPU batch take, by user of `cost_model.timing.contention`."""
+        away, on_disk = self._away()
+        parts = {"cpu": away - on_disk, "disk": on_disk}
+        moved = {tier: hidden_states_s(self.costs, batch, tier) for tier in parts}
+        return {user: sum(part * moved[tier][user] for tier, part in parts.items()) for user in (*UP, *DOWN)}
+
+    def _away(self) -> tuple[float, float]:
+        """Parts of the GPU batches whose hidden states live elsewhere, and of those on disk."""
+        gpu, cpu = self.choice.act_percents
+        return 1 - gpu / 100, max(0.0, 1 - (gpu + cpu) / 100)
+
+    def _batch_of(self, group: RowGroup, batches: float, mode: str) -> BatchLoad:
+        """A GPU batch in a mode, without what it adds to the dense part."""
+        batch = BatchLoad()
+        batch.new[mode] = group.tokens / batches
+        batch.context[mode] = group.decode_context / batches
+        batch.past[mode] = (group.decode_context - group.decode_rows + group.prompt_past) / batches
+        batch.pairs[mode] = group.pairs / batches
+        return batch
+
+    def _dense(self, group: RowGroup) -> tuple[float, float]:
+        """(seconds before attention, seconds after it) of a layer.
+
+        Rows that decode come first; prompts make batches of their own, or are the end of the last one.
+        """
+        size, decode, prompts = self.choice.gpu_batch_size, group.decode_rows, group.prompt_rows
+        cut = [(max(1.0, decode / size), decode)] if decode else []
+        if prompts:
+            many = max(1.0, prompts / size) if prompts >= size or not decode else 0.0
+            cut.append((many, group.prompt_tokens))
+        project = attend = 0.0
+        for many, tokens in cut:
+            beside = 0.0 if many else decode / cut[0][0]
+            batches = many or 1.0
+            for load, sign in ((BatchLoad(tokens=tokens / batches + beside), 1), (BatchLoad(tokens=beside), -1)):
+                project += sign * batches * self.costs.project_s(load)
+                attend += sign * batches * self.costs.attend_s(load)
+        return project, attend
+
+    def _read_bytes(self) -> None:
+        near = [self._bytes(self.rows * factor, "gpu") for factor in _POINTS]
+        near = sorted(dict(near).items())
+        spaces = [(rows, parts["gpu"].get("workspace", 0)) for rows, parts in near]
+        self.workspace = [Line.through(*a, *b) for a, b in pairwise(spaces)] or [Line.through(*spaces[0] * 2)]
+        (rows_0, parts_0), (rows_1, parts_1) = (near * 2)[-2:] if len(near) == 1 else near[-2:]
+        self.common = {
+            tier: Line.through(rows_0, _rest(parts_0[tier], kv=False), rows_1, _rest(parts_1[tier], kv=False))
+            for tier in TIERS
+        }
+        self.kv, self.gathered = {}, {}
+        few = self.rows <= _FEW_BATCHES * self.choice.gpu_batch_size
+        for mode in self.choice.modes:
+            # Buffers of fetched KV are as large as a GPU batch needs, or all rows: among few batches, in proportion to them.
+            factors = (1, 1) if few and mode in ("fetch", "disk") else (1, 2)
+            (rows_0, parts_0), (rows_1, parts_1) = (self._bytes(self.rows * factor, mode) for factor in factors)
+            self.kv[mode] = {
+                tier: Line.through(rows_0, _rest(parts_0[tier], kv=True), rows_1, _rest(parts_1[tier], kv=True))
+                for tier in TIERS
+            }
+            gathered = [parts["gpu"].get("kv gathered", 0) for parts in (parts_0, parts_1)]
+            self.gathered[mode] = Line.through(rows_0, gathered[0], rows_1, gathered[1])
+
+    def _bytes(self, rows: float, mode: str) -> tuple[int, Mapping[str, Mapping[str, int]]]:
+        policy = self.choice.policy(self.problem.workload, max(1.0, rows), mode)
+        return policy.block_size, self.problem.memory(policy, self.problem.sizes(policy)).parts
+
+
+def _rest(items: Mapping[str, int], *, kv: bool) -> int:
+    """Bytes of the items that are KV, or of those that are not, without those that have lines of their own."""
+    own = ("kv gathered", *_PRICED_APART)
+    return sum(size for name, size in items.items() if name not in own and name.startswith("kv") == kv)

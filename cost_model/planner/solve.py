@@ -1,0 +1,157 @@
+"""The planner: the policy with the most tokens per second, what it will do, and why it is that one."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from cost_model.hardware.hardware import Hardware
+from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import group_on
+from cost_model.planner.constraints import Fixed
+from cost_model.timing.evaluate import Prediction, predict
+from policies.common.checks import check_number
+from policies.policy import Policy
+from policies.workload import Workload
+
+if TYPE_CHECKING:
+    from cost_model.planner.lp import Price
+    from cost_model.planner.search import Optimum
+    from cost_model.planner.what_if import Advice
+    from cost_model.routing.expert_usage import ExpertUsage
+    from cost_model.timing.problem import Problem
+
+#: Each one asks for what the one before placed, and that settles at once but for the smallest of caches.
+_MOST_ROUNDINGS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """Why the policy is as it is.
+
+    Attributes:
+        bottleneck: what decides most of the time.
+        prices: of what binds in the linear programme, dearest first: tokens per second that one GiB more of a memory, or
+            1 % fewer seconds of a lane, would give.
+        lp_tokens_per_s: the largest optimum of a linear programme, in which units, rows and batches are cut at will.
+        advice: what would help most, solved again; empty unless it was asked for.
+        programmes, evaluations: linear programmes that were solved, policies that were judged, advice included.
+        seconds: that planning took.
+    """
+
+    bottleneck: str
+    prices: tuple[Price, ...]
+    lp_tokens_per_s: float
+    advice: tuple[Advice, ...]
+    programmes: int
+    evaluations: int
+    seconds: float = field(compare=False)
+
+    def to_json(self) -> dict:
+        """The explanation as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """``policy`` to run, ``prediction`` of what it will do, and the ``explanation``."""
+
+    policy: Policy
+    prediction: Prediction
+    explanation: Explanation
+
+
+def solve(
+    arch: ModelArch,
+    hardware: Hardware,
+    workload: Workload,
+    *,
+    fixed: Fixed | None = None,
+    schedule: str | None = None,
+    number_bytes: int | None = None,
+    kv_tokens: int | None = None,
+    usage: ExpertUsage | None = None,
+    on_demand: bool = True,
+    advice: bool = False,
+    effort: float = 1.0,
+) -> Plan:
+    """The best policy of the model on the machine for the job. The same arguments give the same plan.
+
+    Args:
+        fixed: what is decided already.
+        schedule: rolling or static; a short way to fix it.
+        number_bytes: bytes of one number in the compute dtype; default: as stored.
+        kv_tokens: KV capacity over all tiers; default: what keeps the block in flight.
+        usage: how often each expert was chosen; experts that were used most are the first to become resident. Default: all
+            are alike.
+        on_demand: sweeps of few rows move only the experts that were routed to.
+        advice: find out, too, what would help most.
+        effort: how long to search, by judgements and not by the clock; less is quicker and may find a little less.
+
+    Raises:
+        InfeasibleError: nothing fits; the sentence names the limit, and how much of each capacity alone would do.
+            Or the usage is of another model.
+        UsageError: what is fixed contradicts itself.
+    """
+    # The programme's library is loaded only where a plan is made.
+    from cost_model.planner.infeasible import refusal, smallest_policies
+    from cost_model.planner.search import optimum
+    from cost_model.planner.spared_disk import spare_the_disk
+    from cost_model.planner.what_if import advise
+    from cost_model.timing.problem import Problem
+
+    start = time.perf_counter()
+    fixed = fixed or Fixed()
+    if schedule is not None:
+        fixed = replace(fixed, schedule=schedule)
+    group = group_on(hardware, arch)
+    arch = arch.grouped(group)
+    about = {"number_bytes": number_bytes, "kv_tokens": kv_tokens, "usage": usage, "on_demand": on_demand}
+    problem = Problem.of(arch, hardware, workload, **about)
+    if usage is not None:
+        fixed = replace(fixed, expert_order=usage.unit_order(arch))
+    smallest = smallest_policies(problem, fixed)
+    if not smallest:
+        raise refusal(problem, fixed)
+    found = optimum(problem, fixed, smallest, check_number("effort", effort))
+    policy = replace(achieved(problem, spare_the_disk(problem, fixed, found.policy)), experts_per_unit=group)
+    prediction = predict(problem, policy)
+    found = replace(found, policy=policy)
+    hints = advise(problem, fixed, found, prediction.bottleneck) if advice else ((), 0, 0)
+    return Plan(policy=policy, prediction=prediction, explanation=_explanation(found, prediction, hints, start))
+
+
+def _explanation(found: Optimum, prediction: Prediction, hints: tuple, start: float) -> Explanation:
+    advice, programmes, evaluations = hints
+    return Explanation(
+        bottleneck=prediction.bottleneck,
+        prices=found.prices,
+        lp_tokens_per_s=found.lp_tokens_per_s,
+        advice=advice,
+        programmes=found.programmes + programmes,
+        evaluations=found.evaluations + evaluations,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def achieved(problem: Problem, policy: Policy) -> Policy:
+    """The policy with the shares that its placement achieves; placing these again gives the same placement."""
+    for _ in range(_MOST_ROUNDINGS):
+        counts = problem.sizes(policy)
+        weights = counts.placement.achieved_percent
+        cache = _percents(list(counts.kv_blocks.values()))
+        act = _percents([counts.activation_tiers.count(tier) for tier in counts.kv_blocks])
+        shares = dict(zip(("w_gpu_percent", "w_cpu_percent"), weights))
+        shares |= dict(zip(("cache_gpu_percent", "cache_cpu_percent"), cache))
+        shares |= dict(zip(("act_gpu_percent", "act_cpu_percent"), act))
+        placed = replace(policy, **shares)
+        if placed == policy or problem.sizes(placed) == counts:
+            return placed
+        policy = placed  # the capacity grew for the longest row; what it grew to is asked for now
+    return policy
+
+
+def _percents(counts: list[int]) -> tuple[float, float]:
+    gpu, cpu = (100 * count / sum(counts) for count in counts[:2])
+    return gpu, min(cpu, 100 - gpu)

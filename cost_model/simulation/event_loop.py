@@ -1,0 +1,251 @@
+"""The clock of a walk: threads that work their operations off in order, each at the speed that the others leave it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cost_model.simulation.program import Errand, Program
+from cost_model.simulation.threads import (
+    ACT,
+    ATTENDED,
+    BROUGHT,
+    COPY,
+    COUNT,
+    CPU,
+    DEMANDED,
+    ERRANDS,
+    KV,
+    MAIN,
+    READ,
+    STAGE,
+    STORE,
+    STREAM,
+    WRITE,
+)
+from cost_model.simulation.weight_queues import WeightQueues
+from cost_model.timing.contention import USERS
+
+_NEVER = float("inf")
+_PLACE = {name: place for place, name in enumerate(USERS)}
+#: Who of `Resources` a thread of the weight stream is.
+WEIGHT_USER = {COPY: "h2d", READ: "disk_read", STAGE: "stage"}
+#: Who may be waiting for a thread, beside the main thread.
+_WAKES = {
+    CPU: (ATTENDED,), KV: (STORE,), STORE: (CPU, WRITE), WRITE: (STORE,), ACT: (), ATTENDED: (), DEMANDED: (BROUGHT,),
+    BROUGHT: (),
+}  # fmt: skip
+
+#: Speed by place in `USERS` while those whose bits are set work; None where all have the speed 1.
+Speeds = Callable[[int], "tuple[float, ...] | None"]
+#: (user, name, start, end, bytes) of an operation.
+Record = Callable[[str, str, float, float, float], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Buffers:
+    """How far the weight stream may run ahead: slots, and staging slots."""
+
+    slots: int
+    staging_slots: int
+
+
+class Clock:
+    """Walks sweep after sweep.
+
+    Args:
+        queues: the weight stream.
+        buffers: its slots.
+        speeds: how fast operations get on beside others.
+        op_s: dispatch of one operation.
+        record: told of every operation when it has ended.
+
+    Attributes:
+        now: seconds since the start.
+        active_s: seconds in which exactly the users of a mask (bits by place in `USERS`) were at work, since `sweep`
+            began.
+    """
+
+    def __init__(
+        self, queues: WeightQueues, buffers: Buffers, speeds: Speeds, op_s: float, record: Record | None = None
+    ):
+        self._moves = queues.moves
+        self._queues, self._buffers, self._speeds_of, self._op_s, self._record = queues, buffers, speeds, op_s, record
+        self.now = 0.0
+        self.active_s: dict[int, float] = {}
+        self._mask, self._slowed = 0, False
+        self._finish, self._speed, self._user = [_NEVER] * COUNT, [1.0] * COUNT, [0] * COUNT
+        self._started, self._name, self._bytes = [0.0] * COUNT, [""] * COUNT, [0.0] * COUNT
+        #: Operations done by thread and, of the weight stream, slots given back and staging slots emptied: all of them
+        #: counted from the start of the sweep, so that what was prefetched for it counts already.
+        self._done, self._submitted = [0] * COUNT, [0] * COUNT
+        self._freed = self._unstaged = 0
+
+    def sweep(self, program: Program, seconds: Sequence[float], nbytes: Sequence[float] = ()) -> None:
+        """Walk one sweep; afterwards only the weight stream is at work.
+
+        Args:
+            program: what is done.
+            seconds, nbytes: the tables that it points into; no bytes when nothing is recorded.
+        """
+        self._program, self._seconds, self._nbytes = program, seconds, nbytes
+        self._steps, self._at, self._part = program.steps, 0, [0] * COUNT
+        self.active_s = {}
+        self._reach_step()
+        for thread in STREAM:
+            self._move_next(thread)
+        finish, active_s = self._finish, self.active_s
+        while self._at < len(self._steps):
+            self._set_speeds()
+            end = min(finish)
+            if end == _NEVER:
+                raise RuntimeError(f"the walk stands still before {self._steps[self._at].name}")
+            active_s[self._mask] = active_s.get(self._mask, 0.0) + end - self.now
+            self.now = end
+            self._end(finish.index(end))
+        self._next_sweep()
+
+    def turn_to(self, queues: WeightQueues, buffers: Buffers) -> None:
+        """From the next sweep on the weight stream is another one; what the old one has moved ahead is lost."""
+        if queues is self._queues:
+            return
+        self._queues, self._buffers, self._moves = queues, buffers, queues.moves
+        for thread in STREAM:
+            if self._finish[thread] != _NEVER:
+                self._mask &= ~(1 << self._user[thread])
+                self._finish[thread] = _NEVER
+            self._done[thread] = 0
+        self._freed = self._unstaged = 0
+
+    def _set_speeds(self) -> None:
+        """What runs goes on at the speed that the others leave it."""
+        speeds = self._speeds_of(self._mask)
+        if speeds is None and not self._slowed:
+            return
+        now, finish, speed, user = self.now, self._finish, self._speed, self._user
+        for thread, end in enumerate(finish):
+            if end != _NEVER:
+                new = 1.0 if speeds is None else speeds[user[thread]]
+                if new != speed[thread]:
+                    finish[thread] = now + (end - now) * speed[thread] / new
+                    speed[thread] = new
+        self._slowed = speeds is not None
+
+    def _begin(self, thread: int, user: str, seconds: float) -> None:
+        place = _PLACE[user]
+        self._user[thread], self._speed[thread] = place, 1.0
+        self._mask |= 1 << place
+        self._finish[thread] = self.now + seconds
+        self._started[thread] = self.now
+
+    def _end(self, thread: int) -> None:
+        place = self._user[thread]
+        self._mask &= ~(1 << place)
+        self._finish[thread] = _NEVER
+        if self._record is not None:
+            self._record(USERS[place], self._name[thread], self._started[thread], self.now, self._bytes[thread])
+        if thread == MAIN:
+            self._end_step()
+        elif thread in _WAKES:
+            self._end_part(thread)
+        else:
+            self._end_move(thread)
+
+    # The main thread.
+
+    def _reach_step(self) -> None:
+        for thread in self._steps[self._at].handed_on:
+            self._submitted[thread] += 1
+            self._run_errand(thread)
+        self._compute()
+
+    def _compute(self) -> None:
+        """Begin the step that the main thread has reached, unless it has begun or waits for somebody."""
+        if self._finish[MAIN] != _NEVER or self._at == len(self._steps):
+            return
+        step, done = self._steps[self._at], self._done
+        for thread, count in step.after:
+            if done[thread] < count:
+                return
+        if step.unit is not None and done[step.unit[0]] <= step.unit[1]:
+            return
+        self._name[MAIN], self._bytes[MAIN] = step.name, 0.0
+        self._begin(MAIN, step.user, self._seconds[step.seconds] + step.dispatched * self._op_s)
+
+    def _end_step(self) -> None:
+        if self._steps[self._at].frees:
+            self._freed += 1
+            for thread in STREAM:
+                self._move_next(thread)
+        self._at += 1
+        if self._at < len(self._steps):
+            self._reach_step()
+
+    # Threads that get their operations from it.
+
+    def _run_errand(self, thread: int) -> None:
+        at, done = self._done[thread], self._done
+        if self._finish[thread] != _NEVER or at >= self._submitted[thread]:
+            return
+        errand = self._program.errands[thread][at]
+        for other, count in errand.after:
+            if done[other] < count:
+                return
+        self._part[thread] = 0
+        self._begin_part(thread, errand)
+
+    def _begin_part(self, thread: int, errand: Errand) -> None:
+        user, place = errand.parts[self._part[thread]]
+        if self._record is not None:
+            self._name[thread], self._bytes[thread] = errand.name, self._nbytes[place]
+        self._begin(thread, user, self._seconds[place])
+
+    def _end_part(self, thread: int) -> None:
+        errand = self._program.errands[thread][self._done[thread]]
+        self._part[thread] += 1
+        if self._part[thread] < len(errand.parts):
+            self._begin_part(thread, errand)
+            return
+        self._done[thread] += 1
+        self._run_errand(thread)
+        for other in _WAKES[thread]:
+            self._run_errand(other)
+        self._compute()
+
+    # The weight stream.
+
+    def _move_next(self, thread: int) -> None:
+        """Begin the thread's next move, if there is a slot for it and, where it is staged, it has been."""
+        moves = self._moves[thread]
+        if not moves or self._finish[thread] != _NEVER:
+            return
+        ahead, at = divmod(self._done[thread], len(moves))
+        move = moves[at]
+        if thread != COPY and move.staged >= 0:
+            if move.staged + ahead * self._queues.staged >= self._unstaged + self._buffers.staging_slots:
+                return
+        elif move.place + ahead * self._queues.units >= self._freed + self._buffers.slots:
+            return
+        elif move.staged_by is not None:
+            other, place = move.staged_by
+            if self._done[other] <= place + ahead * len(self._moves[other]):
+                return
+        self._name[thread], self._bytes[thread] = move.name, move.nbytes
+        self._begin(thread, WEIGHT_USER[thread], move.seconds)
+
+    def _end_move(self, thread: int) -> None:
+        moves = self._moves[thread]
+        if thread == COPY and moves[self._done[thread] % len(moves)].staged >= 0:
+            self._unstaged += 1
+        self._done[thread] += 1
+        for other in STREAM:
+            self._move_next(other)
+        self._compute()
+
+    def _next_sweep(self) -> None:
+        for thread in ERRANDS:
+            self._done[thread] = self._submitted[thread] = 0
+        for thread in STREAM:
+            self._done[thread] -= len(self._moves[thread])
+        self._freed -= self._queues.units
+        self._unstaged -= self._queues.staged

@@ -1,0 +1,284 @@
+"""The sweeps of a finite job, from the admission that the runtime uses: who enters, who leaves, what each sweep does.
+
+A small job is followed row by row. Of a large one, rows of a like age move as one bundle, with the machine's room cut
+to match, and once the job is in its steady state one period of it is followed and counted as often as it recurs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import ceil
+
+import numpy as np
+
+from cost_model.memory.allocation import BLOCK_TOKENS, Sizes
+from cost_model.simulation.job_rows import shuffled_rows, tokens_to_generate, typical_rows
+from cost_model.timing.job_phases import course
+from cost_model.timing.sweep_load import MODES, RowGroup, SweepLoad
+from policies.admission.admission import Admission, RowLengths
+from policies.common.errors import InfeasibleError
+from policies.placement import TIERS
+from policies.policy import Policy
+from policies.workload import Workload
+
+#: Rows times sweeps that are followed at most, roughly: half a second of work.
+ROW_SWEEPS = 1_000_000
+#: In lives of a row, what is followed of a job beside the periods of its steady state: fill, settle, the rest, drain.
+_OTHER_LIVES = 4
+_FEWEST_BUNDLES, _MOST_BUNDLES = 48, 160
+#: Lives that the steady state is waited for, and followed, at most: rows that entered together drift apart slowly, and
+#: where they differ no period is like the next.
+_MOST_SETTLING, _MOST_PERIODS = 16, 24
+
+_FIELDS = ("decode_rows", "decode_context", "prompt_rows", "prompt_tokens", "prompt_past", "pairs")
+#: Place in `MODES` by home tier and way of being attended.
+_MODE_OF = {("gpu", "gpu"): 0, ("cpu", "fetch"): 1, ("disk", "fetch"): 2, ("cpu", "cpu"): 3}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSweeps:
+    """What each sweep of a job does, one entry per sweep that was followed.
+
+    Attributes:
+        groups: ``[sweeps, modes, fields of RowGroup]``.
+        logits: rows that get a token.
+        blocks: KV blocks in use per tier, ``[sweeps, 3]``.
+        phase: "fill", "steady" or "drain".
+        recurs: how many sweeps of the job each one stands for.
+        period: (first, last + 1) of the sweeps that stand for several; equal when none does.
+    """
+
+    groups: np.ndarray
+    logits: np.ndarray
+    blocks: np.ndarray
+    phase: np.ndarray
+    recurs: np.ndarray
+    period: tuple[int, int]
+
+    def load(self, sweep: int) -> SweepLoad:
+        """What one sweep has to do."""
+        return as_load(self.groups[sweep], self.logits[sweep])
+
+    def generating(self, tokens: float) -> JobSweeps:
+        """The same sweeps, those of the period recurring as often as makes so many tokens in all.
+
+        Rows of many lengths are a sample; so it does not matter whether those of the period were longer than the mean.
+        """
+        first, last = self.period
+        if first == last:
+            return self
+        once = self.logits[first:last].sum()
+        recurs = self.recurs.copy()
+        recurs[first:last] = max(0.0, tokens - (self.logits.sum() - once)) / once
+        return replace(self, recurs=recurs)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows in flight."""
+        return self.groups[:, :, (_FIELDS.index("decode_rows"), _FIELDS.index("prompt_rows"))].sum(axis=(1, 2))
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Tokens that each sweep advances."""
+        return self.groups[:, :, (_FIELDS.index("decode_rows"), _FIELDS.index("prompt_tokens"))].sum(axis=(1, 2))
+
+
+def as_load(groups: np.ndarray, logits: float) -> SweepLoad:
+    """A load from ``[modes, fields of RowGroup]``."""
+    found = {
+        mode: RowGroup(**dict(zip(_FIELDS, map(float, values), strict=True)))
+        for mode, values in zip(MODES, groups, strict=True)
+        if values.any()
+    }
+    return SweepLoad(groups=found, logits=float(logits))
+
+
+def job_sweeps(policy: Policy, counts: Sizes, workload: Workload, *, whole: bool, seed: int = 0) -> JobSweeps:
+    """Follow a job of ``workload.num_requests`` rows.
+
+    Args:
+        whole: follow every row through every sweep, however long that takes.
+
+    Raises:
+        InfeasibleError: a row fits no tier's KV cache.
+    """
+    way = course(policy, counts, replace(workload, num_requests=None))
+    small = workload.num_requests * way.row_sweeps <= ROW_SWEEPS
+    if whole or small:
+        return _Job(policy, counts, shuffled_rows(workload, seed), workload.num_requests).follow()
+    mixed, static = bool(workload.lengths), policy.schedule == "static"
+    # A static block ends with its longest row: of fewer bundles the longest would be shorter.
+    most = max(_MOST_BUNDLES, policy.block_size if mixed and static else 0)
+    bundle = _bundle(policy, way.rows_in_flight, min(most, ROW_SWEEPS / (_OTHER_LIVES + 1) / way.row_sweeps))
+    lives = ROW_SWEEPS / (way.rows_in_flight / bundle * way.row_sweeps) - _OTHER_LIVES
+    settling = max(1, int(min(_MOST_SETTLING, 0 if static else lives / 2)))
+    periods = max(1, int(min(_MOST_PERIODS, lives - settling)))
+    # Many rows of a block even out; of a few bundles they would not, and of a few rows they do not.
+    rows = typical_rows(workload, seed, mixed_evenly=bundle > 1 and not static)
+    found = _Job(policy, counts, rows, workload.num_requests / bundle, bundle, settling, periods).follow()
+    return found.generating(tokens_to_generate(workload))
+
+
+def _bundle(policy: Policy, rows_in_flight: float, bundles: float) -> float:
+    """Rows that move as one, not necessarily a whole number, for about so many bundles in flight.
+
+    Of the numbers that are near, the one whose share of ``prefill_tokens`` is nearest to a whole number.
+    """
+    bundles = max(_FEWEST_BUNDLES, bundles)
+    if rows_in_flight <= bundles:
+        return 1.0
+    sizes = [rows_in_flight / count for count in range(ceil(bundles), ceil(1.25 * bundles) + 1)]
+
+    def error(size: float) -> float:
+        share = policy.prefill_tokens / size
+        return abs(share - max(1, round(share))) / share
+
+    return max(1.0, min(sizes, key=lambda size: (round(error(size), 3), -size)))
+
+
+class _Job:
+    """Follows a job sweep by sweep.
+
+    Args:
+        rows: lengths of the rows, or bundles, in the order in which they wait.
+        total: how many there are.
+        bundle: rows that each stands for.
+        settling: lives of a row, or static blocks, to follow before the steady state.
+        periods: likewise of the steady state, before the rest of it is skipped; 0: skip nothing.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        counts: Sizes,
+        rows: Iterator[tuple[int, int]],
+        total: float,
+        bundle: float = 1.0,
+        settling: int = 0,
+        periods: int = 0,
+    ):
+        self._rows, self._left, self._bundle = rows, total, bundle
+        self._settling, self._periods = settling, periods
+        self._static = policy.schedule == "static"
+        self._room = {tier: int(counts.kv_blocks[tier] / bundle) for tier in TIERS}
+        self._block = max(1, int(policy.block_size / bundle + 1e-9))
+        self._admission = Admission(
+            replace(
+                policy,
+                gpu_batch_size=self._block,
+                num_gpu_batches=1,
+                prefill_tokens=max(1, round(policy.prefill_tokens / bundle)),
+            ),
+            blocks=self._room,
+            tails=ceil(counts.tails / bundle),
+            block_tokens=BLOCK_TOKENS,
+            recompute_past=counts.recompute_past,
+        )
+        self._groups: list[list[list[float]]] = []
+        self._logits: list[int] = []
+        self._blocks: list[list[int]] = []
+        self._phase: list[str] = []
+        self._entered = self._finished = self._most = self._blocks_begun = 0
+        self._first: tuple[int, int, int] | None = None  # sweep, rows entered, rows finished where the period begins
+        self._last: int | None = None
+        self._recurs = 1.0
+
+    def follow(self) -> JobSweeps:
+        """All sweeps until no row is left."""
+        fresh = True  # no row has ended since the block was empty
+        while True:
+            empty = not self._admission.running
+            fresh = fresh or empty
+            self._blocks_begun += empty
+            if self._periods and self._last is None:
+                self._watch_for_period(empty)
+            self._fill_queue()
+            before = len(self._admission.waiting)
+            rows = self._admission.plan()
+            if not rows:
+                break
+            self._entered += before - len(self._admission.waiting)
+            fresh = self._sweep(rows) == 0 and fresh
+            self._phase.append(self._name_phase(fresh))
+        if self._admission.unfinished:
+            raise InfeasibleError(
+                f"{self._admission.unfinished} rows wait that no tier's KV cache holds: the largest has room for "
+                f"{self._admission.largest_row_tokens()} tokens; raise a tier's share of the KV cache, or shorten the rows"
+            )
+        return self._result()
+
+    def _name_phase(self, fresh: bool) -> str:
+        prefilled = any(group[_FIELDS.index("prompt_rows")] for group in self._groups[-1])
+        if fresh:
+            return "fill" if prefilled else "steady"
+        return "drain" if self._static or not self._admission.waiting else "steady"
+
+    def _fill_queue(self) -> None:
+        waiting = self._admission.waiting
+        while len(waiting) < self._block and self._left >= 0.5:
+            s, n = next(self._rows)
+            waiting.append(RowLengths(prompt=s, limit=s + n))
+            self._left -= 1
+
+    def _sweep(self, rows: list[RowLengths]) -> int:
+        """One sweep; returns how many rows end in it."""
+        admission, groups, logits, ended = self._admission, [[0.0] * len(_FIELDS) for _ in MODES], 0, []
+        self._blocks.append([self._room[tier] - admission.free(tier) for tier in TIERS])
+        for row in rows:
+            group, run, past = groups[_MODE_OF[row.tier, row.mode]], row.run, row.cached
+            if run == 1 and row.generated:
+                group[0] += 1
+                group[1] += past + 1
+            else:
+                group[2] += 1
+                group[3] += run
+                group[4] += past
+                group[5] += run * (past + run / 2)
+            logits += row.logits
+            admission.commit(row, row.logits)
+            if row.prompt + row.generated == row.limit:
+                ended.append(row)
+        for row in ended:
+            admission.finish(row)
+        admission.end_sweep()
+        self._groups.append(groups)
+        self._logits.append(logits)
+        self._finished += len(ended)
+        self._most = max(self._most, len(rows))
+        return len(ended)
+
+    def _watch_for_period(self, empty: bool) -> None:
+        """Note where the period that stands for the rest begins and ends; then skip what it stands for."""
+        sweep = len(self._logits)
+        if self._first is None:
+            if self._has_passed(0, self._settling, empty):
+                self._first = (sweep, self._entered, self._finished)
+            return
+        _, entered, finished = self._first
+        over = self._has_passed(finished, self._periods, empty)
+        if over and self._entered > entered:
+            rows = self._entered - entered
+            skipped = int(self._left / rows)
+            self._left -= skipped * rows
+            self._recurs, self._last = 1.0 + skipped, sweep
+
+    def _has_passed(self, finished: int, periods: int, empty: bool) -> bool:
+        """Whether so many periods have passed since ``finished`` rows had ended."""
+        if self._static:
+            return empty and self._blocks_begun > self._settling + (periods if self._first else 0)
+        return self._finished >= finished + periods * self._most > 0
+
+    def _result(self) -> JobSweeps:
+        sweeps, bundle = len(self._logits), self._bundle
+        recurs = np.ones(sweeps)
+        period = (self._first[0], self._last) if self._last is not None else (0, 0)
+        recurs[period[0] : period[1]] = self._recurs
+        return JobSweeps(
+            groups=np.array(self._groups).reshape(sweeps, len(MODES), len(_FIELDS)) * bundle,
+            logits=np.array(self._logits) * bundle,
+            blocks=np.array(self._blocks).reshape(sweeps, len(TIERS)) * bundle,
+            phase=np.array(self._phase),
+            recurs=recurs,
+            period=period,
+        )

@@ -1,0 +1,102 @@
+"""Seconds and bytes of every operation of one sweep, at fixed places: a program is made once, its durations often."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cost_model.model.arch import ModelArch
+from cost_model.routing.demand import Demand
+from cost_model.timing.op_costs import Costs
+from cost_model.timing.sweep_load import BatchLoad, SweepLoad
+
+_OF_SWEEP = (
+    "host", "route", "collect", "sample", "expert", "dense", "disk_wait", "read_routed", "copy_routed",
+    "copy_last", "routed", "routed_last",
+)  # fmt: skip
+_OF_BATCH = (
+    "embed", "project", "attend", "cpu_attend", "attended", "load_kv", "read_kv", "store_kv", "write_kv", "load_act",
+    "read_act", "store_act", "write_act",
+)  # fmt: skip
+_SWEEP_PLACE = {name: place for place, name in enumerate(_OF_SWEEP)}
+_BATCH_PLACE = {name: place for place, name in enumerate(_OF_BATCH)}
+
+
+def sweep_place(name: str) -> int:
+    """Place of an operation that a sweep or a layer has once."""
+    return _SWEEP_PLACE[name]
+
+
+def head_place(chunk: int) -> int:
+    """Place of a chunk of the head."""
+    return len(_OF_SWEEP) + chunk
+
+
+def batch_place(arch: ModelArch, batch: int, name: str) -> int:
+    """Place of an operation of a GPU batch."""
+    return len(_OF_SWEEP) + arch.num_head_chunks + batch * len(_OF_BATCH) + _BATCH_PLACE[name]
+
+
+def table_of_seconds(
+    costs: Costs, cut: Sequence[BatchLoad], load: SweepLoad, demand: Demand | None = None
+) -> list[float]:
+    """Seconds of each operation when it is alone, its dispatch not counted.
+
+    Args:
+        cut: the GPU batches of ``load``.
+        demand: of the sweep, where it is on demand.
+    """
+    arch, tokens = costs.arch, load.tokens
+    dense = costs.expert_s(tokens, arch.dense_params) if arch.dense_layers else 0.0
+    table = [costs.host_s(load.rows), 0.0, 0.0, costs.sample_s(load.logits)]
+    if demand:
+        own = costs.demanded(demand, tokens)
+        table += [own.unit_s, dense, costs.hardware.disk_latency_s]
+        table += [own.read_s, own.copy_s, own.copy_last_s, own.ahead_s, own.last_s]
+    else:
+        # Those of a layer that no token reaches take no time; on average each unit takes its share of the others'.
+        unit = costs.reached_expert_s(tokens) * costs.touched(tokens) / arch.expert_units
+        table += [unit, dense, costs.hardware.disk_latency_s, *[0.0] * 5]
+    for start, stop in map(arch.head_rows, range(arch.num_head_chunks)):
+        table.append(costs.head_s(load.logits, (stop - start) * arch.head_row_params))
+    for batch in cut:
+        attended = costs.attended_s(batch)
+        table += (
+            costs.embed_s(batch),
+            costs.project_s(batch),
+            costs.attend_s(batch),
+            costs.cpu_attend_s(batch),
+            attended,
+            costs.load_kv_s(batch) - attended,
+            costs.read_kv_s(batch),
+            costs.store_kv_s(batch),
+            costs.write_kv_s(batch),
+            costs.load_act_s(batch),
+            costs.read_s(costs.activation_bytes(batch)),
+            costs.store_act_s(batch),
+            costs.write_s(costs.activation_bytes(batch)),
+        )
+    return table
+
+
+def table_of_bytes(costs: Costs, cut: Sequence[BatchLoad], demand: Demand | None = None) -> list[float]:
+    """Bytes that each operation moves or attends over, as a trace shows them; 0 where it shows none."""
+    table = [0.0] * (len(_OF_SWEEP) + costs.arch.num_head_chunks)
+    if demand:
+        read, copied = costs.demanded_bytes(demand)
+        table[sweep_place("read_routed")], table[sweep_place("copy_routed")] = read, copied
+    for batch in cut:
+        new, past, width = batch.new, batch.past, costs.kv_bytes
+        act = costs.activation_bytes(batch)
+        moved = {
+            "cpu_attend": (past["cpu"] + new["cpu"]) * width,
+            "load_kv": (past["fetch"] + past["disk"]) * width,
+            "read_kv": past["disk"] * width,
+            "store_kv": (new["fetch"] + new["disk"] + new["cpu"]) * width,
+            "write_kv": new["disk"] * width,
+            "load_act": act,
+            "read_act": act,
+            "store_act": act,
+            "write_act": act,
+        }
+        table += [moved.get(name, 0.0) for name in _OF_BATCH]
+    return table

@@ -1,0 +1,165 @@
+"""A sweep as the runtime's threads see it: what each does in turn, and what it waits for.
+
+Made from `policies.schedule.sweep`, once per shape of a sweep. The main thread issues the operations in order and
+computes those of the lane ``gpu``; the others it hands to the thread of their lane. An operation is thus known by its
+thread and its place there, and "after it" is "that thread has done so many".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cost_model.model.arch import ModelArch
+from cost_model.simulation.op_tables import batch_place, head_place, sweep_place
+from cost_model.simulation.threads import ACT, ATTENDED, BROUGHT, COUNT, CPU, DEMANDED, KV, STORE, WRITE
+from cost_model.simulation.weight_queues import WeightQueues
+from policies.schedule import Op, SweepShape, sweep
+
+#: Thread of each operation that the main thread hands on, and its parts: (user of `Resources`, seconds), in turn.
+_HANDED_ON = {
+    "load_kv": (KV, (("disk_read/kv", "read_kv"), ("h2d/kv", "load_kv"))),
+    "store_kv": (STORE, (("d2h", "store_kv"),)),
+    "write_kv": (WRITE, (("disk_write", "write_kv"),)),
+    "cpu_attend": (CPU, (("cpu", "cpu_attend"),)),
+    "load_act": (ACT, (("disk_read/wait", "disk_wait"), ("disk_read/act", "read_act"), ("h2d/act", "load_act"))),
+    "store_act": (ACT, (("d2h/act", "store_act"), ("disk_write/wait", "disk_wait"), ("disk_write/act", "write_act"))),
+    "read_routed": (DEMANDED, (("disk_read/routed", "read_routed"),)),
+    "copy_routed": (BROUGHT, (("h2d/routed", "copy_routed"),)),
+}
+#: A store waits until the write that used its buffer before has ended.
+_WRITE_BUFFERS = 2
+#: Threads whose operations go with another one, or with the experts that they bring.
+_NOT_DISPATCHED = (ATTENDED, DEMANDED, BROUGHT)
+_ERRAND_NAMES = {CPU: "attend", DEMANDED: "experts", BROUGHT: "experts"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One operation of the main thread.
+
+    Attributes:
+        name: as in a trace.
+        user: of `Resources`.
+        seconds: place in the table of seconds.
+        handed_on: threads that get an operation just before, in order.
+        dispatched: operations that the main thread dispatches for it, itself included.
+        after: (thread, operations of this sweep that it must have done).
+        unit: the streamed unit that it computes with, as (thread, place there) that brings it; None: it is resident.
+        frees: slots that are free after it, 0 or 1.
+    """
+
+    name: str
+    user: str
+    seconds: int
+    handed_on: tuple[int, ...]
+    dispatched: int
+    after: tuple[tuple[int, int], ...]
+    unit: tuple[int, int] | None = None
+    frees: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Errand:
+    """One operation of another thread: ``parts`` are (user, place in the table of seconds), one after the other."""
+
+    name: str
+    parts: tuple[tuple[str, int], ...]
+    after: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """A sweep: the main thread's steps, and by thread the errands."""
+
+    steps: tuple[Step, ...]
+    errands: tuple[tuple[Errand, ...], ...]
+
+
+def compile_sweep(arch: ModelArch, shape: SweepShape, queues: WeightQueues) -> Program:
+    """The program of a sweep. Its last step is the host's work between two sweeps, when all new KV is home."""
+    return _Compiler(arch, shape, queues).program()
+
+
+class _Compiler:
+    def __init__(self, arch: ModelArch, shape: SweepShape, queues: WeightQueues):
+        self._arch, self._shape, self._brought_by = arch, shape, queues.brought_by
+        self._steps: list[Step] = []
+        self._errands: list[list[Errand]] = [[] for _ in range(COUNT)]
+        #: By operation, (thread, how many it has done when that is done).
+        self._done: dict[int, tuple[int, int]] = {}
+        self._handed: list[int] = []
+
+    def program(self) -> Program:
+        for op in sweep(self._shape):
+            if op.lane == "gpu":
+                self._compute(op)
+            elif op.kind not in ("read", "copy"):  # of these the weight stream is ahead
+                self._hand_on(op)
+        home = tuple((thread, len(self._errands[thread])) for thread in (STORE, WRITE) if self._errands[thread])
+        self._steps.append(
+            Step(name="host", user="host", seconds=sweep_place("host"), handed_on=(), dispatched=0, after=home)
+        )
+        return Program(steps=tuple(self._steps), errands=tuple(map(tuple, self._errands)))
+
+    def _compute(self, op: Op) -> None:
+        if op.kind == "routed":  # what is at hand, or comes earlier, is computed while the last one comes
+            self._step(op, sweep_place("routed"), after=())
+            self._step(op, sweep_place("routed_last"), after=self._latest(op.deps))
+            return
+        attention = self._shape.attention[op.layer].name if op.kind in ("project", "attend") else ""
+        used = attention if op.kind == "project" else op.unit
+        done_with = attention if op.batch == len(self._shape.activation_tiers) - 1 and op.kind == "attend" else op.unit
+        unit, frees = self._brought_by.get(used), int(done_with in self._brought_by)
+        self._step(op, self._place(op), after=self._latest(op.deps), unit=unit, frees=frees)
+
+    def _step(self, op: Op, seconds: int, **waits) -> None:
+        handed = tuple(self._handed)
+        dispatched = 1 + sum(thread not in _NOT_DISPATCHED for thread in handed)
+        name = f"{op.kind} {op.unit or op.layer}"
+        self._steps.append(
+            Step(name=name, user="gpu", seconds=seconds, handed_on=handed, dispatched=dispatched, **waits)
+        )
+        self._handed.clear()
+
+    def _place(self, op: Op) -> int:
+        if op.batch >= 0:
+            return batch_place(self._arch, op.batch, op.kind)
+        if op.kind == "head":
+            return head_place(int(op.unit.rsplit(".", 1)[-1]))
+        return sweep_place("dense" if op.kind == "expert" and self._arch.is_dense(op.layer) else op.kind)
+
+    def _hand_on(self, op: Op) -> None:
+        thread, parts = _HANDED_ON[op.kind]
+        after = [] if thread == BROUGHT else list(self._latest(op.deps))
+        if thread == STORE and op.batch in self._shape.disk_batches:
+            buffer_free = len(self._errands[WRITE]) - _WRITE_BUFFERS + 1
+            after += [(WRITE, buffer_free)] if buffer_free > 0 else []
+        name = f"act {op.batch}" if thread == ACT else f"{_ERRAND_NAMES.get(thread, 'kv')} {op.layer}"
+        self._add(op, thread, name, [part for part in parts if self._takes_part(part[0], op)], after)
+        if thread == BROUGHT:  # each is copied when it has been read, so only the last one's copy waits for all of them
+            self._add(op, BROUGHT, name, [("h2d/routed", "copy_last")], self._latest(op.deps))
+        if thread == CPU:
+            self._add(op, ATTENDED, name, [("h2d/attended", "attended")], [self._done[op.id]])
+
+    def _add(self, op: Op, thread: int, name: str, parts: Sequence[tuple[str, str]], after: Sequence[tuple]) -> None:
+        at = tuple((user, self._part_place(op, seconds)) for user, seconds in parts)
+        self._errands[thread].append(Errand(name=name, parts=at, after=tuple(after)))
+        self._done[op.id] = (thread, len(self._errands[thread]))
+        self._handed.append(thread)
+
+    def _part_place(self, op: Op, seconds: str) -> int:
+        of_batch = op.batch >= 0 and seconds != "disk_wait"
+        return batch_place(self._arch, op.batch, seconds) if of_batch else sweep_place(seconds)
+
+    def _takes_part(self, user: str, op: Op) -> bool:
+        if user.startswith("disk") and op.kind in ("load_act", "store_act"):
+            return self._shape.activation_tiers[op.batch] == "disk"
+        return user != "disk_read/kv" or op.batch in self._shape.disk_batches
+
+    def _latest(self, deps: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """What other threads must have done; of several operations of a thread, the last."""
+        latest: dict[int, int] = {}
+        for thread, count in (self._done[dep] for dep in deps if dep in self._done):
+            latest[thread] = max(count, latest.get(thread, 0))
+        return tuple(latest.items())

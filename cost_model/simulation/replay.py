@@ -1,0 +1,159 @@
+"""Walks sweeps as the runtime's threads would: an event simulation with durations from `Costs`.
+
+Every thread works its operations off in order (`cost_model.simulation.program`). An operation has seconds that it takes alone;
+while it runs it has a speed, at most 1, that follows from what else runs (`cost_model.timing.contention`). The weight stream runs
+ahead, across layers and sweeps, as far as there are slots; a slot is free after the last operation that computes with
+its unit. `cost_model.timing.sweep_bounds` is the closed form of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cost_model.memory.allocation import KEPT_SLOTS
+from cost_model.simulation.event_loop import Buffers, Clock
+from cost_model.simulation.op_tables import table_of_bytes, table_of_seconds
+from cost_model.simulation.program import Program, compile_sweep
+from cost_model.simulation.serial_loop import SerialClock
+from cost_model.simulation.weight_queues import UnitSteps, WeightQueues, weight_queues
+from cost_model.timing.contention import USERS, Resources
+from cost_model.timing.op_costs import Costs
+from cost_model.timing.sweep_load import BatchLoad, SweepLoad, batches
+from policies.common.chrome_trace import Span
+from policies.schedule import LANES, SweepShape
+
+#: Where the runtime's recorder puts what is not recorded under its own name.
+_TRACKS = {
+    "disk_read": "disk_read/0", "disk_read/kv": "disk_read/kv0", "disk_write": "disk_write/kv0", "disk_read/routed": "disk_read/1",
+    "h2d/routed": "h2d",
+}  # fmt: skip
+_NOT_RECORDED = ("host", "h2d/attended", "stage", "disk_read/wait", "disk_write/wait")
+_LANE_MASKS = {
+    lane: sum(1 << place for place, user in enumerate(USERS) if user.partition("/")[0] == lane) for lane in LANES
+}
+#: Sweeps of one load until they are alike, as a rule and at most.
+_STEADY_SWEEPS = (3, 8)
+_SETTLED = 0.002
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Walked:
+    """What sweeps in a row do.
+
+    Attributes:
+        sweep_s: seconds of each sweep, from its start to the start of the next.
+        lanes_s: per sweep, the seconds in which each lane is at work.
+        spans: (track, name, start, end, bytes) of every operation, tracks and names as the runtime's recorder has
+            them; empty unless kept.
+    """
+
+    sweep_s: list[float]
+    lanes_s: list[dict[str, float]]
+    spans: list[Span]
+
+
+def walk(costs: Costs, loads: Sequence[SweepLoad], gpu_batch_size: int, *, keep_spans: bool = False) -> Walked:
+    """Sweeps one after the other; before the first one nothing has been prefetched.
+
+    Args:
+        costs: durations of the operations.
+        loads: the rows in flight of each sweep.
+        gpu_batch_size: rows per GPU batch.
+        keep_spans: keep every operation, for a trace.
+    """
+    return Walker(costs, gpu_batch_size).walk(loads, keep_spans=keep_spans)
+
+
+class Walker:
+    """`walk` for many sweeps of one policy: what depends on their shape alone is made once.
+
+    Args:
+        costs: durations of the operations.
+        gpu_batch_size: rows per GPU batch.
+    """
+
+    def __init__(self, costs: Costs, gpu_batch_size: int):
+        self._costs, self._rows = costs, gpu_batch_size
+        self._resources = Resources(costs)
+        self._units = UnitSteps.of(costs.arch, costs.counts.placement.tier_of)
+        self._streams: dict[frozenset[int], tuple[WeightQueues, Buffers]] = {}
+        self._programs: dict[tuple, Program] = {}
+        self._speeds: dict[int, tuple[float, ...] | None] = {}
+
+    def walk(self, loads: Sequence[SweepLoad], *, keep_spans: bool = False) -> Walked:
+        """As the function of this name."""
+        done = Walked(sweep_s=[], lanes_s=[], spans=[])
+
+        def record(user: str, name: str, start: float, end: float, nbytes: float) -> None:
+            if user not in _NOT_RECORDED:
+                done.spans.append((_TRACKS.get(user, user), name, start, end, round(nbytes)))
+
+        clock = (Clock if self._costs.overlap else SerialClock)(
+            *self._stream(frozenset()), self._speeds_of, self._costs.op_s, record if keep_spans else None
+        )
+        demand = None
+        for load in loads:
+            cut, start = batches(load, self._rows), clock.now
+            demand = self._costs.routing.on_demand(load.tokens, already=demand is not None)
+            on_demand = demand.layers if demand else frozenset()
+            clock.turn_to(*self._stream(on_demand))
+            nbytes = table_of_bytes(self._costs, cut, demand) if keep_spans else ()
+            clock.sweep(self._program(cut, on_demand), table_of_seconds(self._costs, cut, load, demand), nbytes)
+            done.sweep_s.append(clock.now - start)
+            done.lanes_s.append(_lanes_s(clock.active_s))
+        return done
+
+    def steady(self, load: SweepLoad) -> tuple[float, dict[str, float]]:
+        """Seconds of a sweep in a row of like ones, and those in which each lane is at work.
+
+        At first nothing has been prefetched; where many slots fill slowly, that takes more than a sweep to be made up.
+        """
+        for sweeps in _STEADY_SWEEPS:
+            walked = self.walk([load] * sweeps)
+            before, last = walked.sweep_s[-2:]
+            if abs(last - before) <= _SETTLED * last:
+                break
+        return last, walked.lanes_s[-1]
+
+    def _speeds_of(self, mask: int) -> tuple[float, ...] | None:
+        try:
+            return self._speeds[mask]
+        except KeyError:
+            found = self._resources.speeds([user for place, user in enumerate(USERS) if mask >> place & 1])
+        slowed = any(speed != 1.0 for speed in found.values())
+        self._speeds[mask] = tuple(found.get(user, 1.0) for user in USERS) if slowed else None
+        return self._speeds[mask]
+
+    def _stream(self, on_demand: frozenset[int]) -> tuple[WeightQueues, Buffers]:
+        """The weight stream beside experts that come on demand, which have lent the other slots."""
+        if on_demand not in self._streams:
+            counts = self._costs.counts
+            slots = min(counts.slots, KEPT_SLOTS) if on_demand else counts.slots
+            buffers = Buffers(slots=slots, staging_slots=max(1, counts.staging_slots))
+            self._streams[on_demand] = weight_queues(self._costs, self._units, on_demand), buffers
+        return self._streams[on_demand]
+
+    def _program(self, cut: Sequence[BatchLoad], on_demand: frozenset[int]) -> Program:
+        ways = tuple((b.new["fetch"] + b.new["disk"] > 0, b.new["cpu"] > 0, b.new["disk"] > 0) for b in cut)
+        if (ways, on_demand) not in self._programs:
+            tiers = self._costs.counts.activation_tiers
+            fetched, on_cpu, on_disk = (frozenset(j for j, way in enumerate(ways) if way[k]) for k in range(3))
+            shape = SweepShape(
+                attention=self._units.attention,
+                experts=self._units.experts,
+                head=self._units.head,
+                activation_tiers=[tiers[min(j, len(tiers) - 1)] for j in range(len(cut))],
+                fetched_batches=fetched,
+                cpu_batches=on_cpu,
+                stored_batches=fetched | on_cpu,
+                disk_batches=on_disk,
+                on_demand=on_demand,
+            )
+            self._programs[ways, on_demand] = compile_sweep(self._costs.arch, shape, self._stream(on_demand)[0])
+        return self._programs[ways, on_demand]
+
+
+def _lanes_s(active_s: dict[int, float]) -> dict[str, float]:
+    """Seconds in which each lane is at work, from those in which each set of users is."""
+    return {lane: sum(s for mask, s in active_s.items() if mask & users) for lane, users in _LANE_MASKS.items()}

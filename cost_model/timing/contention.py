@@ -1,0 +1,140 @@
+"""What the lanes share: cores, the link to the compute device, host memory, the disk. How fast each runs beside others.
+
+A user is one kind of work on a lane; its lane is the part of its name before the slash. Bandwidth that is asked for
+more than it yields is split in proportion to what each user asks for. Cores are split as an operating system does it:
+by threads, and a thread that asks for less than its fair part (a disk reader that mostly sleeps) gets all it asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from cost_model.timing.op_costs import Costs
+
+#: ``host``: the main thread between operations. ``wait``: a small transfer waits for the disk. ``h2d/attended``:
+#: results of the CPU's attention, up. ``routed``: experts on demand. ``stage``: host weights that are not pinned, copied to a
+#: pinned buffer first.
+USERS = (
+    "gpu", "host", "cpu", "h2d", "h2d/kv", "h2d/attended", "h2d/act", "d2h", "d2h/act", "disk_read", "disk_read/kv",
+    "disk_read/act", "disk_read/wait", "disk_write", "disk_write/act", "disk_write/wait", "stage", "h2d/routed",
+    "disk_read/routed",
+)  # fmt: skip
+#: Threads of the runtime that read or write disk at once; with how many the cores are shared when they all work.
+_DISK_THREADS = 4
+#: Bytes of host memory that pass for a byte of KV: it is gathered (read, written), then copied (read); or backwards.
+_PASSES_OF_KV = 3
+_WAITS = ("disk_read/wait", "disk_write/wait")
+
+
+class Resources:
+    """Shares of a machine.
+
+    Args:
+        costs: whose lanes they are.
+    """
+
+    def __init__(self, costs: Costs):
+        self._hardware, gpu = costs.hardware, costs.hardware.gpu
+        self._on_cpu = costs.hardware.device == "cpu"
+        self._threads = {user: self._core_threads(costs, user) for user in USERS} if self._on_cpu else {}
+        both = min(gpu.h2d_duplex_bytes_per_s / gpu.h2d_bytes_per_s, gpu.d2h_duplex_bytes_per_s / gpu.d2h_bytes_per_s)
+        self._both_ways = 1 / min(1.0, both) - 1
+        link = {
+            "h2d/kv": gpu.kv_load_bytes_per_s / gpu.h2d_bytes_per_s,
+            "d2h": gpu.kv_store_bytes_per_s / gpu.d2h_bytes_per_s,
+        }
+        up_down = [user for user in USERS if _lane(user) in ("h2d", "d2h")]
+        self._link = {user: min(1.0, link.get(user, 1.0)) for user in up_down}
+        self._memory = {} if self._on_cpu else _host_memory(costs)
+        busy_s = self._hardware.disk_busy_latency_s
+        self._wait_speed = min(1.0, self._hardware.disk_latency_s / busy_s) if busy_s else 1.0
+
+    def speeds(self, active: Collection[str]) -> dict[str, float]:
+        """How fast each of the active users gets on, 1 being its speed when it is alone."""
+        found = dict.fromkeys(active, 1.0)
+        for users, speed in self._slowed(active):
+            for user in users:
+                found[user] = min(found[user], speed)
+        if self._on_cpu:
+            level = self._level(active)
+            for user in active:
+                found[user] = min(found[user], level / self._threads[user][1] if self._threads[user][1] else 1.0)
+        return found
+
+    def seconds(self, busy: Mapping[str, float]) -> dict[str, float]:
+        """The fewest seconds in which each shared resource serves users that are so many seconds busy when alone."""
+        found = {"disk_read": sum(s for user, s in busy.items() if _lane(user) == "disk_read" and user not in _WAITS)}
+        if self._on_cpu:
+            used = sum(threads * part * busy.get(user, 0.0) for user, (threads, part) in self._threads.items())
+            return found | {"cores": used / self._hardware.cores}
+        return found | {"pcie": self._link_used(busy), "host memory": _weighted(self._memory, busy)}
+
+    def _slowed(self, active: Collection[str]):
+        """(users, their speed) of each bandwidth that is asked for more than it yields."""
+        alone = dict.fromkeys(active, 1.0)
+        readers = [user for user in active if _lane(user) == "disk_read" and user not in _WAITS]
+        writers = [user for user in active if _lane(user) == "disk_write" and user not in _WAITS]
+        asked = [(readers, len(readers)), (writers, len(writers))]
+        if not self._on_cpu:
+            asked.append(([user for user in active if user in self._link], self._link_used(alone)))
+            asked.append(([user for user in active if user in self._memory], _weighted(self._memory, alone)))
+        found = [(users, 1 / times) for users, times in asked if times > 1]
+        waiting = [user for user in _WAITS if user in active]
+        return [*found, (waiting, self._wait_speed)] if "disk_read" in active else found
+
+    def _link_used(self, busy: Mapping[str, float]) -> float:
+        """Seconds of the link: while both directions run, each is slower."""
+        ways = {"h2d": 0.0, "d2h": 0.0}
+        for user, seconds in busy.items():
+            if user in self._link:
+                ways[_lane(user)] += self._link[user] * seconds
+        return max(ways.values()) + min(ways.values()) * self._both_ways
+
+    def _level(self, active: Collection[str]) -> float:
+        """The part of a core that a thread gets which asks for all of it."""
+        room, asked = float(self._hardware.cores), sorted((self._threads[user] for user in active), key=lambda t: t[1])
+        threads = sum(count for count, _ in asked)
+        for count, part in asked:
+            if part * threads > room:
+                return room / threads
+            room, threads = room - part * count, threads - count
+        return 1.0
+
+    @staticmethod
+    def _core_threads(costs: Costs, user: str) -> tuple[float, float]:
+        """(threads, part of a core that each of them asks for)."""
+        cores = costs.hardware.cores
+        if user in ("host", "stage"):
+            return 1.0, 1.0
+        if user in _WAITS:
+            return 1.0, 0.0
+        shares = costs.lane_share
+        alike = "h2d/kv" if user == "h2d/attended" else user
+        wanted = shares.get(alike, shares[_lane(user)]) * cores
+        threads = max(_DISK_THREADS, wanted) if user.startswith("disk") else max(1.0, wanted)
+        return threads, wanted / threads
+
+
+def _lane(user: str) -> str:
+    return user.partition("/")[0]
+
+
+def _weighted(weights: Mapping[str, float], busy: Mapping[str, float]) -> float:
+    return sum(weight * busy.get(user, 0.0) for user, weight in weights.items())
+
+
+def _host_memory(costs: Costs) -> dict[str, float]:
+    """The part of host memory's rate that each user takes; device cuda."""
+    hw, gpu = costs.hardware, costs.hardware.gpu
+    rates = {
+        "cpu": hw.cpu_attention_bytes_per_s,
+        "h2d": gpu.h2d_bytes_per_s,
+        "h2d/kv": _PASSES_OF_KV * gpu.kv_load_bytes_per_s,
+        "h2d/attended": gpu.h2d_bytes_per_s,
+        "h2d/act": gpu.h2d_bytes_per_s,
+        "h2d/routed": gpu.h2d_bytes_per_s,
+        "d2h": _PASSES_OF_KV * gpu.kv_store_bytes_per_s,
+        "d2h/act": gpu.d2h_bytes_per_s,
+        "stage": _PASSES_OF_KV * gpu.h2d_bytes_per_s,
+    }
+    return {user: min(1.0, rate / hw.host_bytes_per_s) for user, rate in rates.items()}  # measured alone, each fits

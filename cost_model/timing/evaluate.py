@@ -1,0 +1,178 @@
+"""What a policy will do on a machine: `evaluate` checks its bytes and predicts its time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cost_model.hardware.hardware import GIB, Hardware
+from cost_model.memory.allocation import Sizes
+from cost_model.memory.memory_plan import MemoryPlan
+from cost_model.model.arch import ModelArch
+from cost_model.timing.job_phases import course
+from cost_model.timing.op_costs import Costs
+from cost_model.timing.problem import Problem
+from cost_model.timing.sweep_bounds import SweepForm, SweepTime
+from policies.common.errors import InfeasibleError
+from policies.policy import Policy
+from policies.workload import Workload
+
+if TYPE_CHECKING:
+    from cost_model.routing.expert_usage import ExpertUsage
+
+REMEDY = {
+    "gpu": "raise --gpu-mem, or lower the GPU percents, the block size or the prefill tokens",
+    "cpu": "raise --cpu-mem, or lower the CPU percents or the block size",
+    "gpu+cpu": "on device cpu both tiers are RAM: lower the GPU and CPU percents, or the block size",
+    "disk": "raise --nvme-mem, or lower the disk shares",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What is expected of a policy.
+
+    Attributes:
+        tokens_per_s: generated tokens per second of the whole job, prefill and decode; of the steady state where the
+            job is endless.
+        prefill_tokens_per_s: prompt tokens per second of the sweeps that prefill.
+        decode_tokens_per_s: generated tokens per second of the steady state.
+        job_s: seconds of the job, loading excluded; None where it is endless.
+        sweep_s: mean seconds of a sweep.
+        row_s: seconds that a row is in flight, in the steady state.
+        rows_in_flight: their mean in the steady state.
+        lanes_s: busy seconds by lane, of the whole job; of one period (a mean sweep, a static block) where it is endless.
+        wall_s: the seconds that ``lanes_s`` belong to.
+        bottleneck: what decides most of the time: a thread, a shared resource, "schedule" or "slots".
+        memory: bytes per tier, item by item.
+        budgets: bytes that may be taken, by tier.
+        sizes: counts that the bytes follow from.
+    """
+
+    tokens_per_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    job_s: float | None
+    sweep_s: float
+    row_s: float
+    rows_in_flight: float
+    lanes_s: Mapping[str, float]
+    wall_s: float
+    bottleneck: str
+    memory: MemoryPlan
+    budgets: Mapping[str, int | None]
+    sizes: Sizes
+
+    def to_json(self) -> dict:
+        """The section "predicted" of a policy file."""
+        return {
+            "tokens_per_s": self.tokens_per_s,
+            "prefill_tokens_per_s": self.prefill_tokens_per_s,
+            "decode_tokens_per_s": self.decode_tokens_per_s,
+            "job_s": self.job_s,
+            "sweep_s": self.sweep_s,
+            "row_s": self.row_s,
+            "rows_in_flight": self.rows_in_flight,
+            "bottleneck": self.bottleneck,
+            "lanes_s": dict(self.lanes_s),
+            "wall_s": self.wall_s,
+            "memory_bytes": {tier: self.memory.total(tier) for tier in self.memory.parts},
+        }
+
+
+def evaluate(
+    arch: ModelArch,
+    hardware: Hardware,
+    workload: Workload,
+    policy: Policy,
+    *,
+    number_bytes: int | None = None,
+    kv_tokens: int | None = None,
+    usage: ExpertUsage | None = None,
+    on_demand: bool = True,
+    ignore_memory: bool = False,
+) -> Prediction:
+    """Judge a policy.
+
+    Args:
+        arch, hardware, workload, policy: the model on the machine for the job under the policy.
+        number_bytes: bytes of one number in the compute dtype; default: as stored.
+        kv_tokens: KV capacity over all tiers; default: what keeps the block in flight.
+        usage: how often each expert was chosen; default: all alike.
+        on_demand: sweeps of few rows move only the experts that were routed to.
+        ignore_memory: predict a policy that does not fit, too.
+
+    Raises:
+        InfeasibleError: a tier has too few bytes; the sentence says how many are missing. Or the usage, or the policy's
+            order of experts, is of another model.
+    """
+    about = {"number_bytes": number_bytes, "kv_tokens": kv_tokens, "usage": usage, "on_demand": on_demand}
+    return predict(Problem.of(arch, hardware, workload, **about), policy, ignore_memory=ignore_memory)
+
+
+def predict(problem: Problem, policy: Policy, *, ignore_memory: bool = False) -> Prediction:
+    """`evaluate` for many policies of one problem."""
+    counts = problem.sizes(policy)
+    memory = problem.memory(policy, counts)
+    budgets = problem.hardware.budgets()
+    if not ignore_memory:
+        memory.check(budgets, _remedies(problem.hardware))
+    return _predict(problem.costs(policy, counts), policy, problem.workload, memory, budgets)
+
+
+def _remedies(hardware: Hardware) -> dict[str, str]:
+    """What to change, by budget; that of the GPU is not what --gpu-mem says."""
+    if hardware.device == "cpu":
+        return REMEDY
+    has, kept = (size / GIB for size in (hardware.gpu.memory_bytes, hardware.gpu.reserved_bytes))
+    return REMEDY | {"gpu": f"of its {has:.4g} GiB the context and the kernels take {kept:.4g}; {REMEDY['gpu']}"}
+
+
+def _predict(
+    costs: Costs, policy: Policy, workload: Workload, memory: MemoryPlan, budgets: Mapping[str, int | None]
+) -> Prediction:
+    way = course(policy, costs.counts, workload)
+    form = SweepForm(costs, policy.gpu_batch_size)
+    timed = [(phase, form.time(phase.load)) for phase in way.phases if phase.sweeps > 0]
+    total_s = sum(phase.sweeps * time.total_s for phase, time in timed)
+    sweeps = sum(phase.sweeps for phase, _ in timed)
+    prefill = [(phase, time) for phase, time in timed if phase.load.prompt_tokens]
+    steady = [(p, t) for p, t in timed if p.name == "steady"] or timed
+    steady_s = sum(p.sweeps * t.total_s for p, t in steady)
+    return Prediction(
+        tokens_per_s=way.tokens / total_s,
+        prefill_tokens_per_s=_rate(prefill, lambda load: load.prompt_tokens),
+        decode_tokens_per_s=_rate(steady, lambda load: load.logits),
+        job_s=total_s if workload.num_requests is not None else None,
+        sweep_s=total_s / sweeps,
+        row_s=way.row_sweeps * steady_s / sum(p.sweeps for p, _ in steady),
+        rows_in_flight=way.rows_in_flight,
+        lanes_s={lane: sum(p.sweeps * t.lanes_s[lane] for p, t in timed) for lane in timed[0][1].lanes_s},
+        wall_s=total_s,
+        bottleneck=_bottleneck(timed),
+        memory=memory,
+        budgets=budgets,
+        sizes=costs.counts,
+    )
+
+
+def _rate(timed, tokens_of) -> float:
+    seconds = sum(phase.sweeps * time.total_s for phase, time in timed)
+    return sum(phase.sweeps * tokens_of(phase.load) for phase, _ in timed) / seconds if seconds else 0.0
+
+
+def _bottleneck(timed: list[tuple[object, SweepTime]]) -> str:
+    seconds: dict[str, float] = {}
+    for phase, time in timed:
+        seconds[time.bottleneck] = seconds.get(time.bottleneck, 0.0) + phase.sweeps * time.total_s
+    return max(seconds, key=seconds.__getitem__)
+
+
+def fits(memory: MemoryPlan, budgets: Mapping[str, int | None]) -> bool:
+    """Whether every budget holds its tiers."""
+    try:
+        memory.check(budgets, REMEDY)
+    except InfeasibleError:
+        return False
+    return True

@@ -1,0 +1,262 @@
+"""The seconds of every operation of the schedule when nothing else runs: bytes or FLOPs over a measured rate.
+
+`cost_model.timing.sweep_bounds` adds them up in closed form, `cost_model.simulation.replay` walks the schedule of `policies.schedule` with them;
+`cost_model.memory.memory_plan` has the bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cost_model.hardware.gemm_rates import GemmRates
+from cost_model.hardware.hardware import Hardware
+from cost_model.memory.allocation import BLOCK_TOKENS, Sizes
+from cost_model.model.arch import ModelArch
+from cost_model.model.grouped import are_grouped
+from cost_model.routing.demand import Demand, Routing
+from cost_model.timing.sweep_load import BatchLoad
+from policies.policy import Policy
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demanded:
+    """Seconds of a mean layer whose experts come on demand. One is computed, or copied, while the next one comes.
+
+    Attributes:
+        read_s: from disk; of a layer that has experts there.
+        copy_s, copy_last_s: to the device, while others are read, and the last one of the disk's afterwards.
+        ahead_s, last_s: computation of those that are at hand or come earlier, and of the last one.
+        unit_s: of a unit that lives on the device.
+    """
+
+    read_s: float
+    copy_s: float
+    copy_last_s: float
+    ahead_s: float
+    last_s: float
+    unit_s: float
+
+
+class Costs:
+    """Seconds of every operation when nothing else runs.
+
+    Args:
+        arch, hardware, policy: the model on the machine under the policy.
+        counts: from `sizes`.
+        number_bytes: bytes of one number in the compute dtype.
+        shares, on_demand: as in `Routing`.
+
+    Attributes:
+        routing: which experts tokens are routed to.
+        lane_share: part of all cores that an operation on a lane keeps busy (device cpu, where all lanes share them).
+    """
+
+    def __init__(
+        self,
+        arch: ModelArch,
+        hardware: Hardware,
+        policy: Policy,
+        counts: Sizes,
+        number_bytes: int,
+        shares: np.ndarray | None = None,
+        on_demand: bool = True,
+    ):
+        gpu, b = hardware.gpu, number_bytes
+        self.routing = Routing(arch, counts, shares, on_demand)
+        self.arch, self.hardware, self.counts, self._gpu, self._b = arch, hardware, counts, gpu, b
+        self.overlap, self.pinned = policy.overlap, policy.pin_weight
+        self.kv_bytes = arch.kv_bytes_per_token_layer(b)
+        self._experts, self._dense = gpu.experts[b], gpu.dense[b]
+        self._module = arch.projection_params + arch.router_params
+        self._projected = arch.hidden * arch.head_dim * (arch.num_heads + 2 * arch.num_kv_heads) / self._module
+        self._pair_flops = 4 * arch.num_heads * arch.head_dim
+        self._query_bytes = arch.num_heads * arch.head_dim * b
+        on_cpu = hardware.device == "cpu"
+        self._moves_queries = not on_cpu
+        core = 1 / hardware.cores
+        copy = core if on_cpu else 0.0
+        all_cores = 1.0 if on_cpu else 0.0
+        self.lane_share = {
+            "gpu": all_cores,
+            "cpu": 1.0,
+            "h2d": hardware.h2d_core_s_per_byte * gpu.h2d_bytes_per_s * core if on_cpu else 0.0,
+            "h2d/kv": all_cores,
+            "h2d/act": copy,
+            "d2h": all_cores,
+            "d2h/act": copy,
+            "disk_read": hardware.disk_read_core_s_per_byte * hardware.disk_read_bytes_per_s * core,
+            "disk_read/kv": self._kv_read_cores() * core,
+            "disk_write": hardware.disk_write_core_s_per_byte * hardware.disk_write_bytes_per_s * core,
+        }
+
+    def _kv_read_cores(self) -> float:
+        """Cores that are busy while KV is read from disk."""
+        hw, nbytes = self.hardware, self.kv_bytes * self.counts.stretch_tokens
+        core_s = hw.kv_block_core_s + nbytes * hw.disk_read_core_s_per_byte
+        return core_s / (hw.kv_block_read_s + nbytes / hw.disk_read_bytes_per_s)
+
+    # Weights.
+
+    def read_s(self, nbytes: float) -> float:
+        """A unit, disk to host."""
+        return nbytes / self.hardware.disk_read_bytes_per_s
+
+    def write_s(self, nbytes: float) -> float:
+        """Host to disk."""
+        return nbytes / self.hardware.disk_write_bytes_per_s
+
+    def copy_s(self, nbytes: float) -> float:
+        """A unit, host to the compute device."""
+        return nbytes / self._gpu.h2d_bytes_per_s
+
+    # Attention of one GPU batch in one layer.
+
+    def embed_s(self, batch: BatchLoad) -> float:
+        """Rows of the embedding table, read and written."""
+        return 2 * batch.tokens * self.arch.hidden * self._b / self._gpu.memory_bytes_per_s
+
+    def activation_bytes(self, batch: BatchLoad) -> float:
+        """Hidden states of the batch."""
+        return batch.tokens * self.arch.hidden * self._b
+
+    def load_act_s(self, batch: BatchLoad) -> float:
+        """Hidden states of the batch to the compute device."""
+        return self.hardware.handoff_s + self.activation_bytes(batch) / self._gpu.h2d_bytes_per_s
+
+    def store_act_s(self, batch: BatchLoad) -> float:
+        """Hidden states of the batch home."""
+        return self.hardware.handoff_s + self.activation_bytes(batch) / self._gpu.d2h_bytes_per_s
+
+    def read_act_s(self, batch: BatchLoad) -> float:
+        """Hidden states of the batch, disk to host; the device waits for them."""
+        return self.disk_wait_s + self.read_s(self.activation_bytes(batch))
+
+    def write_act_s(self, batch: BatchLoad) -> float:
+        """Hidden states of the batch, host to disk."""
+        return self.disk_wait_s + self.write_s(self.activation_bytes(batch))
+
+    @property
+    def disk_wait_s(self) -> float:
+        """Latency of a small transfer: behind the weights, where some of them come from disk."""
+        hw = self.hardware
+        return hw.disk_busy_latency_s if self.counts.placement.count_of("disk") else hw.disk_latency_s
+
+    def project_s(self, batch: BatchLoad) -> float:
+        """Norm, queries, keys and values, rope."""
+        return self._projected * self._dense.seconds(batch.tokens, self._module)
+
+    def attend_s(self, batch: BatchLoad) -> float:
+        """Attention of what is attended on the compute device; output projection, norm and router of all."""
+        context = batch.context["gpu"] + batch.context["fetch"] + batch.context["disk"]
+        pairs = batch.pairs["gpu"] + batch.pairs["fetch"] + batch.pairs["disk"]
+        attention = context * self.kv_bytes / self._gpu.attention_bytes_per_s
+        attention += pairs * self._pair_flops / self._gpu.attention_flops_per_s
+        return attention + (1 - self._projected) * self._dense.seconds(batch.tokens, self._module)
+
+    def cpu_attend_s(self, batch: BatchLoad) -> float:
+        """Attention in host memory."""
+        hw = self.hardware
+        read = batch.context["cpu"] * self.kv_bytes / hw.cpu_attention_bytes_per_s
+        read += batch.pairs["cpu"] * self._pair_flops / hw.cpu_attention_flops_per_s
+        return read + hw.handoff_s if read else 0.0
+
+    def read_kv_s(self, batch: BatchLoad) -> float:
+        """Past KV of the batch's disk rows, disk to host; what lies side by side is read at once."""
+        hw, past = self.hardware, batch.past["disk"]
+        return past * (self.kv_bytes / hw.disk_read_bytes_per_s + hw.kv_block_read_s / self.counts.stretch_tokens)
+
+    def load_kv_s(self, batch: BatchLoad) -> float:
+        """Past KV of the fetched rows into the staging buffer; attended outputs of the CPU's rows up."""
+        fetched = batch.past["fetch"] + batch.past["disk"]
+        past = self.hardware.handoff_s + fetched * self.kv_bytes / self._gpu.kv_load_bytes_per_s if fetched else 0.0
+        return past + self.attended_s(batch)
+
+    def attended_s(self, batch: BatchLoad) -> float:
+        """What the CPU attended, up; a part of `load_kv_s`."""
+        return batch.new["cpu"] * self._query_bytes / self._gpu.h2d_bytes_per_s if self._moves_queries else 0.0
+
+    def store_kv_s(self, batch: BatchLoad) -> float:
+        """New KV of rows whose home is not the GPU; queries of the rows attended on the CPU down."""
+        new = batch.new["fetch"] + batch.new["disk"] + batch.new["cpu"]
+        stored = self.hardware.handoff_s + new * self.kv_bytes / self._gpu.kv_store_bytes_per_s if new else 0.0
+        down = batch.new["cpu"] * self._query_bytes / self._gpu.d2h_bytes_per_s if self._moves_queries else 0.0
+        return stored + down
+
+    def write_kv_s(self, batch: BatchLoad) -> float:
+        """New KV of the batch's disk rows; a block is written when it is full, so this is the mean over sweeps."""
+        hw = self.hardware
+        return batch.new["disk"] * (self.kv_bytes / hw.disk_write_bytes_per_s + hw.kv_block_write_s / BLOCK_TOKENS)
+
+    # The rest of a sweep.
+
+    def expert_s(self, tokens: float, elements: float) -> float:
+        """One expert of so many weights over its tokens, by itself."""
+        return self._experts.seconds(tokens, elements)
+
+    def touched(self, tokens: float) -> float:
+        """Experts of a layer that the tokens reach."""
+        return self.routing.touched(tokens)
+
+    def unit_rates(self, tokens: float) -> GemmRates:
+        """Rates of an expert that is computed with the others of its unit, in a sweep of so many tokens."""
+        grouped = self._gpu.grouped_experts.get(self._b)
+        return grouped if grouped and are_grouped(self.arch, self._b, tokens) else self._experts
+
+    def reached_expert_s(self, tokens: float) -> float:
+        """One of the experts that a sweep's tokens reach, over its share of them."""
+        return self._reached_s(self.unit_rates(tokens), tokens)
+
+    def _reached_s(self, rates: GemmRates, tokens: float) -> float:
+        touched = self.touched(tokens)
+        return rates.seconds(tokens * self.arch.top_k / touched, self.arch.expert_params) if touched else 0.0
+
+    def demanded_bytes(self, demand: Demand) -> tuple[float, float]:
+        """(read in a mean layer that has experts on disk, copied in a mean layer) where experts come on demand.
+
+        On device cpu what is on disk is read straight into its place.
+        """
+        copied = demand.host_bytes + (0.0 if self.hardware.device == "cpu" else demand.disk_bytes)
+        return demand.disk_bytes / max(1, demand.disk_layers), copied / len(demand.layers)
+
+    def demanded(self, demand: Demand, tokens: float) -> Demanded:
+        """Seconds of a layer whose experts come on demand; what is not pinned is copied to a pinned buffer first.
+
+        What comes is computed one expert at a time, on device cpu together like a unit; what lives on the device, in its units.
+        """
+        layers, on_cpu = len(demand.layers), self.hardware.device == "cpu"
+        read, copied = self.demanded_bytes(demand)
+        staged = 0.0 if self.pinned or on_cpu else demand.host_bytes / layers
+        missed = demand.missed / layers
+        each = self._reached_s(self.unit_rates(tokens) if on_cpu else self._experts, tokens)
+        resident = self._reached_s(self.unit_rates(tokens), tokens)
+        waited = min(1.0, missed)
+        last_bytes = 0.0 if on_cpu or not missed else demand.disk_bytes / layers * waited / missed
+        return Demanded(
+            read_s=self.read_s(read),
+            copy_s=self.copy_s(copied + staged - last_bytes),
+            copy_last_s=self.copy_s(last_bytes),
+            ahead_s=(each + self.op_s) * demand.streamed / layers - each * waited,
+            last_s=each * waited,
+            unit_s=resident * demand.resident / demand.resident_units if demand.resident_units else 0.0,
+        )
+
+    def head_s(self, rows: float, elements: float) -> float:
+        """A chunk of the head over the rows that get a token; as large a matrix as an expert's."""
+        return self._experts.seconds(rows, elements)
+
+    def sample_s(self, rows: float) -> float:
+        """The choice of a token per row: its logits are read once."""
+        return rows * self.arch.vocab_size * self._b / self._gpu.memory_bytes_per_s
+
+    def host_s(self, rows: float) -> float:
+        """Admission, index tensors and bookkeeping of a sweep, during which only the links work."""
+        return self.hardware.sweep_s + rows * self.hardware.row_s
+
+    @property
+    def op_s(self) -> float:
+        """Dispatch of one operation, whatever its lane."""
+        return self._gpu.op_s

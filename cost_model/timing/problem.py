@@ -1,0 +1,90 @@
+"""What is to be planned or judged: a model on a machine for a job; the counts, bytes and durations of a policy there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from cost_model.hardware.hardware import Hardware
+from cost_model.memory.allocation import Sizes, sizes
+from cost_model.memory.memory_plan import MemoryPlan, plan_memory
+from cost_model.model.arch import ModelArch
+from cost_model.timing.op_costs import Costs
+from policies.policy import Policy
+from policies.workload import Workload
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cost_model.routing.expert_usage import ExpertUsage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """A model on a machine for a job.
+
+    Args:
+        arch, hardware, workload: those.
+        number_bytes: bytes of one number in the compute dtype.
+        kv_tokens: KV capacity over all tiers; None: what keeps the block in flight.
+        shares: ``[layers, E]``, the probability that a token is routed to an expert; None: all are alike.
+        on_demand: sweeps of few rows move only the experts that were routed to.
+        cache_experts: experts that device memory beyond what a policy takes holds.
+    """
+
+    arch: ModelArch
+    hardware: Hardware
+    workload: Workload
+    number_bytes: int
+    kv_tokens: int | None = None
+    shares: np.ndarray | None = field(default=None, compare=False)
+    on_demand: bool = True
+    cache_experts: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        arch: ModelArch,
+        hardware: Hardware,
+        workload: Workload,
+        *,
+        number_bytes: int | None = None,
+        usage: ExpertUsage | None = None,
+        **rest,
+    ) -> Problem:
+        """The problem with what was left out.
+
+        Args:
+            number_bytes: default: as stored.
+            usage: how often each expert was chosen; default: all alike.
+
+        Raises:
+            InfeasibleError: the usage is of another model.
+        """
+        if usage is not None:
+            usage.check_model(arch)
+        return cls(
+            arch=arch,
+            hardware=hardware,
+            workload=workload,
+            number_bytes=number_bytes or arch.dtype_bytes,
+            shares=None if usage is None else usage.shares,
+            **rest,
+        )
+
+    def sizes(self, policy: Policy) -> Sizes:
+        """The counts of a policy."""
+        p = self
+        device, longest = p.hardware.device, p.workload.longest_row
+        counts = sizes(p.arch, policy, p.workload, device=device, kv_tokens=p.kv_tokens, longest_row=longest)
+        return replace(counts, cache_experts=p.cache_experts) if p.cache_experts else counts
+
+    def memory(self, policy: Policy, counts: Sizes) -> MemoryPlan:
+        """The bytes of a policy."""
+        device = self.hardware.device
+        return plan_memory(self.arch, policy, counts, device=device, compute_bytes=self.number_bytes)
+
+    def costs(self, policy: Policy, counts: Sizes) -> Costs:
+        """The durations of a policy's operations."""
+        arch = self.arch.grouped(policy.experts_per_unit)
+        return Costs(arch, self.hardware, policy, counts, self.number_bytes, self.shares, self.on_demand)

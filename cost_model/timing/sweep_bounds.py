@@ -1,0 +1,254 @@
+"""How long a sweep takes, in closed form: no lane is faster than its work, and the compute chain waits for what it needs.
+
+All layers carry the same load and differ by at most one unit per tier, so one mean layer stands for all of them. A
+sweep takes the largest of
+
+* each thread's busy seconds, and each shared resource's (`cost_model.timing.contention`);
+* the compute chain: in every layer the attention of all GPU batches, with CPU attention, fetched KV and hidden states on
+  the way (`cost_model.timing.attention_phase`), and then the experts; where these come on demand, only what lives on the device
+  is computed meanwhile;
+* each link behind the chain: from the last expert of a layer to the first of the next no slot is freed, so no more units
+  arrive than there are slots, and the link stands still for the rest of that time.
+
+`cost_model.simulation.replay` is the same event by event; where two bounds are near each other it takes longer than either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cost_model.memory.allocation import KEPT_SLOTS
+from cost_model.routing.demand import Demand
+from cost_model.timing.attention_phase import DOWN, UP, AttentionPhase
+from cost_model.timing.contention import USERS, Resources
+from cost_model.timing.op_costs import Costs
+from cost_model.timing.sweep_load import BatchLoad, SweepLoad, batches
+
+_LANES = ("gpu", "cpu", "h2d", "d2h", "disk_read", "disk_write")
+_STREAMED = ("attention", "expert", "head")
+#: What one thread does, one after the other: by its name the users of `Resources`.
+THREADS = {
+    "gpu": ("gpu", "host"),
+    "cpu": ("cpu",),
+    "h2d": ("h2d",),
+    "kv loads": ("h2d/kv", "disk_read/kv"),
+    "d2h": ("d2h",),
+    "hidden states": (*UP, *DOWN),
+    "disk_write": ("disk_write", "disk_write/act"),
+}
+#: Users that the chain waits for where experts come on demand.
+_DEMANDED = ("disk_read/routed", "h2d/routed")
+#: Users that keep all cores of device cpu busy.
+_ALL_CORES = ("gpu", "cpu", "h2d/kv", "h2d/attended", "d2h")
+_LANE_OF = {user: "gpu" if user == "host" else user.partition("/")[0] for user in USERS}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepTime:
+    """Seconds of a sweep.
+
+    Attributes:
+        total_s: from its start to the start of the next one.
+        lanes_s: busy seconds by lane.
+        bounds_s: what could have decided, by name; `total_s` is the largest.
+    """
+
+    total_s: float
+    lanes_s: Mapping[str, float]
+    bounds_s: Mapping[str, float]
+
+    @property
+    def bottleneck(self) -> str:
+        """The name of the bound that decides."""
+        return max(self.bounds_s, key=self.bounds_s.__getitem__)
+
+
+def sweep_time(costs: Costs, load: SweepLoad, gpu_batch_size: int) -> SweepTime:
+    """Seconds of one sweep in a row of like ones.
+
+    Args:
+        costs: durations of the operations.
+        load: the rows in flight.
+        gpu_batch_size: rows per GPU batch.
+    """
+    return SweepForm(costs, gpu_batch_size).time(load)
+
+
+class SweepForm:
+    """`sweep_time` for many loads of one policy: what they have in common is made once.
+
+    Args:
+        costs: durations of the operations.
+        gpu_batch_size: rows per GPU batch.
+    """
+
+    def __init__(self, costs: Costs, gpu_batch_size: int):
+        self._costs, self._rows, self._layers = costs, gpu_batch_size, costs.arch.num_layers
+        self._on_cpu = costs.hardware.device == "cpu"
+        self._resources = Resources(costs)
+        self._beside = beside_shares(self._resources) if self._on_cpu else {}
+        self._stream, self._kept = _WeightStream(costs), None
+
+    def time(self, load: SweepLoad) -> SweepTime:
+        """Seconds of one sweep in a row of like ones."""
+        costs, layers, cut = self._costs, self._layers, batches(load, self._rows)
+        demand, attention = costs.routing.on_demand(load.tokens), AttentionPhase(costs, cut)
+        stream = self._stream_beside(demand)
+        experts = _experts(costs, load.tokens, demand, stream)
+        embed_s = costs.embed_s(BatchLoad(tokens=load.tokens)) + len(cut) * costs.op_s
+        computed_s = embed_s + _head_s(costs, load.logits) + costs.sample_s(load.logits)
+        busy = {user: layers * seconds for user, seconds in attention.moved_s.items()} | stream.busy_s
+        busy |= {user: layers * seconds for user, seconds in experts.moved_s.items()}
+        busy |= {
+            "gpu": layers * (attention.compute_s + experts.compute_s) + computed_s,
+            "host": costs.host_s(load.rows),
+        }
+        lanes = dict.fromkeys(_LANES, 0.0)
+        for user, seconds in busy.items():
+            lanes[_LANE_OF[user]] += seconds
+        if costs.overlap:
+            chain = self._chain(busy, attention, experts, stream, computed_s + busy["host"])
+            bounds = self._shared(busy) | chain
+        else:
+            bounds = {"serial": sum(lanes.values())}
+        return SweepTime(total_s=max(bounds.values()), lanes_s=lanes, bounds_s=bounds)
+
+    def _stream_beside(self, demand: Demand | None) -> _WeightStream:
+        if demand is None:
+            return self._stream
+        if self._kept is None:
+            self._kept = _WeightStream(self._costs, demanded=True)
+        return self._kept
+
+    def _shared(self, busy: Mapping[str, float]) -> dict[str, float]:
+        """The fewest seconds in which each thread, and each resource that threads share, does its work."""
+        found = {name: sum([busy[user] for user in users]) for name, users in THREADS.items()}
+        found |= self._resources.seconds(busy)
+        if self._on_cpu:  # all cores compute, so a thread that asks for one of them copies more slowly
+            cores = self._costs.hardware.cores
+            slower = max(0.0, self._beside["h2d"] * (cores + 1) - 1)
+            found["h2d"] += slower * min(busy["h2d"], sum(busy[user] for user in _ALL_CORES))
+        return found
+
+    def _chain(
+        self,
+        busy: Mapping[str, float],
+        attention: AttentionPhase,
+        experts: _Experts,
+        stream: _WeightStream,
+        outside_s: float,
+    ) -> dict[str, float]:
+        """Seconds of the compute chain, and of each link behind it."""
+        layers, experts_s = self._layers, experts.chain_s
+        phase_s = attention.seconds(experts_s)
+        chain_s = layers * (phase_s + experts_s) + outside_s
+        name = "on demand" if experts_s > experts.compute_s else "schedule"
+        computed_s = chain_s - layers * (experts_s - experts.compute_s)
+        found = {name: chain_s + (self._beside_s(busy, computed_s) if self._on_cpu else 0.0)}
+        for link_s, ahead_s in stream.links:
+            # Where a link decides, the experts last as long as their units take to come, and more KV hides behind them.
+            window_s = attention.seconds(max(experts_s, link_s / layers - min(ahead_s, phase_s)))
+            idle_s = (layers - 1) * max(0.0, window_s - ahead_s) + max(0.0, window_s + outside_s - ahead_s)
+            found["slots"] = max(found.get("slots", 0.0), link_s + idle_s)
+        return found
+
+    def _beside_s(self, busy: Mapping[str, float], computed_s: float) -> float:
+        """Seconds that copies and readers take from the cores that compute on device cpu."""
+        return sum(share * min(computed_s, busy[user]) for user, share in self._beside.items())
+
+
+def beside_shares(resources: Resources) -> dict[str, float]:
+    """Part of all cores that weights and disk transfers take from what computes beside them on device cpu."""
+    users = ("h2d", *(user for user in USERS if user.startswith("disk") and user not in _DEMANDED))
+    return {user: resources.seconds({user: 1.0})["cores"] for user in users}
+
+
+class _WeightStream:
+    """What is moved ahead of the computation, whatever is routed where.
+
+    Args:
+        costs: durations of the operations.
+        demanded: experts come on demand; only what else is streamed passes through the slots that are kept for that.
+
+    Attributes:
+        busy_s: seconds of a sweep, by user of `cost_model.timing.contention`.
+        links: of each link, (its seconds in a sweep, those of what it may bring before a slot is freed).
+    """
+
+    def __init__(self, costs: Costs, demanded: bool = False):
+        at, counts, on_cuda = costs.counts.placement, costs.counts, costs.hardware.device == "cuda"
+        units = {tier: at.count_of(tier, *_STREAMED) for tier in ("cpu", "disk")}
+        sizes = {tier: at.bytes_of(tier, *_STREAMED) for tier in ("cpu", "disk")}
+        slots = counts.slots
+        if demanded:
+            slots = min(slots, KEPT_SLOTS)
+            for tier in ("cpu", "disk"):
+                count, size = costs.routing.streamed(tier)
+                units[tier] -= count
+                sizes[tier] -= size
+        # On device cpu, disk units are read straight into their slot.
+        copy_s, read_s = costs.copy_s(sizes["cpu"] + sizes["disk"] * on_cuda), costs.read_s(sizes["disk"])
+        self.busy_s = {"h2d": copy_s, "disk_read": read_s}
+        self.links = _links(costs, units["cpu"], units["disk"], copy_s, read_s, slots)
+
+
+def _links(
+    costs: Costs, from_host: int, from_disk: int, copy_s: float, read_s: float, slots: int
+) -> list[tuple[float, float]]:
+    counts, layers = costs.counts, costs.arch.num_layers
+    if not from_host + from_disk:
+        return []
+    part = slots / (from_host + from_disk)
+    if costs.hardware.device == "cuda":
+        staged = counts.staging_slots / from_disk if from_disk else 0.0
+        return [(copy_s, part * copy_s), (read_s, (part + staged) * read_s)]
+    # A layer's host units come before its disk units, so few slots hold either these or those, and one link rests.
+    each_s = min(copy_s / from_host, read_s / from_disk) if from_host and from_disk else 0.0
+    link_s = max(copy_s, read_s, copy_s + read_s - 2 * layers * (slots - 1) * each_s)
+    return [(link_s, part * link_s)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Experts:
+    """Routing and experts of a mean layer.
+
+    ``compute_s``: the compute device is busy; ``chain_s``: until the last of them is done; ``moved_s``: busy seconds of those
+    who bring experts on demand, by user of `cost_model.timing.contention`.
+    """
+
+    compute_s: float
+    chain_s: float
+    moved_s: Mapping[str, float]
+
+
+def _experts(costs: Costs, tokens: float, demand: Demand | None, stream: _WeightStream) -> _Experts:
+    arch = costs.arch
+    layers, dense = arch.num_layers, len(arch.dense_layers)
+    beside_s = dense * (costs.expert_s(tokens, arch.dense_params) + 2 * costs.op_s) if dense else 0.0
+    if demand is None:
+        each_layer = costs.touched(tokens) * costs.reached_expert_s(tokens) + (arch.expert_units + 1) * costs.op_s
+        seconds = ((layers - dense) * each_layer + beside_s) / layers
+        return _Experts(compute_s=seconds, chain_s=seconds, moved_s=dict.fromkeys(_DEMANDED, 0.0))
+    own, asking = costs.demanded(demand, tokens), len(demand.layers)
+    # Beside the experts: the routing of each layer, and two operations with those that come.
+    other_s = ((layers - dense + 2 * asking) * costs.op_s + asking * own.last_s + beside_s) / layers
+    while_s = (demand.resident_units * (own.unit_s + costs.op_s) + asking * own.ahead_s) / layers
+    moved_s = {
+        "disk_read/routed": demand.disk_layers * own.read_s / layers,
+        "h2d/routed": asking * (own.copy_s + own.copy_last_s) / layers,
+    }
+    # What is streamed begins when the attention of the layer is over, as this does, and a link has room for one at a time.
+    beside = {"disk_read/routed": stream.busy_s["disk_read"], "h2d/routed": stream.busy_s["h2d"]}
+    if costs.hardware.device == "cpu":  # where a copy is work for a core of its own
+        beside["h2d/routed"] = 0.0
+    read_s, copied_s = (s + min(s, beside[user] / layers) for user, s in moved_s.items())
+    wait_s = max(read_s + asking * own.copy_last_s / layers, copied_s)
+    return _Experts(compute_s=while_s + other_s, chain_s=max(while_s, wait_s) + other_s, moved_s=moved_s)
+
+
+def _head_s(costs: Costs, logits: float) -> float:
+    """Seconds of all chunks of the head, and of the operations before and after them."""
+    chunks = costs.arch.num_head_chunks
+    elements = costs.arch.embed_params / chunks
+    return chunks * (costs.head_s(logits, elements) + costs.op_s) + 2 * costs.op_s

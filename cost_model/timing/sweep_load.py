@@ -1,0 +1,125 @@
+"""What a sweep has to do: the rows in flight by how they are attended, and the same cut into GPU batches.
+
+Counts are real numbers: in a mean sweep of the steady state 3.7 rows may enter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+#: Attended on the device from device memory; fetched from host memory or from disk; attended in host memory. A block
+#: lines its rows up in this order (`flexmoe.kv.batch`).
+MODES = ("gpu", "fetch", "disk", "cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowGroup:
+    """The rows of a sweep that are attended in one way.
+
+    Attributes:
+        decode_rows: rows that contribute one token.
+        decode_context: tokens that they attend over, summed.
+        prompt_rows: rows that contribute a chunk of their prompt.
+        prompt_tokens: tokens of these chunks, summed.
+        prompt_past: tokens already cached of these rows, summed.
+        pairs: (query, key) pairs of these chunks: q · (past + q / 2), summed.
+    """
+
+    decode_rows: float = 0.0
+    decode_context: float = 0.0
+    prompt_rows: float = 0.0
+    prompt_tokens: float = 0.0
+    prompt_past: float = 0.0
+    pairs: float = 0.0
+
+    @property
+    def rows(self) -> float:
+        """Rows that take part."""
+        return self.decode_rows + self.prompt_rows
+
+    @property
+    def tokens(self) -> float:
+        """Tokens that the rows contribute."""
+        return self.decode_rows + self.prompt_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepLoad:
+    """One sweep's work. ``groups`` by mode; ``logits``: rows that get a token."""
+
+    groups: Mapping[str, RowGroup]
+    logits: float
+
+    @property
+    def rows(self) -> float:
+        """Rows in flight that take part."""
+        return sum(group.rows for group in self.groups.values())
+
+    @property
+    def tokens(self) -> float:
+        """Tokens that the sweep advances."""
+        return sum(group.tokens for group in self.groups.values())
+
+    @property
+    def prompt_tokens(self) -> float:
+        """Those of them that are prompt."""
+        return sum(group.prompt_tokens for group in self.groups.values())
+
+
+def _zeros() -> dict[str, float]:
+    return dict.fromkeys(MODES, 0.0)
+
+
+@dataclass(slots=True)
+class BatchLoad:
+    """One GPU batch: its tokens, and per mode the new ones, the context decoded over, the past to fetch, prompt pairs."""
+
+    rows: float = 0.0
+    tokens: float = 0.0
+    new: dict[str, float] = field(default_factory=_zeros)
+    context: dict[str, float] = field(default_factory=_zeros)
+    past: dict[str, float] = field(default_factory=_zeros)
+    pairs: dict[str, float] = field(default_factory=_zeros)
+
+
+def batches(load: SweepLoad, gpu_batch_size: int) -> list[BatchLoad]:
+    """The sweep cut into GPU batches in the runtime's order: mode by mode, and in a mode those that decode first.
+
+    Batches that are alike may be one object.
+    """
+    cut, room = [BatchLoad()], float(gpu_batch_size)
+    for mode, rows, tokens, context, past, pairs in _strips(load):
+        left = rows
+        while left > 1e-9:
+            if room <= 1e-9:
+                cut.append(BatchLoad())
+                room = float(gpu_batch_size)
+            taken = min(left, room)
+            part = taken / rows
+            batch = cut[-1]
+            batch.rows += taken
+            batch.tokens += part * tokens
+            batch.new[mode] += part * tokens
+            batch.context[mode] += part * context
+            batch.past[mode] += part * past
+            batch.pairs[mode] += part * pairs
+            left, room = left - taken, room - taken
+            if taken == gpu_batch_size:  # full of one kind: so are the next ones
+                more = int(left / taken)
+                cut += [batch] * more
+                left -= more * taken
+    return cut
+
+
+def _strips(load: SweepLoad) -> Iterator[tuple[str, float, float, float, float, float]]:
+    """(mode, rows, tokens, context, past, pairs) of the rows that decode, then of those that prefill."""
+    for mode in MODES:
+        group = load.groups.get(mode)
+        if group is None:
+            continue
+        if group.decode_rows:
+            past = group.decode_context - group.decode_rows
+            yield mode, group.decode_rows, group.decode_rows, group.decode_context, past, 0.0
+        if group.prompt_rows:
+            yield mode, group.prompt_rows, group.prompt_tokens, 0.0, group.prompt_past, group.pairs

@@ -1,0 +1,168 @@
+"""The command line's flags. Names and meanings are FlexLLMGen's where it has them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flexmoe.cli.job_arguments import add_job_flags
+from flexmoe.weights.eviction import EXPERT_CACHES
+from policies.common.command_line import Parser, count, flag
+
+_EPILOG = """\
+--percent W W C C A A: six numbers, in percent; what is left of each pair is on disk
+  1, 2   weights on the GPU, weights in CPU memory
+  3, 4   KV cache on the GPU, KV cache in CPU memory
+  5, 6   activations on the GPU, activations in CPU memory
+Shares are rounded to whole units (an attention module, an expert), KV blocks and GPU batches; the run prints what was
+achieved. On --device cpu the GPU tier is a budget in RAM too.
+
+A job that was stopped, by whatever, goes on when the same command is run again: it is kept in <output>.flexmoe. Another
+policy, budget or device may be given then; another input, model or way of sampling is refused. --overwrite forgets what is
+there once there is work to keep instead; the same command with --overwrite goes on with what it began itself.
+
+exit codes: 0 all rows ok, 1 internal, 2 usage, 3 finished but some rows failed, 4 does not fit or other model,
+65 bad input or checkpoint, 66 input missing, 74 I/O error or disk full, 75 stopped by SIGTERM or SIGHUP, 130 by Ctrl-C; after 4,
+74, 75 and 130 the same command goes on
+"""
+_DESCRIPTION = """\
+Complete a JSONL of requests with a Mixture-of-Experts model that does not fit on the GPU.
+
+  python -m flexmoe.run --model DIR -i requests.jsonl -o out.jsonl \\
+         --percent 10 20 0 100 100 0 --gpu-batch-size 16 --num-gpu-batches 4 --gen-len 32
+
+Without -i it is a benchmark: synthetic prompts of --prompt-len tokens, --gen-len tokens generated for each.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser of ``python -m flexmoe.run``."""
+    p = Parser(
+        prog="python -m flexmoe.run",
+        usage="python -m flexmoe.run --model DIR [-i requests.jsonl -o out.jsonl] [flags]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _job_flags(p)
+    add_job_flags(p)
+    _policy_flags(p)
+    _machine_flags(p)
+    return p
+
+
+def _job_flags(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("job")
+    g.add_argument(
+        "--model", required=True, help="checkpoint directory, hub id, or a known shape with --load-format dummy"
+    )
+    g.add_argument(
+        "--load-format",
+        choices=("auto", "dummy"),
+        default="auto",
+        help="dummy: random weights, only the shape is needed",
+    )
+    g.add_argument(
+        "-i",
+        "--input-file",
+        type=Path,
+        help='requests: OpenAI Batch lines, plain {"prompt": …} rows, lines of text (.txt), Parquet, or a dataset',
+    )
+    g.add_argument(
+        "-o", "--output-file", type=Path, help="completions, in input order; failed rows go to <output>.errors.jsonl"
+    )
+    g.add_argument("--prompt-len", type=count, default=512, help="benchmark: tokens per prompt (default 512)")
+    g.add_argument(
+        "--gen-len", type=count, default=32, help="tokens per completion for rows without max_tokens (default 32)"
+    )
+    g.add_argument("--cut-gen-len", type=count, help="benchmark: stop after so many tokens and project to --gen-len")
+    g.add_argument("--num-prompts", type=count, help="benchmark: prompts (default: one block)")
+    g.add_argument(
+        "--seed", type=int, default=0, help="of rows without one, and of the benchmark's prompts (default 0)"
+    )
+    g.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check every row, print counts, the plan and the predicted hours; load no weights, touch no output; exit code 3 where "
+        "rows cannot run",
+    )
+    g.add_argument("--metrics-json", type=Path, help="write what was measured as JSON")
+    g.add_argument(
+        "--router-stats",
+        type=Path,
+        metavar="FILE",
+        help="count which experts are chosen, how evenly and which ones together, in the tokens that this start computes, and write "
+        "it as JSON for scripts.analyze_expert_usage",
+    )
+    g.add_argument("--trace", type=Path, help="write a Chrome trace (chrome://tracing, Perfetto), one track per lane")
+    g.add_argument("-v", "--verbose", action="store_true", help="log what is done, to stderr")
+
+
+def _policy_flags(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("policy")
+    g.add_argument(
+        "--policy",
+        type=Path,
+        help="policy file, or auto: measure this machine (once, cached) and plan for the job's own lengths; instead of the "
+        "flags of this group",
+    )
+    g.add_argument(
+        "--expert-usage",
+        type=Path,
+        metavar="FILE",
+        help="how often each expert was chosen in another run: the planner and the flags of this group place the most used first, "
+        "and a static expert cache keeps them",
+    )
+    g.add_argument("--force-policy", action="store_true", help="run a policy file that was made for another model")
+    g.add_argument(
+        "--percent", nargs=6, type=float, metavar=("W", "W", "C", "C", "A", "A"), help="placement; see below"
+    )
+    g.add_argument("--gpu-batch-size", type=count, help="rows whose attention runs together (default 16)")
+    g.add_argument("--num-gpu-batches", type=count, help="GPU batches in flight (default 1)")
+    g.add_argument("--prefill-tokens", type=count, help="most prompt tokens that enter a sweep (default: an even pace)")
+    g.add_argument(
+        "--schedule",
+        choices=("rolling", "static"),
+        help="refill finished rows at once, or march in blocks (default rolling)",
+    )
+    g.add_argument("--cpu-cache-compute", action="store_true", help="attend all KV in CPU memory on the CPU")
+    g.add_argument(
+        "--overlap", type=flag, nargs="?", const=True, help="run transfers beside computation (default true)"
+    )
+    g.add_argument(
+        "--pin-weight", type=flag, nargs="?", const=True, help="CUDA: keep CPU weights pinned (default true)"
+    )
+
+
+def _machine_flags(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("machine")
+    g.add_argument("--device", default="auto", help="auto, cuda or cpu (default auto)")
+    g.add_argument(
+        "--hardware",
+        type=Path,
+        help="this machine's rates, for --policy auto and for predicted beside measured: a file of python -m flexmoe.probe, "
+        "or auto (measured once, cached; what --policy auto and a job's --dry-run take by themselves)",
+    )
+    g.add_argument("--dtype", default="auto", help="auto (the checkpoint's), bfloat16, float16 or float32")
+    g.add_argument(
+        "--expert-cache",
+        choices=EXPERT_CACHES,
+        default="lfu",
+        help="with few rows in flight only experts that were routed to are moved, and stay in the device memory that the plan "
+        "leaves: who makes room there (default lfu: the least frequently used of late; static keeps what --expert-usage "
+        "counts most); off moves all experts in every sweep",
+    )
+    g.add_argument(
+        "--gpu-mem",
+        type=float,
+        metavar="GIB",
+        help="GPU memory to stay under; what the plan leaves of it holds experts",
+    )
+    g.add_argument("--cpu-mem", type=float, metavar="GIB", help="CPU memory to stay under")
+    g.add_argument("--nvme-mem", type=float, metavar="GIB", help="disk space to stay under, weights on disk included")
+    g.add_argument("--offload-dir", type=Path, default=Path("~/flexmoe_offload_dir"), help="directory of the disk tier")
+    g.add_argument(
+        "--kv-tokens",
+        type=count,
+        help="KV capacity in tokens, and at least what the longest row needs (default: from the block and the rows' lengths)",
+    )

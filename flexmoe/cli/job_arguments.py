@@ -1,0 +1,107 @@
+"""The flags of a job over an input: what it reads, how its rows are chosen and kept. Those of the benchmark are elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+
+from flexmoe.engine.config import RESERVES
+from flexmoe.errors import UsageError
+from flexmoe.inputs.options import FORMATS, InputOptions
+from flexmoe.job.runner import CHECKPOINT_INTERVAL_S
+from flexmoe.job.shards import Shard
+from policies.common.command_line import seconds
+
+SLURM = "slurm"
+
+
+def add_job_flags(p: argparse.ArgumentParser) -> None:
+    """Adds the flags; without -i each of them is refused (`refuse_job_flags`)."""
+    rows = p.add_argument_group("rows (with -i)")
+    rows.add_argument("--input-format", choices=FORMATS, help="default auto: by the input's name, else jsonl")
+    rows.add_argument("--prompt-column", metavar="NAME", help="the column of a table that is the prompt")
+    rows.add_argument("--prompt-template", metavar="TEXT", help="makes the prompt of columns: 'Translate: {text}'")
+    rows.add_argument("--dataset-split", metavar="NAME", help="of a dataset that has several (default train)")
+    rows.add_argument(
+        "--on-invalid",
+        choices=("fail", "record"),
+        help="a line that cannot be understood fails the job, or becomes an error row (default fail)",
+    )
+    rows.add_argument("--chat-template", metavar="FILE", help="instead of the tokenizer's own")
+    rows.add_argument(
+        "--generation-config",
+        metavar="DIR",
+        help="sampling defaults: auto (the model's generation_config.json), none, or a directory (default auto)",
+    )
+    rows.add_argument("--strict-model", action="store_true", default=None, help="a row that names another model fails")
+    kept = p.add_argument_group("going on (with -i)")
+    kept.add_argument(
+        "--overwrite",
+        action="store_true",
+        default=None,
+        help="start anew, and replace what is there once there is work to keep instead; the same command again goes on "
+        "with what it began",
+    )
+    kept.add_argument(
+        "--checkpoint-interval",
+        type=seconds,
+        metavar="S",
+        help=f"seconds between two writes of the tokens of the rows in flight (default {CHECKPOINT_INTERVAL_S:.0f})",
+    )
+    kept.add_argument(
+        "--shard",
+        nargs="?",
+        const=SLURM,
+        metavar="I/N",
+        help="do every N-th row, from row I on (0 is the first); without a value, as Slurm's job array says",
+    )
+    kept.add_argument(
+        "--reserve",
+        choices=RESERVES,
+        help="KV kept for a row: up to its max_tokens, or what the job's rows have needed so far (default p95)",
+    )
+
+
+def refuse_job_flags(args: argparse.Namespace) -> None:
+    """Shows that none of the flags is given: there is no job.
+
+    Raises:
+        UsageError: one is, and would do nothing.
+    """
+    names = (
+        "input_format", "prompt_column", "prompt_template", "dataset_split", "on_invalid", "chat_template",
+        "generation_config", "strict_model", "overwrite", "checkpoint_interval", "shard", "reserve",
+    )  # fmt: skip
+    given = ["--" + name.replace("_", "-") for name in names if getattr(args, name) is not None]
+    if given:
+        raise UsageError(f"{', '.join(given)}: only with -i and -o; the benchmark makes its own rows")
+
+
+def input_options(args: argparse.Namespace) -> InputOptions:
+    """How the input is read.
+
+    Raises:
+        UsageError: two flags exclude each other.
+    """
+    given = {
+        "format": args.input_format,
+        "prompt_column": args.prompt_column,
+        "prompt_template": args.prompt_template,
+        "dataset_split": args.dataset_split,
+        "on_invalid": args.on_invalid,
+    }
+    return InputOptions(**{name: value for name, value in given.items() if value is not None})
+
+
+def shard(args: argparse.Namespace) -> Shard | None:
+    """The part of the input that is this run's; None for all of it.
+
+    Raises:
+        UsageError: there is no such part, or by Slurm's variables it is one of another division than the one begun here.
+    """
+    if args.shard is None:
+        return None
+    if args.shard != SLURM:
+        return Shard.parse(args.shard)
+    part = Shard.of_slurm()
+    part.check_division(args.output_file)
+    return part

@@ -1,0 +1,291 @@
+"""Runs one sweep: walks the schedule's operations and hands each to the lane that does it.
+
+The executor knows no model (that is ``family``) and no homes (that are the stream, the KV lanes and the activations);
+it knows the order, and what waits for what. An operation on another lane leaves a future; whoever depends on it waits
+for that future, and on CUDA for the event it carries, never for the device.
+
+Legend: T tokens of the block, D hidden, E experts, R rows of logits.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import torch
+
+from flexmoe.engine.head import Logits
+from flexmoe.engine.hidden_states import Activations
+from flexmoe.engine.router_counter import RouterCounter
+from flexmoe.kernels.expert_dispatch import Bounds, ExpertDispatch
+from flexmoe.kv.batch import Batch, Block
+from flexmoe.kv.transfers import Arrived, KVLanes
+from flexmoe.system.device import Device
+from flexmoe.system.trace import Recorder
+from flexmoe.weights.store import EmbeddingTable
+from flexmoe.weights.supply import WeightFeed
+from flexmoe.weights.units import Units
+from policies.schedule import Op, SweepShape, sweep
+
+
+class Executor:
+    """Executes sweeps.
+
+    Args:
+        device, recorder: as everywhere.
+        family: the model's mathematics.
+        units: its weight units.
+        feed: brings them.
+        embed: the embedding table.
+        kv: brings and stores KV.
+        activations: keeps hidden states.
+        activation_tiers: home of each GPU batch's hidden states.
+        router_counter: counts what the routers choose.
+        max_tokens: most tokens of a sweep.
+        score_bytes: memory that the logits of scored positions may take at a time.
+        dtype: compute dtype.
+        overlap: False runs every operation after the one before it.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: Device,
+        recorder: Recorder,
+        family,
+        units: Units,
+        feed: WeightFeed,
+        embed: EmbeddingTable,
+        kv: KVLanes,
+        activations: Activations,
+        activation_tiers: tuple[str, ...],
+        router_counter: RouterCounter,
+        max_tokens: int,
+        score_bytes: int,
+        dtype: torch.dtype,
+        overlap: bool,
+    ):
+        self._device, self._recorder, self._family, self._units = device, recorder, family, units
+        self._feed, self._embedding, self._kv, self._hidden = feed, embed, kv, activations
+        self._tiers, self._overlap, self._router_counter = activation_tiers, overlap, router_counter
+        arch = family.arch
+        self._experts = ExpertDispatch(device, arch.num_experts, max_tokens, arch.top_k)
+        new = {"dtype": dtype, "device": device.torch}
+        self._x_TD = torch.empty(max_tokens, arch.hidden, **new)
+        self._y_TD = torch.empty(max_tokens, arch.hidden, **new)
+        self._router_TE = torch.empty(max_tokens, arch.num_experts, **new)
+        self._dtype, self._logits = dtype, Logits(device, family, score_bytes, dtype)
+
+    @torch.inference_mode()
+    def run(self, block: Block) -> torch.Tensor:
+        """Advance every row of the block by its run.
+
+        Returns:
+            torch.Tensor: logits ``[R, vocab]`` on the compute device, one row per requested position, in block order.
+                The targets' log-probabilities are in ``block.scores``.
+        """
+        self._block, self._pending, self._qkv = block, {}, {}
+        self._kv.begin(block)
+        for batch in block.batches:
+            batch.positions_T = batch.positions_T.to(self._device.torch)
+            batch.rope = self._family.rope(batch.positions_T, batch.lengths_T.to(self._device.torch), self._dtype)
+        for op in sweep(self._shape(block), overlap=self._overlap):
+            self._dispatch(op)
+        self._kv.drain()
+        self._feed.end()
+        self._recorder.resolve()
+        return self._logits.take()
+
+    def _dispatch(self, op: Op) -> None:
+        handler = getattr(self, f"_op_{op.kind}")
+        if op.lane == "gpu":  # the other lanes wait for each other themselves, not in this thread
+            for dep in op.deps:
+                self._wait(dep)
+            self._await_weights(op)
+            if op.kind == "routed":  # times its experts one by one, because between them it waits
+                result = handler(op)
+            else:
+                with self._timed(f"{op.kind} {op.unit or op.layer}"):
+                    result = handler(op)
+        else:
+            result = handler(op)
+        if isinstance(result, Future):
+            self._pending[op.id] = result
+        if not self._overlap:
+            self._wait(op.id)
+
+    def _timed(self, name: str):
+        return self._device.timed(self._recorder, "gpu", name)
+
+    def _await_weights(self, op: Op) -> None:
+        """Wait for the unit that the operation computes with, outside of the time that counts as compute."""
+        unit = self._units.attention[op.layer].name if op.kind == "project" else op.unit
+        if unit:
+            self._feed.get(unit)
+
+    def _wait(self, op_id: int):
+        """The result of an operation on another lane; the compute stream waits for its event."""
+        future = self._pending.get(op_id)
+        if future is None:
+            return None
+        result = future.result()
+        event = result.event if isinstance(result, Arrived) else result
+        if event is not None:
+            event.wait()
+        return result
+
+    def _shape(self, block: Block) -> SweepShape:
+        def having(test) -> frozenset[int]:
+            return frozenset(b.index for b in block.batches if any(test(g) for g in b.groups))
+
+        return SweepShape(
+            attention=self._units.attention,
+            experts=self._units.experts,
+            head=self._units.head,
+            activation_tiers=self._tiers[: len(block.batches)],
+            fetched_batches=having(lambda g: g.mode == "fetch"),
+            cpu_batches=having(lambda g: g.mode == "cpu"),
+            stored_batches=having(lambda g: g.mode != "gpu"),
+            disk_batches=having(lambda g: any(r.kv.tier == "disk" for r in g.runs)),
+            on_demand=self._feed.begin(block.tokens),
+        )
+
+    def _batch(self, op: Op) -> Batch:
+        return self._block.batches[op.batch]
+
+    # Weights.
+
+    def _op_read(self, op: Op) -> None:
+        """The stream is already ahead of this; in the serial variant the copy asks for both."""
+
+    def _op_copy(self, op: Op) -> None:
+        if not self._overlap:
+            self._feed.get(op.unit)
+
+    def _op_read_routed(self, op: Op) -> None:
+        """The copy asks for both."""
+
+    def _op_copy_routed(self, op: Op) -> None:
+        self._feed.request(op.layer)
+
+    # Attention of one GPU batch.
+
+    def _op_embed(self, op: Op) -> None:
+        batch = self._batch(op)
+        ids_T = self._block.token_ids[batch.start : batch.stop]
+        self._hidden.put(batch.index, self._embedding(ids_T, batch.start))
+
+    def _op_load_act(self, op: Op) -> Future:
+        return self._hidden.load(op.batch)
+
+    def _op_store_act(self, op: Op) -> Future:
+        return self._hidden.store(op.batch)
+
+    def _op_load_kv(self, op: Op) -> Future:
+        future = self._kv.load(op.layer, self._batch(op))
+        self._batch(op).futures["loaded"] = future
+        return future
+
+    def _op_project(self, op: Op) -> None:
+        batch = self._batch(op)
+        h_TD = self._hidden[batch.index]
+        if op.layer > 0:
+            h_TD += self._y_TD[batch.start : batch.stop]
+        weights = self._feed.get(self._units.attention[op.layer].name)
+        q, k, v = self._family.project(h_TD, weights, batch.rope)
+        self._kv.append(op.layer, batch, k, v)
+        self._qkv[batch.index] = (q, k, v)
+
+    def _op_store_kv(self, op: Op) -> Future:
+        batch = self._batch(op)
+        loaded = batch.futures.get("loaded")
+        batch.futures["stored"] = self._kv.store(op.layer, batch, *self._qkv[batch.index], loaded)
+        return batch.futures["stored"]
+
+    def _op_write_kv(self, op: Op) -> Future:
+        return self._kv.write(op.layer, self._batch(op))
+
+    def _op_cpu_attend(self, op: Op) -> Future:
+        batch = self._batch(op)
+        batch.futures["attended"] = self._kv.cpu_attend(op.layer, batch, batch.futures["stored"])
+        return batch.futures["attended"]
+
+    def _op_attend(self, op: Op) -> None:
+        batch = self._batch(op)
+        q, k, v = self._qkv.pop(batch.index)
+        pieces = [self._attend_group(op.layer, batch, group.mode, q, k, v) for group in batch.groups]
+        attended = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        unit = self._units.attention[op.layer].name
+        here = slice(batch.start, batch.stop)
+        h_TD, x_TD, router_TE = self._family.output(self._hidden[batch.index], attended, self._feed.get(unit))
+        self._hidden.put(batch.index, h_TD)
+        self._x_TD[here] = x_TD
+        if router_TE is not None:
+            self._router_TE[here] = router_TE
+        if batch is self._block.batches[-1]:
+            self._feed.release(unit)
+
+    def _attend_group(self, layer: int, batch: Batch, mode: str, q, k, v) -> torch.Tensor:
+        if mode == "gpu":
+            return self._kv.attend_gpu(layer, batch, q)
+        if mode == "fetch":
+            return self._kv.attend_fetched(layer, batch, q, k, v, batch.futures["loaded"].result())
+        return self._device.use_here(batch.futures["attended"].result().tensor)
+
+    # Experts over the whole block.
+
+    def _op_route(self, op: Op) -> None:
+        tokens = self._block.tokens
+        self._y_TD[:tokens].zero_()
+        if self._family.arch.is_dense(op.layer):
+            self._experts.route_all(tokens)
+            return
+        ids_TK, weights_TK = self._family.route(self._router_TE[:tokens])
+        counts = self._experts.route(ids_TK, weights_TK, self._dtype)
+        self._feed.routed(op.layer, counts, tokens)
+        self._router_counter.add(op.layer, ids_TK, counts)
+
+    def _op_expert(self, op: Op) -> None:
+        weights, family = self._feed.get(op.unit), self._family
+        experts, tokens = self._units.experts_of[op.unit], self._block.tokens
+        x_TD, y_TD = self._x_TD[:tokens], self._y_TD[:tokens]
+        if len(experts) == 1:
+            self._experts.add(experts[0], x_TD, y_TD, lambda x_nD: family.expert(x_nD, weights))
+        elif self._experts.can_group(experts, weights):
+            self._experts.add_group(experts, x_TD, y_TD, lambda x_nD, own: family.experts(x_nD, own.ends(), weights))
+        else:
+            self._experts.add_group(experts, x_TD, y_TD, lambda x_nD, own: _one_by_one(family, x_nD, own, weights))
+        self._feed.release(op.unit)
+
+    def _op_routed(self, op: Op) -> None:
+        """The routed experts of a layer on demand, those at hand first."""
+        x_TD, y_TD = self._x_TD[: self._block.tokens], self._y_TD[: self._block.tokens]
+        for weights in self._feed.experts():
+            with self._timed(f"experts {op.layer}.{','.join(map(str, weights))}"):
+                self._experts.add_some(weights, x_TD, y_TD, self._family)
+            del weights  # casts are made for the next ones
+
+    # Logits.
+
+    def _op_collect(self, op: Op) -> None:
+        # The experts are done with their inputs, so the buffer of those takes what may be nearly as large.
+        self._logits.collect(self._block, self._final_hidden, self._x_TD)
+        self._hidden.clear()
+
+    def _op_head(self, op: Op) -> None:
+        self._logits.add(self._units.head_rows[op.unit], self._feed.get(op.unit))
+        self._feed.release(op.unit)
+
+    def _final_hidden(self, batch: Batch, places: torch.Tensor) -> torch.Tensor:
+        wanted = places.to(self._device.torch, non_blocking=True)
+        h_TD = self._hidden[batch.index].index_select(0, wanted)
+        return h_TD.add_(self._y_TD[batch.start : batch.stop].index_select(0, wanted))
+
+    def _op_sample(self, op: Op) -> None:
+        """Marks the end of the sweep; the engine chooses tokens from the logits."""
+
+
+def _one_by_one(family, x_nD: torch.Tensor, bounds: Bounds, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The experts of a unit, a product each; every result takes the place of its tokens."""
+    for number, own in bounds.slices():
+        x_nD[own] = family.expert(x_nD[own], weights, number)
+    return x_nD

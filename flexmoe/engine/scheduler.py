@@ -1,0 +1,239 @@
+"""Rows with their token ids and their KV. `policies.admission.admission` decides from lengths alone; this keeps what is real.
+
+A row's restart state is its token ids: sent back, it re-enters as one run of prompt + tokens. Rows of one prompt share its
+full blocks: the first computes them, and the others are forked from there, so that none is copied.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from flexmoe.kv.batch import Run
+from flexmoe.kv.cache import KVCache, KVExhausted, RowKV
+from flexmoe.params import EngineRequest
+from policies.admission.admission import Admission, RowLengths
+from policies.admission.shared_prefix import Prefix
+from policies.placement import TIERS
+from policies.policy import Policy
+
+
+class Row(RowLengths):
+    """A request in the engine.
+
+    Args:
+        request: what was asked.
+        tokens: prompt and generated token ids; generated ones are added as they come.
+        limit: length at which the row ends, prompt included.
+
+    Attributes:
+        kv: its cache while in flight.
+    """
+
+    __slots__ = ("kv", "request", "tokens")
+
+    def __init__(self, request: EngineRequest, tokens: list[int], limit: int):
+        prompt = len(request.prompt_token_ids)
+        super().__init__(prompt=prompt, limit=limit, generated=len(tokens) - prompt)
+        self.request, self.tokens = request, tokens
+        self.kv: RowKV | None = None
+
+    @property
+    def generated_ids(self) -> list[int]:
+        """Token ids generated so far."""
+        return self.tokens[self.prompt :]
+
+    def next_run(self) -> Run:
+        """What it contributes to the sweep that has been planned."""
+        tokens = self.tokens[self.cached : self.cached + self.run]
+        return Run(self.kv, tokens, self.mode, int(self.logits), self, row_tokens=self.length)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class SharedPrompt(Prefix):
+    """A prefix with its KV, once that is computed and while rows still wait for it."""
+
+    kv: RowKV | None = None
+
+
+class Scheduler:
+    """Carries each sweep's admission over to the KV cache, and makes its runs.
+
+    Args:
+        policy: block size, pace, shares, rolling or static.
+        cache: the KV pools, empty now and then held by these rows alone.
+        expected_end: length that a row is expected to reach; default its limit. A row that outgrows it may find its
+            tier full; then the youngest row of the tier is sent back.
+        recompute_past: length beyond which a row's KV is computed anew (`ModelArch.rope_switch`).
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        cache: KVCache,
+        expected_end: Callable[[Row], int] | None = None,
+        recompute_past: int | None = None,
+    ):
+        self._cache, self._recompute_past = cache, recompute_past
+        self._behind = 0
+        self.admission = Admission(
+            policy,
+            blocks={tier: cache.total(tier) for tier in TIERS},
+            tails=cache.free_tails,
+            block_tokens=cache.block_tokens,
+            expected_end=expected_end,
+            recompute_past=recompute_past,
+        )
+
+    @property
+    def waiting(self) -> deque[Row]:
+        """Rows that are not in flight, the next to enter first."""
+        return self.admission.waiting
+
+    @property
+    def running(self) -> list[Row]:
+        """The rows in flight, the oldest first."""
+        return self.admission.running
+
+    @property
+    def unfinished(self) -> int:
+        """How many rows wait or are in flight."""
+        return self.admission.unfinished
+
+    @property
+    def rows_waiting(self) -> int:
+        """How many rows wait, those included whose prompt is still to be computed by another one."""
+        return len(self.waiting) + self._behind
+
+    @property
+    def restarts(self) -> int:
+        """Rows sent back so far."""
+        return self.admission.restarts
+
+    def largest_row_tokens(self) -> int:
+        """Tokens of the longest row that an empty tier can hold."""
+        return self.admission.largest_row_tokens()
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Queue the rows of one prompt: the first computes it, and the others enter when that is done.
+
+        Those whose keys are rotated otherwise than the first one's (`recompute_past`) compute all of theirs themselves.
+        """
+        first, *others = rows
+        for row in others:
+            row.prompt_done = row.prompt  # the first row counts these tokens
+        self.waiting.append(first)
+        past, blocks = self._recompute_past, (first.prompt - 1) // self._cache.block_tokens
+        alike = [row for row in others if row.is_past(past) == first.is_past(past)]
+        if blocks and alike:
+            tokens = blocks * self._cache.block_tokens
+            prefix = SharedPrompt(tokens=tokens, blocks=blocks, waiting=dict.fromkeys(alike))
+            for row in (first, *alike):
+                row.prefix = prefix
+            self._behind += len(alike)
+        self.waiting.extend(row for row in others if row.prefix is None)
+
+    def plan(self) -> list[Run]:
+        """Choose the runs of the next sweep and reserve their KV.
+
+        Raises:
+            RuntimeError: the cache has less room than admission counts.
+        """
+        rows = self.admission.plan()
+        for row in self.admission.sent_back:
+            self._close(row)
+        for row in rows:
+            if row.kv is None and row.shares:
+                row.kv = self._cache.fork(row.prefix.kv)
+        self._close_prefixes()  # what they held is counted as free already
+        for row in rows:
+            if row.kv is None or len(row.kv.blocks) < row.blocks:
+                self._reserve(row, row.run)
+        return [row.next_run() for row in rows]
+
+    def commit(self, row: Row, token: int | None) -> int:
+        """The row's run is in the cache; ``token`` is what it generated, None while its prompt is unfinished.
+
+        Returns:
+            int: prompt tokens computed for the first time.
+        """
+        if token is not None:
+            row.tokens.append(token)
+        first_computed = self.admission.commit(row, generated=token is not None)
+        row.kv.length = row.cached
+        if row.shares and row.prefix.tier and row.prefix.kv is None:
+            row.prefix.kv = self._cache.share(row.kv, row.prefix.tokens)
+            self._behind -= len(row.prefix.waiting)
+        return first_computed
+
+    def end_sweep(self) -> None:
+        """The sweep is over: the projections move on."""
+        self.admission.end_sweep()
+
+    def finish(self, row: Row) -> None:
+        """The row is done: its place and its KV are free. A static block takes no more rows then."""
+        self.admission.finish(row)
+        self._close(row)
+        self._close_prefixes()
+
+    def drop(self, row: Row) -> None:
+        """The row is not wanted any more, whether it is in flight, waits, or waits for its prompt to be computed. Who
+        drops the row that computes a prompt drops those that wait for it."""
+        prefix = row.prefix
+        if prefix is not None and not row.shares and row not in prefix.waiting:
+            self._behind -= len(prefix.waiting)  # they are dropped too: nobody computes their prompt now
+        if row.tier:
+            self.finish(row)
+        elif row in self.waiting:
+            self.admission.drop(row)
+            self._close_prefixes()
+
+    def clear(self) -> None:
+        """Drop every row."""
+        for row in [*self.running, *self.waiting]:
+            self.drop(row)
+
+    def send_back(self, row: Row) -> None:
+        """Take a row out of flight; it re-enters first, as one run of all its tokens."""
+        self.admission.send_back(row)
+        self._close(row)
+        self._close_prefixes()
+
+    def enter_aged(self, row: Row) -> None:
+        """Put a row in flight as if all its tokens but the last were in the cache; its KV is whatever the blocks hold.
+
+        A benchmark's way into the steady state, where rows of all ages are in flight.
+
+        Raises:
+            KVExhausted: no tier has room for the row's future.
+        """
+        if not self.admission.enter_aged(row):
+            raise KVExhausted
+        self._reserve(row, row.cached)
+        row.kv.length = row.cached
+
+    def _reserve(self, row: Row, tokens: int) -> None:
+        """Give the row in the cache what admission has counted for it."""
+        try:
+            if row.kv is None:
+                row.kv = self._cache.open(row.tier)
+            self._cache.reserve(row.kv, tokens)
+        except KVExhausted as e:
+            raise RuntimeError(
+                f"admission counts {row.blocks} blocks of the {row.tier} tier for a row, and the KV cache, with "
+                f"{self._cache.free(row.tier)} free blocks and {self._cache.free_tails} free tails, refuses them: "
+                "someone else holds KV of this cache"
+            ) from e
+
+    def _close(self, row: Row) -> None:
+        self._cache.close(row.kv)
+        row.kv = None
+
+    def _close_prefixes(self) -> None:
+        closed = self.admission.prefixes.closed
+        while closed:
+            prefix = closed.pop()
+            if prefix.kv is not None:
+                self._cache.close(prefix.kv)
+                prefix.kv = None

@@ -1,0 +1,167 @@
+"""The files of a job: refused before any work where they cannot be written, and whole whenever they have their name."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import itertools
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexmoe.errors import StorageError, UsageError
+from flexmoe.system import file_io
+from flexmoe.system.file_io import storage_errors
+
+PathLike = str | os.PathLike[str]
+_WRITE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A file as it was written, to tell later whether it is still the same."""
+
+    size_bytes: int
+    sha256: str
+
+
+def default_error_path(output_path: PathLike) -> Path:
+    """`out.errors.jsonl` for `out.jsonl`."""
+    path = Path(output_path)
+    return path.with_name(path.name.removesuffix(".jsonl") + ".errors.jsonl")
+
+
+def resolve_outputs(input_path: Path, output_path: PathLike, error_path: PathLike | None) -> tuple[Path, Path]:
+    """The final paths (links followed) of the output and the error file, after all that can be refused before any work.
+
+    Raises:
+        UsageError: two of the three files are the same, or an output is no regular file.
+        StorageError: an output directory is missing or cannot be written.
+    """
+    output = Path(os.path.realpath(output_path))
+    errors = Path(os.path.realpath(error_path or default_error_path(output_path)))
+    check_distinct({"input": input_path, "output": output, "error": errors})
+    for path in (output, errors):
+        check_writable(path)
+    return output, errors
+
+
+def check_distinct(files: Mapping[str, PathLike]) -> None:
+    """Show that no two of a run's files are the same one, by name or by link; ``files`` says what each is for.
+
+    Raises:
+        UsageError: two are; the sentence names both.
+    """
+    paths = {name: Path(os.path.realpath(path)) for name, path in files.items()}
+    for one, other in itertools.combinations(paths, 2):
+        if paths[one] == paths[other] or _same_file(paths[one], paths[other]):
+            raise UsageError(f"the {one} file and the {other} file are both {paths[one]}; choose another {other} file")
+
+
+def check_writable(path: PathLike) -> None:
+    """Show that a file can be made at ``path``, before any work is done for it.
+
+    Raises:
+        UsageError: ``path`` is there and no regular file.
+        StorageError: its directory is missing or cannot be written.
+    """
+    path = Path(path)
+    with storage_errors(path):
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is no regular file; choose another output file")
+        if not path.parent.is_dir():
+            raise StorageError(f"cannot write {path}: there is no directory {path.parent}; create it")
+        with _temporary(path):  # that it can be made shows that the directory can be written
+            pass
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
+def publish(path: Path, pieces: Iterable[bytes]) -> Published:
+    """Writes a temporary file in the same directory, makes it durable and gives it its final name.
+
+    Returns:
+        What the file holds now.
+
+    Raises:
+        StorageError: the disk is full or the directory read-only; what had the name before is untouched.
+    """
+    digest, size = hashlib.sha256(), 0
+    with storage_errors(path), _temporary(path) as (descriptor, temporary):
+        for chunk in _gathered(pieces):
+            digest.update(chunk)
+            size += len(chunk)
+            file_io.write_all(descriptor, chunk)
+        file_io.sync(descriptor)
+        file_io.rename(temporary, path)
+    return Published(size_bytes=size, sha256=digest.hexdigest())
+
+
+def is_as_published(path: Path, published: Published) -> bool:
+    """Whether a file still holds what was written to it, to the byte.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with storage_errors(path):
+        if not path.exists() or path.stat().st_size != published.size_bytes:
+            return False
+        with open(path, "rb") as file:
+            while piece := file.read(_WRITE_BYTES):
+                digest.update(piece)
+    return digest.hexdigest() == published.sha256
+
+
+def remove(path: Path) -> None:
+    """Removes a file, where there is one.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    with storage_errors(path):
+        path.unlink(missing_ok=True)
+
+
+def remove_temporaries(path: Path) -> None:
+    """Removes what a process that was killed while it published the file has left beside it; for the holder of its lock."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.tmp-*-{'[0-9a-f]' * 8}"):
+        with contextlib.suppress(OSError):
+            left.unlink()
+
+
+def _gathered(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in pieces of about `_WRITE_BYTES`: lines are short, and a system call for each would cost more."""
+    waiting: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        waiting.append(piece)
+        size += len(piece)
+        if size >= _WRITE_BYTES:
+            yield b"".join(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield b"".join(waiting)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[tuple[int, Path]]:
+    """A new file beside `path` that is gone afterwards, unless it was renamed."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        descriptor = file_io.create(temporary)
+        try:
+            yield descriptor, temporary
+        finally:
+            os.close(descriptor)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

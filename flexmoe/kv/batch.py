@@ -1,0 +1,137 @@
+"""One sweep's work as tensors: the rows in flight, the run of tokens each contributes, and the GPU batches.
+
+A run is q >= 1 tokens of one row: its prompt or a chunk of it, one decoded token, or (later) drafted tokens to verify.
+Nothing else distinguishes prefill from decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from flexmoe.kernels.paged_attention import Ragged
+from flexmoe.kv.cache import RowKV
+from flexmoe.sampling.logprobs import PromptScores
+
+MODES = ("gpu", "fetch", "cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """``tokens`` of one row that follow the ``kv.length`` tokens it has in the cache.
+
+    Attributes:
+        kv: the row's cache; room for the tokens is already reserved.
+        tokens: token ids of the run.
+        mode: how the row is attended: ``gpu`` (KV on the GPU), ``fetch`` (KV brought there), ``cpu`` (on the host).
+        logits: for how many of the run's last positions logits are wanted (0 for an unfinished prompt).
+        owner: whatever the caller wants to find again.
+        row_tokens: tokens of the row that are known, those after an unfinished prompt's run included; None: the run is
+            the last of them.
+        targets: token ids whose log-probability is wanted: those that follow the run's positions from ``score_from`` on.
+        score_from: place in the run.
+        top: how many most probable tokens are wanted beside each of the targets.
+    """
+
+    kv: RowKV
+    tokens: Sequence[int]
+    mode: str
+    logits: int
+    owner: object = None
+    row_tokens: int | None = None
+    targets: Sequence[int] = ()
+    score_from: int = 0
+    top: int = 0
+
+
+@dataclass(slots=True)
+class Group:
+    """The runs of a GPU batch that are attended in one way; tokens ``[start, stop)`` of the batch."""
+
+    mode: str
+    runs: list[Run]
+    start: int
+    stop: int
+
+    def ragged(self, tables: list[list[int]]) -> Ragged:
+        """The group's rows as attention sees them, with the given block tables."""
+        lengths = [len(r.tokens) for r in self.runs]
+        return Ragged.of(lengths, [r.kv.length + n for r, n in zip(self.runs, lengths)], tables)
+
+
+@dataclass(slots=True)
+class Batch:
+    """A GPU batch: tokens ``[start, stop)`` of the block.
+
+    ``positions_T`` and ``lengths_T`` are each token's place in its row and that row's length. ``kv`` (index tensors per
+    mode) and ``rope`` are derived once per sweep; ``futures`` are the operations under way.
+    """
+
+    index: int
+    start: int
+    stop: int
+    groups: list[Group]
+    positions_T: torch.Tensor
+    lengths_T: torch.Tensor
+    logit_rows: torch.Tensor
+    score_rows: torch.Tensor
+    kv: dict = field(default_factory=dict)
+    futures: dict = field(default_factory=dict)
+    rope: object = None
+
+
+class Block:
+    """The runs of a sweep, ordered and cut into GPU batches.
+
+    Args:
+        runs: one per row.
+        gpu_batch_size: rows per GPU batch.
+
+    Attributes:
+        runs: the runs in block order: rows attended in one way together, so that most GPU batches hold one group.
+        token_ids: int64 ``[T]`` on the host.
+        batches: the GPU batches.
+        logit_owners: owner of each row of the sweep's logits, in order.
+        scored: the runs that have targets, in order.
+        scores: the targets' log-probabilities, in order; the executor's answer, None where there are no targets.
+    """
+
+    def __init__(self, runs: Sequence[Run], gpu_batch_size: int):
+        self.runs = sorted(runs, key=lambda r: (MODES.index(r.mode), r.kv.tier))
+        ids = [t for r in self.runs for t in r.tokens]
+        self.token_ids = torch.tensor(ids, dtype=torch.int64)
+        self.logit_owners = [r.owner for r in self.runs for _ in range(r.logits)]
+        self.scored = [r for r in self.runs if r.targets]
+        self.scores: PromptScores | None = None
+        self.batches: list[Batch] = []
+        start = 0
+        for i in range(0, len(self.runs), gpu_batch_size):
+            batch = _batch(len(self.batches), start, self.runs[i : i + gpu_batch_size])
+            self.batches.append(batch)
+            start = batch.stop
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the sweep advances."""
+        return len(self.token_ids)
+
+
+def _batch(index: int, start: int, runs: list[Run]) -> Batch:
+    positions, lengths, wanted, scored, groups, stop = [], [], [], [], [], 0
+    for run in runs:
+        if not groups or groups[-1].mode != run.mode:
+            groups.append(Group(run.mode, [], stop, stop))
+        groups[-1].runs.append(run)
+        length = len(run.tokens)
+        end = run.kv.length + length
+        positions += range(run.kv.length, end)
+        lengths += [run.row_tokens or end] * length
+        first = stop + run.score_from
+        scored += range(first, first + len(run.targets))
+        stop += length
+        wanted += range(stop - run.logits, stop)
+        groups[-1].stop = stop
+    rows = [torch.tensor(places, dtype=torch.int64) for places in (wanted, scored)]
+    return Batch(index, start, start + stop, groups, torch.tensor(positions), torch.tensor(lengths), *rows)

@@ -1,0 +1,164 @@
+"""From a model name to a checked shape and a source of weights; nothing heavy is allocated here."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cost_model.model.arch import ModelArch
+from flexmoe.checkpoint.checkpoint import Checkpoint
+from flexmoe.checkpoint.files import read_json_object
+from flexmoe.errors import DataError, InputMissingError, UsageError
+from flexmoe.models.registry import FAMILIES, family
+from flexmoe.weights.sources import CheckpointSource, DummySource, WeightSource
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+LOAD_FORMATS = ("auto", "dummy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A model that can be run: its shape, its mathematics and where its weights come from.
+
+    Attributes:
+        arch: the shape; ``dtype_bytes`` is what is at rest.
+        family: the family's mathematics.
+        stored_dtype: dtype at rest.
+        config, generation_config: as in the checkpoint; empty for a dummy known by name.
+        directory: the checkpoint's directory; None for a dummy known by name.
+        checkpoint: None for a dummy.
+    """
+
+    arch: ModelArch
+    family: Any
+    stored_dtype: torch.dtype
+    config: dict
+    generation_config: dict
+    directory: Path | None
+    checkpoint: Checkpoint | None
+
+    def grouped(self, experts_per_unit: int | None) -> Model:
+        """The same model with units of so many experts; None leaves it as it is."""
+        arch = self.arch.grouped(experts_per_unit)
+        return self if arch is self.arch else dataclasses.replace(self, arch=arch, family=family(arch, self.config))
+
+    def source(self, offload_dir: Path) -> WeightSource:
+        """Where the weights come from."""
+        names = () if self.checkpoint is None else self.checkpoint.tensors
+        parts, experts = self.family.parts(names), self.family.expert_parts(names)
+        if self.checkpoint is None:
+            return DummySource(parts, self.stored_dtype, offload_dir, experts=experts)
+        return CheckpointSource(self.checkpoint, parts, experts)
+
+
+def load_model(model: str, load_format: str = "auto") -> Model:
+    """Find and check a model before any weight is loaded.
+
+    Args:
+        model: a checkpoint directory, a hub id, or with ``dummy`` the name of a known shape.
+        load_format: ``auto`` reads safetensors; ``dummy`` fills random weights.
+
+    Raises:
+        UsageError: unknown load format, or a dummy of an unknown shape.
+        InputMissingError: no such directory, and the hub cannot be reached.
+        DataError: the checkpoint is incomplete, corrupt or of a family that does not run.
+    """
+    if load_format not in LOAD_FORMATS:
+        raise UsageError(f"unknown load format {load_format!r}: choose {' or '.join(LOAD_FORMATS)}")
+    path = Path(model)
+    if load_format == "dummy":
+        arch = ModelArch.from_dir(path) if path.is_dir() else ModelArch.from_name(model)
+        return _dummy(arch, path if path.is_dir() else None)
+    _refuse_an_unknown_family(path, model)
+    checkpoint = Checkpoint.open(path if path.exists() else _from_hub(model))
+    arch = ModelArch.from_config(checkpoint.config, name=str(model))
+    math = family(arch, checkpoint.config)
+    checkpoint.check(math.expected_tensors(checkpoint.tensors), families=FAMILIES)
+    dtype = _stored_dtype(checkpoint, math)
+    return Model(
+        arch=dataclasses.replace(arch, dtype_bytes=dtype.itemsize),
+        family=family(dataclasses.replace(arch, dtype_bytes=dtype.itemsize), checkpoint.config),
+        stored_dtype=dtype,
+        config=checkpoint.config,
+        generation_config=checkpoint.generation_config,
+        directory=checkpoint.directory,
+        checkpoint=checkpoint,
+    )
+
+
+def compute_dtype(name: str, model: Model, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: as named, or for ``auto`` the stored one (fp16 where the GPU has no bf16).
+
+    Raises:
+        UsageError: unknown name, or bfloat16 on a GPU without it.
+    """
+    no_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
+    if name == "auto":
+        return torch.float16 if no_bf16 and model.stored_dtype == torch.bfloat16 else model.stored_dtype
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype {name!r}: choose auto, {', '.join(DTYPES)}")
+    if name == "bfloat16" and no_bf16:
+        raise UsageError("this GPU has no bfloat16; use --dtype float16")
+    return DTYPES[name]
+
+
+def _dummy(arch: ModelArch, directory: Path | None) -> Model:
+    dtypes = {2: torch.bfloat16, 4: torch.float32}
+    return Model(
+        arch=arch,
+        family=family(arch),
+        stored_dtype=dtypes[arch.dtype_bytes],
+        config={},
+        generation_config={},
+        directory=directory,
+        checkpoint=None,
+    )
+
+
+def _stored_dtype(checkpoint: Checkpoint, math) -> torch.dtype:
+    """The one dtype of all weights.
+
+    Raises:
+        DataError: weights of several dtypes; a unit's bytes would not follow from the shape.
+    """
+    names = sorted({p.tensor for parts in math.parts(checkpoint.tensors).values() for p in parts})
+    first = names[0]
+    for name in names:
+        if checkpoint.tensors[name].dtype != checkpoint.tensors[first].dtype:
+            raise DataError(
+                f"{checkpoint.directory}: {name} is {checkpoint.tensors[name].dtype} but {first} is "
+                f"{checkpoint.tensors[first].dtype}; save the checkpoint in one dtype"
+            )
+    return checkpoint.tensors[first].dtype
+
+
+def _refuse_an_unknown_family(directory: Path, name: str) -> None:
+    """From the config alone: before the headers of thousands of tensors are read, or their files fetched."""
+    config = directory / "config.json"
+    if os.path.isfile(config):
+        values = read_json_object(config)
+        try:
+            family(ModelArch.from_config(values, name=name), values)
+        except DataError as e:
+            raise DataError(f"{name} cannot be run: {e}") from e
+
+
+def _from_hub(name: str) -> Path:
+    """Directory of a hub model's files; the weights are fetched only for a family that is known."""
+    _refuse_an_unknown_family(_fetch(name, ["config.json"]), name)
+    return _fetch(name, ["*.json", "*.safetensors", "tokenizer*", "*.jinja"])
+
+
+def _fetch(name: str, files: list[str]) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=files))
+    except Exception as e:  # the hub raises a dozen unrelated types for "not there" and "no network"
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise InputMissingError(f"{name!r} is no local directory, and the hub did not provide it: {reason}") from e

@@ -1,0 +1,189 @@
+"""One line of a requests file to one `Request`: OpenAI Batch lines and plain rows, strictly read.
+
+Two kinds of fault are told apart. **Structural**: the line cannot be understood as a request at all. It is not JSON or
+not UTF-8, holds NaN, a key twice, or is too deep or too long; its method or url is another; its prompt or messages are
+missing; a field has the wrong type; its `custom_id` is invalid or used twice. Such a line raises `InvalidLine`, so that
+the job fails before it starts (or, where the user wants that, it becomes an error row). **Per row**: the line is
+understood and cannot be served. A value is out of range, a field or a role is not supported, the prompt is too long, the
+chat template refuses. The reason is a `RowError`; it becomes an error row, and the other rows run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from flexmoe.openai.fields import Fields, Kind, RowError, read_fields
+from flexmoe.openai.json_line import InvalidLine, parse_json, show, token_ids
+from flexmoe.openai.messages import Message, read_messages
+
+__all__ = ["InvalidLine", "Kind", "Prompt", "Request", "RowError", "parse_line", "show"]
+
+Prompt = str | tuple[int, ...]
+
+MAX_CUSTOM_ID_CHARACTERS = 512
+URLS: dict[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
+BATCH_KEYS = ("custom_id", "method", "url", "body")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One row of a job: one chat, or one or more prompts to complete.
+
+    Args:
+        line_number: 1-based place in the input.
+        prompts: texts or token ids; empty for a chat.
+        messages: the chat; None for completions.
+        sampling: fields of `SamplingParams` that the row gives; the others are the job's.
+        return_token_ids: put the ids beside the texts.
+        chat_template_kwargs: more variables for the chat template.
+        model: as the row names it; None when it names none.
+        error: why this row cannot run; None when it can.
+    """
+
+    custom_id: str
+    line_number: int
+    kind: Kind
+    prompts: tuple[Prompt, ...] = ()
+    messages: tuple[Message, ...] | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    return_token_ids: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    model: str | None = None
+    error: RowError | None = None
+
+    @property
+    def echo(self) -> bool:
+        """Whether the prompt comes before the completion."""
+        return bool(self.sampling.get("echo"))
+
+    def without_prompt(self) -> Request:
+        """What the row's output line needs; the prompts are kept only where they are echoed."""
+        return replace(self, prompts=self.prompts if self.echo else (), messages=None, chat_template_kwargs={})
+
+
+def parse_line(line: bytes, line_number: int) -> Request:
+    """Parses one line of a requests file.
+
+    Args:
+        line: its bytes, not blank.
+        line_number: 1-based, for the default `custom_id`.
+
+    Raises:
+        InvalidLine: the fault is structural; the sentence says what to change.
+    """
+    return request_of(parse_json(line), line_number)
+
+
+def request_of(line: Any, line_number: int) -> Request:
+    """The request that the JSON value of a line stands for.
+
+    Raises:
+        InvalidLine: the fault is structural.
+    """
+    if not isinstance(line, dict):
+        raise InvalidLine(f"the line holds {show(line)}; write one JSON object per line")
+    custom_id = _custom_id(line, line_number)
+    try:
+        return _request(line, line_number, custom_id)
+    except InvalidLine as error:
+        error.custom_id = custom_id
+        raise
+
+
+def _custom_id(line: dict[str, Any], line_number: int) -> str:
+    custom_id = line.get("custom_id")
+    if custom_id is None:
+        return f"row-{line_number}"
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_CUSTOM_ID_CHARACTERS:
+        raise InvalidLine(
+            f"custom_id is {show(custom_id)}; give a string of 1 to {MAX_CUSTOM_ID_CHARACTERS} characters, or leave it out",
+            param="custom_id",
+        )
+    return custom_id
+
+
+def _request(line: dict[str, Any], line_number: int, custom_id: str) -> Request:
+    is_batch = any(key in line for key in ("method", "url", "body"))
+    body, kind = _batch_body(line) if is_batch else _plain_body(line)
+    errors = [
+        RowError.unsupported(key, f"the key {show(key)} beside body is not known; remove it")
+        for key in line
+        if is_batch and key not in BATCH_KEYS
+    ]
+    fields: Fields = read_fields(body, kind)
+    errors += fields.errors
+    messages, prompts = None, ()
+    if kind == "chat":
+        messages, refused = read_messages(body["messages"])
+        errors += refused
+    else:
+        prompts = read_prompts(body["prompt"])
+    return Request(
+        custom_id=custom_id,
+        line_number=line_number,
+        kind=kind,
+        prompts=prompts,
+        messages=messages,
+        sampling=fields.sampling,
+        return_token_ids=fields.return_token_ids,
+        chat_template_kwargs=fields.chat_template_kwargs,
+        model=_model(body),
+        error=RowError.joined(errors),
+    )
+
+
+def _batch_body(line: dict[str, Any]) -> tuple[dict[str, Any], Kind]:
+    if line.get("method") != "POST":
+        raise InvalidLine(f'method is {show(line.get("method"))}; it must be "POST"', param="method")
+    url, body = line.get("url"), line.get("body")
+    if not isinstance(url, str) or url not in URLS:
+        raise InvalidLine(f"url is {show(url)}; supported are {' and '.join(URLS)}", param="url")
+    if not isinstance(body, dict):
+        raise InvalidLine(f"body is {show(body)}; it must be an object", param="body")
+    wanted, other = ("messages", "prompt") if URLS[url] == "chat" else ("prompt", "messages")
+    if wanted not in body:
+        raise InvalidLine(f"body has no {wanted}, which {url} needs; add it", param=wanted)
+    if other in body:
+        raise InvalidLine(f"body has {other}, which {url} does not take; remove it or change the url", param=other)
+    return body, URLS[url]
+
+
+def _plain_body(line: dict[str, Any]) -> tuple[dict[str, Any], Kind]:
+    if ("prompt" in line) == ("messages" in line):
+        found = "both prompt and messages" if "prompt" in line else "neither prompt nor messages"
+        raise InvalidLine(
+            f"the row has {found}; give exactly one (or an OpenAI Batch line with method, url and body)", param="prompt"
+        )
+    body = {key: value for key, value in line.items() if key != "custom_id"}
+    return body, "chat" if "messages" in line else "completion"
+
+
+def read_prompts(prompt: Any) -> tuple[Prompt, ...]:
+    """A prompt in any of its four forms, as a tuple with one entry per prompt.
+
+    Raises:
+        InvalidLine: it has none of the four.
+    """
+    if isinstance(prompt, str):
+        return (prompt,)
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(item, str) for item in prompt):
+            return tuple(prompt)
+        if not any(isinstance(item, (str, list)) for item in prompt):
+            return (token_ids(prompt, "prompt"),)
+        if all(isinstance(item, list) and item for item in prompt):
+            return tuple(token_ids(item, "prompt") for item in prompt)
+    raise InvalidLine(
+        f"prompt is {show(prompt)}; give a string, a list of strings, a list of token ids or a list of such lists, "
+        "none of the lists empty",
+        param="prompt",
+    )
+
+
+def _model(body: dict[str, Any]) -> str | None:
+    model = body.get("model")
+    if model is not None and not isinstance(model, str):
+        raise InvalidLine(f"model is {show(model)}; give a string", param="model")
+    return model

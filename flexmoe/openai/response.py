@@ -1,0 +1,133 @@
+"""One finished row to one line of OpenAI Batch output. A repeated job writes the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from flexmoe.errors import UsageError
+from flexmoe.openai.batch_line import Prompt, Request, RowError
+from flexmoe.openai.logprobs import Alignment, chat_logprobs, completion_logprobs
+from flexmoe.params import CompletionOutput, RequestOutput
+from flexmoe.text.tokenizer import Tokenizer
+
+
+class ResponseEncoder:
+    """Encodes the rows of one job.
+
+    Args:
+        tokenizer: makes the texts. Without its files there are none: they are empty, and the token ids are always there.
+        fingerprint: of the job; with a row's `custom_id` it decides the row's ids.
+        model_name: reported for rows that name no model.
+        created_s: reported as the time of every completion, in seconds since 1970.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, fingerprint: str, model_name: str, created_s: int) -> None:
+        self._tokenizer, self._fingerprint = tokenizer, fingerprint
+        self._model_name, self._created_s = model_name, created_s
+
+    def success(self, request: Request, results: Sequence[RequestOutput]) -> bytes:
+        """The line of a row that ran, with its line end.
+
+        Args:
+            request: its prompts are needed only where they are echoed.
+            results: one for each prompt of the row, in order.
+        """
+        key = self._key(request)
+        prompt_tokens, generated_tokens = count_tokens(results)
+        body = {
+            "id": f"{'chatcmpl' if request.kind == 'chat' else 'cmpl'}-{key}",
+            "object": "chat.completion" if request.kind == "chat" else "text_completion",
+            "created": self._created_s,
+            "model": self._model_name if request.model is None else request.model,
+            "choices": self._choices(request, results),
+            "usage": {
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": generated_tokens,
+                "total_tokens": prompt_tokens + generated_tokens,
+            },
+        }
+        return _line(key, request, {"status_code": 200, "request_id": f"req_{key}", "body": body}, None)
+
+    def failure(self, request: Request, error: RowError, *, status: int | None) -> bytes:
+        """The line of a row that did not run, with its line end.
+
+        Args:
+            status: the HTTP status that a server would have answered with; None when the row got no response at all.
+        """
+        key = self._key(request)
+        if status is None:
+            return _line(key, request, None, {"code": error.code, "message": error.message})
+        told = {"message": error.message, "type": "invalid_request_error", "param": error.param, "code": error.code}
+        return _line(key, request, {"status_code": status, "request_id": f"req_{key}", "body": {"error": told}}, None)
+
+    def _choices(self, request: Request, results: Sequence[RequestOutput]) -> list[dict[str, Any]]:
+        """All completions of the first prompt, then those of the second, and so on, as OpenAI numbers them."""
+        choices = []
+        for number, result in enumerate(results):
+            prompt = request.prompts[number] if request.echo and request.prompts else None
+            for output in result.outputs:
+                choices.append({"index": len(choices)} | self._choice(request, prompt, result, output))
+        return choices
+
+    def _choice(
+        self, request: Request, prompt: Prompt | None, result: RequestOutput, output: CompletionOutput
+    ) -> dict[str, Any]:
+        text = self._text(output)
+        if request.kind == "chat":
+            message = {"role": "assistant", "content": text, "refusal": None}
+            choice = {"message": message, "logprobs": chat_logprobs(self._tokenizer, output)}
+        else:
+            before = self._prompt_text(prompt, result) if request.echo else ""
+            scored = result if request.echo else None
+            logprobs = completion_logprobs(self._tokenizer, output, Alignment(prompt=before, text=text), scored)
+            choice = {"text": before + text, "logprobs": logprobs}
+        choice |= {"finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
+        if request.return_token_ids or not self._tokenizer.is_available:
+            choice |= {"prompt_token_ids": list(result.prompt_token_ids), "token_ids": list(output.token_ids)}
+        return choice
+
+    def _text(self, output: CompletionOutput) -> str:
+        return output.text if output.text is not None else self._tokenizer.decode(_visible(output)) or ""
+
+    def _prompt_text(self, prompt: Prompt | None, result: RequestOutput) -> str:
+        return prompt if isinstance(prompt, str) else self._tokenizer.decode_prompt(result.prompt_token_ids) or ""
+
+    def _key(self, request: Request) -> str:
+        """The same for the same row of the same job, so that a repeated or resumed job writes the same bytes."""
+        return hashlib.sha256(f"{self._fingerprint}\n{request.custom_id}".encode()).hexdigest()[:32]
+
+
+def count_tokens(results: Sequence[RequestOutput]) -> tuple[int, int]:
+    """Prompt tokens and generated tokens of a row's results; a prompt counts once, whatever its completions."""
+    prompt_tokens = sum(len(result.prompt_token_ids) for result in results)
+    return prompt_tokens, sum(len(output.token_ids) for result in results for output in result.outputs)
+
+
+def creation_time_s() -> int:
+    """Seconds since 1970: SOURCE_DATE_EPOCH where it is set, so that a repeated job is the same to the byte.
+
+    Raises:
+        UsageError: SOURCE_DATE_EPOCH is no whole number.
+    """
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if not epoch:
+        return int(time.time())
+    try:
+        return int(epoch)
+    except ValueError:
+        raise UsageError(f"SOURCE_DATE_EPOCH is {epoch!r}; give whole seconds since 1970, or unset it") from None
+
+
+def _visible(output: CompletionOutput) -> tuple[int, ...]:
+    """The ids that make the text: the one that ended the completion is not part of it, special or not."""
+    return output.token_ids[:-1] if output.finish_reason == "stop" else output.token_ids
+
+
+def _line(key: str, request: Request, response: dict[str, Any] | None, error: dict[str, str] | None) -> bytes:
+    row = {"id": f"batch_req_{key}", "custom_id": request.custom_id, "response": response, "error": error}
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"

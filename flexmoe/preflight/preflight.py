@@ -1,0 +1,146 @@
+"""Before any weight is loaded: every row is rendered, tokenized and measured, and those that can never run are found.
+
+Large files are divided among processes of their own (`workers`): a row that crashes or hangs a tokenizer then costs that
+row, not the job. What the rows become is not kept, only how long they are; the engine's next rows are made again from the
+file while it works on others, which costs it nothing that can be measured.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import astuple
+
+from flexmoe.errors import DataError
+from flexmoe.inputs.rows import Rows
+from flexmoe.openai.batch_line import RowError
+from flexmoe.preflight.lengths import Lengths, RowLength
+from flexmoe.preflight.prepare import Preparer
+from flexmoe.preflight.prepare_setup import PreparerSetup
+from flexmoe.preflight.worker import Chunk, DividedLook, look
+from flexmoe.progress import Counter
+from flexmoe.system.machine import usable_cores
+from flexmoe.text.chat_template import ENDLESS
+
+#: Rows and bytes that are looked at together.
+_CHUNK_ROWS, _CHUNK_BYTES = 256, 2**20
+#: Fewer rows than this are done before a worker has started.
+_FEW_ROWS = 2000
+_MOST_WORKERS = 16
+_MEMORY_BYTES = 2**20
+#: Each of them has taken seconds: with more, the template is at fault, and the other rows would take days.
+_MOST_ENDLESS = 20
+
+
+class Preflight:
+    """What was found.
+
+    Args:
+        rows: rows of the job, numbered from 0.
+
+    Attributes:
+        lengths: of the rows that can run and were looked at.
+        rows_refused: how many can never run.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.lengths = Lengths(rows)
+        self.rows_refused = self._endless = 0
+        self._refused = tempfile.SpooledTemporaryFile(max_size=_MEMORY_BYTES)
+
+    def refuse(self, row: int, error: RowError) -> None:
+        """The row can never run.
+
+        Raises:
+            DataError: the chat template does not come to an end on row after row.
+        """
+        self.rows_refused += 1
+        self._endless += error.message.startswith(ENDLESS)
+        if self._endless > _MOST_ENDLESS:
+            raise DataError(
+                f"{error.message}; so it was on {self._endless} rows: name another one with --chat-template"
+            )
+        self._refused.write(json.dumps([row, *astuple(error)]).encode() + b"\n")
+
+    def refused(self) -> Iterator[tuple[int, RowError]]:
+        """The rows that can never run, and why; in no order."""
+        self._refused.seek(0)
+        for line in self._refused:
+            row, code, message, param = json.loads(line)
+            yield row, RowError(code=code, message=message, param=param)
+
+    def note(self, row: int, result: RowLength | RowError) -> None:
+        """What became of a row."""
+        if isinstance(result, RowError):
+            self.refuse(row, result)
+        else:
+            self.lengths[row] = result
+
+    def close(self) -> None:
+        """Lets go of what was noted."""
+        self._refused.close()
+
+
+def preflight(
+    rows: Rows,
+    setup: PreparerSetup,
+    *,
+    preparer: Preparer | None = None,
+    done: Callable[[int], bool] = lambda row: False,
+    bar: bool = False,
+    workers: int | None = None,
+) -> Preflight:
+    """Looks at every row.
+
+    Args:
+        rows: of the job.
+        setup: how requests are made of them.
+        preparer: what `setup` makes, where it has been made already.
+        done: rows that need no look.
+        bar: show one; otherwise a line is logged now and then.
+        workers: most processes; 0 does the work in this one. None: as many as there are cores, and 0 for a few rows.
+
+    Raises:
+        DataError: the tokenizer or the chat template crashes or hangs again and again, or the file was changed.
+        StorageError: the file cannot be read.
+    """
+    found = Preflight(len(rows))
+    wanted = (row for row in range(len(rows)) if not done(row))
+    count = _workers(len(rows)) if workers is None else workers
+    with Counter(len(rows), "checking", bar=bar) as counter:
+        for row, result in _looked_at(rows, wanted, setup, preparer, count):
+            found.note(row, result)
+            counter.add()
+    return found
+
+
+def _workers(rows: int) -> int:
+    cores = min(usable_cores(), _MOST_WORKERS)
+    return 0 if rows < _FEW_ROWS or cores == 1 else cores
+
+
+def _looked_at(
+    rows: Rows, wanted: Iterator[int], setup: PreparerSetup, preparer: Preparer | None, count: int
+) -> Iterator[tuple[int, RowLength | RowError]]:
+    chunks, parser = _chunks(rows, wanted), rows.requests.parser
+    if count:
+        yield from DividedLook(rows, setup, count).run(chunks)
+    else:
+        preparer = preparer or setup.preparer()
+        for chunk in chunks:
+            yield from look(preparer, parser, chunk)
+
+
+def _chunks(rows: Rows, wanted: Iterator[int]) -> Iterator[Chunk]:
+    chunk: Chunk = []
+    size = 0
+    for row in wanted:
+        raw = rows.raw(row)
+        chunk.append((row, raw))
+        size += len(raw.data or b"")
+        if len(chunk) >= _CHUNK_ROWS or size >= _CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk

@@ -1,0 +1,100 @@
+"""The machine's rates, measured once: kept in the user's cache for as long as nothing changes that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import fields, replace
+from pathlib import Path
+
+from cost_model.hardware.cache import PATTERN, cache_directory
+from cost_model.hardware.hardware import Gpu, Hardware
+from flexmoe.errors import FlexMoEError, InfeasibleError, InputMissingError, StorageError, UsageError
+from flexmoe.probing.facts import capacities, circumstances
+from flexmoe.system.device import Device
+
+log = logging.getLogger(__name__)
+
+#: What is measured, and how; another number makes what was kept before worthless.
+_EDITION = "5"
+_COMMAND = (sys.executable, "-m", "flexmoe.probe")
+_ERRORS = {kind.exit_code: kind for kind in (UsageError, InfeasibleError, StorageError)}
+
+
+def cached_probe(device: str, directory: str | Path) -> Hardware:
+    """This machine: rates from the cache, or measured (about a minute) and kept; capacities as they are now.
+
+    A cache that cannot be read or written costs a warning and the minute, not the run. It is measured in a process of its
+    own: what libraries keep (the GPU's context, compiled kernels) is then not missing from the memory of the run.
+
+    Args:
+        device: ``auto``, ``cuda`` or ``cpu``.
+        directory: on the disk whose rate counts.
+
+    Raises:
+        FlexMoEError: as `flexmoe.probe.probe`.
+    """
+    dev, directory = Device(device), Path(directory).expanduser().absolute()
+    path = cache_path(dev, directory)
+    hardware = _load(path)
+    if hardware is None:
+        log.warning("this machine has not been measured yet: about a minute, once; the result is kept in %s", path)
+        hardware = _measured_apart(str(dev.torch), directory)
+        _save(hardware, path)
+    return _with_capacities(hardware, dev, directory)
+
+
+def cache_path(device: Device, directory: Path) -> Path:
+    """The file for this machine, compute device and disk."""
+    key = "\0".join((_EDITION, *circumstances(device, directory)))
+    return cache_directory() / PATTERN.replace("*", hashlib.sha256(key.encode()).hexdigest()[:16])
+
+
+def _measured_apart(device: str, directory: Path) -> Hardware:
+    """What `python -m flexmoe.probe` finds; its progress is logged, its error is raised."""
+    root = str(Path(__file__).parents[2])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+    with tempfile.TemporaryDirectory(prefix="flexmoe-probe-") as scratch:
+        out = Path(scratch) / "machine.json"
+        command = [*_COMMAND, "-o", str(out), "--device", device, "--dir", str(directory)]
+        last = ""
+        with subprocess.Popen(
+            command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+        ) as child:
+            for line in child.stderr:
+                last = line.strip() or last
+                log.info("%s", last)
+        if child.returncode != 0:
+            kind = _ERRORS.get(child.returncode, FlexMoEError)
+            raise kind(f"this machine could not be measured: {last.removeprefix('flexmoe: ')}")
+        return Hardware.load(out)
+
+
+def _with_capacities(hardware: Hardware, device: Device, directory: Path) -> Hardware:
+    now = capacities(device, directory)
+    of_gpu = {each.name for each in fields(Gpu)}
+    gpu = replace(hardware.gpu, **{name: value for name, value in now.items() if name in of_gpu})
+    return replace(hardware, gpus=(gpu,), **{name: value for name, value in now.items() if name not in of_gpu})
+
+
+def _load(path: Path) -> Hardware | None:
+    try:
+        return Hardware.load(path)
+    except InputMissingError as error:
+        if path.exists():
+            log.warning("the rates that were kept cannot be read: %s", error)
+    except FlexMoEError as error:
+        log.warning("the rates that were kept are measured again: %s", error)
+    return None
+
+
+def _save(hardware: Hardware, path: Path) -> None:
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        hardware.save(path)
+    except (OSError, StorageError) as error:
+        log.warning("the rates cannot be kept, so the next run measures again: %s", error)

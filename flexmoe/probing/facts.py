@@ -1,0 +1,108 @@
+"""What the machine is and has, and which limits bind: nothing here is timed."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+import torch
+
+from flexmoe.errors import InfeasibleError
+from flexmoe.system.device import Device, process_gpu_bytes
+from flexmoe.system.machine import (
+    available_host_bytes,
+    cpu_name,
+    filesystem,
+    free_disk_bytes,
+    nearest_existing,
+    usable_cores,
+)
+
+_TRIED_BYTES = 32 << 20
+
+
+def compute_dtypes(device: Device) -> dict[int, torch.dtype]:
+    """The dtypes that are measured, by their bytes: fp16 where a GPU has no bf16, as the runtime chooses."""
+    no_bf16 = device.is_cuda and torch.cuda.get_device_capability(device.torch)[0] < 8
+    return {2: torch.float16 if no_bf16 else torch.bfloat16, 4: torch.float32}
+
+
+def device_name(device: Device) -> str:
+    """Name of the compute device: the GPU's, or the processor's."""
+    return torch.cuda.get_device_name(device.torch) if device.is_cuda else cpu_name()
+
+
+def gpu_details(device: Device) -> dict[str, str | int]:
+    """Memory, driver and link of the GPU; empty on cpu."""
+    if not device.is_cuda:
+        return {}
+    found = {"cuda": str(torch.version.cuda), "gpu_bytes": torch.cuda.mem_get_info(device.torch)[1]}
+    try:
+        import pynvml as nvml
+
+        nvml.nvmlInit()
+        handle = nvml.nvmlDeviceGetHandleByIndex(device.torch.index)
+        found["driver"] = str(nvml.nvmlSystemGetDriverVersion())
+        generation, width = nvml.nvmlDeviceGetMaxPcieLinkGeneration(handle), nvml.nvmlDeviceGetMaxPcieLinkWidth(handle)
+        found["pcie"] = f"gen {generation} x{width}"
+    except Exception as error:  # noqa: BLE001 - no NVML, or a virtual machine that hides the link
+        found["nvml"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def capacities(device: Device, directory: Path) -> dict[str, int]:
+    """What a run may take now, by field of `Hardware` and `Gpu`."""
+    limit, host = pinned_limit_bytes(device), available_host_bytes()
+    host = host if limit is None else min(host, limit)
+    gpu, reserved = _gpu_bytes(device) if device.is_cuda else (host, 0)
+    return {
+        "cores": usable_cores(),
+        "host_memory_bytes": host,
+        "disk_bytes": free_disk_bytes(directory),
+        "memory_bytes": gpu,
+        "reserved_bytes": reserved,
+    }
+
+
+def circumstances(device: Device, directory: Path) -> tuple[str, ...]:
+    """What measured rates depend on: another value of one of them means another machine."""
+    return (
+        device.torch.type,
+        device_name(device),
+        str(gpu_details(device).get("driver", "")),
+        cpu_name(),
+        str(usable_cores()),
+        str(torch.get_num_threads()),
+        torch.__version__,
+        os.environ.get("FLEXMOE_NATIVE", ""),
+        filesystem(directory),
+        str(os.stat(nearest_existing(directory)).st_dev),
+    )
+
+
+def pinned_limit_bytes(device: Device) -> int | None:
+    """What RLIMIT_MEMLOCK leaves for pinned memory; None where nothing is pinned, no limit is set or it does not bind.
+
+    Most drivers lock pages without counting them, so it is tried: a little is pinned under a limit that is still lower.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if not device.is_cuda or soft == resource.RLIM_INFINITY:
+        return None
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (min(soft, _TRIED_BYTES // 2), hard))
+    try:
+        device.host_buffer(_TRIED_BYTES)
+        return None
+    except InfeasibleError:
+        return soft
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))
+
+
+def _gpu_bytes(device: Device) -> tuple[int, int]:
+    """What is free on the GPU or held by this process, and what of it no tensor can have."""
+    reserved = 1 << 62
+    reserved -= device.room(reserved)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device.torch)
+    return free + (process_gpu_bytes(device.torch) or total - free), reserved

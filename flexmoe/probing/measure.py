@@ -1,0 +1,294 @@
+"""The whole probe: every rate of `cost_model.hardware.hardware.Hardware`, by the runtime's own parts, in about a minute."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+from cost_model.hardware.hardware import Gpu, Hardware
+from cost_model.memory.allocation import BLOCK_TOKENS
+from cost_model.model.grouped import GROUPED_TOKENS
+from flexmoe.errors import InfeasibleError
+from flexmoe.kernels.native import library as native
+from flexmoe.probing.attention import attention_rates
+from flexmoe.probing.buffers import WeightArena
+from flexmoe.probing.copies import copy_curve, copy_rates, memory_rate
+from flexmoe.probing.disk import DiskRates, disk_rates
+from flexmoe.probing.effort import MIB, Effort
+from flexmoe.probing.facts import capacities, compute_dtypes, device_name, gpu_details, pinned_limit_bytes
+from flexmoe.probing.gemms import UNIT_EXPERTS, dense_rates, expert_rates, grouped_expert_rates
+from flexmoe.probing.kv import kv_rates
+from flexmoe.probing.kv_blocks import SHAPES, kv_block_costs
+from flexmoe.probing.latency import disk_latency
+from flexmoe.probing.others import Others
+from flexmoe.probing.streaming import handoff_s, streaming_arch, streaming_core_s_per_byte
+from flexmoe.probing.sweeps import overheads
+from flexmoe.system.device import Device, keep_freed_memory
+from flexmoe.system.direct_io import PIECE_BYTES, READ_THREADS
+from flexmoe.system.machine import cpu_name, filesystem
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Found:
+    """Values by field of `Hardware` or `Gpu`, and where each comes from."""
+
+    values: dict = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def put(self, source: str, **values) -> None:
+        """Values that were measured in one way."""
+        self.values |= values
+        self.sources |= dict.fromkeys(values, source)
+
+    def of(self, kind: type) -> dict:
+        """The values that are fields of ``kind``."""
+        return {each.name: self.values[each.name] for each in fields(kind) if each.name in self.values}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What every step needs; ``dtypes`` by bytes of one number."""
+
+    device: Device
+    directory: Path
+    effort: Effort
+    dtypes: dict[int, torch.dtype]
+
+
+def probe(device: str = "auto", directory: str | Path = ".", effort: Effort | None = None) -> Hardware:
+    """Measure this machine.
+
+    Args:
+        device: ``auto``, ``cuda`` or ``cpu``.
+        directory: on the disk whose rate counts; a file is written there that has no name and is gone afterwards.
+        effort: how much to measure.
+
+    Raises:
+        UsageError: no such device.
+        StorageError: the directory cannot be written or has too little free space.
+        InfeasibleError: too little memory, or the driver does not lock it.
+    """
+    dev, directory = Device(device), Path(directory).expanduser().absolute()
+    keep_freed_memory()  # as the engine does: freed activations of up to 32 MiB cost no page faults
+    limit, found = pinned_limit_bytes(dev), Found()
+    setting = Setting(
+        device=dev, directory=directory, effort=(effort or Effort()).bounded(limit), dtypes=compute_dtypes(dev)
+    )
+    found.put(_capacity_source(dev, limit), **capacities(dev, directory))
+    begin, others = time.perf_counter(), Others()
+    try:
+        for what, step in _STEPS.items():
+            log.info("%5.1f s  measuring %s", time.perf_counter() - begin, what)
+            step(setting, found)
+    except torch.OutOfMemoryError as error:
+        raise InfeasibleError(
+            f"the GPU has too little free memory to be measured ({str(error).splitlines()[0]}); end what else uses it"
+        ) from error
+    finally:
+        _give_back(dev)
+    log.info("%5.1f s  done", time.perf_counter() - begin)
+    return _hardware(dev, found, others.sentence())
+
+
+def _give_back(device: Device) -> None:
+    """Freed memory that torch and the C library keep for later: a run in this process counts what is left."""
+    if device.is_cuda:
+        torch.cuda.empty_cache()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def _hardware(device: Device, found: Found, meanwhile: str) -> Hardware:
+    gpu_name, cpus = device_name(device), f"{found.values['cores']} cores of {cpu_name()}"
+    now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    details = "".join(f", {name} {value}" for name, value in gpu_details(device).items())
+    found.sources["name"] = (
+        f"measured {now} by flexmoe.probe: torch {torch.__version__} with {torch.get_num_threads()} threads, Python "
+        f"{platform.python_version()}, {platform.system()} {platform.release()}{details}{meanwhile}"
+    )
+    return Hardware(
+        name=f"{gpu_name}, {cpus}" if device.is_cuda else cpus,
+        device=device.torch.type,
+        gpus=(Gpu(name=gpu_name, **found.of(Gpu)),),
+        sources=found.sources,
+        **found.of(Hardware),
+    )
+
+
+def _capacity_source(device: Device, limit: int | None) -> str:
+    source = "what was available to this process when it was measured, within its cgroup"
+    if limit is not None:
+        source += f"; pinned memory is limited to {limit / MIB:.0f} MiB by RLIMIT_MEMLOCK (raise it with ulimit -l)"
+    return source
+
+
+def _disk(s: Setting, found: Found) -> None:
+    rates = disk_rates(s.device, s.directory, s.effort)
+    way = "O_DIRECT" if rates.direct else "no O_DIRECT: through the page cache, so that reads may be memory's"
+    source = (
+        f"flexmoe.system.direct_io, {READ_THREADS} threads with {PIECE_BYTES / MIB:.0f} MiB each, "
+        f"{rates.read.nbytes / MIB:.0f} MiB in {s.directory} ({filesystem(s.directory)}, {way})"
+    )
+    own = f"{source}; CPU time of this process"
+    found.put(source, disk_read_bytes_per_s=rates.read.bytes_per_s)
+    found.put(f"{source}, flushed", disk_write_bytes_per_s=rates.write.bytes_per_s)
+    found.put(f"{source}, a unit at a time, 4 under way; the best of 3 rounds", disk_read_curve=rates.curve)
+    found.put(own, disk_read_core_s_per_byte=rates.read.core_s_per_byte)
+    found.put(own, disk_write_core_s_per_byte=rates.write.core_s_per_byte)
+    _kv_blocks(s, found, rates)
+
+
+def _kv_blocks(s: Setting, found: Found, rates: DiskRates) -> None:
+    costs = kv_block_costs(s.device, s.dtypes[2], s.directory, s.effort, rates)
+    source = (
+        f"flexmoe.kv.disk, up to {s.effort.kv_blocks} blocks that are no neighbours in {s.directory}, of {BLOCK_TOKENS} tokens "
+        f"with (KV heads, head size) in {SHAPES}, {_dtype(s, 2)}: the mean, less what the bytes take"
+    )
+    found.put(source, kv_block_read_s=costs.read_s, kv_block_write_s=costs.write_s)
+    found.put(f"{source}; CPU time of this process", kv_block_core_s=costs.read_core_s)
+
+
+def _memory(s: Setting, found: Found) -> None:
+    host = s.device.host_buffer(s.effort.buffer_bytes // 2, pinned=False)
+    host_rate = memory_rate(Device("cpu"), host.view(torch.float32).fill_(1), s.effort.point_s)
+    source = "the fastest of sum, maximum and dot product over {:.0f} MiB, all threads"
+    found.put(source.format(host.nbytes / MIB), host_bytes_per_s=host_rate, memory_bytes_per_s=host_rate)
+    if s.device.is_cuda:
+        size = min(4 << 30, found.values["memory_bytes"] // 8)
+        values = torch.ones(size // 4, device=s.device.torch)
+        rate = memory_rate(s.device, values, 3 * s.effort.point_s)
+        found.put(f"a sum over {values.nbytes / MIB:.0f} MiB on the GPU", memory_bytes_per_s=rate)
+
+
+def _copies(s: Setting, found: Found) -> None:
+    kind = s.device.torch.type
+    unit = min(s.effort.copy_bytes[kind], s.effort.buffer_bytes // (2 if s.device.is_cuda else 4))
+    rates = copy_rates(s.device, unit, 3 * s.effort.point_s)
+    how = (
+        "pinned copies on a stream each way"
+        if s.device.is_cuda
+        else "numpy copies between host buffers, one thread each way"
+    )
+    source = f"{how}, units of {unit / MIB:.0f} MiB in three pieces"
+    found.put(f"{source}, alone", h2d_bytes_per_s=rates.h2d, d2h_bytes_per_s=rates.d2h)
+    found.put(
+        f"{source}, both at once", h2d_duplex_bytes_per_s=rates.h2d_duplex, d2h_duplex_bytes_per_s=rates.d2h_duplex
+    )
+    room = s.effort.buffer_bytes // (2 if s.device.is_cuda else 4)
+    found.put(
+        f"{how}, units of each size in three pieces, one after the other in {room / MIB:.0f} MiB; the best of 3 rounds",
+        h2d_curve=copy_curve(s.device, room, s.effort.link_bytes, s.effort.point_s),
+    )
+
+
+def _kv(s: Setting, found: Found) -> None:
+    rates = kv_rates(s.device, s.dtypes[2], s.effort)
+    first, last = s.effort.contexts
+    source = f"flexmoe.kv.transfers on blocks in no order, bytes of K and V, {_dtype(s, 2)}, 8 KV heads of 128"
+    found.put(f"{source}, {rates.rows} rows of {first} to {last} tokens", kv_load_bytes_per_s=rates.load)
+    found.put(f"{source}, runs of 64 tokens", kv_store_bytes_per_s=rates.store)
+
+
+def _attention(s: Setting, found: Found) -> None:
+    on_host = attention_rates(s.device, s.dtypes[2], s.effort, on_host=True)
+    on_device = attention_rates(s.device, s.dtypes[2], s.effort, on_host=False) if s.device.is_cuda else on_host
+    kernel = "native code" if native.available() else "torch (no native code: is there a C++ compiler?)"
+    first, last = s.effort.contexts
+    decode = (
+        f"flexmoe.kernels.paged_attention, {_dtype(s, 2)}, {on_host.rows} rows of {first} to {last} tokens, heads of 64 and 128, 4 queries "
+        f"per KV head"
+    )
+    prefill = f"flexmoe.kernels.paged_attention, {_dtype(s, 2)}, runs of {s.effort.prompts} tokens, whole prompts and second chunks"
+    for prefix, rates, where in (("", on_device, "torch" if s.device.is_cuda else kernel), ("cpu_", on_host, kernel)):
+        found.put(f"{decode}, {where}", **{f"{prefix}attention_bytes_per_s": rates.bytes_per_s})
+        found.put(f"{prefill}, {where}", **{f"{prefix}attention_flops_per_s": rates.flops_per_s})
+
+
+def _linear(s: Setting, found: Found) -> None:
+    experts, grouped, dense = {}, {}, {}
+    room = min(s.effort.buffer_bytes, found.values["memory_bytes"] // 8) * 3 // 4
+    for size, dtype in s.dtypes.items():
+        arena = WeightArena(s.device, dtype, room)
+        experts[size], dense[size] = (rates(s.device, arena, dtype, s.effort) for rates in (expert_rates, dense_rates))
+        together = grouped_expert_rates(s.device, arena, dtype, s.effort)
+        grouped |= {size: together} if together else {}
+        del arena  # before the next is made
+    source = f"weights in turn from {s.effort.cycle_bytes / MIB:.0f} MiB, token counts spread as random routing spreads them, {_dtype(s, 2)} and {_dtype(s, 4)}"
+    found.put(
+        f"flexmoe.kernels.expert_dispatch and the family's expert: gather, three GEMMs, activation, scatter; {source}",
+        experts=experts,
+    )
+    found.put(
+        f"the same, of units of {UNIT_EXPERTS} experts with up to {GROUPED_TOKENS} tokens each, by grouped products; {source}, "
+        f"as far as the device has such products",
+        grouped_experts=grouped,
+    )
+    found.put(f"the family's projections, new KV, output and router, and routing, per GPU batch; {source}", dense=dense)
+
+
+def _overheads(s: Setting, found: Found) -> None:
+    rest = overheads(s.device, s.dtypes[2], s.directory, s.effort)
+    source = (
+        f"sweeps of a tiny model of {s.effort.layers} layers by flexmoe.engine.engine, {s.effort.rows} rows that decode in GPU batches "
+        f"of {s.effort.batch_rows}; experts, attention modules and attention measured apart and taken off, the rest fitted to "
+        f"(1, rows, operations)"
+    )
+    found.put(source, sweep_s=rest.sweep_s, row_s=rest.row_s, op_s=rest.op_s)
+
+
+def _latencies(s: Setting, found: Found) -> None:
+    found.put(
+        f"the KV lanes' own seconds per operation in sweeps of {_model(s)}, KV of few tokens in host memory",
+        handoff_s=handoff_s(s.device, s.dtypes[2], s.directory, s.effort),
+    )
+    disk = disk_latency(s.device, s.directory, s.effort)
+    found.put("64 KiB written or read with nothing else under way", disk_latency_s=disk.alone_s)
+    found.put(f"the same while {READ_THREADS} threads read without end", disk_busy_latency_s=disk.busy_s)
+
+
+def _streaming(s: Setting, found: Found) -> None:
+    """On CUDA copies take no core, and no GEMM waits for those that disk reads take."""
+    if s.device.is_cuda:
+        found.put("the device's own engines copy", h2d_core_s_per_byte=0.0)
+        return
+    rate, alone = found.values["disk_read_bytes_per_s"], found.values["disk_read_core_s_per_byte"]
+    taken = streaming_core_s_per_byte(s.device, s.dtypes[2], s.directory, s.effort, rate)
+    source = f"sweeps of {_model(s)} with weights {{}} beside those with none: cores x difference / bytes"
+    found.put(source.format("in host memory"), h2d_core_s_per_byte=taken["cpu"])
+    disk = source.format("on disk") + ", at least the CPU time of reads alone"
+    found.put(disk, disk_read_core_s_per_byte=max(alone, taken["disk"]))
+
+
+def _model(s: Setting) -> str:
+    arch = streaming_arch(s.dtypes[2], s.effort)
+    return (
+        f"{arch.num_layers} layers of {arch.num_experts} experts of {arch.expert_params / 1e6:.1f} M weights, "
+        f"{max(s.effort.rows)} rows in GPU batches of {min(s.effort.batch_rows)}"
+    )
+
+
+def _dtype(s: Setting, size: int) -> str:
+    return str(s.dtypes[size]).removeprefix("torch.")
+
+
+_STEPS: dict[str, Callable[[Setting, Found], None]] = {
+    "the disk": _disk,
+    "memory": _memory,
+    "copies": _copies,
+    "KV loads and stores": _kv,
+    "attention": _attention,
+    "experts and attention modules": _linear,
+    "overheads": _overheads,
+    "latencies": _latencies,
+    "computing beside transfers": _streaming,
+}

@@ -1,0 +1,63 @@
+"""Seconds of a piece of work, on the host's clock or the device's."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+from cost_model.hardware.link_curves import LinkCurve
+from flexmoe.system.device import Device
+
+_MOST_CALLS = 1000
+_CURVE_ROUNDS = 3
+
+
+def repeat_s(device: Device, work: Callable[[], object], seconds: float, *, warm: int = 1, least: int = 3) -> float:
+    """Seconds of one call.
+
+    On cpu the median of as many calls as take ``seconds``, at least ``least`` of them unless those took three times as
+    long. On CUDA the mean between two events around about as many, the first calls left out.
+    """
+    for _ in range(warm):
+        work()
+    return _device_s(device, work, seconds) if device.is_cuda else _host_s(work, seconds, least)
+
+
+def best_s(work: Callable[[], object], rounds: int) -> float:
+    """Host seconds of the fastest of ``rounds`` calls."""
+    return min(_timed(work) for _ in range(rounds))
+
+
+def best_of_rounds(sizes: Sequence[int], bytes_per_s: Callable[[int], float]) -> LinkCurve:
+    """The best rate of each size. The sizes take turns, so that a machine which is slow for a while is so for all of them."""
+    rounds = [[bytes_per_s(size) for size in sizes] for _ in range(_CURVE_ROUNDS)]
+    return tuple((size, max(rates)) for size, *rates in zip(sizes, *rounds, strict=True))
+
+
+def _host_s(work: Callable[[], object], seconds: float, least: int) -> float:
+    times: list[float] = []
+    while not times or sum(times) < seconds or (len(times) < least and sum(times) < 3 * seconds):
+        times.append(_timed(work))
+    return statistics.median(times)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def _device_s(device: Device, work: Callable[[], object], seconds: float) -> float:
+    def run(count: int) -> float:
+        start, end = device.event(timing=True), device.event(timing=True)
+        start.record()
+        for _ in range(count):
+            work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / count
+
+    estimate_s = run(3)
+    calls = min(_MOST_CALLS, int(seconds / max(1e-6, estimate_s)))
+    return run(calls) if calls > 3 else estimate_s

@@ -1,0 +1,258 @@
+"""The compute device and the host memory that its copies touch.
+
+One class for ``cuda`` and ``cpu``: on ``cpu`` streams and events are no-ops, because work is done when a call
+returns. Nothing here ever synchronizes the whole device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from flexmoe.errors import InfeasibleError, UsageError
+from flexmoe.system.trace import Recorder
+
+PAGE_BYTES = mmap.PAGESIZE
+_MADV_POPULATE_WRITE = 23
+#: Kernels are loaded when they are first used; NVML counts them and torch does not.
+_LATER_KERNELS_BYTES = 192 << 20
+
+
+class NoEvent:
+    """The event of a device whose work is complete when the call returns."""
+
+    def record(self, stream: object = None) -> None:
+        """Nothing to mark."""
+
+    def wait(self, stream: object = None) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def query(self) -> bool:
+        """Always passed."""
+        return True
+
+
+class Device:
+    """A compute device with its streams, events and host buffers.
+
+    Args:
+        name: ``auto``, ``cuda``, ``cuda:N`` or ``cpu``.
+
+    Attributes:
+        torch: the `torch.device`.
+        host_waits: how often the calling thread waited for device work (a test holds it to one per MoE layer).
+    """
+
+    def __init__(self, name: str = "auto"):
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise UsageError("--device cuda was asked for, but torch finds no CUDA device; use --device cpu")
+        if name.split(":")[0] not in ("cuda", "cpu"):
+            raise UsageError(f"unknown device {name!r}: choose auto, cuda or cpu")
+        self.torch = torch.device(name)
+        self.is_cuda = self.torch.type == "cuda"
+        self.host_waits = 0
+        self._context_bytes: int | None = None
+        if self.is_cuda:
+            # Many functions of torch.cuda take no device without an index.
+            self.torch = torch.device(
+                "cuda", torch.cuda.current_device() if self.torch.index is None else self.torch.index
+            )
+            torch.cuda.set_device(self.torch)
+        self._base = self.event(timing=True)
+        self._base.record()
+        if self.is_cuda:
+            self._base.synchronize()
+        self._base_s = time.perf_counter()
+
+    def stream(self):
+        """A new CUDA stream; None on cpu."""
+        return torch.cuda.Stream(self.torch) if self.is_cuda else None
+
+    def on(self, stream):
+        """Context in which kernels and copies go to ``stream`` (None: the current one)."""
+        return torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext()
+
+    def event(self, timing: bool = False):
+        """A new, unrecorded event. Who waits for it sleeps: a core that spins is one less for attention on the CPU."""
+        return torch.cuda.Event(enable_timing=timing, blocking=True) if self.is_cuda else NoEvent()
+
+    def record(self, stream=None):
+        """An event recorded now on ``stream`` (None: the current one)."""
+        event = self.event()
+        event.record(stream) if stream is not None else event.record()
+        return event
+
+    def use_here(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, for use on the current stream: when it is freed, its memory is not given to another tensor of the
+        stream that made it before the current stream has passed this use."""
+        if self.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream())
+        return tensor
+
+    def host_wait(self, event) -> None:
+        """Block the calling thread until ``event`` has passed, and count it."""
+        self.host_waits += 1
+        event.synchronize()
+
+    @contextlib.contextmanager
+    def timed(self, recorder: Recorder, lane: str, name: str, nbytes: int = 0, stream=None):
+        """Record the body's device work as a span of ``lane`` (host time on cpu, event times on CUDA)."""
+        if not self.is_cuda:
+            with recorder.span(lane, name, nbytes):
+                yield
+            return
+        start, end = self.event(timing=True), self.event(timing=True)
+        start.record(stream or torch.cuda.current_stream())
+        yield
+        end.record(stream or torch.cuda.current_stream())
+        recorder.add_device(lane, name, self._base, self._base_s, start, end, nbytes)
+
+    def host_buffer(self, nbytes: int, *, pinned: bool = True, shared: bool = False) -> torch.Tensor:
+        """Page-aligned host bytes, exactly as many pages as asked; registered with the driver on CUDA.
+
+        Args:
+            nbytes: size; rounded up to whole pages and no further (`Tensor.pin_memory` rounds to powers of two).
+            pinned: register with the CUDA driver, so that copies are asynchronous. No effect on cpu.
+            shared: back the pages by a memfd, so that another process can map them.
+
+        Returns:
+            torch.Tensor: uint8 ``[nbytes]``.
+
+        Raises:
+            InfeasibleError: the host has not that much memory, or the driver refuses to lock it.
+        """
+        size = max(PAGE_BYTES, -(-nbytes // PAGE_BYTES) * PAGE_BYTES)
+        try:
+            pages = _map_pages(size, shared)
+        except OSError as e:
+            raise InfeasibleError(f"the host cannot provide {size / 2**30:.2f} GiB of memory: {e}") from e
+        buffer = torch.frombuffer(pages, dtype=torch.uint8)
+        if pinned and self.is_cuda:
+            _populate(buffer.data_ptr(), size)
+            code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
+            if code != 0:
+                raise InfeasibleError(
+                    f"the CUDA driver cannot lock {size / 2**30:.2f} GiB of host memory (error {code}); "
+                    "raise the memlock limit or lower the CPU percents"
+                )
+            pages.registered_at = buffer.data_ptr()
+        return buffer[:nbytes]
+
+    def device_buffer(self, nbytes: int) -> torch.Tensor:
+        """Uint8 ``[nbytes]`` on the compute device; on cpu, whole pages that take memory when they are written.
+
+        Raises:
+            InfeasibleError: the host has not that much memory.
+        """
+        if self.is_cuda:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.torch)
+        return self.host_buffer(nbytes, pinned=False)
+
+    def room(self, budget_bytes: int) -> int:
+        """What a budget for the whole process leaves for tensors: on CUDA, the context and the kernels take their share.
+
+        Raises:
+            InfeasibleError: they alone take more than the budget.
+        """
+        if not self.is_cuda:
+            return budget_bytes
+        if self._context_bytes is None:
+            self._context_bytes = _context_bytes(self.torch) + _LATER_KERNELS_BYTES
+        if self._context_bytes >= budget_bytes:
+            raise InfeasibleError(
+                f"--gpu-mem of {budget_bytes / 2**30:.2f} GiB is less than the {self._context_bytes / 2**30:.2f} GiB "
+                "of the CUDA context and its kernels; raise --gpu-mem"
+            )
+        return budget_bytes - self._context_bytes
+
+    def cap_memory(self, budget_bytes: int) -> None:
+        """Hold the whole process on the GPU, CUDA context included, to ``budget_bytes``.
+
+        Raises:
+            InfeasibleError: the CUDA context alone takes more than the budget.
+        """
+        if self.is_cuda:
+            total = torch.cuda.mem_get_info(self.torch)[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.room(budget_bytes) / total), self.torch)
+
+
+class _Pages(mmap.mmap):
+    """Memory that the driver forgets before it is unmapped: an address that it still holds cannot be locked again."""
+
+    registered_at = 0
+
+    def __del__(self):
+        if self.registered_at:
+            with contextlib.suppress(Exception):  # at the interpreter's end torch may be gone already
+                torch.cuda.cudart().cudaHostUnregister(self.registered_at)
+
+
+def _map_pages(size: int, shared: bool) -> _Pages:
+    if shared:
+        fd = os.memfd_create("flexmoe", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, size)
+            return _Pages(fd, size)
+        finally:
+            os.close(fd)
+    pages = _Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without transparent huge pages serves small ones
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
+
+
+def _populate(address: int, size: int) -> None:
+    """Let several threads fault the pages in; the driver would do it with one, at 1 to 2 GB/s."""
+    madvise, step = ctypes.CDLL(None, use_errno=True).madvise, 256 << 20
+    if size < 2 * step:
+        return
+    pieces = [(address + at, min(step, size - at)) for at in range(0, size, step)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # kernels before 5.14 refuse, and nothing is lost
+        list(pool.map(lambda p: madvise(ctypes.c_void_p(p[0]), ctypes.c_size_t(p[1]), _MADV_POPULATE_WRITE), pieces))
+
+
+def _context_bytes(device: torch.device) -> int:
+    """GPU memory that the process holds beside torch's tensors, once libraries and common kernels are loaded."""
+    for dtype in (torch.float32, torch.float16):
+        a = torch.ones(512, 512, dtype=dtype, device=device)
+        torch.topk(torch.softmax(torch.nn.functional.linear(a, a), dim=-1), 2).indices.flatten().sort(stable=True)
+    torch.cuda.current_stream(device).synchronize()
+    free, total = torch.cuda.mem_get_info(device)
+    return (process_gpu_bytes(device) or total - free) - torch.cuda.memory_reserved(device)
+
+
+def process_gpu_bytes(device: torch.device) -> int | None:
+    """Bytes of GPU memory that this process holds, as NVML counts them; None where NVML cannot tell."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
+        mine = [p for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
+    except pynvml.NVMLError:
+        return None
+    return mine[0].usedGpuMemory if mine and mine[0].usedGpuMemory else None
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed buffers of up to 32 MiB instead of unmapping them: on cpu a sweep otherwise spends its
+    time in page faults of short-lived activations."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_mmap_threshold, 32 << 20)
+        libc.mallopt(m_trim_threshold, 256 << 20)

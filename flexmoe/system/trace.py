@@ -1,0 +1,135 @@
+"""Bytes, busy seconds and (on request) spans of every lane; Chrome trace JSON.
+
+A lane works in order, so spans of one lane never overlap. Lanes with several workers are numbered ("disk_read/0").
+Host work is stamped with the host clock. Device work is stamped with pairs of timing events, resolved when the
+device has passed them, so that measuring adds no synchronisation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from policies.common import chrome_trace
+
+_MAX_SPANS = 2_000_000
+_RECENT = 16  # more intervals than workers of a lane that can still be at work on an old one
+
+
+@dataclass(slots=True)
+class LaneTotals:
+    """What a lane has done since the recorder was made.
+
+    Attributes:
+        nbytes: bytes moved.
+        busy_s: busy seconds of its workers, added up.
+        active_s: seconds in which at least one worker was busy.
+    """
+
+    nbytes: int = 0
+    busy_s: float = 0.0
+    active_s: float = 0.0
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Achieved rate while busy; 0 for a lane that moved nothing."""
+        return self.nbytes / self.busy_s if self.busy_s > 0 else 0.0
+
+
+class Recorder:
+    """Collects what the lanes do. Safe to call from every thread.
+
+    Args:
+        keep_spans: also keep each span, for `write_chrome_trace`.
+    """
+
+    def __init__(self, keep_spans: bool = False):
+        self.origin_s = time.perf_counter()
+        self._keep_spans = keep_spans
+        self._spans: list[tuple[str, str, float, float, int]] = []
+        self._totals: dict[str, LaneTotals] = {}
+        self._pending: list[tuple] = []
+        self._active: dict[str, list[tuple[float, float]]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, lane: str, name: str, start_s: float, end_s: float, nbytes: int = 0) -> None:
+        """Record one span; times are `time.perf_counter()` seconds."""
+        with self._lock:
+            totals = self._totals.setdefault(lane, LaneTotals())
+            totals.nbytes += nbytes
+            totals.busy_s += end_s - start_s
+            recent = self._active.setdefault(lane.split("/")[0], [])
+            totals.active_s += _newly_covered(recent, start_s, end_s)
+            if self._keep_spans and len(self._spans) < _MAX_SPANS:
+                self._spans.append((lane, name, start_s, end_s, nbytes))
+
+    @contextlib.contextmanager
+    def span(self, lane: str, name: str, nbytes: int = 0) -> Iterator[None]:
+        """Record the body as host work of a lane."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(lane, name, start, time.perf_counter(), nbytes)
+
+    def add_device(self, lane: str, name: str, base, base_s: float, start, end, nbytes: int = 0) -> None:
+        """Record device work between two timing events; ``base`` is an event stamped at host time ``base_s``."""
+        with self._lock:
+            self._pending.append((lane, name, base, base_s, start, end, nbytes))
+
+    def resolve(self) -> None:
+        """Turn the device spans whose events have passed into ordinary ones. Does not wait for the device."""
+        with self._lock:
+            pending, self._pending = self._pending, []
+        waiting = []
+        for item in pending:
+            lane, name, base, base_s, start, end, nbytes = item
+            if not end.query():
+                waiting.append(item)
+                continue
+            begin_s = base_s + base.elapsed_time(start) / 1e3
+            self.add(lane, name, begin_s, base_s + base.elapsed_time(end) / 1e3, nbytes)
+        with self._lock:
+            self._pending = waiting + self._pending
+
+    def totals(self, *, by_worker: bool = False) -> dict[str, LaneTotals]:
+        """Totals per lane; workers of a lane are added up unless ``by_worker``."""
+        result: dict[str, LaneTotals] = {}
+        with self._lock:
+            for lane, t in self._totals.items():
+                entry = result.setdefault(lane if by_worker else lane.split("/")[0], LaneTotals())
+                entry.nbytes += t.nbytes
+                entry.busy_s += t.busy_s
+                entry.active_s += t.active_s
+        return result
+
+    def reset_totals(self) -> None:
+        """Count bytes and busy seconds from zero again; spans are kept."""
+        with self._lock:
+            self._totals.clear()
+
+    def write_chrome_trace(self, path: str | Path, *, since_s: float = 0.0) -> None:
+        """Write the spans as Chrome trace JSON (chrome://tracing, Perfetto): one track per lane, microseconds.
+
+        Args:
+            since_s: leave out what began before this time of `time.perf_counter()`.
+
+        Raises:
+            StorageError: the directory is missing, read-only or full.
+        """
+        with self._lock:
+            spans = [span for span in self._spans if span[2] >= since_s]
+        chrome_trace.write_chrome_trace(path, spans, origin_s=self.origin_s)
+
+
+def _newly_covered(recent: list[tuple[float, float]], start_s: float, end_s: float) -> float:
+    """Seconds of [start, end) that no interval of ``recent`` covers; the list takes it in and forgets what is long past."""
+    touching = [(a, b) for a, b in recent if a <= end_s and b >= start_s]
+    recent[:] = [interval for interval in recent if interval not in touching][-_RECENT:]
+    first, last = min([start_s, *(a for a, _ in touching)]), max([end_s, *(b for _, b in touching)])
+    recent.append((first, last))
+    return last - first - sum(b - a for a, b in touching)

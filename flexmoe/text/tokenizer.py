@@ -1,0 +1,200 @@
+"""Text to token ids and back, by the checkpoint's own tokenizer; and which ids end a sequence.
+
+Special tokens follow the tokenizer's rules, as in transformers and vLLM: text that spells one (such as `</s>`) becomes that
+token, in a prompt and in a chat's messages alike. Whoever passes on text of strangers removes such spellings first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flexmoe.errors import DataError
+from flexmoe.text.chat_template import DEFAULT_TIMEOUT_S, ChatTemplate, first_line
+from flexmoe.text.token_text import TokenText, TokenTexts
+
+# One of these holds the vocabulary; tokenizer_config.json alone does not make a tokenizer.
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_NO_TEMPLATE = (
+    "{} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); add one, name one with "
+    "--chat-template, or give a prompt instead of messages"
+)
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint directory; one without tokenizer files serves requests in token ids only.
+
+    Use `Tokenizer.load`.
+
+    Args:
+        backend: a transformers tokenizer, or None when there is none.
+        source: where it came from, for messages.
+        chat_template: instead of the backend's own.
+        created_s: the time that a chat template may ask for; None means that of the rendering.
+        render_timeout_s: CPU seconds that the chat template may take for one chat.
+
+    Raises:
+        DataError: `chat_template` is no template.
+    """
+
+    def __init__(
+        self,
+        backend: Any | None,
+        source: str,
+        *,
+        chat_template: str | None = None,
+        created_s: int | None = None,
+        render_timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        self._backend, self._source = backend, source
+        self._texts = None if backend is None else TokenTexts(backend)
+        self._times = {"created_s": created_s, "timeout_s": render_timeout_s}
+        self._template: ChatTemplate | None = None
+        self._no_template: str | None = None
+        if chat_template is not None:
+            variables = {} if backend is None else backend.special_tokens_map
+            self._template = ChatTemplate(chat_template, variables, **self._times)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str], **options: Any) -> Tokenizer:
+        """Loads the tokenizer of `directory`, from local files and without running code from them.
+
+        Args:
+            **options: those of `Tokenizer`: ``chat_template``, ``created_s``, ``render_timeout_s``.
+
+        Raises:
+            DataError: tokenizer files are there and cannot be used.
+        """
+        if not any((Path(directory) / name).is_file() for name in VOCABULARY_FILES):
+            return cls(None, str(directory), **options)
+        from transformers import AutoTokenizer  # imported here because it takes seconds
+
+        try:
+            backend = AutoTokenizer.from_pretrained(
+                str(directory), local_files_only=True, trust_remote_code=False, clean_up_tokenization_spaces=False
+            )
+        # A damaged file surfaces as whatever the parser behind it raises, bare Exception included.
+        except Exception as error:
+            raise DataError(
+                f"the tokenizer files in {directory} cannot be used ({first_line(error)}); download them again"
+            ) from error
+        return cls(backend, str(directory), **options)
+
+    @property
+    def is_available(self) -> bool:
+        return self._backend is not None
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a prompt, with the special tokens (such as BOS) that the tokenizer itself adds.
+
+        Raises:
+            DataError: the checkpoint has no tokenizer files, or its tokenizer cannot encode the text.
+        """
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str], *, rendered: bool = False) -> list[tuple[int, ...]]:
+        """What `encode` gives for each text, several at a time.
+
+        Args:
+            rendered: they are what a chat template wrote, which writes the special tokens itself: none is added.
+
+        Raises:
+            DataError: as `encode`, for any of them.
+        """
+        if not texts:
+            return []
+        backend = self._require()
+        try:
+            # verbose=False: what is too long is the engine's to judge, not tokenizer_config.json's.
+            encoded = backend(list(texts), add_special_tokens=not rendered, truncation=False, verbose=False)
+        except Exception as error:
+            raise DataError(f"the tokenizer cannot encode this text ({first_line(error)})") from error
+        return [tuple(ids) for ids in encoded["input_ids"]]
+
+    def render(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any] | None = None) -> str:
+        """The text of a chat under the checkpoint's template.
+
+        Args:
+            variables: more of the template's variables.
+
+        Raises:
+            DataError: there are no tokenizer files or no chat template, or the template refuses the messages or does
+                not come to an end.
+        """
+        self._require()
+        if self._template is None and self._no_template is None:
+            self._compile()
+        if self._template is None:
+            raise DataError(self._no_template)
+        return self._template.render(messages, variables)
+
+    def decode(self, token_ids: Sequence[int]) -> str | None:
+        """The text that token ids add to a text before them, without special tokens; None without a tokenizer.
+
+        Tokenizers that begin words with a space drop it at the very beginning of a text: a completion keeps it.
+        """
+        return None if self._texts is None else self._texts.continuation(token_ids)
+
+    def decode_prompt(self, token_ids: Sequence[int]) -> str | None:
+        """The text of token ids with which a text begins, without special tokens; None without a tokenizer."""
+        return None if self._texts is None else self._texts.beginning(token_ids)
+
+    def token_text(self, token_id: int) -> TokenText:
+        """A single token as log-probabilities show it."""
+        return TokenText.unknown(token_id) if self._texts is None else self._texts.token(token_id)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return None if self._backend is None else self._backend.eos_token_id
+
+    def _compile(self) -> None:
+        """Compiles the checkpoint's template when the first chat asks for it: other rows do without."""
+        backend = self._require()
+        try:
+            # A checkpoint may have several templates, by name; transformers knows which is meant.
+            source = backend.get_chat_template(None) if getattr(backend, "chat_template", None) else None
+            if source is None:
+                self._no_template = _NO_TEMPLATE.format(self._source)
+            else:
+                self._template = ChatTemplate(source, backend.special_tokens_map, **self._times)
+        except (DataError, ValueError) as error:
+            self._no_template = f"{first_line(error)}; repair it, or name one with --chat-template"
+
+    def _require(self) -> Any:
+        if self._backend is None:
+            raise DataError(
+                f"{self._source} has no tokenizer files (none of {', '.join(VOCABULARY_FILES)}); add them, or give "
+                "prompts as token ids"
+            )
+        return self._backend
+
+
+def eos_ids(
+    generation_config: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Tokenizer | None
+) -> tuple[int, ...]:
+    """Ids that end a sequence: all of generation_config.json, else of config.json, else the tokenizer's one.
+
+    Args:
+        generation_config: contents of generation_config.json; empty when there is none.
+        config: contents of config.json.
+        tokenizer: asked last; may be None.
+
+    Returns:
+        The ids in file order, each once; empty when nobody names one.
+
+    Raises:
+        DataError: `eos_token_id` is neither a token id nor a list of them.
+    """
+    for name, source in (("generation_config.json", generation_config), ("config.json", config)):
+        value = source.get("eos_token_id")
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
+            raise DataError(f"eos_token_id in {name} is {value!r}; it must be a token id or a list of token ids")
+        if ids:
+            return tuple(dict.fromkeys(ids))
+    last = None if tokenizer is None else tokenizer.eos_token_id
+    return () if last is None else (last,)

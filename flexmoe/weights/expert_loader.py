@@ -1,0 +1,138 @@
+"""Brings single experts to given buffers, each as soon as it is asked for.
+
+The same two ways as those of the weight stream: on device ``cpu`` an expert is read from disk straight into its buffer, or
+copied; on CUDA it is read into a pinned staging buffer and copied on a stream of its own, past what is copied ahead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from cost_model.model.weight_units import expert_unit
+from flexmoe.checkpoint.unit_layout import Place, UnitLayout, expert_copies
+from flexmoe.weights.store import WeightStore
+from flexmoe.weights.transfers import Fetch, Slot, copy_bytes, copy_to_device
+
+#: Experts that are on their way at once on the staged way.
+_MOST_AT_ONCE = 8
+#: A lane works in order, and these copies run beside those of the weight stream.
+_LANE = "h2d/experts"
+
+
+class ExpertLoader:
+    """Loads experts whose home is in host memory or on disk.
+
+    Args:
+        store: homes of the units.
+        experts_of: the experts of each unit that does not live on the device, by its name.
+        staged: the way of CUDA.
+        staging: its pinned buffers, used from a load to the next `settle`.
+    """
+
+    def __init__(
+        self, store: WeightStore, experts_of: Mapping[str, range], staged: bool, staging: Sequence[torch.Tensor]
+    ):
+        self._store, self._device, self._staged = store, store.device, staged
+        self._unit_of: dict[tuple[int, int], tuple[str, int]] = {}
+        for unit, experts in experts_of.items():
+            layer = int(unit.split(".")[1])
+            self._unit_of |= {(layer, e): (unit, place) for place, e in enumerate(experts)}
+        self._stream = self._device.stream() if staged else None
+        self._staging: queue.SimpleQueue = queue.SimpleQueue()
+        self._issues = threading.Lock()
+        for buffer in staging:
+            self._staging.put((buffer, None))
+        self._threads = ThreadPoolExecutor(max(1, min(len(staging), _MOST_AT_ONCE)), "expert loads")
+
+    def places(self, layer: int, expert: int) -> Mapping[str, Place]:
+        """Where the tensors of a loaded expert lie in its buffer."""
+        layout = self._store.expert_layout(_name(layer, expert))
+        return layout.host if self._is_read(self._unit_of[layer, expert][0]) else layout.device
+
+    def load(self, layer: int, expert: int, fetch: Fetch) -> None:
+        """Start to fill ``fetch.slot``; `Fetch.done` tells when, or what went wrong."""
+        unit, place = self._unit_of[layer, expert]
+        layout = self._store.expert_layout(fetch.unit)
+        if not self._is_read(unit):
+            self._threads.submit(self._bring, unit, place, layout, fetch)
+            return
+        try:
+            self._store.read_expert(fetch.unit, fetch.slot.buffer[: layout.host_bytes], fetch.done)
+        except Exception as e:  # a file that cannot be opened
+            fetch.done(e)
+
+    def fetch(self, layer: int, expert: int, slot: Slot) -> Fetch:
+        """A fetch of an expert that has not been started."""
+        return Fetch(_name(layer, expert), slot)
+
+    def settle(self) -> None:
+        """Wait for the copies of all loads that are done: the staging buffers may be used otherwise until the next load."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def close(self) -> None:
+        """Finish what is under way; buffers and homes may be freed afterwards."""
+        self._threads.shutdown()
+        self.settle()
+
+    def _is_read(self, unit: str) -> bool:
+        """Whether experts of a unit are read from disk straight into their buffers."""
+        return not self._staged and self._store.tier_of[unit] == "disk"
+
+    def _bring(self, unit: str, place: int, layout: UnitLayout, fetch: Fetch) -> None:
+        try:
+            if self._device.is_cuda:
+                torch.cuda.set_device(self._device.torch)
+            (self._upload if self._staged else self._copy)(unit, place, layout, fetch)
+        except BaseException as e:
+            fetch.done(e)
+            return
+        fetch.done()
+
+    def _copy(self, unit: str, place: int, layout: UnitLayout, fetch: Fetch) -> None:
+        copies = expert_copies(self._store.layouts[unit], place, layout.device)
+        with self._store.recorder.span(_LANE, fetch.unit, layout.stored_bytes):
+            copy_bytes(copies, self._store.home(unit), fetch.slot.buffer)
+
+    def _upload(self, unit: str, place: int, layout: UnitLayout, fetch: Fetch) -> None:
+        store = self._store
+
+        def upload(source: torch.Tensor, copies) -> object:
+            name, nbytes = fetch.unit, layout.stored_bytes
+            with self._issues:
+                return copy_to_device(store, self._stream, source, fetch.slot, name, copies, nbytes, _LANE)
+
+        if store.tier_of[unit] == "disk":
+            with self._staging_buffer() as buffer:
+                store.read_expert(fetch.unit, buffer[: layout.host_bytes]).wait()
+                fetch.copied = upload(buffer, layout.copies)
+            return
+        copies = expert_copies(store.layouts[unit], place, layout.device)
+        if store.pinned:
+            fetch.copied = upload(store.home(unit), copies)
+            return
+        with self._staging_buffer() as buffer:
+            copy_bytes(copies, store.home(unit), buffer)
+            fetch.copied = upload(buffer, [(0, 0, layout.device_bytes)])
+
+    @contextlib.contextmanager
+    def _staging_buffer(self) -> Iterator[torch.Tensor]:
+        """A pinned buffer for what is copied in the body."""
+        buffer, copied = self._staging.get()
+        try:
+            if copied is not None:
+                copied.synchronize()
+            yield buffer
+        finally:
+            self._staging.put((buffer, self._device.record(self._stream)))
+
+
+def _name(layer: int, expert: int) -> str:
+    """What a trace calls the expert, and the source its bytes."""
+    return expert_unit(layer, range(expert, expert + 1))

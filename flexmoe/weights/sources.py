@@ -1,0 +1,247 @@
+"""Where weight bytes come from: a checkpoint's shards, or random numbers of realistic scale."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+
+import torch
+
+from flexmoe.checkpoint.checkpoint import Checkpoint, TensorInfo
+from flexmoe.checkpoint.unit_layout import Part, UnitLayout, unit_layout, views
+from flexmoe.errors import StorageError
+from flexmoe.system.direct_io import DirectFile, DiskPool, OnDone, Pending, Transfer, align_up
+
+_WRITERS = 4
+
+
+class WeightSource(Protocol):
+    """What the weight store needs of a source."""
+
+    def layout(self, unit: str) -> UnitLayout:
+        """The unit's layout."""
+
+    def prepare(self, disk_units: Sequence[str]) -> None:
+        """Called once, before any read, with the units whose home is the disk."""
+
+    def read(self, unit: str, buffer: torch.Tensor, pool: DiskPool, on_done: OnDone | None = None) -> Pending:
+        """Start filling ``buffer`` with the unit's bytes in its host layout."""
+
+    def read_rows(self, unit: str, rows: Sequence[int], row_bytes: int) -> bytearray:
+        """The given rows of a one-tensor unit on disk."""
+
+
+class _FileReader:
+    """Reads units by their layout's extents; keeps every file open once."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, DirectFile] = {}
+        self._opening = threading.Lock()  # the weight stream and the loads of single experts read at once
+        self._row_files: dict[str, int] = {}
+
+    def adopt(self, file: DirectFile) -> None:
+        """Use an already opened file for its path."""
+        self._files[file.path] = file
+
+    def read(
+        self, name: str, layout: UnitLayout, buffer: torch.Tensor, pool: DiskPool, on_done: OnDone | None
+    ) -> Pending:
+        bytes_ = memoryview(buffer.numpy())
+        transfers = [
+            Transfer(self._file(e.path), e.offset, bytes_[e.buffer_offset : e.buffer_offset + e.length], e.needed)
+            for e in layout.extents
+        ]
+        return pool.submit(transfers, name, on_done)
+
+    def rows(self, layout: UnitLayout, rows: Sequence[int], row_bytes: int) -> bytearray:
+        """Rows are a few KiB each: read through the page cache, which serves frequent tokens from memory."""
+        (extent,) = layout.extents
+        (place,) = layout.host.values()
+        start = extent.offset + place.offset - extent.buffer_offset
+        if extent.path not in self._row_files:
+            self._row_files[extent.path] = os.open(extent.path, os.O_RDONLY | os.O_CLOEXEC)
+        result = bytearray()
+        for row in rows:
+            try:
+                data = os.pread(self._row_files[extent.path], row_bytes, start + row * row_bytes)
+            except OSError as e:
+                raise StorageError(f"reading {extent.path} failed: {e.strerror}") from e
+            if len(data) != row_bytes:
+                raise StorageError(f"{extent.path} ended inside row {row} of the embedding table: it changed")
+            result += data
+        return result
+
+    def _file(self, path: str) -> DirectFile:
+        with self._opening:
+            if path not in self._files:
+                self._files[path] = DirectFile(path)
+            return self._files[path]
+
+
+class CheckpointSource:
+    """Units read from a Hugging Face safetensors checkpoint.
+
+    Args:
+        checkpoint: an opened, checked checkpoint.
+        parts: parts of each unit, by unit name.
+        experts: parts of each single expert of a unit of several, by its name as a unit of its own.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        parts: Mapping[str, Sequence[Part]],
+        experts: Mapping[str, Sequence[Part]] = MappingProxyType({}),
+    ):
+        self._tensors, self._experts = checkpoint.tensors, experts
+        self._layouts = {unit: unit_layout(ps, checkpoint.tensors) for unit, ps in parts.items()}
+        self._reader = _FileReader()
+
+    def layout(self, unit: str) -> UnitLayout:
+        """The unit's layout, or that of a single expert."""
+        if unit not in self._layouts:  # a model has thousands of experts, and a run may need none by itself
+            self._layouts[unit] = unit_layout(self._experts[unit], self._tensors)
+        return self._layouts[unit]
+
+    def prepare(self, disk_units: Sequence[str]) -> None:
+        """Nothing to do: disk units are read from the checkpoint itself."""
+
+    def read(self, unit: str, buffer: torch.Tensor, pool: DiskPool, on_done: OnDone | None = None) -> Pending:
+        """Start reading the unit."""
+        return self._reader.read(unit, self.layout(unit), buffer, pool, on_done)
+
+    def read_rows(self, unit: str, rows: Sequence[int], row_bytes: int) -> bytearray:
+        """Rows of the embedding table."""
+        return self._reader.rows(self._layouts[unit], rows, row_bytes)
+
+
+class DummySource:
+    """Random weights of realistic scale for a model of which only the shape is at hand.
+
+    The numbers of a matrix depend on its name alone, so any placement and any grouping of experts of a dummy model computes the same. Norms are
+    one, biases zero; routers are random and therefore balanced. Disk units are written out, each its own extent, so
+    that reading them costs what reading a checkpoint costs.
+
+    Args:
+        parts: parts of each unit, by unit name.
+        dtype: dtype at rest.
+        offload_dir: directory for the disk units' file.
+        scale: standard deviation of the weights.
+        experts: parts of each single expert of a unit of several, by its name as a unit of its own.
+    """
+
+    _PATTERN_BYTES = 64 << 20
+
+    def __init__(
+        self,
+        parts: Mapping[str, Sequence[Part]],
+        dtype: torch.dtype,
+        offload_dir: Path,
+        scale: float = 0.02,
+        experts: Mapping[str, Sequence[Part]] = MappingProxyType({}),
+    ):
+        self._path = Path(offload_dir) / f"dummy-weights-{os.getpid()}.bin"
+        self._dtype = dtype
+        self._layouts = {}
+        self._names: dict[str, dict[tuple[str, int], str]] = {}
+        self._experts, self._tensors = experts, {}
+        offset = 0
+        for unit, ps in parts.items():
+            for p in ps:
+                name, size = _number_name(p), prod(p.shape) * dtype.itemsize
+                self._tensors[name] = TensorInfo(
+                    name=name, path=self._path, offset=offset, nbytes=size, dtype=dtype, shape=p.shape
+                )
+                offset += size
+            own = _by_number_name(ps)
+            self._names[unit] = {(p.role, p.into): p.tensor for p in own}
+            self._layouts[unit] = unit_layout(own, self._tensors)
+            offset = align_up(offset)
+        generator = torch.Generator().manual_seed(0)
+        count = self._PATTERN_BYTES // dtype.itemsize
+        self._pattern = torch.randn(count, generator=generator).mul_(scale).to(dtype)
+        self._on_disk: set[str] = set()
+        self._reader = _FileReader()
+
+    def layout(self, unit: str) -> UnitLayout:
+        """The unit's layout, or that of a single expert, which is part of its unit on disk."""
+        if unit not in self._layouts:
+            self._layouts[unit] = unit_layout(_by_number_name(self._experts[unit]), self._tensors)
+        return self._layouts[unit]
+
+    def prepare(self, disk_units: Sequence[str]) -> None:
+        """Write the disk units to their file.
+
+        Raises:
+            StorageError: the offload directory cannot hold them.
+        """
+        if not disk_units:
+            return
+        file = DirectFile(self._path, writable=True)
+        os.unlink(self._path)  # the open descriptors keep it; a killed run leaves nothing behind
+        self._reader.adopt(file)
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            list(pool.map(lambda unit: self._write(file, unit), disk_units))
+        self._on_disk.update(disk_units)
+        file.sync()
+
+    def _write(self, file: DirectFile, unit: str) -> None:
+        layout = self._layouts[unit]
+        buffer = torch.zeros(layout.host_bytes + 4096, dtype=torch.uint8)
+        skip = -buffer.data_ptr() % 4096
+        buffer = buffer[skip : skip + layout.host_bytes]
+        self._fill(unit, buffer)
+        for e in layout.extents:
+            file.write_from(memoryview(buffer.numpy())[e.buffer_offset : e.buffer_offset + e.length], e.offset)
+
+    def read(self, unit: str, buffer: torch.Tensor, pool: DiskPool, on_done: OnDone | None = None) -> Pending:
+        """Start reading the unit, or fill it at once when it is not on disk. Single experts are of units on disk."""
+        if unit in self._on_disk or unit in self._experts:
+            return self._reader.read(unit, self.layout(unit), buffer, pool, on_done)
+        self._fill(unit, buffer)
+        return Pending(0, on_done)
+
+    def read_rows(self, unit: str, rows: Sequence[int], row_bytes: int) -> bytearray:
+        """Rows of the embedding table."""
+        (place,) = self._layouts[unit].host.values()
+        result = bytearray()
+        start = self._start(self._names[unit]["embed", 0])
+        for row in rows:
+            result += self._numbers(start + row * place.shape[1], place.shape[1]).view(torch.uint8).numpy().tobytes()
+        return result
+
+    def _start(self, name: str) -> int:
+        return zlib.crc32(name.encode()) % len(self._pattern)
+
+    def _numbers(self, start: int, count: int) -> torch.Tensor:
+        index = torch.arange(start, start + count).remainder_(len(self._pattern))
+        return self._pattern[index]
+
+    def _fill(self, unit: str, buffer: torch.Tensor) -> None:
+        for piece in self._layouts[unit].pieces:
+            (tensor,) = views(buffer, {piece.role: piece.place}).values()
+            if tensor.dim() == 1:
+                tensor.fill_(0.0 if piece.role.endswith("bias") else 1.0)
+                continue
+            flat, done, start = tensor.view(-1), 0, self._start(self._names[unit][piece.role, piece.into])
+            while done < flat.numel():
+                piece = self._pattern[start : start + flat.numel() - done]
+                flat[done : done + len(piece)] = piece
+                done, start = done + len(piece), 0
+
+
+def _by_number_name(parts: Sequence[Part]) -> list[Part]:
+    return [dataclasses.replace(p, tensor=_number_name(p), first_element=0, whole=None) for p in parts]
+
+
+def _number_name(part: Part) -> str:
+    """What decides the numbers of a part; pieces of one tensor have their own."""
+    return f"{part.tensor}/{part.first_element}"

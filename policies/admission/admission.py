@@ -1,0 +1,282 @@
+"""Who is in flight, who enters next, who leaves, and what each row contributes to a sweep. Knows only counts.
+
+Admission is paced (at most ``prefill_tokens`` prompt tokens a sweep, because rows that enter together leave together
+and cost their full length) and looks ahead (a row enters a tier when the projected peak of all its rows fits). A row
+that is sent back re-enters as one run of its prompt and what it has generated. Samples of one prompt share its
+computation (`policies.admission.shared_prefix`). The runtime's scheduler and the planner's simulator walk this same admission, so what is
+predicted is what runs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+
+from policies.admission.kv_projection import Projection, growth
+from policies.admission.row_state import RowLengths
+from policies.admission.shared_prefix import Prefixes
+from policies.placement import TIERS
+from policies.policy import Policy
+
+
+class Admission:
+    """Decides each sweep's runs: ``plan``, then ``commit`` each row, ``finish`` those that have ended, ``end_sweep``.
+
+    A row of c tokens holds ceil(c / block_tokens) blocks of its tier; a row of the disk tier also holds a tail, the
+    host block that it grows in.
+
+    Args:
+        policy: block size, pace, shares, rolling or static.
+        blocks: KV blocks per tier; all three tiers are present.
+        tails: rows that the disk tier can hold at once.
+        block_tokens: tokens per block.
+        expected_end: length that a row is expected to reach; default its limit. A row that outgrows it may find its
+            tier full; then the youngest row of the tier is sent back.
+        recompute_past: a row that grows past this length is sent back, so that all of it is computed as one run: its
+            keys are stored rotated, and beyond that length they are rotated otherwise.
+
+    Attributes:
+        waiting: rows that are not in flight, the next to enter first.
+        restarts: rows sent back so far.
+        sent_back: rows sent back since the last `plan` began; one of them may have entered again since.
+        free_tails: rows that the disk tier can still take.
+        prefixes: what rows share.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        blocks: Mapping[str, int],
+        tails: int,
+        block_tokens: int,
+        expected_end: Callable[[RowLengths], int] | None = None,
+        recompute_past: int | None = None,
+    ):
+        self._policy, self._block_tokens = policy, block_tokens
+        self._expected_end = expected_end or (lambda row: row.limit)
+        self._recompute_past = recompute_past
+        self._blocks = {tier: blocks[tier] for tier in TIERS}
+        self._usable = [tier for tier in TIERS if blocks[tier]]
+        on_disk = 100.0 - policy.cache_gpu_percent - policy.cache_cpu_percent
+        shares = policy.cache_gpu_percent, policy.cache_cpu_percent, on_disk
+        self._share = {tier: percent / 100 for tier, percent in zip(TIERS, shares)}
+        self._projections = {tier: Projection(self._blocks[tier]) for tier in TIERS}
+        self._free = dict(self._blocks)
+        self._rows = dict.fromkeys(TIERS, 0)
+        self._rows_on_cpu_attention = 0
+        # In the order of entry; a row leaves in constant time.
+        self._running: dict[RowLengths, None] = {}
+        self._block_open = True
+        self.free_tails = tails
+        self.waiting: deque[RowLengths] = deque()
+        self.restarts = 0
+        self.sent_back: list[RowLengths] = []
+        self.prefixes = Prefixes(self._free, self._projections)
+
+    @property
+    def running(self) -> list[RowLengths]:
+        """The rows in flight, the oldest first."""
+        return list(self._running)
+
+    @property
+    def unfinished(self) -> int:
+        """How many rows wait or are in flight."""
+        return len(self.waiting) + len(self._running)
+
+    def free(self, tier: str) -> int:
+        """Blocks of a tier that no row holds."""
+        return self._free[tier]
+
+    def projected_peak(self, tier: str) -> int:
+        """The most blocks of a tier that the rows in flight will hold in any sweep to come."""
+        return self._projections[tier].peak
+
+    def largest_row_tokens(self) -> int:
+        """Tokens of the longest row that an empty tier can hold."""
+        return max(self._blocks.values()) * self._block_tokens
+
+    def plan(self) -> list[RowLengths]:
+        """Choose the runs of the next sweep and take the blocks they need; returns the rows that have one."""
+        self.sent_back = []
+        budget, block_tokens = self._policy.prefill_tokens, self._block_tokens
+        for row in self.running:
+            cached = row.cached
+            if row.stale:
+                self.send_back(row)
+            elif row.generated and row.prompt + row.generated == cached + 1 and cached < row.blocks * block_tokens:
+                row.run, row.logits = 1, True  # nearly every row: one token, into a block that it holds already
+            elif row.tier:  # else it was sent back while an older row was served
+                budget -= self._give_run(row, budget)
+        self._admit(budget)
+        return [row for row in self._running if row.run]
+
+    def commit(self, row: RowLengths, generated: bool) -> int:
+        """The row's run is in the cache; ``generated`` says whether it ended with a new token.
+
+        Returns:
+            int: prompt tokens computed for the first time.
+        """
+        row.cached += row.run
+        row.run = 0
+        row.generated += generated
+        row.stale = generated and row.length - 1 == self._recompute_past
+        before = row.prompt_done
+        if before == row.prompt:
+            return 0
+        row.prompt_done = max(before, min(row.cached, row.prompt))
+        if row.prefix is not None:
+            self._queue_next(self.prefixes.computed(row))
+        return row.prompt_done - before
+
+    def end_sweep(self) -> None:
+        """The sweep is over: the projections move on."""
+        for tier in self._usable:
+            self._projections[tier].advance()
+
+    def finish(self, row: RowLengths) -> None:
+        """The row is done: its place and its blocks are free. A static block takes no more rows then."""
+        self._leave(row)
+        self._block_open = False
+
+    def drop(self, row: RowLengths) -> None:
+        """The row no longer waits."""
+        self.waiting.remove(row)
+        if row.prefix is not None:
+            self.prefixes.drop(row)
+
+    def send_back(self, row: RowLengths) -> None:
+        """Take a row out of flight; it re-enters first, as one run of all its tokens."""
+        self._leave(row)
+        self.restarts += 1
+        self.sent_back.append(row)
+        self.waiting.appendleft(row)
+
+    def enter_aged(self, row: RowLengths) -> bool:
+        """Put a row in flight as if all its tokens but the last were in the cache: a way into the steady state.
+
+        Returns:
+            bool: False when no tier has room for the row's future; it has not entered then.
+        """
+        curve = self._curve(row, row.length)
+        tier = self._choose_tier(curve)
+        if tier is None:
+            return False
+        self._enter(row, tier, curve, shares=False)
+        self._hold(row, row.length - 1)
+        row.cached = row.length - 1
+        row.prompt_done = min(row.cached, row.prompt)
+        return True
+
+    def _give_run(self, row: RowLengths, budget: int) -> int:
+        """Give a row in flight its run; returns the prompt tokens it takes of the sweep's budget."""
+        left = row.length - row.cached
+        decodes = left == 1 and row.generated > 0  # the last token of a prompt's last chunk is a prompt token still
+        run = 1 if decodes else min(left, budget)
+        if run == 0:
+            return 0
+        while not self._hold(row, row.cached + run):
+            if not self.prefixes.forget(row.tier):
+                self._send_back_youngest(row.tier)
+            if not row.tier:
+                return 0
+        row.run, row.logits = run, run == left
+        return 0 if decodes else run
+
+    def _hold(self, row: RowLengths, tokens: int) -> bool:
+        """Take the blocks that the row lacks to store ``tokens`` tokens: all of them, or none and return False."""
+        missing = -(-tokens // self._block_tokens) - row.blocks
+        if missing <= 0:
+            return True
+        if missing > self._free[row.tier]:
+            return False
+        self._free[row.tier] -= missing
+        row.blocks += missing
+        return True
+
+    def _send_back_youngest(self, tier: str) -> None:
+        self.send_back(next(row for row in reversed(self._running) if row.tier == tier))
+
+    def _admit(self, budget: int) -> None:
+        if not self._running:
+            self._block_open = True
+        if self._policy.schedule == "static" and not self._block_open:
+            return
+        while self.waiting and budget > 0 and self._has_place(self.waiting[0]):
+            row = self.waiting[0]
+            tier, curve, shares = self._future(row, budget)
+            if tier is not None:
+                self.waiting.popleft()
+                self._enter(row, tier, curve, shares)
+                budget -= self._give_run(row, budget)
+            elif self._running or not self.prefixes.forget():
+                return
+
+    def _queue_next(self, rows: Iterable[RowLengths]) -> None:
+        """Let rows wait before all that have not begun."""
+        begun = next((at for at, row in enumerate(self.waiting) if not row.prompt_done), len(self.waiting))
+        for at, row in enumerate(rows, begun):
+            self.waiting.insert(at, row)
+
+    def _has_place(self, row: RowLengths) -> bool:
+        """Rows that begin something new leave the places that others have been promised."""
+        new = row.prompt_done == row.generated == 0 and self._running
+        return len(self._running) + (self.prefixes.promised if new else 0) < self._policy.block_size
+
+    def _future(self, row: RowLengths, budget: int) -> tuple[str | None, list[int], bool]:
+        """The tier that the row enters now, its future there, and whether it begins after its prefix."""
+        prefix = row.prefix
+        if prefix is not None and prefix.tier:
+            tier, spare = prefix.tier, self.prefixes.spare(prefix)
+            curve = self._curve(row, budget, cached=prefix.tokens)
+            if self._has_room(tier, curve[0] - spare) and self._projections[tier].fits(curve, spare):
+                return tier, curve, True
+        curve = self._curve(row, budget)
+        return self._choose_tier(curve), curve, False
+
+    def _curve(self, row: RowLengths, budget: int, cached: int = 0) -> list[int]:
+        """The row's future if it enters now, with ``budget`` prompt tokens left in this sweep."""
+        tokens = row.length
+        chunks = 1 + -(-max(0, tokens - cached - budget) // self._policy.prefill_tokens)
+        # The last token a row generates never enters the cache.
+        decode = max(0, self._expected_end(row) - tokens - 1)
+        return growth(tokens, chunks, decode, self._block_tokens)
+
+    def _choose_tier(self, curve: list[int]) -> str | None:
+        """The tier that the policy's shares ask for, else any with room; None when the row has to wait."""
+        total, rows, share = len(self._running) + 1, self._rows, self._share
+        for tier in sorted(self._usable, key=lambda t: rows[t] - share[t] * total):
+            if self._has_room(tier, curve[0]) and self._projections[tier].fits(curve):
+                return tier
+        return None
+
+    def _has_room(self, tier: str, blocks: int) -> bool:
+        """Rows that have outgrown their expected end hold blocks that no projection knows of."""
+        return self._free[tier] >= blocks and (tier != "disk" or self.free_tails > 0)
+
+    def _enter(self, row: RowLengths, tier: str, curve: list[int], shares: bool) -> None:
+        row.tier, row.mode = tier, self._mode(tier)
+        self._rows[tier] += 1
+        self._rows_on_cpu_attention += row.mode == "cpu"
+        self.free_tails -= tier == "disk"
+        self._projections[tier].add(row, curve)
+        self._running[row] = None
+        if row.prefix is not None:
+            self.prefixes.enter(row, shares)
+
+    def _mode(self, tier: str) -> str:
+        if tier != "cpu":
+            return "gpu" if tier == "gpu" else "fetch"
+        wanted = self._policy.cpu_attention_percent / 100 * (self._rows["cpu"] + 1)
+        return "cpu" if self._rows_on_cpu_attention + 0.5 <= wanted else "fetch"
+
+    def _leave(self, row: RowLengths) -> None:
+        del self._running[row]
+        self._projections[row.tier].remove(row)
+        self._rows[row.tier] -= 1
+        self._rows_on_cpu_attention -= row.mode == "cpu"
+        self.free_tails += row.tier == "disk"
+        self._free[row.tier] += row.blocks
+        if row.prefix is not None:
+            self.prefixes.leave(row)
+        row.tier, row.cached, row.blocks, row.run, row.stale = "", 0, 0, 0, False

@@ -1,0 +1,53 @@
+"""A row as admission knows it: lengths and counts, and nothing of what it says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from policies.admission.shared_prefix import Prefix
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class RowLengths:
+    """A row as admission sees it: how long it is, and what it holds while it is in flight.
+
+    Attributes:
+        prompt: tokens of the prompt, at least 1.
+        limit: length at which the row ends, prompt included.
+        generated: tokens generated so far.
+        tier: where its KV lives while in flight, "" while it waits.
+        mode: how it is attended while in flight: ``gpu`` (KV on the GPU), ``fetch`` (KV brought there), ``cpu``.
+        cached: tokens whose KV is stored.
+        blocks: KV blocks that it holds, those of the run under way included.
+        run: tokens of its run in the sweep under way, 0 where it has none.
+        logits: whether that run ends with a new token; false for an unfinished prompt.
+        prompt_done: prompt tokens that have been computed at least once; a restart does not count them again.
+        prefix: the beginning of the prompt that it computes for others, or will begin after; None where it has none.
+        shares: whether it holds the prefix.
+        stale: its KV has to be computed anew before it goes on.
+    """
+
+    prompt: int
+    limit: int
+    generated: int = 0
+    tier: str = ""
+    mode: str = ""
+    cached: int = 0
+    blocks: int = 0
+    run: int = 0
+    logits: bool = False
+    prompt_done: int = 0
+    prefix: Prefix | None = None
+    shares: bool = False
+    stale: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of what was generated."""
+        return self.prompt + self.generated
+
+    def is_past(self, bound: int | None) -> bool:
+        """Whether it is longer than ``bound``; None is no bound."""
+        return bound is not None and self.length > bound

@@ -1,0 +1,124 @@
+"""The configurations that the cost model is held against: drawn by a fixed seed, in classes by what bounds them."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+from cost_model.hardware.hardware import Hardware
+from cost_model.model.arch import ModelArch
+from cost_model.simulation.job_rows import shuffled_rows
+from cost_model.timing.evaluate import Prediction, evaluate
+from policies import Policy, Workload
+from policies.common.errors import InfeasibleError
+
+#: By device. What takes this many times the seconds of anything else bounds a run; else it is balanced.
+CLASSES = {"cpu": ("disk", "compute", "balanced"), "cuda": ("disk", "link", "compute", "balanced")}
+FACTOR = 1.6
+GPU_BATCHES, BLOCKS, PROMPTS, COMPLETIONS = (4, 8, 16, 32, 64), (16, 512), (16, 512), (8, 64)
+#: Seconds that a run may be predicted to take; shorter ones measure noise.
+SECONDS = (2.0, 10.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """One run: a model by name, a policy, and the job's rows as (prompt tokens, generated tokens)."""
+
+    name: str
+    model: str
+    bound: str
+    policy: Policy
+    rows: tuple[tuple[int, int], ...]
+
+    @property
+    def workload(self) -> Workload:
+        """The job as the planner sees it."""
+        return Workload.of_lengths(self.rows)
+
+    def to_json(self) -> dict:
+        """For the record; the rows by their means."""
+        w = self.workload
+        job = {"rows": len(self.rows), "prompt_len": w.prompt_len, "gen_len": w.gen_len}
+        return {"name": self.name, "model": self.model, "bound": self.bound, "policy": asdict(self.policy), **job}
+
+
+def draw(
+    archs: dict[str, ModelArch],
+    hardware: Hardware,
+    seed: int,
+    each: int,
+    *,
+    seconds: tuple[float, float] = SECONDS,
+    turns: int = 100_000,
+) -> list[Configuration]:
+    """``each`` configurations of every class, the models in turn; fewer of a class that ``turns`` draws do not fill.
+
+    Args:
+        seconds: shortest and longest time that a run may be predicted to take.
+    """
+    classes = CLASSES[hardware.device]
+    rng, found, missing = random.Random(seed), [], Counter(dict.fromkeys(classes, each))
+    for turn in range(turns):
+        if not +missing:
+            break
+        model = sorted(archs)[turn % len(archs)]
+        policy, rows = _candidate(rng)
+        try:
+            prediction = evaluate(archs[model], hardware, Workload.of_lengths(rows), policy)
+        except InfeasibleError:
+            continue
+        bound = classify(prediction, hardware.device)
+        if missing[bound] > 0 and seconds[0] <= prediction.wall_s <= seconds[1]:
+            missing[bound] -= 1
+            name = f"{bound}-{each - missing[bound]}"
+            found.append(Configuration(name=name, model=model, bound=bound, policy=policy, rows=rows))
+    return sorted(found, key=lambda c: (classes.index(c.bound), c.name))
+
+
+def classify(prediction: Prediction, device: str) -> str:
+    """By the lanes' seconds; on device cpu the compute lanes share the cores, and the link is no matter of its own."""
+    lanes = prediction.lanes_s
+    work_s = {"disk": lanes["disk_read"] + lanes["disk_write"], "compute": lanes["gpu"] + lanes["cpu"]}
+    if device == "cuda":
+        work_s |= {"link": max(lanes["h2d"], lanes["d2h"]), "compute": max(lanes["gpu"], lanes["cpu"])}
+    first, second = sorted(work_s, key=work_s.__getitem__, reverse=True)[:2]
+    return first if work_s[first] > FACTOR * work_s[second] else "balanced"
+
+
+def _candidate(rng: random.Random) -> tuple[Policy, tuple[tuple[int, int], ...]]:
+    batch = rng.choice(GPU_BATCHES)
+    blocks = [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 32) if BLOCKS[0] <= n * batch <= BLOCKS[1]]
+    count = rng.choice(blocks)
+    prompt, completion = _log_uniform(rng, *PROMPTS), _log_uniform(rng, *COMPLETIONS)
+    ragged = rng.random() < 0.5
+    number = max(1, round(batch * count * rng.choice((0.75, 1, 1.5, 2.5))))
+    mean = Workload.of_lengths(_row(rng, prompt, completion) if ragged else (prompt, completion) for _ in range(number))
+    rows = tuple(islice(shuffled_rows(mean, seed=0), number))  # the order that `simulate` takes
+    policy = Policy.from_percent(
+        (*_shares(rng), *_shares(rng), *_shares(rng)),
+        gpu_batch_size=batch,
+        num_gpu_batches=count,
+        prompt_len=mean.prompt_len,
+        gen_len=mean.gen_len,
+        schedule=rng.choice(("rolling", "static")),
+        prefill_tokens=rng.choice((None, None, 256, 1024)),
+        cpu_attention_percent=rng.choice((0, 50, 100)),
+    )
+    return policy, rows
+
+
+def _row(rng: random.Random, prompt: int, completion: int) -> tuple[int, int]:
+    length = min(PROMPTS[1], max(PROMPTS[0], round(prompt * rng.uniform(0.4, 1.6))))
+    return length, min(COMPLETIONS[1], max(COMPLETIONS[0], round(completion * rng.uniform(0.4, 1.6))))
+
+
+def _shares(rng: random.Random) -> tuple[int, int]:
+    """(GPU, CPU) percents, corners more often than chance would have them."""
+    gpu = rng.choice((0, 0, 20, 50, 80, 100, rng.randrange(101)))
+    return gpu, rng.choice((0, 100 - gpu, rng.randrange(101 - gpu)))
+
+
+def _log_uniform(rng: random.Random, low: int, high: int) -> int:
+    return round(low * (high / low) ** rng.random())

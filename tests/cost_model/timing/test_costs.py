@@ -1,0 +1,268 @@
+"""Planned bytes are those that the runtime takes, tier by tier and item by item."""
+
+import json
+import os
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cost_model.memory.allocation import BLOCK_TOKENS, kv_blocks_per_tier, kv_tokens_wanted, sizes
+from cost_model.memory.memory_plan import HOST_BUFFERS, MemoryPlan, plan_memory
+from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import unit_slack_bytes
+from flexmoe.checkpoint.unit_layout import UnitLayout
+from flexmoe.engine.config import EngineConfig
+from flexmoe.engine.engine import Engine
+from flexmoe.models.loader import load_model
+from flexmoe.models.registry import family
+from flexmoe.system.device import PAGE_BYTES, Device
+from policies.common.errors import InfeasibleError
+from policies.placement import TIERS
+from policies.policy import Policy, Workload
+
+CONFIG = {
+    "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_local_experts": 4,
+    "num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 401,
+    "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}  # fmt: skip
+WORKLOAD = Workload(prompt_len=40, gen_len=20)
+#: Weights, cache and activations (GPU, CPU; the rest is disk), and further fields of the policy.
+POLICIES = {
+    "everything resident": ((100, 0, 100, 0, 100, 0), {}),
+    "everything on the host": ((0, 100, 0, 100, 0, 100), {}),
+    "everything on disk": ((0, 0, 0, 0, 0, 0), {}),
+    "mixed": ((30, 30, 30, 40, 34, 33), {}),
+    "CPU attention": ((10, 20, 0, 100, 100, 0), {"cpu_attention_percent": 100.0}),
+    "half CPU attention, serial": ((10, 20, 50, 50, 0, 100), {"cpu_attention_percent": 50.0, "overlap": False}),
+    "static": ((50, 0, 0, 60, 100, 0), {"schedule": "static"}),
+}
+
+
+def policy_of(percent, **rest):
+    return Policy.from_percent(
+        percent, gpu_batch_size=4, num_gpu_batches=3, prompt_len=WORKLOAD.prompt_len, gen_len=WORKLOAD.gen_len, **rest
+    )
+
+
+@pytest.fixture(scope="module")
+def arch():
+    return ModelArch.from_config(CONFIG, name="tiny")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, arch):
+    directory = tmp_path_factory.mktemp("checkpoint")
+    shapes = family(arch).expected_tensors(())
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    return directory
+
+
+def pages(nbytes):
+    return max(PAGE_BYTES, -(-nbytes // PAGE_BYTES) * PAGE_BYTES)
+
+
+@pytest.fixture
+def host_buffers(monkeypatch):
+    """Bytes of all host buffers made, whole pages, by what they are."""
+    taken, real = Counter(), Device.host_buffer
+    taken.made = []
+    by_function = {"_load_cpu": "cpu weights", "__init__": "cpu embedding rows"}
+
+    def host_buffer(self, nbytes, *, pinned=True, shared=False):
+        code = sys._getframe(1).f_code
+        on_device = code.co_name == "device_buffer"
+        code = sys._getframe(2).f_code if on_device else code
+        path = Path(code.co_filename)
+        module = f"{path.parent.name}.{path.stem}"
+        name = {
+            "weights.store": "gpu weights" if on_device else by_function.get(code.co_name, "cpu load buffers"),
+            "weights.stream": "gpu slots" if on_device else "cpu staging slots",
+            "kv.transfers": "cpu kv buffers",
+            "kv.disk": "cpu kv buffers",
+            "engine.hidden_states": "cpu activations",
+            "kv.cache": "kv pools",
+        }[module]
+        taken[name] += pages(nbytes)
+        taken.made.append(name)
+        return real(self, nbytes, pinned=pinned, shared=shared)
+
+    monkeypatch.setattr(Device, "host_buffer", host_buffer)
+    return taken
+
+
+def allocated(engine, host_buffers):
+    """Bytes that an engine has taken at its start, ``{tier: {item: bytes}}`` as in a `MemoryPlan`."""
+    result = {tier: {} for tier in TIERS}
+    for name, size in host_buffers.items():
+        if name != "kv pools":
+            tier, item = name.split(" ", 1)
+            result[tier][item] = size
+    cache = engine.cache
+    result["gpu"]["kv"], result["cpu"]["kv"] = pages(cache.gpu.nbytes), pages(cache.cpu.nbytes)
+    result["cpu"]["kv tails"] = pages(cache.tail.nbytes)
+    result["gpu"]["kv staging"] = sum(t.nbytes for t in engine.kv._staging)
+    executor = engine.executor
+    result["gpu"]["workspace"] = sum(t.nbytes for t in (executor._x_TD, executor._y_TD, executor._router_TE))
+    return result
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_runtime_takes_what_was_planned(checkpoint, tmp_path, host_buffers, name, dtype):
+    percent, rest = POLICIES[name]
+    config = EngineConfig(
+        policy=policy_of(percent, **rest), workload=WORKLOAD, device="cpu", dtype=dtype, offload_dir=tmp_path
+    )
+    engine = Engine(load_model(str(checkpoint)), config)
+    try:
+        taken, planned = allocated(engine, host_buffers), engine.plan.memory
+        units = len(engine.plan.sizes.placement.tier_of)
+        slack_bytes = unit_slack_bytes(engine.model.arch)
+        slack = {"weights": units * slack_bytes, "slots": engine.plan.sizes.slots * slack_bytes}
+        slack["load buffers"] = 4 * slack_bytes + 4 * max(u.stored_bytes for u in engine.model.arch.units())
+        for tier in ("gpu", "cpu"):
+            for item, size in taken[tier].items():
+                asked = planned.parts[tier].get(item, 0)
+                assert size <= asked + 12 * PAGE_BYTES, f"{tier} {item} takes more than planned"
+                if item != "workspace":  # what a sweep needs on top is not allocated at the start
+                    assert size >= asked - slack.get(item, 0) - PAGE_BYTES, f"{tier} {item} takes less than planned"
+            forgotten = (
+                set(planned.parts[tier]) - set(taken[tier]) - {"cast", "workspace", "activations", "page rounding"}
+            )
+            assert not forgotten, f"{tier}: planned, but nothing was allocated for {forgotten}"
+            assert sum(taken[tier].values()) <= planned.total(tier), f"{tier} takes more than planned in all"
+        assert len(host_buffers.made) <= HOST_BUFFERS + len(engine.plan.sizes.activation_tiers)
+    finally:
+        engine.close()
+
+
+def test_unit_layouts_stay_within_the_planned_slack(checkpoint):
+    model = load_model(str(checkpoint))
+    source = model.source(Path("."))
+    for unit in model.arch.units():
+        layout: UnitLayout = source.layout(unit.name)
+        assert layout.stored_bytes == unit.stored_bytes
+        assert unit.stored_bytes <= layout.device_bytes <= unit.stored_bytes + unit_slack_bytes(model.arch)
+        assert unit.stored_bytes <= layout.host_bytes <= unit.stored_bytes + unit_slack_bytes(model.arch)
+
+
+def test_disk_tier_is_counted_as_written(checkpoint, tmp_path, arch):
+    policy = policy_of((0, 0, 0, 0, 0, 0))
+    counts = sizes(arch, policy, WORKLOAD, device="cpu")
+    plan = plan_memory(arch, policy, counts, device="cpu", compute_bytes=4)
+    assert plan.parts["disk"]["weights"] == sum(u.stored_bytes for u in arch.units())
+    assert plan.parts["disk"]["kv"] == counts.kv_blocks["disk"] * BLOCK_TOKENS * arch.kv_bytes_per_token(4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_achieved_shares_are_near_the_asked_ones(arch, name, device):
+    percent, rest = POLICIES[name]
+    policy = policy_of(percent, **rest)
+    counts = sizes(arch, policy, WORKLOAD, device=device, kv_tokens=40 * BLOCK_TOKENS)
+    largest = 100 * max(u.stored_bytes for u in arch.units()) / sum(u.stored_bytes for u in arch.units())
+    weights, cache, act = percent[0:2], percent[2:4], percent[4:6]
+    for asked, achieved in zip(weights, counts.placement.achieved_percent):
+        assert abs(asked - achieved) <= largest
+    blocks = counts.kv_blocks
+    assert sum(blocks.values()) == 40
+    for asked, tier in zip(cache, TIERS):
+        assert abs(asked / 100 * 40 - blocks[tier]) < 1
+    for asked, tier in zip(act, TIERS):
+        assert abs(asked / 100 * 3 - counts.activation_tiers.count(tier)) < 1
+    assert (counts.tails > 0) == (blocks["disk"] > 0)
+    assert (counts.staging_slots == 0) == ("disk" not in counts.placement.tier_of.values())
+
+
+def test_kv_capacity_follows_the_ages_of_the_rows():
+    rolling = policy_of((100, 0, 100, 0, 100, 0))
+    assert kv_tokens_wanted(rolling, WORKLOAD) == 12 * (40 + (20 + 16) // 2)
+    assert kv_tokens_wanted(replace(rolling, schedule="static"), WORKLOAD) == 12 * 4 * BLOCK_TOKENS
+    mean_row = WORKLOAD.prompt_len + WORKLOAD.gen_len / 2
+    assert 12 * mean_row <= kv_tokens_wanted(rolling, WORKLOAD) <= 12 * (mean_row + BLOCK_TOKENS)
+
+
+@pytest.mark.parametrize("gpu, cpu", [(0, 0), (1, 1), (34, 33), (50, 50), (0, 100), (99, 1)])
+@pytest.mark.parametrize("kv_tokens", [1, 16, 17, 1000])
+@pytest.mark.parametrize("longest", [1, 16, 17, 500])
+def test_longest_row_always_fits_the_largest_tier(gpu, cpu, kv_tokens, longest):
+    policy = policy_of((100, 0, gpu, cpu, 100, 0))
+    blocks = kv_blocks_per_tier(policy, kv_tokens, longest)
+    assert max(blocks.values()) * BLOCK_TOKENS >= longest
+    assert sum(blocks.values()) * BLOCK_TOKENS >= kv_tokens
+    for share, tier in zip((gpu, cpu, 100 - gpu - cpu), TIERS):
+        assert (share == 0) <= (blocks[tier] == 0)
+
+
+@pytest.mark.parametrize("gpu, cpu", [(0, 0), (1, 1), (34, 33), (50, 50), (0, 100), (99, 1)])
+@pytest.mark.parametrize("rows", [1, 7, 12])
+def test_every_tier_holds_whole_rows_of_a_static_block(arch, gpu, cpu, rows):
+    policy = replace(policy_of((100, 0, gpu, cpu, 100, 0)), schedule="static", gpu_batch_size=rows, num_gpu_batches=1)
+    counts = sizes(arch, policy, WORKLOAD, device="cpu", longest_row=60)
+    assert sum(counts.kv_blocks.values()) == rows * 4
+    assert all(blocks % 4 == 0 for blocks in counts.kv_blocks.values())
+
+
+def test_longest_row_is_the_workloads_where_none_is_given(arch):
+    policy = policy_of((100, 0, 100, 0, 100, 0))
+    blocks = sizes(arch, policy, WORKLOAD, device="cpu", kv_tokens=1).kv_blocks
+    assert blocks["gpu"] * BLOCK_TOKENS >= 60
+    assert sizes(arch, policy, WORKLOAD, device="cpu", kv_tokens=1, longest_row=500).kv_blocks["gpu"] == 32
+
+
+def test_no_buffer_is_planned_for_what_never_moves(arch):
+    policy = policy_of((100, 0, 100, 0, 100, 0))
+    counts = sizes(arch, policy, WORKLOAD, device="cpu")
+    assert (counts.slots, counts.staging_slots, counts.tails, counts.fetch_blocks, counts.write_blocks) == (
+        0,
+        0,
+        0,
+        0,
+        0,
+    )
+    all_on_cpu = policy_of((100, 0, 0, 100, 100, 0), cpu_attention_percent=100.0)
+    assert sizes(arch, all_on_cpu, WORKLOAD, device="cpu").fetch_blocks == 0
+
+
+def plan_of(**gpu):
+    return MemoryPlan(parts={"gpu": gpu, "cpu": {"kv": 10}, "disk": {}})
+
+
+def test_plan_within_its_budgets_passes():
+    plan_of(weights=100).check({"gpu": 100, "cpu": None, "gpu+cpu": 110}, {})
+
+
+def test_budget_that_is_too_small_names_the_missing_bytes_and_the_largest_item():
+    plan = plan_of(weights=3 << 30, slots=5)
+    with pytest.raises(InfeasibleError) as error:
+        plan.check({"cpu": 10, "gpu": 1 << 30}, {"gpu": "raise --gpu-mem"})
+    assert str(error.value) == (
+        f"the gpu memory needs 3.000 GiB but has 1.000 GiB: {(2 << 30) + 5} bytes are missing; "
+        "the largest item is gpu weights with 3.000 GiB; raise --gpu-mem"
+    )
+    assert error.value.exit_code == 4
+
+
+def test_shared_budget_counts_both_tiers():
+    with pytest.raises(InfeasibleError, match=r"the gpu\+cpu memory needs .*: 1 bytes are missing"):
+        plan_of(weights=100).check({"gpu": 100, "gpu+cpu": 109}, {"gpu+cpu": "lower both"})
+
+
+def test_too_small_a_budget_is_refused_before_anything_is_written(checkpoint, tmp_path, host_buffers):
+    config = EngineConfig(
+        policy=policy_of((0, 0, 0, 0, 0, 0)),
+        workload=WORKLOAD,
+        device="cpu",
+        cpu_mem=1e-6,
+        offload_dir=tmp_path / "off",
+    )
+    with pytest.raises(InfeasibleError, match="the cpu memory needs .* bytes are missing.*raise --cpu-mem"):
+        Engine(load_model(str(checkpoint)), config)
+    assert not host_buffers and not os.path.exists(tmp_path / "off")

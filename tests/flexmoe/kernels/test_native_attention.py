@@ -1,0 +1,252 @@
+"""Native paged attention agrees with a float64 softmax, and reads nothing that a query must not see."""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexmoe.kernels.native import library as native
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="no native library on this machine")
+
+RELATIVE_ERROR = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 8e-4}
+# (queries, past tokens) of a row: decode, speculation, chunks and whole prefills, a row without queries
+MIXED = [(1, 0), (1, 333), (3, 40), (0, 7), (17, 0), (64, 100), (1, 500), (300, 0), (2, 64), (17, 250)]
+
+
+class Case:
+    """Ragged rows over a pool of permuted blocks; whatever a query must not see is NaN."""
+
+    def __init__(self, rows, *, heads=8, kv_heads=2, size=64, block_tokens=16, dtype=torch.float32, window=0):
+        generator = torch.Generator().manual_seed(len(rows) * 1000 + size + block_tokens)
+        self.rows, self.window, self.scale, self.group = rows, window, size**-0.5, heads // kv_heads
+        lengths = [queries + past for queries, past in rows]
+        blocks = [-(-length // block_tokens) for length in lengths]
+        free = torch.randperm(sum(blocks) + 3, generator=generator).int()
+        pool = torch.full((len(free), 2, block_tokens, kv_heads, size), torch.nan, dtype=dtype)
+        self.k_pool, self.v_pool = pool[:, 0], pool[:, 1]
+        self.tables = torch.full((len(rows), max(blocks) + 2), -1, dtype=torch.int32)
+        self.k, self.v = [], []
+        for row, (queries, past) in enumerate(rows):
+            used, free = free[: blocks[row]], free[blocks[row] :]
+            self.tables[row, : len(used)] = used
+            for kept, target in ((self.k, self.k_pool), (self.v, self.v_pool)):
+                values = torch.randn(lengths[row], kv_heads, size, generator=generator).to(dtype)
+                kept.append(values)
+                for t in range(lengths[row]):
+                    target[used[t // block_tokens], t % block_tokens] = values[t]
+            if window:
+                unseen = max(0, past - window + 1) // block_tokens
+                pool[self.tables[row, :unseen].long()] = torch.nan
+                self.tables[row, :unseen] = -1
+        starts = [0]
+        for queries, _ in rows:
+            starts.append(starts[-1] + queries)
+        self.starts = torch.tensor(starts, dtype=torch.int32)
+        self.lengths = torch.tensor(lengths, dtype=torch.int32)
+        self.q = torch.randn(starts[-1], heads, size, generator=generator).to(dtype)
+
+    def run(self, **options):
+        options = {"window": self.window, "scale": self.scale, "num_threads": 2} | options
+        return native.paged_attention(
+            self.q, self.k_pool, self.v_pool, self.tables, self.starts, self.lengths, **options
+        )
+
+    def expected(self):
+        out = torch.empty(self.q.shape, dtype=torch.float64)
+        for row, (queries, past) in enumerate(self.rows):
+            at = slice(int(self.starts[row]), int(self.starts[row + 1]))
+            k, v = (x[row].double().repeat_interleave(self.group, dim=1) for x in (self.k, self.v))
+            scores = torch.einsum("qhd,khd->hqk", self.q[at].double(), k) * self.scale
+            position, key = torch.arange(past, past + queries)[:, None], torch.arange(past + queries)
+            hidden = (key > position) | ((key <= position - self.window) if self.window else False)
+            out[at] = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+        return out
+
+
+def assert_close(out, expected, relative_error=None):
+    assert not out.isnan().any()
+    error = (out.double() - expected).abs().max() / expected.abs().max()
+    assert error < (relative_error or RELATIVE_ERROR[out.dtype]), f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
+@pytest.mark.parametrize("size", [64, 128, 32, 80, 24, 7])
+def test_every_storage_type_and_head_size_agrees_with_float64(dtype, size):
+    case = Case(MIXED, size=size, dtype=dtype)
+    assert_close(case.run(), case.expected())
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads", [(4, 1), (8, 2), (3, 3), (16, 4), (6, 2), (7, 1), (12, 1), (16, 1), (40, 1)]
+)
+@pytest.mark.parametrize("size", [64, 24])
+def test_every_group_size_agrees_with_float64(heads, kv_heads, size):
+    case = Case(MIXED, heads=heads, kv_heads=kv_heads, size=size)
+    assert_close(case.run(), case.expected())
+
+
+@pytest.mark.parametrize("block_tokens", [1, 4, 16, 32, 5])
+@pytest.mark.parametrize("window", [0, 1, 20, 70, 300, 10_000])
+def test_window_and_block_size_agree_with_float64_and_read_no_unseen_block(block_tokens, window):
+    case = Case(MIXED, block_tokens=block_tokens, window=window)
+    assert_close(case.run(), case.expected())
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_many_decode_rows_agree_with_float64(count):
+    case = Case([(1, 13 * i % 97) for i in range(count)], heads=8, kv_heads=4, dtype=torch.bfloat16)
+    assert_close(case.run(), case.expected())
+
+
+@pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
+def test_threads_do_not_change_a_bit(dtype):
+    case = Case(MIXED * 3, dtype=dtype)
+    assert torch.equal(case.run(num_threads=1), case.run(num_threads=2))
+    assert torch.equal(case.run(num_threads=1), case.run(num_threads=5))
+
+
+def test_other_rows_do_not_change_a_bit():
+    case = Case(MIXED)
+    together = case.run()
+    for row in range(len(MIXED)):
+        begin, end = case.starts[row : row + 2].tolist()
+        alone = native.paged_attention(
+            case.q[begin:end], case.k_pool, case.v_pool, case.tables[row : row + 1],
+            torch.tensor([0, end - begin], dtype=torch.int32), case.lengths[row : row + 1], scale=case.scale,
+        )  # fmt: skip
+        assert torch.equal(alone, together[begin:end])
+
+
+@pytest.mark.parametrize("window", [0, 50])
+@pytest.mark.parametrize("chunk", [2, 7, 64, 100])
+def test_chunked_prefill_is_close_to_whole_prefill(window, chunk):
+    case = Case([(300, 0)], window=window)
+    whole = case.run()
+    for begin in range(0, 300, chunk):
+        end = min(300, begin + chunk)
+        part = native.paged_attention(
+            case.q[begin:end], case.k_pool, case.v_pool, case.tables, torch.tensor([0, end - begin]).int(),
+            torch.tensor([end]).int(), scale=case.scale, window=window,
+        )  # fmt: skip
+        torch.testing.assert_close(part, whole[begin:end], rtol=1e-5, atol=2e-6)
+
+
+def test_strided_queries_and_a_given_output_are_used_in_place():
+    case = Case(MIXED)
+    expected = case.run()
+    wide = torch.full((len(case.q), 5, *case.q.shape[1:]), torch.nan)
+    wide[:, 2] = case.q
+    case.q, out = wide[:, 2], torch.full(expected.shape, torch.nan)
+    assert case.run(out=out) is out
+    assert torch.equal(out, expected)
+
+
+def test_large_scores_stay_finite():
+    case = Case(MIXED)
+    case.q *= 300
+    assert_close(case.run(), case.expected(), 1e-3)  # fp32 scores of some thousands are off by 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [64, 7])
+def test_storage_conversions_round_as_torch_does(dtype, size):
+    """One key has the weight 1, so the output is its value exactly; two equal keys give their mean, rounded."""
+    case = Case([(1, 0)], heads=1, kv_heads=1, size=size, dtype=dtype)
+    values = torch.tensor([0.0, -0.0, 6e-8, -5.9e-5, 1e-3, 3.14159, -65504.0]).to(dtype).repeat(10)[:size]
+    case.v_pool[case.tables[0, 0].long(), 0, 0] = values
+    assert torch.equal(case.run()[0, 0], values)
+    case = Case([(1, 1)], heads=1, kv_heads=1, size=size, dtype=dtype)
+    block = case.tables[0, 0].long()
+    case.k_pool[block, :2, 0] = 1.0
+    pair = case.v_pool[block, :2, 0].float()
+    assert torch.equal(case.run()[0, 0], (pair.sum(0) / 2).to(dtype))
+
+
+def test_no_rows_and_no_queries_are_accepted():
+    case = Case([(0, 5), (0, 9)])
+    assert case.run().shape == (0, 8, 64)
+    case.tables, case.starts, case.lengths = case.tables[:0], case.starts[:1], case.lengths[:0]
+    assert case.run().shape == (0, 8, 64)
+
+
+def broken(change):
+    case = Case([(2, 10), (1, 30)])
+    change(case)
+    return case
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda c: setattr(c, "q", c.q.double()), "must share fp32"),
+        (lambda c: setattr(c, "k_pool", c.k_pool.half()), "must share fp32"),
+        (lambda c: setattr(c, "q", c.q.to("meta")), "CPU tensors"),
+        (lambda c: setattr(c, "q", c.q[..., :32]), "are not"),
+        (lambda c: setattr(c, "q", c.q[:, :7]), "evenly"),
+        (lambda c: setattr(c, "q", c.q.transpose(0, 1).contiguous().transpose(0, 1)), "contiguous"),
+        (lambda c: setattr(c, "v_pool", c.v_pool.contiguous()), "block stride"),
+        (lambda c: setattr(c, "tables", c.tables.long()), "int32"),
+        (lambda c: setattr(c, "starts", c.starts[:-1]), "block_tables"),
+        (lambda c: setattr(c, "window", -1), "window"),
+        (lambda c: c.starts.__setitem__(1, 9), "q_starts"),
+        (lambda c: c.lengths.__setitem__(0, 1), "context_lens"),
+        (lambda c: c.lengths.__setitem__(0, 1000), "context_lens"),
+        (lambda c: c.tables.__setitem__((1, 1), -1), "block_tables"),
+        (lambda c: c.tables.__setitem__((1, 1), 99), "block_tables"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_with_a_sentence(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        broken(change).run()
+
+
+def test_a_process_keeps_one_openmp_runtime():
+    Case(MIXED).run()
+    maps = Path("/proc/self/maps").read_text()
+    assert len(set(re.findall(r"/\S*lib(?:gomp|omp|iomp5)\b\S*", maps))) <= 1
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+
+
+def test_it_can_be_disabled():
+    result = run_python(
+        "from flexmoe.kernels.native import library as native; print(native.available())", FLEXMOE_NATIVE="0"
+    )
+    assert result.stdout.strip() == "False" and not result.stderr
+
+
+def test_a_missing_compiler_is_one_warning(tmp_path):
+    code = "from flexmoe.kernels.native import library as native; print(native.available(), native.available())"
+    result = run_python(code, PATH=str(tmp_path), CXX="", FLEXMOE_CACHE=str(tmp_path))
+    assert result.stdout.strip() == "False False"
+    assert result.stderr.count("no C++ compiler was found") == 1
+
+
+def test_a_cache_directory_open_to_others_is_refused(tmp_path, monkeypatch, caplog):
+    tmp_path.chmod(0o777)
+    monkeypatch.setenv("FLEXMOE_CACHE", str(tmp_path))
+    native._library.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert native.load() is None
+    native._library.cache_clear()
+    assert "writable by everyone" in caplog.text
+
+
+def test_plain_threads_serve_where_there_is_no_openmp_runtime():
+    case, library = Case(MIXED), native.load()
+    expected = case.run()
+    library.flexmoe_set_parallel(None)
+    try:
+        assert torch.equal(case.run(), expected)
+    finally:
+        library.flexmoe_set_parallel(native._gomp_parallel())

@@ -1,0 +1,364 @@
+"""Ragged KV in three tiers: blocks are counted exactly, shared by reference, and come back as they were written."""
+
+import errno
+import os
+import random
+import threading
+
+import pytest
+import torch
+
+from flexmoe.errors import StorageError
+from flexmoe.kv.cache import BlockAllocator, KVCache, KVExhausted
+from flexmoe.system.device import Device
+from tests.support.kv_sweeps import LAYERS, SHAPE, Bench
+
+B = 16
+KINDS = ["gpu", "fetch", "cpu", "disk"]
+TIERS = ["gpu", "cpu", "disk"]
+TOKEN_BYTES = SHAPE.token_bytes
+
+
+def cache_of(tmp_path, gpu=0, cpu=0, disk=0, tails=4):
+    return KVCache(Device("cpu"), SHAPE, {"gpu": gpu, "cpu": cpu, "disk": disk}, tails if disk else 0, tmp_path)
+
+
+def free(cache, tier):
+    return cache._allocators[tier].free
+
+
+def filled(cache, tier, tokens):
+    row = cache.open(tier)
+    cache.reserve(row, tokens)
+    row.length = tokens
+    return row
+
+
+@pytest.fixture
+def bench(tmp_path):
+    before, made = set(threading.enumerate()), []
+
+    def make(blocks, **options):
+        made.append(Bench(tmp_path, blocks, **options))
+        return made[-1]
+
+    yield make
+    for b in made:
+        b.close()
+    assert set(threading.enumerate()) == before, "a thread is left"
+    assert list(tmp_path.iterdir()) == [], "a killed run would leave the file behind"
+
+
+# Blocks.
+
+
+def test_a_row_gets_neighbouring_blocks_and_the_next_one_those_that_it_leaves():
+    allocator = BlockAllocator(12)
+    first, second = [allocator.take()], [allocator.take()]
+    for _ in range(3):
+        second.append(allocator.take(after=second[-1]))
+    assert second == list(range(second[0], second[0] + 4))
+    first.append(allocator.take(after=first[-1]))  # its neighbour is taken
+    assert first[1] not in second
+    for block in reversed(second):
+        allocator.drop(block)
+    third = [allocator.take()]
+    for _ in range(3):
+        third.append(allocator.take(after=third[-1]))
+    assert third == second
+
+
+def test_allocator_hands_out_every_block_once_and_takes_it_back():
+    allocator = BlockAllocator(5)
+    taken = [allocator.take() for _ in range(5)]
+    assert sorted(taken) == list(range(5)) and allocator.free == 0
+    with pytest.raises(KVExhausted):
+        allocator.take()
+    allocator.drop(taken[2])
+    assert allocator.take() == taken[2]
+
+
+def test_shared_block_is_free_only_after_its_last_holder():
+    allocator = BlockAllocator(1)
+    block = allocator.take()
+    allocator.share(block)
+    allocator.drop(block)
+    assert allocator.free == 0
+    allocator.drop(block)
+    assert allocator.free == 1
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_row_holds_the_blocks_that_its_tokens_need(tmp_path, tier):
+    cache = cache_of(tmp_path, **{tier: 10})
+    row = cache.open(tier)
+    for tokens, blocks in [(1, 1), (14, 1), (1, 1), (1, 2), (30, 3), (17, 4)]:
+        cache.reserve(row, tokens)
+        row.length += tokens
+        assert len(row.blocks) == blocks == cache.blocks_for(row.length)
+        assert free(cache, tier) == 10 - blocks
+    cache.close(row)
+    assert free(cache, tier) == 10 and row.blocks == [] and row.length == 0
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_reserve_takes_all_or_nothing(tmp_path, tier):
+    cache = cache_of(tmp_path, **{tier: 4})
+    row, other = filled(cache, tier, 20), filled(cache, tier, 1)
+    held = list(row.blocks)
+    with pytest.raises(KVExhausted):
+        cache.reserve(row, 12 + 17)
+    assert row.blocks == held and free(cache, tier) == 1
+    cache.reserve(row, 12 + 16)
+    assert len(row.blocks) == 3 and free(cache, tier) == 0
+    cache.close(other)
+    assert free(cache, tier) == 1
+
+
+@pytest.mark.parametrize("tier", ["gpu", "cpu"])
+def test_truncate_frees_the_blocks_that_only_the_cut_tokens_needed(tmp_path, tier):
+    cache = cache_of(tmp_path, **{tier: 6})
+    row = filled(cache, tier, 70)
+    for length, blocks in [(70, 5), (65, 5), (64, 4), (33, 3), (1, 1), (0, 0)]:
+        cache.truncate(row, length)
+        assert (row.length, len(row.blocks), free(cache, tier)) == (length, blocks, 6 - blocks)
+    for wrong in (1, -1):
+        with pytest.raises(ValueError, match="cannot truncate a row of 0 tokens"):
+            cache.truncate(row, wrong)
+
+
+def test_disk_row_is_cut_in_its_tail_or_at_a_block_boundary_only(tmp_path):
+    cache = cache_of(tmp_path, disk=6)
+    row = filled(cache, "disk", 40)
+    cache.truncate(row, 33)
+    for inside in (31, 17, 1):
+        with pytest.raises(ValueError, match="block boundary"):
+            cache.truncate(row, inside)
+    cache.truncate(row, 32)
+    with pytest.raises(ValueError, match="block boundary"):
+        cache.truncate(row, 20)
+    cache.truncate(row, 16)
+    cache.truncate(row, 0)
+    assert free(cache, "disk") == 6
+
+
+def test_disk_tier_takes_as_many_rows_as_it_has_tails(tmp_path):
+    cache = cache_of(tmp_path, disk=20, tails=2)
+    rows = [cache.open("disk") for _ in range(2)]
+    assert cache.free_tails == 0
+    with pytest.raises(KVExhausted):
+        cache.open("disk")
+    cache.close(rows[0])
+    assert cache.free_tails == 1 and cache.open("disk").tail >= 0
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_fork_shares_full_blocks_and_copies_the_growing_one(tmp_path, tier):
+    cache = cache_of(tmp_path, **{tier: 8})
+    row = filled(cache, tier, 2 * B + 3)
+    pool = {"gpu": cache.gpu, "cpu": cache.cpu, "disk": cache.tail}[tier]
+    slot = row.tail if tier == "disk" else row.blocks[2]
+    pool[:, :, slot] = torch.randn(pool[:, :, slot].shape)
+    twin = cache.fork(row)
+    assert twin.blocks[:2] == row.blocks[:2] and twin.blocks[2] != row.blocks[2]
+    assert twin.length == row.length and free(cache, tier) == 8 - 4
+    copy = twin.tail if tier == "disk" else twin.blocks[2]
+    assert copy != slot and torch.equal(pool[:, :, copy], pool[:, :, slot])
+    cache.close(row)
+    assert free(cache, tier) == 8 - 3, "the shared blocks stay while the twin holds them"
+    cache.close(twin)
+    assert free(cache, tier) == 8
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_fork_at_a_block_boundary_takes_no_block(tmp_path, tier):
+    cache = cache_of(tmp_path, **{tier: 2})
+    row = filled(cache, tier, 2 * B)
+    twin = cache.fork(row)
+    assert twin.blocks == row.blocks and free(cache, tier) == 0
+    with pytest.raises(KVExhausted):
+        cache.reserve(twin, 1)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_fork_without_room_changes_nothing(tmp_path, tier):
+    cache = cache_of(tmp_path, **{tier: 2})
+    row = filled(cache, tier, B + 1)
+    tails = cache.free_tails
+    with pytest.raises(KVExhausted):
+        cache.fork(row)
+    assert cache.free_tails == tails
+    cache.close(row)
+    assert free(cache, tier) == 2
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_shared_beginning_takes_nothing_and_outlives_the_row_it_came_from(tmp_path, tier):
+    cache = cache_of(tmp_path, **{tier: 8}, tails=2)
+    row = filled(cache, tier, 2 * B + 3)
+    tails = cache.free_tails
+    beginning = cache.share(row, 2 * B)
+    assert (beginning.blocks, beginning.length) == (row.blocks[:2], 2 * B)
+    assert (free(cache, tier), cache.free_tails) == (8 - 3, tails)
+    cache.close(row)
+    assert free(cache, tier) == 8 - 2
+    twins = [cache.fork(beginning)]
+    cache.reserve(twins[0], 1)
+    assert twins[0].blocks[:2] == beginning.blocks and free(cache, tier) == 8 - 3
+    cache.close(beginning)
+    assert free(cache, tier) == 8 - 3, "the shared blocks stay while the twin holds them"
+    cache.close(twins[0])
+    assert free(cache, tier) == 8 and cache.free_tails == cache._tails.total
+
+
+def test_row_that_shares_a_block_is_not_cut_inside_it(tmp_path):
+    cache = cache_of(tmp_path, gpu=6)
+    row = filled(cache, "gpu", 2 * B)
+    twin = cache.fork(row)
+    with pytest.raises(ValueError, match="shared"):
+        cache.truncate(twin, B + 3)  # the next token would be written into the other row's block
+    cache.truncate(twin, B)
+    assert twin.blocks == row.blocks[:1]
+    cache.truncate(row, B + 3)  # nobody shares this one any more
+    assert row.length == B + 3
+
+
+def test_many_random_rows_never_leak_a_block(tmp_path):
+    cache, rng, rows = cache_of(tmp_path, gpu=30, cpu=30, disk=30, tails=5), random.Random(4), []
+    for _ in range(2000):
+        action = rng.choice(["open", "grow", "grow", "cut", "fork", "close"])
+        row = rng.choice(rows) if rows else None
+        try:
+            if action == "open" or row is None:
+                rows.append(cache.open(rng.choice(TIERS)))
+            elif action == "grow":
+                tokens = rng.randint(1, 40)
+                cache.reserve(row, tokens)
+                row.length += tokens
+            elif action == "cut":
+                cache.truncate(row, row.length // B * B)
+            elif action == "fork":
+                rows.append(cache.fork(row))
+            else:
+                cache.close(row)
+                rows.remove(row)
+        except KVExhausted:
+            pass
+        for tier in TIERS:
+            held = {b for r in rows if r.tier == tier for b in r.blocks}
+            assert free(cache, tier) == 30 - len(held)
+        assert cache.free_tails == 5 - sum(r.tier == "disk" for r in rows)
+    for row in rows:
+        cache.close(row)
+    assert all(free(cache, tier) == 30 for tier in TIERS)
+
+
+# What comes back.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("window", [None, 20])
+def test_kv_written_over_many_sweeps_comes_back_equal(bench, kind, window):
+    b, rng = bench((60, 60, 60), window=window, seed=KINDS.index(kind)), random.Random(KINDS.index(kind))
+    rows = [b.open(kind) for _ in range(4)]
+    for _ in range(9):
+        b.sweep(rows, [rng.choice([1, 1, 2, 15, 16, 17, 40]) for _ in rows])
+
+
+def test_block_boundaries_are_crossed_one_token_at_a_time_on_disk(bench):
+    b = bench((0, 0, 20))
+    rows = [b.open("disk"), b.open("disk")]
+    b.sweep(rows, [B - 2, 2 * B])
+    for _ in range(B + 4):
+        b.sweep(rows, [1, 1])
+    assert [r.kv.length for r in rows] == [2 * B + 2, 3 * B + 4]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mixed_groups_in_one_batch_come_back_equal_while_rows_come_and_go(bench, seed):
+    b, rng = bench((40, 80, 60), seed=seed, batch_rows=(2, 3, 5, 8)[seed]), random.Random(seed)
+    rows = []
+    for _ in range(12):
+        for row in list(rows):
+            if rng.random() < 0.15:
+                b.cache.close(row.kv)
+                rows.remove(row)
+        while len(rows) < 6:
+            rows.append(b.open(rng.choice(KINDS)))
+        b.sweep(rows, [rng.choice([1, 1, 1, 3, 16, 33]) if r.kv.length < 90 else 1 for r in rows])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forked_rows_grow_apart_and_both_come_back_equal(bench, kind):
+    b = bench((60, 60, 60))
+    row = b.open(kind)
+    for length in (35, 1, 1):
+        b.sweep([row], [length])
+    twin = b.fork(row)
+    for lengths in ([1, 1], [20, 3], [1, 16], [1, 1]):
+        b.sweep([row, twin], lengths)
+    b.cache.close(row.kv)
+    new = b.open(kind)
+    b.sweep([new, twin], [50, 1])
+    b.sweep([new, twin], [1, 1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_truncated_row_continues_from_its_new_end(bench, kind):
+    b = bench((60, 60, 60))
+    row = b.open(kind)
+    for length in (30, 9, 5):  # 44: two full blocks and a tail of 12
+        b.sweep([row], [length])
+    for length in (38, 32, 16):
+        b.cache.truncate(row.kv, length)
+        row.truncate(length)
+        b.sweep([row], [7])
+        b.cache.truncate(row.kv, length)
+        row.truncate(length)
+    b.sweep([row], [1])
+
+
+# What is moved.
+
+
+def test_only_used_tokens_are_fetched_and_stored(bench):
+    b = bench((0, 60, 0))
+    rows = [b.open("fetch") for _ in range(4)]
+    b.sweep(rows, [1, 17, 33, 5])
+    assert b.moved("h2d") == 0 and b.moved("d2h") == LAYERS * (1 + 17 + 33 + 5) * TOKEN_BYTES
+    b.sweep(rows, [1, 1, 2, 1])
+    assert b.moved("h2d") == LAYERS * (1 + 17 + 33 + 5) * TOKEN_BYTES
+    assert b.moved("d2h") == LAYERS * (56 + 5) * TOKEN_BYTES
+    assert b.moved("disk_read") == b.moved("disk_write") == b.moved("cpu") == 0
+
+
+def test_disk_rows_read_their_full_blocks_and_write_only_what_became_full(bench):
+    b = bench((0, 0, 60))
+    rows = [b.open("disk") for _ in range(3)]
+    b.sweep(rows, [B - 1, 2 * B, 3 * B + 5])
+    assert b.moved("disk_read") == 0 and b.moved("disk_write") == LAYERS * 5 * B * TOKEN_BYTES
+    b.sweep(rows, [1, 1, 1])
+    assert b.moved("disk_read") == LAYERS * 5 * B * TOKEN_BYTES
+    assert b.moved("h2d") == LAYERS * (B - 1 + 2 * B + 3 * B + 5) * TOKEN_BYTES
+    assert b.moved("disk_write") == LAYERS * 6 * B * TOKEN_BYTES
+
+
+def test_gpu_rows_move_nothing_and_cpu_rows_are_attended_where_they_are(bench):
+    b = bench((20, 20, 0))
+    rows = [b.open("gpu"), b.open("cpu")]
+    for lengths in ([20, 30], [1, 1]):
+        b.sweep(rows, lengths)
+    assert b.moved("h2d") == 0
+    assert b.moved("d2h") == LAYERS * 31 * TOKEN_BYTES
+    assert b.moved("cpu") == LAYERS * (30 + 31) * TOKEN_BYTES
+
+
+def test_disk_write_error_surfaces_in_the_sweep(bench, monkeypatch):
+    def full(fd, buffers, offset):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    b = bench((0, 0, 20))
+    row = b.open("disk")
+    monkeypatch.setattr(os, "pwritev", full)
+    with pytest.raises(StorageError, match="No space left"):
+        b.sweep([row], [3 * B])

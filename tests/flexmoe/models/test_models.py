@@ -1,0 +1,84 @@
+"""What a family refuses, and the pieces of mathematics that only one of them has."""
+
+import pytest
+import torch
+
+from cost_model.model.arch import ModelArch
+from cost_model.model.families import SUPPORTED_MODEL_TYPES
+from cost_model.model.known_shapes import known_config
+from flexmoe.errors import DataError
+from flexmoe.models.decoder import Decoder
+from flexmoe.models.registry import FAMILIES, family
+from tests.support.tiny_families import SWITCH, long_rope
+
+SHAPES = ("mixtral-8x7b", "mixtral-8x22b", "phi-3.5-moe", "qwen3-30b-a3b", "qwen3-235b-a22b")
+
+
+def phi(**changes):
+    values = known_config("phi-3.5-moe") | {"rope_scaling": long_rope(128)} | changes
+    return family(ModelArch.from_config(values), values)
+
+
+def test_every_family_that_can_be_planned_for_runs():
+    assert set(FAMILIES) == set(SUPPORTED_MODEL_TYPES)
+
+
+def test_a_family_adds_names_norm_rope_and_router_only():
+    allowed = {"names", "__init__", "norm", "rope", "route"}
+    for kind in FAMILIES.values():
+        own = {name for name in vars(kind) if callable(vars(kind)[name]) or name in vars(Decoder)}
+        assert {name for name in own if not name.startswith("_") or name == "__init__"} <= allowed
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_parts_of_a_unit_are_its_planned_bytes_in_both_layouts(name, packed):
+    arch = ModelArch.from_name(name)
+    on_disk = ("model.layers.0.mlp.experts.gate_up_proj",) if packed else ()
+    parts = family(arch).parts(on_disk)
+    for unit in arch.units():
+        size = sum(torch.Size(p.shape).numel() for p in parts[unit.name])
+        assert unit.stored_bytes == size * arch.dtype_bytes
+    expected = family(arch).expected_tensors(on_disk)
+    assert sum(torch.Size(shape).numel() for shape in expected.values()) == arch.parameters
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"num_experts_per_tok": 1}, "exactly 2"),
+        ({"rope_scaling": long_rope(128) | {"long_factor": [1.0] * 63}}, "long_factor .* 64 positive numbers"),
+        ({"rope_scaling": long_rope(128) | {"short_factor": None}}, "short_factor"),
+        ({"rope_scaling": long_rope(128) | {"short_factor": [0.0] * 64}}, "short_factor"),
+        ({"rope_scaling": long_rope(128) | {"long_mscale": "1"}}, "long_mscale"),
+        ({"router_jitter_noise": "none"}, "router_jitter_noise"),
+    ],
+)
+def test_a_phi_config_that_cannot_be_run_is_refused(changes, named):
+    with pytest.raises(DataError, match=named):
+        phi(**changes)
+
+
+def test_every_token_is_turned_by_the_factors_of_its_own_row():
+    positions, lengths = torch.tensor([3, 3, 70]), torch.tensor([SWITCH, SWITCH + 1, 71])
+    cos, _ = phi().rope(positions, lengths, torch.float32)
+    assert not torch.allclose(cos[0], cos[1])
+    for at in range(3):
+        alone, _ = phi().rope(positions[at : at + 1], lengths[at : at + 1], torch.float32)
+        assert torch.equal(cos[at], alone[0])
+
+
+def test_sparsemixer_weighs_each_choice_among_its_near_equals_only():
+    model = phi(router_jitter_noise=0.1)
+    logits = torch.tensor([[1.0, 0.95, -3.0, 0.5], [2.0, -1.0, 1.0, 0.999]])
+    ids, weights = model.route(logits)
+    assert ids.tolist() == [[0, 1], [0, 2]]
+    near = torch.softmax(torch.tensor([1.0, 0.95]), 0)[0], torch.softmax(torch.tensor([1.0, 0.999]), 0)[0]
+    torch.testing.assert_close(weights, torch.tensor([[near[0], 1.0], [1.0, near[1]]]))
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_qwen3_normalizes_routing_weights_where_its_config_says_so(normalized):
+    values = known_config("qwen3-30b-a3b") | {"norm_topk_prob": normalized}
+    _, weights = family(ModelArch.from_config(values), values).route(torch.randn(5, 128))
+    assert torch.allclose(weights.sum(-1), torch.ones(5)) == normalized

@@ -1,0 +1,255 @@
+"""The weight stream delivers every unit's own numbers, in order, within its slots, and ends when asked."""
+
+import errno
+import os
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from flexmoe.errors import StorageError
+from flexmoe.system.device import Device
+from flexmoe.system.trace import Recorder
+from flexmoe.weights.store import EmbeddingTable, WeightStore, as_compute
+from flexmoe.weights.stream import WeightStream
+from tests.support.tiny_units import UNITS, tiny_units, within
+
+PLACEMENTS = {
+    "gpu": dict.fromkeys(UNITS, "gpu"),
+    "cpu": dict.fromkeys(UNITS, "cpu"),
+    "disk": dict.fromkeys(UNITS, "disk"),
+    "mixed": dict(zip(UNITS, ["cpu", "gpu", "disk", "disk", "cpu", "disk", "gpu"])),
+}
+SETTLE_S = 0.1
+
+
+@contextmanager
+def streamed(source, tiers, slots=2, *, dtype=torch.float32, overlap=True, staged=False, staging_slots=2, pin=True):
+    """A store and its stream; asserts that closing them leaves no thread."""
+    before = set(threading.enumerate())
+    store = WeightStore(Device("cpu"), Recorder(), source, tiers, dtype, pin)
+    stream = WeightStream(
+        store, [u for u in UNITS if tiers[u] != "gpu"], slots, staging_slots, overlap=overlap, staged=staged
+    )
+    try:
+        yield store, stream
+    finally:
+        within(10, stream.close)
+        within(10, store.close)
+        assert set(threading.enumerate()) == before, "a thread is left"
+
+
+def check_sweeps(stream, expected, dtype, sweeps=3):
+    for _ in range(sweeps):
+        for unit in UNITS:
+            tensors = stream.get(unit)
+            assert stream.get(unit) is tensors, "asking again gives the same tensors"
+            assert set(tensors) == set(expected[unit])
+            for role, t in expected[unit].items():
+                assert tensors[role].dtype == dtype
+                assert torch.equal(tensors[role], t.to(dtype)), (unit, role)
+            stream.release(unit)
+
+
+@pytest.mark.parametrize("staged", [False, True], ids=["direct", "staged"])
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlapped", "serial"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_every_unit_equals_the_checkpoint_over_several_sweeps(tmp_path, placement, overlap, staged):
+    source, expected = tiny_units(tmp_path)
+    for slots in (1, 2, 3, len(UNITS)):
+        with streamed(source, PLACEMENTS[placement], slots, overlap=overlap, staged=staged) as (_, stream):
+            within(20, lambda: check_sweeps(stream, expected, torch.float32))
+
+
+@pytest.mark.parametrize("stored, compute", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("staged", [False, True], ids=["direct", "staged"])
+def test_units_are_cast_to_the_compute_dtype_on_every_tier(tmp_path, stored, compute, staged):
+    source, expected = tiny_units(tmp_path, stored)
+    for placement in PLACEMENTS.values():
+        with streamed(source, placement, dtype=compute, staged=staged) as (_, stream):
+            within(20, lambda: check_sweeps(stream, expected, compute, sweeps=2))
+
+
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlapped", "serial"])
+def test_unpinned_homes_pass_through_staging(tmp_path, overlap):
+    source, expected = tiny_units(tmp_path)
+    for placement in ("cpu", "mixed"):
+        for staging_slots in (1, 3):
+            options = dict(pin=False, staged=True, staging_slots=staging_slots, overlap=overlap)
+            with streamed(source, PLACEMENTS[placement], **options) as (_, stream):
+                within(20, lambda: check_sweeps(stream, expected, torch.float32))
+
+
+def test_resident_unit_needs_no_order_and_no_slot(tmp_path):
+    source, expected = tiny_units(tmp_path)
+    with streamed(source, PLACEMENTS["mixed"], 1) as (store, stream):
+        assert torch.equal(stream.get("head")["head"], expected["head"]["head"])
+        assert torch.equal(stream.get("e0")["up"], expected["e0"]["up"])
+        stream.release("head")
+        assert within(5, lambda: stream.get("a0")) is not None
+
+
+def test_cast_leaves_tensors_of_the_compute_dtype_alone():
+    tensor = torch.ones(3)
+    assert as_compute({"x": tensor}, torch.float32)["x"] is tensor
+
+
+def counted_reads(monkeypatch, store_class=WeightStore):
+    """Names of the units whose read has been started by any store."""
+    started, real = [], store_class.read
+
+    def read(self, unit, buffer, on_done=None):
+        started.append(unit)
+        return real(self, unit, buffer, on_done)
+
+    monkeypatch.setattr(store_class, "read", read)
+    return started
+
+
+def settle(started, count):
+    """Waits until ``count`` reads have been started, and asserts that there are no more."""
+    deadline = time.monotonic() + 10
+    while len(started) < count and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(SETTLE_S / 5)
+    assert len(started) == count
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_look_ahead_fills_the_slots_and_goes_no_further(tmp_path, monkeypatch, slots):
+    source, _ = tiny_units(tmp_path)
+    started = counted_reads(monkeypatch)
+    with streamed(source, PLACEMENTS["disk"], slots) as (_, stream):
+        for used in range(2 * len(UNITS)):
+            settle(started, used + slots)
+            unit = UNITS[used % len(UNITS)]
+            within(5, lambda u=unit: stream.get(u))
+            settle(started, used + slots)
+            stream.release(unit)
+        assert started[: 2 * len(UNITS)] == UNITS * 2, "look-ahead wraps from the last unit to the first"
+
+
+def test_staged_look_ahead_reads_no_more_than_slots_and_staging_hold(tmp_path, monkeypatch):
+    source, _ = tiny_units(tmp_path)
+    started = counted_reads(monkeypatch)
+    with streamed(source, PLACEMENTS["disk"], 2, staged=True, staging_slots=2) as (_, stream):
+        settle(started, 4)
+        within(5, lambda: stream.get("a0"))
+        stream.release("a0")
+        settle(started, 5)
+
+
+@pytest.mark.parametrize("staged", [False, True], ids=["direct", "staged"])
+def test_serial_stream_starts_nothing_before_it_is_asked(tmp_path, monkeypatch, staged):
+    source, _ = tiny_units(tmp_path)
+    started = counted_reads(monkeypatch)
+    with streamed(source, PLACEMENTS["disk"], 3, overlap=False, staged=staged) as (_, stream):
+        time.sleep(SETTLE_S)
+        assert started == []
+        within(5, lambda: stream.get("a0"))
+        time.sleep(SETTLE_S)
+        assert started == ["a0"]
+        stream.release("a0")
+
+
+@pytest.mark.parametrize("staged", [False, True], ids=["direct", "staged"])
+def test_slot_keeps_its_numbers_until_it_is_released(tmp_path, staged):
+    source, expected = tiny_units(tmp_path)
+    with streamed(source, PLACEMENTS["disk"], 2, staged=staged) as (_, stream):
+        held = within(5, lambda: stream.get("a0"))
+        within(5, lambda: stream.get("e0"))
+        stream.release("e0")
+        time.sleep(SETTLE_S)
+        assert all(torch.equal(held[role], t) for role, t in expected["a0"].items())
+
+
+def failing_preadv(fd, buffers, offset):
+    raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("staged", [False, True], ids=["direct", "staged"])
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlapped", "serial"])
+@pytest.mark.parametrize("slots", [1, 4])
+def test_read_error_reaches_whoever_asks_first_and_again(tmp_path, monkeypatch, slots, overlap, staged):
+    source, _ = tiny_units(tmp_path)
+    monkeypatch.setattr(os, "preadv", failing_preadv)
+    with streamed(source, PLACEMENTS["disk"], slots, overlap=overlap, staged=staged) as (_, stream):
+        for unit in ("a0", "a0", "e0"):
+            with pytest.raises(StorageError, match="Input/output error"):
+                within(5, lambda u=unit: stream.get(u))
+
+
+@pytest.mark.parametrize("staged", [False, True], ids=["direct", "staged"])
+def test_read_error_of_a_later_sweep_surfaces_at_its_unit(tmp_path, monkeypatch, staged):
+    source, expected = tiny_units(tmp_path)
+    with streamed(source, PLACEMENTS["disk"], 1, staged=staged, staging_slots=1) as (_, stream):
+        within(10, lambda: check_sweeps(stream, expected, torch.float32, sweeps=1))
+        monkeypatch.setattr(os, "preadv", failing_preadv)
+        with pytest.raises(StorageError):
+            within(10, lambda: check_sweeps(stream, expected, torch.float32, sweeps=2))
+        with pytest.raises(StorageError):
+            within(5, lambda: stream.get("e3"))
+
+
+@pytest.mark.parametrize("staged", [False, True], ids=["direct", "staged"])
+def test_shard_that_can_no_longer_be_opened_is_an_error_not_a_hang(tmp_path, staged):
+    source, _ = tiny_units(tmp_path)
+    os.remove(tmp_path / "model.safetensors")
+    with streamed(source, PLACEMENTS["disk"], 2, staged=staged) as (_, stream):
+        for _ in range(2):
+            with pytest.raises(StorageError, match="cannot open .*model.safetensors"):
+                within(5, lambda: stream.get("a0"))
+
+
+def test_wrong_order_is_refused(tmp_path):
+    source, _ = tiny_units(tmp_path)
+    with streamed(source, PLACEMENTS["disk"]) as (_, stream):
+        with pytest.raises(RuntimeError, match="at a0, but e1 was asked for: wrong order"):
+            within(5, lambda: stream.get("e1"))
+
+
+@pytest.mark.parametrize("staged", [False, True], ids=["direct", "staged"])
+def test_close_with_transfers_under_way_ends_the_threads(tmp_path, monkeypatch, staged):
+    source, _ = tiny_units(tmp_path)
+    real = os.preadv
+
+    def slow(fd, buffers, offset):
+        time.sleep(0.02)
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    for placement in ("disk", "mixed", "cpu"):
+        with streamed(source, PLACEMENTS[placement], 3, staged=staged):
+            pass  # the context asserts that no thread is left
+
+
+def test_bytes_are_counted_once_per_lane(tmp_path):
+    source, expected = tiny_units(tmp_path)
+    with streamed(source, PLACEMENTS["cpu"], 1, overlap=False) as (store, stream):
+        loaded = store.recorder.totals()["disk_read"].nbytes
+        within(10, lambda: check_sweeps(stream, expected, torch.float32, sweeps=2))
+        totals = store.recorder.totals()
+        assert totals["h2d"].nbytes == 2 * sum(store.layouts[u].stored_bytes for u in UNITS)
+        assert totals["disk_read"].nbytes == loaded == sum(store.layouts[u].host_bytes for u in UNITS)
+
+
+@pytest.mark.parametrize("tier", ["gpu", "cpu", "disk"])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+def test_embedding_rows_are_the_tables_whatever_its_home(tmp_path, tier, compute):
+    source, expected = tiny_units(tmp_path)
+    table = expected["embed"]["embed"]
+    store = WeightStore(Device("cpu"), Recorder(), source, {"embed": tier}, compute)
+    embed = EmbeddingTable(store, source, "embed", max_tokens=8)
+    ids = torch.tensor([3, 0, 39, 3, 17])
+    first = embed(ids)
+    second = embed(ids.flip(0))
+    assert torch.equal(first, table[ids].to(compute)) and first.dtype == compute
+    assert torch.equal(second, table[ids.flip(0)].to(compute)), "a later call does not change an earlier result"
+    if tier != "gpu":  # on CUDA the first batch's rows may still be on their way when the second's are gathered
+        kept = embed._rows.clone()
+        embed(torch.tensor([5, 6]), first=5)
+        changed = (embed._rows != kept).nonzero()[:, 0]
+        assert 5 * 24 * 4 <= changed.min() and changed.max() < 7 * 24 * 4, "GPU batches share no host bytes"
+    store.close()

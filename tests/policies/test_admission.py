@@ -1,0 +1,356 @@
+"""Admission from lengths alone: who enters, where, how it is attended, what it holds, and who has to leave."""
+
+import random
+
+import pytest
+
+from policies import Policy
+from policies.admission.admission import Admission, RowLengths
+from policies.placement import TIERS
+from tests.flexmoe.engine.test_scheduler import Simulation
+
+GPU, CPU, DISK = (100, 0), (0, 100), (0, 0)
+BLOCK = 16
+
+
+def policy_of(kv=GPU, rows=8, prefill_tokens=64, **rest):
+    return Policy.from_percent(
+        (100, 0, *kv, 100, 0), gpu_batch_size=rows, num_gpu_batches=1, prompt_len=32, gen_len=16,
+        prefill_tokens=prefill_tokens, **rest,
+    )  # fmt: skip
+
+
+def admission_of(kv=GPU, *, gpu=0, cpu=0, disk=0, tails=0, expected_end=None, recompute_past=None, **policy):
+    return Admission(
+        policy_of(kv, **policy),
+        blocks={"gpu": gpu, "cpu": cpu, "disk": disk},
+        tails=tails,
+        block_tokens=BLOCK,
+        expected_end=expected_end,
+        recompute_past=recompute_past,
+    )
+
+
+def wait(admission, *lengths):
+    """Rows of the given (prompt, generation) lengths join the queue."""
+    rows = [RowLengths(prompt=prompt, limit=prompt + gen) for prompt, gen in lengths]
+    admission.waiting.extend(rows)
+    return rows
+
+
+def sweep(admission):
+    """One sweep; rows end at their limit. Returns (run, logits) of each row that had a run."""
+    seen = {}
+    for row in admission.plan():
+        seen[row] = row.run, row.logits
+        admission.commit(row, generated=row.logits)
+    for row in seen:
+        if row.length == row.limit:
+            admission.finish(row)
+    admission.end_sweep()
+    return seen
+
+
+def held(admission, tier):
+    return admission._blocks[tier] - admission.free(tier)
+
+
+# What a row holds.
+
+
+@pytest.mark.parametrize("kv, tier", [(GPU, "gpu"), (CPU, "cpu"), (DISK, "disk")])
+def test_row_holds_the_blocks_of_its_tokens_and_on_disk_a_tail(kv, tier):
+    admission = admission_of(kv, **{tier: 10}, tails=2)
+    (row,) = wait(admission, (30, 5))
+    used = []
+    while admission.unfinished:
+        admission.plan()
+        used.append((row.cached + row.run, row.blocks, held(admission, tier), 2 - admission.free_tails))
+        admission.commit(row, generated=True)
+        if row.length == row.limit:
+            admission.finish(row)
+        admission.end_sweep()
+    tail = int(tier == "disk")
+    assert used == [(30, 2, 2, tail), (31, 2, 2, tail), (32, 2, 2, tail), (33, 3, 3, tail), (34, 3, 3, tail)]
+    assert (admission.free(tier), admission.free_tails, admission.projected_peak(tier)) == (10, 2, 0)
+
+
+def test_disk_takes_no_more_rows_than_it_has_tails():
+    admission = admission_of(DISK, disk=40, tails=3, prefill_tokens=1000)
+    wait(admission, *[(16, 4)] * 5)
+    assert len(admission.plan()) == 3 and len(admission.waiting) == 2
+
+
+def test_largest_row_is_what_the_largest_tier_holds():
+    assert admission_of(gpu=3, cpu=7, disk=5).largest_row_tokens() == 7 * BLOCK
+
+
+# Who gets which run.
+
+
+def test_prompt_enters_in_chunks_and_only_the_last_run_of_a_prompt_ends_with_a_token():
+    admission = admission_of(gpu=20, prefill_tokens=40)
+    (row,) = wait(admission, (100, 2))
+    assert [sweep(admission)[row] for _ in range(4)] == [(40, False), (40, False), (20, True), (1, True)]
+    assert admission.unfinished == 0
+
+
+def test_decoding_rows_take_nothing_of_the_pace_of_prompts():
+    admission = admission_of(gpu=40, prefill_tokens=32)
+    old, young, late = wait(admission, (32, 9), (22, 9), (31, 9))
+    assert sweep(admission) == {old: (32, True)}
+    assert sweep(admission) == {old: (1, True), young: (22, True), late: (10, False)}
+    assert sweep(admission) == {old: (1, True), young: (1, True), late: (21, True)}
+
+
+def test_last_token_of_a_prompt_takes_of_the_pace_although_it_is_a_run_of_one():
+    admission = admission_of(gpu=40, prefill_tokens=32)
+    first, second = wait(admission, (33, 9), (40, 9))
+    assert sweep(admission) == {first: (32, False)}
+    assert sweep(admission) == {first: (1, True), second: (31, False)}
+
+
+@pytest.mark.parametrize(
+    "prompt, runs", [(29, [29, 1, 1, 1, 33, 1]), (32, [32, 33, 1, 1, 1, 1]), (33, [33, 1, 1, 1, 1, 1])]
+)
+def test_a_row_that_grows_past_the_bound_is_computed_anew_as_one_run(prompt, runs):
+    admission = admission_of(gpu=20, prefill_tokens=40, recompute_past=32)
+    (row,) = wait(admission, (prompt, 6))
+    assert [sweep(admission)[row] for _ in runs] == [(run, True) for run in runs]
+    assert admission.unfinished == 0 and admission.restarts == (33 in runs[1:])
+
+
+def test_a_row_that_is_computed_anew_in_chunks_is_so_once():
+    admission = admission_of(gpu=20, prefill_tokens=16, recompute_past=32)
+    (row,) = wait(admission, (32, 4))
+    runs = [(16, False), (16, True), (16, False), (16, False), (1, True), (1, True), (1, True)]
+    assert [sweep(admission)[row] for _ in runs] == runs
+    assert admission.restarts == 1 and admission.unfinished == 0
+
+
+def test_a_row_that_ends_at_the_bound_is_not_computed_anew():
+    admission = admission_of(gpu=20, recompute_past=32)
+    wait(admission, (30, 3))
+    while admission.unfinished:
+        sweep(admission)
+    assert admission.restarts == 0
+
+
+@pytest.mark.parametrize("restart_after, counts", [(2, [40, 40, 0, 0, 20, 0]), (4, [40, 40, 20, 0, 0, 0])])
+def test_every_prompt_token_counts_once_although_a_restart_computes_it_again(restart_after, counts):
+    admission = admission_of(gpu=20, prefill_tokens=40)
+    (row,) = wait(admission, (100, 9))
+    counted = []
+    for number in range(1, 7):
+        (planned,) = admission.plan()
+        counted.append(admission.commit(planned, generated=planned.logits))
+        if number == restart_after:
+            admission.send_back(row)
+        admission.end_sweep()
+    assert counted == counts
+
+
+def test_run_of_one_token_that_completes_a_restarted_row_ends_with_a_token():
+    admission = admission_of(gpu=20, prefill_tokens=40)
+    (row,) = wait(admission, (40, 9))
+    sweep(admission)
+    admission.send_back(row)
+    assert row.length == 41
+    assert [sweep(admission)[row] for _ in range(3)] == [(40, False), (1, True), (1, True)]
+
+
+# Who enters, and where.
+
+
+def test_row_waits_until_the_projected_peak_of_all_rows_fits():
+    admission = admission_of(gpu=4, prefill_tokens=100)
+    first, second = wait(admission, (16, 18), (16, 18))
+    assert list(sweep(admission)) == [first], "both would need three blocks at the end, of four"
+    runs = [list(sweep(admission)) for _ in range(17)]
+    assert runs == [[first]] * 16 + [[first, second]], "the first one's peak meets the second one's beginning"
+
+
+def test_projection_counts_the_sweeps_that_a_prompt_takes_to_enter():
+    admission = admission_of(gpu=10, prefill_tokens=16)
+    wait(admission, (64, 18))
+    peaks = [admission.projected_peak("gpu") for _ in range(22) if sweep(admission)]
+    assert peaks == [6] * 20 + [0], "four sweeps for the prompt, one for each further token but the last"
+
+
+def test_nobody_overtakes_the_row_that_waits_longest():
+    admission = admission_of(gpu=6)
+    first, large, small = wait(admission, (32, 9), (64, 9), (1, 2))
+    assert list(sweep(admission)) == [first]
+    assert list(admission.waiting) == [large, small]
+
+
+def test_rows_in_flight_never_exceed_the_block():
+    admission = admission_of(gpu=100, rows=3, prefill_tokens=1000)
+    wait(admission, *[(16, 3)] * 7)
+    assert [len(sweep(admission)) for _ in range(9)] == [3] * 6 + [1] * 3
+
+
+def test_static_block_takes_no_row_between_its_first_end_and_its_last():
+    admission = admission_of(gpu=100, rows=3, prefill_tokens=1000, schedule="static")
+    wait(admission, (16, 2), (16, 4), (16, 4), (16, 2))
+    assert [len(sweep(admission)) for _ in range(6)] == [3, 3, 2, 2, 1, 1]
+
+
+def test_rows_go_where_the_shares_ask_and_elsewhere_when_that_is_full():
+    admission = admission_of((25, 50), gpu=9, cpu=9, disk=9, tails=9, prefill_tokens=1000, rows=16)
+    wait(admission, *[(16, 1)] * 8)
+    assert sorted(row.tier for row in admission.plan()) == ["cpu"] * 4 + ["disk"] * 2 + ["gpu"] * 2
+    admission = admission_of((25, 75), gpu=9, cpu=3, prefill_tokens=1000, rows=16)
+    wait(admission, *[(16, 1)] * 8)
+    assert sorted(row.tier for row in admission.plan()) == ["cpu"] * 3 + ["gpu"] * 5
+
+
+def test_rows_that_come_and_go_keep_the_share_that_is_attended_on_the_cpu():
+    admission = admission_of(CPU, cpu=100, rows=10, prefill_tokens=1000, cpu_attention_percent=30)
+    wait(admission, *[(16, 2 + number % 5) for number in range(60)])
+    shares = []
+    while admission.unfinished:
+        modes = [row.mode for row in sweep(admission)]
+        assert set(modes) <= {"cpu", "fetch"}
+        shares.append(modes.count("cpu") / len(modes))
+    assert shares[0] == 0.3
+    assert sum(shares) / len(shares) == pytest.approx(0.3, abs=0.06)
+
+
+def test_rows_on_the_gpu_are_attended_there_and_disk_rows_are_fetched():
+    for kv, tier, mode in ((GPU, "gpu", "gpu"), (DISK, "disk", "fetch")):
+        admission = admission_of(kv, **{tier: 9}, tails=4, cpu_attention_percent=100)
+        wait(admission, (16, 4))
+        assert [row.mode for row in admission.plan()] == [mode]
+
+
+def test_expected_end_below_the_limit_lets_more_rows_in():
+    def entered(expected_end):
+        admission = admission_of(gpu=12, prefill_tokens=1000, expected_end=expected_end)
+        wait(admission, *[(16, 48)] * 8)
+        return len(admission.plan())
+
+    assert (entered(None), entered(lambda row: 32), entered(lambda row: 0)) == (3, 6, 8)
+
+
+# Who is sent back.
+
+
+def test_youngest_row_of_a_full_tier_is_sent_back_and_enters_again_first():
+    admission = admission_of(gpu=3, rows=2, expected_end=lambda row: 0)
+    old, young, later = wait(admission, (16, 20), (16, 20), (16, 20))
+    sweep(admission)
+    (row,) = admission.plan()  # both want a second block, and there is one
+    assert row is old and admission.sent_back == [young] and admission.restarts == 1
+    assert list(admission.waiting) == [young, later]
+    assert (young.tier, young.cached, young.blocks, young.run, young.length) == ("", 0, 0, 0, 17)
+    assert held(admission, "gpu") == old.blocks == 2
+
+
+def test_row_that_is_itself_the_youngest_of_its_tier_leaves():
+    admission = admission_of((50, 50), gpu=1, cpu=9, expected_end=lambda row: 0)
+    (row,) = wait(admission, (16, 20))
+    admission.plan()
+    assert row.tier == "gpu"
+    admission.commit(row, generated=True)
+    admission.end_sweep()
+    assert admission.plan() == [row], "the tier that is too small for it now sent it to the other one"
+    assert (row.tier, row.run, admission.sent_back) == ("cpu", 17, [row])
+
+
+def test_row_of_another_tier_is_not_sent_back():
+    admission = admission_of((50, 50), gpu=3, cpu=4, expected_end=lambda row: 0, prefill_tokens=100)
+    rows = wait(admission, *[(16, 20)] * 5)
+    sweep(admission)
+    assert [row.tier for row in rows] == ["gpu", "cpu", "gpu", "cpu", "gpu"]
+    admission.plan()
+    assert [row.tier for row in rows] == ["gpu", "cpu", "", "cpu", ""]
+    assert admission.sent_back == [rows[4], rows[2]]
+
+
+# The steady state.
+
+
+def test_aged_row_holds_all_but_its_last_token_and_decodes_next():
+    admission = admission_of(CPU, cpu=9, cpu_attention_percent=100)
+    row = RowLengths(prompt=20, limit=40, generated=7)
+    assert admission.enter_aged(row)
+    assert (row.tier, row.mode, row.cached, row.blocks, row.prompt_done) == ("cpu", "cpu", 26, 2, 20)
+    assert sweep(admission) == {row: (1, True)}
+
+
+def test_aged_row_without_room_does_not_enter():
+    admission = admission_of(gpu=4)
+    assert admission.enter_aged(RowLengths(prompt=40, limit=49, generated=1))
+    late = RowLengths(prompt=40, limit=49, generated=1)
+    assert not admission.enter_aged(late)
+    assert late.tier == "" and len(admission.running) == 1 and admission.free("gpu") == 1
+
+
+# The simulator's rows are the runtime's rows.
+
+
+def random_job(seed):
+    """A policy, block counts, tails, expected end and rows (prompt, generation at most, generation)."""
+    rng = random.Random(seed)
+    gpu = rng.choice((0, 100, rng.randint(0, 100)))
+    kv = gpu, rng.choice((0, 100 - gpu, rng.randint(0, 100 - gpu)))
+    policy = policy_of(
+        kv, rows=rng.randint(1, 14), prefill_tokens=rng.choice((7, 16, 17, 60, 500)),
+        schedule=rng.choice(("rolling", "static")), cpu_attention_percent=rng.choice((0, 40, 75, 100)),
+    )  # fmt: skip
+    blocks = {tier: rng.choice((0, rng.randint(3, 30))) for tier in TIERS}
+    if not any(blocks.values()) or seed % 4 == 0:
+        blocks = {tier: rng.randint(3, 30) for tier in TIERS}
+    longest = max(blocks.values()) * BLOCK
+    rows = []
+    for _ in range(rng.randint(1, 40)):
+        prompt = rng.choice((1, 15, 16, 17, rng.randint(1, 90)))
+        prompt = min(prompt, longest - 1)
+        most = rng.randint(1, min(60, longest - prompt))
+        rows.append((prompt, most, rng.choice((most, rng.randint(1, most)))))
+    far_sighted = rng.choice((0.0, 0.5, 1.0))
+    return policy, blocks, rng.randint(1, 9), lambda row: row.prompt + int(far_sighted * (row.limit - row.prompt)), rows
+
+
+def check_counts(admission, blocks, tails):
+    """What admission counts is what its rows hold."""
+    rows = admission.running
+    for tier in TIERS:
+        needed = [-(-(row.cached + row.run) // BLOCK) for row in rows if row.tier == tier]
+        assert [row.blocks for row in rows if row.tier == tier] == needed
+        assert admission.free(tier) == blocks[tier] - sum(needed) >= 0
+    assert admission.free_tails == tails - sum(row.tier == "disk" for row in rows) >= 0
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_admission_decides_in_every_sweep_what_the_scheduler_over_a_real_cache_decides(part, tmp_path):
+    restarts = tiers_used = 0
+    for seed in range(part * 12, part * 12 + 12):
+        policy, blocks, tails, expected_end, lengths = random_job(seed)
+        sim = Simulation(policy, blocks, tails=tails, expected_end=expected_end, tmp_path=tmp_path)
+        pure = Admission(policy, blocks=blocks, tails=tails, block_tokens=BLOCK, expected_end=expected_end)
+        real = {sim.submit(prompt, most, ends): number for number, (prompt, most, ends) in enumerate(lengths)}
+        rows = {row: number for number, row in enumerate(wait(pure, *[(prompt, most) for prompt, most, _ in lengths]))}
+        seen = set()
+        while pure.unfinished:
+            planned = pure.plan()
+            check_counts(pure, blocks, tails)
+            decided = [(rows[row], row.run, row.logits, row.tier, row.mode) for row in planned]
+            seen |= {row.tier for row in planned}
+            counted = sum(pure.commit(row, generated=row.logits) for row in planned)
+            runs = sim.sweep()
+            assert decided == [(real[r.owner], len(r.tokens), bool(r.logits), r.kv.tier, r.mode) for r in runs]
+            assert counted == sim.sweeps[-1]["prompt"]
+            assert {tier: held(pure, tier) for tier in TIERS} == sim.sweeps[-1]["held"]
+            for row in planned:
+                if row.generated >= lengths[rows[row]][2]:
+                    pure.finish(row)
+            pure.end_sweep()
+            assert {tier: pure.free(tier) for tier in TIERS} == {tier: sim.cache.free(tier) for tier in TIERS}
+            assert pure.free_tails == sim.cache.free_tails
+            assert [rows[row] for row in pure.waiting] == [real[row] for row in sim.scheduler.waiting]
+        assert not sim.scheduler.unfinished and pure.restarts == sim.scheduler.restarts
+        restarts += pure.restarts
+        tiers_used = max(tiers_used, len(seen))
+    assert restarts > 0 and tiers_used == 3, "these jobs exercise restarts and all tiers"

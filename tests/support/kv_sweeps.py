@@ -1,0 +1,117 @@
+"""Drives the KV cache and its lanes as the executor does, beside rows of plain tensors that tell what must come out."""
+
+import torch
+
+from flexmoe.kv.batch import Block, Run
+from flexmoe.kv.cache import KVCache, KVShape
+from flexmoe.kv.transfers import KVBuffers, KVLanes
+from flexmoe.system.device import Device
+from flexmoe.system.trace import Recorder
+
+LAYERS, HEADS, KV_HEADS, SIZE = 2, 4, 2, 8
+SHAPE = KVShape(layers=LAYERS, kv_heads=KV_HEADS, head_dim=SIZE, dtype=torch.float32)
+MODE = {"gpu": "gpu", "cpu": "cpu", "fetch": "fetch", "disk": "fetch"}
+TIER = {"gpu": "gpu", "cpu": "cpu", "fetch": "cpu", "disk": "disk"}
+
+
+class History:
+    """A row in the cache and the K and V that it was given: ``k[layer]`` is ``[tokens, G, Dh]``."""
+
+    def __init__(self, kind, kv):
+        self.kind, self.kv = kind, kv
+        self.k, self.v = ([torch.zeros(0, KV_HEADS, SIZE) for _ in range(LAYERS)] for _ in range(2))
+
+    def truncate(self, length):
+        self.k, self.v = ([x[:length] for x in side] for side in (self.k, self.v))
+
+
+class Bench:
+    """A cache of ``blocks`` per tier with its lanes; `sweep` runs one sweep over some rows and checks its attention."""
+
+    def __init__(self, directory, blocks, *, window=None, seed=0, tails=8, batch_rows=3):
+        self.recorder, self.window, self.batch_rows = Recorder(), window, batch_rows
+        device = Device("cpu")
+        counts = dict(zip(("gpu", "cpu", "disk"), blocks))
+        self.cache = KVCache(device, SHAPE, counts, tails if counts["disk"] else 0, directory)
+        buffers = KVBuffers(staging_blocks=sum(blocks), batch_tokens=600, write_blocks=60)
+        self.lanes = KVLanes(device, self.recorder, self.cache, buffers, HEADS, window)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def open(self, kind):
+        return History(kind, self.cache.open(TIER[kind]))
+
+    def fork(self, row):
+        twin = History(row.kind, self.cache.fork(row.kv))
+        twin.k, twin.v = list(row.k), list(row.v)
+        return twin
+
+    def close(self):
+        self.lanes.close()
+
+    def moved(self, lane):
+        """Bytes of a lane so far."""
+        totals = self.recorder.totals().get(lane)
+        return totals.nbytes if totals else 0
+
+    def sweep(self, rows, lengths):
+        """Every row takes ``lengths`` new tokens of random K and V; raises unless attention over all is right."""
+        runs = []
+        for row, count in zip(rows, lengths):
+            self.cache.reserve(row.kv, count)
+            runs.append(Run(row.kv, [0] * count, MODE[row.kind], 1, row))
+        block = Block(runs, self.batch_rows)
+        self.lanes.begin(block)
+        for layer in range(LAYERS):
+            self._layer(layer, block)
+        self.lanes.drain()
+        for run in block.runs:
+            run.kv.length += len(run.tokens)
+
+    def _layer(self, layer, block):
+        """The executor's order: batch j + 1 is loaded and stored before batch j is attended."""
+        ahead = [self._project(layer, block.batches[0])]
+        for j, batch in enumerate(block.batches):
+            if j + 1 < len(block.batches):
+                ahead.append(self._project(layer, block.batches[j + 1]))
+            self._check(layer, batch, *ahead[j])
+
+    def _project(self, layer, batch):
+        modes = [g.mode for g in batch.groups]
+        loaded = self.lanes.load(layer, batch) if "fetch" in modes else None
+        tokens = batch.stop - batch.start
+        q = torch.randn(tokens, HEADS, SIZE, generator=self.generator)
+        k, v = (torch.randn(tokens, KV_HEADS, SIZE, generator=self.generator) for _ in range(2))
+        self.lanes.append(layer, batch, k, v)
+        stored = self.lanes.store(layer, batch, q, k, v, loaded) if set(modes) - {"gpu"} else None
+        if any(run.kv.tier == "disk" for g in batch.groups for run in g.runs):
+            self.lanes.write(layer, batch)
+        attended = self.lanes.cpu_attend(layer, batch, stored) if "cpu" in modes else None
+        return q, k, v, loaded, attended
+
+    def _check(self, layer, batch, q, k, v, loaded, attended):
+        for group in batch.groups:
+            if group.mode == "gpu":
+                out = self.lanes.attend_gpu(layer, batch, q)
+            elif group.mode == "fetch":
+                out = self.lanes.attend_fetched(layer, batch, q, k, v, loaded.result())
+            else:
+                out = attended.result().tensor
+            start = group.start
+            for run in group.runs:
+                here = slice(start, start + len(run.tokens))
+                row = run.owner
+                row.k[layer] = torch.cat([row.k[layer], k[here]])
+                row.v[layer] = torch.cat([row.v[layer], v[here]])
+                expected = self._attend(q[here], row.k[layer], row.v[layer])
+                got = out[start - group.start : start - group.start + len(run.tokens)]
+                torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
+                start = here.stop
+
+    def _attend(self, q, k, v):
+        k, v = (x.double().repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q.double(), k) * SIZE**-0.5
+        position, key = torch.arange(len(k) - len(q), len(k))[:, None], torch.arange(len(k))
+        hidden = key > position
+        if self.window is not None:
+            hidden |= key <= position - self.window
+        return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
