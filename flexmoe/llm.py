@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,18 +15,15 @@ from flexmoe.cli.forecast import Forecaster
 from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine import Engine
 from flexmoe.engine.router_counter import LayerStats, coactivation_bytes
-from flexmoe.errors import DataError, UsageError
+from flexmoe.errors import UsageError
 from flexmoe.models.loader import Model, compute_dtype, load_model
-from flexmoe.openai.messages import read_messages
 from flexmoe.params import CompletionOutput, EngineRequest, InFlight, RequestOutput, SamplingParams
 from flexmoe.progress import bar
+from flexmoe.prompts import Conversation, Prompt, read_conversations, read_prompts
 from flexmoe.system.device import Device
 from flexmoe.text.tokenizer import Tokenizer, eos_ids
 from policies.policy import Policy, PolicyFile
 from policies.workload import Workload
-
-Prompt = str | Sequence[int]
-Conversation = Sequence[Mapping[str, Any]]
 
 #: Everything in (CPU or GPU) compute memory: what a model that fits wants.
 RESIDENT = (100, 0, 100, 0, 100, 0)
@@ -125,7 +121,7 @@ class LLM:
         Example:
             >>> llm.generate(["Name three rivers.", [1, 733, 16289]], SamplingParams(max_tokens=32))
         """
-        several = _prompts(prompts)
+        several = read_prompts(prompts)
         texts = iter(self.tokenizer.encode_all([prompt for prompt in several if isinstance(prompt, str)]))
         ids = [next(texts) if isinstance(prompt, str) else tuple(prompt) for prompt in several]
         shown = [prompt if isinstance(prompt, str) else None for prompt in several]
@@ -164,7 +160,7 @@ class LLM:
         tokenizer = self.tokenizer if chat_template is None else self.tokenizer.with_chat_template(chat_template)
         rendered = [
             tokenizer.render(chat, chat_template_kwargs, add_generation_prompt=add_generation_prompt)
-            for chat in _conversations(messages)
+            for chat in read_conversations(messages)
         ]
         return self._complete(tokenizer.encode_all(rendered, rendered=True), rendered, sampling_params, use_tqdm)
 
@@ -374,52 +370,6 @@ def _resident(workload: Workload) -> Policy:
     return Policy.from_percent(
         RESIDENT, gpu_batch_size=32, num_gpu_batches=1, prompt_len=workload.prompt_len, gen_len=workload.gen_len
     )
-
-
-def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as a list."""
-    if isinstance(prompts, str):
-        return [prompts]
-    several: list[Any] = list(prompts)
-    if several and isinstance(several[0], Integral):
-        several = [several]
-    return [_checked(index, prompt) for index, prompt in enumerate(several)]
-
-
-def _conversations(messages: Conversation | Sequence[Conversation]) -> list[tuple[dict[str, str], ...]]:
-    """One conversation or several, as a list of checked ones.
-
-    Raises:
-        UsageError: it is no conversation, or has a part that is not supported.
-    """
-    several: list[Any] = list(messages)
-    if several and isinstance(several[0], Mapping):
-        several = [several]
-    chats = []
-    for index, chat in enumerate(several):
-        try:
-            read, errors = read_messages(list(chat) if isinstance(chat, (list, tuple)) else chat)
-        except DataError as error:
-            raise UsageError(f"conversation {index}: {error}") from None
-        if errors:
-            raise UsageError(f"conversation {index}: {errors[0].message}")
-        chats.append(read)
-    return chats
-
-
-def _checked(index: int, prompt: Prompt) -> Prompt:
-    """A text as it is, token ids as plain integers.
-
-    Raises:
-        UsageError: the prompt is neither.
-    """
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, Iterable) and not isinstance(prompt, bytes):
-        ids = list(prompt)
-        if all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
-            return [int(i) for i in ids]
-    raise UsageError(f"prompt {index} is {prompt!r:.80}; give a text or a list of token ids")
 
 
 def _failed(request: EngineRequest, problem: str) -> RequestOutput:
