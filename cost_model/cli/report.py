@@ -53,7 +53,7 @@ class Report:
 
     Args:
         arch, hardware, workload: the model on the machine for the job.
-        number_bytes: bytes of one number in the compute dtype.
+        dtype_bytes: bytes of one number in the compute dtype.
         origin: a phrase on where the machine's rates come from.
         notes: sentences on how the job's lengths were found.
         policy, prediction: the policy and what is expected of it.
@@ -66,7 +66,7 @@ class Report:
     arch: ModelArch
     hardware: Hardware
     workload: Workload
-    number_bytes: int
+    dtype_bytes: int
     origin: str
     notes: tuple[str, ...] = ()
     policy: Policy
@@ -165,8 +165,8 @@ class Report:
     def _model(self) -> list[str]:
         arch = self.arch
         size = f"{arch.parameters / 1e9:.2f} G parameters, {_gib(arch.total_bytes)}"
-        kv = f"{arch.kv_bytes_per_token(self.number_bytes) / 1024:.0f} KiB of KV a token"
-        return [f"{arch.name or arch.model_type}: {size}; computes in {8 * self.number_bytes} bits, {kv}"]
+        kv = f"{arch.kv_bytes_per_token(self.dtype_bytes) / 1024:.0f} KiB of KV a token"
+        return [f"{arch.name or arch.model_type}: {size}; computes in {8 * self.dtype_bytes} bits, {kv}"]
 
     def _job(self) -> list[str]:
         job = self.workload

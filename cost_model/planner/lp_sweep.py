@@ -219,7 +219,7 @@ class _Sweep:
         dispatch = (1 - dense) * (arch.expert_units + 1) * costs.op_s
         if dense:
             dispatch += dense * 2 * costs.op_s
-            curve = self.problem.hardware.gpu.experts[self.problem.number_bytes]
+            curve = self.problem.hardware.gpu.experts[self.problem.dtype_bytes]
             slope, constant = max(curve.pieces(arch.dense_params), key=lambda piece: piece[0] * tokens + piece[1])
             beside = dense * slope * tokens, dense * constant + dispatch
         else:
@@ -231,7 +231,7 @@ class _Sweep:
 
     def _head_pieces(self) -> list[tuple[float, float]]:
         arch, op_s = self.problem.arch, self.costs.op_s
-        curve = self.problem.hardware.gpu.experts[self.problem.number_bytes]
+        curve = self.problem.hardware.gpu.experts[self.problem.dtype_bytes]
         chunks, logits = arch.num_head_chunks, self.phase.logits * self.lp.block
         return [
             (chunks * slope * logits, chunks * (constant + op_s) + 2 * op_s)

@@ -41,11 +41,11 @@ class Judge:
         bytes_before, slack = residency(arch, fixed.expert_order).prefix_bytes, unit_slack_bytes(arch)
         # What the first so many units take on the GPU, and in host memory.
         self._on_gpu = [
-            size // arch.dtype_bytes * problem.number_bytes + count * slack for count, size in enumerate(bytes_before)
+            size // arch.dtype_bytes * problem.dtype_bytes + count * slack for count, size in enumerate(bytes_before)
         ]
         self._on_cpu = [size + count * slack for count, size in enumerate(bytes_before)]
         self._percent = [100 * size / bytes_before[-1] for size in bytes_before]
-        self._block_bytes = arch.kv_bytes_per_token(problem.number_bytes) * BLOCK_TOKENS
+        self._block_bytes = arch.kv_bytes_per_token(problem.dtype_bytes) * BLOCK_TOKENS
 
     def tokens_per_s(self, policy: Policy | None) -> float:
         """What `predict` says; 0 where the policy does not fit, or there is none."""

@@ -69,7 +69,7 @@ def solve(
     *,
     fixed: Fixed | None = None,
     schedule: str | None = None,
-    number_bytes: int | None = None,
+    dtype_bytes: int | None = None,
     kv_tokens: int | None = None,
     usage: ExpertUsage | None = None,
     on_demand: bool = True,
@@ -81,7 +81,7 @@ def solve(
     Args:
         fixed: what is decided already.
         schedule: rolling or static; a short way to fix it.
-        number_bytes: bytes of one number in the compute dtype; default: as stored.
+        dtype_bytes: bytes of one number in the compute dtype; default: as stored.
         kv_tokens: KV capacity over all tiers; default: what keeps the block in flight.
         usage: how often each expert was chosen; experts that were used most are the first to become resident. Default: all
             are alike.
@@ -107,7 +107,7 @@ def solve(
         fixed = replace(fixed, schedule=schedule)
     group = group_on(hardware, arch)
     arch = arch.grouped(group)
-    about = {"number_bytes": number_bytes, "kv_tokens": kv_tokens, "usage": usage, "on_demand": on_demand}
+    about = {"dtype_bytes": dtype_bytes, "kv_tokens": kv_tokens, "usage": usage, "on_demand": on_demand}
     problem = Problem.of(arch, hardware, workload, **about)
     if usage is not None:
         fixed = replace(fixed, expert_order=usage.unit_order(arch))

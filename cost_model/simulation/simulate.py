@@ -95,7 +95,7 @@ def simulate(
     workload: Workload,
     policy: Policy,
     *,
-    number_bytes: int | None = None,
+    dtype_bytes: int | None = None,
     kv_tokens: int | None = None,
     usage: ExpertUsage | None = None,
     on_demand: bool = True,
@@ -111,7 +111,7 @@ def simulate(
 
     Args:
         arch, hardware, workload, policy: the model on the machine for the job under the policy.
-        number_bytes: bytes of one number in the compute dtype; default: as stored.
+        dtype_bytes: bytes of one number in the compute dtype; default: as stored.
         kv_tokens: KV capacity over all tiers; default: what keeps the block in flight.
         usage: how often each expert was chosen; default: all alike.
         on_demand: sweeps of few rows move only the experts that were routed to.
@@ -128,7 +128,7 @@ def simulate(
     if workload.num_requests is None:
         raise UsageError("an endless job cannot be simulated; give the workload num_requests")
     problem = Problem.of(
-        arch, hardware, workload, number_bytes=number_bytes, kv_tokens=kv_tokens, usage=usage, on_demand=on_demand,
+        arch, hardware, workload, dtype_bytes=dtype_bytes, kv_tokens=kv_tokens, usage=usage, on_demand=on_demand,
         cache_experts=cache_experts,
     )  # fmt: skip
     counts = problem.sizes(policy)
@@ -138,7 +138,7 @@ def simulate(
     walked = full or operations(costs, batches / len(job.logits)) * len(job.logits) <= WALKED_OPS
     times = (walked_times if walked else like_times)(costs, size, job)
     memory = problem.memory(policy, counts)
-    block_bytes = arch.kv_bytes_per_token(problem.number_bytes) * BLOCK_TOKENS
+    block_bytes = arch.kv_bytes_per_token(problem.dtype_bytes) * BLOCK_TOKENS
     spans = walk(costs, [job.load(at) for at in range(min(keep_trace_sweeps, len(job.logits)))], size, keep_spans=True)
     return _summary(job, times, memory, block_bytes, tuple(spans.spans))
 

@@ -87,7 +87,7 @@ def evaluate(
     workload: Workload,
     policy: Policy,
     *,
-    number_bytes: int | None = None,
+    dtype_bytes: int | None = None,
     kv_tokens: int | None = None,
     usage: ExpertUsage | None = None,
     on_demand: bool = True,
@@ -97,7 +97,7 @@ def evaluate(
 
     Args:
         arch, hardware, workload, policy: the model on the machine for the job under the policy.
-        number_bytes: bytes of one number in the compute dtype; default: as stored.
+        dtype_bytes: bytes of one number in the compute dtype; default: as stored.
         kv_tokens: KV capacity over all tiers; default: what keeps the block in flight.
         usage: how often each expert was chosen; default: all alike.
         on_demand: sweeps of few rows move only the experts that were routed to.
@@ -107,7 +107,7 @@ def evaluate(
         InfeasibleError: a tier has too few bytes; the sentence says how many are missing. Or the usage, or the policy's
             order of experts, is of another model.
     """
-    about = {"number_bytes": number_bytes, "kv_tokens": kv_tokens, "usage": usage, "on_demand": on_demand}
+    about = {"dtype_bytes": dtype_bytes, "kv_tokens": kv_tokens, "usage": usage, "on_demand": on_demand}
     return predict(Problem.of(arch, hardware, workload, **about), policy, ignore_memory=ignore_memory)
 
 

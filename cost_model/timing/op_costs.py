@@ -47,7 +47,7 @@ class Costs:
     Args:
         arch, hardware, policy: the model on the machine under the policy.
         counts: from `sizes`.
-        number_bytes: bytes of one number in the compute dtype.
+        dtype_bytes: bytes of one number in the compute dtype.
         shares, on_demand: as in `Routing`.
 
     Attributes:
@@ -61,11 +61,11 @@ class Costs:
         hardware: Hardware,
         policy: Policy,
         counts: Sizes,
-        number_bytes: int,
+        dtype_bytes: int,
         shares: np.ndarray | None = None,
         on_demand: bool = True,
     ):
-        gpu, b = hardware.gpu, number_bytes
+        gpu, b = hardware.gpu, dtype_bytes
         self.routing = Routing(arch, counts, shares, on_demand)
         self.arch, self.hardware, self.counts, self._gpu, self._b = arch, hardware, counts, gpu, b
         self.overlap, self.pinned = policy.overlap, policy.pin_weight

@@ -25,7 +25,7 @@ class Problem:
 
     Args:
         arch, hardware, workload: those.
-        number_bytes: bytes of one number in the compute dtype.
+        dtype_bytes: bytes of one number in the compute dtype.
         kv_tokens: KV capacity over all tiers; None: what keeps the block in flight.
         shares: ``[layers, E]``, the probability that a token is routed to an expert; None: all are alike.
         on_demand: sweeps of few rows move only the experts that were routed to.
@@ -35,7 +35,7 @@ class Problem:
     arch: ModelArch
     hardware: Hardware
     workload: Workload
-    number_bytes: int
+    dtype_bytes: int
     kv_tokens: int | None = None
     shares: np.ndarray | None = field(default=None, compare=False)
     on_demand: bool = True
@@ -48,14 +48,14 @@ class Problem:
         hardware: Hardware,
         workload: Workload,
         *,
-        number_bytes: int | None = None,
+        dtype_bytes: int | None = None,
         usage: ExpertUsage | None = None,
         **rest,
     ) -> Problem:
         """The problem with what was left out.
 
         Args:
-            number_bytes: default: as stored.
+            dtype_bytes: default: as stored.
             usage: how often each expert was chosen; default: all alike.
 
         Raises:
@@ -67,7 +67,7 @@ class Problem:
             arch=arch,
             hardware=hardware,
             workload=workload,
-            number_bytes=number_bytes or arch.dtype_bytes,
+            dtype_bytes=dtype_bytes or arch.dtype_bytes,
             shares=None if usage is None else usage.shares,
             **rest,
         )
@@ -82,9 +82,9 @@ class Problem:
     def memory(self, policy: Policy, counts: Sizes) -> MemoryPlan:
         """The bytes of a policy."""
         device = self.hardware.device
-        return plan_memory(self.arch, policy, counts, device=device, compute_bytes=self.number_bytes)
+        return plan_memory(self.arch, policy, counts, device=device, compute_bytes=self.dtype_bytes)
 
     def costs(self, policy: Policy, counts: Sizes) -> Costs:
         """The durations of a policy's operations."""
         arch = self.arch.grouped(policy.experts_per_unit)
-        return Costs(arch, self.hardware, policy, counts, self.number_bytes, self.shares, self.on_demand)
+        return Costs(arch, self.hardware, policy, counts, self.dtype_bytes, self.shares, self.on_demand)

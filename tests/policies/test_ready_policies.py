@@ -96,7 +96,7 @@ def test_placing_the_achieved_percents_gives_them_again(ready, file):
         arch=arch,
         hardware=hardware,
         workload=ready.workload,
-        number_bytes=arch.dtype_bytes,
+        dtype_bytes=arch.dtype_bytes,
         origin="",
         policy=file.policy,
         prediction=evaluate(arch, hardware, ready.workload, file.policy),

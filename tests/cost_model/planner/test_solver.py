@@ -243,8 +243,8 @@ def test_kv_capacity_that_is_given_limits_the_rows():
 
 def test_wider_numbers_are_planned_for():
     hardware = Hardware.preset("a5000")
-    plan = planned(hardware, number_bytes=4)
-    assert plan.prediction == evaluate(MIXTRAL, hardware, JOB, plan.policy, number_bytes=4)
+    plan = planned(hardware, dtype_bytes=4)
+    assert plan.prediction == evaluate(MIXTRAL, hardware, JOB, plan.policy, dtype_bytes=4)
 
 
 # Why.
@@ -259,7 +259,7 @@ def test_what_binds_has_a_price(t4):
 
 def test_price_of_memory_is_what_a_little_more_of_it_gives():
     hardware = Hardware.preset("l4").with_budgets(cpu_mem=110, nvme_mem=0)
-    problem = Problem(arch=MIXTRAL, hardware=hardware, workload=Workload(prompt_len=64, gen_len=256), number_bytes=2)
+    problem = Problem(arch=MIXTRAL, hardware=hardware, workload=Workload(prompt_len=64, gen_len=256), dtype_bytes=2)
     choice = Choice(schedule="rolling", fill_sweeps=256, gpu_batch_size=64, modes=("gpu", "cpu"), rows=1000)
 
     def optimum(cpu_mem):
@@ -274,7 +274,7 @@ def test_price_of_memory_is_what_a_little_more_of_it_gives():
 def test_programme_agrees_with_evaluate_where_nothing_is_rounded():
     """One block that is resident: the optimum of its own choice is what `evaluate` predicts."""
     workload = Workload(prompt_len=128, gen_len=64, num_requests=64)
-    problem = Problem(arch=MIXTRAL, hardware=Hardware.preset("h200"), workload=workload, number_bytes=2)
+    problem = Problem(arch=MIXTRAL, hardware=Hardware.preset("h200"), workload=workload, dtype_bytes=2)
     choice = Choice(
         schedule="static", fill_sweeps=1, gpu_batch_size=64, modes=("gpu",), rows=64, most_rows=64, streams=False
     )
@@ -345,7 +345,7 @@ def test_machine_without_a_gpu_is_refused_by_its_memory():
     hardware = Hardware.preset("cpu").with_budgets(nvme_mem=20)
     with pytest.raises(InfeasibleError, match="host memory|disk"):
         planned(hardware)
-    problem = Problem(arch=MIXTRAL, hardware=hardware, workload=JOB, number_bytes=2)
+    problem = Problem(arch=MIXTRAL, hardware=hardware, workload=JOB, dtype_bytes=2)
     assert least_capacity(problem, Fixed(), "disk") > hardware.disk_bytes
 
 

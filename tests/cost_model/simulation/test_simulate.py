@@ -251,7 +251,7 @@ def test_simulated_operations_are_those_that_the_engine_runs(tiny, tmp_path, one
     finally:
         engine.close()
     found = simulate(
-        arch, Hardware.preset("cpu"), workload, policy, number_bytes=4, full=True, keep_trace_sweeps=len(sweeps)
+        arch, Hardware.preset("cpu"), workload, policy, dtype_bytes=4, full=True, keep_trace_sweeps=len(sweeps)
     )
     assert found.sweeps == len(sweeps)
     assert [round(v) for v in found.timeline.tokens] == [sweep.tokens for sweep in sweeps]
