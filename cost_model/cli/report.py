@@ -82,11 +82,11 @@ class Report:
 
     def achieved(self) -> dict[str, tuple[float, float, float]]:
         """(GPU, CPU, disk) in percent of weights, KV cache and activations, after rounding to whole pieces."""
-        counts = self.prediction.sizes
-        blocks, tiers = sum(counts.kv_blocks.values()), counts.activation_tiers
+        allocation = self.prediction.allocation
+        pages, tiers = sum(allocation.kv_pages.values()), allocation.activation_tiers
         return {
-            "weights": counts.placement.achieved_percent,
-            "KV cache": tuple(100.0 * counts.kv_blocks[tier] / blocks for tier in TIERS),
+            "weights": allocation.placement.achieved_percent,
+            "KV cache": tuple(100.0 * allocation.kv_pages[tier] / pages for tier in TIERS),
             "activations": tuple(100.0 * tiers.count(tier) / len(tiers) for tier in TIERS),
         }
 
@@ -178,12 +178,12 @@ class Report:
         return [lengths, *self.notes, *routed]
 
     def _policy(self) -> list[str]:
-        policy, counts = self.policy, self.prediction.sizes
-        slots = f"; {counts.slots} slots" if counts.slots else ""
+        policy, allocation = self.policy, self.prediction.allocation
+        slots = f"; {allocation.slots} slots" if allocation.slots else ""
         overlap = "" if policy.overlap else "; no overlap"
         order = "; most used experts first" if policy.expert_order else ""
         shares = [f"{name:<12}" + "".join(f"{v:8.1f}" for v in row) for name, row in self.achieved().items()]
-        modes = mode_shares(policy, counts)
+        modes = mode_shares(policy, allocation)
         where = {"gpu": "on the GPU", "fetch": "fetched to it", "disk": "from disk", "cpu": "on the CPU"}
         attended = ", ".join(f"{_percent(modes[mode])} {where[mode]}" for mode in MODES if mode in modes)
         rows = f"{policy.num_gpu_batches} GPU batches of {policy.gpu_batch_size} = {policy.block_size} rows"

@@ -131,7 +131,7 @@ class _Sweep:
         unit = units.prefix_bytes[-1] / len(units.order) * lp.second
         rates = {"h2d": hw.gpu.h2d_bytes_per_s, "disk_read": hw.disk_read_bytes_per_s}
         used = [user for user in rates if user == "h2d" or lp.choice.disk_weights]
-        staged = {"h2d": 0, "disk_read": self.costs.counts.staging_slots}
+        staged = {"h2d": 0, "disk_read": self.costs.allocation.staging_slots}
         if hw.device == "cuda":
             return [
                 (busy[user], [(lp.slots, -unit / rates[user]), (lp.u, -staged[user] * unit / rates[user])])

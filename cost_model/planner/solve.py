@@ -138,15 +138,15 @@ def _explanation(found: Optimum, prediction: Prediction, hints: tuple, start: fl
 def achieved(problem: Problem, policy: Policy) -> Policy:
     """The policy with the shares that its placement achieves; placing these again gives the same placement."""
     for _ in range(_MOST_ROUNDINGS):
-        counts = problem.sizes(policy)
-        weights = counts.placement.achieved_percent
-        cache = _percents(list(counts.kv_blocks.values()))
-        act = _percents([counts.activation_tiers.count(tier) for tier in counts.kv_blocks])
+        allocation = problem.allocate(policy)
+        weights = allocation.placement.achieved_percent
+        cache = _percents(list(allocation.kv_pages.values()))
+        act = _percents([allocation.activation_tiers.count(tier) for tier in allocation.kv_pages])
         shares = dict(zip(("w_gpu_percent", "w_cpu_percent"), weights))
         shares |= dict(zip(("cache_gpu_percent", "cache_cpu_percent"), cache))
         shares |= dict(zip(("act_gpu_percent", "act_cpu_percent"), act))
         placed = replace(policy, **shares)
-        if placed == policy or problem.sizes(placed) == counts:
+        if placed == policy or problem.allocate(placed) == allocation:
             return placed
         policy = placed  # the capacity grew for the longest row; what it grew to is asked for now
     return policy

@@ -1,4 +1,4 @@
-"""What is to be planned or judged: a model on a machine for a job; the counts, bytes and durations of a policy there."""
+"""What is to be planned or judged: a model on a machine for a job; the allocation, bytes and durations of a policy there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cost_model.hardware.hardware import Hardware
-from cost_model.memory.allocation import Sizes, sizes
+from cost_model.memory.allocation import Allocation, allocate
 from cost_model.memory.memory_plan import MemoryPlan, plan_memory
 from cost_model.model.arch import ModelArch
 from cost_model.timing.op_costs import Costs
@@ -72,19 +72,19 @@ class Problem:
             **rest,
         )
 
-    def sizes(self, policy: Policy) -> Sizes:
-        """The counts of a policy."""
+    def allocate(self, policy: Policy) -> Allocation:
+        """What a policy allocates."""
         p = self
         device, longest = p.hardware.device, p.workload.longest_row
-        counts = sizes(p.arch, policy, p.workload, device=device, kv_tokens=p.kv_tokens, longest_row=longest)
-        return replace(counts, cache_experts=p.cache_experts) if p.cache_experts else counts
+        allocation = allocate(p.arch, policy, p.workload, device=device, kv_tokens=p.kv_tokens, longest_row=longest)
+        return replace(allocation, cache_experts=p.cache_experts) if p.cache_experts else allocation
 
-    def memory(self, policy: Policy, counts: Sizes) -> MemoryPlan:
+    def memory(self, policy: Policy, allocation: Allocation) -> MemoryPlan:
         """The bytes of a policy."""
         device = self.hardware.device
-        return plan_memory(self.arch, policy, counts, device=device, compute_bytes=self.dtype_bytes)
+        return plan_memory(self.arch, policy, allocation, device=device, compute_bytes=self.dtype_bytes)
 
-    def costs(self, policy: Policy, counts: Sizes) -> Costs:
+    def costs(self, policy: Policy, allocation: Allocation) -> Costs:
         """The durations of a policy's operations."""
         arch = self.arch.grouped(policy.experts_per_unit)
-        return Costs(arch, self.hardware, policy, counts, self.dtype_bytes, self.shares, self.on_demand)
+        return Costs(arch, self.hardware, policy, allocation, self.dtype_bytes, self.shares, self.on_demand)

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from cost_model import Fixed, Hardware, ModelArch, Workload, solve
-from cost_model.memory.allocation import sizes
+from cost_model.memory.allocation import allocate
 from cost_model.memory.memory_plan import plan_memory
 from cost_model.planner.infeasible import least_capacity
 from cost_model.planner.linearize import Choice
@@ -43,7 +43,7 @@ def planned(hardware, arch=MIXTRAL, workload=JOB, **options):
 
 
 def counts_of(plan, arch, hardware, workload):
-    return sizes(arch, plan.policy, workload, device=hardware.device, longest_row=workload.longest_row)
+    return allocate(arch, plan.policy, workload, device=hardware.device, longest_row=workload.longest_row)
 
 
 # The best.
@@ -143,15 +143,15 @@ def test_planned_policy_fits_and_its_shares_are_achieved_ones(seed):
     problem = random_problem(seed)
     arch, hardware, workload = problem.arch, problem.hardware, problem.workload
     plan = planned(hardware, arch, workload)
-    counts = counts_of(plan, arch, hardware, workload)
-    memory = plan_memory(arch, plan.policy, counts, device=hardware.device, compute_bytes=arch.dtype_bytes)
+    allocation = counts_of(plan, arch, hardware, workload)
+    memory = plan_memory(arch, plan.policy, allocation, device=hardware.device, compute_bytes=arch.dtype_bytes)
     memory.check(hardware.budgets(), dict.fromkeys(hardware.budgets(), ""))
-    weights = counts.placement.achieved_percent
+    weights = allocation.placement.achieved_percent
     assert plan.policy.w_gpu_percent == pytest.approx(weights[0], abs=1e-9)
     assert plan.policy.w_cpu_percent == pytest.approx(weights[1], abs=1e-9)
-    total = sum(counts.kv_blocks.values())
-    assert plan.policy.cache_gpu_percent == pytest.approx(100 * counts.kv_blocks["gpu"] / total, abs=1e-9)
-    assert plan.policy.cache_cpu_percent == pytest.approx(100 * counts.kv_blocks["cpu"] / total, abs=1e-9)
+    total = sum(allocation.kv_pages.values())
+    assert plan.policy.cache_gpu_percent == pytest.approx(100 * allocation.kv_pages["gpu"] / total, abs=1e-9)
+    assert plan.policy.cache_cpu_percent == pytest.approx(100 * allocation.kv_pages["cpu"] / total, abs=1e-9)
     assert not plan.policy.compress_weight and not plan.policy.compress_cache
 
 
