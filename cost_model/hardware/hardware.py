@@ -7,11 +7,10 @@ from fractions import Fraction
 from pathlib import Path
 
 from cost_model.hardware.gemm_rates import GemmRates, check_rates, rates_from_json
-from cost_model.hardware.json_values import build, listed
 from cost_model.hardware.link_curves import LinkCurve, check_curve
 from policies.common.checks import check_count, check_number
 from policies.common.errors import DataError, FlexMoEError, UsageError
-from policies.common.json_files import check_header, read_json, write_json
+from policies.common.json_files import build, check_header, listed, read_json, write_json
 
 KIND = "flexmoe.hardware"
 SCHEMA_VERSION = 1
