@@ -1,4 +1,4 @@
-"""Fractions in, whole units, KV blocks and batches per tier out: the only place where a share is rounded.
+"""Fractions in, whole units, KV pages and batches per tier out: the only place where a share is rounded.
 
 A user asks for percents; memory holds whole units. When every caller rounds for itself, asking for 20 % of the weights
 on a tier can give 8 %, and planner and executor disagree about what fits. Here the rounding is done once, the
@@ -210,8 +210,8 @@ def _ranked_experts(
     return {of_layer[layer][number]: at for layer, own in zip(layers, numbers) for at, number in enumerate(own)}
 
 
-def place_blocks(total: int, gpu_percent: float, cpu_percent: float) -> dict[str, int]:
-    """Splits `total` equal pieces (KV blocks, rows) over the tiers by largest remainder.
+def place_pieces(total: int, gpu_percent: float, cpu_percent: float) -> dict[str, int]:
+    """Splits `total` equal pieces (KV pages, rows) over the tiers by largest remainder.
 
     The counts sum to `total`, each is within one of its exact share, a tier asked for 0 % gets none, and splitting
     by the achieved percents gives the same counts. Of equal remainders the slower tier wins, as room there is cheaper.
@@ -219,8 +219,8 @@ def place_blocks(total: int, gpu_percent: float, cpu_percent: float) -> dict[str
     Raises:
         UsageError: `total` is not a whole number of at least 0, or the percents do not add up.
     """
-    check_count("the number of blocks", total, minimum=0)
-    gpu_percent, cpu_percent = check_shares("blocks", gpu_percent, cpu_percent)
+    check_count("the number of pieces", total, minimum=0)
+    gpu_percent, cpu_percent = check_shares("pieces", gpu_percent, cpu_percent)
     disk_percent = 100.0 - gpu_percent - cpu_percent
     if disk_percent <= PERCENT_TOLERANCE:
         disk_percent = 0.0
@@ -239,15 +239,15 @@ def place_blocks(total: int, gpu_percent: float, cpu_percent: float) -> dict[str
 
 
 def place_batches(num_batches: int, gpu_percent: float, cpu_percent: float) -> tuple[str, ...]:
-    """The tier of the activations of each GPU batch: the counts of `place_blocks`, evenly interleaved.
+    """The tier of the activations of each GPU batch: the counts of `place_pieces`, evenly interleaved.
 
     Interleaving (each turn goes to the tier that is furthest behind its share) keeps transfers of neighbouring
     batches from bunching up on one lane.
 
     Raises:
-        UsageError: as `place_blocks`.
+        UsageError: as `place_pieces`.
     """
-    counts = place_blocks(num_batches, gpu_percent, cpu_percent)
+    counts = place_pieces(num_batches, gpu_percent, cpu_percent)
     for tier, count in counts.items():
         if count == num_batches:
             return (tier,) * num_batches

@@ -28,7 +28,7 @@ class Policy:
         num_gpu_batches: GPU batches in a block; all rows in flight are their product, `block_size`.
         w_gpu_percent, w_cpu_percent: share of the stored weight bytes at home on the GPU and in host memory, 0 to 100;
             here and in the next two pairs the rest is on disk, and 0 is a value like any other.
-        cache_gpu_percent, cache_cpu_percent: the same for the KV cache, in blocks.
+        cache_gpu_percent, cache_cpu_percent: the same for the KV cache, in pages.
         act_gpu_percent, act_cpu_percent: the same for the hidden states, in GPU batches.
         prefill_tokens: prompt tokens that may enter one sweep.
         overlap: copies and computation run at the same time; off, one after the other.

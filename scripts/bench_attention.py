@@ -23,7 +23,7 @@ from flexmoe.kernels.native import library as native  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-3}
-BLOCK_TOKENS = 16
+PAGE_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +78,8 @@ def gemm_flops_per_s(rounds: int) -> float:
 
 def make_inputs(shape: Shape, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Return q, pool [N, 2, tokens, G, D], block tables (permuted), q starts, context lengths."""
-    per_row = -(-shape.context // BLOCK_TOKENS)
-    pool = torch.randn(shape.rows * per_row, 2, BLOCK_TOKENS, shape.kv_heads, shape.size).to(dtype)
+    per_row = -(-shape.context // PAGE_TOKENS)
+    pool = torch.randn(shape.rows * per_row, 2, PAGE_TOKENS, shape.kv_heads, shape.size).to(dtype)
     tables = torch.randperm(len(pool)).int().view(shape.rows, per_row)
     starts = torch.arange(shape.rows + 1, dtype=torch.int32) * shape.queries
     q = torch.randn(shape.rows * shape.queries, shape.heads, shape.size).to(dtype)

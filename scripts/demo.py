@@ -163,7 +163,7 @@ def forecast(setting: Setting, checkpoint: Path, home: Path, metrics: dict) -> S
         planner.hardware,
         job,
         Policy(**metrics["policy"]),
-        number_bytes=planner.number_bytes,
+        dtype_bytes=planner.dtype_bytes,
         keep_trace_sweeps=metrics["sweeps"],
     )
 

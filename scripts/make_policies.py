@@ -95,7 +95,7 @@ class Ready:
             arch=arch,
             hardware=self.machine.hardware(),
             workload=self.workload,
-            number_bytes=arch.dtype_bytes,
+            dtype_bytes=arch.dtype_bytes,
             origin=f"preset {self.machine.preset}",
             policy=plan.policy,
             prediction=plan.prediction,

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from cost_model.hardware.json_values import build
 from policies.common.checks import check_number
 from policies.common.errors import DataError, UsageError
-from policies.common.json_files import check_keys
+from policies.common.json_files import build, check_keys
 
 #: Bytes of the numbers that a model may compute with.
 DTYPE_BYTES = (2, 4)

@@ -7,11 +7,10 @@ from fractions import Fraction
 from pathlib import Path
 
 from cost_model.hardware.gemm_rates import GemmRates, check_rates, rates_from_json
-from cost_model.hardware.json_values import build, listed
 from cost_model.hardware.link_curves import LinkCurve, check_curve
 from policies.common.checks import check_count, check_number
 from policies.common.errors import DataError, FlexMoEError, UsageError
-from policies.common.json_files import check_header, read_json, write_json
+from policies.common.json_files import build, check_header, listed, read_json, write_json
 
 KIND = "flexmoe.hardware"
 SCHEMA_VERSION = 1
@@ -36,8 +35,8 @@ class Gpu:
         memory_bytes_per_s: reads of its own memory; on device cpu, of host memory.
         h2d_bytes_per_s, d2h_bytes_per_s: pinned copies up and down, each alone.
         h2d_duplex_bytes_per_s, d2h_duplex_bytes_per_s: the same while both run.
-        kv_load_bytes_per_s: scattered KV blocks of host memory, packed, copied up and placed in the staging buffer.
-        kv_store_bytes_per_s: new KV, copied down and scattered into blocks of host memory.
+        kv_load_bytes_per_s: scattered KV pages of host memory, packed, copied up and placed in the staging buffer.
+        kv_store_bytes_per_s: new KV, copied down and scattered into pages of host memory.
         attention_bytes_per_s: decode attention over KV on the device.
         attention_flops_per_s: prefill attention.
         op_s: dispatch of one operation of the schedule.
@@ -90,10 +89,10 @@ class Hardware:
             allowed, and what a device with copy engines has.
         disk_read_core_s_per_byte: core-seconds that reading a byte takes from computing beside it; 0 is allowed.
         disk_write_core_s_per_byte: likewise for writing.
-        kv_block_read_s: the disk's seconds per read of KV, of one block or neighbours, beyond its bytes at
+        kv_block_read_s: the disk's seconds per read of KV, of one page or neighbours, beyond its bytes at
             disk_read_bytes_per_s, at the depth of the KV lanes; 0 is allowed, here and below.
         kv_block_core_s: core-seconds per such read beyond those of its bytes.
-        kv_block_write_s: the disk's seconds per KV block written, beyond its bytes at disk_write_bytes_per_s.
+        kv_block_write_s: the disk's seconds per KV page written, beyond its bytes at disk_write_bytes_per_s.
         disk_latency_s: what a transfer to or from disk takes that somebody waits for, beyond its bytes.
         disk_busy_latency_s: the same while weights are read at the full rate.
         handoff_s: from one thread of the runtime to another: what an operation beside the compute lane takes at least.

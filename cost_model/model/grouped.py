@@ -10,13 +10,13 @@ GROUPED_TOKENS = 64
 ROW_BYTES = 16
 
 
-def are_grouped(arch: ModelArch, number_bytes: int, tokens: float) -> bool:
+def are_grouped(arch: ModelArch, dtype_bytes: int, tokens: float) -> bool:
     """Whether a sweep of so many tokens computes the experts of a unit together where their weights lie stacked.
 
     Args:
         arch: the shape, with the units of the run.
-        number_bytes: bytes of one number in the compute dtype.
+        dtype_bytes: bytes of one number in the compute dtype.
     """
     if arch.experts_per_unit == 1 or tokens * arch.top_k > GROUPED_TOKENS * arch.num_experts:
         return False
-    return all(width * number_bytes % ROW_BYTES == 0 for width in (arch.hidden, arch.ffn))
+    return all(width * dtype_bytes % ROW_BYTES == 0 for width in (arch.hidden, arch.ffn))

@@ -159,10 +159,10 @@ class Slopes:
         self.problem, self.choice = replace(problem, kv_tokens=None), choice
         problem = self.problem
         policy = choice.policy(problem.workload, choice.rows, "gpu")
-        counts = problem.sizes(policy)
+        allocation = problem.allocate(policy)
         self.rows = policy.block_size
-        self.costs = problem.costs(policy, counts)
-        way = course(policy, counts, problem.workload)
+        self.costs = problem.costs(policy, allocation)
+        way = course(policy, allocation, problem.workload)
         self.tokens = way.tokens / self.rows
         self.phases = [self._phase(p.sweeps, p.load.groups["gpu"], p.load.logits) for p in way.phases if p.sweeps > 0]
         self._read_bytes()
@@ -264,7 +264,7 @@ class Slopes:
 
     def _bytes(self, rows: float, mode: str) -> tuple[int, Mapping[str, Mapping[str, int]]]:
         policy = self.choice.policy(self.problem.workload, max(1.0, rows), mode)
-        return policy.block_size, self.problem.memory(policy, self.problem.sizes(policy)).parts
+        return policy.block_size, self.problem.memory(policy, self.problem.allocate(policy)).parts
 
 
 def _rest(items: Mapping[str, int], *, kv: bool) -> int:

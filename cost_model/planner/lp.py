@@ -175,7 +175,7 @@ class Programme:
         used = {tier: self._bytes_in(tier) for tier in TIERS}
         arch = self.problem.arch
         slack = 1 + unit_slack_bytes(arch) * len(self.units.order) / self.total_bytes
-        used["gpu"].append((self.weights["gpu"], slack * self.problem.number_bytes / arch.dtype_bytes))
+        used["gpu"].append((self.weights["gpu"], slack * self.problem.dtype_bytes / arch.dtype_bytes))
         used["cpu"].append((self.weights["cpu"], slack))
         used["disk"].append((self.weights["disk"], 1.0))
         if self.choice.streams:

@@ -131,7 +131,7 @@ class _Sweep:
         unit = units.prefix_bytes[-1] / len(units.order) * lp.second
         rates = {"h2d": hw.gpu.h2d_bytes_per_s, "disk_read": hw.disk_read_bytes_per_s}
         used = [user for user in rates if user == "h2d" or lp.choice.disk_weights]
-        staged = {"h2d": 0, "disk_read": self.costs.counts.staging_slots}
+        staged = {"h2d": 0, "disk_read": self.costs.allocation.staging_slots}
         if hw.device == "cuda":
             return [
                 (busy[user], [(lp.slots, -unit / rates[user]), (lp.u, -staged[user] * unit / rates[user])])
@@ -219,7 +219,7 @@ class _Sweep:
         dispatch = (1 - dense) * (arch.expert_units + 1) * costs.op_s
         if dense:
             dispatch += dense * 2 * costs.op_s
-            curve = self.problem.hardware.gpu.experts[self.problem.number_bytes]
+            curve = self.problem.hardware.gpu.experts[self.problem.dtype_bytes]
             slope, constant = max(curve.pieces(arch.dense_params), key=lambda piece: piece[0] * tokens + piece[1])
             beside = dense * slope * tokens, dense * constant + dispatch
         else:
@@ -231,7 +231,7 @@ class _Sweep:
 
     def _head_pieces(self) -> list[tuple[float, float]]:
         arch, op_s = self.problem.arch, self.costs.op_s
-        curve = self.problem.hardware.gpu.experts[self.problem.number_bytes]
+        curve = self.problem.hardware.gpu.experts[self.problem.dtype_bytes]
         chunks, logits = arch.num_head_chunks, self.phase.logits * self.lp.block
         return [
             (chunks * slope * logits, chunks * (constant + op_s) + 2 * op_s)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cost_model.memory.allocation import KEPT_SLOTS, Sizes, entry_bytes, slot_bytes
+from cost_model.memory.allocation import KEPT_SLOTS, Allocation, entry_bytes, slot_bytes
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import experts_of
 
@@ -37,9 +37,9 @@ def uniform_shares(arch: ModelArch) -> np.ndarray:
     return np.full((arch.num_layers, arch.num_experts), arch.top_k / arch.num_experts)
 
 
-def lent_experts(arch: ModelArch, counts: Sizes) -> int:
+def lent_experts(arch: ModelArch, allocation: Allocation) -> int:
     """Experts that fit the slots which the stream does not need while experts come on demand."""
-    return max(0, counts.slots - KEPT_SLOTS) * slot_bytes(arch, counts.placement) // entry_bytes(arch)
+    return max(0, allocation.slots - KEPT_SLOTS) * slot_bytes(arch, allocation.placement) // entry_bytes(arch)
 
 
 @dataclass(frozen=True, slots=True)

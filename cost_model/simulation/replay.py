@@ -76,7 +76,7 @@ class Walker:
     def __init__(self, costs: Costs, gpu_batch_size: int):
         self._costs, self._rows = costs, gpu_batch_size
         self._resources = Resources(costs)
-        self._units = UnitSteps.of(costs.arch, costs.counts.placement.tier_of)
+        self._units = UnitSteps.of(costs.arch, costs.allocation.placement.tier_of)
         self._streams: dict[frozenset[int], tuple[WeightQueues, Buffers]] = {}
         self._programs: dict[tuple, Program] = {}
         self._speeds: dict[int, tuple[float, ...] | None] = {}
@@ -128,16 +128,16 @@ class Walker:
     def _stream(self, on_demand: frozenset[int]) -> tuple[WeightQueues, Buffers]:
         """The weight stream beside experts that come on demand, which have lent the other slots."""
         if on_demand not in self._streams:
-            counts = self._costs.counts
-            slots = min(counts.slots, KEPT_SLOTS) if on_demand else counts.slots
-            buffers = Buffers(slots=slots, staging_slots=max(1, counts.staging_slots))
+            allocation = self._costs.allocation
+            slots = min(allocation.slots, KEPT_SLOTS) if on_demand else allocation.slots
+            buffers = Buffers(slots=slots, staging_slots=max(1, allocation.staging_slots))
             self._streams[on_demand] = weight_queues(self._costs, self._units, on_demand), buffers
         return self._streams[on_demand]
 
     def _program(self, cut: Sequence[BatchLoad], on_demand: frozenset[int]) -> Program:
         ways = tuple((b.new["fetch"] + b.new["disk"] > 0, b.new["cpu"] > 0, b.new["disk"] > 0) for b in cut)
         if (ways, on_demand) not in self._programs:
-            tiers = self._costs.counts.activation_tiers
+            tiers = self._costs.allocation.activation_tiers
             fetched, on_cpu, on_disk = (frozenset(j for j, way in enumerate(ways) if way[k]) for k in range(3))
             shape = SweepShape(
                 attention=self._units.attention,

@@ -177,10 +177,10 @@ class _WeightStream:
     """
 
     def __init__(self, costs: Costs, demanded: bool = False):
-        at, counts, on_cuda = costs.counts.placement, costs.counts, costs.hardware.device == "cuda"
+        at, allocation, on_cuda = costs.allocation.placement, costs.allocation, costs.hardware.device == "cuda"
         units = {tier: at.count_of(tier, *_STREAMED) for tier in ("cpu", "disk")}
         sizes = {tier: at.bytes_of(tier, *_STREAMED) for tier in ("cpu", "disk")}
-        slots = counts.slots
+        slots = allocation.slots
         if demanded:
             slots = min(slots, KEPT_SLOTS)
             for tier in ("cpu", "disk"):
@@ -196,12 +196,12 @@ class _WeightStream:
 def _links(
     costs: Costs, from_host: int, from_disk: int, copy_s: float, read_s: float, slots: int
 ) -> list[tuple[float, float]]:
-    counts, layers = costs.counts, costs.arch.num_layers
+    allocation, layers = costs.allocation, costs.arch.num_layers
     if not from_host + from_disk:
         return []
     part = slots / (from_host + from_disk)
     if costs.hardware.device == "cuda":
-        staged = counts.staging_slots / from_disk if from_disk else 0.0
+        staged = allocation.staging_slots / from_disk if from_disk else 0.0
         return [(copy_s, part * copy_s), (read_s, (part + staged) * read_s)]
     # A layer's host units come before its disk units, so few slots hold either these or those, and one link rests.
     each_s = min(copy_s / from_host, read_s / from_disk) if from_host and from_disk else 0.0

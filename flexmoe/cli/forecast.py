@@ -23,7 +23,7 @@ class Forecaster:
 
     Args:
         arch, hardware, workload: the model on the machine for the job.
-        number_bytes: bytes of one number in the compute dtype.
+        dtype_bytes: bytes of one number in the compute dtype.
         usage: how often each expert was chosen in another run; None: all are alike.
         on_demand: sweeps of few rows move only the experts that were routed to.
     """
@@ -31,7 +31,7 @@ class Forecaster:
     arch: ModelArch
     hardware: Hardware
     workload: Workload
-    number_bytes: int
+    dtype_bytes: int
     usage: ExpertUsage | None = None
     on_demand: bool = True
 
@@ -75,7 +75,7 @@ class Forecaster:
         if held_bytes:
             gpu = replace(machine.gpu, memory_bytes=max(0, machine.gpu.memory_bytes - held_bytes))
             machine = replace(machine, gpus=(gpu,))
-        about = {"number_bytes": dtype.itemsize, "usage": usage, "on_demand": on_demand}
+        about = {"dtype_bytes": dtype.itemsize, "usage": usage, "on_demand": on_demand}
         return cls(arch=arch, hardware=machine, workload=workload, **about)
 
     def plan(self, kv_tokens: int | None = None) -> Policy:
@@ -102,7 +102,7 @@ class Forecaster:
 
     def _about(self, kv_tokens: int | None) -> dict:
         return {
-            "number_bytes": self.number_bytes,
+            "dtype_bytes": self.dtype_bytes,
             "kv_tokens": kv_tokens,
             "usage": self.usage,
             "on_demand": self.on_demand,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cost_model.memory.allocation import BLOCK_TOKENS
+from cost_model.memory.allocation import PAGE_TOKENS
 from cost_model.routing.expert_usage import ExpertUsage
 from cost_model.simulation.simulate import Simulation
 from flexmoe.cli.forecast import Forecaster
@@ -208,7 +208,7 @@ def _engine_options(args: argparse.Namespace, measured: Measured, policy: Policy
             measured.longest_row,
         )
     if kv_tokens is None and not is_auto(args.policy) and _is_one_block(measured, policy.block_size):
-        kv_tokens = measured.rows * (mean.prompt_len + mean.gen_len + BLOCK_TOKENS)
+        kv_tokens = measured.rows * (mean.prompt_len + mean.gen_len + PAGE_TOKENS)
     return {
         "device": args.device,
         "dtype": args.dtype,

@@ -113,9 +113,9 @@ def _kv(
 ) -> tuple[KVCache, KVLanes]:
     arch, counts = model.arch, plan.sizes
     shape = KVShape(layers=arch.num_layers, kv_heads=arch.num_kv_heads, head_dim=arch.head_dim, dtype=plan.dtype)
-    cache = KVCache(plan.device, shape, counts.kv_blocks, counts.tails, config.offload_dir)
+    cache = KVCache(plan.device, shape, counts.kv_pages, counts.tails, config.offload_dir)
     buffers = KVBuffers(
-        staging_blocks=counts.fetch_blocks, batch_tokens=counts.batch_tokens, write_blocks=counts.write_blocks
+        staging_blocks=counts.fetch_pages, batch_tokens=counts.batch_tokens, write_blocks=counts.write_pages
     )
     kv = KVLanes(plan.device, recorder, cache, buffers, arch.num_heads, arch.sliding_window)
     closing.callback(kv.close)

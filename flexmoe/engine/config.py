@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cost_model.memory.allocation import Sizes, sizes
+from cost_model.memory.allocation import Allocation, allocate
 from cost_model.memory.memory_plan import MemoryPlan, plan_memory
 from cost_model.model.arch import ModelArch
 from cost_model.routing.expert_usage import ExpertUsage
@@ -113,7 +113,7 @@ class EnginePlan:
 
     device: Device
     dtype: torch.dtype
-    sizes: Sizes
+    sizes: Allocation
     memory: MemoryPlan
     budgets: Mapping[str, int | None]
     written_bytes: int
@@ -130,7 +130,7 @@ class EnginePlan:
         device, arch = Device(config.device), model.arch.grouped(config.policy.experts_per_unit)
         dtype = compute_dtype(config.dtype, model, device.torch)
         kind = device.torch.type
-        counts = sizes(
+        counts = allocate(
             arch,
             config.policy,
             config.workload,
@@ -167,7 +167,7 @@ class EnginePlan:
 
     def describe_cache(self) -> str:
         """Asked and achieved shares of the KV cache."""
-        p, blocks = self.policy, self.sizes.kv_blocks
+        p, blocks = self.policy, self.sizes.kv_pages
         asked = (p.cache_gpu_percent, p.cache_cpu_percent, 100 - p.cache_gpu_percent - p.cache_cpu_percent)
         total = sum(blocks.values())
         return describe(asked, tuple(100 * blocks[t] / total for t in ("gpu", "cpu", "disk")), "KV cache")
@@ -198,7 +198,7 @@ def _budgets(config: EngineConfig, device: Device) -> dict[str, int | None]:
     return budgets
 
 
-def _memory(arch: ModelArch, counts: Sizes, config: EngineConfig, device: str, dtype: torch.dtype) -> MemoryPlan:
+def _memory(arch: ModelArch, counts: Allocation, config: EngineConfig, device: str, dtype: torch.dtype) -> MemoryPlan:
     memory = plan_memory(arch, config.policy, counts, device=device, compute_bytes=dtype.itemsize)
     if not config.router_stats:
         return memory
@@ -208,7 +208,7 @@ def _memory(arch: ModelArch, counts: Sizes, config: EngineConfig, device: str, d
 
 
 def _cache_experts(
-    arch: ModelArch, counts: Sizes, memory: MemoryPlan, budgets: Mapping[str, int | None], config: EngineConfig
+    arch: ModelArch, counts: Allocation, memory: MemoryPlan, budgets: Mapping[str, int | None], config: EngineConfig
 ) -> int:
     """Experts that fit the device memory which the plan leaves; on device cpu, what it leaves of a given budget."""
     if budgets["gpu"] is None:

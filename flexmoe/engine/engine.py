@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cost_model.memory.allocation import BLOCK_TOKENS
+from cost_model.memory.allocation import PAGE_TOKENS
 from cost_model.memory.memory_plan import sampling_bytes
 from flexmoe.engine.build import build_parts
 from flexmoe.engine.completions import Answer, Rules
@@ -199,7 +199,7 @@ class Engine:
             for i in range(0, len(token_ids), step):
                 tokens = token_ids[i : i + step]
                 self.cache.reserve(kv, len(tokens))
-                mode = "gpu" if tier == "gpu" else "fetch" if self.plan.sizes.fetch_blocks else "cpu"
+                mode = "gpu" if tier == "gpu" else "fetch" if self.plan.sizes.fetch_pages else "cpu"
                 run = Run(kv, tokens, mode, len(tokens), row_tokens=len(token_ids))
                 pieces.append(self.executor.run(Block([run], 1)).float().cpu())
                 kv.length += len(tokens)
@@ -251,8 +251,8 @@ class Engine:
         self.scheduler = Scheduler(c.policy, self.cache, expected_end, counts.recompute_past)
         scheduler = weakref.ref(self.scheduler)
         self.largest_row_tokens = self.scheduler.largest_row_tokens()
-        if counts.fetch_blocks and c.longest_row:  # the buffers of fetched KV are made for rows of this length
-            longest = -(-c.longest_row // BLOCK_TOKENS) * BLOCK_TOKENS
+        if counts.fetch_pages and c.longest_row:  # the buffers of fetched KV are made for rows of this length
+            longest = -(-c.longest_row // PAGE_TOKENS) * PAGE_TOKENS
             self.largest_row_tokens = min(self.largest_row_tokens, longest)
 
 

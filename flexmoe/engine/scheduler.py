@@ -79,9 +79,9 @@ class Scheduler:
         self._behind = 0
         self.admission = Admission(
             policy,
-            blocks={tier: cache.total(tier) for tier in TIERS},
+            pages={tier: cache.total(tier) for tier in TIERS},
             tails=cache.free_tails,
-            block_tokens=cache.block_tokens,
+            page_tokens=cache.block_tokens,
             expected_end=expected_end,
             recompute_past=recompute_past,
         )
@@ -128,7 +128,7 @@ class Scheduler:
         alike = [row for row in others if row.is_past(past) == first.is_past(past)]
         if blocks and alike:
             tokens = blocks * self._cache.block_tokens
-            prefix = SharedPrompt(tokens=tokens, blocks=blocks, waiting=dict.fromkeys(alike))
+            prefix = SharedPrompt(tokens=tokens, pages=blocks, waiting=dict.fromkeys(alike))
             for row in (first, *alike):
                 row.prefix = prefix
             self._behind += len(alike)
@@ -148,7 +148,7 @@ class Scheduler:
                 row.kv = self._cache.fork(row.prefix.kv)
         self._close_prefixes()  # what they held is counted as free already
         for row in rows:
-            if row.kv is None or len(row.kv.blocks) < row.blocks:
+            if row.kv is None or len(row.kv.blocks) < row.pages:
                 self._reserve(row, row.run)
         return [row.next_run() for row in rows]
 
@@ -221,7 +221,7 @@ class Scheduler:
             self._cache.reserve(row.kv, tokens)
         except KVExhausted as e:
             raise RuntimeError(
-                f"admission counts {row.blocks} blocks of the {row.tier} tier for a row, and the KV cache, with "
+                f"admission counts {row.pages} blocks of the {row.tier} tier for a row, and the KV cache, with "
                 f"{self._cache.free(row.tier)} free blocks and {self._cache.free_tails} free tails, refuses them: "
                 "someone else holds KV of this cache"
             ) from e

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cost_model.memory.allocation import BLOCK_TOKENS
+from cost_model.memory.allocation import PAGE_TOKENS
 from flexmoe.system.device import Device
 from flexmoe.system.direct_io import DirectFile
 
@@ -125,7 +125,7 @@ class KVCache:
         blocks: dict[str, int],
         tails: int = 0,
         offload_dir: Path | None = None,
-        block_tokens: int = BLOCK_TOKENS,
+        block_tokens: int = PAGE_TOKENS,
     ):
         self.shape, self.block_tokens = shape, block_tokens
         self._allocators = {tier: BlockAllocator(n) for tier, n in blocks.items()}

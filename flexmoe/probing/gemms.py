@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from cost_model.hardware.gemm_rates import GemmRates
-from cost_model.memory.allocation import BLOCK_TOKENS
+from cost_model.memory.allocation import PAGE_TOKENS
 from cost_model.memory.memory_plan import EXPERT_CHUNK_TOKENS
 from cost_model.model.arch import ModelArch
 from cost_model.model.grouped import GROUPED_TOKENS
@@ -245,7 +245,7 @@ def dense_bench(
 ) -> Iterator[Seconds]:
     """Seconds of one layer's attention module over a GPU batch, attention itself left out, and of routing its tokens."""
     shape = KVShape(layers=1, kv_heads=arch.num_kv_heads, head_dim=arch.head_dim, dtype=dtype)
-    blocks = max(-(-most // BLOCK_TOKENS), min(most, _DECODE_TOKENS))
+    blocks = max(-(-most // PAGE_TOKENS), min(most, _DECODE_TOKENS))
     cache = KVCache(device, shape, {"gpu": blocks, "cpu": 0, "disk": 0})
     buffers = KVBuffers(staging_blocks=0, batch_tokens=0, write_blocks=0)
     lanes = KVLanes(device, Recorder(), cache, buffers, arch.num_heads, None)
@@ -284,7 +284,7 @@ def _dense_work(device, arch, dtype, lanes: KVLanes, cache: KVCache, sets, count
 
 def _batches(lanes: KVLanes, cache: KVCache, count: int) -> list[Batch]:
     """One GPU batch of ``count`` tokens: rows that decode, or runs of prompts when there are many. Its places are known."""
-    length = 1 if count <= _DECODE_TOKENS else BLOCK_TOKENS
+    length = 1 if count <= _DECODE_TOKENS else PAGE_TOKENS
     runs = []
     for start in range(0, count, length):
         row, tokens = cache.open("gpu"), min(length, count - start)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from cost_model.hardware.hardware import Gpu, Hardware
-from cost_model.memory.allocation import BLOCK_TOKENS
+from cost_model.memory.allocation import PAGE_TOKENS
 from cost_model.model.grouped import GROUPED_TOKENS
 from flexmoe.errors import InfeasibleError
 from flexmoe.kernels.native import library as native
@@ -151,7 +151,7 @@ def _disk(s: Setting, found: Found) -> None:
 def _kv_blocks(s: Setting, found: Found, rates: DiskRates) -> None:
     costs = kv_block_costs(s.device, s.dtypes[2], s.directory, s.effort, rates)
     source = (
-        f"flexmoe.kv.disk, up to {s.effort.kv_blocks} blocks that are no neighbours in {s.directory}, of {BLOCK_TOKENS} tokens "
+        f"flexmoe.kv.disk, up to {s.effort.kv_blocks} blocks that are no neighbours in {s.directory}, of {PAGE_TOKENS} tokens "
         f"with (KV heads, head size) in {SHAPES}, {_dtype(s, 2)}: the mean, less what the bytes take"
     )
     found.put(source, kv_block_read_s=costs.read_s, kv_block_write_s=costs.write_s)

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from cost_model.memory.allocation import Sizes
+from cost_model.memory.allocation import Allocation
 from cost_model.model.arch import ModelArch
 from cost_model.routing.on_demand import FEWEST_AT_HAND, KEPT_SLOTS, OnDemand, entry_bytes
 from flexmoe.weights.eviction import LFU, LRU, Eviction, Static, Usage, passing_places
@@ -50,7 +50,7 @@ class WeightFeed:
         store: WeightStore,
         arch: ModelArch,
         units: Units,
-        counts: Sizes,
+        counts: Allocation,
         *,
         kind: str = "lfu",
         known: np.ndarray | None = None,

@@ -20,7 +20,7 @@ class RowLengths:
         tier: where its KV lives while in flight, "" while it waits.
         mode: how it is attended while in flight: ``gpu`` (KV on the GPU), ``fetch`` (KV brought there), ``cpu``.
         cached: tokens whose KV is stored.
-        blocks: KV blocks that it holds, those of the run under way included.
+        pages: KV pages that it holds, those of the run under way included.
         run: tokens of its run in the sweep under way, 0 where it has none.
         logits: whether that run ends with a new token; false for an unfinished prompt.
         prompt_done: prompt tokens that have been computed at least once; a restart does not count them again.
@@ -35,7 +35,7 @@ class RowLengths:
     tier: str = ""
     mode: str = ""
     cached: int = 0
-    blocks: int = 0
+    pages: int = 0
     run: int = 0
     logits: bool = False
     prompt_done: int = 0

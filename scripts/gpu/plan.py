@@ -72,7 +72,7 @@ def plan(arch: ModelArch, workload: Workload, hardware: Hardware, budget: Budget
 
 def own_limit(arch: ModelArch, workload: Workload, rates: Rates, policy: Policy, prediction: Prediction) -> Limit:
     """The overlapped limit with the bytes that the policy moves; of the embedding only rows are read."""
-    tier_of = prediction.sizes.placement.tier_of
+    tier_of = prediction.allocation.placement.tier_of
     moved = [unit for unit in arch.units() if unit.kind != "embed" and tier_of[unit.name] != "gpu"]
     return steady_limit(
         arch,
@@ -81,5 +81,5 @@ def own_limit(arch: ModelArch, workload: Workload, rates: Rates, policy: Policy,
         rows=prediction.rows_in_flight,
         w_streamed=sum(unit.stored_bytes for unit in moved),
         w_on_disk=sum(unit.stored_bytes for unit in moved if tier_of[unit.name] == "disk"),
-        kv_shares=mode_shares(policy, prediction.sizes),
+        kv_shares=mode_shares(policy, prediction.allocation),
     )

@@ -23,9 +23,9 @@ def policy_of(kv=GPU, rows=8, prefill_tokens=64, **rest):
 def admission_of(kv=GPU, *, gpu=0, cpu=0, disk=0, tails=0, expected_end=None, recompute_past=None, **policy):
     return Admission(
         policy_of(kv, **policy),
-        blocks={"gpu": gpu, "cpu": cpu, "disk": disk},
+        pages={"gpu": gpu, "cpu": cpu, "disk": disk},
         tails=tails,
-        block_tokens=BLOCK,
+        page_tokens=BLOCK,
         expected_end=expected_end,
         recompute_past=recompute_past,
     )
@@ -52,7 +52,7 @@ def sweep(admission):
 
 
 def held(admission, tier):
-    return admission._blocks[tier] - admission.free(tier)
+    return admission._pages[tier] - admission.free(tier)
 
 
 # What a row holds.
@@ -65,7 +65,7 @@ def test_row_holds_the_blocks_of_its_tokens_and_on_disk_a_tail(kv, tier):
     used = []
     while admission.unfinished:
         admission.plan()
-        used.append((row.cached + row.run, row.blocks, held(admission, tier), 2 - admission.free_tails))
+        used.append((row.cached + row.run, row.pages, held(admission, tier), 2 - admission.free_tails))
         admission.commit(row, generated=True)
         if row.length == row.limit:
             admission.finish(row)
@@ -243,8 +243,8 @@ def test_youngest_row_of_a_full_tier_is_sent_back_and_enters_again_first():
     (row,) = admission.plan()  # both want a second block, and there is one
     assert row is old and admission.sent_back == [young] and admission.restarts == 1
     assert list(admission.waiting) == [young, later]
-    assert (young.tier, young.cached, young.blocks, young.run, young.length) == ("", 0, 0, 0, 17)
-    assert held(admission, "gpu") == old.blocks == 2
+    assert (young.tier, young.cached, young.pages, young.run, young.length) == ("", 0, 0, 0, 17)
+    assert held(admission, "gpu") == old.pages == 2
 
 
 def test_row_that_is_itself_the_youngest_of_its_tier_leaves():
@@ -275,7 +275,7 @@ def test_aged_row_holds_all_but_its_last_token_and_decodes_next():
     admission = admission_of(CPU, cpu=9, cpu_attention_percent=100)
     row = RowLengths(prompt=20, limit=40, generated=7)
     assert admission.enter_aged(row)
-    assert (row.tier, row.mode, row.cached, row.blocks, row.prompt_done) == ("cpu", "cpu", 26, 2, 20)
+    assert (row.tier, row.mode, row.cached, row.pages, row.prompt_done) == ("cpu", "cpu", 26, 2, 20)
     assert sweep(admission) == {row: (1, True)}
 
 
@@ -318,7 +318,7 @@ def check_counts(admission, blocks, tails):
     rows = admission.running
     for tier in TIERS:
         needed = [-(-(row.cached + row.run) // BLOCK) for row in rows if row.tier == tier]
-        assert [row.blocks for row in rows if row.tier == tier] == needed
+        assert [row.pages for row in rows if row.tier == tier] == needed
         assert admission.free(tier) == blocks[tier] - sum(needed) >= 0
     assert admission.free_tails == tails - sum(row.tier == "disk" for row in rows) >= 0
 
@@ -329,7 +329,7 @@ def test_admission_decides_in_every_sweep_what_the_scheduler_over_a_real_cache_d
     for seed in range(part * 12, part * 12 + 12):
         policy, blocks, tails, expected_end, lengths = random_job(seed)
         sim = Simulation(policy, blocks, tails=tails, expected_end=expected_end, tmp_path=tmp_path)
-        pure = Admission(policy, blocks=blocks, tails=tails, block_tokens=BLOCK, expected_end=expected_end)
+        pure = Admission(policy, pages=blocks, tails=tails, page_tokens=BLOCK, expected_end=expected_end)
         real = {sim.submit(prompt, most, ends): number for number, (prompt, most, ends) in enumerate(lengths)}
         rows = {row: number for number, row in enumerate(wait(pure, *[(prompt, most) for prompt, most, _ in lengths]))}
         seen = set()

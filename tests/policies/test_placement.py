@@ -13,7 +13,7 @@ from policies.placement import (
     Unit,
     describe,
     place_batches,
-    place_blocks,
+    place_pieces,
     place_weights,
     residency_order,
 )
@@ -172,7 +172,7 @@ def test_what_every_token_needs_comes_before_the_experts():
     "shares", [(-1, 0), (101, 0), (60, 41), (float("nan"), 0), (float("inf"), 0), (True, 0), ("10", 0), (None, 0)]
 )
 def test_shares_that_cannot_be_are_refused(shares):
-    for place in (lambda: place_weights(MIXTRAL, *shares), lambda: place_blocks(4, *shares)):
+    for place in (lambda: place_weights(MIXTRAL, *shares), lambda: place_pieces(4, *shares)):
         with pytest.raises(UsageError):
             place()
 
@@ -193,28 +193,28 @@ def test_blocks_sum_to_the_total_and_split_the_same_again(seed):
     rng = random.Random(seed)
     total = rng.choice([1, 2, 3, 7, 100, rng.randint(1, 10**7)])
     shares = random_shares(rng)
-    counts = place_blocks(total, *shares)
+    counts = place_pieces(total, *shares)
     assert sum(counts.values()) == total and list(counts) == list(TIERS)
     for tier, percent in zip(TIERS, (*shares, 100 - sum(shares)), strict=True):
         assert abs(counts[tier] - total * percent / 100) < 1 + total * 1e-8
         assert percent > 0 or counts[tier] == 0
-    assert place_blocks(total, 100 * counts["gpu"] / total, 100 * counts["cpu"] / total) == counts
+    assert place_pieces(total, 100 * counts["gpu"] / total, 100 * counts["cpu"] / total) == counts
 
 
 def test_no_blocks_are_no_blocks():
-    assert place_blocks(0, 50, 50) == {"gpu": 0, "cpu": 0, "disk": 0}
+    assert place_pieces(0, 50, 50) == {"gpu": 0, "cpu": 0, "disk": 0}
     assert place_batches(0, 50, 50) == ()
 
 
 def test_an_odd_block_goes_to_the_slower_tier():
-    assert place_blocks(1, 50, 50) == {"gpu": 0, "cpu": 1, "disk": 0}
+    assert place_pieces(1, 50, 50) == {"gpu": 0, "cpu": 1, "disk": 0}
 
 
 def test_batches_are_interleaved_evenly():
     assert place_batches(4, 50, 50) == ("gpu", "cpu", "gpu", "cpu")
     assert place_batches(6, 0, 100) == ("cpu",) * 6
     tiers = place_batches(100, 50, 30)
-    assert Counter(tiers) == place_blocks(100, 50, 30)
+    assert Counter(tiers) == place_pieces(100, 50, 30)
     for start in range(0, 100, 10):
         assert Counter(tiers[start : start + 10]) == {"gpu": 5, "cpu": 3, "disk": 2}
 

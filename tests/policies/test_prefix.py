@@ -29,7 +29,7 @@ class Samples(Simulation):
         admission = self.scheduler.admission
         for tier in TIERS:
             rows = [row for row in admission.running if row.tier == tier]
-            assert sum(row.blocks for row in rows) <= self.cache.total(tier), "the buffers are made for no more"
+            assert sum(row.pages for row in rows) <= self.cache.total(tier), "the buffers are made for no more"
             assert 0 <= admission.free(tier) <= self.cache.free(tier), "what is counted free is free"
             assert [row.kv.tier for row in rows] == [tier] * len(rows)
         assert admission.free_tails == self.cache.free_tails

@@ -39,7 +39,7 @@ def report(preset="t4", policy=POLICY, workload=JOB, arch=ARCH, explanation=None
     hardware = Hardware.preset(preset)
     prediction = evaluate(arch, hardware, workload, policy, ignore_memory=True)
     return Report(
-        arch=arch, hardware=hardware, workload=workload, number_bytes=2, origin="rates from machine.json",
+        arch=arch, hardware=hardware, workload=workload, dtype_bytes=2, origin="rates from machine.json",
         policy=policy, prediction=prediction, explanation=explanation, simulation=simulation,
     )  # fmt: skip
 
@@ -99,7 +99,7 @@ def test_percents_are_those_achieved_and_sum_to_100():
     found = report()
     for shares in found.achieved().values():
         assert sum(shares) == pytest.approx(100)
-    placed = found.prediction.sizes.placement.achieved_percent
+    placed = found.prediction.allocation.placement.achieved_percent
     assert [f"{share:.1f}" for share in placed] == line(found.lines(), "weights").split()[1:]
     assert line(found.lines(), "activations").split()[1:] == ["50.0", "50.0", "0.0"]
 

@@ -115,7 +115,7 @@ def test_the_programme_agrees_with_the_closed_form_on_grouped_units(percent):
     """A block that is decided, where experts take the longest."""
     job, found, predicted = Workload(prompt_len=16, gen_len=64, num_requests=64), [], []
     for hardware in (replace(each, **FAST_LINKS) for each in machine("cpu")):
-        problem = Problem(arch=MANY_EXPERTS, hardware=hardware, workload=job, number_bytes=2)
+        problem = Problem(arch=MANY_EXPERTS, hardware=hardware, workload=job, dtype_bytes=2)
         choice = Choice(
             schedule="static", fill_sweeps=1, gpu_batch_size=64, modes=("gpu",), rows=64, most_rows=64,
             streams=percent is DISK,

@@ -7,7 +7,7 @@ import pytest
 
 from cost_model.hardware.hardware import Hardware
 from cost_model.hardware.link_curves import efficient_bytes
-from cost_model.memory.allocation import sizes, slot_bytes
+from cost_model.memory.allocation import allocate, slot_bytes
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import (
     FEWEST_UNITS,
@@ -92,12 +92,12 @@ def test_slots_and_placement_speak_of_groups():
         (20, 40, 100, 0, 100, 0), gpu_batch_size=8, num_gpu_batches=4, prompt_len=128, gen_len=32
     )
     for group in (1, 8):
-        counts = sizes(QWEN.grouped(group), policy, WORKLOAD, device="cuda")
+        allocation = allocate(QWEN.grouped(group), policy, WORKLOAD, device="cuda")
         # The head's table is no larger than the larger of a group and an attention unit.
-        assert slot_bytes(QWEN.grouped(group), counts.placement) >= group * QWEN.expert_bytes
-        assert counts.placement.count_of("gpu") + counts.placement.count_of("cpu") + counts.placement.count_of(
-            "disk"
-        ) == len(QWEN.grouped(group).units())
+        assert slot_bytes(QWEN.grouped(group), allocation.placement) >= group * QWEN.expert_bytes
+        assert allocation.placement.count_of("gpu") + allocation.placement.count_of(
+            "cpu"
+        ) + allocation.placement.count_of("disk") == len(QWEN.grouped(group).units())
 
 
 def test_where_dispatch_is_slow_groups_save_time():

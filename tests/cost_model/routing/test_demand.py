@@ -52,7 +52,7 @@ def few_rows(rng, device, overlap=True):
             cpu_attention_percent=rng.choice([0, 100]),
         )  # fmt: skip
         job = Workload(prompt_len=64, gen_len=32, num_requests=policy.block_size)
-        load = rng.choice([p.load for p in course(policy, costs.counts, job).phases if p.sweeps > 0])
+        load = rng.choice([p.load for p in course(policy, costs.allocation, job).phases if p.sweeps > 0])
         if costs.routing.on_demand(load.tokens):
             return costs, policy, load
 
@@ -93,8 +93,8 @@ def test_without_overlap_many_rows_are_added_up_the_same_too():
 @pytest.mark.parametrize("machine", ["rtx4090", "cpu"])
 def test_a_sweep_on_demand_moves_what_is_expected_to_be_missed_and_nothing_else(machine):
     costs, policy = costs_of((5, 45, 100, 0, 100, 0), machine=machine, rows=2, batches=1, arch=MIXTRAL)
-    counts, load = costs.counts, decoding(2)
-    decider = OnDemand.of(MIXTRAL, counts.placement.tier_of, lent_experts(MIXTRAL, counts))
+    allocation, load = costs.allocation, decoding(2)
+    decider = OnDemand.of(MIXTRAL, allocation.placement.tier_of, lent_experts(MIXTRAL, allocation))
     expected = decider.missed(uniform_shares(MIXTRAL), 2) * single_expert_bytes(MIXTRAL)
     demand = costs.routing.on_demand(2.0)
     assert demand.host_bytes + demand.disk_bytes == pytest.approx(expected)
@@ -108,7 +108,7 @@ def test_a_sweep_on_demand_moves_what_is_expected_to_be_missed_and_nothing_else(
 
 def test_few_rows_are_faster_with_what_they_need_than_with_all_experts():
     costs, _ = costs_of((5, 95, 100, 0, 100, 0), rows=1, batches=1, arch=MIXTRAL)
-    all_s = costs.copy_s(costs.counts.placement.bytes_of("cpu"))
+    all_s = costs.copy_s(costs.allocation.placement.bytes_of("cpu"))
     assert sweep_time(costs, decoding(1), 1).total_s < 0.35 * all_s
     assert sweep_time(costs, decoding(1), 1).bottleneck == "on demand"
 
@@ -116,12 +116,12 @@ def test_few_rows_are_faster_with_what_they_need_than_with_all_experts():
 def test_two_slots_lend_nothing_so_all_experts_are_streamed():
     costs, _ = costs_of((5, 95, 100, 0, 100, 0), rows=1, batches=1, arch=MIXTRAL, weight_slots=2)
     assert costs.routing.on_demand(1.0) is None
-    assert sweep_time(costs, decoding(1), 1).lanes_s["h2d"] == costs.copy_s(costs.counts.placement.bytes_of("cpu"))
+    assert sweep_time(costs, decoding(1), 1).lanes_s["h2d"] == costs.copy_s(costs.allocation.placement.bytes_of("cpu"))
 
 
 def test_experts_that_memory_beyond_the_slots_holds_are_not_moved():
     costs, policy = costs_of((5, 95, 100, 0, 100, 0), rows=1, batches=1, arch=MIXTRAL)
-    more = Costs(MIXTRAL, costs.hardware, policy, replace(costs.counts, cache_experts=60), 2)
+    more = Costs(MIXTRAL, costs.hardware, policy, replace(costs.allocation, cache_experts=60), 2)
     assert more.routing.on_demand(1.0).missed < 0.8 * costs.routing.on_demand(1.0).missed
 
 
@@ -144,7 +144,7 @@ def test_dense_layers_and_resident_ones_are_never_on_demand():
     costs, _ = costs_of((5, 95, 100, 0, 100, 0), rows=1, batches=1, arch=DENSE_FIRST)
     assert costs.routing.on_demand(1.0).layers == frozenset(range(1, 5))
     units, _ = costs.routing.streamed("cpu")
-    assert costs.counts.placement.count_of("cpu", "expert") - units == 1  # the dense layer's own
+    assert costs.allocation.placement.count_of("cpu", "expert") - units == 1  # the dense layer's own
 
 
 def test_a_run_without_an_expert_cache_is_predicted_to_stream_all_experts():

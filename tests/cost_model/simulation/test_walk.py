@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from cost_model.hardware.hardware import Hardware
-from cost_model.memory.allocation import sizes
+from cost_model.memory.allocation import allocate
 from cost_model.model.arch import ModelArch
 from cost_model.simulation.replay import Walker, walk
 from cost_model.timing.job_phases import course
@@ -39,8 +39,8 @@ def costs_of(percent, *, arch=SMALL, machine="rtx4090", rows=8, batches=3, hardw
     policy = Policy.from_percent(
         percent, gpu_batch_size=rows, num_gpu_batches=batches, prompt_len=64, gen_len=32, **rest
     )
-    counts = sizes(arch, policy, workload, device=there.device, longest_row=workload.longest_row)
-    return Costs(arch, there, policy, counts, arch.dtype_bytes), policy
+    allocation = allocate(arch, policy, workload, device=there.device, longest_row=workload.longest_row)
+    return Costs(arch, there, policy, allocation, arch.dtype_bytes), policy
 
 
 def decoding(rows, context=96, **modes):
@@ -67,13 +67,13 @@ def random_case(rng, device=None, arch=None):
         cpu_attention_percent=rng.choice([0, 0, 100, 100, 100]), schedule=rng.choice(["rolling", "rolling", "static"]),
     )  # fmt: skip
     workload = Workload(prompt_len=s, gen_len=n)
-    counts = sizes(arch, policy, workload, device=hardware.device, longest_row=workload.longest_row)
-    return Costs(arch, hardware, policy, counts, arch.dtype_bytes), policy, workload
+    allocation = allocate(arch, policy, workload, device=hardware.device, longest_row=workload.longest_row)
+    return Costs(arch, hardware, policy, allocation, arch.dtype_bytes), policy, workload
 
 
 def random_sweep(rng, device=None, arch=None):
     costs, policy, workload = random_case(rng, device, arch)
-    phases = [p for p in course(policy, costs.counts, workload).phases if p.sweeps > 0]
+    phases = [p for p in course(policy, costs.allocation, workload).phases if p.sweeps > 0]
     return costs, policy, rng.choice(phases).load
 
 
@@ -117,7 +117,7 @@ def test_host_units_that_are_not_pinned_pass_through_a_staging_slot():
 
 def test_a_link_bound_sweep_takes_the_time_of_its_bytes():
     costs, policy = costs_of((0, 100, 100, 0, 100, 0), gpu={"h2d_bytes_per_s": 1e8}, weight_slots=20, rows=80)
-    streamed = costs.counts.placement.bytes_of("cpu", "attention", "expert", "head")
+    streamed = costs.allocation.placement.bytes_of("cpu", "attention", "expert", "head")
     walked = walk(costs, [decoding(240)] * 3, policy.gpu_batch_size)
     assert walked.sweep_s[-1] == pytest.approx(streamed / 1e8, rel=1e-6)
     assert walked.lanes_s[-1]["h2d"] == pytest.approx(walked.sweep_s[-1], rel=1e-6)
@@ -127,7 +127,7 @@ def test_disk_units_wait_for_a_copy_on_cuda_and_for_none_on_cpu():
     percent, slow = (0, 0, 100, 0, 100, 0), {"disk_read_bytes_per_s": 1e8}
     for machine, copied in (("rtx4090", True), ("cpu", False)):
         costs, policy = costs_of(percent, machine=machine, hardware=slow)
-        streamed = costs.counts.placement.bytes_of("disk", "attention", "expert", "head")
+        streamed = costs.allocation.placement.bytes_of("disk", "attention", "expert", "head")
         walked = walk(costs, [decoding(24)] * 3, policy.gpu_batch_size)
         assert walked.sweep_s[-1] == pytest.approx(streamed / 1e8, rel=1e-2)
         assert (walked.lanes_s[-1]["h2d"] > 0) == copied
@@ -196,7 +196,7 @@ def test_tracks_are_those_of_the_recorder_and_each_works_in_order(machine):
 def test_units_arrive_before_their_use_and_never_fill_more_than_the_slots(machine, slots):
     costs, policy = costs_of((10, 45, 25, 50, 100, 0), machine=machine, weight_slots=slots, cpu_attention_percent=50.0)
     _, by_track = spans_of(costs, policy, MIXED, sweeps=1)
-    tier_of = costs.counts.placement.tier_of
+    tier_of = costs.allocation.placement.tier_of
     direct = machine == "cpu"
     brought = [*by_track["h2d"], *(by_track["disk_read/0"] if direct else [])]
     arrived = {s[1]: s for s in sorted(brought, key=lambda s: -s[2])}  # the first time: then it is for the next sweep
@@ -220,11 +220,11 @@ def test_disk_units_are_read_before_they_are_copied_within_the_staging_slots():
     _, by_track = spans_of(costs, policy, decoding(24), sweeps=1)
     copied = {s[1]: s for s in by_track["h2d"]}
     reads = [s for s in by_track["disk_read/0"] if s[1] in copied and s[2] < copied[s[1]][2]]
-    assert len(reads) >= costs.counts.placement.count_of("disk", "attention", "expert", "head")
+    assert len(reads) >= costs.allocation.placement.count_of("disk", "attention", "expert", "head")
     assert all(read[3] <= copied[read[1]][2] + 1e-12 for read in reads)
     for read in reads:
         held = sum(r[2] <= read[2] < copied[r[1]][3] - 1e-12 for r in reads)
-        assert held <= costs.counts.staging_slots
+        assert held <= costs.allocation.staging_slots
 
 
 def nth(spans, name):
@@ -270,7 +270,7 @@ def test_hidden_states_that_live_elsewhere_are_stored_before_they_are_loaded():
         up, down = nth(by_track["h2d/act"], f"act {batch}"), nth(by_track["d2h/act"], f"act {batch}")
         assert len(up) == len(down) == costs.arch.num_layers
         assert all(d[3] <= u[2] + 1e-12 for d, u in zip(down, up))
-    on_disk = costs.counts.activation_tiers.index("disk")
+    on_disk = costs.allocation.activation_tiers.index("disk")
     assert {s[1] for s in by_track["disk_write/act"]} == {f"act {on_disk}"}
 
 

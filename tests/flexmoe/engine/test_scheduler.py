@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from cost_model.memory.allocation import BLOCK_TOKENS, kv_blocks_per_tier, kv_tokens_wanted
+from cost_model.memory.allocation import PAGE_TOKENS, kv_pages_per_tier, kv_tokens_wanted
 from flexmoe.engine.scheduler import Row, Scheduler
 from flexmoe.kv.cache import KVCache, KVShape
 from flexmoe.params import EngineRequest, SamplingParams
@@ -132,7 +132,7 @@ def test_known_ends_never_exhaust_a_tier_nor_exceed_the_projected_peak(percent, 
     rng = random.Random(seed)
     sim = Simulation(policy(percent, rows=12, schedule=schedule, prefill_tokens=rng.choice((17, 48, 300))), tiers,
                      tails=5, tmp_path=tmp_path)  # fmt: skip
-    longest = max(tiers.values()) * BLOCK_TOKENS
+    longest = max(tiers.values()) * PAGE_TOKENS
     for _ in range(120):
         prompt = rng.choice((1, 2, 15, 16, 17, rng.randint(1, 150)))
         gen = rng.randint(1, 60)
@@ -178,7 +178,7 @@ def test_a_row_sent_back_for_want_of_room_does_not_bounce_within_the_sweep():
 
 def test_kv_that_somebody_else_holds_is_an_error_and_not_a_wait():
     sim = Simulation(policy(prefill_tokens=64), blocks(gpu=4))
-    sim.cache.reserve(sim.cache.open("gpu"), 3 * BLOCK_TOKENS)
+    sim.cache.reserve(sim.cache.open("gpu"), 3 * PAGE_TOKENS)
     sim.submit(32, 2)
     with pytest.raises(RuntimeError, match="counts 2 blocks of the gpu tier for a row, and the KV cache, with 1 free"):
         sim.scheduler.plan()
@@ -245,18 +245,18 @@ def test_rows_in_flight_are_nine_tenths_of_what_the_kv_cache_holds(rows, prompt,
     """A job of equal rows ten blocks long; the capacity is what the command line plans for the policy."""
     chosen = policy(rows=rows, prompt_len=prompt, gen_len=gen)
     workload = Workload(prompt_len=prompt, gen_len=gen)
-    counts = kv_blocks_per_tier(chosen, kv_tokens_wanted(chosen, workload), prompt + gen)
+    counts = kv_pages_per_tier(chosen, kv_tokens_wanted(chosen, workload), prompt + gen)
     mean = mean_rows_in_flight(Simulation(chosen, counts), prompt, gen, 10 * rows)
-    capacity = counts["gpu"] * BLOCK_TOKENS
+    capacity = counts["gpu"] * PAGE_TOKENS
     assert mean >= 0.9 * capacity / (prompt + gen / 2), f"{mean:.1f} rows, limit {capacity / (prompt + gen / 2):.1f}"
 
 
 @pytest.mark.parametrize("prompt, gen", LENGTHS[:6], ids=str)
 def test_rows_in_flight_are_nine_tenths_where_only_the_kv_cache_limits_them(prompt, gen):
     rows = 64
-    capacity = rows * (prompt + gen // 2) // BLOCK_TOKENS
+    capacity = rows * (prompt + gen // 2) // PAGE_TOKENS
     chosen = policy(rows=rows, prompt_len=prompt, gen_len=gen)
     roomy = Policy(**{f: getattr(chosen, f) for f in chosen.__dataclass_fields__} | {"num_gpu_batches": 2})
     mean = mean_rows_in_flight(Simulation(roomy, blocks(gpu=capacity)), prompt, gen, 10 * rows)
-    limit = capacity * BLOCK_TOKENS / (prompt + gen / 2)
+    limit = capacity * PAGE_TOKENS / (prompt + gen / 2)
     assert mean >= 0.9 * limit, f"{mean:.1f} rows, limit {limit:.1f}"
