@@ -70,7 +70,7 @@ def plan(
         machine,
         workload or _USUAL,
         fixed=fixed,
-        number_bytes=_DTYPE_BYTES.get(dtype),
+        dtype_bytes=_DTYPE_BYTES.get(dtype),
         kv_tokens=kv_tokens,
         advice=advice,
     )
