@@ -13,7 +13,7 @@ import numpy as np
 
 from cost_model.memory.allocation import KEPT_SLOTS, Sizes, entry_bytes, slot_bytes
 from cost_model.model.arch import ModelArch
-from cost_model.model.weight_units import experts_of
+from cost_model.model.weight_units import experts_of, units_of
 
 #: Mean tokens of an expert beyond which a sweep is never on demand: hardly an expert is left out.
 MOST_TOKENS_PER_EXPERT = 8
@@ -62,7 +62,7 @@ class OnDemand:
     def of(cls, arch: ModelArch, tier_of: Mapping[str, str], at_hand: int) -> OnDemand:
         """From the tier of every unit."""
         streamed, on_disk = np.zeros((arch.num_layers, arch.num_experts), dtype=bool), 0
-        for unit in arch.units():
+        for unit in units_of(arch):
             if unit.kind == "expert" and tier_of[unit.name] != "gpu" and not arch.is_dense(unit.layer):
                 experts = experts_of(unit.name)
                 streamed[unit.layer, experts.start : experts.stop] = True

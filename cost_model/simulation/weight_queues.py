@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import units_of
 from cost_model.simulation.threads import COPY, READ, STAGE
 from cost_model.timing.op_costs import Costs
 from policies.schedule import UnitStep, experts_in_compute_order
@@ -24,7 +25,7 @@ class UnitSteps:
         """The units of a model at home in these tiers."""
         found: dict[str, list[UnitStep]] = {"embed": [], "attention": [], "head": []}
         experts: list[list[UnitStep]] = [[] for _ in range(arch.num_layers)]
-        for unit in arch.units():
+        for unit in units_of(arch):
             into = experts[unit.layer] if unit.kind == "expert" else found[unit.kind]
             into.append(UnitStep(name=unit.name, tier=tier_of[unit.name]))
         ordered = [experts_in_compute_order(each) for each in experts]
@@ -83,7 +84,7 @@ def weight_queues(costs: Costs, steps: UnitSteps, on_demand: frozenset[int] = fr
     one on disk is read into a staging slot first, and a host unit that is not pinned is copied there.
     """
     direct = costs.hardware.device == "cpu"
-    sizes = {unit.name: unit.stored_bytes for unit in costs.arch.units()}
+    sizes = {unit.name: unit.stored_bytes for unit in units_of(costs.arch)}
     moves: dict[int, list[Move]] = {COPY: [], READ: [], STAGE: []}
     brought_by, staged = {}, 0
     streamed = [step for step in steps.in_order(on_demand) if step.tier != "gpu"]

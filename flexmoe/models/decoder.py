@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import experts_per_unit, units_of
 from flexmoe.checkpoint.unit_layout import Part
 from flexmoe.kernels.expert_dispatch import grouped_product
 from flexmoe.models.names import Names, unit_parts
@@ -53,10 +54,10 @@ class Decoder(ABC):
 
     def expert_parts(self, on_disk: Iterable[str]) -> dict[str, list[Part]]:
         """Parts of every single expert that belongs to a unit of several, by the name that it has as a unit of its own."""
-        if self.arch.experts_per_unit == 1:
+        if experts_per_unit(self.arch) == 1:
             return {}
         single = unit_parts(self.arch.grouped(1), self.names, packed=self.names.are_packed(on_disk), kinds=("expert",))
-        units = {unit.name for unit in self.arch.units()}
+        units = {unit.name for unit in units_of(self.arch)}
         return {name: parts for name, parts in single.items() if name not in units}
 
     def expected_tensors(self, on_disk: Iterable[str]) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cost_model.model.arch import ModelArch
-from cost_model.model.weight_units import experts_of
+from cost_model.model.weight_units import experts_of, head_rows, units_of
 from flexmoe.checkpoint.unit_layout import Part
 from policies.placement import KINDS
 
@@ -46,7 +46,7 @@ class Names:
 
 def unit_parts(arch: ModelArch, names: Names, *, packed: bool, kinds: Sequence[str] = KINDS) -> dict[str, list[Part]]:
     """The parts of every unit of these kinds of a shape."""
-    units = [unit for unit in arch.units() if unit.kind in kinds]
+    units = [unit for unit in units_of(arch) if unit.kind in kinds]
     return {unit.name: list(_parts(arch, names, packed, unit.kind, unit.layer, unit.name)) for unit in units}
 
 
@@ -117,7 +117,7 @@ def _slices(arch: ModelArch, names: Names, at: str, experts: range) -> Iterator[
 
 
 def _head(arch: ModelArch, chunk: int) -> Iterator[Part]:
-    first, last = arch.head_rows(chunk)
+    first, last = head_rows(arch, chunk)
     table, rows = (arch.vocab_size, arch.hidden), last - first
     name = _EMBEDDING if arch.tied else "lm_head.weight"
     yield Part(role="head", tensor=name, shape=(rows, arch.hidden), first_element=first * arch.hidden, whole=table)

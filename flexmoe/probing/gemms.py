@@ -18,8 +18,7 @@ from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.memory.allocation import BLOCK_TOKENS
 from cost_model.memory.memory_plan import EXPERT_CHUNK_TOKENS
 from cost_model.model.arch import ModelArch
-from cost_model.model.grouped import GROUPED_TOKENS
-from cost_model.model.weight_units import UNIT_BYTES, expert_unit
+from cost_model.model.weight_units import GROUPED_TOKENS, UNIT_BYTES, expert_unit
 from flexmoe.kernels.expert_dispatch import ExpertDispatch, has_grouped_product
 from flexmoe.kv.batch import Batch, Block, Run
 from flexmoe.kv.cache import KVCache, KVShape

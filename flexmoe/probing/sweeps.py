@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import units_of
 from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine import Engine
 from flexmoe.models.loader import Model
@@ -171,7 +172,7 @@ def gpu_batches(rows: int, batch_rows: int) -> list[int]:
 
 def _operations(arch: ModelArch, batches: int) -> int:
     """Operations of a sweep in which everything is resident."""
-    steps = [UnitStep(name=unit.name, tier="gpu") for unit in arch.units() if unit.kind == "head"]
+    steps = [UnitStep(name=unit.name, tier="gpu") for unit in units_of(arch) if unit.kind == "head"]
     layer = tuple(UnitStep(name=f"expert {e}", tier="gpu") for e in range(arch.num_experts))
     attention = tuple(UnitStep(name=f"attention {i}", tier="gpu") for i in range(arch.num_layers))
     shape = SweepShape(

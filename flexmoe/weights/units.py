@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cost_model.model.arch import ModelArch
-from cost_model.model.weight_units import experts_of
+from cost_model.model.weight_units import experts_of, head_rows, units_of
 from policies.schedule import UnitStep, experts_in_compute_order
 
 
@@ -24,7 +24,7 @@ class Units:
     def of(cls, arch: ModelArch, tier_of: Mapping[str, str]) -> Units:
         """The units of a model, each at home in its tier."""
         attention, experts, head, index, rows = [], [[] for _ in range(arch.num_layers)], [], {}, {}
-        for unit in arch.units():
+        for unit in units_of(arch):
             step, number = UnitStep(name=unit.name, tier=tier_of[unit.name]), unit.name.rsplit(".", 1)[-1]
             if unit.kind == "attention":
                 attention.append(step)
@@ -33,6 +33,6 @@ class Units:
                 index[unit.name] = experts_of(unit.name)
             elif unit.kind == "head":
                 head.append(step)
-                rows[unit.name] = arch.head_rows(int(number))
+                rows[unit.name] = head_rows(arch, int(number))
         ordered = tuple(tuple(experts_in_compute_order(e)) for e in experts)
         return cls(attention=tuple(attention), experts=ordered, head=tuple(head), experts_of=index, head_rows=rows)

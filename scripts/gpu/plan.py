@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import units_of
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.solve import solve
 from cost_model.timing.evaluate import Prediction
@@ -73,7 +74,7 @@ def plan(arch: ModelArch, workload: Workload, hardware: Hardware, budget: Budget
 def own_limit(arch: ModelArch, workload: Workload, rates: Rates, policy: Policy, prediction: Prediction) -> Limit:
     """The overlapped limit with the bytes that the policy moves; of the embedding only rows are read."""
     tier_of = prediction.sizes.placement.tier_of
-    moved = [unit for unit in arch.units() if unit.kind != "embed" and tier_of[unit.name] != "gpu"]
+    moved = [unit for unit in units_of(arch) if unit.kind != "embed" and tier_of[unit.name] != "gpu"]
     return steady_limit(
         arch,
         workload,

@@ -6,6 +6,7 @@ from itertools import combinations
 import pytest
 
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import units_of
 from policies.common.errors import UsageError
 from policies.placement import (
     TIERS,
@@ -18,7 +19,7 @@ from policies.placement import (
     residency_order,
 )
 
-MIXTRAL = ModelArch.from_name("mixtral-8x7b").units()
+MIXTRAL = units_of(ModelArch.from_name("mixtral-8x7b"))
 
 
 def small_units(num_layers=6, num_experts=4, expert_bytes=100, attention_bytes=30):

@@ -9,6 +9,7 @@ import pytest
 from cost_model.hardware.hardware import Hardware
 from cost_model.memory.allocation import sizes
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import head_chunks, head_rows
 from cost_model.simulation.replay import Walker, walk
 from cost_model.timing.job_phases import course
 from cost_model.timing.op_costs import Costs
@@ -89,7 +90,7 @@ def test_a_sweep_of_what_is_resident_takes_the_sum_of_its_operations():
         costs.expert_s(24 * costs.arch.top_k / touched, costs.arch.expert_params) * touched / costs.arch.num_experts
     )
     layer = sum(costs.project_s(b) + costs.attend_s(b) for b in cut) + costs.arch.num_experts * expert
-    rows = [stop - start for start, stop in map(costs.arch.head_rows, range(costs.arch.num_head_chunks))]
+    rows = [stop - start for start, stop in (head_rows(costs.arch, at) for at in range(head_chunks(costs.arch)))]
     head = sum(costs.head_s(24, count * costs.arch.head_row_params) for count in rows)
     outside = sum(costs.embed_s(b) for b in cut) + head + costs.sample_s(24) + costs.host_s(24)
     ops = layers * (2 * 3 + 1 + costs.arch.num_experts) + 3 + 1 + len(rows) + 1

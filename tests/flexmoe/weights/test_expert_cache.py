@@ -13,6 +13,7 @@ import torch
 
 from cost_model.memory.allocation import residency
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import units_of
 from cost_model.routing.expert_usage import ExpertUsage
 from cost_model.routing.on_demand import entry_bytes
 from flexmoe import LLM, SamplingParams
@@ -44,7 +45,7 @@ def fed(directory, percents=(0, 0), *, group=None, experts=6, staged=False, monk
     model = load_model(str(directory)).grouped(group)
     arch, device = model.arch, Device("cpu")
     source = model.source(directory)
-    resident = WeightStore(device, Recorder(), source, {u.name: "gpu" for u in arch.units()}, torch.float32)
+    resident = WeightStore(device, Recorder(), source, {u.name: "gpu" for u in units_of(arch)}, torch.float32)
     tier_of = residency(arch).place(*percents).tier_of
     store, units = WeightStore(device, Recorder(), source, tier_of, torch.float32, pin), Units.of(arch, tier_of)
     feed = WeightFeed(store, arch, units, SimpleNamespace(slots=2, staging_slots=4, cache_experts=experts), **options)
@@ -387,7 +388,7 @@ def test_experts_that_no_token_was_routed_to_are_not_moved(make, variants):
         arch.top_k * sparse
     )
     read = sum(v["bytes"] for k, v in metrics["lanes"].items() if k.startswith("disk_read")) - loaded
-    everything = sum(u.stored_bytes for u in arch.units() if u.kind != "embed")
+    everything = sum(u.stored_bytes for u in units_of(arch) if u.kind != "embed")
     assert read < 0.7 * metrics["sweeps"] * everything
     assert cache["hits"] > 0 < cache["mean_load_s"]
 
