@@ -11,7 +11,7 @@ from functools import lru_cache
 from math import ceil
 
 from cost_model.model.arch import ModelArch
-from cost_model.model.weight_units import expert_units, experts_of, unit_slack_bytes, units_of
+from cost_model.model.weight_units import expert_units, unit_slack_bytes, units_of
 from policies.common.errors import InfeasibleError, UsageError
 from policies.placement import Placement, Residency, place_batches, place_blocks
 from policies.policy import Policy, Workload
@@ -162,7 +162,7 @@ def slot_bytes(arch: ModelArch, placement: Placement) -> int:
 def single_expert_bytes(arch: ModelArch) -> float:
     """Stored bytes of one expert of a sparse layer, as `units` have it."""
     unit = next(unit for unit in units_of(arch) if unit.kind == "expert" and not arch.is_dense(unit.layer))
-    return unit.stored_bytes / len(experts_of(unit.name))
+    return unit.stored_bytes / len(unit.id.experts)
 
 
 @lru_cache(maxsize=16)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cost_model.model.families import check_model_type, shape_fields
 from cost_model.model.known_shapes import known_config, read_config
@@ -72,7 +73,7 @@ class ModelArch:
     rope_switch: int | None = None
     group: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_model_type(self.model_type)
         optional = [field for field in ("sliding_window", "rope_switch", "group") if getattr(self, field) is not None]
         for field in (*_COUNTS, *optional, *(["dense_ffn"] if self.dense_layers else [])):
@@ -99,7 +100,7 @@ class ModelArch:
             raise DataError(f"dense_ffn is {self.dense_ffn}, but no layer is dense.")
 
     @classmethod
-    def from_config(cls, config: Mapping, name: str = "") -> "ModelArch":
+    def from_config(cls, config: Mapping[str, Any], name: str = "") -> "ModelArch":
         """The shape from a parsed `config.json`.
 
         Raises:
@@ -108,7 +109,7 @@ class ModelArch:
         return cls(name=name, **shape_fields(config))
 
     @classmethod
-    def from_dir(cls, path: str | os.PathLike) -> "ModelArch":
+    def from_dir(cls, path: str | os.PathLike[str]) -> "ModelArch":
         """The shape from `config.json` in a checkpoint directory.
 
         Raises:
@@ -240,7 +241,8 @@ class ModelArch:
 
     def expected_experts_touched(self, tokens: float) -> float:
         """Experts of a sparse layer that `tokens` tokens reach under uniform routing: E·(1 − (1 − k/E)^T)."""
-        return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** tokens)
+        missed: float = (1 - self.top_k / self.num_experts) ** tokens
+        return self.num_experts * (1 - missed)
 
     def fingerprint(self) -> dict[str, str | int | list[int]]:
         """What must agree between the model of a policy and the model at hand; what a model lacks is left out."""

@@ -13,7 +13,7 @@ from math import ceil
 from cost_model.hardware.hardware import Hardware
 from cost_model.hardware.link_curves import efficient_bytes
 from cost_model.model.arch import ModelArch
-from policies.placement import Unit
+from policies.units import EMBEDDING, Unit, UnitId, expert_unit
 
 #: Bytes of a unit at which a link is efficient, where none has been measured.
 UNIT_BYTES = 64 << 20
@@ -43,16 +43,16 @@ def units_of(arch: ModelArch) -> tuple[Unit, ...]:
 
 
 def _units(arch: ModelArch) -> Iterator[Unit]:
-    yield Unit("embed", -1, "embed", arch.embed_params * arch.dtype_bytes)
+    yield Unit(EMBEDDING, arch.embed_params * arch.dtype_bytes)
     for layer in range(arch.num_layers):
-        yield Unit(f"layers.{layer}.attention", layer, "attention", arch.unit_bytes(arch.attention_params_in(layer)))
+        yield Unit(UnitId("attention", layer), arch.unit_bytes(arch.attention_params_in(layer)))
         for experts in expert_groups(arch, layer):
             size = arch.unit_bytes(len(experts) * arch.expert_params_in(layer))
-            yield Unit(expert_unit(layer, experts), layer, "expert", size)
+            yield Unit(expert_unit(layer, experts), size)
     for index in range(head_chunks(arch)):
         start, stop = head_rows(arch, index)
         params = (stop - start) * arch.head_row_params + (arch.norm_params if index == 0 else 0)
-        yield Unit(f"head.{index}", arch.num_layers, "head", params * arch.dtype_bytes)
+        yield Unit(UnitId("head", arch.num_layers, index), params * arch.dtype_bytes)
 
 
 def experts_per_unit(arch: ModelArch) -> int:
@@ -96,18 +96,6 @@ def unit_slack_bytes(arch: ModelArch) -> int:
     device, between 256-byte boundaries), which costs less than two pages."""
     attention = 4 * (2 if arch.attention_bias else 1) + 2 * (2 if arch.norm_bias else 1) + 2 * arch.qk_norm + 1
     return max(_LEAST_SLACK_BYTES, 2 * _PAGE_BYTES * max(attention, 3 * experts_per_unit(arch)))
-
-
-def expert_unit(layer: int, experts: range) -> str:
-    """Name of the unit of these experts of a layer: `layers.3.expert.5`, or `layers.3.expert.8-15` for a group."""
-    last = f"-{experts[-1]}" if len(experts) > 1 else ""
-    return f"layers.{layer}.expert.{experts[0]}{last}"
-
-
-def experts_of(unit: str) -> range:
-    """The experts of a unit, by its name."""
-    first, _, last = unit.rsplit(".", 1)[1].partition("-")
-    return range(int(first), int(last or first) + 1)
 
 
 def head_chunks(arch: ModelArch) -> int:

@@ -98,10 +98,10 @@ def test_an_unknown_name_is_refused_with_the_known_ones(name):
 
 def test_units_come_in_schedule_order_with_all_bytes():
     units = units_of(MIXTRAL)
-    assert [unit.name for unit in units[:3]] == ["embed", "layers.0.attention", "layers.0.expert.0"]
+    assert [str(unit.id) for unit in units[:3]] == ["embed", "layers.0.attention", "layers.0.expert.0"]
     assert [unit.layer for unit in units] == sorted(unit.layer for unit in units)
-    assert (units[0].layer, units[-1].layer, units[-1].name) == (-1, 32, "head.0")
-    assert len({unit.name for unit in units}) == len(units) == 1 + 32 * 9 + 1
+    assert (units[0].layer, units[-1].layer, str(units[-1].id)) == (-1, 32, "head.0")
+    assert len({str(unit.id) for unit in units}) == len(units) == 1 + 32 * 9 + 1
     assert sum(unit.stored_bytes for unit in units) == MIXTRAL.total_bytes
 
 
@@ -111,7 +111,7 @@ def test_units_are_made_once_for_a_shape():
 
 
 def test_a_dense_layer_is_attention_without_router_and_one_mlp():
-    units = {unit.name: unit.stored_bytes for unit in units_of(MIXED)}
+    units = {str(unit.id): unit.stored_bytes for unit in units_of(MIXED)}
     assert [name for name in units if name.startswith("layers.7.")] == ["layers.7.attention", "layers.7.expert.0"]
     assert units["layers.7.expert.0"] == MIXED.unit_bytes(MIXED.expert_params_in(7)) == 3 * 2048 * 6144 * 2
     assert units["layers.6.attention"] - units["layers.7.attention"] == 2048 * 128 * 2

@@ -14,9 +14,7 @@ from cost_model.model.weight_units import (
     UNIT_BYTES,
     efficient_group,
     expert_groups,
-    expert_unit,
     expert_units,
-    experts_of,
     experts_per_unit,
     group_on,
     unit_slack_bytes,
@@ -30,6 +28,7 @@ from flexmoe.models.loader import load_model
 from flexmoe.models.registry import family
 from policies import Policy, Workload
 from policies.policy import PolicyFile
+from policies.units import expert_unit
 from tests.support.tiny import GEN_LEN, assert_greedy, make, offload
 from tests.support.tiny_families import RECIPES
 
@@ -61,19 +60,22 @@ def test_grouping_moves_the_same_bytes_and_names_every_expert_once(group):
     arch = QWEN.grouped(group)
     assert sum(unit.stored_bytes for unit in units_of(arch)) == sum(unit.stored_bytes for unit in units_of(QWEN))
     own = [unit for unit in units_of(arch) if unit.kind == "expert" and unit.layer == 5]
-    assert [e for unit in own for e in experts_of(unit.name)] == list(range(128))
+    assert [e for unit in own for e in unit.id.experts] == list(range(128))
     assert len(own) == expert_units(arch)
 
 
 def test_names_of_units_say_which_experts_they_hold():
-    assert [expert_unit(3, range(5, 6)), expert_unit(3, range(8, 16))] == ["layers.3.expert.5", "layers.3.expert.8-15"]
+    assert [str(expert_unit(3, experts)) for experts in (range(5, 6), range(8, 16))] == [
+        "layers.3.expert.5",
+        "layers.3.expert.8-15",
+    ]
     for experts in (range(0, 1), range(5, 6), range(8, 16)):
-        assert experts_of(expert_unit(3, experts)) == experts
+        assert expert_unit(3, experts).experts == experts
 
 
 def test_a_dense_layer_is_one_unit_however_experts_are_grouped():
     arch = replace(QWEN, dense_layers=(1,), dense_ffn=6144)
-    assert [unit.name for unit in units_of(arch) if unit.layer == 1] == ["layers.1.attention", "layers.1.expert.0"]
+    assert [str(unit.id) for unit in units_of(arch) if unit.layer == 1] == ["layers.1.attention", "layers.1.expert.0"]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -83,7 +85,7 @@ def test_the_parts_of_a_group_are_its_bytes_in_both_layouts(packed, group):
     parts = family(arch).parts(("model.layers.0.mlp.experts.gate_up_proj",) if packed else ())
     for unit in units_of(arch):
         size = 0
-        for part in parts[unit.name]:
+        for part in parts[unit.id]:
             elements = 1
             for edge in part.shape:
                 elements *= edge
@@ -203,7 +205,7 @@ def test_units_of_every_family_stay_within_the_planned_slack(name, tmp_path):
         grouped = model.grouped(group)
         source, slack = grouped.source(tmp_path), unit_slack_bytes(grouped.arch)
         for unit in units_of(grouped.arch):
-            layout = source.layout(unit.name)
+            layout = source.layout(unit.id)
             assert layout.stored_bytes == unit.stored_bytes
             assert unit.stored_bytes <= min(layout.device_bytes, layout.host_bytes)
             assert max(layout.device_bytes, layout.host_bytes) <= unit.stored_bytes + slack

@@ -202,13 +202,12 @@ def test_units_arrive_before_their_use_and_never_fill_more_than_the_slots(machin
     brought = [*by_track["h2d"], *(by_track["disk_read/0"] if direct else [])]
     arrived = {s[1]: s for s in sorted(brought, key=lambda s: -s[2])}  # the first time: then it is for the next sweep
     taken = []
-    for name, tier in tier_of.items():
-        if tier == "gpu" or name == "embed":
+    for unit, tier in tier_of.items():
+        if tier == "gpu" or unit.kind == "embed":
             continue
-        kind = name.split(".")[0 if name.startswith("head") else 2]
-        layer = name.split(".")[1]
+        name, layer = str(unit), unit.layer
         named = {"attention": (f"project {layer}", f"attend {layer}"), "expert": (f"expert {name}",) * 2}
-        first, last = named.get(kind, (f"head {name}",) * 2)
+        first, last = named.get(unit.kind, (f"head {name}",) * 2)
         uses = [s for s in by_track["gpu"] if s[1] in (first, last)]
         assert arrived[name][3] <= uses[0][2] + 1e-12
         taken.append((arrived[name][2], 1, uses[-1][3]))

@@ -147,7 +147,7 @@ def test_unit_layouts_stay_within_the_planned_slack(checkpoint):
     model = load_model(str(checkpoint))
     source = model.source(Path("."))
     for unit in units_of(model.arch):
-        layout: UnitLayout = source.layout(unit.name)
+        layout: UnitLayout = source.layout(unit.id)
         assert layout.stored_bytes == unit.stored_bytes
         assert unit.stored_bytes <= layout.device_bytes <= unit.stored_bytes + unit_slack_bytes(model.arch)
         assert unit.stored_bytes <= layout.host_bytes <= unit.stored_bytes + unit_slack_bytes(model.arch)

@@ -38,7 +38,7 @@ def test_a_dummy_of_every_known_family_has_units_of_the_planned_bytes(name):
     model = load_model(name, "dummy")
     parts = model.family.parts(())
     for unit in units_of(model.arch):
-        assert unit.stored_bytes == model.arch.dtype_bytes * sum(prod(p.shape) for p in parts[unit.name])
+        assert unit.stored_bytes == model.arch.dtype_bytes * sum(prod(p.shape) for p in parts[unit.id])
 
 
 def test_the_hub_is_asked_for_no_weights_of_an_unknown_family(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ def test_the_parts_of_a_unit_are_its_planned_bytes_in_both_layouts(name, packed)
     on_disk = ("model.layers.0.mlp.experts.gate_up_proj",) if packed else ()
     parts = family(arch).parts(on_disk)
     for unit in units_of(arch):
-        size = sum(torch.Size(p.shape).numel() for p in parts[unit.name])
+        size = sum(torch.Size(p.shape).numel() for p in parts[unit.id])
         assert unit.stored_bytes == size * arch.dtype_bytes
     expected = family(arch).expected_tensors(on_disk)
     assert sum(torch.Size(shape).numel() for shape in expected.values()) == arch.parameters
