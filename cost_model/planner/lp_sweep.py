@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cost_model.model.weight_units import expert_units, head_chunks
 from cost_model.timing.contention import USERS, Resources
 from cost_model.timing.sweep_bounds import THREADS, beside_shares
 
@@ -216,7 +217,7 @@ class _Sweep:
         tokens = self.phase.tokens * self.lp.block
         dense = len(arch.dense_layers) / arch.num_layers
         touched = max(1.0, costs.touched(tokens))
-        dispatch = (1 - dense) * (arch.expert_units + 1) * costs.op_s
+        dispatch = (1 - dense) * (expert_units(arch) + 1) * costs.op_s
         if dense:
             dispatch += dense * 2 * costs.op_s
             curve = self.problem.hardware.gpu.experts[self.problem.dtype_bytes]
@@ -232,7 +233,7 @@ class _Sweep:
     def _head_pieces(self) -> list[tuple[float, float]]:
         arch, op_s = self.problem.arch, self.costs.op_s
         curve = self.problem.hardware.gpu.experts[self.problem.dtype_bytes]
-        chunks, logits = arch.num_head_chunks, self.phase.logits * self.lp.block
+        chunks, logits = head_chunks(arch), self.phase.logits * self.lp.block
         return [
             (chunks * slope * logits, chunks * (constant + op_s) + 2 * op_s)
             for slope, constant in curve.pieces(arch.embed_params / chunks)

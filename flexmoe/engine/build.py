@@ -19,7 +19,8 @@ from flexmoe.system.trace import Recorder
 from flexmoe.weights.sources import WeightSource
 from flexmoe.weights.store import EmbeddingTable, WeightStore
 from flexmoe.weights.supply import WeightFeed
-from flexmoe.weights.units import Units
+from policies.schedule import SweepUnits
+from policies.units import EMBEDDING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +53,7 @@ def build_parts(model: Model, config: EngineConfig, plan: EnginePlan, closing: c
     if config.gpu_mem is not None:
         plan.device.cap_memory(int(config.gpu_mem * GIB))
     recorder, arch = Recorder(config.keep_spans), model.arch
-    units, source = Units.of(arch, plan.sizes.placement.tier_of), model.source(config.offload_dir)
+    units, source = SweepUnits.of(plan.sizes.placement.tier_of), model.source(config.offload_dir)
     store, feed = _weights(model, config, plan, recorder, units, source, closing)
     cache, kv = _kv(model, config, plan, recorder, closing)
     counts = plan.sizes
@@ -67,7 +68,7 @@ def build_parts(model: Model, config: EngineConfig, plan: EnginePlan, closing: c
         family=model.family,
         units=units,
         feed=feed,
-        embed=EmbeddingTable(store, source, "embed", counts.max_tokens),
+        embed=EmbeddingTable(store, source, EMBEDDING, counts.max_tokens),
         kv=kv,
         activations=activations,
         activation_tiers=counts.activation_tiers,
@@ -94,7 +95,7 @@ def _weights(
     config: EngineConfig,
     plan: EnginePlan,
     recorder: Recorder,
-    units: Units,
+    units: SweepUnits,
     source: WeightSource,
     closing: contextlib.ExitStack,
 ) -> tuple[WeightStore, WeightFeed]:

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 
 import torch
 
+from cost_model.model.weight_units import head_rows
 from flexmoe.engine.head import Logits
 from flexmoe.engine.hidden_states import Activations
 from flexmoe.engine.router_counter import RouterCounter
@@ -23,8 +24,7 @@ from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
 from flexmoe.weights.store import EmbeddingTable
 from flexmoe.weights.supply import WeightFeed
-from flexmoe.weights.units import Units
-from policies.schedule import Op, SweepShape, sweep
+from policies.schedule import Op, SweepShape, SweepUnits, sweep
 
 
 class Executor:
@@ -52,7 +52,7 @@ class Executor:
         device: Device,
         recorder: Recorder,
         family,
-        units: Units,
+        units: SweepUnits,
         feed: WeightFeed,
         embed: EmbeddingTable,
         kv: KVLanes,
@@ -118,7 +118,7 @@ class Executor:
 
     def _await_weights(self, op: Op) -> None:
         """Wait for the unit that the operation computes with, outside of the time that counts as compute."""
-        unit = self._units.attention[op.layer].name if op.kind == "project" else op.unit
+        unit = self._units.attention[op.layer].unit if op.kind == "project" else op.unit
         if unit:
             self._feed.get(unit)
 
@@ -138,9 +138,7 @@ class Executor:
             return frozenset(b.index for b in block.batches if any(test(g) for g in b.groups))
 
         return SweepShape(
-            attention=self._units.attention,
-            experts=self._units.experts,
-            head=self._units.head,
+            units=self._units,
             activation_tiers=self._tiers[: len(block.batches)],
             fetched_batches=having(lambda g: g.mode == "fetch"),
             cpu_batches=having(lambda g: g.mode == "cpu"),
@@ -190,7 +188,7 @@ class Executor:
         h_TD = self._hidden[batch.index]
         if op.layer > 0:
             h_TD += self._y_TD[batch.start : batch.stop]
-        weights = self._feed.get(self._units.attention[op.layer].name)
+        weights = self._feed.get(self._units.attention[op.layer].unit)
         q, k, v = self._family.project(h_TD, weights, batch.rope)
         self._kv.append(op.layer, batch, k, v)
         self._qkv[batch.index] = (q, k, v)
@@ -214,7 +212,7 @@ class Executor:
         q, k, v = self._qkv.pop(batch.index)
         pieces = [self._attend_group(op.layer, batch, group.mode, q, k, v) for group in batch.groups]
         attended = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        unit = self._units.attention[op.layer].name
+        unit = self._units.attention[op.layer].unit
         here = slice(batch.start, batch.stop)
         h_TD, x_TD, router_TE = self._family.output(self._hidden[batch.index], attended, self._feed.get(unit))
         self._hidden.put(batch.index, h_TD)
@@ -246,7 +244,7 @@ class Executor:
 
     def _op_expert(self, op: Op) -> None:
         weights, family = self._feed.get(op.unit), self._family
-        experts, tokens = self._units.experts_of[op.unit], self._block.tokens
+        experts, tokens = op.unit.experts, self._block.tokens
         x_TD, y_TD = self._x_TD[:tokens], self._y_TD[:tokens]
         if len(experts) == 1:
             self._experts.add(experts[0], x_TD, y_TD, lambda x_nD: family.expert(x_nD, weights))
@@ -272,7 +270,7 @@ class Executor:
         self._hidden.clear()
 
     def _op_head(self, op: Op) -> None:
-        self._logits.add(self._units.head_rows[op.unit], self._feed.get(op.unit))
+        self._logits.add(head_rows(self._family.arch, op.unit.first), self._feed.get(op.unit))
         self._feed.release(op.unit)
 
     def _final_hidden(self, batch: Batch, places: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from cost_model.memory.memory_plan import EXPERT_CHUNK_TOKENS
-from cost_model.model.grouped import GROUPED_TOKENS, ROW_BYTES
+from cost_model.model.weight_units import GROUPED_TOKENS, ROW_BYTES
 from flexmoe.kernels.native import library as native
 from flexmoe.kernels.native.products import grouped_products
 from flexmoe.system.device import Device

@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import experts_per_unit, units_of
 from flexmoe.checkpoint.unit_layout import Part
 from flexmoe.kernels.expert_dispatch import grouped_product
 from flexmoe.models.names import Names, unit_parts
+from policies.units import UnitId
 
 Weights = Mapping[str, torch.Tensor]
 Rope = tuple[torch.Tensor, torch.Tensor]
@@ -47,17 +49,17 @@ class Decoder(ABC):
     def route(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Chosen experts and their weights (float32), both ``[T, K]``."""
 
-    def parts(self, on_disk: Iterable[str]) -> dict[str, list[Part]]:
+    def parts(self, on_disk: Iterable[str]) -> dict[UnitId, list[Part]]:
         """Parts of every unit, given the names in the checkpoint (they tell the layout: per expert or packed)."""
         return unit_parts(self.arch, self.names, packed=self.names.are_packed(on_disk))
 
-    def expert_parts(self, on_disk: Iterable[str]) -> dict[str, list[Part]]:
-        """Parts of every single expert that belongs to a unit of several, by the name that it has as a unit of its own."""
-        if self.arch.experts_per_unit == 1:
+    def expert_parts(self, on_disk: Iterable[str]) -> dict[UnitId, list[Part]]:
+        """Parts of every single expert that belongs to a unit of several, by what it is as a unit of its own."""
+        if experts_per_unit(self.arch) == 1:
             return {}
         single = unit_parts(self.arch.grouped(1), self.names, packed=self.names.are_packed(on_disk), kinds=("expert",))
-        units = {unit.name for unit in self.arch.units()}
-        return {name: parts for name, parts in single.items() if name not in units}
+        units = {unit.id for unit in units_of(self.arch)}
+        return {unit: parts for unit, parts in single.items() if unit not in units}
 
     def expected_tensors(self, on_disk: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Names and shapes that a complete checkpoint in the layout of ``on_disk`` must have."""

@@ -18,8 +18,7 @@ from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.memory.allocation import PAGE_TOKENS
 from cost_model.memory.memory_plan import EXPERT_CHUNK_TOKENS
 from cost_model.model.arch import ModelArch
-from cost_model.model.grouped import GROUPED_TOKENS
-from cost_model.model.weight_units import UNIT_BYTES, expert_unit
+from cost_model.model.weight_units import GROUPED_TOKENS, UNIT_BYTES
 from flexmoe.kernels.expert_dispatch import ExpertDispatch, has_grouped_product
 from flexmoe.kv.batch import Batch, Block, Run
 from flexmoe.kv.cache import KVCache, KVShape
@@ -30,6 +29,7 @@ from flexmoe.probing.effort import Effort, Heads
 from flexmoe.probing.timing import repeat_s
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
+from policies.units import UnitId, expert_unit
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ def expert_bench(
 ) -> Iterator[Seconds]:
     """Seconds of one expert over n of the T = n·E/K tokens of a block."""
     math, experts = family(arch), arch.num_experts
-    sets = arena.sets(math.parts(())["layers.0.expert.0"], effort.cycle_bytes)
+    sets = arena.sets(math.parts(())[UnitId("expert", 0)], effort.cycle_bytes)
     x_TD = noise(device, dtype, most * experts // _TOP_K, arch.hidden)
     y_TD = torch.zeros_like(x_TD)
     dispatch = ExpertDispatch(device, experts, len(x_TD), _TOP_K)
@@ -249,7 +249,7 @@ def dense_bench(
     cache = KVCache(device, shape, {"gpu": blocks, "cpu": 0, "disk": 0})
     buffers = KVBuffers(staging_blocks=0, batch_tokens=0, write_blocks=0)
     lanes = KVLanes(device, Recorder(), cache, buffers, arch.num_heads, None)
-    sets = arena.sets(family(arch).parts(())["layers.0.attention"], effort.cycle_bytes)
+    sets = arena.sets(family(arch).parts(())[UnitId("attention", 0)], effort.cycle_bytes)
     try:
         with torch.inference_mode():
             yield lambda count, seconds, warm, least: repeat_s(

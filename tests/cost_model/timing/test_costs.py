@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from cost_model.memory.allocation import PAGE_TOKENS, allocate, kv_pages_per_tier, kv_tokens_wanted
 from cost_model.memory.memory_plan import HOST_BUFFERS, MemoryPlan, plan_memory
 from cost_model.model.arch import ModelArch
-from cost_model.model.weight_units import unit_slack_bytes
+from cost_model.model.weight_units import unit_slack_bytes, units_of
 from flexmoe.checkpoint.unit_layout import UnitLayout
 from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine import Engine
@@ -126,7 +126,7 @@ def test_the_runtime_takes_what_was_planned(checkpoint, tmp_path, host_buffers, 
         units = len(engine.plan.sizes.placement.tier_of)
         slack_bytes = unit_slack_bytes(engine.model.arch)
         slack = {"weights": units * slack_bytes, "slots": engine.plan.sizes.slots * slack_bytes}
-        slack["load buffers"] = 4 * slack_bytes + 4 * max(u.stored_bytes for u in engine.model.arch.units())
+        slack["load buffers"] = 4 * slack_bytes + 4 * max(u.stored_bytes for u in units_of(engine.model.arch))
         for tier in ("gpu", "cpu"):
             for item, size in taken[tier].items():
                 asked = planned.parts[tier].get(item, 0)
@@ -146,8 +146,8 @@ def test_the_runtime_takes_what_was_planned(checkpoint, tmp_path, host_buffers, 
 def test_unit_layouts_stay_within_the_planned_slack(checkpoint):
     model = load_model(str(checkpoint))
     source = model.source(Path("."))
-    for unit in model.arch.units():
-        layout: UnitLayout = source.layout(unit.name)
+    for unit in units_of(model.arch):
+        layout: UnitLayout = source.layout(unit.id)
         assert layout.stored_bytes == unit.stored_bytes
         assert unit.stored_bytes <= layout.device_bytes <= unit.stored_bytes + unit_slack_bytes(model.arch)
         assert unit.stored_bytes <= layout.host_bytes <= unit.stored_bytes + unit_slack_bytes(model.arch)
@@ -157,7 +157,7 @@ def test_disk_tier_is_counted_as_written(checkpoint, tmp_path, arch):
     policy = policy_of((0, 0, 0, 0, 0, 0))
     allocation = allocate(arch, policy, WORKLOAD, device="cpu")
     plan = plan_memory(arch, policy, allocation, device="cpu", compute_bytes=4)
-    assert plan.parts["disk"]["weights"] == sum(u.stored_bytes for u in arch.units())
+    assert plan.parts["disk"]["weights"] == sum(u.stored_bytes for u in units_of(arch))
     assert plan.parts["disk"]["kv"] == allocation.kv_pages["disk"] * PAGE_TOKENS * arch.kv_bytes_per_token(4)
 
 
@@ -167,7 +167,7 @@ def test_achieved_shares_are_near_the_asked_ones(arch, name, device):
     percent, rest = POLICIES[name]
     policy = policy_of(percent, **rest)
     allocation = allocate(arch, policy, WORKLOAD, device=device, kv_tokens=40 * PAGE_TOKENS)
-    largest = 100 * max(u.stored_bytes for u in arch.units()) / sum(u.stored_bytes for u in arch.units())
+    largest = 100 * max(u.stored_bytes for u in units_of(arch)) / sum(u.stored_bytes for u in units_of(arch))
     weights, cache, act = percent[0:2], percent[2:4], percent[4:6]
     for asked, achieved in zip(weights, allocation.placement.achieved_percent):
         assert abs(asked - achieved) <= largest

@@ -9,6 +9,7 @@ from flexmoe.cli import run_plan as run_plan_module
 from flexmoe.cli.run_plan import RunPlan, _last
 from flexmoe.preflight.lengths import Lengths, RowLength
 from policies.policy import Policy
+from policies.units import UnitId
 from tests.cost_model.routing.test_expert_usage import skewed
 from tests.support.command_lines import assert_one_sentence, body
 
@@ -123,7 +124,7 @@ def test_experts_that_another_run_used_most_are_on_the_device(job, main, machine
     assert policy.expert_order == known.unit_order(arch.grouped(policy.experts_per_unit))
     tiers = plans[0].engine.sizes.placement.tier_of
     for layer, order in enumerate(policy.expert_order):
-        on_gpu = [tiers[f"layers.{layer}.expert.{number}"] == "gpu" for number in order]
+        on_gpu = [tiers[UnitId("expert", layer, number)] == "gpu" for number in order]
         assert on_gpu == sorted(on_gpu, reverse=True)
 
 

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 
+from cost_model.model.weight_units import units_of
 from flexmoe import LLM, EngineRequest, SamplingParams
 from flexmoe.errors import UsageError
 from policies import Policy, Workload
@@ -304,8 +305,8 @@ def test_lanes_count_the_bytes_of_every_streamed_unit_in_every_sweep(make, tiny)
     llm = make((0, 40, 100, 0, 100, 0), rows=8, expert_cache="off")
     llm.generate(tiny().prompts[:8], SamplingParams(max_tokens=4, ignore_eos=True))
     placement, arch, metrics = llm.engine.plan.sizes.placement, llm.model.arch, llm.metrics()
-    on_host = sum(u.stored_bytes for u in arch.units() if placement.tier_of[u.name] == "cpu" and u.kind != "embed")
-    on_disk = sum(u.stored_bytes for u in arch.units() if placement.tier_of[u.name] == "disk" and u.kind != "embed")
+    on_host = sum(u.stored_bytes for u in units_of(arch) if placement.tier_of[u.id] == "cpu" and u.kind != "embed")
+    on_disk = sum(u.stored_bytes for u in units_of(arch) if placement.tier_of[u.id] == "disk" and u.kind != "embed")
     h2d = sum(v["bytes"] for k, v in metrics["lanes"].items() if k.split("/")[0] == "h2d")
     read = sum(v["bytes"] for k, v in metrics["lanes"].items() if k.split("/")[0] == "disk_read")
     assert h2d >= metrics["sweeps"] * on_host
@@ -363,7 +364,7 @@ def test_the_stream_is_ahead_by_no_more_than_its_slots(weights, make, tiny, monk
     monkeypatch.setattr(WeightStream, "release", counted_release)
     llm = make((*weights, 100, 0, 100, 0), rows=4, expert_cache="off")
     llm.generate(tiny().prompts[:4], SamplingParams(max_tokens=4, ignore_eos=True))
-    slots, units = llm.engine.plan.sizes.slots, len(llm.model.arch.units()) - 1
+    slots, units = llm.engine.plan.sizes.slots, len(units_of(llm.model.arch)) - 1
     assert 0 < most[0] <= slots < units
 
 
