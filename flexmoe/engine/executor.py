@@ -16,7 +16,9 @@ import torch
 from flexmoe.engine.head import Logits
 from flexmoe.engine.hidden_states import Activations
 from flexmoe.engine.router_counter import RouterCounter
-from flexmoe.kernels.expert_dispatch import Bounds, ExpertDispatch
+from flexmoe.kernels.expert_dispatch import ExpertDispatch
+from flexmoe.kernels.expert_weights import ExpertWeights
+from flexmoe.kernels.family import Family
 from flexmoe.kv.batch import Batch, Block
 from flexmoe.kv.transfers import Arrived, KVLanes
 from flexmoe.system.device import Device
@@ -51,7 +53,7 @@ class Executor:
         *,
         device: Device,
         recorder: Recorder,
-        family,
+        family: Family,
         units: Units,
         feed: WeightFeed,
         embed: EmbeddingTable,
@@ -245,24 +247,19 @@ class Executor:
         self._router_counter.add(op.layer, ids_TK, counts)
 
     def _op_expert(self, op: Op) -> None:
-        weights, family = self._feed.get(op.unit), self._family
-        experts, tokens = self._units.experts_of[op.unit], self._block.tokens
-        x_TD, y_TD = self._x_TD[:tokens], self._y_TD[:tokens]
-        if len(experts) == 1:
-            self._experts.add(experts[0], x_TD, y_TD, lambda x_nD: family.expert(x_nD, weights))
-        elif self._experts.can_group(experts, weights):
-            self._experts.add_group(experts, x_TD, y_TD, lambda x_nD, own: family.experts(x_nD, own.ends(), weights))
-        else:
-            self._experts.add_group(experts, x_TD, y_TD, lambda x_nD, own: _one_by_one(family, x_nD, own, weights))
+        experts, weights = self._units.experts_of[op.unit], ExpertWeights.of(self._feed.get(op.unit))
+        x_TD, y_TD = self._x_TD[: self._block.tokens], self._y_TD[: self._block.tokens]
+        self._experts.add_unit(experts, x_TD, y_TD, weights, self._family)
         self._feed.release(op.unit)
 
     def _op_routed(self, op: Op) -> None:
         """The routed experts of a layer on demand, those at hand first."""
         x_TD, y_TD = self._x_TD[: self._block.tokens], self._y_TD[: self._block.tokens]
-        for weights in self._feed.experts():
+        for tensors in self._feed.experts():
+            weights = {expert: ExpertWeights.of(own) for expert, own in tensors.items()}
             with self._timed(f"experts {op.layer}.{','.join(map(str, weights))}"):
                 self._experts.add_some(weights, x_TD, y_TD, self._family)
-            del weights  # casts are made for the next ones
+            del tensors, weights  # casts are made for the next ones
 
     # Logits.
 
@@ -282,10 +279,3 @@ class Executor:
 
     def _op_sample(self, op: Op) -> None:
         """Marks the end of the sweep; the engine chooses tokens from the logits."""
-
-
-def _one_by_one(family, x_nD: torch.Tensor, bounds: Bounds, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The experts of a unit, a product each; every result takes the place of its tokens."""
-    for number, own in bounds.slices():
-        x_nD[own] = family.expert(x_nD[own], weights, number)
-    return x_nD
