@@ -181,7 +181,7 @@ def test_expert_is_timed_over_exactly_the_tokens_routed_to_it(count, monkeypatch
     )
     arena = WeightArena(CPU, torch.float32, MIB)
     with gemms.expert_bench(CPU, gemms.bench_arch(HEADS, 48), torch.float32, arena, 16, TINY) as seconds:
-        assert seconds(count, 0.001, 1, 30) > 0
+        assert seconds(count, 0.05, 1, 30) > 0
     assert {n for n, _ in seen} == {count}
     assert len({weights for _, weights in seen}) > 20  # no cache holds what comes next
 
