@@ -4,6 +4,10 @@ The executor knows no model (that is ``family``) and no homes (that are the stre
 it knows the order, and what waits for what. An operation on another lane leaves a future; whoever depends on it waits
 for that future, and on CUDA for the event it carries, never for the device.
 
+The residual stream is kept per GPU batch, by the activations; `attend` adds what attention gives. The experts run over the
+whole block, when a batch may be away in its tier: their output waits in a buffer of the block, and is added when the next
+layer (`project`) or the head (`collect`) asks for the batch.
+
 Legend: T tokens of the block, D hidden, E experts, R rows of logits.
 """
 
@@ -189,11 +193,10 @@ class Executor:
 
     def _op_project(self, op: Op) -> None:
         batch = self._batch(op)
-        h_TD = self._hidden[batch.index]
         if op.layer > 0:
-            h_TD += self._y_TD[batch.start : batch.stop]
+            self._hidden.add(batch.index, self._expert_output(batch))
         weights = self._feed.get(self._units.attention[op.layer].name)
-        q, k, v = self._family.project(h_TD, weights, batch.rope)
+        q, k, v = self._family.project(self._hidden[batch.index], weights, batch.rope)
         self._kv.append(op.layer, batch, k, v)
         self._qkv[batch.index] = (q, k, v)
 
@@ -235,6 +238,10 @@ class Executor:
 
     # Experts over the whole block.
 
+    def _expert_output(self, batch: Batch) -> torch.Tensor:
+        """What the experts of the layer before gave for a batch, not yet part of its residual stream."""
+        return self._y_TD[batch.start : batch.stop]
+
     def _op_route(self, op: Op) -> None:
         tokens = self._block.tokens
         self._y_TD[:tokens].zero_()
@@ -273,9 +280,10 @@ class Executor:
         self._feed.release(op.unit)
 
     def _final_hidden(self, batch: Batch, places: torch.Tensor) -> torch.Tensor:
+        """The residual stream after the last layer's experts, of the wanted tokens only."""
         wanted = places.to(self._device.torch, non_blocking=True)
         h_TD = self._hidden[batch.index].index_select(0, wanted)
-        return h_TD.add_(self._y_TD[batch.start : batch.stop].index_select(0, wanted))
+        return h_TD.add_(self._expert_output(batch).index_select(0, wanted))
 
     def _op_sample(self, op: Op) -> None:
         """Marks the end of the sweep; the engine chooses tokens from the logits."""

@@ -276,7 +276,7 @@ def _dense_work(device, arch, dtype, lanes: KVLanes, cache: KVCache, sets, count
 
     def work() -> None:
         weights = next(sets)
-        h_TD.add_(y_TD)
+        h_TD.add_(y_TD)  # the output of the layer before's experts
         _, k, v = math.project(h_TD, weights, rope)
         lanes.append(0, batch, k, v)
         _, x_TD[:], router_TE[:] = math.output(h_TD, attended_THd, weights)
