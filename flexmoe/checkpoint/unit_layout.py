@@ -121,6 +121,16 @@ def views(buffer: torch.Tensor, places: Mapping[str, Place]) -> dict[str, torch.
     return tensors
 
 
+def tensors_of(tensors: Mapping[str, torch.Tensor], role: str) -> torch.Tensor | list[torch.Tensor]:
+    """A role's one tensor, or where it lies in several (`UnitLayout`) those in their order."""
+    if role in tensors:
+        return tensors[role]
+    found: list[torch.Tensor] = []
+    while (tensor := tensors.get(f"{role}.{len(found)}")) is not None:
+        found.append(tensor)
+    return found
+
+
 def unit_layout(parts: Sequence[Part], tensors: Mapping[str, TensorInfo]) -> UnitLayout:
     """Layout of the unit that consists of ``parts``.
 

@@ -4,6 +4,10 @@ The executor knows no model (that is ``family``) and no homes (that are the stre
 it knows the order, and what waits for what. An operation on another lane leaves a future; whoever depends on it waits
 for that future, and on CUDA for the event it carries, never for the device.
 
+The residual stream is kept per GPU batch, by the activations; `attend` adds what attention gives. The experts run over the
+whole block, when a batch may be away in its tier: their output waits in a buffer of the block, and is added when the next
+layer (`project`) or the head (`collect`) asks for the batch.
+
 Legend: T tokens of the block, D hidden, E experts, R rows of logits.
 """
 
@@ -17,7 +21,9 @@ from cost_model.model.weight_units import head_rows
 from flexmoe.engine.head import Logits
 from flexmoe.engine.hidden_states import Activations
 from flexmoe.engine.router_counter import RouterCounter
-from flexmoe.kernels.expert_dispatch import Bounds, ExpertDispatch
+from flexmoe.kernels.expert_dispatch import ExpertDispatch
+from flexmoe.kernels.expert_weights import ExpertWeights
+from flexmoe.kernels.family import Family
 from flexmoe.kv.batch import Batch, Block
 from flexmoe.kv.transfers import Arrived, KVLanes
 from flexmoe.system.device import Device
@@ -51,7 +57,7 @@ class Executor:
         *,
         device: Device,
         recorder: Recorder,
-        family,
+        family: Family,
         units: SweepUnits,
         feed: WeightFeed,
         embed: EmbeddingTable,
@@ -185,11 +191,10 @@ class Executor:
 
     def _op_project(self, op: Op) -> None:
         batch = self._batch(op)
-        h_TD = self._hidden[batch.index]
         if op.layer > 0:
-            h_TD += self._y_TD[batch.start : batch.stop]
+            self._hidden.add(batch.index, self._expert_output(batch))
         weights = self._feed.get(self._units.attention[op.layer].unit)
-        q, k, v = self._family.project(h_TD, weights, batch.rope)
+        q, k, v = self._family.project(self._hidden[batch.index], weights, batch.rope)
         self._kv.append(op.layer, batch, k, v)
         self._qkv[batch.index] = (q, k, v)
 
@@ -231,6 +236,10 @@ class Executor:
 
     # Experts over the whole block.
 
+    def _expert_output(self, batch: Batch) -> torch.Tensor:
+        """What the experts of the layer before gave for a batch, not yet part of its residual stream."""
+        return self._y_TD[batch.start : batch.stop]
+
     def _op_route(self, op: Op) -> None:
         tokens = self._block.tokens
         self._y_TD[:tokens].zero_()
@@ -243,24 +252,19 @@ class Executor:
         self._router_counter.add(op.layer, ids_TK, counts)
 
     def _op_expert(self, op: Op) -> None:
-        weights, family = self._feed.get(op.unit), self._family
-        experts, tokens = op.unit.experts, self._block.tokens
-        x_TD, y_TD = self._x_TD[:tokens], self._y_TD[:tokens]
-        if len(experts) == 1:
-            self._experts.add(experts[0], x_TD, y_TD, lambda x_nD: family.expert(x_nD, weights))
-        elif self._experts.can_group(experts, weights):
-            self._experts.add_group(experts, x_TD, y_TD, lambda x_nD, own: family.experts(x_nD, own.ends(), weights))
-        else:
-            self._experts.add_group(experts, x_TD, y_TD, lambda x_nD, own: _one_by_one(family, x_nD, own, weights))
+        experts, weights = op.unit.experts, ExpertWeights.of(self._feed.get(op.unit))
+        x_TD, y_TD = self._x_TD[: self._block.tokens], self._y_TD[: self._block.tokens]
+        self._experts.add_unit(experts, x_TD, y_TD, weights, self._family)
         self._feed.release(op.unit)
 
     def _op_routed(self, op: Op) -> None:
         """The routed experts of a layer on demand, those at hand first."""
         x_TD, y_TD = self._x_TD[: self._block.tokens], self._y_TD[: self._block.tokens]
-        for weights in self._feed.experts():
+        for tensors in self._feed.experts():
+            weights = {expert: ExpertWeights.of(own) for expert, own in tensors.items()}
             with self._timed(f"experts {op.layer}.{','.join(map(str, weights))}"):
                 self._experts.add_some(weights, x_TD, y_TD, self._family)
-            del weights  # casts are made for the next ones
+            del tensors, weights  # casts are made for the next ones
 
     # Logits.
 
@@ -274,16 +278,10 @@ class Executor:
         self._feed.release(op.unit)
 
     def _final_hidden(self, batch: Batch, places: torch.Tensor) -> torch.Tensor:
+        """The residual stream after the last layer's experts, of the wanted tokens only."""
         wanted = places.to(self._device.torch, non_blocking=True)
         h_TD = self._hidden[batch.index].index_select(0, wanted)
-        return h_TD.add_(self._y_TD[batch.start : batch.stop].index_select(0, wanted))
+        return h_TD.add_(self._expert_output(batch).index_select(0, wanted))
 
     def _op_sample(self, op: Op) -> None:
         """Marks the end of the sweep; the engine chooses tokens from the logits."""
-
-
-def _one_by_one(family, x_nD: torch.Tensor, bounds: Bounds, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The experts of a unit, a product each; every result takes the place of its tokens."""
-    for number, own in bounds.slices():
-        x_nD[own] = family.expert(x_nD[own], weights, number)
-    return x_nD

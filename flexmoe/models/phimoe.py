@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from cost_model.model.arch import ModelArch
 from flexmoe.errors import DataError
-from flexmoe.models.decoder import Decoder, Rope, Weights, rotation
+from flexmoe.kernels.family import Rope, Weights
+from flexmoe.models.decoder import Decoder, rotation
 from flexmoe.models.names import Names
 
 

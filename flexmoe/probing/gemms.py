@@ -19,7 +19,9 @@ from cost_model.memory.allocation import PAGE_TOKENS
 from cost_model.memory.memory_plan import EXPERT_CHUNK_TOKENS
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import GROUPED_TOKENS, UNIT_BYTES
-from flexmoe.kernels.expert_dispatch import ExpertDispatch, has_grouped_product
+from flexmoe.kernels.expert_dispatch import ExpertDispatch
+from flexmoe.kernels.expert_weights import ExpertWeights
+from flexmoe.kernels.grouped_product import has_grouped_product
 from flexmoe.kv.batch import Batch, Block, Run
 from flexmoe.kv.cache import KVCache, KVShape
 from flexmoe.kv.transfers import KVBuffers, KVLanes
@@ -195,8 +197,8 @@ def expert_bench(
         turn = itertools.cycle(range(experts))
 
         def work() -> None:
-            weights = next(sets)
-            dispatch.add(next(turn), x_TD[:block], y_TD[:block], lambda x_nD: math.expert(x_nD, weights))
+            at = next(turn)
+            dispatch.add_unit(range(at, at + 1), x_TD[:block], y_TD[:block], ExpertWeights.of(next(sets)), math)
 
         return repeat_s(device, work, seconds, warm=warm, least=least)
 
@@ -228,9 +230,12 @@ def unit_bench(
         dispatch.route(ids_TK.to(device.torch), torch.ones(block, 1, device=device.torch), dtype)
 
         def work() -> None:
-            weights = next(sets)
+            weights = ExpertWeights.of(next(sets))
             dispatch.add_group(
-                unit, x_TD[:block], y_TD[:block], lambda x_nD, own: math.experts(x_nD, own.ends(), weights)
+                unit,
+                x_TD[:block],
+                y_TD[:block],
+                lambda x_nD, own: math.feed_forward(x_nD, weights.grouped(own.ends())),
             )
 
         return repeat_s(device, work, seconds, warm=warm, least=least)
@@ -271,7 +276,7 @@ def _dense_work(device, arch, dtype, lanes: KVLanes, cache: KVCache, sets, count
 
     def work() -> None:
         weights = next(sets)
-        h_TD.add_(y_TD)
+        h_TD.add_(y_TD)  # the output of the layer before's experts
         _, k, v = math.project(h_TD, weights, rope)
         lanes.append(0, batch, k, v)
         _, x_TD[:], router_TE[:] = math.output(h_TD, attended_THd, weights)
