@@ -115,7 +115,7 @@ def _kv(
     shape = KVShape(layers=arch.num_layers, kv_heads=arch.num_kv_heads, head_dim=arch.head_dim, dtype=plan.dtype)
     cache = KVCache(plan.device, shape, counts.kv_blocks, counts.tails, config.offload_dir)
     buffers = KVBuffers(
-        staging_blocks=counts.fetch_blocks, batch_tokens=counts.batch_tokens, write_blocks=counts.write_blocks
+        staging_pages=counts.fetch_blocks, batch_tokens=counts.batch_tokens, write_pages=counts.write_blocks
     )
     kv = KVLanes(plan.device, recorder, cache, buffers, arch.num_heads, arch.sliding_window)
     closing.callback(kv.close)
