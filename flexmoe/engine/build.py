@@ -116,7 +116,7 @@ def _kv(
     shape = KVShape(layers=arch.num_layers, kv_heads=arch.num_kv_heads, head_dim=arch.head_dim, dtype=plan.dtype)
     cache = KVCache(plan.device, shape, counts.kv_pages, counts.tails, config.offload_dir)
     buffers = KVBuffers(
-        staging_blocks=counts.fetch_pages, batch_tokens=counts.batch_tokens, write_blocks=counts.write_pages
+        staging_pages=counts.fetch_pages, batch_tokens=counts.batch_tokens, write_pages=counts.write_pages
     )
     kv = KVLanes(plan.device, recorder, cache, buffers, arch.num_heads, arch.sliding_window)
     closing.callback(kv.close)

@@ -27,6 +27,7 @@ from flexmoe.kv.batch import Block, Run
 from flexmoe.models.loader import Model
 from flexmoe.params import EngineRequest, InFlight, RequestOutput, Resumed
 from flexmoe.sampling.sampler import Chosen, sample
+from policies.admission.row_state import AttentionMode
 
 log = logging.getLogger(__name__)
 
@@ -193,13 +194,14 @@ class Engine:
                 f"{len(token_ids)} tokens are more than the {self.largest_row_tokens} that one row may have here"
             )
         tier = max(("gpu", "cpu", "disk"), key=self.cache.total)
+        mode = AttentionMode.FETCH if self.plan.sizes.fetch_pages else AttentionMode.CPU
+        mode = AttentionMode.GPU if tier == "gpu" else mode
         kv = self.cache.open(tier)
         try:
             pieces, step = [], self.config.policy.prefill_tokens
             for i in range(0, len(token_ids), step):
                 tokens = token_ids[i : i + step]
                 self.cache.reserve(kv, len(tokens))
-                mode = "gpu" if tier == "gpu" else "fetch" if self.plan.sizes.fetch_pages else "cpu"
                 run = Run(kv, tokens, mode, len(tokens), row_tokens=len(token_ids))
                 pieces.append(self.executor.run(Block([run], 1)).float().cpu())
                 kv.length += len(tokens)

@@ -30,6 +30,7 @@ from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
 from flexmoe.weights.store import EmbeddingTable
 from flexmoe.weights.supply import WeightFeed
+from policies.admission.row_state import AttentionMode
 from policies.schedule import Op, SweepShape, SweepUnits, sweep
 
 
@@ -146,9 +147,9 @@ class Executor:
         return SweepShape(
             units=self._units,
             activation_tiers=self._tiers[: len(block.batches)],
-            fetched_batches=having(lambda g: g.mode == "fetch"),
-            cpu_batches=having(lambda g: g.mode == "cpu"),
-            stored_batches=having(lambda g: g.mode != "gpu"),
+            fetched_batches=having(lambda g: g.mode is AttentionMode.FETCH),
+            cpu_batches=having(lambda g: g.mode is AttentionMode.CPU),
+            stored_batches=having(lambda g: g.mode is not AttentionMode.GPU),
             disk_batches=having(lambda g: any(r.kv.tier == "disk" for r in g.runs)),
             on_demand=self._feed.begin(block.tokens),
         )
@@ -227,10 +228,10 @@ class Executor:
         if batch is self._block.batches[-1]:
             self._feed.release(unit)
 
-    def _attend_group(self, layer: int, batch: Batch, mode: str, q, k, v) -> torch.Tensor:
-        if mode == "gpu":
+    def _attend_group(self, layer: int, batch: Batch, mode: AttentionMode, q, k, v) -> torch.Tensor:
+        if mode is AttentionMode.GPU:
             return self._kv.attend_gpu(layer, batch, q)
-        if mode == "fetch":
+        if mode is AttentionMode.FETCH:
             return self._kv.attend_fetched(layer, batch, q, k, v, batch.futures["loaded"].result())
         return self._device.use_here(batch.futures["attended"].result().tensor)
 

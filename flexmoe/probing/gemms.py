@@ -31,6 +31,7 @@ from flexmoe.probing.effort import Effort, Heads
 from flexmoe.probing.timing import repeat_s
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
+from policies.admission.row_state import AttentionMode
 from policies.units import UnitId, expert_unit
 
 log = logging.getLogger(__name__)
@@ -252,7 +253,7 @@ def dense_bench(
     shape = KVShape(layers=1, kv_heads=arch.num_kv_heads, head_dim=arch.head_dim, dtype=dtype)
     blocks = max(-(-most // PAGE_TOKENS), min(most, _DECODE_TOKENS))
     cache = KVCache(device, shape, {"gpu": blocks, "cpu": 0, "disk": 0})
-    buffers = KVBuffers(staging_blocks=0, batch_tokens=0, write_blocks=0)
+    buffers = KVBuffers(staging_pages=0, batch_tokens=0, write_pages=0)
     lanes = KVLanes(device, Recorder(), cache, buffers, arch.num_heads, None)
     sets = arena.sets(family(arch).parts(())[UnitId("attention", 0)], effort.cycle_bytes)
     try:
@@ -294,7 +295,7 @@ def _batches(lanes: KVLanes, cache: KVCache, count: int) -> list[Batch]:
     for start in range(0, count, length):
         row, tokens = cache.open("gpu"), min(length, count - start)
         cache.reserve(row, tokens)
-        runs.append(Run(row, [0] * tokens, "gpu", 1))
+        runs.append(Run(row, [0] * tokens, AttentionMode.GPU, 1))
     block = Block(runs, len(runs))
     lanes.begin(block)
     for run in runs:

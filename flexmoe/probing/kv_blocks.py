@@ -24,6 +24,7 @@ from flexmoe.probing.disk import DiskRates, file_bytes, probe_directory
 from flexmoe.probing.effort import Effort
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
+from policies.admission.row_state import AttentionMode
 
 #: (KV heads, head size): blocks of 8 and of 64 KiB in 16 bits.
 SHAPES = ((2, 64), (8, 128))
@@ -114,7 +115,8 @@ class BlockBench:
     def _rows(self, ids: list[int]) -> Rows:
         tokens = len(ids) * PAGE_TOKENS
         fills, follows = (
-            Run(RowKV("disk", ids, past, tail=0), [0] * count, "fetch", 1) for past, count in ((0, tokens), (tokens, 1))
+            Run(RowKV("disk", ids, past, tail=0), [0] * count, AttentionMode.FETCH, 1)
+            for past, count in ((0, tokens), (tokens, 1))
         )
         return Rows(write=self._disk.plan([fills]), read=self._disk.plan([follows]))
 

@@ -160,7 +160,7 @@ def _fill_cache(engine: Engine) -> None:
         if pool.numel():
             fill_with_noise(pool.view(-1))
     if cache.file is not None:
-        size = cache.shape.layers * cache.total("disk") * cache.block_bytes
+        size = cache.shape.layers * cache.total("disk") * cache.page_bytes
         buffers = [engine.device.host_buffer(WRITE_BYTES) for _ in range(4)]
         for buffer in buffers:
             fill_with_noise(buffer.view(cache.shape.dtype))

@@ -17,6 +17,7 @@ from flexmoe.kv.cache import KVCache, KVExhausted, KVShape
 from flexmoe.params import EngineRequest, SamplingParams
 from flexmoe.system import device as device_module
 from flexmoe.system.device import Device
+from policies.admission.row_state import AttentionMode
 from policies.policy import Policy, Workload
 from scripts.bench_gpu import main
 from scripts.gpu import steady as gpu_steady
@@ -198,7 +199,7 @@ def test_aged_row_decodes_its_last_token_next_and_gives_everything_back():
     scheduler.enter_aged(row)
     assert (row.kv.length, row.prompt_done, row.generated) == (26, 20, 7)
     (run,) = scheduler.plan()
-    assert (len(run.tokens), run.logits, run.mode) == (1, 1, "cpu")
+    assert (len(run.tokens), run.logits, run.mode) == (1, 1, AttentionMode.CPU)
     scheduler.commit(row, 1)
     scheduler.finish(row)
     assert scheduler._cache.free("cpu") == scheduler._cache.total("cpu")

@@ -51,13 +51,13 @@ def request(variant, row, max_tokens=GEN_LEN, **params):
 
 
 def is_clean(llm):
-    """Nobody waits or runs, and every block, tail, projection and promised place is given back."""
+    """Nobody waits or runs, and every page, tail, projection and promised place is given back."""
     engine = llm.engine
     free = all(engine.cache.free(t) == engine.cache.total(t) for t in TIERS)
     none_projected = all(engine.scheduler.admission.projected_peak(t) == 0 for t in TIERS)
     counted = all(engine.scheduler.admission.free(t) == engine.cache.total(t) for t in TIERS)
     none_promised = engine.scheduler.rows_waiting == engine.scheduler.admission.prefixes.promised == 0
-    all_tails = engine.cache.free_tails == engine.cache._tails.total
+    all_tails = engine.cache.free_tails == engine.cache.tails
     return engine.unfinished == 0 and free and counted and none_projected and none_promised and all_tails
 
 
@@ -68,7 +68,7 @@ def ids(output):
 # Entering and leaving.
 
 
-def test_a_finished_row_frees_its_blocks_and_its_place_is_refilled_in_the_next_sweep(make, tiny):
+def test_a_finished_row_frees_its_pages_and_its_place_is_refilled_in_the_next_sweep(make, tiny):
     variant, llm = tiny(), make(rows=2)
     engine = llm.engine
     for row, length in ((1, 2), (2, 6), (5, 3)):

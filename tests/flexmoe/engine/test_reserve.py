@@ -6,7 +6,7 @@ import pytest
 from flexmoe.engine.length_estimate import FIRST_ROWS, Reserve
 from flexmoe.engine.scheduler import Row
 from flexmoe.params import EngineRequest, SamplingParams
-from tests.flexmoe.engine.test_scheduler import Simulation, blocks, policy
+from tests.flexmoe.engine.test_scheduler import Simulation, pages, policy
 
 PROMPT, LIMIT = 30, 1000
 
@@ -83,7 +83,7 @@ def test_rows_that_cannot_end_early_neither_teach_nor_learn():
 
 def sweeps_and_restarts(learns, real, most, *, rows=600):
     """A job where the KV cache limits the rows in flight."""
-    sim = Simulation(policy(rows=128, prefill_tokens=512), blocks(gpu=16 * 640 // 16))
+    sim = Simulation(policy(rows=128, prefill_tokens=512), pages(gpu=16 * 640 // 16))
     if learns:
         reserve = Reserve(lambda: sim.scheduler.running)
         sim.scheduler = type(sim.scheduler)(sim.policy, sim.cache, reserve.expected_end)
