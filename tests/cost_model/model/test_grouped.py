@@ -6,8 +6,7 @@ import pytest
 
 from cost_model.hardware.hardware import Hardware
 from cost_model.model.weight_units import GROUPED_TOKENS, are_grouped, experts_per_unit
-from cost_model.planner.constraints import Fixed
-from cost_model.planner.linearize import Choice
+from cost_model.planner.constraints import Choice, Fixed
 from cost_model.planner.lp import Programme
 from cost_model.simulation.replay import Walker
 from cost_model.timing.evaluate import evaluate

@@ -13,8 +13,8 @@ from cost_model import Fixed, Hardware, ModelArch, Workload, solve
 from cost_model.memory.allocation import allocate
 from cost_model.memory.memory_plan import plan_memory
 from cost_model.model.weight_units import units_of
+from cost_model.planner.constraints import Choice
 from cost_model.planner.infeasible import least_capacity
-from cost_model.planner.linearize import Choice
 from cost_model.planner.lp import Programme
 from cost_model.timing.evaluate import evaluate
 from cost_model.timing.problem import Problem
