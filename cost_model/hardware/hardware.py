@@ -25,11 +25,11 @@ from policies.common.fields import (
     whole,
 )
 from policies.common.json_files import build, check_header, listed, read_json, write_json
+from policies.common.units import GIB
 
 KIND = "flexmoe.hardware"
 SCHEMA_VERSION = 1
 DEVICES = ("cuda", "cpu")
-GIB = 1 << 30
 MACHINES = Path(__file__).parent / "machines"
 
 

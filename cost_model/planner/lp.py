@@ -17,13 +17,13 @@ from functools import lru_cache
 
 import pulp
 
-from cost_model.hardware.hardware import GIB
 from cost_model.memory.allocation import residency, slot_bytes
 from cost_model.model.weight_units import unit_slack_bytes
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.linearize import Choice, Slopes
 from cost_model.planner.lp_sweep import bound_sweep
 from cost_model.timing.problem import Problem
+from policies.common.units import GIB
 from policies.placement import TIERS
 
 

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 
 from cost_model.timing.contention import USERS, Resources
 from cost_model.timing.sweep_bounds import THREADS, beside_shares
+from policies.common.units import GIB
 
 if TYPE_CHECKING:
     from cost_model.planner.lp import Programme
-
-GIB = 1 << 30
 
 
 def bound_sweep(programme: Programme, index: int) -> None:

@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass
 
 from cost_model.memory.memory_plan import sampling_bytes
-from flexmoe.engine.config import GIB, EngineConfig, EnginePlan
+from flexmoe.engine.config import EngineConfig, EnginePlan
 from flexmoe.engine.executor import Executor
 from flexmoe.engine.hidden_states import Activations
 from flexmoe.engine.router_counter import RouterCounter
@@ -20,6 +20,7 @@ from flexmoe.weights.sources import WeightSource
 from flexmoe.weights.store import EmbeddingTable, WeightStore
 from flexmoe.weights.supply import WeightFeed
 from flexmoe.weights.units import Units
+from policies.common.units import GIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cost_model.model.arch import ModelArch
+from policies.common.units import GIB
 from scripts.benchmark import loads
 from scripts.benchmark.loads import Job
 from scripts.benchmark.probes import disk_rate
 from scripts.benchmark.worker import Worker
-
-GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
