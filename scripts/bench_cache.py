@@ -24,10 +24,11 @@ from pathlib import Path
 
 from cost_model.routing.expert_usage import ExpertUsage
 from cost_model.routing.on_demand import OnDemand, entry_bytes, lent_experts
-from flexmoe.engine.config import GIB, EngineConfig, EnginePlan
+from flexmoe.engine.config import EngineConfig, EnginePlan
 from flexmoe.llm import LLM
 from flexmoe.models.loader import Model, load_model
 from flexmoe.params import EngineRequest, SamplingParams
+from policies.common.memory_units import GIB
 from policies.policy import Policy, Workload
 from scripts.benchmark.probes import machine, versions
 from scripts.benchmark.record import Figure, Record, figure_table

@@ -19,12 +19,12 @@ from flexmoe.cli.run import main as run
 from flexmoe.models.loader import compute_dtype, load_model
 from flexmoe.probing.cache import cache_path
 from flexmoe.system.device import Device
+from policies.common.memory_units import GIB
 from policies.policy import Policy, Workload
 from scripts.make_checkpoint import SIZES, make_checkpoint
 from scripts.support.corpus import corpus_words
 from scripts.support.demo_report import compared, planned, put_beside, under_compute_percent
 
-GIB = 1 << 30
 ROWS, GEN_LEN = 96, 24
 
 

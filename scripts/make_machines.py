@@ -11,7 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from cost_model.hardware.gemm_rates import GemmRates
-from cost_model.hardware.hardware import GIB, MACHINES, Gpu, Hardware
+from cost_model.hardware.hardware import MACHINES, Gpu, Hardware
+from policies.common.memory_units import GIB
 from scripts.machines.cards import DESKTOP, MACHINES_BY_NAME, Card, Drive, Host
 from scripts.machines.flexllmgen import t4_flexllmgen
 

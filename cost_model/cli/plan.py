@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 from cost_model.cli.arguments import DEFAULT_MACHINE, DEFAULT_PROMPT_LEN, DTYPE_BYTES, SHARES, check, parser
 from cost_model.cli.report import Report
 from cost_model.hardware.cache import last_measured
-from cost_model.hardware.hardware import GIB, Hardware
+from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.solve import Plan, solve
 from cost_model.timing.evaluate import Prediction, evaluate
 from policies.common.command_line import guarded, say
 from policies.common.errors import InfeasibleError
+from policies.common.memory_units import GIB
 from policies.policy import Policy, PolicyFile
 from policies.workload import Workload
 

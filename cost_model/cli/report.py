@@ -12,6 +12,7 @@ from cost_model.model.arch import ModelArch
 from cost_model.timing.evaluate import Prediction
 from cost_model.timing.job_phases import mode_shares
 from cost_model.timing.sweep_load import MODES
+from policies.common.memory_units import GIB
 from policies.placement import TIERS
 from policies.policy import Policy, PolicyFile
 from policies.workload import Workload
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from cost_model.routing.expert_usage import ExpertUsage
     from cost_model.simulation.simulate import Simulation
 
-GIB = 1 << 30
 _WIDTH, _MARGIN = 100, 11
 _BAR = 20
 _LARGEST_ITEMS = 2

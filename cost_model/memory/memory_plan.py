@@ -13,10 +13,10 @@ from cost_model.memory.allocation import PAGE_TOKENS, Allocation, entry_bytes, s
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import unit_slack_bytes
 from policies.common.errors import InfeasibleError
+from policies.common.memory_units import GIB, SYSTEM_PAGE_BYTES
 from policies.placement import TIERS
 from policies.policy import Policy
 
-PAGE_BYTES = 4096
 #: Host buffers that the runtime makes beside those of hidden states; each takes whole pages, an empty one too.
 HOST_BUFFERS = 24
 #: Tokens of one expert that are computed at once: bounds the workspace, and keeps it in cache on the CPU.
@@ -24,6 +24,13 @@ EXPERT_CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}
 LOADS_IN_FLIGHT = 4
 #: Bytes per vocabulary entry that the choice of one token takes at most: `flexmoe.sampling.sampler` takes 48, rounded up.
 SAMPLED_ROW_BYTES = 64
+#: What to change where a budget is too small.
+REMEDY = {
+    "gpu": "raise --gpu-mem, or lower the GPU percents, --gpu-batch-size or --prefill-tokens",
+    "cpu": "raise --cpu-mem, or lower the CPU percents or the block size",
+    "gpu+cpu": "on device cpu both tiers are RAM: lower the GPU and CPU percents, or the block size",
+    "disk": "raise --nvme-mem, or lower the disk shares",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +43,7 @@ class MemoryPlan:
         """Bytes of a tier."""
         return sum(self.parts[tier].values())
 
-    def check(self, budgets: Mapping[str, int | None], remedy: Mapping[str, str]) -> None:
+    def check(self, budgets: Mapping[str, int | None], remedy: Mapping[str, str] = REMEDY) -> None:
         """Refuse a plan that is larger than a budget.
 
         Args:
@@ -55,9 +62,9 @@ class MemoryPlan:
                 items = {f"{t} {item}": size for t in tiers for item, size in self.parts[t].items()}
                 largest = max(items, key=items.__getitem__)
                 raise InfeasibleError(
-                    f"the {name} memory needs {need / 2**30:.3f} GiB but has {budget / 2**30:.3f} GiB: "
+                    f"the {name} memory needs {need / GIB:.3f} GiB but has {budget / GIB:.3f} GiB: "
                     f"{need - budget} bytes are missing; the largest item is {largest} with "
-                    f"{items[largest] / 2**30:.3f} GiB; {remedy[name]}"
+                    f"{items[largest] / GIB:.3f} GiB; {remedy[name]}"
                 )
 
 
@@ -163,7 +170,7 @@ def _activation_bytes(
         "gpu": {"activations": resident, "workspace": block + max(attention, expert, logits)},
         "cpu": {
             "activations": tiers.count("cpu") * home + (2 * home if "disk" in tiers else 0),
-            "page rounding": (HOST_BUFFERS + len(tiers)) * PAGE_BYTES,
+            "page rounding": (HOST_BUFFERS + len(tiers)) * SYSTEM_PAGE_BYTES,
         },
-        "disk": {"activations": tiers.count("disk") * (home + PAGE_BYTES)},
+        "disk": {"activations": tiers.count("disk") * (home + SYSTEM_PAGE_BYTES)},
     }

@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cost_model.hardware.hardware import GIB
 from cost_model.memory.allocation import slot_bytes
 from cost_model.model.weight_units import unit_slack_bytes
 from cost_model.planner.constraints import Choice, Fixed
 from cost_model.planner.lp_model import Model, Price, Terms
 from cost_model.planner.lp_sweep import bound_sweep
 from cost_model.timing.problem import Problem
+from policies.common.memory_units import GIB
 from policies.placement import TIERS
 
 #: The tier that holds the KV of a row, by mode.

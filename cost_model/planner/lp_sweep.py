@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping
 
 from pulp import LpVariable
 
-from cost_model.hardware.hardware import GIB
 from cost_model.planner.linearize import Line, PhaseSlopes
 from cost_model.planner.lp_model import Model, Term, Terms, times
 from cost_model.timing.contention import USERS, Resources
 from cost_model.timing.sweep_bounds import THREADS, beside_shares
+from policies.common.memory_units import GIB
 
 #: Busy seconds by user of `cost_model.timing.contention`.
 _Busy = Mapping[str, Terms]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from cost_model.hardware.hardware import GIB, Gpu, Hardware
+from cost_model.hardware.hardware import Gpu, Hardware
 from cost_model.model.arch import ModelArch
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.search import Optimum, improved
 from cost_model.timing.problem import Problem
+from policies.common.memory_units import GIB
 
 #: So many changes are told that the runtime could use at once, and so many that it could not.
 _MOST_OF_MACHINE, _MOST_OF_MODEL = 3, 2

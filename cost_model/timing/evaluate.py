@@ -6,27 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cost_model.hardware.hardware import GIB, Hardware
+from cost_model.hardware.hardware import Hardware
 from cost_model.memory.allocation import Allocation
-from cost_model.memory.memory_plan import MemoryPlan
+from cost_model.memory.memory_plan import REMEDY, MemoryPlan
 from cost_model.model.arch import ModelArch
 from cost_model.timing.job_phases import course
 from cost_model.timing.op_costs import Costs
 from cost_model.timing.problem import Problem
 from cost_model.timing.sweep_bounds import SweepForm, SweepTime
 from policies.common.errors import InfeasibleError
+from policies.common.memory_units import GIB
 from policies.policy import Policy
 from policies.workload import Workload
 
 if TYPE_CHECKING:
     from cost_model.routing.expert_usage import ExpertUsage
-
-REMEDY = {
-    "gpu": "raise --gpu-mem, or lower the GPU percents, the block size or the prefill tokens",
-    "cpu": "raise --cpu-mem, or lower the CPU percents or the block size",
-    "gpu+cpu": "on device cpu both tiers are RAM: lower the GPU and CPU percents, or the block size",
-    "disk": "raise --nvme-mem, or lower the disk shares",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +166,7 @@ def _bottleneck(timed: list[tuple[object, SweepTime]]) -> str:
 def fits(memory: MemoryPlan, budgets: Mapping[str, int | None]) -> bool:
     """Whether every budget holds its tiers."""
     try:
-        memory.check(budgets, REMEDY)
+        memory.check(budgets)
     except InfeasibleError:
         return False
     return True

@@ -11,9 +11,9 @@ from pathlib import Path
 from cost_model.hardware.hardware import Gpu, Hardware
 from flexmoe.cli.arguments import parser as run_parser
 from flexmoe.job.output_files import check_writable
-from flexmoe.probing.effort import MIB
 from flexmoe.probing.measure import probe
 from policies.common.command_line import Parser, guarded, say
+from policies.common.memory_units import MIB
 
 _DESCRIPTION = """\
 Measure this machine once, in about a minute, with the runtime's own disk reads, copies, GEMMs and attention.

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from flexmoe.engine.config import GIB
 from flexmoe.engine.engine import Engine
 from flexmoe.errors import StorageError
 from flexmoe.job.versions import versions
+from policies.common.memory_units import GIB
 
 # What a start that found nothing to run has to say, by kind.
 _NUMBERS = (

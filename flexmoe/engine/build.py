@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass
 
 from cost_model.memory.memory_plan import sampling_bytes
-from flexmoe.engine.config import GIB, EngineConfig, EnginePlan
+from flexmoe.engine.config import EngineConfig, EnginePlan
 from flexmoe.engine.executor import Executor
 from flexmoe.engine.hidden_states import Activations
 from flexmoe.engine.router_counter import RouterCounter
@@ -19,6 +19,7 @@ from flexmoe.system.trace import Recorder
 from flexmoe.weights.sources import WeightSource
 from flexmoe.weights.store import EmbeddingTable, WeightStore
 from flexmoe.weights.supply import WeightFeed
+from policies.common.memory_units import GIB
 from policies.schedule import SweepUnits
 from policies.units import EMBEDDING
 

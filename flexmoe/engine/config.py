@@ -21,20 +21,14 @@ from flexmoe.system.device import Device
 from flexmoe.system.machine import available_host_bytes, free_disk_bytes
 from flexmoe.weights.eviction import EXPERT_CACHES
 from policies.common.checks import check_count
+from policies.common.memory_units import GIB
 from policies.placement import describe
 from policies.policy import Policy, Workload
 
-GIB = 1 << 30
 RESERVES = ("max", "p95")
 #: Part of a GPU, and of the host's memory, that the cache leaves alone: the allocator cuts the one into pieces, and others
 #: use the other.
 _SPARED_SHARE = 0.05
-_REMEDY = {
-    "gpu": "raise --gpu-mem, or lower the GPU percents, --gpu-batch-size or --prefill-tokens",
-    "cpu": "raise --cpu-mem, or lower the CPU percents or the block size",
-    "gpu+cpu": "on device cpu both tiers are RAM: lower the GPU and CPU percents, or the block size",
-    "disk": "raise --nvme-mem, or lower the disk shares",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +138,7 @@ class EnginePlan:
         stored = ("weights",) if model.checkpoint is not None else ()  # a checkpoint's weights are on disk already
         written = sum(size for item, size in memory.parts["disk"].items() if item not in stored)
         budgets = _budgets(config, device)
-        memory.check(budgets, _REMEDY)
+        memory.check(budgets)
         _check_disk(config.offload_dir, written)
         if config.expert_cache != "off":
             counts = replace(counts, cache_experts=_cache_experts(arch, counts, memory, budgets, config))

@@ -11,6 +11,7 @@ import torch
 from flexmoe.system.device import Device
 from flexmoe.system.direct_io import DirectFile
 from flexmoe.system.trace import Recorder
+from policies.common.memory_units import SYSTEM_PAGE_BYTES
 
 
 class Activations:
@@ -113,4 +114,4 @@ class Activations:
 
 
 def _pages(nbytes: int) -> int:
-    return -(-nbytes // 4096) * 4096
+    return -(-nbytes // SYSTEM_PAGE_BYTES) * SYSTEM_PAGE_BYTES

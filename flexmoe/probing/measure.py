@@ -21,7 +21,7 @@ from flexmoe.probing.attention import attention_rates
 from flexmoe.probing.buffers import WeightArena
 from flexmoe.probing.copies import copy_curve, copy_rates, memory_rate
 from flexmoe.probing.disk import DiskRates, disk_rates
-from flexmoe.probing.effort import MIB, Effort
+from flexmoe.probing.effort import Effort
 from flexmoe.probing.facts import capacities, compute_dtypes, device_name, gpu_details, pinned_limit_bytes
 from flexmoe.probing.gemms import UNIT_EXPERTS, dense_rates, expert_rates, grouped_expert_rates
 from flexmoe.probing.kv import kv_rates
@@ -33,6 +33,7 @@ from flexmoe.probing.sweeps import overheads
 from flexmoe.system.device import Device, keep_freed_memory
 from flexmoe.system.direct_io import PIECE_BYTES, READ_THREADS
 from flexmoe.system.machine import cpu_name, filesystem
+from policies.common.memory_units import MIB
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ import torch
 
 from flexmoe.errors import InfeasibleError, UsageError
 from flexmoe.system.trace import Recorder
+from policies.common.memory_units import SYSTEM_PAGE_BYTES
 
-PAGE_BYTES = mmap.PAGESIZE
 _MADV_POPULATE_WRITE = 23
 #: Kernels are loaded when they are first used; NVML counts them and torch does not.
 _LATER_KERNELS_BYTES = 192 << 20
@@ -132,7 +132,7 @@ class Device:
         Raises:
             InfeasibleError: the host has not that much memory, or the driver refuses to lock it.
         """
-        size = max(PAGE_BYTES, -(-nbytes // PAGE_BYTES) * PAGE_BYTES)
+        size = max(SYSTEM_PAGE_BYTES, -(-nbytes // SYSTEM_PAGE_BYTES) * SYSTEM_PAGE_BYTES)
         try:
             pages = _map_pages(size, shared)
         except OSError as e:

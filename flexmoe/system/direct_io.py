@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexmoe.errors import DataError, StorageError
-from flexmoe.system.device import PAGE_BYTES
 from flexmoe.system.trace import Recorder
+from policies.common.memory_units import SYSTEM_PAGE_BYTES
 
 PIECE_BYTES = 4 << 20
 READ_THREADS = 4
@@ -28,12 +28,12 @@ READ_THREADS = 4
 
 def align_down(value: int) -> int:
     """The page boundary at or below ``value``."""
-    return value // PAGE_BYTES * PAGE_BYTES
+    return value // SYSTEM_PAGE_BYTES * SYSTEM_PAGE_BYTES
 
 
 def align_up(value: int) -> int:
     """The page boundary at or above ``value``."""
-    return -(-value // PAGE_BYTES) * PAGE_BYTES
+    return -(-value // SYSTEM_PAGE_BYTES) * SYSTEM_PAGE_BYTES
 
 
 class DirectFile:

@@ -19,6 +19,7 @@ from flexmoe.checkpoint.checkpoint import Checkpoint, TensorInfo
 from flexmoe.checkpoint.unit_layout import Part, UnitLayout, unit_layout, views
 from flexmoe.errors import StorageError
 from flexmoe.system.direct_io import DirectFile, DiskPool, OnDone, Pending, Transfer, align_up
+from policies.common.memory_units import SYSTEM_PAGE_BYTES
 from policies.units import UnitId
 
 _WRITERS = 4
@@ -196,8 +197,8 @@ class DummySource:
 
     def _write(self, file: DirectFile, unit: UnitId) -> None:
         layout = self._layouts[unit]
-        buffer = torch.zeros(layout.host_bytes + 4096, dtype=torch.uint8)
-        skip = -buffer.data_ptr() % 4096
+        buffer = torch.zeros(layout.host_bytes + SYSTEM_PAGE_BYTES, dtype=torch.uint8)
+        skip = -buffer.data_ptr() % SYSTEM_PAGE_BYTES
         buffer = buffer[skip : skip + layout.host_bytes]
         self._fill(unit, buffer)
         for e in layout.extents:

@@ -15,6 +15,7 @@ import torch
 from flexmoe.checkpoint.unit_layout import views
 from flexmoe.weights.store import WeightStore, as_compute
 from flexmoe.weights.transfers import DirectFeeder, Feeder, Fetch, Slot, StagedFeeder, needs_staging
+from policies.common.memory_units import SYSTEM_PAGE_BYTES
 from policies.units import UnitId
 
 
@@ -118,7 +119,7 @@ class WeightStream:
     def _allocate(self, order: Sequence[UnitId], slots: int, staging_slots: int, room_bytes: int) -> None:
         layouts = [self._store.layouts[u] for u in order]
         size = max(x.device_bytes if self.staged else max(x.host_bytes, x.device_bytes) for x in layouts)
-        size = -(-size // 4096) * 4096
+        size = -(-size // SYSTEM_PAGE_BYTES) * SYSTEM_PAGE_BYTES
         self.memory = self._device.device_buffer(slots * size + room_bytes)
         self.slot_bytes = size
         self._slots = [self.memory[i * size : (i + 1) * size] for i in range(slots)]

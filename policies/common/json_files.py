@@ -12,12 +12,12 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from policies.common.checks import check_count
 from policies.common.errors import DataError, InputMissingError, StorageError, UsageError
+from policies.common.fields import required, rules
 
 _Class = TypeVar("_Class")
 
@@ -152,20 +152,18 @@ def listed(value: Any) -> Any:
     return [listed(each) for each in value] if isinstance(value, tuple) else value
 
 
-def build(kind: type[_Class], where: str, values: Mapping) -> _Class:
-    """A dataclass from a JSON object with exactly its fields; those with a default may be absent.
+def build(kind: type[_Class], where: str, values: Any) -> _Class:
+    """A dataclass whose fields have rules, from a JSON object with exactly these; those with a default may be absent.
 
     Raises:
         DataError: it is no object, or a key or value is unknown, missing or out of range; `where` names the object.
     """
     if not isinstance(values, dict):
         raise DataError(f"{where} must be a JSON object.")
-    optional = {
-        each.name for each in fields(kind) if each.default is not MISSING or each.default_factory is not MISSING
-    }
-    known = [each.name for each in fields(kind)]
-    check_keys(where, values, known, [name for name in known if name not in optional])
+    check_keys(where, values, rules(kind), required(kind))
+    known = [(name, rule) for name, rule in rules(kind).items() if name in values]
+    read = {name: rule.read(f"{name} of {where}", values[name]) for name, rule in known}
     try:
-        return kind(**values)
+        return kind(**read)
     except UsageError as error:
         raise DataError(f"in {where}, {error}") from error

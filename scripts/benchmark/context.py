@@ -10,12 +10,11 @@ from pathlib import Path
 
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import experts_per_unit, units_of
+from policies.common.memory_units import GIB
 from scripts.benchmark import loads
 from scripts.benchmark.loads import Job
 from scripts.benchmark.probes import disk_rate
 from scripts.benchmark.worker import Worker
-
-GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

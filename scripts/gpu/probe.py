@@ -19,12 +19,13 @@ from flexmoe.probing.attention import AttentionCase
 from flexmoe.probing.buffers import noise
 from flexmoe.probing.copies import Lane, copy_rates, lane_rates, memory_rate
 from flexmoe.probing.disk import random_buffers, transfer
-from flexmoe.probing.effort import MIB, Effort, Heads
+from flexmoe.probing.effort import Effort, Heads
 from flexmoe.probing.facts import device_name, gpu_details
 from flexmoe.probing.measure import probe
 from flexmoe.probing.timing import best_s, repeat_s
 from flexmoe.system.device import Device
 from flexmoe.system.direct_io import DirectFile, align_down
+from policies.common.memory_units import MIB
 from scripts.benchmark.probes import disk_rate
 from scripts.benchmark.worker import serve
 

@@ -7,12 +7,13 @@ import pytest
 
 from cost_model.cli.block_size_curve import block_sizes, curve, wall, with_rows
 from cost_model.cli.report import _BOUND, Report, bar
-from cost_model.hardware.hardware import GIB, Hardware
+from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
 from cost_model.planner.solve import Explanation
 from cost_model.planner.what_if import Advice
 from cost_model.simulation.simulate import simulate
 from cost_model.timing.evaluate import evaluate
+from policies.common.memory_units import GIB
 from policies.placement import TIERS
 from policies.policy import Policy
 from policies.workload import Workload

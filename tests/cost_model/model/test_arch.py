@@ -9,9 +9,9 @@ from cost_model.model.arch import ModelArch
 from cost_model.model.known_shapes import SHAPE_OF_HUB_ID, SHAPES
 from cost_model.model.weight_units import experts_per_unit, head_chunks, head_rows, units_of
 from policies.common.errors import DataError, InputMissingError, UsageError
+from policies.common.memory_units import GIB
 from tests.support.paths import ROOT
 
-GIB = 2**30
 MIXTRAL = ModelArch.from_name("mixtral-8x7b")
 PHI = ModelArch.from_name("phi-3.5-moe")
 QWEN = ModelArch.from_name("qwen3-30b-a3b")

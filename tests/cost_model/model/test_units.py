@@ -27,6 +27,7 @@ from flexmoe import LLM, SamplingParams
 from flexmoe.models.loader import load_model
 from flexmoe.models.registry import family
 from policies import Policy, Workload
+from policies.common.memory_units import MIB
 from policies.policy import PolicyFile
 from policies.units import expert_unit
 from tests.support.tiny import GEN_LEN, assert_greedy, make, offload
@@ -129,9 +130,6 @@ def test_the_planner_groups_by_the_measured_link():
     assert plan.policy.experts_per_unit == fewer
     again = evaluate(QWEN, quick.with_budgets(cpu_mem=200), WORKLOAD, plan.policy)
     assert again.tokens_per_s == plan.prediction.tokens_per_s
-
-
-MIB = 1 << 20
 
 
 def test_the_smallest_efficient_transfer_is_read_off_a_curve():

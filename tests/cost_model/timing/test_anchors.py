@@ -8,10 +8,10 @@ from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import units_of
 from cost_model.timing.evaluate import evaluate
 from policies.common.errors import InfeasibleError
+from policies.common.memory_units import GIB
 from policies.policy import Policy
 from policies.workload import Workload
 
-GIB = 1 << 30
 ARCH = ModelArch.from_name("mixtral-8x7b")
 JOB = Workload(prompt_len=512, gen_len=256)
 #: Rates that never decide.

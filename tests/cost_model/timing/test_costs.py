@@ -20,8 +20,9 @@ from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine import Engine
 from flexmoe.models.loader import load_model
 from flexmoe.models.registry import family
-from flexmoe.system.device import PAGE_BYTES, Device
+from flexmoe.system.device import Device
 from policies.common.errors import InfeasibleError
+from policies.common.memory_units import SYSTEM_PAGE_BYTES as PAGE_BYTES
 from policies.placement import TIERS
 from policies.policy import Policy, Workload
 

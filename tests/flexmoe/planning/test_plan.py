@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from cost_model.hardware.hardware import GIB
 from cost_model.model.arch import ModelArch
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.solve import solve
 from flexmoe import FlexMoEError, Hardware, Workload, plan
 from flexmoe.errors import InfeasibleError
+from policies.common.memory_units import GIB
 from tests.support.paths import ROOT
 
 JOB = Workload(prompt_len=64, gen_len=16, num_requests=40)

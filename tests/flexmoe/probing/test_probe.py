@@ -39,12 +39,13 @@ from flexmoe.probing import (
 )
 from flexmoe.probing.buffers import WeightArena
 from flexmoe.probing.cache import cached_probe
-from flexmoe.probing.effort import MIB, Effort, Heads
+from flexmoe.probing.effort import Effort, Heads
 from flexmoe.probing.measure import probe
 from flexmoe.probing.timing import best_of_rounds
 from flexmoe.system import device as device_module
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
+from policies.common.memory_units import MIB
 from tests.system.test_pretend_cuda import PretendCuda, pretend  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -309,7 +310,7 @@ def test_what_the_bytes_take_is_no_cost_of_a_kv_block(tmp_path, monkeypatch):
 
 
 def test_reads_go_on_until_they_are_ended(tmp_path, monkeypatch):
-    path, unit, seen = tmp_path / "file", disk.PAGE_BYTES, []
+    path, unit, seen = tmp_path / "file", disk.SYSTEM_PAGE_BYTES, []
     path.write_bytes(b"".join(bytes([number]) * unit for number in range(5)))
     read = disk.DirectFile.read_into
     monkeypatch.setattr(
@@ -324,9 +325,9 @@ def test_reads_go_on_until_they_are_ended(tmp_path, monkeypatch):
 
 
 def test_failed_read_is_raised_when_reading_ends(tmp_path):
-    (tmp_path / "file").write_bytes(bytes(disk.PAGE_BYTES))
+    (tmp_path / "file").write_bytes(bytes(disk.SYSTEM_PAGE_BYTES))
     file = disk.DirectFile(tmp_path / "file")
-    reads = latency.Reading(file, [CPU.host_buffer(disk.PAGE_BYTES)], 2 * disk.PAGE_BYTES)
+    reads = latency.Reading(file, [CPU.host_buffer(disk.SYSTEM_PAGE_BYTES)], 2 * disk.SYSTEM_PAGE_BYTES)
     time.sleep(0.05)
     with pytest.raises(FlexMoEError, match="ends at byte"):
         reads.close()
