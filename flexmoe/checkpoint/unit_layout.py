@@ -13,7 +13,7 @@ from math import prod
 
 import torch
 
-from flexmoe.checkpoint.checkpoint import TensorInfo
+from flexmoe.checkpoint.safetensors import TensorInfo
 from flexmoe.errors import DataError
 from flexmoe.system.direct_io import align_down, align_up
 

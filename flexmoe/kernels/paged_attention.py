@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from flexmoe.kernels.native import attention as native_attention
 from flexmoe.kernels.native import library as native
 
 _BUCKET_WASTE = 1.25
@@ -74,7 +75,7 @@ def paged_attention(
     """
     scale = q_THD.shape[-1] ** -0.5
     if q_THD.device.type == "cpu" and native.available():
-        return native.paged_attention(
+        return native_attention.paged_attention(
             q_THD, k_pool, v_pool, rows.tables, rows.q_starts, rows.contexts, window=window or 0, scale=scale, out=out
         )
     return torch_paged_attention(q_THD, k_pool, v_pool, rows, window=window, out=out)
