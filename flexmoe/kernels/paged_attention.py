@@ -34,7 +34,7 @@ class Ragged:
     q_starts: torch.Tensor
     contexts: torch.Tensor
     tables: torch.Tensor
-    _plans: dict = field(default_factory=dict)
+    _plans: dict[tuple[torch.device, int], list[_Bucket]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, q_lengths: list[int], contexts: list[int], tables: list[list[int]]) -> Ragged:
@@ -123,7 +123,9 @@ class _Bucket:
     mask_BqS: torch.Tensor
 
     @classmethod
-    def of(cls, rows: Ragged, members: list[int], block_tokens: int, window: int | None, device) -> _Bucket:
+    def of(
+        cls, rows: Ragged, members: list[int], block_tokens: int, window: int | None, device: torch.device
+    ) -> _Bucket:
         starts, contexts = rows.q_starts[members].long(), rows.contexts[members].long()
         run = int(rows.q_starts[members[0] + 1] - rows.q_starts[members[0]])
         blocks = -(-int(contexts.max()) // block_tokens)
