@@ -37,6 +37,11 @@ class ExpertDispatch:
         self._chunk = EXPERT_CHUNK_TOKENS[device.torch.type]
         self._bounds = torch.arange(num_experts + 1, device=device.torch)
         self._starts_host = device.host_buffer((num_experts + 1) * 8).view(torch.int64) if device.is_cuda else None
+        # Of the last routing: the (token, expert) pairs by expert, and the first of each expert.
+        self._starts: list[int] = []
+        self._starts_device = self._bounds
+        self._tokens = self._weights = torch.empty(0)
+        self._is_dense = False
 
     def route(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> list[int]:
         """Sort the block's (token, expert) pairs by expert; the only host wait of the layer.
@@ -59,12 +64,12 @@ class ExpertDispatch:
         self._weights = weights_TK.flatten()[order].to(dtype).unsqueeze(1)
         if self._starts_host is not None:
             self._device.host_wait(copied)
-        self._starts = starts.tolist()
+        self._starts, self._is_dense = starts.tolist(), False
         return [stop - start for start, stop in zip(self._starts, self._starts[1:])]
 
     def route_all(self, tokens: int) -> None:
         """Send every token to expert 0 with weight one: the MLP of a dense layer."""
-        self._starts, self._tokens = [0, tokens], None
+        self._starts, self._is_dense = [0, tokens], True
 
     def add_unit(
         self, experts: range, x_TD: torch.Tensor, y_TD: torch.Tensor, weights: ExpertWeights, family: Family
@@ -98,7 +103,7 @@ class ExpertDispatch:
             compute: maps ``[n, D]`` to ``[n, D]``.
         """
         for pairs in self._chunks(range(expert, expert + 1)):
-            if self._tokens is None:
+            if self._is_dense:
                 y_TD[pairs] += compute(x_TD[pairs])
                 continue
             tokens = self._tokens[pairs]
@@ -190,8 +195,8 @@ class Bounds:
 
     def ends(self) -> torch.Tensor:
         """int32 ``[e]`` on the device: where the tokens of each expert end."""
-        own = self._on_device[self._experts.start + 1 : self._experts.stop + 1]
-        return (own - self._pairs.start).clamp_(0, self._pairs.stop - self._pairs.start).to(torch.int32)
+        ends: torch.Tensor = self._on_device[self._experts.start + 1 : self._experts.stop + 1] - self._pairs.start
+        return ends.clamp_(0, self._pairs.stop - self._pairs.start).to(torch.int32)
 
 
 def _one_by_one(x_nD: torch.Tensor, bounds: Bounds, weights: ExpertWeights, family: Family) -> torch.Tensor:

@@ -40,7 +40,7 @@ class Decoder(ABC):
 
     names: ClassVar[Names]
 
-    def __init__(self, arch: ModelArch, config: Mapping[str, Any] | None = None):
+    def __init__(self, arch: ModelArch, config: Mapping[str, Any] | None = None) -> None:
         self.arch = arch
 
     @abstractmethod
@@ -118,7 +118,9 @@ class Decoder(ABC):
         return w[role] * wide.to(x.dtype)
 
 
-def rotation(positions_T: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype, scale=1.0) -> Rope:
+def rotation(
+    positions_T: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype, scale: float | torch.Tensor = 1.0
+) -> Rope:
     """Cosine and sine ``[T, 1, Dh]`` of positions turned by ``frequencies`` (``[Dh / 2]`` or one row per token)."""
     angles = positions_T.float()[:, None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)[:, None]

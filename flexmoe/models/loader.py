@@ -6,6 +6,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,8 +38,8 @@ class Model:
     arch: ModelArch
     family: Family
     stored_dtype: torch.dtype
-    config: dict
-    generation_config: dict
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
     directory: Path | None
     checkpoint: Checkpoint | None
 

@@ -98,7 +98,7 @@ def _norm(arch: ModelArch, role: str, name: str) -> Iterator[Part]:
         yield Part(role=f"{role}_bias", tensor=f"{name}.bias", shape=(arch.hidden,))
 
 
-def _matrices(hidden: int, ffn: int, experts: list[tuple[str, str, str]]) -> Iterator[Part]:
+def _matrices(hidden: int, ffn: int, experts: Sequence[Sequence[str]]) -> Iterator[Part]:
     """Experts of which each matrix is a tensor: gate before up in one tensor ``[n, 2F, D]``, and down ``[n, D, F]``."""
     count, size, both = len(experts), ffn * hidden, (len(experts), 2 * ffn, hidden)
     for at, (gate, up, _) in enumerate(experts):

@@ -253,12 +253,14 @@ def test_an_expert_is_the_same_whether_its_unit_lies_stacked_or_in_pieces():
 @pytest.mark.parametrize("forms", [("stacked",), ("apart",), ("stacked", "apart")], ids="-".join)
 def test_single_experts_are_computed_together_however_each_lies(forms):
     math = family(ModelArch.from_name("qwen3-30b-a3b"))
-    stacked = [{"gate_up": torch.randn(1, 48, 16), "down": torch.randn(1, 16, 24)} for _ in range(4)]
+    generator = torch.Generator().manual_seed(4)
+    shapes = {"gate_up": (1, 48, 16), "down": (1, 16, 24)}
+    stacked = [{r: 0.2 * torch.randn(shape, generator=generator) for r, shape in shapes.items()} for _ in range(4)]
     each = [
         ExpertWeights.of(tensors if forms[at % len(forms)] == "stacked" else in_pieces(tensors))
         for at, tensors in enumerate(stacked)
     ]
-    x_nD = torch.randn(9, 16)
+    x_nD = torch.randn(9, 16, generator=generator)
     together = ExpertWeights.together(each).grouped(torch.tensor([2, 3, 7, 9], dtype=torch.int32))
     alone = [math.feed_forward(x, own.expert(0)) for x, own in zip(x_nD.split([2, 1, 4, 2]), each)]
     torch.testing.assert_close(math.feed_forward(x_nD, together), torch.cat(alone))
