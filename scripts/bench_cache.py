@@ -24,7 +24,8 @@ from pathlib import Path
 
 from cost_model.routing.expert_usage import ExpertUsage
 from cost_model.routing.on_demand import OnDemand, entry_bytes, lent_experts
-from flexmoe.engine.config import GIB, EngineConfig, EnginePlan
+from flexmoe.engine.config import GIB, EngineConfig
+from flexmoe.engine.engine_plan import EnginePlan
 from flexmoe.llm import LLM
 from flexmoe.models.loader import Model, load_model
 from flexmoe.params import EngineRequest, SamplingParams

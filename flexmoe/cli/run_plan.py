@@ -12,7 +12,8 @@ from cost_model.memory.allocation import BLOCK_TOKENS
 from cost_model.routing.expert_usage import ExpertUsage
 from cost_model.simulation.simulate import Simulation
 from flexmoe.cli.forecast import Forecaster
-from flexmoe.engine.config import EngineConfig, EnginePlan
+from flexmoe.engine.config import EngineConfig
+from flexmoe.engine.engine_plan import EnginePlan
 from flexmoe.engine.router_counter import coactivation_bytes
 from flexmoe.errors import InfeasibleError
 from flexmoe.llm import RESIDENT

@@ -195,7 +195,7 @@ def test_a_request_that_can_never_run_is_refused_with_the_reason(prompt, reason,
 
 def test_a_row_longer_than_every_tiers_cache_is_refused_and_the_longest_that_fits_runs(make):
     llm = make(kv_tokens=64, longest_row=60)
-    room = llm.engine.scheduler.largest_row_tokens()
+    room = llm.largest_row_tokens
     params = SamplingParams(max_tokens=5, ignore_eos=True)
     fits = EngineRequest(request_id="0", prompt_token_ids=(7,) * (room - 4), params=params)
     too_long = EngineRequest(request_id="1", prompt_token_ids=(7,) * (room - 3), params=params)
