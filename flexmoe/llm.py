@@ -14,6 +14,7 @@ from cost_model.hardware.hardware import Hardware
 from flexmoe.cli.forecast import Forecaster
 from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine import Engine
+from flexmoe.engine.requests import RefusedError
 from flexmoe.engine.router_counter import LayerStats, coactivation_bytes
 from flexmoe.errors import UsageError
 from flexmoe.models.loader import Model, compute_dtype, load_model
@@ -195,10 +196,8 @@ class LLM:
                     request = next(source, None)
                     if request is None:
                         exhausted = True
-                    elif problem := self.check(request):
-                        yield _failed(request, problem)
-                    else:
-                        self.engine.submit(request)
+                    elif refused := self._submit(request):
+                        yield refused
                 yield from self.engine.step()
                 if on_sweep is not None:
                     on_sweep()
@@ -208,6 +207,14 @@ class LLM:
         finally:
             self._streaming = False
             self.engine.clear()
+
+    def _submit(self, request: EngineRequest) -> RequestOutput | None:
+        """Queue a request; the result of one that can never run."""
+        try:
+            self.engine.submit(request)
+        except RefusedError as refused:
+            return _failed(request, refused.reason)
+        return None
 
     def check(self, request: EngineRequest) -> str | None:
         """Why a request can never run, as a sentence; None if it can."""

@@ -201,7 +201,7 @@ class _Job:
                 self._watch_for_period(empty)
             self._fill_queue()
             before = len(self._admission.waiting)
-            rows = self._admission.plan()
+            rows = self._admission.plan_sweep()
             if not rows:
                 break
             self._entered += before - len(self._admission.waiting)

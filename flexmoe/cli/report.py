@@ -140,7 +140,7 @@ def metrics_record(
         "predicted": predicted and dict(predicted),
         "peak_process_bytes": peak_process_bytes(),
         "peak_gpu_bytes": peak_gpu_bytes(engine),
-        "achieved_weight_percent": list(engine.plan.sizes.placement.achieved_percent),
+        "achieved_weight_percent": list(engine.plan.allocation.placement.achieved_percent),
         "policy": asdict(engine.config.policy),
         "workload": engine.config.workload.to_json(),
         "device": str(engine.device.torch),

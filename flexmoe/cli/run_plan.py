@@ -12,7 +12,8 @@ from cost_model.memory.allocation import PAGE_TOKENS
 from cost_model.routing.expert_usage import ExpertUsage
 from cost_model.simulation.simulate import Simulation
 from flexmoe.cli.forecast import Forecaster
-from flexmoe.engine.config import EngineConfig, EnginePlan
+from flexmoe.engine.config import EngineConfig
+from flexmoe.engine.engine_plan import EnginePlan
 from flexmoe.engine.router_counter import coactivation_bytes
 from flexmoe.errors import InfeasibleError
 from flexmoe.llm import RESIDENT
@@ -84,7 +85,7 @@ def _planned(
     policy = _choose_policy(args, model, measured, planner, usage)
     options = _engine_options(args, measured, policy, usage)
     plan = EnginePlan.of(model, EngineConfig(policy=policy, workload=measured.workload, **options))
-    predicted = planner.predict(policy, options["kv_tokens"], plan.sizes.cache_experts) if planner else None
+    predicted = planner.predict(policy, options["kv_tokens"], plan.allocation.cache_experts) if planner else None
     return RunPlan(measured=measured, policy=policy, options=options, engine=plan, predicted=predicted)
 
 

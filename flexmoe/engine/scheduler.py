@@ -112,10 +112,6 @@ class Scheduler:
         """Rows sent back so far."""
         return self.admission.restarts
 
-    def largest_row_tokens(self) -> int:
-        """Tokens of the longest row that an empty tier can hold."""
-        return self.admission.largest_row_tokens()
-
     def submit(self, rows: Sequence[Row]) -> None:
         """Queue the rows of one prompt: the first computes it, and the others enter when that is done.
 
@@ -135,13 +131,13 @@ class Scheduler:
             self._behind += len(alike)
         self.waiting.extend(row for row in others if row.prefix is None)
 
-    def plan(self) -> list[Run]:
+    def plan_sweep(self) -> list[Run]:
         """Choose the runs of the next sweep and reserve their KV.
 
         Raises:
             RuntimeError: the cache has less room than admission counts.
         """
-        rows = self.admission.plan()
+        rows = self.admission.plan_sweep()
         for row in self.admission.sent_back:
             self._close(row)
         for row in rows:

@@ -239,6 +239,11 @@ class KVCache:
         pages = [allocator.share(b) for b in row.pages[: tokens // self.page_tokens]]
         return RowKV(row.tier, pages=pages, length=len(pages) * self.page_tokens)
 
+    def close_file(self) -> None:
+        """Close the disk tier's file; a second call does nothing."""
+        if self.file is not None:
+            self.file.close()
+
     def disk_offset(self, layer: int, page: int) -> int:
         """Byte offset of a page of a layer in the disk tier's file: a row's neighbouring pages are neighbours."""
         return (layer * self.total("disk") + page) * self.page_bytes

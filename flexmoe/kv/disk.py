@@ -173,11 +173,10 @@ class DiskKV:
                 pending.wait()
 
     def close(self) -> None:
-        """End the threads and close the file."""
+        """End the threads."""
         if self._active:
             self._reader.close()
             self._writer.close()
-            self._cache.file.close()
 
     def _flat(self, buffer: torch.Tensor, pages: int) -> torch.Tensor:
         used = buffer[: pages * self._cache.page_bytes].view(self._cache.shape.dtype)

@@ -69,7 +69,7 @@ class BlockBench:
         self._group = max(1, min(_GROUP, blocks, effort.buffer_bytes // 4 // self.block_bytes))
         count = blocks // self._group
         cache = KVCache(device, shape, {"gpu": 0, "cpu": 0, "disk": count * self._group}, 1, directory)
-        self._file = cache.file
+        self._cache, self._file = cache, cache.file
         self._disk = DiskKV(device, Recorder(), cache, self._group, self._group)
         self._new = tuple(torch.randn(self._group * PAGE_TOKENS, *heads).to(dtype) for _ in range(2))
         ids = iter(_scattered(count * self._group))
@@ -97,6 +97,7 @@ class BlockBench:
     def close(self) -> None:
         """End the threads and close the file."""
         self._disk.close()
+        self._cache.close_file()
 
     def _written_s(self, seconds: float) -> Iterator[float]:
         """Writes every group; gives the seconds of each, and ends when they add up to ``seconds``."""

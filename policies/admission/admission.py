@@ -20,7 +20,7 @@ from policies.policy import Policy
 
 
 class Admission:
-    """Decides each sweep's runs: ``plan``, then ``commit`` each row, ``finish`` those that have ended, ``end_sweep``.
+    """Decides each sweep's runs: ``plan_sweep``, then ``commit`` each row, ``finish`` those that have ended, ``end_sweep``.
 
     A row of c tokens holds ceil(c / page_tokens) pages of its tier; a row of the disk tier also holds a tail, the
     host page that it grows in.
@@ -38,7 +38,7 @@ class Admission:
     Attributes:
         waiting: rows that are not in flight, the next to enter first.
         restarts: rows sent back so far.
-        sent_back: rows sent back since the last `plan` began; one of them may have entered again since.
+        sent_back: rows sent back since the last `plan_sweep` began; one of them may have entered again since.
         free_tails: rows that the disk tier can still take.
         prefixes: what rows share.
     """
@@ -100,7 +100,7 @@ class Admission:
         """Tokens of the longest row that an empty tier can hold."""
         return max(self._pages.values()) * self._page_tokens
 
-    def plan(self) -> list[RowLengths]:
+    def plan_sweep(self) -> list[RowLengths]:
         """Choose the runs of the next sweep and take the pages they need; returns the rows that have one."""
         self.sent_back = []
         budget, page_tokens = self._policy.prefill_tokens, self._page_tokens

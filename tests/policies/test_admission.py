@@ -42,7 +42,7 @@ def wait(admission, *lengths):
 def sweep(admission):
     """One sweep; rows end at their limit. Returns (run, logits) of each row that had a run."""
     seen = {}
-    for row in admission.plan():
+    for row in admission.plan_sweep():
         seen[row] = row.run, row.logits
         admission.commit(row, generated=row.logits)
     for row in seen:
@@ -65,7 +65,7 @@ def test_row_holds_the_pages_of_its_tokens_and_on_disk_a_tail(kv, tier):
     (row,) = wait(admission, (30, 5))
     used = []
     while admission.unfinished:
-        admission.plan()
+        admission.plan_sweep()
         used.append((row.cached + row.run, row.pages, held(admission, tier), 2 - admission.free_tails))
         admission.commit(row, generated=True)
         if row.length == row.limit:
@@ -79,7 +79,7 @@ def test_row_holds_the_pages_of_its_tokens_and_on_disk_a_tail(kv, tier):
 def test_disk_takes_no_more_rows_than_it_has_tails():
     admission = admission_of(DISK, disk=40, tails=3, prefill_tokens=1000)
     wait(admission, *[(16, 4)] * 5)
-    assert len(admission.plan()) == 3 and len(admission.waiting) == 2
+    assert len(admission.plan_sweep()) == 3 and len(admission.waiting) == 2
 
 
 def test_largest_row_is_what_the_largest_tier_holds():
@@ -143,7 +143,7 @@ def test_every_prompt_token_counts_once_although_a_restart_computes_it_again(res
     (row,) = wait(admission, (100, 9))
     counted = []
     for number in range(1, 7):
-        (planned,) = admission.plan()
+        (planned,) = admission.plan_sweep()
         counted.append(admission.commit(planned, generated=planned.logits))
         if number == restart_after:
             admission.send_back(row)
@@ -200,10 +200,10 @@ def test_static_block_takes_no_row_between_its_first_end_and_its_last():
 def test_rows_go_where_the_shares_ask_and_elsewhere_when_that_is_full():
     admission = admission_of((25, 50), gpu=9, cpu=9, disk=9, tails=9, prefill_tokens=1000, rows=16)
     wait(admission, *[(16, 1)] * 8)
-    assert sorted(row.tier for row in admission.plan()) == ["cpu"] * 4 + ["disk"] * 2 + ["gpu"] * 2
+    assert sorted(row.tier for row in admission.plan_sweep()) == ["cpu"] * 4 + ["disk"] * 2 + ["gpu"] * 2
     admission = admission_of((25, 75), gpu=9, cpu=3, prefill_tokens=1000, rows=16)
     wait(admission, *[(16, 1)] * 8)
-    assert sorted(row.tier for row in admission.plan()) == ["cpu"] * 3 + ["gpu"] * 5
+    assert sorted(row.tier for row in admission.plan_sweep()) == ["cpu"] * 3 + ["gpu"] * 5
 
 
 def test_rows_that_come_and_go_keep_the_share_that_is_attended_on_the_cpu():
@@ -222,14 +222,14 @@ def test_rows_on_the_gpu_are_attended_there_and_disk_rows_are_fetched():
     for kv, tier, mode in ((GPU, "gpu", AttentionMode.GPU), (DISK, "disk", AttentionMode.FETCH)):
         admission = admission_of(kv, **{tier: 9}, tails=4, cpu_attention_percent=100)
         wait(admission, (16, 4))
-        assert [row.mode for row in admission.plan()] == [mode]
+        assert [row.mode for row in admission.plan_sweep()] == [mode]
 
 
 def test_expected_end_below_the_limit_lets_more_rows_in():
     def entered(expected_end):
         admission = admission_of(gpu=12, prefill_tokens=1000, expected_end=expected_end)
         wait(admission, *[(16, 48)] * 8)
-        return len(admission.plan())
+        return len(admission.plan_sweep())
 
     assert (entered(None), entered(lambda row: 32), entered(lambda row: 0)) == (3, 6, 8)
 
@@ -241,7 +241,7 @@ def test_youngest_row_of_a_full_tier_is_sent_back_and_enters_again_first():
     admission = admission_of(gpu=3, rows=2, expected_end=lambda row: 0)
     old, young, later = wait(admission, (16, 20), (16, 20), (16, 20))
     sweep(admission)
-    (row,) = admission.plan()  # both want a second page, and there is one
+    (row,) = admission.plan_sweep()  # both want a second page, and there is one
     assert row is old and admission.sent_back == [young] and admission.restarts == 1
     assert list(admission.waiting) == [young, later]
     assert (young.tier, young.cached, young.pages, young.run, young.length) == ("", 0, 0, 0, 17)
@@ -251,11 +251,11 @@ def test_youngest_row_of_a_full_tier_is_sent_back_and_enters_again_first():
 def test_row_that_is_itself_the_youngest_of_its_tier_leaves():
     admission = admission_of((50, 50), gpu=1, cpu=9, expected_end=lambda row: 0)
     (row,) = wait(admission, (16, 20))
-    admission.plan()
+    admission.plan_sweep()
     assert row.tier == "gpu"
     admission.commit(row, generated=True)
     admission.end_sweep()
-    assert admission.plan() == [row], "the tier that is too small for it now sent it to the other one"
+    assert admission.plan_sweep() == [row], "the tier that is too small for it now sent it to the other one"
     assert (row.tier, row.run, admission.sent_back) == ("cpu", 17, [row])
 
 
@@ -264,7 +264,7 @@ def test_row_of_another_tier_is_not_sent_back():
     rows = wait(admission, *[(16, 20)] * 5)
     sweep(admission)
     assert [row.tier for row in rows] == ["gpu", "cpu", "gpu", "cpu", "gpu"]
-    admission.plan()
+    admission.plan_sweep()
     assert [row.tier for row in rows] == ["gpu", "cpu", "", "cpu", ""]
     assert admission.sent_back == [rows[4], rows[2]]
 
@@ -335,7 +335,7 @@ def test_admission_decides_in_every_sweep_what_the_scheduler_over_a_real_cache_d
         rows = {row: number for number, row in enumerate(wait(pure, *[(prompt, most) for prompt, most, _ in lengths]))}
         seen = set()
         while pure.unfinished:
-            planned = pure.plan()
+            planned = pure.plan_sweep()
             check_counts(pure, pages, tails)
             decided = [(rows[row], row.run, row.logits, row.tier, row.mode) for row in planned]
             seen |= {row.tier for row in planned}

@@ -180,7 +180,7 @@ def test_block_of_all_ages_is_in_the_steady_state_from_its_first_sweep(rows, pro
     generated = prefilled = sweeps = 0
     for sweeps in range(1, 31):
         scheduler.waiting.extend(_row(prompt, gen) for _ in range(8))
-        runs = scheduler.plan()
+        runs = scheduler.plan_sweep()
         for run in runs:
             prefilled += scheduler.commit(run.owner, 1 if run.logits else None)
             generated += run.logits
@@ -198,7 +198,7 @@ def test_aged_row_decodes_its_last_token_next_and_gives_everything_back():
     row = _row(20, 10, age=7)
     scheduler.enter_aged(row)
     assert (row.kv.length, row.prompt_done, row.generated) == (26, 20, 7)
-    (run,) = scheduler.plan()
+    (run,) = scheduler.plan_sweep()
     assert (len(run.tokens), run.logits, run.mode) == (1, 1, AttentionMode.CPU)
     scheduler.commit(row, 1)
     scheduler.finish(row)

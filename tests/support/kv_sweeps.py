@@ -53,6 +53,7 @@ class Bench:
 
     def close(self):
         self.lanes.close()
+        self.cache.close_file()
 
     def moved(self, lane):
         """Bytes of a lane so far."""

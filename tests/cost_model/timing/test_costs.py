@@ -124,9 +124,9 @@ def test_the_runtime_takes_what_was_planned(checkpoint, tmp_path, host_buffers, 
     engine = Engine(load_model(str(checkpoint)), config)
     try:
         taken, planned = allocated(engine, host_buffers), engine.plan.memory
-        units = len(engine.plan.sizes.placement.tier_of)
+        units = len(engine.plan.allocation.placement.tier_of)
         slack_bytes = unit_slack_bytes(engine.model.arch)
-        slack = {"weights": units * slack_bytes, "slots": engine.plan.sizes.slots * slack_bytes}
+        slack = {"weights": units * slack_bytes, "slots": engine.plan.allocation.slots * slack_bytes}
         slack["load buffers"] = 4 * slack_bytes + 4 * max(u.stored_bytes for u in units_of(engine.model.arch))
         for tier in ("gpu", "cpu"):
             for item, size in taken[tier].items():
@@ -139,7 +139,7 @@ def test_the_runtime_takes_what_was_planned(checkpoint, tmp_path, host_buffers, 
             )
             assert not forgotten, f"{tier}: planned, but nothing was allocated for {forgotten}"
             assert sum(taken[tier].values()) <= planned.total(tier), f"{tier} takes more than planned in all"
-        assert len(host_buffers.made) <= HOST_BUFFERS + len(engine.plan.sizes.activation_tiers)
+        assert len(host_buffers.made) <= HOST_BUFFERS + len(engine.plan.allocation.activation_tiers)
     finally:
         engine.close()
 

@@ -122,7 +122,7 @@ def test_experts_that_another_run_used_most_are_on_the_device(job, main, machine
     assert (code, err) == (0, "") and "most used experts first" in out
     policy = Policy(**json.loads((tmp_path / "metrics.json").read_text())["policy"])
     assert policy.expert_order == known.unit_order(arch.grouped(policy.experts_per_unit))
-    tiers = plans[0].engine.sizes.placement.tier_of
+    tiers = plans[0].engine.allocation.placement.tier_of
     for layer, order in enumerate(policy.expert_order):
         on_gpu = [tiers[UnitId("expert", layer, number)] == "gpu" for number in order]
         assert on_gpu == sorted(on_gpu, reverse=True)

@@ -44,7 +44,7 @@ class Simulation:
     def sweep(self):
         """One sweep; returns its runs."""
         scheduler = self.scheduler
-        runs = scheduler.plan()
+        runs = scheduler.plan_sweep()
         assert runs or not (scheduler.running or scheduler.waiting), "rows wait although nothing is in flight"
         prompt = sum(scheduler.commit(run.owner, 2 if run.logits else None) for run in runs)
         ended = [run.owner for run in runs if run.logits and run.owner.generated >= self.ends[run.owner]]
@@ -140,7 +140,7 @@ def test_known_ends_never_exhaust_a_tier_nor_exceed_the_projected_peak(percent, 
         gen = rng.randint(1, 60)
         sim.submit(prompt, min(gen, longest - prompt), ends=rng.choice((None, rng.randint(1, gen))))
     while sim.scheduler.running or sim.scheduler.waiting:
-        runs = sim.scheduler.plan()
+        runs = sim.scheduler.plan_sweep()
         for tier in TIERS:
             assert sim.used(tier) <= sim.scheduler.admission.projected_peak(tier) <= sim.cache.total(tier)
         for run in runs:
@@ -183,7 +183,7 @@ def test_kv_that_somebody_else_holds_is_an_error_and_not_a_wait():
     sim.cache.reserve(sim.cache.open("gpu"), 3 * PAGE_TOKENS)
     sim.submit(32, 2)
     with pytest.raises(RuntimeError, match="counts 2 pages of the gpu tier for a row, and the KV cache, with 1 free"):
-        sim.scheduler.plan()
+        sim.scheduler.plan_sweep()
 
 
 def test_the_youngest_row_goes_back_and_comes_in_again_first_with_its_tokens():

@@ -424,7 +424,7 @@ def test_a_budget_for_the_device_becomes_room_for_experts(make, variants):
     planned = small.engine.plan.memory.total("gpu")
     budget = (planned + 10.5 * entry_bytes(small.engine.model.arch)) / 2**30
     large = make(rows=1, gpu_mem=budget)
-    assert large.engine.plan.sizes.cache_experts == 10
+    assert large.engine.plan.allocation.cache_experts == 10
     assert large.engine.plan.memory.parts["gpu"]["expert cache"] == 10 * entry_bytes(small.engine.model.arch)
     assert large.engine.plan.memory.total("gpu") <= budget * 2**30
     caches = [run_rows(llm, variants("qwen3"), 1)["expert_cache"] for llm in (small, large)]
@@ -434,13 +434,13 @@ def test_a_budget_for_the_device_becomes_room_for_experts(make, variants):
 
 def test_the_cache_takes_no_more_than_there_are_streamed_experts(make):
     llm = make(percent=(50, 0, 100, 0, 100, 0), gpu_mem=4)
-    arch, tier_of = llm.engine.model.arch, llm.engine.plan.sizes.placement.tier_of
+    arch, tier_of = llm.engine.model.arch, llm.engine.plan.allocation.placement.tier_of
     streamed = sum(
         unit.count
         for unit, tier in tier_of.items()
         if unit.kind == "expert" and tier != "gpu" and not arch.is_dense(unit.layer)
     )
-    assert llm.engine.plan.sizes.cache_experts == streamed
+    assert llm.engine.plan.allocation.cache_experts == streamed
 
 
 def test_a_block_of_many_tokens_streams_everything(make, variants):
