@@ -13,7 +13,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if TYPE_CHECKING:
     from cost_model.hardware.hardware import Hardware
     from cost_model.planner.solve import Plan
-    from flexmoe.job.batch import JobResult, run_batch
+    from flexmoe.batch.run_batch import run_batch
+    from flexmoe.job.result import JobResult
     from flexmoe.llm import LLM
     from flexmoe.params import EngineRequest, RequestOutput, SamplingParams
     from flexmoe.planning.plan import plan
@@ -43,7 +44,7 @@ _MODULES = {
     "EngineRequest": "flexmoe.params",
     "FlexMoEError": "policies.common.errors",
     "Hardware": "cost_model.hardware.hardware",
-    "JobResult": "flexmoe.job.batch",
+    "JobResult": "flexmoe.job.result",
     "Plan": "cost_model.planner.solve",
     "Policy": "policies.policy",
     "RequestOutput": "flexmoe.params",
@@ -51,7 +52,7 @@ _MODULES = {
     "Workload": "policies.workload",
     "plan": "flexmoe.planning.plan",
     "probe": "flexmoe.probing.measure",
-    "run_batch": "flexmoe.job.batch",
+    "run_batch": "flexmoe.batch.run_batch",
 }
 
 

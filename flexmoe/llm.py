@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from cost_model.hardware.hardware import Hardware
-from flexmoe.cli.forecast import Forecaster
 from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine import Engine
 from flexmoe.engine.requests import RefusedError
@@ -19,6 +18,7 @@ from flexmoe.engine.router_counter import LayerStats, coactivation_bytes
 from flexmoe.errors import UsageError
 from flexmoe.models.loader import Model, compute_dtype, load_model
 from flexmoe.params import CompletionOutput, EngineRequest, InFlight, RequestOutput, SamplingParams
+from flexmoe.planning.forecast import Forecaster
 from flexmoe.progress import bar
 from flexmoe.prompts import Conversation, Prompt, read_conversations, read_prompts
 from flexmoe.system.device import Device

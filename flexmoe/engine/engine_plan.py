@@ -45,7 +45,7 @@ class EnginePlan:
 
     device: Device
     dtype: torch.dtype
-    sizes: Allocation
+    allocation: Allocation
     memory: MemoryPlan
     budgets: Mapping[str, int | None]
     written_bytes: int

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from cost_model.model.arch import ModelArch
-from flexmoe.cli import run_plan as run_plan_module
-from flexmoe.cli.run_plan import RunPlan, _last
+from flexmoe.batch import plan as plan_module
+from flexmoe.batch.plan import RunPlan, last_that_holds
 from flexmoe.preflight.lengths import Lengths, RowLength
 from policies.policy import Policy
 from policies.units import UnitId
@@ -97,7 +97,7 @@ def test_lengths_are_measured_without_the_longest_rows():
 @pytest.mark.parametrize("holds", range(6))
 def test_the_last_value_that_holds_is_found(holds):
     values = [2, 3, 5, 7, 11]
-    assert _last(values, lambda value: value in values[:holds]) == (values[holds - 1] if holds else None)
+    assert last_that_holds(values, lambda value: value in values[:holds]) == (values[holds - 1] if holds else None)
 
 
 # Usage of experts.
@@ -115,7 +115,7 @@ def usage(tiny, tmp_path):
 def test_experts_that_another_run_used_most_are_on_the_device(job, main, machine, usage, tmp_path, flags, monkeypatch):
     known, arch = usage
     plans = []
-    monkeypatch.setattr(run_plan_module, "RunPlan", lambda **about: plans.append(RunPlan(**about)) or plans[-1])
+    monkeypatch.setattr(plan_module, "RunPlan", lambda **about: plans.append(RunPlan(**about)) or plans[-1])
     job.write([SHORT])
     flags = [*flags, "--hardware", str(machine), "--expert-usage", str(tmp_path / "usage.json")]
     code, out, err = main(job.args(*flags, "--metrics-json", str(tmp_path / "metrics.json")))
