@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from policies.policy import Policy
     from policies.workload import Workload
 
-__version__ = "0.2.0"
+__version__ = "0.1.0"
 __all__ = [
     "LLM",
     "EngineRequest",
