@@ -18,7 +18,7 @@ from policies.policy import Policy, Workload
 
 BLOCK_TOKENS = 16
 LOOK_AHEAD_BYTES = 1 << 30
-#: Slots that go on streaming attention, dense layers and the head while experts come on demand.
+#: Slots that stream attention, dense layers and the head in on-demand mode.
 KEPT_SLOTS = 2
 _PAGE_BYTES = 4096
 

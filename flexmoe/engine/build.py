@@ -102,10 +102,12 @@ def _weights(
     policy, counts = config.policy, plan.sizes
     store = WeightStore(plan.device, recorder, source, counts.placement.tier_of, plan.dtype, policy.pin_weight)
     closing.callback(store.close)
+    store.load()
     recorder.reset_totals()  # a run's rates do not count what loading moved
     known = None if config.expert_usage is None else config.expert_usage.shares
     feed = WeightFeed(store, model.arch, units, counts, kind=config.expert_cache, known=known, overlap=policy.overlap)
     closing.callback(feed.close)
+    feed.start()
     return store, feed
 
 
