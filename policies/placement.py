@@ -21,7 +21,7 @@ TIERS = ("gpu", "cpu", "disk")
 
 @dataclass(frozen=True)
 class Placement:
-    """Where every unit lives at home: the first `gpu_end` units of the order on the GPU, up to `cpu_end` in host memory.
+    """The home tier of every unit: the first `gpu_end` units of the order on the GPU, up to `cpu_end` in host memory.
 
     Args:
         residency: the units in residency order.
@@ -75,7 +75,7 @@ class Residency:
 
     Args:
         units: all units of the model, in schedule order.
-        expert_order: for each layer the numbers of its expert units, those first that most deserve a fast tier; None: as
+        expert_order: for each layer the numbers of its expert units, those first that are most worth a fast tier; None: as
             they stand.
 
     Raises:
@@ -143,12 +143,12 @@ def place_weights(units: Iterable[Unit], gpu_percent: float, cpu_percent: float)
 
 
 def residency_order(units: Sequence[Unit], expert_order: Sequence[Sequence[int]] | None = None) -> list[Unit]:
-    """All units, those that most deserve a fast tier first; it does not depend on percents.
+    """All units, those first that are most worth a fast tier; it does not depend on percents.
 
     Embedding, attention and head serve every token in every sweep and are small, so they come before the experts.
-    Experts follow by their rank within the layer (``expert_order``, as `Residency` takes it), and for each rank the layers come in bit-reversed (van der Corput)
-    order. That order is the same for every rank, so any interval of the experts is a window of one repeating
-    sequence: two layers differ by at most one expert in a prefix (GPU) and in an interval (CPU) alike, and the layers
+    Experts follow by their rank within the layer (``expert_order``, as `Residency` takes it), and for each rank the layers
+    come in bit-reversed (van der Corput) order. That order is the same for every rank, so any interval of the experts is a
+    window of one repeating sequence: two layers differ by at most one expert in a prefix (GPU) and in an interval (CPU) alike, and the layers
     that hold the extra one are spread over the depth of the model.
 
     Raises:

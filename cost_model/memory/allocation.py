@@ -11,7 +11,7 @@ from functools import lru_cache
 from math import ceil
 
 from cost_model.model.arch import ModelArch
-from cost_model.model.weight_units import expert_units, unit_slack_bytes, units_of
+from cost_model.model.weight_units import PAGE_BYTES, expert_units, unit_slack_bytes, units_of
 from policies.common.errors import InfeasibleError, UsageError
 from policies.placement import Placement, Residency, place_batches, place_blocks
 from policies.policy import Policy, Workload
@@ -20,7 +20,6 @@ BLOCK_TOKENS = 16
 LOOK_AHEAD_BYTES = 1 << 30
 #: Slots that stream attention, dense layers and the head in on-demand mode.
 KEPT_SLOTS = 2
-_PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +167,7 @@ def single_expert_bytes(arch: ModelArch) -> float:
 @lru_cache(maxsize=16)
 def entry_bytes(arch: ModelArch) -> int:
     """Room that a single expert takes where experts come on demand."""
-    return ceil((single_expert_bytes(arch) + unit_slack_bytes(arch.grouped(1))) / _PAGE_BYTES) * _PAGE_BYTES
+    return ceil((single_expert_bytes(arch) + unit_slack_bytes(arch.grouped(1))) / PAGE_BYTES) * PAGE_BYTES
 
 
 def _look_ahead(arch: ModelArch, placement: Placement) -> int:

@@ -15,6 +15,8 @@ from cost_model.hardware.link_curves import efficient_bytes
 from cost_model.model.arch import ModelArch
 from policies.units import EMBEDDING, Unit, UnitId, expert_unit
 
+#: A page of the machines that are planned for; the runtime asks the system.
+PAGE_BYTES = 4096
 #: Bytes of a unit at which a link is efficient, where none has been measured.
 UNIT_BYTES = 64 << 20
 #: A layer keeps at least so many units of experts: shares stay fine, and units arrive while others compute.
@@ -24,7 +26,6 @@ _DISPATCH_SHARE = 0.05
 _OPS_PER_UNIT = 3
 #: What a unit has at least where no link was measured by size, and at most.
 _LEAST_BYTES, _MOST_BYTES = 16 << 20, 256 << 20
-_PAGE_BYTES = 4096
 _LEAST_SLACK_BYTES = 64 << 10
 #: Mean tokens of an expert up to which a grouped product is at least as fast as a product per expert.
 GROUPED_TOKENS = 64
@@ -95,7 +96,7 @@ def unit_slack_bytes(arch: ModelArch) -> int:
     """What a unit takes at most beyond its stored bytes: each of its tensors may lie in file pages of its own (on the
     device, between 256-byte boundaries), which costs less than two pages."""
     attention = 4 * (2 if arch.attention_bias else 1) + 2 * (2 if arch.norm_bias else 1) + 2 * arch.qk_norm + 1
-    return max(_LEAST_SLACK_BYTES, 2 * _PAGE_BYTES * max(attention, 3 * experts_per_unit(arch)))
+    return max(_LEAST_SLACK_BYTES, 2 * PAGE_BYTES * max(attention, 3 * experts_per_unit(arch)))
 
 
 def head_chunks(arch: ModelArch) -> int:

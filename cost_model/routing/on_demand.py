@@ -20,11 +20,11 @@ from policies.units import UnitId
 MOST_TOKENS_PER_EXPERT = 8
 #: A cache of fewer experts has no entry to load into while another expert computes.
 FEWEST_CACHED = 2
-#: What a load of its own costs beyond its bytes, in bytes of the link by the tier that it comes from: about 100 µs of dispatch,
-#: hand-over and latency at 20 and at 5 GB/s.
+#: What a load of a single expert costs beyond its bytes, in bytes of the link, by the tier it is loaded from: about 100 µs of
+#: dispatch, hand-over and latency at 20 and at 5 GB/s.
 LOAD_BYTES = {"cpu": 2 << 20, "disk": 512 << 10}
-#: On-demand mode is used when expected transfers are at most 2/3 of streaming every expert, because nothing overlaps them; and it is
-#: left only beyond 4/5, because a change of mode drops what has been moved ahead.
+#: On-demand mode is used when expected transfers are at most 2/3 of streaming every expert, because nothing overlaps them;
+#: and it is left only beyond 4/5, because a change of mode drops what has been prefetched.
 _PAYS, _STILL_PAYS = 2 / 3, 0.8
 
 

@@ -204,7 +204,7 @@ class Device:
 
 
 class _Pages(mmap.mmap):
-    """Memory that the driver forgets before it is unmapped: an address that it still holds cannot be locked again."""
+    """Memory that is unregistered from the driver before it is unmapped: a registered address cannot be locked again."""
 
     registered_at = 0
 

@@ -115,8 +115,8 @@ class DirectFile:
             raise StorageError(f"flushing {self.path} failed: {e.strerror}") from e
 
     def close(self) -> None:
-        """Close the descriptor; the object is of no use afterwards."""
-        fd, self._fd = self._fd, -1  # a second close must not close whoever has the number now
+        """Close the descriptor; the file cannot be used afterwards."""
+        fd, self._fd = self._fd, -1  # a second close must not close a file that has the number by then
         if fd >= 0:
             os.close(fd)
 

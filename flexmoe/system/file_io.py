@@ -1,6 +1,6 @@
 """Every byte that a job writes goes through here, and what the operating system refuses becomes a sentence.
 
-A write may take only a part of what it is given, and a read may return less: both are gone on with until all is done.
+A write may take only a part of what it is given, and a read may return less: both are repeated until all is done.
 """
 
 from __future__ import annotations

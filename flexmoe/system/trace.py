@@ -128,7 +128,7 @@ class Recorder:
 
 
 def _newly_covered(recent: list[tuple[float, float]], start_s: float, end_s: float) -> float:
-    """Seconds of [start, end) that no interval of ``recent`` covers; the list takes it in and forgets what is long past."""
+    """Seconds of [start, end) that no interval of ``recent`` covers; the list is extended by it, and drops intervals long past."""
     touching = [(a, b) for a, b in recent if a <= end_s and b >= start_s]
     recent[:] = [interval for interval in recent if interval not in touching][-_RECENT:]
     first, last = min([start_s, *(a for a, _ in touching)]), max([end_s, *(b for _, b in touching)])

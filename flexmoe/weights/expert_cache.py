@@ -32,7 +32,7 @@ class Entry(Slot):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cached:
-    """An expert, as (layer, number), in its entry or on the way there."""
+    """An expert, as (layer, number), in its entry or being loaded into it."""
 
     expert: tuple[int, int]
     entry: Entry
@@ -82,7 +82,7 @@ class ExpertCache:
     ):
         self._device, self._loader, self._eviction, self._dtype = device, loader, eviction, dtype
         self._overlap, self._entry_bytes = overlap, entry_bytes
-        now = device.record()  # the memory may have been somebody else's until here
+        now = device.record()  # kernels issued so far may still use the memory
         starts = range(0, len(memory) - entry_bytes + 1, entry_bytes)
         self._entries = [Entry(memory[at : at + entry_bytes], now, i) for i, at in enumerate(starts)]
         self._empty = list(reversed(self._entries))
@@ -118,8 +118,8 @@ class ExpertCache:
             self._load_missing(len(experts))
 
     def experts(self) -> Iterator[dict[int, Mapping[str, torch.Tensor]]]:
-        """Tensors in the compute dtype by number of the requested experts: first those that were cached, then those that have been
-        loaded meanwhile, and so on. They may be used until the next ones are asked for.
+        """Tensors in the compute dtype by number of the requested experts: first those that were cached, then those that have
+        been loaded meanwhile, and so on. They may be used until the next item is taken.
 
         Raises:
             StorageError, DataError: a load failed.
@@ -147,7 +147,7 @@ class ExpertCache:
         return done or [self._loading[0]]
 
     def settle(self) -> None:
-        """Wait for loads that nobody took, those of an interrupted sweep; nothing is written then until the next request."""
+        """Wait for loads that were not consumed, those of an interrupted sweep; until the next request nothing is written."""
         for each in self._loading:
             each.fetch.ready.wait()
         self._loading.clear()
@@ -222,7 +222,7 @@ class ExpertCache:
 
     def _tensors(self, held: Cached) -> Mapping[str, torch.Tensor]:
         """Of an expert that is cached or being loaded."""
-        if self._failure is not None:  # whoever asks next meets the same error
+        if self._failure is not None:  # the next call meets the same error
             raise self._failure
         fetch, start = held.fetch, time.perf_counter()
         fetch.ready.wait()

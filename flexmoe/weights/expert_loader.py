@@ -1,4 +1,4 @@
-"""Brings single experts to given buffers, each as soon as it is asked for.
+"""Loads single experts into given buffers, each as soon as it is requested.
 
 Transfers are direct or staged, as those of the weight stream: on device ``cpu`` an expert is read from disk straight into its
 buffer, or copied; on CUDA it is read into a pinned staging slot and copied on a stream of its own, beside the stream's copies.

@@ -1,4 +1,4 @@
-"""Buffers that weights are brought into, what is on its way to them, and the copies that fill them."""
+"""Buffers for weights on the compute device, the fetches that fill them, and the copies of those."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class StagingSlot:
 
 @dataclass(slots=True, eq=False)
 class Fetch:
-    """One unit on its way: ``ready`` is set when its transfer is complete or, on CUDA, issued (then ``copied``);
+    """The transfer of one unit into a slot: ``ready`` is set when its transfer is complete or, on CUDA, issued (then ``copied``);
     ``seconds`` are those until then."""
 
     unit: UnitId
@@ -54,7 +54,7 @@ class Fetch:
     _start_s: float = field(default_factory=time.perf_counter)
 
     def done(self, error: BaseException | None = None) -> None:
-        """The transfer has ended: wakes whoever waits for it."""
+        """The transfer has ended: wakes the threads that wait for it."""
         self.error, self.seconds = error, time.perf_counter() - self._start_s
         self.ready.set()
 

@@ -129,8 +129,8 @@ class CheckpointSource:
 class DummySource:
     """Random weights of realistic scale for a model of which only the shape is known.
 
-    The numbers of a matrix depend on its name alone, so any placement and any grouping of experts of a dummy model computes the same. Norms are
-    one, biases zero; routers are random and therefore balanced. Disk units are written out, each its own extent, so
+    The numbers of a matrix depend on its name alone, so any placement and any grouping of experts of a dummy model computes
+    the same. Norms are one, biases zero; routers are random and therefore balanced. Disk units are written out, each its own extent, so
     that reading them costs what reading a checkpoint costs.
 
     Args:

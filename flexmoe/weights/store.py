@@ -76,7 +76,7 @@ class WeightStore:
         return self._source.read(unit, buffer, self._pool, on_done)
 
     def read_expert(self, expert: UnitId, buffer: torch.Tensor, on_done: OnDone | None = None) -> Pending:
-        """Start reading a single expert, before all that has been asked for by `read`; its layout is `expert_layout`."""
+        """Start reading a single expert, before all reads queued by `read`; its layout is `expert_layout`."""
         return self._source.read(expert, buffer, self._urgent, on_done)
 
     def expert_layout(self, expert: UnitId) -> UnitLayout:
@@ -164,7 +164,7 @@ class EmbeddingTable:
 
         Args:
             first: tokens of the sweep before these. Every token of a sweep has its own place in the host buffer, because
-                the copy to the device goes on after the call.
+                the copy to the device may still run after the call.
         """
         store = self._store
         if self._tier == "gpu":

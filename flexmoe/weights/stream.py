@@ -1,7 +1,7 @@
 """The weight stream: an iterator with look-ahead over the units that a sweep moves.
 
 The order is known before the sweep starts and repeats with every sweep, so prefetching needs no prediction: a transfer thread
-takes a free slot, starts the transfer of the next unit into it and goes on, across layers and across sweeps, until no slot is
+takes a free slot, starts the transfer of the next unit into it and continues, across layers and across sweeps, until no slot is
 free. Look-ahead is bounded by the slots' bytes. `flexmoe.weights.transfers` has the threads.
 """
 
@@ -28,7 +28,7 @@ class WeightStream:
         units: the units that may be streamed, those that are not GPU-resident.
         slots: how many slots to allocate; each holds the largest unit.
         staging_slots: host slots for disk units where transfers are staged.
-        overlap: False starts a transfer only when its unit is asked for.
+        overlap: False starts a transfer only when its unit is requested.
         staged: force staged transfers (tests); default: on CUDA.
         room_bytes: further bytes to allocate behind the slots.
 
@@ -66,7 +66,7 @@ class WeightStream:
         self._failure: BaseException | None = None
 
     def start(self, order: Sequence[UnitId], slots: int | None = None, staging_slots: int | None = None) -> None:
-        """Stream an order from its beginning; what has been brought ahead of another one is dropped.
+        """Stream an order from its beginning; units prefetched for another order are dropped.
 
         Args:
             order: the units of one sweep, in the order of use.
@@ -74,7 +74,7 @@ class WeightStream:
         """
         self.close()
         self._held.clear()
-        now = self._device.record()  # the slots' memory may have been somebody else's until here
+        now = self._device.record()  # kernels issued so far may still use the slots' memory
         self._idle_slots = [Slot(buffer, now) for buffer in self._slots[:slots]]
         self._idle_staging = [StagingSlot(buffer) for buffer in self.staging[:staging_slots]]
         if not order:
@@ -90,7 +90,7 @@ class WeightStream:
             self._offer(transfers, len(self._idle_slots), len(self._idle_staging))
 
     def get(self, unit: UnitId) -> dict[str, torch.Tensor]:
-        """Tensors of ``unit`` in the compute dtype; waits for its transfer. Streamed units must be asked for in order.
+        """Tensors of ``unit`` in the compute dtype; waits for its transfer. Streamed units must be requested in order.
 
         Raises:
             StorageError, DataError: the transfer failed.
@@ -139,7 +139,7 @@ class WeightStream:
                 transfers.offer_staging(self._idle_staging.pop())
 
     def _take(self, unit: UnitId) -> Fetch:
-        if self._failure is not None:  # whoever asks next meets the same error instead of waiting for ever
+        if self._failure is not None:  # the next call meets the same error instead of waiting for ever
             raise self._failure
         fetch = self._next(unit)
         if fetch.unit != unit:

@@ -40,7 +40,7 @@ class WeightFeed:
         counts: slots and room of the cache.
         kind: one of `eviction.EXPERT_CACHES`.
         known: shares ``[layers, E]`` of another run, or None; a static cache needs them.
-        overlap: False starts a transfer only when it is asked for.
+        overlap: False starts a transfer only when it is requested.
 
     Attributes:
         trace: where it is a list, the (layer, experts) of every request are added to it (benchmarks).
@@ -102,7 +102,7 @@ class WeightFeed:
         )
 
     def start(self) -> None:
-        """Start to bring units ahead."""
+        """Start to prefetch units."""
         self._stream.start(self._all)
 
     @property
@@ -111,7 +111,7 @@ class WeightFeed:
         return self._stream.stall_s + (self._cache.stall_s if self._cache else 0.0)
 
     def begin(self, tokens: int) -> frozenset[int]:
-        """A sweep of so many tokens begins; returns the layers whose streamed experts come on demand."""
+        """A sweep of so many tokens begins; returns the layers whose streamed experts are loaded on demand."""
         wanted = self._cache is not None and self._rule.pays(self._usage.shares, tokens, already=self._on_demand)
         if wanted != self._on_demand or self._in_sweep:  # the last sweep was interrupted: the stream is somewhere in it
             self._change(wanted)
@@ -138,7 +138,7 @@ class WeightFeed:
             self._counts = counts
 
     def request(self, layer: int) -> None:
-        """Ask for the streamed experts that this layer has been routed to."""
+        """Request the streamed experts that this layer has been routed to."""
         streamed = self._rule.streamed[layer]
         experts = [e for e, count in enumerate(self._counts) if count and streamed[e]]
         self._on_demand_cache().request(layer, experts)
@@ -146,16 +146,16 @@ class WeightFeed:
             self.trace.append((layer, experts))
 
     def experts(self) -> Iterator[dict[int, Mapping[str, torch.Tensor]]]:
-        """Tensors by number of some of them at a time; they may be used until the next ones are asked for."""
+        """Tensors by number of the requested experts, some at a time; they may be used until the next item is taken."""
         return self._on_demand_cache().experts()
 
     def _on_demand_cache(self) -> ExpertCache:
         if self._cache is None:
-            raise RuntimeError("experts are asked for one by one, but this run streams all of them")
+            raise RuntimeError("single experts were requested, but this run streams all of them")
         return self._cache
 
     def metrics(self) -> dict[str, str | int | float]:
-        """What the cache did: ``experts`` that can stay, and per expert that was loaded the mean seconds it took."""
+        """What the cache did: ``experts`` that it can keep, and the mean seconds of a load."""
         counts = self._cache.counts if self._cache else CacheCounts()
         return {
             "policy": self._kind,
@@ -176,7 +176,7 @@ class WeightFeed:
             self._cache.close()
 
     def _change(self, on_demand: bool) -> None:
-        """Between two sweeps, which is rare: what the stream has brought ahead is dropped."""
+        """Between two sweeps, which is rare: what the stream has prefetched is dropped."""
         log.debug("experts are %s from now on", "loaded on demand" if on_demand else "all streamed")
         if self._cache is not None:
             self._cache.drain()

@@ -34,7 +34,7 @@ class TransferThreads(ABC):
         order: the units.
 
     Attributes:
-        issued: the fetches in order, each put there when its slot is taken; the exception that ended a thread comes as itself.
+        issued: the fetches in order, each put there when its slot is taken; an exception that ended a thread is put there itself.
     """
 
     def __init__(self, store: WeightStore, order: Sequence[UnitId]):
@@ -161,7 +161,7 @@ class StagedTransfers(TransferThreads):
         self._end(self._take_nothing_more, lambda: self._to_copy.put(None))
         for item in _drained(self._to_copy):
             if item is not None:
-                with contextlib.suppress(Exception):  # nobody waits for these bytes any more
+                with contextlib.suppress(Exception):  # these bytes are not used any more
                     item[1].wait()
         if self._stream is not None:
             self._stream.synchronize()
@@ -221,7 +221,7 @@ class StagedTransfers(TransferThreads):
 
 
 def _close(offered: queue.SimpleQueue[_Item | None]) -> None:
-    """Take back what has been offered and nobody took; whoever asks next is told to end."""
+    """Empty a queue of offers and end the thread that reads it."""
     _drained(offered)
     offered.put(None)
 
