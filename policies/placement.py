@@ -35,10 +35,11 @@ class Placement:
     @cached_property
     def tier_of(self) -> dict[UnitId, str]:
         """The tier of each unit, in the order in which the units were given."""
-        counts = (self.gpu_end, self.cpu_end - self.gpu_end, len(self.residency.order) - self.cpu_end)
-        tiers = [tier for tier, count in zip(TIERS, counts, strict=True) for _ in range(count)]
-        tier_of = {unit.id: tier for unit, tier in zip(self.residency.order, tiers, strict=True)}
-        return {unit.id: tier_of[unit.id] for unit in self.residency.units}
+        residency, gpu_end, cpu_end = self.residency, self.gpu_end, self.cpu_end
+        return {
+            unit.id: TIERS[(place >= gpu_end) + (place >= cpu_end)]
+            for unit, place in zip(residency.units, residency.places, strict=True)
+        }
 
     @cached_property
     def bytes_per_tier(self) -> dict[str, int]:
@@ -78,6 +79,10 @@ class Residency:
         expert_order: for each layer the numbers of its expert units, those first that are most worth a fast tier; None: as
             they stand.
 
+    Attributes:
+        order: the units in residency order.
+        places: of each unit, as they were given, its place in that order.
+
     Raises:
         UsageError: there are no units, one is there twice, or the order is not one of these units.
     """
@@ -90,6 +95,8 @@ class Residency:
         if different != len(self.units):
             raise UsageError(f"{len(self.units)} units have only {different} different names; each needs its own.")
         self.order = tuple(residency_order(self.units, expert_order))
+        place_of = {unit.id: place for place, unit in enumerate(self.order)}
+        self.places = [place_of[unit.id] for unit in self.units]
         self._bytes = {kind: _sums(unit.stored_bytes * (unit.kind == kind) for unit in self.order) for kind in KINDS}
         self._counts = {kind: _sums(unit.kind == kind for unit in self.order) for kind in KINDS}
         self.prefix_bytes = _sums(unit.stored_bytes for unit in self.order)
