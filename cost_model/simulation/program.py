@@ -103,7 +103,9 @@ class _Compiler:
         return Program(steps=tuple(self._steps), errands=tuple(map(tuple, self._errands)))
 
     def _compute(self, op: Op) -> None:
-        if op.kind == "routed":  # what is at hand, or comes earlier, is computed while the last one comes
+        if (
+            op.kind == "routed"
+        ):  # cached experts, and those that arrive earlier, are computed while the last one arrives
             self._step(op, sweep_place("routed"), after=())
             self._step(op, sweep_place("routed_last"), after=self._latest(op.deps))
             return

@@ -259,7 +259,7 @@ class Executor:
         self._feed.release(op.unit)
 
     def _op_routed(self, op: Op) -> None:
-        """The routed experts of a layer on demand, those at hand first."""
+        """The routed experts of a layer on demand, the cached ones first."""
         x_TD, y_TD = self._x_TD[: self._block.tokens], self._y_TD[: self._block.tokens]
         for tensors in self._feed.experts():
             weights = {expert: ExpertWeights.of(own) for expert, own in tensors.items()}
