@@ -176,7 +176,7 @@ class Bounds:
     """Where the tokens of each expert of a unit lie among those of a chunk.
 
     Args:
-        starts: first pair of every expert, and the end.
+        starts: first (token, expert) pair of every expert, and the end.
         on_device: the same on the compute device.
         experts: of the unit.
         pairs: of the chunk.
