@@ -14,34 +14,9 @@ from itertools import accumulate, pairwise
 
 from policies.common.checks import PERCENT_TOLERANCE, check_count, check_shares
 from policies.common.errors import UsageError
+from policies.units import KINDS, Unit, UnitId
 
 TIERS = ("gpu", "cpu", "disk")
-KINDS = ("embed", "attention", "expert", "head")
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """The smallest piece of weight that is placed and moved.
-
-    Args:
-        name: "embed", "layers.3.attention", "layers.3.expert.5", "head.0".
-        layer: the layer it belongs to; -1 for the embedding, the number of layers for the head.
-        kind: one of `KINDS`.
-        stored_bytes: its size at rest, at least 1.
-
-    Raises:
-        UsageError: the kind is unknown, or the size is not a positive whole number.
-    """
-
-    name: str
-    layer: int
-    kind: str
-    stored_bytes: int
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise UsageError(f"unit {self.name} has kind {self.kind!r}; the kinds are {', '.join(KINDS)}.")
-        check_count(f"stored_bytes of unit {self.name}", self.stored_bytes)
 
 
 @dataclass(frozen=True)
@@ -58,12 +33,12 @@ class Placement:
     cpu_end: int
 
     @cached_property
-    def tier_of(self) -> dict[str, str]:
-        """Unit name to tier, in the order in which the units were given."""
+    def tier_of(self) -> dict[UnitId, str]:
+        """The tier of each unit, in the order in which the units were given."""
         counts = (self.gpu_end, self.cpu_end - self.gpu_end, len(self.residency.order) - self.cpu_end)
         tiers = [tier for tier, count in zip(TIERS, counts, strict=True) for _ in range(count)]
-        by_name = {unit.name: tier for unit, tier in zip(self.residency.order, tiers, strict=True)}
-        return {unit.name: by_name[unit.name] for unit in self.residency.units}
+        tier_of = {unit.id: tier for unit, tier in zip(self.residency.order, tiers, strict=True)}
+        return {unit.id: tier_of[unit.id] for unit in self.residency.units}
 
     @cached_property
     def bytes_per_tier(self) -> dict[str, int]:
@@ -104,16 +79,16 @@ class Residency:
             they stand.
 
     Raises:
-        UsageError: there are no units, two share a name, or the order is not one of these units.
+        UsageError: there are no units, one is there twice, or the order is not one of these units.
     """
 
     def __init__(self, units: Iterable[Unit], expert_order: Sequence[Sequence[int]] | None = None):
         self.units, self.expert_order = tuple(units), expert_order
         if not self.units:
             raise UsageError("there are no weight units to place; give at least one.")
-        names = len({unit.name for unit in self.units})
-        if names != len(self.units):
-            raise UsageError(f"{len(self.units)} units have only {names} different names; each needs its own.")
+        different = len({unit.id for unit in self.units})
+        if different != len(self.units):
+            raise UsageError(f"{len(self.units)} units have only {different} different names; each needs its own.")
         self.order = tuple(residency_order(self.units, expert_order))
         self._bytes = {kind: _sums(unit.stored_bytes * (unit.kind == kind) for unit in self.order) for kind in KINDS}
         self._counts = {kind: _sums(unit.kind == kind for unit in self.order) for kind in KINDS}
@@ -162,7 +137,7 @@ def place_weights(units: Iterable[Unit], gpu_percent: float, cpu_percent: float)
         gpu_percent, cpu_percent: shares of the stored bytes, 0 to 100; the rest is disk.
 
     Raises:
-        UsageError: there are no units, two share a name, or the percents do not add up.
+        UsageError: there are no units, one is there twice, or the percents do not add up.
     """
     return Residency(units).place(gpu_percent, cpu_percent)
 
@@ -185,18 +160,18 @@ def residency_order(units: Sequence[Unit], expert_order: Sequence[Sequence[int]]
     attention = sorted(by_kind["attention"], key=lambda unit: rank[unit.layer])
 
     ranked = _ranked_experts(by_kind["expert"], layers, expert_order)
-    experts = sorted(by_kind["expert"], key=lambda unit: (ranked[unit.name], rank[unit.layer]))
+    experts = sorted(by_kind["expert"], key=lambda unit: (ranked[unit.id], rank[unit.layer]))
     return by_kind["embed"] + attention + by_kind["head"] + experts
 
 
 def _ranked_experts(
     experts: Sequence[Unit], layers: Sequence[int], order: Sequence[Sequence[int]] | None
-) -> dict[str, int]:
-    """By unit name, how many units of its layer come before it."""
-    of_layer: dict[int, list[str]] = {layer: [] for layer in layers}
+) -> dict[UnitId, int]:
+    """Of each unit, how many units of its layer come before it."""
+    of_layer: dict[int, list[UnitId]] = {layer: [] for layer in layers}
     for unit in experts:
-        of_layer[unit.layer].append(unit.name)
-    numbers = [range(len(names)) for names in of_layer.values()] if order is None else order
+        of_layer[unit.layer].append(unit.id)
+    numbers = [range(len(own)) for own in of_layer.values()] if order is None else order
     if len(numbers) != len(layers):
         raise UsageError(
             f"expert_order is of {len(numbers)} layers, and the model has {len(layers)}; take one made for it."

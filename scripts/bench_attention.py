@@ -20,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flexmoe.kernels.native import library as native  # noqa: E402
+from flexmoe.kernels.native.attention import paged_attention  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-3}
@@ -104,7 +105,7 @@ def measure(shape: Shape, dtype_name: str, threads: int, rounds: int) -> tuple[f
     out = torch.empty_like(q)
 
     def run_native() -> torch.Tensor:
-        return native.paged_attention(
+        return paged_attention(
             q, pool[:, 0], pool[:, 1], tables, starts, lengths, out=out, scale=shape.size**-0.5, num_threads=threads
         )
 

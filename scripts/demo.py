@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cost_model.simulation.simulate import Simulation, simulate
-from flexmoe.cli.forecast import Forecaster
 from flexmoe.cli.run import main as run
 from flexmoe.models.loader import compute_dtype, load_model
+from flexmoe.planning.forecast import Forecaster
 from flexmoe.probing.cache import cache_path
 from flexmoe.system.device import Device
-from policies.common.units import GIB
+from policies.common.memory_units import GIB
 from policies.policy import Policy, Workload
 from scripts.make_checkpoint import SIZES, make_checkpoint
 from scripts.support.corpus import corpus_words

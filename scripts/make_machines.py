@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import MACHINES, Gpu, Hardware
-from policies.common.units import GIB
+from policies.common.memory_units import GIB
 from scripts.machines.cards import DESKTOP, MACHINES_BY_NAME, Card, Drive, Host
 from scripts.machines.flexllmgen import t4_flexllmgen
 

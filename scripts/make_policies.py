@@ -19,7 +19,7 @@ from cost_model.cli.report import Report
 from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
 from cost_model.planner.solve import Plan, solve
-from policies.common.units import GIB
+from policies.common.memory_units import GIB
 from policies.policy import PolicyFile
 from policies.workload import Workload
 from scripts.gpu.plan import GPU_MARGIN_BYTES

@@ -20,7 +20,7 @@ from cost_model.planner.solve import Plan, solve
 from cost_model.timing.evaluate import Prediction, evaluate
 from policies.common.command_line import guarded, say
 from policies.common.errors import InfeasibleError
-from policies.common.units import GIB
+from policies.common.memory_units import GIB
 from policies.policy import Policy, PolicyFile
 from policies.workload import Workload
 

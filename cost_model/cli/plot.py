@@ -10,7 +10,7 @@ from cost_model.cli.block_size_curve import Point, curve, wall
 from cost_model.cli.report import Report
 from cost_model.timing.evaluate import Prediction
 from policies.common.errors import StorageError, UsageError
-from policies.common.units import GIB
+from policies.common.memory_units import GIB
 from policies.policy import Policy
 
 SUFFIXES = (".png", ".svg", ".pdf")

@@ -12,7 +12,7 @@ from cost_model.model.arch import ModelArch
 from cost_model.timing.evaluate import Prediction
 from cost_model.timing.job_phases import mode_shares
 from cost_model.timing.sweep_load import MODES
-from policies.common.units import GIB
+from policies.common.memory_units import GIB
 from policies.placement import TIERS
 from policies.policy import Policy, PolicyFile
 from policies.workload import Workload

@@ -25,7 +25,7 @@ from policies.common.fields import (
     whole,
 )
 from policies.common.json_files import build, check_header, listed, read_json, write_json
-from policies.common.units import GIB
+from policies.common.memory_units import GIB
 
 KIND = "flexmoe.hardware"
 SCHEMA_VERSION = 1

@@ -11,9 +11,9 @@ from functools import lru_cache
 from math import ceil
 
 from cost_model.model.arch import ModelArch
-from cost_model.model.weight_units import experts_of, unit_slack_bytes
+from cost_model.model.weight_units import expert_units, unit_slack_bytes, units_of
 from policies.common.errors import InfeasibleError, UsageError
-from policies.common.units import GIB, SYSTEM_PAGE_BYTES
+from policies.common.memory_units import GIB, SYSTEM_PAGE_BYTES
 from policies.placement import Placement, Residency, place_batches, place_pieces
 from policies.policy import Policy, Workload
 
@@ -118,7 +118,7 @@ def residency(arch: ModelArch, expert_order: tuple[tuple[int, ...], ...] | None 
         InfeasibleError: the order is of another model, or of other units of experts.
     """
     try:
-        return Residency(arch.units(), expert_order)
+        return Residency(units_of(arch), expert_order)
     except UsageError as error:
         raise InfeasibleError(f"the policy was made for another model or other units of experts: {error}") from error
 
@@ -161,8 +161,8 @@ def slot_bytes(arch: ModelArch, placement: Placement) -> int:
 @lru_cache(maxsize=16)
 def single_expert_bytes(arch: ModelArch) -> float:
     """Stored bytes of one expert of a sparse layer, as `units` have it."""
-    unit = next(unit for unit in arch.units() if unit.kind == "expert" and not arch.is_dense(unit.layer))
-    return unit.stored_bytes / len(experts_of(unit.name))
+    unit = next(unit for unit in units_of(arch) if unit.kind == "expert" and not arch.is_dense(unit.layer))
+    return unit.stored_bytes / len(unit.id.experts)
 
 
 @lru_cache(maxsize=16)
@@ -173,5 +173,5 @@ def entry_bytes(arch: ModelArch) -> int:
 
 def _look_ahead(arch: ModelArch, placement: Placement) -> int:
     streamed = placement.count_of("cpu") + placement.count_of("disk")
-    wanted = min(arch.expert_units + 2, LOOK_AHEAD_BYTES // max(1, slot_bytes(arch, placement)))
+    wanted = min(expert_units(arch) + 2, LOOK_AHEAD_BYTES // max(1, slot_bytes(arch, placement)))
     return min(streamed, max(4, wanted))

@@ -13,7 +13,7 @@ from cost_model.memory.allocation import PAGE_TOKENS, Allocation, entry_bytes, s
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import unit_slack_bytes
 from policies.common.errors import InfeasibleError
-from policies.common.units import GIB, SYSTEM_PAGE_BYTES
+from policies.common.memory_units import GIB, SYSTEM_PAGE_BYTES
 from policies.placement import TIERS
 from policies.policy import Policy
 

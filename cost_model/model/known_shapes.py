@@ -25,7 +25,7 @@ SHAPE_OF_HUB_ID = {
 }
 
 
-def read_config(path: str | os.PathLike) -> Any:
+def read_config(path: str | os.PathLike[str]) -> Any:
     """The value of a JSON file.
 
     Raises:

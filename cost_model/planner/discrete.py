@@ -8,8 +8,7 @@ from math import ceil
 
 from cost_model.memory.allocation import residency
 from cost_model.model.weight_units import unit_slack_bytes
-from cost_model.planner.constraints import Fixed
-from cost_model.planner.linearize import Choice
+from cost_model.planner.constraints import Choice, Fixed
 from cost_model.planner.lp import Programme, Relaxed
 from cost_model.planner.moves import MOST_BATCHES
 from cost_model.timing.problem import Problem

@@ -12,7 +12,7 @@ from cost_model.planner.constraints import Fixed
 from cost_model.planner.objective import Judge
 from cost_model.timing.problem import Problem
 from policies.common.errors import InfeasibleError
-from policies.common.units import GIB
+from policies.common.memory_units import GIB
 from policies.policy import Policy
 
 _FLAGS = {

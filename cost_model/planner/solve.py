@@ -16,7 +16,7 @@ from policies.policy import Policy
 from policies.workload import Workload
 
 if TYPE_CHECKING:
-    from cost_model.planner.lp import Price
+    from cost_model.planner.lp_model import Price
     from cost_model.planner.search import Optimum
     from cost_model.planner.what_if import Advice
     from cost_model.routing.expert_usage import ExpertUsage

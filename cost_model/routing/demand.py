@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from cost_model.memory.allocation import Allocation, residency, single_expert_bytes
 from cost_model.model.arch import ModelArch
-from cost_model.model.weight_units import experts_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -146,7 +145,7 @@ class _SparseExperts:
             sparse = unit.kind == "expert" and not arch.is_dense(unit.layer)
             sizes.append(unit.stored_bytes if sparse else 0)
             if sparse:
-                experts = experts_of(unit.name)
+                experts = unit.id.experts
                 places[unit.layer, experts.start : experts.stop] = place
         units = accumulate((size > 0 for size in sizes), initial=0)
         return cls(places, tuple(units), tuple(accumulate(sizes, initial=0)))

@@ -13,7 +13,8 @@ import numpy as np
 
 from cost_model.memory.allocation import KEPT_SLOTS, Allocation, entry_bytes, slot_bytes
 from cost_model.model.arch import ModelArch
-from cost_model.model.weight_units import experts_of
+from cost_model.model.weight_units import units_of
+from policies.units import UnitId
 
 #: Mean tokens of an expert beyond which a sweep is never on demand: hardly an expert is left out.
 MOST_TOKENS_PER_EXPERT = 8
@@ -59,14 +60,14 @@ class OnDemand:
     at_hand: int
 
     @classmethod
-    def of(cls, arch: ModelArch, tier_of: Mapping[str, str], at_hand: int) -> OnDemand:
+    def of(cls, arch: ModelArch, tier_of: Mapping[UnitId, str], at_hand: int) -> OnDemand:
         """From the tier of every unit."""
         streamed, on_disk = np.zeros((arch.num_layers, arch.num_experts), dtype=bool), 0
-        for unit in arch.units():
-            if unit.kind == "expert" and tier_of[unit.name] != "gpu" and not arch.is_dense(unit.layer):
-                experts = experts_of(unit.name)
+        for unit in units_of(arch):
+            if unit.kind == "expert" and tier_of[unit.id] != "gpu" and not arch.is_dense(unit.layer):
+                experts = unit.id.experts
                 streamed[unit.layer, experts.start : experts.stop] = True
-                on_disk += len(experts) * (tier_of[unit.name] == "disk")
+                on_disk += len(experts) * (tier_of[unit.id] == "disk")
         return cls(arch, streamed, on_disk / max(1, np.count_nonzero(streamed)), at_hand)
 
     @property

@@ -16,7 +16,8 @@ from cost_model.memory.allocation import PAGE_TOKENS, Allocation
 from cost_model.simulation.job_rows import shuffled_rows, tokens_to_generate, typical_rows
 from cost_model.timing.job_phases import course
 from cost_model.timing.sweep_load import MODES, RowGroup, SweepLoad
-from policies.admission.admission import Admission, RowLengths
+from policies.admission.admission import Admission
+from policies.admission.row_state import AttentionMode, RowLengths
 from policies.common.errors import InfeasibleError
 from policies.placement import TIERS
 from policies.policy import Policy
@@ -33,7 +34,12 @@ _MOST_SETTLING, _MOST_PERIODS = 16, 24
 
 _FIELDS = ("decode_rows", "decode_context", "prompt_rows", "prompt_tokens", "prompt_past", "pairs")
 #: Place in `MODES` by home tier and way of being attended.
-_MODE_OF = {("gpu", "gpu"): 0, ("cpu", "fetch"): 1, ("disk", "fetch"): 2, ("cpu", "cpu"): 3}
+_MODE_OF = {
+    ("gpu", AttentionMode.GPU): 0,
+    ("cpu", AttentionMode.FETCH): 1,
+    ("disk", AttentionMode.FETCH): 2,
+    ("cpu", AttentionMode.CPU): 3,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +201,7 @@ class _Job:
                 self._watch_for_period(empty)
             self._fill_queue()
             before = len(self._admission.waiting)
-            rows = self._admission.plan()
+            rows = self._admission.plan_sweep()
             if not rows:
                 break
             self._entered += before - len(self._admission.waiting)
@@ -224,7 +230,7 @@ class _Job:
     def _sweep(self, rows: list[RowLengths]) -> int:
         """One sweep; returns how many rows end in it."""
         admission, groups, logits, ended = self._admission, [[0.0] * len(_FIELDS) for _ in MODES], 0, []
-        self._pages.append([self._room[tier] - admission.free(tier) for tier in TIERS])
+        self._pages.append([admission.held(tier) for tier in TIERS])
         for row in rows:
             group, run, past = groups[_MODE_OF[row.tier, row.mode]], row.run, row.cached
             if run == 1 and row.generated:

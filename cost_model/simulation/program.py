@@ -105,7 +105,7 @@ class _Compiler:
             self._step(op, sweep_place("routed"), after=())
             self._step(op, sweep_place("routed_last"), after=self._latest(op.deps))
             return
-        attention = self._shape.attention[op.layer].name if op.kind in ("project", "attend") else ""
+        attention = self._shape.units.attention[op.layer].unit if op.kind in ("project", "attend") else None
         used = attention if op.kind == "project" else op.unit
         done_with = attention if op.batch == len(self._shape.activation_tiers) - 1 and op.kind == "attend" else op.unit
         unit, frees = self._brought_by.get(used), int(done_with in self._brought_by)
@@ -124,7 +124,7 @@ class _Compiler:
         if op.batch >= 0:
             return batch_place(self._arch, op.batch, op.kind)
         if op.kind == "head":
-            return head_place(int(op.unit.rsplit(".", 1)[-1]))
+            return head_place(op.unit.first)
         return sweep_place("dense" if op.kind == "expert" and self._arch.is_dense(op.layer) else op.kind)
 
     def _hand_on(self, op: Op) -> None:

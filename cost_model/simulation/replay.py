@@ -16,12 +16,12 @@ from cost_model.simulation.event_loop import Buffers, EventLoop
 from cost_model.simulation.op_tables import table_of_bytes, table_of_seconds
 from cost_model.simulation.program import Program, compile_sweep
 from cost_model.simulation.serial_loop import SerialLoop
-from cost_model.simulation.weight_queues import UnitSteps, WeightQueues, weight_queues
+from cost_model.simulation.weight_queues import WeightQueues, weight_queues
 from cost_model.timing.contention import USERS, Resources
 from cost_model.timing.op_costs import Costs
 from cost_model.timing.sweep_load import BatchLoad, SweepLoad, batches
 from policies.common.chrome_trace import Span
-from policies.schedule import LANES, SweepShape
+from policies.schedule import LANES, SweepShape, SweepUnits
 
 #: Where the runtime's recorder puts what is not recorded under its own name.
 _TRACKS = {
@@ -76,7 +76,7 @@ class Replayer:
     def __init__(self, costs: Costs, gpu_batch_size: int):
         self._costs, self._rows = costs, gpu_batch_size
         self._resources = Resources(costs)
-        self._units = UnitSteps.of(costs.arch, costs.allocation.placement.tier_of)
+        self._units = SweepUnits.of(costs.allocation.placement.tier_of)
         self._streams: dict[frozenset[int], tuple[WeightQueues, Buffers]] = {}
         self._programs: dict[tuple, Program] = {}
         self._speeds: dict[int, tuple[float, ...] | None] = {}
@@ -140,9 +140,7 @@ class Replayer:
             tiers = self._costs.allocation.activation_tiers
             fetched, on_cpu, on_disk = (frozenset(j for j, way in enumerate(ways) if way[k]) for k in range(3))
             shape = SweepShape(
-                attention=self._units.attention,
-                experts=self._units.experts,
-                head=self._units.head,
+                units=self._units,
                 activation_tiers=[tiers[min(j, len(tiers) - 1)] for j in range(len(cut))],
                 fetched_batches=fetched,
                 cpu_batches=on_cpu,

@@ -7,6 +7,7 @@ from math import ceil
 
 import numpy as np
 
+from cost_model.model.weight_units import expert_units
 from cost_model.simulation.job_sweeps import JobSweeps, as_load
 from cost_model.simulation.replay import Replayer
 from cost_model.timing.op_costs import Costs
@@ -37,7 +38,7 @@ class SweepTimes:
 
 def operations(costs: Costs, gpu_batches: float) -> float:
     """About as many operations has a sweep."""
-    return costs.arch.num_layers * (2 * costs.arch.expert_units + 5 * gpu_batches)
+    return costs.arch.num_layers * (2 * expert_units(costs.arch) + 5 * gpu_batches)
 
 
 def replayed_times(costs: Costs, gpu_batch_size: int, sweeps: JobSweeps) -> SweepTimes:

@@ -15,7 +15,7 @@ from cost_model.timing.op_costs import Costs
 from cost_model.timing.problem import Problem
 from cost_model.timing.sweep_bounds import SweepForm, SweepTime
 from policies.common.errors import InfeasibleError
-from policies.common.units import GIB
+from policies.common.memory_units import GIB
 from policies.policy import Policy
 from policies.workload import Workload
 

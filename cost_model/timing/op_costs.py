@@ -13,7 +13,7 @@ from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import Hardware
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation
 from cost_model.model.arch import ModelArch
-from cost_model.model.grouped import are_grouped
+from cost_model.model.weight_units import are_grouped
 from cost_model.routing.demand import Demand, Routing
 from cost_model.timing.sweep_load import BatchLoad
 from policies.policy import Policy

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cost_model.memory.allocation import KEPT_SLOTS
+from cost_model.model.weight_units import expert_units, head_chunks
 from cost_model.routing.demand import Demand
 from cost_model.timing.attention_phase import DOWN, UP, AttentionPhase
 from cost_model.timing.contention import USERS, Resources
@@ -227,7 +228,7 @@ def _experts(costs: Costs, tokens: float, demand: Demand | None, stream: _Weight
     layers, dense = arch.num_layers, len(arch.dense_layers)
     beside_s = dense * (costs.expert_s(tokens, arch.dense_params) + 2 * costs.op_s) if dense else 0.0
     if demand is None:
-        each_layer = costs.touched(tokens) * costs.reached_expert_s(tokens) + (arch.expert_units + 1) * costs.op_s
+        each_layer = costs.touched(tokens) * costs.reached_expert_s(tokens) + (expert_units(arch) + 1) * costs.op_s
         seconds = ((layers - dense) * each_layer + beside_s) / layers
         return _Experts(compute_s=seconds, chain_s=seconds, moved_s=dict.fromkeys(_DEMANDED, 0.0))
     own, asking = costs.demanded(demand, tokens), len(demand.layers)
@@ -249,6 +250,6 @@ def _experts(costs: Costs, tokens: float, demand: Demand | None, stream: _Weight
 
 def _head_s(costs: Costs, logits: float) -> float:
     """Seconds of all chunks of the head, and of the operations before and after them."""
-    chunks = costs.arch.num_head_chunks
+    chunks = head_chunks(costs.arch)
     elements = costs.arch.embed_params / chunks
     return chunks * (costs.head_s(logits, elements) + costs.op_s) + 2 * costs.op_s

@@ -11,7 +11,7 @@ import torch
 from flexmoe.system.device import Device
 from flexmoe.system.direct_io import DirectFile
 from flexmoe.system.trace import Recorder
-from policies.common.units import SYSTEM_PAGE_BYTES
+from policies.common.memory_units import SYSTEM_PAGE_BYTES
 
 
 class Activations:
@@ -54,6 +54,10 @@ class Activations:
     def __getitem__(self, batch: int) -> torch.Tensor:
         """The hidden states of a batch that are on the device now; a load made them on a stream of its own."""
         return self._device.use_here(self._on_device[batch])
+
+    def add(self, batch: int, y_TD: torch.Tensor) -> None:
+        """Add to the hidden states of a batch that are on the device: a residual connection, in place."""
+        self[batch].add_(y_TD)
 
     def put(self, batch: int, h_TD: torch.Tensor) -> None:
         """Replace the hidden states of a batch, on the device."""

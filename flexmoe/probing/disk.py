@@ -20,7 +20,7 @@ from flexmoe.system.device import Device
 from flexmoe.system.direct_io import PIECE_BYTES, DirectFile, DiskPool, Transfer, align_down
 from flexmoe.system.machine import free_disk_bytes
 from flexmoe.system.trace import Recorder
-from policies.common.units import SYSTEM_PAGE_BYTES
+from policies.common.memory_units import SYSTEM_PAGE_BYTES
 
 _UNIT_BYTES = 64 << 20
 _IN_FLIGHT = 8

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from flexmoe.system.machine import available_host_bytes
-from policies.common.units import GIB, MIB
+from policies.common.memory_units import GIB, MIB
 
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 

@@ -18,9 +18,10 @@ from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.memory.allocation import PAGE_TOKENS
 from cost_model.memory.memory_plan import EXPERT_CHUNK_TOKENS
 from cost_model.model.arch import ModelArch
-from cost_model.model.grouped import GROUPED_TOKENS
-from cost_model.model.weight_units import UNIT_BYTES, expert_unit
-from flexmoe.kernels.expert_dispatch import ExpertDispatch, has_grouped_product
+from cost_model.model.weight_units import GROUPED_TOKENS, UNIT_BYTES
+from flexmoe.kernels.expert_dispatch import ExpertDispatch
+from flexmoe.kernels.expert_weights import ExpertWeights
+from flexmoe.kernels.grouped_product import has_grouped_product
 from flexmoe.kv.batch import Batch, Block, Run
 from flexmoe.kv.cache import KVCache, KVShape
 from flexmoe.kv.transfers import KVBuffers, KVLanes
@@ -30,6 +31,8 @@ from flexmoe.probing.effort import Effort, Heads
 from flexmoe.probing.timing import repeat_s
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
+from policies.admission.row_state import AttentionMode
+from policies.units import UnitId, expert_unit
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +185,7 @@ def expert_bench(
 ) -> Iterator[Seconds]:
     """Seconds of one expert over n of the T = n·E/K tokens of a block."""
     math, experts = family(arch), arch.num_experts
-    sets = arena.sets(math.parts(())["layers.0.expert.0"], effort.cycle_bytes)
+    sets = arena.sets(math.parts(())[UnitId("expert", 0)], effort.cycle_bytes)
     x_TD = noise(device, dtype, most * experts // _TOP_K, arch.hidden)
     y_TD = torch.zeros_like(x_TD)
     dispatch = ExpertDispatch(device, experts, len(x_TD), _TOP_K)
@@ -195,8 +198,8 @@ def expert_bench(
         turn = itertools.cycle(range(experts))
 
         def work() -> None:
-            weights = next(sets)
-            dispatch.add(next(turn), x_TD[:block], y_TD[:block], lambda x_nD: math.expert(x_nD, weights))
+            at = next(turn)
+            dispatch.add_unit(range(at, at + 1), x_TD[:block], y_TD[:block], ExpertWeights.of(next(sets)), math)
 
         return repeat_s(device, work, seconds, warm=warm, least=least)
 
@@ -228,9 +231,12 @@ def unit_bench(
         dispatch.route(ids_TK.to(device.torch), torch.ones(block, 1, device=device.torch), dtype)
 
         def work() -> None:
-            weights = next(sets)
+            weights = ExpertWeights.of(next(sets))
             dispatch.add_group(
-                unit, x_TD[:block], y_TD[:block], lambda x_nD, own: math.experts(x_nD, own.ends(), weights)
+                unit,
+                x_TD[:block],
+                y_TD[:block],
+                lambda x_nD, own: math.feed_forward(x_nD, weights.grouped(own.ends())),
             )
 
         return repeat_s(device, work, seconds, warm=warm, least=least)
@@ -247,9 +253,9 @@ def dense_bench(
     shape = KVShape(layers=1, kv_heads=arch.num_kv_heads, head_dim=arch.head_dim, dtype=dtype)
     blocks = max(-(-most // PAGE_TOKENS), min(most, _DECODE_TOKENS))
     cache = KVCache(device, shape, {"gpu": blocks, "cpu": 0, "disk": 0})
-    buffers = KVBuffers(staging_blocks=0, batch_tokens=0, write_blocks=0)
+    buffers = KVBuffers(staging_pages=0, batch_tokens=0, write_pages=0)
     lanes = KVLanes(device, Recorder(), cache, buffers, arch.num_heads, None)
-    sets = arena.sets(family(arch).parts(())["layers.0.attention"], effort.cycle_bytes)
+    sets = arena.sets(family(arch).parts(())[UnitId("attention", 0)], effort.cycle_bytes)
     try:
         with torch.inference_mode():
             yield lambda count, seconds, warm, least: repeat_s(
@@ -271,7 +277,7 @@ def _dense_work(device, arch, dtype, lanes: KVLanes, cache: KVCache, sets, count
 
     def work() -> None:
         weights = next(sets)
-        h_TD.add_(y_TD)
+        h_TD.add_(y_TD)  # the output of the layer before's experts
         _, k, v = math.project(h_TD, weights, rope)
         lanes.append(0, batch, k, v)
         _, x_TD[:], router_TE[:] = math.output(h_TD, attended_THd, weights)
@@ -289,7 +295,7 @@ def _batches(lanes: KVLanes, cache: KVCache, count: int) -> list[Batch]:
     for start in range(0, count, length):
         row, tokens = cache.open("gpu"), min(length, count - start)
         cache.reserve(row, tokens)
-        runs.append(Run(row, [0] * tokens, "gpu", 1))
+        runs.append(Run(row, [0] * tokens, AttentionMode.GPU, 1))
     block = Block(runs, len(runs))
     lanes.begin(block)
     for run in runs:

@@ -16,6 +16,7 @@ from flexmoe.probing.effort import Effort
 from flexmoe.probing.timing import repeat_s
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
+from policies.admission.row_state import AttentionMode
 
 _QUERY_HEADS, _KV_HEADS, _HEAD_DIM = 32, 8, 128  # Mixtral's
 _LAYERS = 4
@@ -47,7 +48,7 @@ class KVBench:
         self._cache = KVCache(device, self._shape, {"gpu": 0, "cpu": blocks, "disk": 0})
         fill_with_noise(self._cache.cpu.view(-1))
         new_tokens = len(contexts) * _STORED_TOKENS
-        buffers = KVBuffers(staging_blocks=blocks, batch_tokens=new_tokens, write_blocks=0)
+        buffers = KVBuffers(staging_pages=blocks, batch_tokens=new_tokens, write_pages=0)
         self._lanes = KVLanes(device, Recorder(), self._cache, buffers, _QUERY_HEADS, None)
         self._batch = self._plan(contexts)
         self._past_bytes, self._new_bytes = (n * self._shape.token_bytes for n in (sum(contexts), new_tokens))
@@ -91,7 +92,7 @@ class KVBench:
         for past in contexts:
             blocks = -(-(past + _STORED_TOKENS) // PAGE_TOKENS)
             row = RowKV("cpu", [ids.pop() for _ in range(blocks)], past)
-            runs.append(Run(row, [0] * _STORED_TOKENS, "fetch", 1))
+            runs.append(Run(row, [0] * _STORED_TOKENS, AttentionMode.FETCH, 1))
         block = Block(runs, len(runs))
         self._lanes.begin(block)
         return block.batches[0]

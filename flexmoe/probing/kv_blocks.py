@@ -24,6 +24,7 @@ from flexmoe.probing.disk import DiskRates, file_bytes, probe_directory
 from flexmoe.probing.effort import Effort
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
+from policies.admission.row_state import AttentionMode
 
 #: (KV heads, head size): blocks of 8 and of 64 KiB in 16 bits.
 SHAPES = ((2, 64), (8, 128))
@@ -68,7 +69,7 @@ class BlockBench:
         self._group = max(1, min(_GROUP, blocks, effort.buffer_bytes // 4 // self.block_bytes))
         count = blocks // self._group
         cache = KVCache(device, shape, {"gpu": 0, "cpu": 0, "disk": count * self._group}, 1, directory)
-        self._file = cache.file
+        self._cache, self._file = cache, cache.file
         self._disk = DiskKV(device, Recorder(), cache, self._group, self._group)
         self._new = tuple(torch.randn(self._group * PAGE_TOKENS, *heads).to(dtype) for _ in range(2))
         ids = iter(_scattered(count * self._group))
@@ -96,6 +97,7 @@ class BlockBench:
     def close(self) -> None:
         """End the threads and close the file."""
         self._disk.close()
+        self._cache.close_file()
 
     def _written_s(self, seconds: float) -> Iterator[float]:
         """Writes every group; gives the seconds of each, and ends when they add up to ``seconds``."""
@@ -114,7 +116,8 @@ class BlockBench:
     def _rows(self, ids: list[int]) -> Rows:
         tokens = len(ids) * PAGE_TOKENS
         fills, follows = (
-            Run(RowKV("disk", ids, past, tail=0), [0] * count, "fetch", 1) for past, count in ((0, tokens), (tokens, 1))
+            Run(RowKV("disk", ids, past, tail=0), [0] * count, AttentionMode.FETCH, 1)
+            for past, count in ((0, tokens), (tokens, 1))
         )
         return Rows(write=self._disk.plan([fills]), read=self._disk.plan([follows]))
 

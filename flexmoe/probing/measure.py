@@ -14,7 +14,7 @@ import torch
 
 from cost_model.hardware.hardware import Gpu, Hardware
 from cost_model.memory.allocation import PAGE_TOKENS
-from cost_model.model.grouped import GROUPED_TOKENS
+from cost_model.model.weight_units import GROUPED_TOKENS
 from flexmoe.errors import InfeasibleError
 from flexmoe.kernels.native import library as native
 from flexmoe.probing.attention import attention_rates
@@ -33,7 +33,7 @@ from flexmoe.probing.sweeps import overheads
 from flexmoe.system.device import Device, keep_freed_memory
 from flexmoe.system.direct_io import PIECE_BYTES, READ_THREADS
 from flexmoe.system.machine import cpu_name, filesystem
-from policies.common.units import MIB
+from policies.common.memory_units import MIB
 
 log = logging.getLogger(__name__)
 

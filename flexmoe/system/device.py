@@ -17,7 +17,7 @@ import torch
 
 from flexmoe.errors import InfeasibleError, UsageError
 from flexmoe.system.trace import Recorder
-from policies.common.units import SYSTEM_PAGE_BYTES
+from policies.common.memory_units import SYSTEM_PAGE_BYTES
 
 _MADV_POPULATE_WRITE = 23
 #: Kernels are loaded when they are first used; NVML counts them and torch does not.

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from flexmoe.errors import DataError, StorageError
 from flexmoe.system.trace import Recorder
-from policies.common.units import SYSTEM_PAGE_BYTES
+from policies.common.memory_units import SYSTEM_PAGE_BYTES
 
 PIECE_BYTES = 4 << 20
 READ_THREADS = 4

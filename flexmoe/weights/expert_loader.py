@@ -9,15 +9,15 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from cost_model.model.weight_units import expert_unit
 from flexmoe.checkpoint.unit_layout import Place, UnitLayout, expert_copies
 from flexmoe.weights.store import WeightStore
 from flexmoe.weights.transfers import Fetch, Slot, copy_bytes, copy_to_device
+from policies.units import UnitId
 
 #: Experts that are on their way at once on the staged way.
 _MOST_AT_ONCE = 8
@@ -30,19 +30,16 @@ class ExpertLoader:
 
     Args:
         store: homes of the units.
-        experts_of: the experts of each unit that does not live on the device, by its name.
+        units: the units of experts that do not live on the device.
         staged: the way of CUDA.
         staging: its pinned buffers, used from a load to the next `settle`.
     """
 
-    def __init__(
-        self, store: WeightStore, experts_of: Mapping[str, range], staged: bool, staging: Sequence[torch.Tensor]
-    ):
+    def __init__(self, store: WeightStore, units: Iterable[UnitId], staged: bool, staging: Sequence[torch.Tensor]):
         self._store, self._device, self._staged = store, store.device, staged
-        self._unit_of: dict[tuple[int, int], tuple[str, int]] = {}
-        for unit, experts in experts_of.items():
-            layer = int(unit.split(".")[1])
-            self._unit_of |= {(layer, e): (unit, place) for place, e in enumerate(experts)}
+        self._unit_of: dict[tuple[int, int], tuple[UnitId, int]] = {}
+        for unit in units:
+            self._unit_of |= {(unit.layer, e): (unit, place) for place, e in enumerate(unit.experts)}
         self._stream = self._device.stream() if staged else None
         self._staging: queue.SimpleQueue = queue.SimpleQueue()
         self._issues = threading.Lock()
@@ -52,7 +49,7 @@ class ExpertLoader:
 
     def places(self, layer: int, expert: int) -> Mapping[str, Place]:
         """Where the tensors of a loaded expert lie in its buffer."""
-        layout = self._store.expert_layout(_name(layer, expert))
+        layout = self._store.expert_layout(UnitId("expert", layer, expert))
         return layout.host if self._is_read(self._unit_of[layer, expert][0]) else layout.device
 
     def load(self, layer: int, expert: int, fetch: Fetch) -> None:
@@ -69,7 +66,7 @@ class ExpertLoader:
 
     def fetch(self, layer: int, expert: int, slot: Slot) -> Fetch:
         """A fetch of an expert that has not been started."""
-        return Fetch(_name(layer, expert), slot)
+        return Fetch(UnitId("expert", layer, expert), slot)
 
     def settle(self) -> None:
         """Wait for the copies of all loads that are done: the staging buffers may be used otherwise until the next load."""
@@ -81,11 +78,11 @@ class ExpertLoader:
         self._threads.shutdown()
         self.settle()
 
-    def _is_read(self, unit: str) -> bool:
+    def _is_read(self, unit: UnitId) -> bool:
         """Whether experts of a unit are read from disk straight into their buffers."""
         return not self._staged and self._store.tier_of[unit] == "disk"
 
-    def _bring(self, unit: str, place: int, layout: UnitLayout, fetch: Fetch) -> None:
+    def _bring(self, unit: UnitId, place: int, layout: UnitLayout, fetch: Fetch) -> None:
         try:
             if self._device.is_cuda:
                 torch.cuda.set_device(self._device.torch)
@@ -95,16 +92,16 @@ class ExpertLoader:
             return
         fetch.done()
 
-    def _copy(self, unit: str, place: int, layout: UnitLayout, fetch: Fetch) -> None:
+    def _copy(self, unit: UnitId, place: int, layout: UnitLayout, fetch: Fetch) -> None:
         copies = expert_copies(self._store.layouts[unit], place, layout.device)
-        with self._store.recorder.span(_LANE, fetch.unit, layout.stored_bytes):
+        with self._store.recorder.span(_LANE, str(fetch.unit), layout.stored_bytes):
             copy_bytes(copies, self._store.home(unit), fetch.slot.buffer)
 
-    def _upload(self, unit: str, place: int, layout: UnitLayout, fetch: Fetch) -> None:
+    def _upload(self, unit: UnitId, place: int, layout: UnitLayout, fetch: Fetch) -> None:
         store = self._store
 
         def upload(source: torch.Tensor, copies) -> object:
-            name, nbytes = fetch.unit, layout.stored_bytes
+            name, nbytes = str(fetch.unit), layout.stored_bytes
             with self._issues:
                 return copy_to_device(store, self._stream, source, fetch.slot, name, copies, nbytes, _LANE)
 
@@ -131,8 +128,3 @@ class ExpertLoader:
             yield buffer
         finally:
             self._staging.put((buffer, self._device.record(self._stream)))
-
-
-def _name(layer: int, expert: int) -> str:
-    """What a trace calls the expert, and the source its bytes."""
-    return expert_unit(layer, range(expert, expert + 1))

@@ -17,6 +17,7 @@ from flexmoe.system.device import Device
 from flexmoe.system.direct_io import DiskPool, Pending
 from flexmoe.system.trace import Recorder
 from flexmoe.weights.sources import WeightSource
+from policies.units import UnitId
 
 
 def as_compute(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -41,7 +42,7 @@ class WeightStore:
         device: Device,
         recorder: Recorder,
         source: WeightSource,
-        tier_of: Mapping[str, str],
+        tier_of: Mapping[UnitId, str],
         dtype: torch.dtype,
         pin: bool = True,
     ):
@@ -50,31 +51,31 @@ class WeightStore:
         self.tier_of = dict(tier_of)
         self.pinned = pin
         self.recorder = recorder
-        self.layouts: dict[str, UnitLayout] = {name: source.layout(name) for name in tier_of}
+        self.layouts: dict[UnitId, UnitLayout] = {unit: source.layout(unit) for unit in tier_of}
         self._source = source
         self._pool = DiskPool(recorder)
         self._urgent = self._pool.urgent()
-        self._cpu: dict[str, torch.Tensor] = {}
-        self._gpu: dict[str, dict[str, torch.Tensor]] = {}
+        self._cpu: dict[UnitId, torch.Tensor] = {}
+        self._gpu: dict[UnitId, dict[str, torch.Tensor]] = {}
         self._load()
 
-    def read(self, unit: str, buffer: torch.Tensor, on_done=None) -> Pending:
+    def read(self, unit: UnitId, buffer: torch.Tensor, on_done=None) -> Pending:
         """Start reading a unit's stored bytes into ``buffer`` (uint8, page-aligned, ``layout.host_bytes``)."""
         return self._source.read(unit, buffer, self._pool, on_done)
 
-    def read_expert(self, name: str, buffer: torch.Tensor, on_done=None) -> Pending:
+    def read_expert(self, expert: UnitId, buffer: torch.Tensor, on_done=None) -> Pending:
         """Start reading a single expert, before all that has been asked for by `read`; its layout is `expert_layout`."""
-        return self._source.read(name, buffer, self._urgent, on_done)
+        return self._source.read(expert, buffer, self._urgent, on_done)
 
-    def expert_layout(self, name: str) -> UnitLayout:
-        """Layout of a single expert by itself, whatever unit it belongs to; ``name`` as `cost_model.model.weight_units.expert_unit` has it."""
-        return self._source.layout(name)
+    def expert_layout(self, expert: UnitId) -> UnitLayout:
+        """Layout of a single expert by itself, whatever unit it belongs to."""
+        return self._source.layout(expert)
 
-    def home(self, unit: str) -> torch.Tensor:
+    def home(self, unit: UnitId) -> torch.Tensor:
         """Host bytes of a ``cpu`` unit, in its host layout."""
         return self._cpu[unit]
 
-    def resident(self, unit: str) -> dict[str, torch.Tensor]:
+    def resident(self, unit: UnitId) -> dict[str, torch.Tensor]:
         """Device tensors of a ``gpu`` unit, in the compute dtype."""
         return self._gpu[unit]
 
@@ -82,15 +83,15 @@ class WeightStore:
         """Stop the disk threads."""
         self._pool.close()
 
-    def _of_tier(self, tier: str) -> list[str]:
-        return [name for name, t in self.tier_of.items() if t == tier]
+    def _of_tier(self, tier: str) -> list[UnitId]:
+        return [unit for unit, t in self.tier_of.items() if t == tier]
 
     def _load(self) -> None:
         self._source.prepare(self._of_tier("disk"))
         self._load_cpu(self._of_tier("cpu"))
         self._load_gpu(self._of_tier("gpu"))
 
-    def _load_cpu(self, units: list[str]) -> None:
+    def _load_cpu(self, units: list[UnitId]) -> None:
         arena = self.device.host_buffer(sum(self.layouts[u].host_bytes for u in units), pinned=self.pinned)
         offset, pending = 0, []
         for unit in units:
@@ -101,7 +102,7 @@ class WeightStore:
         for p in pending:
             p.wait()
 
-    def _load_gpu(self, units: list[str]) -> None:
+    def _load_gpu(self, units: list[UnitId]) -> None:
         if not units:
             return
         placed = {u: pack({r: (self.dtype, p.shape) for r, p in self.layouts[u].device.items()}) for u in units}
@@ -121,7 +122,7 @@ class WeightStore:
         while reading:
             self._upload(*reading.popleft())
 
-    def _upload(self, unit: str, buffer: torch.Tensor, pending: Pending) -> torch.Tensor:
+    def _upload(self, unit: UnitId, buffer: torch.Tensor, pending: Pending) -> torch.Tensor:
         pending.wait()
         for piece in self.layouts[unit].pieces:
             (tensor,) = views(buffer, {piece.role: piece.place}).values()
@@ -136,11 +137,11 @@ class EmbeddingTable:
     Args:
         store: the weight store.
         source: the weight source, for a table on disk.
-        unit: name of the embedding unit; it has the one part ``embed`` of shape ``[vocab, hidden]``.
+        unit: the embedding; it has the one part ``embed`` of shape ``[vocab, hidden]``.
         max_tokens: most tokens of one sweep.
     """
 
-    def __init__(self, store: WeightStore, source: WeightSource, unit: str, max_tokens: int):
+    def __init__(self, store: WeightStore, source: WeightSource, unit: UnitId, max_tokens: int):
         self._store, self._source, self._unit = store, source, unit
         self._tier = store.tier_of[unit]
         place = store.layouts[unit].host["embed"]

@@ -15,7 +15,8 @@ import torch
 from flexmoe.checkpoint.unit_layout import views
 from flexmoe.weights.store import WeightStore, as_compute
 from flexmoe.weights.transfers import DirectFeeder, Feeder, Fetch, Slot, StagedFeeder, needs_staging
-from policies.common.units import SYSTEM_PAGE_BYTES
+from policies.common.memory_units import SYSTEM_PAGE_BYTES
+from policies.units import UnitId
 
 
 class WeightStream:
@@ -41,7 +42,7 @@ class WeightStream:
     def __init__(
         self,
         store: WeightStore,
-        order: Sequence[str],
+        order: Sequence[UnitId],
         slots: int,
         staging_slots: int = 0,
         *,
@@ -56,7 +57,7 @@ class WeightStream:
         self.memory: torch.Tensor | None = None
         self._failure: BaseException | None = None
         self._stream = self._device.stream()
-        self._held: dict[str, Fetch] = {}
+        self._held: dict[UnitId, Fetch] = {}
         self._feeder: Feeder | None = None
         self._slots: list[torch.Tensor] = []
         self.staging: list[torch.Tensor] = []
@@ -64,7 +65,7 @@ class WeightStream:
             self._allocate(order, slots, staging_slots, room_bytes)
             self.restart(order)
 
-    def get(self, unit: str) -> dict[str, torch.Tensor]:
+    def get(self, unit: UnitId) -> dict[str, torch.Tensor]:
         """Tensors of ``unit`` in the compute dtype; waits for its transfer. Streamed units must be asked for in order.
 
         Raises:
@@ -76,7 +77,7 @@ class WeightStream:
             self._held[unit] = self._take(unit)
         return self._held[unit].tensors
 
-    def release(self, unit: str) -> None:
+    def release(self, unit: UnitId) -> None:
         """The last kernel that reads ``unit`` has been issued: its slot may be filled again once that has run."""
         fetch = self._held.pop(unit, None)
         if fetch is None:
@@ -87,7 +88,7 @@ class WeightStream:
         else:
             self._idle_slots.append(fetch.slot)
 
-    def restart(self, order: Sequence[str], slots: int | None = None, staging_slots: int | None = None) -> None:
+    def restart(self, order: Sequence[UnitId], slots: int | None = None, staging_slots: int | None = None) -> None:
         """Go on with another order, from its beginning; what has been brought ahead is dropped.
 
         Args:
@@ -115,7 +116,7 @@ class WeightStream:
             self._feeder.stop()  # slots and homes are freed after this
             self._feeder = None
 
-    def _allocate(self, order: Sequence[str], slots: int, staging_slots: int, room_bytes: int) -> None:
+    def _allocate(self, order: Sequence[UnitId], slots: int, staging_slots: int, room_bytes: int) -> None:
         layouts = [self._store.layouts[u] for u in order]
         size = max(x.device_bytes if self.staged else max(x.host_bytes, x.device_bytes) for x in layouts)
         size = -(-size // SYSTEM_PAGE_BYTES) * SYSTEM_PAGE_BYTES
@@ -141,7 +142,7 @@ class WeightStream:
         else:
             self._idle_staging.append(staging)
 
-    def _take(self, unit: str) -> Fetch:
+    def _take(self, unit: UnitId) -> Fetch:
         if self._failure is not None:  # whoever asks next meets the same error instead of waiting for ever
             raise self._failure
         if not self._overlap:

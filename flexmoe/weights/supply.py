@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,8 +22,8 @@ from flexmoe.weights.expert_loader import ExpertLoader
 from flexmoe.weights.store import WeightStore
 from flexmoe.weights.stream import WeightStream
 from flexmoe.weights.transfers import needs_staging
-from flexmoe.weights.units import Units
-from policies.schedule import SweepShape, fetch_order
+from policies.schedule import SweepUnits
+from policies.units import UnitId
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ class WeightFeed:
         self,
         store: WeightStore,
         arch: ModelArch,
-        units: Units,
+        units: SweepUnits,
         counts: Allocation,
         *,
         kind: str = "lfu",
@@ -57,8 +56,7 @@ class WeightFeed:
         overlap: bool = True,
     ):
         self._kind, self._entry_bytes = kind, entry_bytes(arch)
-        shape = SweepShape(attention=units.attention, experts=units.experts, head=units.head, activation_tiers=())
-        self._all = fetch_order(shape)
+        self._all = [step.unit for step in units.streamed()]
         room = counts.cache_experts * self._entry_bytes
         self._stream = WeightStream(
             store, self._all, counts.slots, counts.staging_slots, overlap=overlap, room_bytes=room
@@ -67,12 +65,12 @@ class WeightFeed:
         self._lent = counts.slots * self._stream.slot_bytes - self._kept
         at_hand = (self._lent + room) // self._entry_bytes if kind != "off" else 0
         self._rule, self._usage = OnDemand.of(arch, store.tier_of, at_hand), Usage(arch, known)
-        self._always = fetch_order(replace(shape, on_demand=self._rule.layers))
+        self._always = [step.unit for step in units.streamed(self._rule.layers)]
         staged = sum(needs_staging(store, unit) for unit in self._always)
         self._kept_staging = min(KEPT_SLOTS, staged, max(0, len(self._stream.staging) - 1))
         self._cache: ExpertCache | None = None
         if at_hand >= FEWEST_AT_HAND and self._rule.layers:
-            streamed = {unit: e for unit, e in units.experts_of.items() if store.tier_of[unit] != "gpu"}
+            streamed = [step.unit for layer in units.experts for step in layer if step.tier != "gpu"]
             staging = self._stream.staging[self._kept_staging :]
             self._loader = ExpertLoader(store, streamed, self._stream.staged, staging)
             passing = passing_places(at_hand, self._entry_bytes)
@@ -101,11 +99,11 @@ class WeightFeed:
         """The sweep is over, and the stream at the beginning of the next."""
         self._in_sweep = False
 
-    def get(self, unit: str) -> dict[str, torch.Tensor]:
+    def get(self, unit: UnitId) -> dict[str, torch.Tensor]:
         """Tensors of a unit that every sweep needs, or that is streamed with all others, as `WeightStream.get`."""
         return self._stream.get(unit)
 
-    def release(self, unit: str) -> None:
+    def release(self, unit: UnitId) -> None:
         """The last kernel that reads ``unit`` has been issued."""
         self._stream.release(unit)
 

@@ -20,6 +20,7 @@ import torch
 
 from flexmoe.system.direct_io import Pending
 from flexmoe.weights.store import WeightStore
+from policies.units import UnitId
 
 
 @dataclass(slots=True, eq=False)
@@ -35,7 +36,7 @@ class Fetch:
     """One unit on its way: ``ready`` is set when its transfer is complete or, on CUDA, issued (then ``copied``);
     ``seconds`` are those until then."""
 
-    unit: str
+    unit: UnitId | None
     slot: Slot | None
     ready: threading.Event = field(default_factory=threading.Event)
     copied: object = None
@@ -50,7 +51,7 @@ class Fetch:
         self.ready.set()
 
 
-def needs_staging(store: WeightStore, unit: str) -> bool:
+def needs_staging(store: WeightStore, unit: UnitId) -> bool:
     """Whether a unit passes through a staging slot on the staged way."""
     return store.tier_of[unit] == "disk" or not store.pinned
 
@@ -60,13 +61,13 @@ class Feeder(ABC):
 
     Args:
         store: homes of the units.
-        order: names of the units.
+        order: the units.
 
     Attributes:
         issued: the fetches in order, each put there when its slot is taken; an exception of a thread comes as one too.
     """
 
-    def __init__(self, store: WeightStore, order: Sequence[str]):
+    def __init__(self, store: WeightStore, order: Sequence[UnitId]):
         self._store, self._device, self._order = store, store.device, list(order)
         self.issued: queue.SimpleQueue[Fetch] = queue.SimpleQueue()
         self._free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
@@ -116,7 +117,7 @@ class Feeder(ABC):
                 torch.cuda.set_device(self._device.torch)
             loop()
         except Exception as e:
-            self.issued.put(Fetch("", None, error=e))
+            self.issued.put(Fetch(None, None, error=e))
 
 
 class DirectFeeder(Feeder):
@@ -146,7 +147,7 @@ class DirectFeeder(Feeder):
     def _copy_direct(self) -> None:
         while (fetch := self._to_copy.get()) is not None:
             layout, home = self._store.layouts[fetch.unit], self._store.home(fetch.unit)
-            with self._store.recorder.span("h2d", fetch.unit, layout.stored_bytes):
+            with self._store.recorder.span("h2d", str(fetch.unit), layout.stored_bytes):
                 copy_bytes(layout.copies, home, fetch.slot.buffer)
             fetch.done()
 
@@ -160,7 +161,7 @@ class StagedFeeder(Feeder):
         returned: called with every staging slot whose copy has been issued.
     """
 
-    def __init__(self, store: WeightStore, order: Sequence[str], stream, returned: Callable[[tuple], None]):
+    def __init__(self, store: WeightStore, order: Sequence[UnitId], stream, returned: Callable[[tuple], None]):
         self._stream, self._returned = stream, returned
         self._free_staging: queue.SimpleQueue = queue.SimpleQueue()
         super().__init__(store, order)
@@ -198,7 +199,7 @@ class StagedFeeder(Feeder):
                 pending.piece_done(e)
             self._to_copy.put((buffer, pending))
 
-    def _stage(self, unit: str, buffer: torch.Tensor) -> Pending:
+    def _stage(self, unit: UnitId, buffer: torch.Tensor) -> Pending:
         if self._store.tier_of[unit] == "disk":
             return self._store.read(unit, buffer)
         np.copyto(buffer.numpy(), self._store.home(unit).numpy())
@@ -223,7 +224,7 @@ class StagedFeeder(Feeder):
             pending.wait()
         source = self._store.home(fetch.unit) if staging is None else staging
         layout = self._store.layouts[fetch.unit]
-        copy = fetch.unit, layout.copies, layout.stored_bytes
+        copy = str(fetch.unit), layout.copies, layout.stored_bytes
         fetch.copied = copy_to_device(self._store, self._stream, source, fetch.slot, *copy)
         if staging is not None:  # before `done`: the serial consumer offers it for the next unit at once
             self._returned((staging, fetch.copied))

@@ -13,14 +13,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 
 from policies.admission.kv_projection import Projection, growth
-from policies.admission.row_state import RowLengths
+from policies.admission.row_state import AttentionMode, RowLengths
 from policies.admission.shared_prefix import Prefixes
 from policies.placement import TIERS
 from policies.policy import Policy
 
 
 class Admission:
-    """Decides each sweep's runs: ``plan``, then ``commit`` each row, ``finish`` those that have ended, ``end_sweep``.
+    """Decides each sweep's runs: ``plan_sweep``, then ``commit`` each row, ``finish`` those that have ended, ``end_sweep``.
 
     A row of c tokens holds ceil(c / page_tokens) pages of its tier; a row of the disk tier also holds a tail, the
     host page that it grows in.
@@ -38,7 +38,7 @@ class Admission:
     Attributes:
         waiting: rows that are not in flight, the next to enter first.
         restarts: rows sent back so far.
-        sent_back: rows sent back since the last `plan` began; one of them may have entered again since.
+        sent_back: rows sent back since the last `plan_sweep` began; one of them may have entered again since.
         free_tails: rows that the disk tier can still take.
         prefixes: what rows share.
     """
@@ -85,8 +85,12 @@ class Admission:
         return len(self.waiting) + len(self._running)
 
     def free(self, tier: str) -> int:
-        """Blocks of a tier that no row holds."""
+        """Pages of a tier that no row holds."""
         return self._free[tier]
+
+    def held(self, tier: str) -> int:
+        """Pages of a tier that rows hold."""
+        return self._pages[tier] - self._free[tier]
 
     def projected_peak(self, tier: str) -> int:
         """The most pages of a tier that the rows in flight will hold in any sweep to come."""
@@ -96,7 +100,7 @@ class Admission:
         """Tokens of the longest row that an empty tier can hold."""
         return max(self._pages.values()) * self._page_tokens
 
-    def plan(self) -> list[RowLengths]:
+    def plan_sweep(self) -> list[RowLengths]:
         """Choose the runs of the next sweep and take the pages they need; returns the rows that have one."""
         self.sent_back = []
         budget, page_tokens = self._policy.prefill_tokens, self._page_tokens
@@ -257,24 +261,24 @@ class Admission:
     def _enter(self, row: RowLengths, tier: str, curve: list[int], shares: bool) -> None:
         row.tier, row.mode = tier, self._mode(tier)
         self._rows[tier] += 1
-        self._rows_on_cpu_attention += row.mode == "cpu"
+        self._rows_on_cpu_attention += row.mode is AttentionMode.CPU
         self.free_tails -= tier == "disk"
         self._projections[tier].add(row, curve)
         self._running[row] = None
         if row.prefix is not None:
             self.prefixes.enter(row, shares)
 
-    def _mode(self, tier: str) -> str:
+    def _mode(self, tier: str) -> AttentionMode:
         if tier != "cpu":
-            return "gpu" if tier == "gpu" else "fetch"
+            return AttentionMode.GPU if tier == "gpu" else AttentionMode.FETCH
         wanted = self._policy.cpu_attention_percent / 100 * (self._rows["cpu"] + 1)
-        return "cpu" if self._rows_on_cpu_attention + 0.5 <= wanted else "fetch"
+        return AttentionMode.CPU if self._rows_on_cpu_attention + 0.5 <= wanted else AttentionMode.FETCH
 
     def _leave(self, row: RowLengths) -> None:
         del self._running[row]
         self._projections[row.tier].remove(row)
         self._rows[row.tier] -= 1
-        self._rows_on_cpu_attention -= row.mode == "cpu"
+        self._rows_on_cpu_attention -= row.mode is AttentionMode.CPU
         self.free_tails += row.tier == "disk"
         self._free[row.tier] += row.pages
         if row.prefix is not None:

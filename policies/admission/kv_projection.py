@@ -11,7 +11,7 @@ from operator import add, sub
 
 
 def growth(tokens_after_prefill: int, prefill_sweeps: int, decode_sweeps: int, page_tokens: int) -> list[int]:
-    """Blocks that a row holds in each coming sweep.
+    """Pages that a row holds in each coming sweep.
 
     Args:
         tokens_after_prefill: tokens in the cache once its run so far is complete; all are reserved at once.

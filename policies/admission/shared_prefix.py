@@ -57,7 +57,7 @@ class Prefixes:
         self.closed: list[Prefix] = []
 
     def spare(self, prefix: Prefix) -> int:
-        """Blocks that a row which enters with it takes over."""
+        """Pages that a row which enters with it takes over."""
         return prefix.pages if prefix in self._idle else 0
 
     def enter(self, row: RowLengths, shares: bool) -> None:

@@ -11,10 +11,10 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from policies.common import file_io
 from policies.common.checks import check_count
 from policies.common.errors import DataError, InputMissingError, StorageError, UsageError
 from policies.common.fields import required, rules
@@ -102,18 +102,10 @@ def write_json(path: str | os.PathLike[str], document: Mapping[str, Any], what: 
         StorageError: the directory is missing, read-only or full; `what` is like "the policy".
         ValueError: the document holds a number that is not finite; nothing was written.
     """
-    path = Path(path)
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        file_io.write_file(path, [text.encode()])
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise StorageError(f"{what} could not be written to {path}: {error.strerror}.") from error
 
 

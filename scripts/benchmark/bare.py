@@ -13,7 +13,7 @@ import time
 import torch
 from torch.nn.functional import linear, silu
 
-from policies.common.units import SYSTEM_PAGE_BYTES
+from policies.common.memory_units import SYSTEM_PAGE_BYTES
 from scripts.benchmark.probes import DirectReader, huge_buffer
 from scripts.benchmark.worker import serve
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from policies.common.units import GIB
+from policies.common.memory_units import GIB
 from scripts.benchmark import loads
 from scripts.benchmark.context import Bench
 from scripts.benchmark.record import Figure

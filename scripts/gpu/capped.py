@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from cost_model.timing.evaluate import Prediction
-from policies.common.units import GIB
+from policies.common.memory_units import GIB
 from policies.policy import Policy, Workload
 from scripts.benchmark.record import Figure
 from scripts.benchmark.worker import Worker

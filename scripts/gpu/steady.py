@@ -24,7 +24,7 @@ from flexmoe.probing.disk import transfer
 from flexmoe.system.device import Device, process_gpu_bytes
 from flexmoe.system.machine import available_host_bytes
 from flexmoe.system.trace import LaneTotals
-from policies.common.units import GIB
+from policies.common.memory_units import GIB
 from policies.policy import Policy, Workload
 from scripts.benchmark.probes import PeakMemory, Repeater
 from scripts.benchmark.worker import serve
@@ -161,7 +161,7 @@ def _fill_cache(engine: Engine) -> None:
         if pool.numel():
             fill_with_noise(pool.view(-1))
     if cache.file is not None:
-        size = cache.shape.layers * cache.total("disk") * cache.block_bytes
+        size = cache.shape.layers * cache.total("disk") * cache.page_bytes
         buffers = [engine.device.host_buffer(WRITE_BYTES) for _ in range(4)]
         for buffer in buffers:
             fill_with_noise(buffer.view(cache.shape.dtype))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import Gpu, Hardware
-from policies.common.units import GIB
+from policies.common.memory_units import GIB
 
 PREFILL_FLOPS_PER_S, DECODE_FLOPS_PER_S = 21.24e12, 4.3e12
 #: The batch that its corrections c1 and c2 take for a large one; beyond it, its decode rate says nothing.

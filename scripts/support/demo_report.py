@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cost_model.simulation.simulate import Simulation
-from policies.common.units import GIB, MIB
+from policies.common.memory_units import GIB, MIB
 
 TIERS = {"gpu": "gpu_mem", "cpu": "cpu_mem", "disk": "nvme_mem"}
 #: Lanes that are busy for less do not show.

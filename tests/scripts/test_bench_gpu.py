@@ -17,6 +17,7 @@ from flexmoe.kv.cache import KVCache, KVExhausted, KVShape
 from flexmoe.params import EngineRequest, SamplingParams
 from flexmoe.system import device as device_module
 from flexmoe.system.device import Device
+from policies.admission.row_state import AttentionMode
 from policies.policy import Policy, Workload
 from scripts.bench_gpu import main
 from scripts.gpu import steady as gpu_steady
@@ -179,7 +180,7 @@ def test_block_of_all_ages_is_in_the_steady_state_from_its_first_sweep(rows, pro
     generated = prefilled = sweeps = 0
     for sweeps in range(1, 31):
         scheduler.waiting.extend(_row(prompt, gen) for _ in range(8))
-        runs = scheduler.plan()
+        runs = scheduler.plan_sweep()
         for run in runs:
             prefilled += scheduler.commit(run.owner, 1 if run.logits else None)
             generated += run.logits
@@ -197,8 +198,8 @@ def test_aged_row_decodes_its_last_token_next_and_gives_everything_back():
     row = _row(20, 10, age=7)
     scheduler.enter_aged(row)
     assert (row.kv.length, row.prompt_done, row.generated) == (26, 20, 7)
-    (run,) = scheduler.plan()
-    assert (len(run.tokens), run.logits, run.mode) == (1, 1, "cpu")
+    (run,) = scheduler.plan_sweep()
+    assert (len(run.tokens), run.logits, run.mode) == (1, 1, AttentionMode.CPU)
     scheduler.commit(row, 1)
     scheduler.finish(row)
     assert scheduler._cache.free("cpu") == scheduler._cache.total("cpu")

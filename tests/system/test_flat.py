@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from flexmoe.job.runner import RowStream
-from policies.common.units import MIB
+from policies.common.memory_units import MIB
 from tests.support.fake_engine import FakeEngine
 from tests.support.jobs import Runner, make_setup
 

@@ -12,7 +12,7 @@ import pytest
 
 from cost_model.cli import plan as command
 from cost_model.hardware.hardware import Hardware
-from policies.common.units import GIB
+from policies.common.memory_units import GIB
 from policies.policy import PolicyFile
 from policies.workload import Workload
 from tests.cost_model.routing.test_expert_usage import MIXTRAL, skewed

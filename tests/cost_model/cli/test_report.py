@@ -13,7 +13,7 @@ from cost_model.planner.solve import Explanation
 from cost_model.planner.what_if import Advice
 from cost_model.simulation.simulate import simulate
 from cost_model.timing.evaluate import evaluate
-from policies.common.units import GIB
+from policies.common.memory_units import GIB
 from policies.placement import TIERS
 from policies.policy import Policy
 from policies.workload import Workload

@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 
 from cost_model.hardware.hardware import Hardware
-from cost_model.model.grouped import GROUPED_TOKENS, are_grouped
-from cost_model.planner.constraints import Fixed
-from cost_model.planner.linearize import Choice
+from cost_model.model.weight_units import GROUPED_TOKENS, are_grouped, experts_per_unit
+from cost_model.planner.constraints import Choice, Fixed
 from cost_model.planner.lp import Programme
 from cost_model.simulation.replay import Replayer
 from cost_model.timing.evaluate import evaluate
@@ -44,7 +43,7 @@ def both(percent, device="cpu", arch=MANY_EXPERTS, **rest):
 
 
 def test_units_of_several_experts_with_few_tokens_and_whole_rows_are_grouped():
-    assert MANY_EXPERTS.experts_per_unit > 1 and are_grouped(MANY_EXPERTS, 2, MOST)
+    assert experts_per_unit(MANY_EXPERTS) > 1 and are_grouped(MANY_EXPERTS, 2, MOST)
     assert not are_grouped(MANY_EXPERTS, 2, MOST + 1)
     assert not are_grouped(MANY_EXPERTS.grouped(1), 2, 8)
     assert not are_grouped(MIXTRAL, 2, 8)

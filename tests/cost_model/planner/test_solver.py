@@ -12,8 +12,9 @@ import pytest
 from cost_model import Fixed, Hardware, ModelArch, Workload, solve
 from cost_model.memory.allocation import allocate
 from cost_model.memory.memory_plan import plan_memory
+from cost_model.model.weight_units import units_of
+from cost_model.planner.constraints import Choice
 from cost_model.planner.infeasible import least_capacity
-from cost_model.planner.linearize import Choice
 from cost_model.planner.lp import Programme
 from cost_model.timing.evaluate import evaluate
 from cost_model.timing.problem import Problem
@@ -207,7 +208,7 @@ FIXED = [
 @pytest.mark.parametrize("fixed", FIXED, ids=str)
 def test_what_is_fixed_stays(fixed):
     policy = planned(Hardware.preset("t4"), fixed=fixed).policy
-    largest = 100 * max(unit.stored_bytes for unit in MIXTRAL.units()) / MIXTRAL.total_bytes
+    largest = 100 * max(unit.stored_bytes for unit in units_of(MIXTRAL)) / MIXTRAL.total_bytes
     for name, value in fixed.given.items():
         near = {"w": largest, "ca": 0.5, "ac": 0}.get(name[: name.find("_")][:2], 0) if name.endswith("percent") else 0
         assert getattr(policy, name) == pytest.approx(value, abs=near) if near else getattr(policy, name) == value

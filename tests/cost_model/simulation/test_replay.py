@@ -9,6 +9,7 @@ import pytest
 from cost_model.hardware.hardware import Hardware
 from cost_model.memory.allocation import allocate
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import head_chunks, head_rows
 from cost_model.simulation.replay import Replayer, replay
 from cost_model.timing.job_phases import course
 from cost_model.timing.op_costs import Costs
@@ -89,7 +90,7 @@ def test_a_sweep_of_what_is_resident_takes_the_sum_of_its_operations():
         costs.expert_s(24 * costs.arch.top_k / touched, costs.arch.expert_params) * touched / costs.arch.num_experts
     )
     layer = sum(costs.project_s(b) + costs.attend_s(b) for b in cut) + costs.arch.num_experts * expert
-    rows = [stop - start for start, stop in map(costs.arch.head_rows, range(costs.arch.num_head_chunks))]
+    rows = [stop - start for start, stop in (head_rows(costs.arch, at) for at in range(head_chunks(costs.arch)))]
     head = sum(costs.head_s(24, count * costs.arch.head_row_params) for count in rows)
     outside = sum(costs.embed_s(b) for b in cut) + head + costs.sample_s(24) + costs.host_s(24)
     ops = layers * (2 * 3 + 1 + costs.arch.num_experts) + 3 + 1 + len(rows) + 1
@@ -201,13 +202,12 @@ def test_units_arrive_before_their_use_and_never_fill_more_than_the_slots(machin
     brought = [*by_track["h2d"], *(by_track["disk_read/0"] if direct else [])]
     arrived = {s[1]: s for s in sorted(brought, key=lambda s: -s[2])}  # the first time: then it is for the next sweep
     taken = []
-    for name, tier in tier_of.items():
-        if tier == "gpu" or name == "embed":
+    for unit, tier in tier_of.items():
+        if tier == "gpu" or unit.kind == "embed":
             continue
-        kind = name.split(".")[0 if name.startswith("head") else 2]
-        layer = name.split(".")[1]
+        name, layer = str(unit), unit.layer
         named = {"attention": (f"project {layer}", f"attend {layer}"), "expert": (f"expert {name}",) * 2}
-        first, last = named.get(kind, (f"head {name}",) * 2)
+        first, last = named.get(unit.kind, (f"head {name}",) * 2)
         uses = [s for s in by_track["gpu"] if s[1] in (first, last)]
         assert arrived[name][3] <= uses[0][2] + 1e-12
         taken.append((arrived[name][2], 1, uses[-1][3]))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from cost_model.memory.allocation import PAGE_TOKENS, allocate, kv_pages_per_tier, kv_tokens_wanted
 from cost_model.memory.memory_plan import HOST_BUFFERS, MemoryPlan, plan_memory
 from cost_model.model.arch import ModelArch
-from cost_model.model.weight_units import unit_slack_bytes
+from cost_model.model.weight_units import unit_slack_bytes, units_of
 from flexmoe.checkpoint.unit_layout import UnitLayout
 from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine import Engine
@@ -22,7 +22,7 @@ from flexmoe.models.loader import load_model
 from flexmoe.models.registry import family
 from flexmoe.system.device import Device
 from policies.common.errors import InfeasibleError
-from policies.common.units import SYSTEM_PAGE_BYTES as PAGE_BYTES
+from policies.common.memory_units import SYSTEM_PAGE_BYTES as PAGE_BYTES
 from policies.placement import TIERS
 from policies.policy import Policy, Workload
 
@@ -124,10 +124,10 @@ def test_the_runtime_takes_what_was_planned(checkpoint, tmp_path, host_buffers, 
     engine = Engine(load_model(str(checkpoint)), config)
     try:
         taken, planned = allocated(engine, host_buffers), engine.plan.memory
-        units = len(engine.plan.sizes.placement.tier_of)
+        units = len(engine.plan.allocation.placement.tier_of)
         slack_bytes = unit_slack_bytes(engine.model.arch)
-        slack = {"weights": units * slack_bytes, "slots": engine.plan.sizes.slots * slack_bytes}
-        slack["load buffers"] = 4 * slack_bytes + 4 * max(u.stored_bytes for u in engine.model.arch.units())
+        slack = {"weights": units * slack_bytes, "slots": engine.plan.allocation.slots * slack_bytes}
+        slack["load buffers"] = 4 * slack_bytes + 4 * max(u.stored_bytes for u in units_of(engine.model.arch))
         for tier in ("gpu", "cpu"):
             for item, size in taken[tier].items():
                 asked = planned.parts[tier].get(item, 0)
@@ -139,7 +139,7 @@ def test_the_runtime_takes_what_was_planned(checkpoint, tmp_path, host_buffers, 
             )
             assert not forgotten, f"{tier}: planned, but nothing was allocated for {forgotten}"
             assert sum(taken[tier].values()) <= planned.total(tier), f"{tier} takes more than planned in all"
-        assert len(host_buffers.made) <= HOST_BUFFERS + len(engine.plan.sizes.activation_tiers)
+        assert len(host_buffers.made) <= HOST_BUFFERS + len(engine.plan.allocation.activation_tiers)
     finally:
         engine.close()
 
@@ -147,8 +147,8 @@ def test_the_runtime_takes_what_was_planned(checkpoint, tmp_path, host_buffers, 
 def test_unit_layouts_stay_within_the_planned_slack(checkpoint):
     model = load_model(str(checkpoint))
     source = model.source(Path("."))
-    for unit in model.arch.units():
-        layout: UnitLayout = source.layout(unit.name)
+    for unit in units_of(model.arch):
+        layout: UnitLayout = source.layout(unit.id)
         assert layout.stored_bytes == unit.stored_bytes
         assert unit.stored_bytes <= layout.device_bytes <= unit.stored_bytes + unit_slack_bytes(model.arch)
         assert unit.stored_bytes <= layout.host_bytes <= unit.stored_bytes + unit_slack_bytes(model.arch)
@@ -158,7 +158,7 @@ def test_disk_tier_is_counted_as_written(checkpoint, tmp_path, arch):
     policy = policy_of((0, 0, 0, 0, 0, 0))
     allocation = allocate(arch, policy, WORKLOAD, device="cpu")
     plan = plan_memory(arch, policy, allocation, device="cpu", compute_bytes=4)
-    assert plan.parts["disk"]["weights"] == sum(u.stored_bytes for u in arch.units())
+    assert plan.parts["disk"]["weights"] == sum(u.stored_bytes for u in units_of(arch))
     assert plan.parts["disk"]["kv"] == allocation.kv_pages["disk"] * PAGE_TOKENS * arch.kv_bytes_per_token(4)
 
 
@@ -168,7 +168,7 @@ def test_achieved_shares_are_near_the_asked_ones(arch, name, device):
     percent, rest = POLICIES[name]
     policy = policy_of(percent, **rest)
     allocation = allocate(arch, policy, WORKLOAD, device=device, kv_tokens=40 * PAGE_TOKENS)
-    largest = 100 * max(u.stored_bytes for u in arch.units()) / sum(u.stored_bytes for u in arch.units())
+    largest = 100 * max(u.stored_bytes for u in units_of(arch)) / sum(u.stored_bytes for u in units_of(arch))
     weights, cache, act = percent[0:2], percent[2:4], percent[4:6]
     for asked, achieved in zip(weights, allocation.placement.achieved_percent):
         assert abs(asked - achieved) <= largest

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from flexmoe.cli import run as command
 from flexmoe.models.loader import load_model
 from policies.policy import Policy, PolicyFile
 from tests.flexmoe.text.test_tokenizer import build_tokenizer
@@ -261,7 +260,7 @@ def test_a_malformed_line_exits_65_and_is_named(job, main):
 
 @pytest.mark.parametrize("output", ["/proc/out.jsonl", "/no/such/directory/out.jsonl"])
 def test_an_output_that_cannot_be_written_exits_74_before_the_model_is_opened(output, job, main, monkeypatch):
-    monkeypatch.setattr(command, "load_model", lambda *_: pytest.fail("the model was opened"))
+    monkeypatch.setattr("flexmoe.batch.job_parts.load_model", lambda *_: pytest.fail("the model was opened"))
     job.output = Path(output)
     code, _, err = main(job.args())
     assert code == 74

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from flexmoe.kernels.native import library as native
+from flexmoe.kernels.native.attention import paged_attention
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no native library on this machine")
 
@@ -53,9 +54,7 @@ class Case:
 
     def run(self, **options):
         options = {"window": self.window, "scale": self.scale, "num_threads": 2} | options
-        return native.paged_attention(
-            self.q, self.k_pool, self.v_pool, self.tables, self.starts, self.lengths, **options
-        )
+        return paged_attention(self.q, self.k_pool, self.v_pool, self.tables, self.starts, self.lengths, **options)
 
     def expected(self):
         out = torch.empty(self.q.shape, dtype=torch.float64)
@@ -116,7 +115,7 @@ def test_other_rows_do_not_change_a_bit():
     together = case.run()
     for row in range(len(MIXED)):
         begin, end = case.starts[row : row + 2].tolist()
-        alone = native.paged_attention(
+        alone = paged_attention(
             case.q[begin:end], case.k_pool, case.v_pool, case.tables[row : row + 1],
             torch.tensor([0, end - begin], dtype=torch.int32), case.lengths[row : row + 1], scale=case.scale,
         )  # fmt: skip
@@ -130,7 +129,7 @@ def test_chunked_prefill_is_close_to_whole_prefill(window, chunk):
     whole = case.run()
     for begin in range(0, 300, chunk):
         end = min(300, begin + chunk)
-        part = native.paged_attention(
+        part = paged_attention(
             case.q[begin:end], case.k_pool, case.v_pool, case.tables, torch.tensor([0, end - begin]).int(),
             torch.tensor([end]).int(), scale=case.scale, window=window,
         )  # fmt: skip
@@ -235,10 +234,10 @@ def test_a_missing_compiler_is_one_warning(tmp_path):
 def test_a_cache_directory_open_to_others_is_refused(tmp_path, monkeypatch, caplog):
     tmp_path.chmod(0o777)
     monkeypatch.setenv("FLEXMOE_CACHE", str(tmp_path))
-    native._library.cache_clear()
+    native.load.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert native.load() is None
-    native._library.cache_clear()
+    native.load.cache_clear()
     assert "writable by everyone" in caplog.text
 
 
@@ -249,4 +248,4 @@ def test_plain_threads_serve_where_there_is_no_openmp_runtime():
     try:
         assert torch.equal(case.run(), expected)
     finally:
-        library.flexmoe_set_parallel(native._gomp_parallel())
+        library.flexmoe_set_parallel(native.gomp_parallel())

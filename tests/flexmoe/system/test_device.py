@@ -12,7 +12,7 @@ from flexmoe.errors import InfeasibleError, UsageError
 from flexmoe.system import device as device_module
 from flexmoe.system.device import Device, NoEvent
 from flexmoe.system.trace import Recorder
-from policies.common.units import SYSTEM_PAGE_BYTES as PAGE_BYTES
+from policies.common.memory_units import SYSTEM_PAGE_BYTES as PAGE_BYTES
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from flexmoe.errors import DataError, StorageError
 from flexmoe.system.device import Device
 from flexmoe.system.direct_io import PIECE_BYTES, DirectFile, DiskPool, Pending, Transfer, align_down, align_up
 from flexmoe.system.trace import Recorder
-from policies.common.units import SYSTEM_PAGE_BYTES as PAGE_BYTES
+from policies.common.memory_units import SYSTEM_PAGE_BYTES as PAGE_BYTES
 
 REAL = {name: getattr(os, name) for name in ("open", "preadv", "pwritev", "fsync")}
 

@@ -13,6 +13,7 @@ import torch
 
 from cost_model.memory.allocation import residency
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import units_of
 from cost_model.routing.expert_usage import ExpertUsage
 from cost_model.routing.on_demand import entry_bytes
 from flexmoe import LLM, SamplingParams
@@ -27,8 +28,9 @@ from flexmoe.weights.store import WeightStore
 from flexmoe.weights.stream import WeightStream
 from flexmoe.weights.supply import WeightFeed
 from flexmoe.weights.transfers import Fetch
-from flexmoe.weights.units import Units
 from policies import Policy, Workload
+from policies.schedule import SweepUnits
+from policies.units import UnitId, expert_unit
 from scripts.support.belady import belady, best_static
 from tests.support.tiny import GEN_LEN, assert_greedy, offload
 from tests.support.tiny_units import within
@@ -44,15 +46,15 @@ def fed(directory, percents=(0, 0), *, group=None, experts=6, staged=False, monk
     model = load_model(str(directory)).grouped(group)
     arch, device = model.arch, Device("cpu")
     source = model.source(directory)
-    resident = WeightStore(device, Recorder(), source, {u.name: "gpu" for u in arch.units()}, torch.float32)
+    resident = WeightStore(device, Recorder(), source, {u.id: "gpu" for u in units_of(arch)}, torch.float32)
     tier_of = residency(arch).place(*percents).tier_of
-    store, units = WeightStore(device, Recorder(), source, tier_of, torch.float32, pin), Units.of(arch, tier_of)
+    store, units = WeightStore(device, Recorder(), source, tier_of, torch.float32, pin), SweepUnits.of(tier_of)
     feed = WeightFeed(store, arch, units, SimpleNamespace(slots=2, staging_slots=4, cache_experts=experts), **options)
     expected = {}
-    for unit, numbers in units.experts_of.items():
+    for unit in (step.unit for layer in units.experts for step in layer):
         tensors = resident.resident(unit)
-        for place, e in enumerate(numbers):
-            expected[int(unit.split(".")[1]), e] = tensors["gate_up"][place], tensors["down"][place]
+        for place, e in enumerate(unit.experts):
+            expected[unit.layer, e] = tensors["gate_up"][place], tensors["down"][place]
     try:
         yield SimpleNamespace(feed=feed, arch=arch, store=store, expected=expected, tier_of=tier_of)
     finally:
@@ -119,17 +121,17 @@ def test_unpinned_homes_pass_through_staging(variants, monkeypatch):
 def test_experts_at_hand_come_first_and_cost_no_transfer(variants, monkeypatch):
     read, real = [], WeightStore.read_expert
 
-    def read_expert(self, name, buffer, on_done=None):
-        read.append((name, len(buffer)))
-        return real(self, name, buffer, on_done)
+    def read_expert(self, expert, buffer, on_done=None):
+        read.append((expert, len(buffer)))
+        return real(self, expert, buffer, on_done)
 
     monkeypatch.setattr(WeightStore, "read_expert", read_expert)
     with fed(variants("qwen3").directory, group=3) as run:
         run.feed.begin(1)
         assert ask(run, 0, [8, 3]) == ask(run, 0, [3, 8]) == [3, 8]
         assert ask(run, 0, [2, 8]) == [8, 2]
-        assert [name for name, _ in read] == [f"layers.0.expert.{e}" for e in (3, 8, 2)]
-        assert read[-1][1] < run.store.layouts["layers.0.expert.0-2"].host_bytes / 2
+        assert [expert for expert, _ in read] == [UnitId("expert", 0, e) for e in (3, 8, 2)]
+        assert read[-1][1] < run.store.layouts[expert_unit(0, range(3))].host_bytes / 2
 
 
 def test_more_experts_than_there_is_room_for_take_turns(variants):
@@ -143,7 +145,7 @@ class AtOnce:
     """A loader whose experts are there as soon as they are asked for."""
 
     def fetch(self, layer, expert, slot):
-        return Fetch(f"{layer}.{expert}", slot)
+        return Fetch(UnitId("expert", layer, expert), slot)
 
     def load(self, layer, expert, fetch):
         fetch.done()
@@ -313,10 +315,10 @@ def test_loads_of_a_sweep_that_was_broken_off_do_not_reach_what_comes_after(vari
         assert feed.begin(100_000) == frozenset()
         for unit in feed._all:
             got = within(5, lambda u=unit: feed.get(u))
-            if unit.startswith(f"layers.{layer}.expert"):
+            if (unit.kind, unit.layer) == ("expert", layer):
                 for place, e in enumerate(range(8)[: len(got) // 3]):
                     assert torch.equal(got[f"down.{place}"] if f"down.{place}" in got else got["down"][place],
-                                       run.expected[layer, e + int(unit.rsplit(".", 1)[1].split("-")[0])][1])  # fmt: skip
+                                       run.expected[layer, e + unit.first][1])  # fmt: skip
             feed.release(unit)
 
 
@@ -387,7 +389,7 @@ def test_experts_that_no_token_was_routed_to_are_not_moved(make, variants):
         arch.top_k * sparse
     )
     read = sum(v["bytes"] for k, v in metrics["lanes"].items() if k.startswith("disk_read")) - loaded
-    everything = sum(u.stored_bytes for u in arch.units() if u.kind != "embed")
+    everything = sum(u.stored_bytes for u in units_of(arch) if u.kind != "embed")
     assert read < 0.7 * metrics["sweeps"] * everything
     assert cache["hits"] > 0 < cache["mean_load_s"]
 
@@ -422,7 +424,7 @@ def test_a_budget_for_the_device_becomes_room_for_experts(make, variants):
     planned = small.engine.plan.memory.total("gpu")
     budget = (planned + 10.5 * entry_bytes(small.engine.model.arch)) / 2**30
     large = make(rows=1, gpu_mem=budget)
-    assert large.engine.plan.sizes.cache_experts == 10
+    assert large.engine.plan.allocation.cache_experts == 10
     assert large.engine.plan.memory.parts["gpu"]["expert cache"] == 10 * entry_bytes(small.engine.model.arch)
     assert large.engine.plan.memory.total("gpu") <= budget * 2**30
     caches = [run_rows(llm, variants("qwen3"), 1)["expert_cache"] for llm in (small, large)]
@@ -432,13 +434,13 @@ def test_a_budget_for_the_device_becomes_room_for_experts(make, variants):
 
 def test_the_cache_takes_no_more_than_there_are_streamed_experts(make):
     llm = make(percent=(50, 0, 100, 0, 100, 0), gpu_mem=4)
-    arch, tier_of = llm.engine.model.arch, llm.engine.plan.sizes.placement.tier_of
+    arch, tier_of = llm.engine.model.arch, llm.engine.plan.allocation.placement.tier_of
     streamed = sum(
-        len(experts)
-        for unit, experts in Units.of(arch, tier_of).experts_of.items()
-        if tier_of[unit] != "gpu" and not arch.is_dense(int(unit.split(".")[1]))
+        unit.count
+        for unit, tier in tier_of.items()
+        if unit.kind == "expert" and tier != "gpu" and not arch.is_dense(unit.layer)
     )
-    assert llm.engine.plan.sizes.cache_experts == streamed
+    assert llm.engine.plan.allocation.cache_experts == streamed
 
 
 def test_a_block_of_many_tokens_streams_everything(make, variants):
