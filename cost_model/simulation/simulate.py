@@ -1,8 +1,8 @@
 """A finite job from its first sweep to its last: how long it takes, what each lane does, what memory is in use when.
 
 The rows pass through the admission that the runtime uses (`cost_model.simulation.job_sweeps`); the seconds of a sweep come from
-walking the schedule that the runtime walks (`cost_model.simulation.replay`). A small job is walked sweep by sweep. Of a large one
-sweeps of like load are timed together by the closed form, corrected by walks of a few of them (`cost_model.simulation.sweep_times`).
+replaying the schedule that the runtime follows (`cost_model.simulation.replay`). A small job is replayed sweep by sweep. Of a large one
+sweeps of like load are timed together by the closed form, corrected by replays of a few of them (`cost_model.simulation.sweep_times`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from cost_model.memory.memory_plan import MemoryPlan
 from cost_model.model.arch import ModelArch
 from cost_model.routing.expert_usage import ExpertUsage
 from cost_model.simulation.job_sweeps import JobSweeps, job_sweeps
-from cost_model.simulation.replay import walk
-from cost_model.simulation.sweep_times import SweepTimes, like_times, operations, walked_times
+from cost_model.simulation.replay import replay
+from cost_model.simulation.sweep_times import SweepTimes, like_times, operations, replayed_times
 from cost_model.timing.problem import Problem
 from policies.common.chrome_trace import Span, write_chrome_trace
 from policies.common.errors import UsageError
@@ -29,8 +29,8 @@ from policies.policy import Policy
 from policies.schedule import LANES
 from policies.workload import Workload
 
-#: Operations that are walked when every sweep is; a larger job's sweeps are timed by groups of like ones.
-WALKED_OPS = 400_000
+#: Operations that are replayed when every sweep is; a larger job's sweeps are timed by groups of like ones.
+REPLAYED_OPS = 400_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,7 @@ def simulate(
         usage: how often each expert was chosen; default: all alike.
         on_demand: sweeps of few rows move only the experts that were routed to.
         cache_experts: experts that device memory beyond what the policy takes holds.
-        full: follow every row and walk every sweep, however long that takes.
+        full: follow every row and replay every sweep, however long that takes.
         keep_trace_sweeps: keep the operations of so many sweeps, from the first on.
         seed: of the rows' order.
 
@@ -135,11 +135,13 @@ def simulate(
     costs = problem.costs(policy, allocation)
     job = job_sweeps(policy, allocation, workload, whole=full, seed=seed)
     size, batches = policy.gpu_batch_size, float(np.ceil(job.rows / policy.gpu_batch_size).sum())
-    walked = full or operations(costs, batches / len(job.logits)) * len(job.logits) <= WALKED_OPS
-    times = (walked_times if walked else like_times)(costs, size, job)
+    replayed = full or operations(costs, batches / len(job.logits)) * len(job.logits) <= REPLAYED_OPS
+    times = (replayed_times if replayed else like_times)(costs, size, job)
     memory = problem.memory(policy, allocation)
     page_bytes = arch.kv_bytes_per_token(problem.dtype_bytes) * PAGE_TOKENS
-    spans = walk(costs, [job.load(at) for at in range(min(keep_trace_sweeps, len(job.logits)))], size, keep_spans=True)
+    spans = replay(
+        costs, [job.load(at) for at in range(min(keep_trace_sweeps, len(job.logits)))], size, keep_spans=True
+    )
     return _summary(job, times, memory, page_bytes, tuple(spans.spans))
 
 

@@ -1,6 +1,6 @@
 """The seconds of every operation of the schedule when nothing else runs: bytes or FLOPs over a measured rate.
 
-`cost_model.timing.sweep_bounds` adds them up in closed form, `cost_model.simulation.replay` walks the schedule of `policies.schedule` with them;
+`cost_model.timing.sweep_bounds` adds them up in closed form, `cost_model.simulation.replay` replays the schedule of `policies.schedule` with them;
 `cost_model.memory.memory_plan` has the bytes.
 """
 

@@ -8,12 +8,12 @@ from cost_model.hardware.hardware import Hardware
 from cost_model.model.weight_units import GROUPED_TOKENS, are_grouped, experts_per_unit
 from cost_model.planner.constraints import Choice, Fixed
 from cost_model.planner.lp import Programme
-from cost_model.simulation.replay import Walker
+from cost_model.simulation.replay import Replayer
 from cost_model.timing.evaluate import evaluate
 from cost_model.timing.problem import Problem
 from cost_model.timing.sweep_bounds import sweep_time
 from policies import Workload
-from tests.cost_model.simulation.test_walk import MANY_EXPERTS, MIXTRAL, RESIDENT, costs_of, decoding
+from tests.cost_model.simulation.test_replay import MANY_EXPERTS, MIXTRAL, RESIDENT, costs_of, decoding
 
 #: Mean tokens of an expert are an eighth of the block's.
 MOST = GROUPED_TOKENS * MANY_EXPERTS.num_experts // MANY_EXPERTS.top_k
@@ -103,9 +103,9 @@ def test_experts_that_come_on_demand_are_computed_together_on_the_cpu_and_one_by
 def test_closed_form_and_walk_agree_on_grouped_units(percent, rows):
     (plain, _), (grouped, _) = both(percent, rows=rows, batches=1, hardware=FAST_LINKS)
     load = decoding(rows)
-    walked_s, _ = Walker(grouped, rows).steady(load)
+    replayed_s, _ = Replayer(grouped, rows).steady(load)
     closed_s = sweep_time(grouped, load, rows).total_s
-    assert walked_s == pytest.approx(closed_s, rel=0.05)
+    assert replayed_s == pytest.approx(closed_s, rel=0.05)
     assert closed_s < 0.95 * sweep_time(plain, load, rows).total_s
 
 

@@ -1,4 +1,4 @@
-"""A job on paper: its rows go through the runtime's admission, its sweeps take what a walk says."""
+"""A job on paper: its rows go through the runtime's admission, its sweeps take what a replay says."""
 
 import json
 import time
@@ -45,7 +45,7 @@ def by_groups(monkeypatch):
 
     def call(row_sweeps):
         monkeypatch.setattr(job_sweeps_module, "ROW_SWEEPS", row_sweeps)
-        monkeypatch.setattr(simulate_module, "WALKED_OPS", 0)
+        monkeypatch.setattr(simulate_module, "REPLAYED_OPS", 0)
 
     return call
 
