@@ -7,7 +7,7 @@ import pytest
 from policies import Policy
 from policies.admission.admission import Admission, RowLengths
 from policies.placement import TIERS
-from tests.flexmoe.engine.test_scheduler import Simulation
+from tests.support.scheduling import Simulation
 
 GPU, CPU, DISK = (100, 0), (0, 100), (0, 0)
 BLOCK = 16

@@ -14,8 +14,8 @@ from cost_model.cli import plan as command
 from cost_model.hardware.hardware import GIB, Hardware
 from policies.policy import PolicyFile
 from policies.workload import Workload
-from tests.cost_model.routing.test_expert_usage import MIXTRAL, skewed
 from tests.support.paths import ROOT
+from tests.support.usage import MIXTRAL, skewed
 
 
 def six(numbers):

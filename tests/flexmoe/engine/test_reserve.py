@@ -6,7 +6,7 @@ import pytest
 from flexmoe.engine.length_estimate import FIRST_ROWS, Reserve
 from flexmoe.engine.scheduler import Row
 from flexmoe.params import EngineRequest, SamplingParams
-from tests.flexmoe.engine.test_scheduler import Simulation, blocks, policy
+from tests.support.scheduling import Simulation, blocks, policy
 
 PROMPT, LIMIT = 30, 1000
 

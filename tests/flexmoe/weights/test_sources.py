@@ -14,6 +14,7 @@ from flexmoe.system.trace import Recorder
 from flexmoe.weights.sources import DummySource
 from tests.support.tiny_units import UNITS, tiny_units
 
+pytestmark = pytest.mark.usefixtures("small_pattern")
 PARTS = {
     "embed": [Part(role="embed", tensor="t", shape=(50, 64))],
     "a0": [
@@ -35,7 +36,7 @@ def pool():
     assert set(threading.enumerate()) == before
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def small_pattern(monkeypatch):
     monkeypatch.setattr(DummySource, "_PATTERN_BYTES", 1 << 20)
 
