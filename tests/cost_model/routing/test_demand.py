@@ -18,7 +18,7 @@ from cost_model.timing.op_costs import Costs
 from cost_model.timing.sweep_bounds import sweep_time
 from cost_model.timing.sweep_load import SweepLoad
 from policies import Workload
-from tests.cost_model.simulation.test_replay import MANY_EXPERTS, MIXTRAL, SMALL, costs_of, decoding, random_sweep
+from tests.support.sweeps import MANY_EXPERTS, MIXTRAL, SMALL, costs_of, decoding, random_sweep
 
 DENSE_FIRST = replace(MANY_EXPERTS, dense_layers=(0,), dense_ffn=4096)
 #: (seed of `random_sweep`, seconds in closed form, seconds of the second sweep replayed) before sweeps could be on demand.

@@ -8,8 +8,7 @@ import pytest
 
 from cost_model.memory.allocation import residency
 from cost_model.model.arch import ModelArch
-from cost_model.routing import on_demand as on_demand_module
-from cost_model.routing.on_demand import LOAD_BYTES, OnDemand, touched, uniform_shares
+from cost_model.routing.on_demand import OnDemand, touched, uniform_shares
 
 MIXTRAL, QWEN = ModelArch.from_name("Mixtral-8x7B"), ModelArch.from_name("Qwen3-30B-A3B")
 
@@ -68,8 +67,7 @@ def test_a_run_does_not_change_its_mode_at_a_trifle():
     assert not between.pays(shares, 4) and between.pays(shares, 4, already=True)
 
 
-def test_small_experts_have_to_spare_more_loads_the_faster_their_link_is(monkeypatch):
-    monkeypatch.setattr(on_demand_module, "LOAD_BYTES", LOAD_BYTES)
+def test_small_experts_have_to_spare_more_loads_the_faster_their_link_is():
     small, shares = replace(QWEN, hidden=512, ffn=256), uniform_shares(QWEN)
     tiers = {tier: residency(small).place(0, share).tier_of for tier, share in (("disk", 0), ("host", 100))}
     most = {}

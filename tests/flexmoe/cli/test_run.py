@@ -14,12 +14,12 @@ import pytest
 
 from flexmoe.models.loader import load_model
 from policies.policy import Policy, PolicyFile
-from tests.flexmoe.text.test_tokenizer import build_tokenizer
 from tests.support.command_lines import ROWS, THREE_TIERS, assert_one_sentence, body
 from tests.support.paths import ROOT
 from tests.support.tiny import assert_greedy
+from tests.support.tokenizers import build_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
 
 
 # Jobs.

@@ -35,6 +35,7 @@ from scripts.support.belady import belady, best_static
 from tests.support.tiny import GEN_LEN, assert_greedy, offload
 from tests.support.tiny_units import within
 
+pytestmark = pytest.mark.usefixtures("loads_cost_their_bytes")
 PERCENTS = {"cpu": (0, 100), "disk": (0, 0), "mixed": (30, 30)}
 
 
