@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from flexmoe.engine import config
+from flexmoe.engine import engine_plan
 from flexmoe.system.device import Device
 from tests.system.test_exactness import Case, check
 
@@ -83,7 +83,7 @@ class PretendCuda(Device):
 
 @pytest.fixture
 def pretend(monkeypatch):
-    monkeypatch.setattr(config, "Device", PretendCuda)
+    monkeypatch.setattr(engine_plan, "Device", PretendCuda)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (1 << 40, 1 << 40))
@@ -108,7 +108,7 @@ def test_cuda_branches_give_the_same_ids(case, pretend, tiny, tmp_path, monkeypa
 
 def test_at_most_one_host_wait_per_moe_layer(pretend, tiny, tmp_path, monkeypatch):
     devices = []
-    monkeypatch.setattr(config, "Device", lambda name: devices.append(PretendCuda(name)) or devices[-1])
+    monkeypatch.setattr(engine_plan, "Device", lambda name: devices.append(PretendCuda(name)) or devices[-1])
     variant = tiny("gqa-8-to-2")
     metrics = check(variant, CASES[0], "cuda", tmp_path, monkeypatch)
     assert devices[0].host_waits == metrics["sweeps"] * variant.model.config.num_hidden_layers
