@@ -177,7 +177,6 @@ class _Builder:
             embed=EmbeddingTable(store, self._source, "embed", counts.max_tokens),
             kv=kv,
             activations=activations,
-            activation_tiers=counts.activation_tiers,
             router_counter=router_counter,
             max_tokens=counts.max_tokens,
             score_bytes=sampling_bytes(self._model.arch, policy),

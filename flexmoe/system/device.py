@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -39,6 +40,10 @@ class NoEvent:
     def query(self) -> bool:
         """Always passed."""
         return True
+
+
+Event = torch.cuda.Event | NoEvent
+Stream = torch.cuda.Stream
 
 
 class Device:
@@ -75,19 +80,19 @@ class Device:
             self._base.synchronize()
         self._base_s = time.perf_counter()
 
-    def stream(self):
+    def stream(self) -> Stream | None:
         """A new CUDA stream; None on cpu."""
         return torch.cuda.Stream(self.torch) if self.is_cuda else None
 
-    def on(self, stream):
+    def on(self, stream: Stream | None) -> contextlib.AbstractContextManager[object]:
         """Context in which kernels and copies go to ``stream`` (None: the current one)."""
         return torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext()
 
-    def event(self, timing: bool = False):
+    def event(self, timing: bool = False) -> Event:
         """A new, unrecorded event. Who waits for it sleeps: a core that spins is one less for attention on the CPU."""
         return torch.cuda.Event(enable_timing=timing, blocking=True) if self.is_cuda else NoEvent()
 
-    def record(self, stream=None):
+    def record(self, stream: Stream | None = None) -> Event:
         """An event recorded now on ``stream`` (None: the current one)."""
         event = self.event()
         event.record(stream) if stream is not None else event.record()
@@ -100,13 +105,15 @@ class Device:
             tensor.record_stream(torch.cuda.current_stream())
         return tensor
 
-    def host_wait(self, event) -> None:
+    def host_wait(self, event: Event) -> None:
         """Block the calling thread until ``event`` has passed, and count it."""
         self.host_waits += 1
         event.synchronize()
 
     @contextlib.contextmanager
-    def timed(self, recorder: Recorder, lane: str, name: str, nbytes: int = 0, stream=None):
+    def timed(
+        self, recorder: Recorder, lane: str, name: str, nbytes: int = 0, stream: Stream | None = None
+    ) -> Iterator[None]:
         """Record the body's device work as a span of ``lane`` (host time on cpu, event times on CUDA)."""
         if not self.is_cuda:
             with recorder.span(lane, name, nbytes):

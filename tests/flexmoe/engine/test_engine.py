@@ -50,14 +50,14 @@ def request(variant, row, max_tokens=GEN_LEN, **params):
 
 
 def is_clean(llm):
-    """Nobody waits or runs, and every page, tail, projection and promised place is given back."""
+    """Nobody waits or runs, and every page, tail, projection and reserved place is given back."""
     engine = llm.engine
     free = all(engine.cache.free(t) == engine.cache.total(t) for t in TIERS)
     none_projected = all(engine.scheduler.admission.projected_peak(t) == 0 for t in TIERS)
     counted = all(engine.scheduler.admission.free(t) == engine.cache.total(t) for t in TIERS)
-    none_promised = engine.scheduler.rows_waiting == engine.scheduler.admission.prefixes.promised == 0
+    none_reserved = engine.scheduler.rows_waiting == engine.scheduler.admission.prefixes.reserved_places == 0
     all_tails = engine.cache.free_tails == engine.cache.tails
-    return engine.unfinished == 0 and free and counted and none_projected and none_promised and all_tails
+    return engine.unfinished == 0 and free and counted and none_projected and none_reserved and all_tails
 
 
 def ids(output):
@@ -124,7 +124,7 @@ def test_a_restart_loses_no_token_and_counts_none_twice(make, tiny):
         if not engine.unfinished:
             break
         if sweep in (1, 3, 5, 9) and scheduler.running:
-            scheduler.send_back(scheduler.running[-1])
+            scheduler.preempt(scheduler.running[-1])
         outputs |= {int(out.request_id): ids(out) for out in engine.step()}
     for row in rows:
         assert_greedy(variant, row, outputs[row], variant.expected(row))
