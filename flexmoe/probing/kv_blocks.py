@@ -19,7 +19,7 @@ import torch
 from cost_model.memory.allocation import PAGE_TOKENS
 from flexmoe.kv.batch import Run
 from flexmoe.kv.cache import KVCache, KVShape, RowKV
-from flexmoe.kv.disk import DiskKV, DiskPlan
+from flexmoe.kv.disk import DiskIndex, DiskKV
 from flexmoe.probing.disk import DiskRates, file_bytes, probe_directory
 from flexmoe.probing.effort import Effort
 from flexmoe.system.device import Device
@@ -44,10 +44,10 @@ class KVBlockCosts:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A group of blocks as one row: the plan that writes all of them, and the plan that reads them."""
+    """A group of blocks as one row: the index that writes all of them, and the one that reads them."""
 
-    write: DiskPlan
-    read: DiskPlan
+    write: DiskIndex
+    read: DiskIndex
 
 
 class BlockBench:
@@ -83,8 +83,8 @@ class BlockBench:
         """Seconds and core-seconds of a block, read for about ``seconds``."""
         took_s, groups, begin_core_s = [], itertools.cycle(self._groups), time.process_time()
         while sum(took_s) < seconds or not took_s:
-            plan, begin_s = next(groups).read, time.perf_counter()
-            self._disk.read(0, plan, len(took_s) % 2)
+            index, begin_s = next(groups).read, time.perf_counter()
+            self._disk.read(0, index, len(took_s) % 2)
             took_s.append(time.perf_counter() - begin_s)
         core_s = time.process_time() - begin_core_s
         return statistics.median(took_s) / self._group, core_s / len(took_s) / self._group
@@ -119,7 +119,7 @@ class BlockBench:
             Run(RowKV("disk", ids, past, tail=0), [0] * count, AttentionMode.FETCH, 1)
             for past, count in ((0, tokens), (tokens, 1))
         )
-        return Rows(write=self._disk.plan([fills]), read=self._disk.plan([follows]))
+        return Rows(write=DiskIndex.of([fills], PAGE_TOKENS), read=DiskIndex.of([follows], PAGE_TOKENS))
 
 
 def kv_block_costs(
