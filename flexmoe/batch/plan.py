@@ -17,8 +17,7 @@ from flexmoe.errors import InfeasibleError
 from flexmoe.llm import RESIDENT
 from flexmoe.models.loader import Model, compute_dtype
 from flexmoe.planning.forecast import Forecaster
-from flexmoe.preflight.lengths import Lengths
-from flexmoe.preflight.workload import Measured
+from flexmoe.preflight.lengths import Lengths, Measured
 from flexmoe.system.device import Device
 from policies.policy import Policy, PolicyFile
 

@@ -10,12 +10,12 @@ from flexmoe.batch.options import RunOptions
 from flexmoe.batch.plan import plan_run
 from flexmoe.cli.report import EXIT_ROWS_FAILED, dry_run_lines, plan_lines, row_lines
 from flexmoe.inputs.options import open_requests
-from flexmoe.inputs.rows import Rows
+from flexmoe.inputs.request_file import Rows
 from flexmoe.job.job import warn_of_other_model
 from flexmoe.models.loader import Model
 from flexmoe.openai.response import creation_time_s
+from flexmoe.preflight.lengths import Measured
 from flexmoe.preflight.preflight import Preflight, preflight
-from flexmoe.preflight.workload import Measured
 from policies.common.command_line import say
 
 

@@ -11,7 +11,7 @@ from flexmoe.batch.options import RunOptions
 from flexmoe.batch.plan import RunPlan
 from flexmoe.engine.config import GIB, EnginePlan
 from flexmoe.engine.engine import Engine
-from flexmoe.inputs.rows import Rows
+from flexmoe.inputs.request_file import Rows
 from flexmoe.job.result import JobResult
 from flexmoe.preflight.preflight import Preflight
 from policies.policy import Policy

@@ -10,15 +10,15 @@ import os
 import stat
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
 from flexmoe.errors import DataError, InputMissingError, StorageError
 from flexmoe.inputs.custom_ids import CustomIds
-from flexmoe.inputs.lines import Line, lines
+from flexmoe.inputs.lines import INVALID_LINE, Line, RawRow, lines
 from flexmoe.inputs.parsers import JsonLines, Parser
-from flexmoe.inputs.raw_row import INVALID_LINE, RawRow
 from flexmoe.openai.batch_line import Request
 from flexmoe.openai.json_line import MAX_LINE_BYTES, InvalidLine
 from policies.common import file_io
@@ -237,3 +237,27 @@ def _open_regular(path: Path) -> IO[bytes]:
         raise InputMissingError(f"the input file {path} does not exist; check --input-file") from None
     except OSError as error:
         raise InputMissingError(f"the input file {path} cannot be read: {error.strerror}") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """A job's rows, numbered from 0.
+
+    Args:
+        requests: the file.
+        numbers: the number in the file of each row of the job.
+    """
+
+    requests: RequestFile
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, row: int) -> Request:
+        """Reads a row again; errors are those of `RequestFile`."""
+        return self.requests[self.numbers[row]]
+
+    def raw(self, row: int) -> RawRow:
+        """A row as it lies in the file."""
+        return self.requests.raw(self.numbers[row])

@@ -22,8 +22,7 @@ from typing import Any
 
 from flexmoe.errors import UsageError
 from flexmoe.inputs.options import InputOptions, open_requests
-from flexmoe.inputs.request_file import RequestFile
-from flexmoe.inputs.rows import Rows
+from flexmoe.inputs.request_file import RequestFile, Rows
 from flexmoe.job.identity import versions
 from flexmoe.job.manifest import Finished, Manifest
 from flexmoe.job.output_files import PathLike, publish, remove, resolve_outputs
@@ -32,11 +31,10 @@ from flexmoe.job.runner import Engine, RowStream, StreamOptions
 from flexmoe.job.shards import Shard
 from flexmoe.job.workspace import Workspace
 from flexmoe.openai.response import ResponseEncoder, creation_time_s
-from flexmoe.preflight.lengths import Lengths
+from flexmoe.preflight.lengths import Lengths, Measured
 from flexmoe.preflight.preflight import Preflight, preflight
 from flexmoe.preflight.prepare import Preparer
 from flexmoe.preflight.prepare_setup import PreparerSetup
-from flexmoe.preflight.workload import Measured
 from flexmoe.system.interrupts import Interrupts
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from flexmoe.errors import UsageError
-from flexmoe.openai.batch_line import Prompt, Request, RowError
+from flexmoe.openai.batch_line import Prompt, Request
+from flexmoe.openai.fields import RowError
 from flexmoe.openai.logprobs import Alignment, chat_logprobs, completion_logprobs
 from flexmoe.params import CompletionOutput, RequestOutput
 from flexmoe.text.tokenizer import Tokenizer

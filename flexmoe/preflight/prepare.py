@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from flexmoe.checkpoint.generation_config import SamplingDefaults
 from flexmoe.errors import DataError
-from flexmoe.openai.batch_line import Request, RowError
+from flexmoe.openai.batch_line import Request
+from flexmoe.openai.fields import RowError
 from flexmoe.params import EngineRequest, SamplingParams
 from flexmoe.preflight.served_model import ServedModel
 from flexmoe.text.chat_template import ENDLESS

@@ -9,10 +9,10 @@ from dataclasses import astuple
 from typing import Any
 
 from flexmoe.errors import DataError
+from flexmoe.inputs.lines import RawRow
 from flexmoe.inputs.parsers import Parser, parser_of
-from flexmoe.inputs.raw_row import RawRow
-from flexmoe.inputs.rows import Rows
-from flexmoe.openai.batch_line import RowError
+from flexmoe.inputs.request_file import Rows
+from flexmoe.openai.fields import RowError
 from flexmoe.preflight.lengths import RowLength
 from flexmoe.preflight.prepare import Preparer
 from flexmoe.preflight.prepare_setup import PreparerSetup

@@ -11,9 +11,8 @@ from flexmoe.errors import DataError, InputMissingError, StorageError
 from flexmoe.inputs import lines as lines_module
 from flexmoe.inputs import request_file
 from flexmoe.inputs.custom_ids import CustomIds
-from flexmoe.inputs.lines import lines
+from flexmoe.inputs.lines import RawRow, lines
 from flexmoe.inputs.parsers import parser_of
-from flexmoe.inputs.raw_row import RawRow
 from flexmoe.inputs.request_file import MOST_FAULTS_TOLD, RequestFile
 from flexmoe.openai.json_line import MAX_LINE_BYTES
 from policies.common import file_io
