@@ -64,7 +64,7 @@ class Rates:
     def seconds_left(self, left: Left) -> float | None:
         """Seconds that the rest takes at the rates of late; None while there is none to go by.
 
-        Prompts and completions go on side by side, so that the one that takes longer decides.
+        Prompts and completions advance side by side, so that the one that takes longer decides.
         """
         times = []
         for tokens, recent, whole in zip((left.prompt_tokens, left.generated_tokens), self.recent(), self.whole()):

@@ -114,6 +114,6 @@ class RawRow:
             return None
         request = parser.parse(data, self.number)
         if self.repeats is not None:
-            told = f"custom_id {show(request.custom_id)} is already the id of {parser.unit} {self.repeats}"
-            raise InvalidLine(f"{told}; make every custom_id unique", param="custom_id")
+            message = f"custom_id {show(request.custom_id)} is already the id of {parser.unit} {self.repeats}"
+            raise InvalidLine(f"{message}; make every custom_id unique", param="custom_id")
         return request

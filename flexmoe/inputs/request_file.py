@@ -25,8 +25,8 @@ from policies.common import file_io
 
 OnInvalid = Literal["fail", "record"]
 
-#: Faults that are told at once; a file with more is probably no requests file at all.
-MOST_FAULTS_TOLD = 10
+#: Faults that are listed at once; a file with more is probably no requests file at all.
+MOST_FAULTS_LISTED = 10
 #: One job asks for one model, as a rule; a file with a name for every row is not worth its memory.
 MOST_MODELS_KEPT, MOST_MODEL_CHARACTERS = 20, 1000
 _TOO_LONG = -1
@@ -185,14 +185,14 @@ class RequestFile:
 
     def _refuse(self, faults: Iterable[str | None]) -> None:
         """Goes through all faults, None for none, and fails the job with the first of them."""
-        told: list[str] = []
+        listed: list[str] = []
         for fault in faults:
-            told += [f"{self.name}: {fault}"] if fault is not None else []
-            if len(told) == MOST_FAULTS_TOLD:
-                told.append("and perhaps more")
+            listed += [f"{self.name}: {fault}"] if fault is not None else []
+            if len(listed) == MOST_FAULTS_LISTED:
+                listed.append("and perhaps more")
                 break
-        if told:
-            raise DataError("\n".join((*told, "(--on-invalid record makes error rows of them)")))
+        if listed:
+            raise DataError("\n".join((*listed, "(--on-invalid record makes error rows of them)")))
 
     def _data(self, row: int) -> bytes | None:
         """The bytes of a row; None when it is too long.

@@ -262,7 +262,7 @@ class RowStream:
         """On the way out of a failure: it spares the tokens since the last checkpoint, where that can be done."""
         try:
             self.checkpoint(engine)
-        except Exception as error:  # noqa: BLE001 - the failure that led here is the one to tell
+        except Exception as error:  # noqa: BLE001 - the failure that led here is the one to report
             log.warning("what the rows in flight have generated could not be kept: %s", error)
 
 

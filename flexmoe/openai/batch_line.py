@@ -1,6 +1,6 @@
 """One line of a requests file to one `Request`: OpenAI Batch lines and plain rows, strictly read.
 
-Two kinds of fault are told apart. **Structural**: the line cannot be understood as a request at all. It is not JSON or
+There are two kinds of fault. **Structural**: the line cannot be understood as a request at all. It is not JSON or
 not UTF-8, holds NaN, a key twice, or is too deep or too long; its method or url is another; its prompt or messages are
 missing; a field has the wrong type; its `custom_id` is invalid or used twice. Such a line raises `InvalidLine`, so that
 the job fails before it starts (or, where the user wants that, it becomes an error row). **Per row**: the line is
@@ -208,8 +208,8 @@ def read_messages(messages: Any) -> tuple[tuple[Message, ...], list[RowError]]:
             )
         role = ALIASES.get(message["role"], message["role"])
         if role not in ROLES:
-            told = f"{name}.role = {show(role)} is not supported; use one of {', '.join((*ROLES, *ALIASES))}"
-            errors.append(RowError.unsupported(f"{name}.role", told))
+            problem = f"{name}.role = {show(role)} is not supported; use one of {', '.join((*ROLES, *ALIASES))}"
+            errors.append(RowError.unsupported(f"{name}.role", problem))
         extra = [key for key, value in message.items() if key not in ("role", "content") and value not in (None, [])]
         errors += [RowError.unsupported(f"{name}.{key}", f"{name}.{key} is not supported; remove it") for key in extra]
         text, error = _content(message.get("content"), f"{name}.content", optional=bool(extra))
@@ -229,8 +229,8 @@ def _content(content: Any, name: str, *, optional: bool) -> tuple[str, RowError 
     texts = []
     for part in content:
         if part.get("type") != "text":
-            told = f"{name} has a part of type {show(part.get('type'))}; only text is supported"
-            return "", RowError.unsupported(name, told)
+            problem = f"{name} has a part of type {show(part.get('type'))}; only text is supported"
+            return "", RowError.unsupported(name, problem)
         if not isinstance(part.get("text"), str):
             raise InvalidLine(f"{name} has a text part without text; give its text as a string", param=name)
         texts.append(part["text"])

@@ -206,8 +206,8 @@ def _logprobs(body: Mapping[str, Any], kind: Kind, errors: list[RowError]) -> in
         return None if body.get("logprobs") is False else _integer(body, "logprobs")
     wanted, top = _flag(body, "logprobs"), _integer(body, "top_logprobs")
     if top is not None and not 0 <= top <= MAX_LOGPROBS:
-        told = f"top_logprobs is {show(top)}; give a whole number from 0 to {MAX_LOGPROBS}"
-        errors.append(RowError.invalid("top_logprobs", told))
+        message = f"top_logprobs is {show(top)}; give a whole number from 0 to {MAX_LOGPROBS}"
+        errors.append(RowError.invalid("top_logprobs", message))
         return None
     if top and not wanted:
         errors.append(RowError.invalid("top_logprobs", "top_logprobs needs logprobs to be true; add it"))
@@ -237,8 +237,8 @@ def _logit_bias(body: Mapping[str, Any], errors: list[RowError]) -> dict[int, fl
     bias: dict[int, float] = {}
     for key, value in given.items():
         if not _INTEGER_TEXT.fullmatch(key) or not isinstance(value, (int, float)) or isinstance(value, bool):
-            told = f"logit_bias holds {show({key: value})}; its keys are token ids and its values numbers"
-            raise InvalidLine(told, param="logit_bias")
+            message = f"logit_bias holds {show({key: value})}; its keys are token ids and its values numbers"
+            raise InvalidLine(message, param="logit_bias")
         if int(key) in bias:
             errors.append(RowError.invalid("logit_bias", f"logit_bias names the token {int(key)} twice; keep one"))
         bias[int(key)] = value

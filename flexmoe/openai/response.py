@@ -63,8 +63,8 @@ class ResponseEncoder:
         key = self._key(request)
         if status is None:
             return _line(key, request, None, {"code": error.code, "message": error.message})
-        told = {"message": error.message, "type": "invalid_request_error", "param": error.param, "code": error.code}
-        return _line(key, request, {"status_code": status, "request_id": f"req_{key}", "body": {"error": told}}, None)
+        body = {"message": error.message, "type": "invalid_request_error", "param": error.param, "code": error.code}
+        return _line(key, request, {"status_code": status, "request_id": f"req_{key}", "body": {"error": body}}, None)
 
     def _choices(self, request: Request, results: Sequence[RequestOutput]) -> list[dict[str, Any]]:
         """All completions of the first prompt, then those of the second, and so on, as OpenAI numbers them."""

@@ -177,10 +177,10 @@ class Preparer:
     def _refused_params(self, params: SamplingParams, request: Request, prompts: int) -> RowError | None:
         vocab, context = self.limits.vocab_size, self.limits.context
         if prompts * params.n > MAX_CHOICES:
-            told = (
+            message = (
                 f"{prompts} prompts with n = {params.n} make {prompts * params.n} choices; at most {MAX_CHOICES} may be"
             )
-            return RowError.invalid("n", f"{told} in one row: divide it")
+            return RowError.invalid("n", f"{message} in one row: divide it")
         if params.stop and not self.tokenizer.is_available:
             return RowError.invalid(
                 "stop", "stop strings need the model's tokenizer, and there is none; use stop_token_ids"
@@ -204,12 +204,12 @@ class Preparer:
         if not ids:
             return _invalid_prompt(request, "the prompt has no tokens; give one that is not empty")
         if max(ids) >= self.limits.vocab_size:
-            told = f"token {max(ids)} of the prompt is outside the vocabulary of {self.limits.vocab_size}"
-            return _invalid_prompt(request, told)
+            message = f"token {max(ids)} of the prompt is outside the vocabulary of {self.limits.vocab_size}"
+            return _invalid_prompt(request, message)
         room = self.limits.context - len(ids)
         if room < (0 if params.max_tokens == 0 else 1):
-            told = self._too_long(str(len(ids)))
-            return RowError(code="context_length_exceeded", message=told, param=_prompt_field(request))
+            message = self._too_long(str(len(ids)))
+            return RowError(code="context_length_exceeded", message=message, param=_prompt_field(request))
         return None
 
     def _too_long(self, tokens: str) -> str:

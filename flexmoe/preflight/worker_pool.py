@@ -89,7 +89,7 @@ class _Worker:
         return self.process.wait()
 
     def _send(self, message: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it is dead, and reading from it will tell
+        with contextlib.suppress(BrokenPipeError):  # it is dead, and the next read from it shows that
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
 

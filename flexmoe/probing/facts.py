@@ -121,7 +121,7 @@ class Others:
         self._before = self._now()
 
     def sentence(self) -> str:
-        """What to say of it, also as a warning; empty when the machine was idle or it cannot be told."""
+        """A sentence about it, also logged as a warning; empty when the machine was idle or that cannot be known."""
         before, now = self._before, self._now()
         if before is None or now is None:
             return ""

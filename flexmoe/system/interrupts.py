@@ -20,7 +20,7 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGHUP: 75}
 
 
 class Interrupted(FlexMoEError):
-    """The job stopped because it was asked to; the same command goes on with it.
+    """The job stopped because it was asked to; the same command resumes it.
 
     Args:
         signal_number: who asked, one of `EXIT_CODES`.
@@ -28,7 +28,7 @@ class Interrupted(FlexMoEError):
     """
 
     def __init__(self, signal_number: int, done: str) -> None:
-        super().__init__(f"interrupted: {done}; the same command goes on from here")
+        super().__init__(f"interrupted: {done}; the same command resumes it")
         self.exit_code = EXIT_CODES[signal.Signals(signal_number)]
 
 
