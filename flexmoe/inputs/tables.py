@@ -111,7 +111,7 @@ def _line(names: list[str], values: tuple[Any, ...]) -> bytes:
 
 def _values(column: Any) -> list[Any]:
     try:
-        return column.to_pylist()
+        return list(column.to_pylist())
     except UnicodeDecodeError:  # Parquet promises UTF-8 and nobody checks
         return [_value(item) for item in column]
 

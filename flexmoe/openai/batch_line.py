@@ -85,7 +85,7 @@ def request_of(line: Any, line_number: int) -> Request:
     """
     if not isinstance(line, dict):
         raise InvalidLine(f"the line holds {show(line)}; write one JSON object per line")
-    custom_id = _custom_id(line, line_number)
+    custom_id = read_custom_id(line, line_number)
     try:
         return _request(line, line_number, custom_id)
     except InvalidLine as error:
@@ -93,7 +93,12 @@ def request_of(line: Any, line_number: int) -> Request:
         raise
 
 
-def _custom_id(line: dict[str, Any], line_number: int) -> str:
+def read_custom_id(line: Mapping[str, Any], line_number: int) -> str:
+    """The id that a line gives itself, or the one that its number gives it.
+
+    Raises:
+        InvalidLine: its id is no text, or too long.
+    """
     custom_id = line.get("custom_id")
     if custom_id is None:
         return f"row-{line_number}"
@@ -115,7 +120,8 @@ def _request(line: dict[str, Any], line_number: int, custom_id: str) -> Request:
     ]
     fields: Fields = read_fields(body, kind)
     errors += fields.errors
-    messages, prompts = None, ()
+    messages: tuple[Message, ...] | None = None
+    prompts: tuple[Prompt, ...] = ()
     if kind == "chat":
         messages, refused = read_messages(body["messages"])
         errors += refused
@@ -206,7 +212,8 @@ def read_messages(messages: Any) -> tuple[tuple[Message, ...], list[RowError]]:
             raise InvalidLine(
                 f'{name} is {show(message)}; give an object like {{"role": "user", "content": "…"}}', param=name
             )
-        role = ALIASES.get(message["role"], message["role"])
+        given: str = message["role"]
+        role = ALIASES.get(given, given)
         if role not in ROLES:
             problem = f"{name}.role = {show(role)} is not supported; use one of {', '.join((*ROLES, *ALIASES))}"
             errors.append(RowError.unsupported(f"{name}.role", problem))

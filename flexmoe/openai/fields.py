@@ -101,7 +101,8 @@ def read_fields(body: Mapping[str, Any], kind: Kind) -> Fields:
         InvalidLine: a field has the wrong type.
     """
     errors = _unsupported(body)
-    sampling = {name: _number(body, name) for name in NUMBERS} | {name: _integer(body, name) for name in INTEGERS}
+    sampling: dict[str, Any] = {name: _number(body, name) for name in NUMBERS}
+    sampling |= {name: _integer(body, name) for name in INTEGERS}
     sampling |= {"stop": _stop(body), "stop_token_ids": _stop_token_ids(body), "logit_bias": _logit_bias(body, errors)}
     sampling |= {"max_tokens": _limit(body, errors), "logprobs": _logprobs(body, kind, errors)}
     sampling |= {name: _flag(body, name) or None for name in ("ignore_eos", "echo")}

@@ -94,15 +94,15 @@ def _offsets(tokenizer: Tokenizer, token_ids: Sequence[int], start: int, text: s
     offsets, characters, visible = [], 0, []
     for token in token_ids:
         shown = tokenizer.token_text(token)
-        readable = shown.visible and bool(shown.bytes)
-        if readable and decoder.getstate()[0] and not _continues(shown.bytes):
+        piece_bytes = shown.bytes if shown.visible and shown.bytes else b""
+        if piece_bytes and decoder.getstate()[0] and not _continues(piece_bytes):
             # The character that was begun is none: its place is that of the tokens before.
             piece = decoder.decode(b"", final=True)
             visible.append(piece)
             characters += len(piece)
         offsets.append(characters)
-        if readable:
-            piece = decoder.decode(shown.bytes)
+        if piece_bytes:
+            piece = decoder.decode(piece_bytes)
             visible.append(piece)
             characters += len(piece)
     joined = "".join(visible)

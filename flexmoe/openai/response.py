@@ -68,7 +68,7 @@ class ResponseEncoder:
 
     def _choices(self, request: Request, results: Sequence[RequestOutput]) -> list[dict[str, Any]]:
         """All completions of the first prompt, then those of the second, and so on, as OpenAI numbers them."""
-        choices = []
+        choices: list[dict[str, Any]] = []
         for number, result in enumerate(results):
             prompt = request.prompts[number] if request.echo and request.prompts else None
             for output in result.outputs:
@@ -81,7 +81,7 @@ class ResponseEncoder:
         text = self._text(output)
         if request.kind == "chat":
             message = {"role": "assistant", "content": text, "refusal": None}
-            choice = {"message": message, "logprobs": chat_logprobs(self._tokenizer, output)}
+            choice: dict[str, Any] = {"message": message, "logprobs": chat_logprobs(self._tokenizer, output)}
         else:
             before = self._prompt_text(prompt, result) if request.echo else ""
             scored = result if request.echo else None

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from flexmoe.params import EngineRequest
-from policies.policy import Workload
+from policies.workload import Workload
 
 #: Most different pairs of lengths that are kept apart.
 _MOST_LENGTHS = 4096
@@ -116,7 +116,8 @@ class RowLength:
             context: most tokens of a prompt and its completion.
         """
         prompts = [len(part.prompt_token_ids) for part in parts]
-        ends = [min(length + part.params.max_tokens, context) for length, part in zip(prompts, parts)]
+        limits = [context if part.params.max_tokens is None else part.params.max_tokens for part in parts]
+        ends = [min(length + limit, context) for length, limit in zip(prompts, limits, strict=True)]
         return cls(
             prompts=len(parts),
             samples=sum(part.params.n for part in parts),

@@ -32,7 +32,7 @@ WORKER = "flexmoe.preflight.worker"
 def look(preparer: Preparer, parser: Parser, chunk: Chunk) -> Iterator[Found]:
     """The size of each row of a chunk, or why it cannot run."""
     context = preparer.limits.context
-    requests = [(row, raw.parse(parser)) for row, raw in chunk]
+    requests = [(row, request) for row, raw in chunk if (request := raw.parse(parser)) is not None]
     for (row, _), result in zip(requests, preparer.prepare_each(requests), strict=True):
         yield row, result if isinstance(result, RowError) else RowLength.of(result, context)
 
