@@ -250,11 +250,10 @@ def _checked_order(order: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...
         raise UsageError(
             f"expert_order is {order!r:.80}; it must list, for each layer, the numbers of its expert units."
         )
-    return _known_order.__wrapped__(tuple(map(tuple, layers)))
+    return _whole_order(tuple(map(tuple, layers)))
 
 
-@lru_cache(maxsize=16)
-def _known_order(order: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+def _whole_order(order: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
     for layer, numbers in enumerate(order):
         whole = all(type(number) is int for number in numbers)
         if not whole or not numbers or sorted(numbers) != list(range(len(numbers))):
@@ -265,6 +264,10 @@ def _known_order(order: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], .
     if not order:
         raise UsageError("expert_order names no layer; leave it out, or give the expert units of each layer.")
     return order
+
+
+#: The search makes many policies of one order, which is checked once; what is not hashable is checked each time.
+_known_order = lru_cache(maxsize=16)(_whole_order)
 
 
 _SECTIONS = ("model", "hardware", "workload", "predicted")
