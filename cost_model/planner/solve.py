@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cost_model.hardware.hardware import Hardware
+from cost_model.memory.allocation import Sizes
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import group_on
 from cost_model.planner.constraints import Fixed
 from cost_model.timing.evaluate import Prediction, predict
 from policies.common.checks import check_number
+from policies.placement import TIERS
 from policies.policy import Policy
 from policies.workload import Workload
 
 if TYPE_CHECKING:
     from cost_model.planner.lp_model import Price
-    from cost_model.planner.search import Optimum
     from cost_model.planner.what_if import Advice
     from cost_model.routing.expert_usage import ExpertUsage
     from cost_model.timing.problem import Problem
 
-#: Each one asks for what the one before placed, and that settles at once but for the smallest of caches.
+#: Each one asks for what the one before placed; one or two are enough but for the smallest of caches.
 _MOST_ROUNDINGS = 8
 
 
@@ -48,7 +49,7 @@ class Explanation:
     evaluations: int
     seconds: float = field(compare=False)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """The explanation as JSON values."""
         return asdict(self)
 
@@ -97,8 +98,7 @@ def solve(
     # The programme's library is loaded only where a plan is made.
     from cost_model.planner.infeasible import refusal, smallest_policies
     from cost_model.planner.search import optimum
-    from cost_model.planner.spared_disk import spare_the_disk
-    from cost_model.planner.what_if import advise
+    from cost_model.planner.what_if import Hints, advise
     from cost_model.timing.problem import Problem
 
     start = time.perf_counter()
@@ -107,49 +107,56 @@ def solve(
         fixed = replace(fixed, schedule=schedule)
     group = group_on(hardware, arch)
     arch = arch.grouped(group)
-    about = {"number_bytes": number_bytes, "kv_tokens": kv_tokens, "usage": usage, "on_demand": on_demand}
-    problem = Problem.of(arch, hardware, workload, **about)
+    problem = Problem.of(
+        arch, hardware, workload, number_bytes=number_bytes, usage=usage, kv_tokens=kv_tokens, on_demand=on_demand
+    )
     if usage is not None:
         fixed = replace(fixed, expert_order=usage.unit_order(arch))
     smallest = smallest_policies(problem, fixed)
     if not smallest:
         raise refusal(problem, fixed)
     found = optimum(problem, fixed, smallest, check_number("effort", effort))
-    policy = replace(achieved(problem, spare_the_disk(problem, fixed, found.policy)), experts_per_unit=group)
+    policy = replace(achieved(problem, found.policy), experts_per_unit=group)
     prediction = predict(problem, policy)
     found = replace(found, policy=policy)
-    hints = advise(problem, fixed, found, prediction.bottleneck) if advice else ((), 0, 0)
-    return Plan(policy=policy, prediction=prediction, explanation=_explanation(found, prediction, hints, start))
-
-
-def _explanation(found: Optimum, prediction: Prediction, hints: tuple, start: float) -> Explanation:
-    advice, programmes, evaluations = hints
-    return Explanation(
+    hints = advise(problem, fixed, found, prediction.bottleneck) if advice else Hints()
+    explanation = Explanation(
         bottleneck=prediction.bottleneck,
         prices=found.prices,
         lp_tokens_per_s=found.lp_tokens_per_s,
-        advice=advice,
-        programmes=found.programmes + programmes,
-        evaluations=found.evaluations + evaluations,
+        advice=hints.advice,
+        programmes=found.programmes + hints.programmes,
+        evaluations=found.evaluations + hints.evaluations,
         seconds=time.perf_counter() - start,
     )
+    return Plan(policy=policy, prediction=prediction, explanation=explanation)
 
 
 def achieved(problem: Problem, policy: Policy) -> Policy:
     """The policy with the shares that its placement achieves; placing these again gives the same placement."""
     for _ in range(_MOST_ROUNDINGS):
         counts = problem.sizes(policy)
-        weights = counts.placement.achieved_percent
-        cache = _percents(list(counts.kv_blocks.values()))
-        act = _percents([counts.activation_tiers.count(tier) for tier in counts.kv_blocks])
-        shares = dict(zip(("w_gpu_percent", "w_cpu_percent"), weights))
-        shares |= dict(zip(("cache_gpu_percent", "cache_cpu_percent"), cache))
-        shares |= dict(zip(("act_gpu_percent", "act_cpu_percent"), act))
-        placed = replace(policy, **shares)
+        placed = with_achieved_shares(policy, counts)
         if placed == policy or problem.sizes(placed) == counts:
             return placed
         policy = placed  # the capacity grew for the longest row; what it grew to is asked for now
     return policy
+
+
+def with_achieved_shares(policy: Policy, counts: Sizes) -> Policy:
+    """The policy with the shares that its counts amount to: whole units, KV blocks and GPU batches."""
+    w_gpu, w_cpu, _ = counts.placement.achieved_percent
+    cache_gpu, cache_cpu = _percents([counts.kv_blocks[tier] for tier in TIERS])
+    act_gpu, act_cpu = _percents([counts.activation_tiers.count(tier) for tier in TIERS])
+    return replace(
+        policy,
+        w_gpu_percent=w_gpu,
+        w_cpu_percent=w_cpu,
+        cache_gpu_percent=cache_gpu,
+        cache_cpu_percent=cache_cpu,
+        act_gpu_percent=act_gpu,
+        act_cpu_percent=act_cpu,
+    )
 
 
 def _percents(counts: list[int]) -> tuple[float, float]:
