@@ -37,7 +37,7 @@ class Explanation:
             1 % fewer seconds of a lane, would give.
         lp_tokens_per_s: the largest optimum of a linear programme, in which units, rows and batches are cut at will.
         advice: what would help most, solved again; empty unless it was asked for.
-        programmes, evaluations: linear programmes that were solved, policies that were judged, advice included.
+        programmes, evaluations: linear programmes that were solved, policies that were evaluated, advice included.
         seconds: that planning took.
     """
 
@@ -88,20 +88,15 @@ def solve(
             are alike.
         on_demand: sweeps of few rows move only the experts that were routed to.
         advice: find out, too, what would help most.
-        effort: how long to search, by judgements and not by the clock; less is quicker and may find a little less.
+        effort: how long to search, by evaluations and not by the clock; less is quicker and may find a little less.
 
     Raises:
         InfeasibleError: nothing fits; the sentence names the limit, and how much of each capacity alone would do.
             Or the usage is of another model.
         UsageError: what is fixed contradicts itself.
     """
-    # The programme's library is loaded only where a plan is made.
-    from cost_model.planner.infeasible import refusal, smallest_policies
-    from cost_model.planner.search import optimum
-    from cost_model.planner.what_if import Hints, advise
-    from cost_model.timing.problem import Problem
+    from cost_model.timing.problem import Problem  # with numpy, which help and flags do not need
 
-    start = time.perf_counter()
     fixed = fixed or Fixed()
     if schedule is not None:
         fixed = replace(fixed, schedule=schedule)
@@ -112,11 +107,21 @@ def solve(
     )
     if usage is not None:
         fixed = replace(fixed, expert_order=usage.unit_order(arch))
+    return _plan(problem, fixed, group, advice=advice, effort=check_number("effort", effort))
+
+
+def _plan(problem: Problem, fixed: Fixed, experts_per_unit: int | None, *, advice: bool, effort: float) -> Plan:
+    # The programme's library is loaded only where a plan is made.
+    from cost_model.planner.infeasible import refusal, smallest_policies
+    from cost_model.planner.search import optimum
+    from cost_model.planner.what_if import Hints, advise
+
+    start = time.perf_counter()
     smallest = smallest_policies(problem, fixed)
     if not smallest:
         raise refusal(problem, fixed)
-    found = optimum(problem, fixed, smallest, check_number("effort", effort))
-    policy = replace(achieved(problem, found.policy), experts_per_unit=group)
+    found = optimum(problem, fixed, smallest, effort)
+    policy = replace(achieved(problem, found.policy), experts_per_unit=experts_per_unit)
     prediction = predict(problem, policy)
     found = replace(found, policy=policy)
     hints = advise(problem, fixed, found, prediction.bottleneck) if advice else Hints()
