@@ -3,8 +3,12 @@
     python -m scripts.check_optimal [--machines 200] [--candidates 5000] [--jobs 2] [--seed 0] [--output benchmarks/optimal]
 
 Every rival is judged by the same `evaluate`. Exit code 1 if any beats the planned policy by more than 2 %, or fits where
-the planner says that nothing does; 75 if `--minutes` were over first: the same command goes on where it stopped, as
+the planner says that nothing does; 75 if `--minutes` were over first: the same command resumes where it stopped, as
 long as the code is the same.
+
+    python -m scripts.check_optimal --ablate [--machines 200] [--step 1] [--seed 0] [--output benchmarks/optimal]
+
+plans instead with parts of the search left out, and records what each part is worth.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from pathlib import Path
 
 from cost_model import solve
 from policies.common.errors import InfeasibleError
+from scripts.optimality import ablation
 from scripts.optimality.random_machines import random_problem
 from scripts.optimality.rivals import Rivals
 
@@ -153,9 +158,9 @@ def _line(result: Result) -> str:
 
 
 def write(path: Path, results: list[Result], about: dict) -> None:
-    """The record: all results as JSON, and a table beside it."""
+    """The record: all results as JSON, and a table beside it. What ablations have recorded there stays."""
     document = {"kind": KIND, **about, "summary": summary(results), "results": [asdict(each) for each in results]}
-    path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    document |= {name: value for name, value in ablation.document(path).items() if name.startswith("ablation")}
     head = "| seed | problem | planned tok/s | best rival | ratio | by | LP optimum | LPs | s | processor s |\n|---|---|---|---|---|---|---|---|---|---|\n"
     rows = "".join(
         f"| {r.seed} | {r.problem} | {r.planned:.2f} | {r.best:.2f} | {r.ratio:.4f} | {r.by} | {r.lp:.2f} | "
@@ -163,18 +168,17 @@ def write(path: Path, results: list[Result], about: dict) -> None:
         for r in results
     )
     lines = "".join(f"- {line}\n" for line in summary(results))
+    _, heading, sections = ablation.text(path).partition("\n## ")
+    path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
     path.with_suffix(".md").write_text(
-        f"# The planned policy and its rivals\n\n`{about['command']}`\n\n{lines}\n{head}{rows}"
+        f"# The planned policy and its rivals\n\n`{about['command']}`\n\n{lines}\n{head}{rows}{heading}{sections}"
     )
 
 
 def earlier(path: Path, about: dict) -> list[Result]:
     """Results of a record that the same command began with the same code; else none."""
-    try:
-        document = json.loads(path.with_suffix(".json").read_text())
-    except FileNotFoundError:
-        return []
-    same = document["kind"] == KIND and all(document.get(name) == value for name, value in about.items())
+    document = ablation.document(path)
+    same = document.get("kind") == KIND and all(document.get(name) == value for name, value in about.items())
     return [Result(**each) for each in document["results"]] if same else []
 
 
@@ -199,7 +203,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first machine (0)")
     parser.add_argument("--output", type=Path, help="path of the record without suffix; none is written without it")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no machine later (no limit)")
+    parser.add_argument("--ablate", action="store_true", help="plan with parts of the search left out")
+    parser.add_argument("--step", type=int, default=1, help="with --ablate, from one seed to the next (1)")
     args = parser.parse_args(argv)
+    return _ablate(args) if args.ablate else _check(args)
+
+
+def _ablate(args: argparse.Namespace) -> int:
+    found, last = [], time.monotonic() + 60 * args.minutes
+    for machine in ablation.machines(args.machines, args.seed, args.step):
+        found.append(machine)
+        losses = ", ".join(f"{name} {machine.loss(name):.2%}" for name in machine.outcomes)
+        print(f"{machine.seed:5d}  {losses}", flush=True)
+        if args.output:
+            options = f"--machines {len(found)} --seed {args.seed} --step {args.step}"
+            ablation.write(args.output, found, f"python -m scripts.check_optimal --ablate {options}")
+        if time.monotonic() > last:
+            break
+    print(*ablation.table(found), sep="\n")
+    return 0 if len(found) == args.machines else INTERRUPTED
+
+
+def _check(args: argparse.Namespace) -> int:
     command = (
         f"python -m scripts.check_optimal --machines {args.machines} --candidates {args.candidates} --seed {args.seed}"
     )

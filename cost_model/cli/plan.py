@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cost_model.cli.arguments import DEFAULT_MACHINE, DEFAULT_PROMPT_LEN, DTYPE_BYTES, SHARES, check, parser
 from cost_model.cli.report import Report
@@ -82,7 +82,7 @@ def _trace(report: Report, path: Path) -> None:
 
 
 def _simulate(
-    arch: ModelArch, hardware: Hardware, job: Workload, policy: Policy, dtype_bytes: int, **options
+    arch: ModelArch, hardware: Hardware, job: Workload, policy: Policy, dtype_bytes: int, **options: Any
 ) -> Simulation:
     from cost_model.simulation.simulate import simulate  # with numpy, which help and flags do not need
 
@@ -147,7 +147,7 @@ def _report(
     hardware: Hardware,
     workload: Workload,
     usage: ExpertUsage | None,
-    **about,
+    **about: Any,
 ) -> Report:
     b = DTYPE_BYTES.get(args.dtype, arch.dtype_bytes)
     if args.percent or args.policy:
@@ -171,7 +171,7 @@ def _report(
     )
 
 
-def _plan(args: argparse.Namespace, arch: ModelArch, hardware: Hardware, workload: Workload, **about) -> Plan:
+def _plan(args: argparse.Namespace, arch: ModelArch, hardware: Hardware, workload: Workload, **about: Any) -> Plan:
     try:
         return solve(arch, hardware, workload, fixed=_fixed(args), advice=True, **about)
     except InfeasibleError as error:  # it speaks of what may be used

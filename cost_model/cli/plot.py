@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cost_model.cli.block_size_curve import Point, curve, wall
 from cost_model.cli.report import Report
@@ -12,6 +13,9 @@ from cost_model.timing.evaluate import Prediction
 from policies.common.errors import StorageError, UsageError
 from policies.common.memory_units import GIB
 from policies.policy import Policy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _SMALL_SHARE = 0.03
@@ -57,7 +61,7 @@ def draw(report: Report, predict: Callable[[Policy], Prediction], path: Path) ->
         raise StorageError(f"the plot could not be written to {path}: {error.strerror or error}.") from error
 
 
-def _memory(axes, report: Report) -> None:
+def _memory(axes: Axes, report: Report) -> None:
     """A stack per tier, as parts of its limit: tiers differ by two orders of magnitude."""
     parts = report.prediction.memory.parts
     limits = {name: limit for name, limit in report.prediction.budgets.items() if limit is not None}
@@ -86,7 +90,7 @@ def _memory(axes, report: Report) -> None:
     axes.legend(fontsize=8, ncols=3, loc="upper center")
 
 
-def _rows(axes, points: list[Point], policy: Policy, most: int | None) -> None:
+def _rows(axes: Axes, points: list[Point], policy: Policy, most: int | None) -> None:
     inside, beyond = _split(points)
     axes.plot([p.rows for p in inside], [p.prediction.tokens_per_s for p in inside], color="C0", label="fits")
     if beyond:
@@ -110,7 +114,7 @@ def _rows(axes, points: list[Point], policy: Policy, most: int | None) -> None:
     axes.legend(fontsize=8, loc="upper left")
 
 
-def _latency(axes, points: list[Point], policy: Policy) -> None:
+def _latency(axes: Axes, points: list[Point], policy: Policy) -> None:
     inside, beyond = _split(points)
     for part, style, label in ((inside, "-", "fits"), (beyond, "--", "does not fit")):
         if part:
@@ -128,7 +132,7 @@ def _latency(axes, points: list[Point], policy: Policy) -> None:
     axes.legend(fontsize=8, loc="best")
 
 
-def _chosen(axes, x: float, points: list[Point], policy: Policy) -> None:
+def _chosen(axes: Axes, x: float, points: list[Point], policy: Policy) -> None:
     rate = next(p for p in points if p.rows == policy.block_size).prediction.tokens_per_s
     axes.plot(
         [x], [rate], "o", color="C1", zorder=5, label=f"this policy, {policy.block_size} rows, {rate:.3g} tokens/s"

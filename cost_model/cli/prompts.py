@@ -122,7 +122,7 @@ class _Reader:
         return -(-len(text.encode("utf-8")) // BYTES_PER_TOKEN)
 
 
-def _prompts_of(body: dict) -> Iterable[Any]:
+def _prompts_of(body: dict[str, Any]) -> Iterable[Any]:
     """Its prompts: each a number of tokens, a text, a list of token ids, or a list of messages."""
     if "prompt_tokens" in body:
         return (_count("prompt_tokens", body["prompt_tokens"]),)
@@ -138,7 +138,7 @@ def _prompts_of(body: dict) -> Iterable[Any]:
     raise ValueError("its prompt is neither text nor token ids, nor a list of such")
 
 
-def _content(message: dict) -> str:
+def _content(message: dict[str, Any]) -> str:
     content = message.get("content")
     if isinstance(content, list):
         content = "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
+from cost_model.planner.solve import with_achieved_shares
 from cost_model.timing.evaluate import Prediction
 from cost_model.timing.job_phases import mode_shares
 from cost_model.timing.sweep_load import MODES
@@ -86,19 +86,14 @@ class Report:
         pages, tiers = sum(allocation.kv_pages.values()), allocation.activation_tiers
         return {
             "weights": allocation.placement.achieved_percent,
-            "KV cache": tuple(100.0 * allocation.kv_pages[tier] / pages for tier in TIERS),
-            "activations": tuple(100.0 * tiers.count(tier) / len(tiers) for tier in TIERS),
+            "KV cache": _by_tier(lambda tier: 100.0 * allocation.kv_pages[tier] / pages),
+            "activations": _by_tier(lambda tier: 100.0 * tiers.count(tier) / len(tiers)),
         }
 
     def policy_file(self) -> PolicyFile:
         """The file that carries the policy, with achieved percents."""
-        shares = self.achieved()
-        fields = {}
-        for field, what in (("w", "weights"), ("cache", "KV cache"), ("act", "activations")):
-            gpu, cpu, _ = shares[what]
-            fields |= {f"{field}_gpu_percent": gpu, f"{field}_cpu_percent": cpu}
         return PolicyFile(
-            policy=replace(self.policy, **fields),
+            policy=with_achieved_shares(self.policy, self.prediction.allocation),
             model=self.arch.fingerprint(),
             hardware=self.hardware.fingerprint(),
             workload=self.workload.to_json(),
@@ -218,6 +213,11 @@ class Report:
         return _BOUND.get(name, f"bound by {name}")
 
 
+def _by_tier(share: Callable[[str], float]) -> tuple[float, float, float]:
+    gpu, cpu, disk = map(share, TIERS)
+    return gpu, cpu, disk
+
+
 def _memory(prediction: Prediction) -> list[str]:
     parts, rows = prediction.memory.parts, []
     for tier, items in parts.items():
@@ -250,7 +250,7 @@ def bar(share: float, width: int = _BAR) -> str:
 
 
 def _section(name: str, lines: Iterable[str]) -> list[str]:
-    """The lines beside the name of what they tell; a long one goes on in the next line."""
+    """The lines beside the name of their section; a long one is wrapped."""
     wrapped = [part for line in lines for part in _wrapped(line)]
     return [f"{name if index == 0 else '':<{_MARGIN}}{line}" for index, line in enumerate(wrapped)]
 

@@ -22,10 +22,12 @@ _NEAR = (0.25, 0.5, 2, 4)
 #: Block sizes of a finite job: all rows at once, half of them, and so on; and how far one may grow in its programme.
 _HALVINGS = (0, 1, 2, 3, 5, 7)
 _BRACKET = 1.2
+#: Fewer slots than this are what the runtime takes by itself.
+_OWN_SLOTS = 4.5
 
 
-class Search:
-    """The discrete outer loop.
+class Choices:
+    """The programmes of all discrete choices that are worth one.
 
     Args:
         problem, fixed: what is planned, and what the user has decided.
@@ -57,7 +59,7 @@ class Search:
     def bracket(self, choice: Choice, rows: float) -> Choice:
         """The choice at a nominal block size. That of a finite job may not grow far: how often it is filled is given by it."""
         rows = max(1.0, min(rows, self.max_rows or rows))
-        if self.problem.workload.num_requests is None:
+        if self.problem.workload.num_requests is None or self.max_rows is None:
             return replace(choice, rows=rows, most_rows=self.max_rows)
         return replace(choice, rows=rows, most_rows=min(self.max_rows, _BRACKET * rows))
 
@@ -166,7 +168,7 @@ def _best(found: list[Relaxed]) -> list[Relaxed]:
 
 
 def rounded(relaxed: Relaxed, problem: Problem, fixed: Fixed) -> Policy:
-    """The policy that is nearest to an optimum. Its bytes may be a little too many: `judge.Judge.settled` sees to that."""
+    """The policy that is nearest to an optimum. Its bytes may be a little too many: `Objective.fitted` sees to that."""
     choice, rows, block = relaxed.choice, relaxed.rows, relaxed.block_size
     size = min(choice.gpu_batch_size, max(1, round(block)))
     count = fixed.num_gpu_batches or max(1, round(block / size))
@@ -187,7 +189,7 @@ def rounded(relaxed: Relaxed, problem: Problem, fixed: Fixed) -> Policy:
             prefill_tokens=max(1, ceil(size * count * problem.workload.prompt_len / choice.fill_sweeps)),
             cpu_attention_percent=min(100.0, 100 * rows.get("cpu", 0.0) / on_host) if on_host else 0.0,
             schedule=choice.schedule,
-            weight_slots=max(2, round(relaxed.slots)) if relaxed.slots > 4.5 else None,
+            weight_slots=max(2, round(relaxed.slots)) if relaxed.slots > _OWN_SLOTS else None,
         )
     )
 

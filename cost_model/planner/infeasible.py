@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
+from itertools import product
 from math import ceil, floor, log10
 
 from cost_model.hardware.hardware import Hardware
 from cost_model.planner.constraints import Fixed
-from cost_model.planner.objective import Judge
+from cost_model.planner.objective import Objective
 from cost_model.timing.problem import Problem
 from policies.common.errors import InfeasibleError
 from policies.common.memory_units import GIB
@@ -29,11 +30,11 @@ _FINEST_BYTES = 1 << 16
 
 def smallest_policies(problem: Problem, fixed: Fixed) -> list[Policy]:
     """Policies of one row that fit, wherever its KV and hidden states live; none where nothing fits."""
-    judge = Judge(problem, fixed)
+    objective = Objective(problem, fixed)
     found = []
     for policy in _one_row(fixed):
-        for tried in (policy, judge.settled(policy)):
-            if tried is not None and not any(size < 0 for size in judge.spare_bytes(tried)[1].values()):
+        for tried in (policy, objective.fitted(policy)):
+            if tried is not None and not any(size < 0 for size in objective.spare_bytes(tried)[1].values()):
                 found.append(tried)
                 break
     return list(dict.fromkeys(found))
@@ -43,7 +44,7 @@ def refusal(problem: Problem, fixed: Fixed) -> InfeasibleError:
     """The error for a problem without a policy: the limit that binds, and the least of each capacity that would do."""
     limited = [name for name in _FLAGS if problem.hardware.budgets().get(name) is not None]
     least = {name: least_capacity(problem, fixed, name) for name in limited}
-    has = {name: _with_context(problem.hardware, name, problem.hardware.budgets()[name]) for name in limited}
+    has = {name: _capacity(problem.hardware, name) for name in limited}
     model = problem.arch.name or "the model"
     given = f" with {fixed}" if str(fixed) else ""
     missing = {name: size - has[name] for name, size in least.items() if size is not None}
@@ -53,8 +54,8 @@ def refusal(problem: Problem, fixed: Fixed) -> InfeasibleError:
             f"even with the fewest rows in flight, {model} needs {_gib(missing[name])} GiB more of {_FLAGS[name][0]}"
         )
     else:
-        judge = Judge(problem, fixed)
-        lacks = min((_lacking(judge, policy) for policy in _one_row(fixed)), key=lambda lack: sum(lack.values()))
+        objective = Objective(problem, fixed)
+        lacks = min((_lacking(objective, policy) for policy in _one_row(fixed)), key=lambda lack: sum(lack.values()))
         sizes = " and ".join(f"{_gib(size)} GiB of {_FLAGS[name][0]}" for name, size in lacks.items())
         binds = f"even with the fewest rows in flight, {model} lacks {sizes}"
     remedies = "; ".join(_remedy(problem, fixed, name, least[name], has[name]) for name in limited)
@@ -68,7 +69,7 @@ def least_capacity(problem: Problem, fixed: Fixed, name: str) -> int | None:
     """
     if not _fits(problem, fixed, name, _NO_LIMIT_BYTES):
         return None
-    low, high = _with_context(problem.hardware, name, problem.hardware.budgets()[name]), _NO_LIMIT_BYTES
+    low, high = _capacity(problem.hardware, name), _NO_LIMIT_BYTES
     while high - low > max(1, _RESOLUTION * high):
         middle = (low + high) // 2 if high <= 4 * max(low, _FINEST_BYTES) else 2 * max(low, _FINEST_BYTES)
         low, high = (low, middle) if _fits(problem, fixed, name, middle) else (middle, high)
@@ -92,9 +93,9 @@ def _with_capacity(hardware: Hardware, name: str, nbytes: int) -> Hardware:
     return replace(hardware, host_memory_bytes=nbytes)
 
 
-def _with_context(hardware: Hardware, name: str, nbytes: int) -> int:
-    """The capacity of which a budget is left."""
-    return hardware.gpu.memory_bytes if name == "gpu" else nbytes
+def _capacity(hardware: Hardware, name: str) -> int:
+    """The capacity behind a budget that limits: of a GPU the context is a part of it."""
+    return hardware.gpu.memory_bytes if name == "gpu" else hardware.budgets()[name] or 0
 
 
 def _remedy(problem: Problem, fixed: Fixed, name: str, least: int | None, has: int) -> str:
@@ -110,29 +111,29 @@ def _remedy(problem: Problem, fixed: Fixed, name: str, least: int | None, has: i
 
 def _one_row(fixed: Fixed) -> Iterator[Policy]:
     """One row at a time, in pieces of one token, in every home."""
-    for cache in ((0.0, 100.0), (100.0, 0.0), (0.0, 0.0)):
-        for act in ((100.0, 0.0), (0.0, 100.0), (0.0, 0.0)):
-            for weights in ((0.0, 100.0), (100.0, 0.0), (0.0, 0.0)):
-                for attended in (100.0, 0.0) if cache[1] else (0.0,):
-                    policy = Policy(
-                        gpu_batch_size=1,
-                        num_gpu_batches=1,
-                        w_gpu_percent=weights[0],
-                        w_cpu_percent=weights[1],
-                        cache_gpu_percent=cache[0],
-                        cache_cpu_percent=cache[1],
-                        act_gpu_percent=act[0],
-                        act_cpu_percent=act[1],
-                        prefill_tokens=1,
-                        cpu_attention_percent=attended,
-                        weight_slots=2,
-                    )
-                    yield fixed.applied(policy)
+    homes = ((0.0, 100.0), (100.0, 0.0), (0.0, 0.0))
+    for cache, act, weights, attended in product(homes, (homes[1], homes[0], homes[2]), homes, (100.0, 0.0)):
+        if attended and not cache[1]:
+            continue
+        policy = Policy(
+            gpu_batch_size=1,
+            num_gpu_batches=1,
+            w_gpu_percent=weights[0],
+            w_cpu_percent=weights[1],
+            cache_gpu_percent=cache[0],
+            cache_cpu_percent=cache[1],
+            act_gpu_percent=act[0],
+            act_cpu_percent=act[1],
+            prefill_tokens=1,
+            cpu_attention_percent=attended,
+            weight_slots=2,
+        )
+        yield fixed.applied(policy)
 
 
-def _lacking(judge: Judge, policy: Policy) -> dict[str, int]:
+def _lacking(objective: Objective, policy: Policy) -> dict[str, int]:
     """Missing bytes by budget."""
-    return {name: -size for name, size in judge.spare_bytes(policy)[1].items() if size < 0}
+    return {name: -size for name, size in objective.spare_bytes(policy)[1].items() if size < 0}
 
 
 def _bytes(gib: str) -> int:

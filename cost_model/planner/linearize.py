@@ -107,7 +107,7 @@ class Slopes:
         phases: its sweeps.
         common: bytes by tier without weights, slots and workspace, whatever the modes.
         kv: bytes by mode and tier.
-        gathered: device bytes of KV gathered for attention, by mode; the largest counts.
+        gathered: device bytes of KV gathered for attention, by mode; the largest one counts.
         workspace: device bytes; the largest allocation.
     """
 

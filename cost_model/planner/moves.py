@@ -1,270 +1,235 @@
-"""Steps from one policy to a neighbouring one. A step size of 1 doubles or halves; small ones end at a single unit."""
+"""Steps from one policy to a neighbouring one. A step size of 1 doubles, halves, or shifts all; small ones end at a unit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from enum import Enum, auto
+from itertools import product
 from math import ceil
+from typing import Any
 
-from cost_model.planner.objective import with_cache
 from policies.policy import SCHEDULES, Policy
 from policies.workload import Workload
 
-_DEFAULT_SLOTS = 4
 #: More GPU batches than this are not tried: their dispatch alone outlasts what smaller buffers give.
 MOST_BATCHES = 1024
+#: Slots of a policy that leaves them to the runtime, about; and the fewest.
+_DEFAULT_SLOTS, _LEAST_SLOTS = 4, 2
+#: What a simpler policy leaves on disk, as a part of the KV that was there.
+_LEFT_ON_DISK = (0.0, 0.25, 0.5, 0.75)
+_FEWER_ROWS_STEP = 0.1
+_GPU, _CPU, _DISK = range(3)
+
+#: (policy, step) to the neighbour, or None where there is none.
+Move = Callable[[Policy, float], "Policy | None"]
+_Change = Callable[[int, float], int]
 
 
-_PAIRING = {
-    *(
-        f"{name} batches, {hold}"
-        for name in ("more", "fewer", "larger", "smaller")
-        for hold in ("shares", "gpu", "tokens")
-    ),
-    *("larger and fewer", "smaller and more", "more and smaller", "fewer and larger"),
-    *("kv 0 to 1", "kv 1 to 0", "kv 1 to 2", "kv 2 to 1", "more cpu attention", "less cpu attention"),
-    *("faster prefill", "slower prefill", "more slots", "fewer slots"),
-    *("activations on the gpu", "activations in host memory", "weights on the gpu", "weights in host memory"),
-}
+class Held(Enum):
+    """What stays when rows come or go; prompts enter at the same pace per row, but for `SHARES_AND_PACE`."""
 
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """``apply(policy, step)`` is the neighbour, or None where there is none."""
-
-    name: str
-    apply: Callable[[Policy, float], Policy | None]
-
-    @property
-    def pairs(self) -> bool:
-        """Worth trying beside another."""
-        return self.name in _PAIRING
-
-    @property
-    def fewer_rows(self) -> bool:
-        """Leaves fewer rows in flight."""
-        return self.name.startswith(("fewer batches", "smaller batches"))
+    SHARES = auto()
+    GPU_ROWS = auto()
+    SHARES_AND_PACE = auto()
+    GPU_AND_HOST_ROWS = auto()
 
 
 def moves(workload: Workload) -> tuple[Move, ...]:
     """All moves, those first that matter most often."""
-    return tuple(
-        Move(name, apply)
-        for name, apply in (
-            *_row_moves(workload),
-            *_cache_moves(),
-            *_attention_moves(),
-            *_pace_moves(workload),
-            *_slot_moves(),
-            *_activation_moves(),
-            *_weight_moves(),
-            *_schedule_moves(workload),
-        )
+    shifts = ((_GPU, _CPU), (_CPU, _GPU), (_CPU, _DISK), (_DISK, _CPU))
+    return (
+        *_row_moves(workload, _up, _down),
+        *cut_moves(workload),
+        *(_shifted("cache", *shift) for shift in shifts),
+        *(_attended(change) for change in (100, -100, 50, -50)),
+        *_pace_moves(workload),
+        *(_with_slots(change) for change in (_up, _down)),
+        *(_shifted("act", *shift) for shift in shifts[:2]),
+        # Elsewhere than on device cpu, where both tiers are one memory, the fastest tiers are filled anyway.
+        *(_shifted("w", *shift) for shift in shifts[:2]),
+        lambda p, step: replace(p, schedule=SCHEDULES[1 - SCHEDULES.index(p.schedule)]),
     )
 
 
-def up(count: int, step: float) -> int:
+def simpler(policy: Policy, workload: Workload) -> Iterator[Policy]:
+    """Policies that do with less: less KV on disk, one way of attention, activations on the GPU, fewer rows."""
+    yield from _off_disk(policy, workload)
+    cpu = policy.cache_cpu_percent
+    if not cpu and policy.cpu_attention_percent:
+        yield replace(policy, cpu_attention_percent=0.0)
+    if cpu and policy.cpu_attention_percent not in (0.0, 100.0):
+        yield replace(policy, cpu_attention_percent=100.0)
+        yield replace(policy, cpu_attention_percent=0.0)
+    if policy.act_gpu_percent < 100:
+        yield replace(policy, act_gpu_percent=100.0, act_cpu_percent=0.0)
+    if policy.weight_slots is not None:
+        yield replace(policy, weight_slots=None)
+    for move in _row_moves(workload, _down):
+        fewer = move(policy, _FEWER_ROWS_STEP)
+        if fewer is not None and fewer.block_size < policy.block_size:
+            yield fewer
+
+
+def _off_disk(policy: Policy, workload: Workload) -> Iterator[Policy]:
+    """Less and less of the disk's KV in host memory, where it does not wear a drive; or without the rows that it is of.
+
+    As many rows as before are attended on the CPU, or as large a share.
+    """
+    gpu, cpu = policy.cache_gpu_percent, policy.cache_cpu_percent
+    on_disk = 100.0 - gpu - cpu
+    if on_disk < 1e-6:
+        return
+    for left in _LEFT_ON_DISK:
+        on_host = min(100.0 - gpu, cpu + (1 - left) * on_disk)
+        same_rows = round(policy.cpu_attention_percent * cpu / on_host, 1)
+        for attended in dict.fromkeys((policy.cpu_attention_percent, same_rows)):
+            yield replace(policy, cache_cpu_percent=on_host, cpu_attention_percent=attended)
+    kept = 1 - on_disk / 100
+    size = round(policy.gpu_batch_size * kept)
+    fewer = resized(policy, size, policy.num_gpu_batches, Held.SHARES, workload) if size else None
+    if fewer is not None:
+        yield with_shares(fewer, "cache", gpu / kept, 100 - gpu / kept)
+
+
+def with_shares(policy: Policy, stem: str, gpu_percent: float, cpu_percent: float, **changes: Any) -> Policy:
+    """The policy with other shares of the weights (stem "w"), the KV ("cache") or the activations ("act").
+
+    They are cut to what a policy may hold.
+    """
+    gpu = min(100.0, max(0.0, gpu_percent))
+    shares: dict[str, Any] = {
+        f"{stem}_gpu_percent": gpu,
+        f"{stem}_cpu_percent": min(100.0 - gpu, max(0.0, cpu_percent)),
+    }
+    return replace(policy, **shares, **changes)
+
+
+def _up(count: int, step: float) -> int:
     """The next larger count."""
     return max(count + 1, round(count * (1 + step)))
 
 
-def down(count: int, step: float) -> int:
+def _down(count: int, step: float) -> int:
     """The next smaller count, at least 1."""
     return max(1, min(count - 1, round(count / (1 + step))))
-
-
-def even_pace(policy: Policy, workload: Workload) -> int:
-    """Prompt tokens per sweep with which all sweeps are alike; all of a static block's at once."""
-    sweeps = workload.gen_len if policy.schedule == "rolling" else 1
-    return max(1, ceil(policy.block_size * workload.prompt_len / sweeps))
 
 
 # Rows.
 
 
-def resized(policy: Policy, size: int, count: int, hold: str, workload: Workload) -> Policy | None:
-    """The policy with ``count`` GPU batches of ``size`` rows, prompts entering at the same pace per row.
-
-    Args:
-        hold: where the KV of rows that come or go lives: "shares" in all tiers, "gpu" in host memory and on disk, "disk"
-            on disk only; "tokens" as "shares", but as many tokens of prompts enter a sweep as before.
+def resized(policy: Policy, size: int, count: int, held: Held, workload: Workload) -> Policy | None:
+    """The policy with ``count`` GPU batches of ``size`` rows.
 
     Returns:
-        None where that is the same policy, out of proportion, or ``hold`` is no different from "shares".
+        None where that is the same policy, out of proportion, or ``held`` is no different from the shares.
     """
     block, rows = policy.block_size, size * count
-    if (size, count) == (policy.gpu_batch_size, policy.num_gpu_batches) or count > max(
-        MOST_BATCHES, policy.num_gpu_batches
-    ):
+    if (size, count) == (policy.gpu_batch_size, policy.num_gpu_batches):
         return None
-    if workload.num_requests and rows > 2 * workload.num_requests:
+    if count > max(MOST_BATCHES, policy.num_gpu_batches) or rows > 2 * (workload.num_requests or rows):
         return None
-    tokens = policy.prefill_tokens if hold == "tokens" else max(1, ceil(policy.prefill_tokens / block * rows))
-    changes = {"gpu_batch_size": size, "num_gpu_batches": count, "prefill_tokens": tokens}
+    pace = policy.prefill_tokens if held is Held.SHARES_AND_PACE else ceil(policy.prefill_tokens / block * rows)
+    other = replace(policy, gpu_batch_size=size, num_gpu_batches=count, prefill_tokens=max(1, pace))
     gpu, cpu, kept = policy.cache_gpu_percent, policy.cache_cpu_percent, block / rows
-    if hold in ("shares", "tokens") or rows == block:
-        return replace(policy, **changes)
-    if hold == "gpu":
-        if gpu == 0 or (gpu == 100 and rows < block):
+    if held in (Held.SHARES, Held.SHARES_AND_PACE) or rows == block:
+        return other
+    if held is Held.GPU_ROWS:
+        alike = gpu == 0 or (gpu == 100 and rows < block)
+        return None if alike else with_shares(other, "cache", gpu * kept, gpu + cpu - gpu * kept)
+    alike = rows < block and gpu + cpu >= 100
+    return None if alike else with_shares(other, "cache", gpu * kept, cpu * kept)
+
+
+def _row_moves(workload: Workload, *changes: _Change) -> Iterator[Move]:
+    """Other numbers of GPU batches, and batches of other sizes."""
+
+    def counted(change: _Change, held: Held) -> Move:
+        return lambda p, step: resized(p, p.gpu_batch_size, change(p.num_gpu_batches, step), held, workload)
+
+    def sized(change: _Change, held: Held) -> Move:
+        return lambda p, step: resized(p, change(p.gpu_batch_size, step), p.num_gpu_batches, held, workload)
+
+    for held, batches, change in product(Held, (counted, sized), changes):
+        yield batches(change, held)
+
+
+def cut_moves(workload: Workload) -> Iterator[Move]:
+    """A few more rows in one batch or in half as many; and about the same rows in larger, smaller, more or fewer batches."""
+
+    def more_in(part: float) -> Move:
+        def apply(policy: Policy, step: float) -> Policy | None:
+            count = max(1, int(policy.num_gpu_batches * part))
+            return resized(policy, ceil(_up(policy.block_size, step) / count), count, Held.SHARES, workload)
+
+        return apply
+
+    def sized(change: _Change, fit: Callable[[float], int]) -> Move:
+        def apply(policy: Policy, step: float) -> Policy | None:
+            size = change(policy.gpu_batch_size, step)
+            return resized(policy, size, max(1, fit(policy.block_size / size)), Held.SHARES, workload)
+
+        return apply
+
+    def counted(change: _Change, fit: Callable[[float], int]) -> Move:
+        def apply(policy: Policy, step: float) -> Policy | None:
+            count = change(policy.num_gpu_batches, step)
+            return resized(policy, max(1, fit(policy.block_size / count)), count, Held.SHARES, workload)
+
+        return apply
+
+    yield from (more_in(0.0), more_in(0.5))
+    for cut in (sized, counted):
+        yield from (cut(_up, int), cut(_down, ceil))
+
+
+# The rest.
+
+
+def _shifted(stem: str, source: int, target: int) -> Move:
+    """A share moves from one tier to another."""
+
+    def apply(policy: Policy, step: float) -> Policy | None:
+        gpu, cpu = getattr(policy, f"{stem}_gpu_percent"), getattr(policy, f"{stem}_cpu_percent")
+        shares = [gpu, cpu, max(0.0, 100 - gpu - cpu)]
+        moved = min(shares[source], 100 * step)
+        if moved <= 0:
             return None
-        return with_cache(policy, gpu * kept, gpu + cpu - gpu * kept, **changes)
-    if rows < block and gpu + cpu >= 100:
-        return None
-    return with_cache(policy, gpu * kept, cpu * kept, **changes)
+        shares[source] -= moved
+        shares[target] += moved
+        return with_shares(policy, stem, shares[_GPU], shares[_CPU])
+
+    return apply
 
 
-def _row_moves(workload: Workload) -> Iterator[tuple[str, Callable]]:
-    def counted(change: Callable[[int, float], int], hold: str):
-        return lambda p, step: resized(p, p.gpu_batch_size, change(p.num_gpu_batches, step), hold, workload)
+def _attended(change: float) -> Move:
+    """A larger or smaller part of the host's KV attended on the CPU; a change of 100 is all or nothing, whatever the step."""
 
-    def sized(change: Callable[[int, float], int], hold: str):
-        return lambda p, step: resized(p, change(p.gpu_batch_size, step), p.num_gpu_batches, hold, workload)
+    def apply(policy: Policy, step: float) -> Policy | None:
+        if not policy.cache_cpu_percent:
+            return None
+        by = change if abs(change) == 100 else change * step
+        return replace(policy, cpu_attention_percent=min(100.0, max(0.0, policy.cpu_attention_percent + by)))
 
-    for hold in ("shares", "gpu", "tokens", "disk"):
-        yield f"more batches, {hold}", counted(up, hold)
-        yield f"fewer batches, {hold}", counted(down, hold)
-        yield f"larger batches, {hold}", sized(up, hold)
-        yield f"smaller batches, {hold}", sized(down, hold)
-
-    def cut(change: Callable[[int, float], int], by_count: bool, fit: Callable[[float], int]):
-        """The same rows in other batches."""
-
-        def apply(policy: Policy, step: float) -> Policy | None:
-            given = change(policy.num_gpu_batches if by_count else policy.gpu_batch_size, step)
-            other = max(1, fit(policy.block_size / given))
-            size, count = (other, given) if by_count else (given, other)
-            return resized(policy, size, count, "shares", workload)
-
-        return apply
-
-    def more_in(fewer: Callable[[int], int]):
-        """A few rows more, which the present cut may not allow."""
-
-        def apply(policy: Policy, step: float) -> Policy | None:
-            count = fewer(policy.num_gpu_batches)
-            return resized(policy, ceil(up(policy.block_size, step) / count), count, "shares", workload)
-
-        return apply
-
-    yield "more rows in one batch", more_in(lambda count: 1)
-    yield "more rows in half the batches", more_in(lambda count: max(1, count // 2))
-    yield "larger and fewer", cut(up, False, int)
-    yield "smaller and more", cut(down, False, ceil)
-    yield "more and smaller", cut(up, True, int)
-    yield "fewer and larger", cut(down, True, ceil)
+    return apply
 
 
-# KV and attention.
+def _with_slots(change: _Change) -> Move:
+    return lambda p, step: replace(p, weight_slots=max(_LEAST_SLOTS, change(p.weight_slots or _DEFAULT_SLOTS, step)))
 
 
-def _cache_moves() -> Iterator[tuple[str, Callable]]:
-    def shift(source: int, target: int):
-        def apply(policy: Policy, step: float) -> Policy | None:
-            shares = [policy.cache_gpu_percent, policy.cache_cpu_percent, 0.0]
-            shares[2] = max(0.0, 100 - shares[0] - shares[1])
-            moved = min(shares[source], 100 * step)
-            if moved <= 0:
-                return None
-            shares[source] -= moved
-            shares[target] += moved
-            return with_cache(policy, shares[0], shares[1])
+def _pace_moves(workload: Workload) -> Iterator[Move]:
+    """More or fewer prompt tokens per sweep; those with which a prompt enters in one piece less or more; all at once."""
 
-        return apply
-
-    for source, target in ((0, 1), (1, 0), (1, 2), (2, 1), (0, 2), (2, 0)):
-        yield f"kv {source} to {target}", shift(source, target)
-
-
-def _attention_moves() -> Iterator[tuple[str, Callable]]:
-    def to(share: Callable[[float, float], float]):
-        def apply(policy: Policy, step: float) -> Policy | None:
-            if not policy.cache_cpu_percent:
-                return None
-            return replace(
-                policy, cpu_attention_percent=min(100.0, max(0.0, share(policy.cpu_attention_percent, step)))
-            )
-
-        return apply
-
-    yield "all cpu attention", to(lambda share, step: 100.0)
-    yield "no cpu attention", to(lambda share, step: 0.0)
-    yield "more cpu attention", to(lambda share, step: share + 50 * step)
-    yield "less cpu attention", to(lambda share, step: share - 50 * step)
-
-
-# Pace, slots, activations, schedule.
-
-
-def _pace_moves(workload: Workload) -> Iterator[tuple[str, Callable]]:
-    def pieces(more: int):
-        """The fewest tokens with which a prompt enters in one piece less, or more."""
-
+    def pieces(more: int) -> Move:
         def apply(policy: Policy, step: float) -> Policy | None:
             count = ceil(workload.prompt_len / policy.prefill_tokens) + more
             return replace(policy, prefill_tokens=ceil(workload.prompt_len / count)) if count > 0 else None
 
         return apply
 
-    yield "faster prefill", lambda p, step: replace(p, prefill_tokens=up(p.prefill_tokens, step))
-    yield "slower prefill", lambda p, step: replace(p, prefill_tokens=down(p.prefill_tokens, step))
-    yield "even pace", lambda p, step: replace(p, prefill_tokens=even_pace(p, workload))
-    yield "prompts in fewer pieces", pieces(-1)
-    yield "prompts in more pieces", pieces(1)
-    yield "all at once", lambda p, step: replace(p, prefill_tokens=p.block_size * workload.prompt_len)
-
-
-def _slot_moves() -> Iterator[tuple[str, Callable]]:
-    def more(policy: Policy, step: float) -> Policy:
-        return replace(policy, weight_slots=up(policy.weight_slots or _DEFAULT_SLOTS, step))
-
-    def fewer(policy: Policy, step: float) -> Policy:
-        return replace(policy, weight_slots=max(2, down(policy.weight_slots or _DEFAULT_SLOTS, step)))
-
-    yield "more slots", more
-    yield "fewer slots", fewer
-    yield "own slots", lambda p, step: replace(p, weight_slots=None) if p.weight_slots else None
-
-
-def _activation_moves() -> Iterator[tuple[str, Callable]]:
-    def to(gpu: float, cpu: float):
-        return lambda p, step: replace(p, act_gpu_percent=gpu, act_cpu_percent=cpu)
-
-    def down_by(policy: Policy, step: float) -> Policy:
-        gpu = max(0.0, policy.act_gpu_percent - 100 * step)
-        return replace(policy, act_gpu_percent=gpu, act_cpu_percent=100 - gpu)
-
-    def up_by(policy: Policy, step: float) -> Policy:
-        gpu = min(100.0, policy.act_gpu_percent + 100 * step)
-        return replace(policy, act_gpu_percent=gpu, act_cpu_percent=min(policy.act_cpu_percent, 100 - gpu))
-
-    yield "activations on the gpu", to(100.0, 0.0)
-    yield "activations in host memory", to(0.0, 100.0)
-    yield "fewer activations on the gpu", down_by
-    yield "more activations on the gpu", up_by
-
-
-def _weight_moves() -> Iterator[tuple[str, Callable]]:
-    """Between the two tiers that are one memory on device cpu; elsewhere the fastest tiers are filled anyway."""
-
-    def to(gpu: bool):
-        def apply(policy: Policy, step: float) -> Policy | None:
-            held = policy.w_gpu_percent + policy.w_cpu_percent
-            there = policy.w_gpu_percent if gpu else policy.w_cpu_percent
-            return None if there == held else replace(policy, w_gpu_percent=held * gpu, w_cpu_percent=held * (not gpu))
-
-        return apply
-
-    yield "weights on the gpu", to(True)
-    yield "weights in host memory", to(False)
-
-
-def _schedule_moves(workload: Workload) -> Iterator[tuple[str, Callable]]:
-    def other(policy: Policy) -> Policy:
-        return replace(policy, schedule=SCHEDULES[1 - SCHEDULES.index(policy.schedule)])
-
-    def at_its_pace(policy: Policy, step: float) -> Policy:
-        changed = other(policy)
-        return replace(changed, prefill_tokens=even_pace(changed, workload))
-
-    yield "other schedule", lambda p, step: other(p)
-    yield "other schedule at its pace", at_its_pace
+    yield lambda p, step: replace(p, prefill_tokens=_up(p.prefill_tokens, step))
+    yield lambda p, step: replace(p, prefill_tokens=_down(p.prefill_tokens, step))
+    yield pieces(-1)
+    yield pieces(1)
+    yield lambda p, step: replace(p, prefill_tokens=p.block_size * workload.prompt_len)

@@ -1,14 +1,14 @@
-"""Candidates are judged here: tokens per second of a policy, and the policy that uses what memory is left."""
+"""The objective of the search: tokens per second of a policy, fitted to the memory that there is."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import replace
-from math import ceil
 
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation, residency
 from cost_model.model.weight_units import unit_slack_bytes
 from cost_model.planner.constraints import Fixed
+from cost_model.planner.moves import with_shares
 from cost_model.timing.evaluate import predict
 from cost_model.timing.problem import Problem
 from policies.common.errors import InfeasibleError
@@ -17,25 +17,27 @@ from policies.policy import Policy
 
 _NO_LIMIT = 1 << 62
 _TRIES = 4
-#: So many GPU batches take as long to judge as all the rest.
+#: So many GPU batches take as long to evaluate as all the rest.
 _BATCHES = 15
+#: Bytes alone, in evaluations.
+_EFFORT_OF_BYTES = 0.3
 
 
-class Judge:
-    """Judges each policy once.
+class Objective:
+    """Evaluates each policy once.
 
     Args:
         problem: what is planned.
-        fixed: what the user has decided; every settled policy has it.
+        fixed: what the user has decided; every fitted policy has it.
 
     Attributes:
-        evaluations: policies that were judged.
-        effort: time taken, in judgements of a policy with few GPU batches; it does not depend on the clock.
+        evaluations: policies that were evaluated.
+        effort: time taken, in evaluations of a policy with few GPU batches; it does not depend on the clock.
     """
 
     def __init__(self, problem: Problem, fixed: Fixed):
         self.problem, self.fixed, self.evaluations, self.effort = problem, fixed, 0, 0.0
-        self._judged: dict[Policy, float] = {}
+        self._known: dict[Policy, float] = {}
         self._budgets = problem.hardware.budgets()
         arch = problem.arch
         bytes_before, slack = residency(arch, fixed.expert_order).prefix_bytes, unit_slack_bytes(arch)
@@ -47,18 +49,16 @@ class Judge:
         self._percent = [100 * size / bytes_before[-1] for size in bytes_before]
         self._block_bytes = arch.kv_bytes_per_token(problem.dtype_bytes) * PAGE_TOKENS
 
-    def tokens_per_s(self, policy: Policy | None) -> float:
-        """What `predict` says; 0 where the policy does not fit, or there is none."""
-        if policy is None:
-            return 0.0
-        if policy not in self._judged:
+    def tokens_per_s(self, policy: Policy) -> float:
+        """What `predict` says; 0 where the policy does not fit."""
+        if policy not in self._known:
             self.evaluations += 1
             self.effort += 1 + policy.num_gpu_batches / _BATCHES
             try:
-                self._judged[policy] = predict(self.problem, policy).tokens_per_s
+                self._known[policy] = predict(self.problem, policy).tokens_per_s
             except InfeasibleError:
-                self._judged[policy] = 0.0
-        return self._judged[policy]
+                self._known[policy] = 0.0
+        return self._known[policy]
 
     def with_units(self, policy: Policy, gpu_end: int, cpu_end: int) -> Policy:
         """The policy with the first units in residency order on the GPU, and those up to ``cpu_end`` in host memory."""
@@ -69,7 +69,7 @@ class Judge:
 
     def spare_bytes(self, policy: Policy) -> tuple[Allocation, dict[str, int]]:
         """Counts, and bytes left by budget; negative is what is missing."""
-        self.effort += 0.3
+        self.effort += _EFFORT_OF_BYTES
         allocation = self.problem.allocate(policy)
         memory = self.problem.memory(policy, allocation)
         used = {tier: memory.total(tier) for tier in TIERS}
@@ -78,7 +78,7 @@ class Judge:
             name: size - sum(used[t] for t in name.split("+")) for name, size in budgets if size is not None
         }
 
-    def settled(self, policy: Policy | None) -> Policy | None:
+    def fitted(self, policy: Policy | None) -> Policy | None:
         """The policy with its weights in the fastest tiers that hold them; KV moves down where it is too much.
 
         None where it does not fit by these two means. What the user has fixed stays.
@@ -96,21 +96,8 @@ class Judge:
             return policy
         return self._trimmed(policy) if better is not None else None
 
-    def slowed(self, policy: Policy | None) -> Policy | None:
-        """The policy settled with fewer tokens of prompts a sweep, by as many as the device lacks bytes for."""
-        if policy is None or self.fixed.prefill_tokens is not None:
-            return None
-        bare = self.fixed.applied(replace(policy, w_gpu_percent=0.0))
-        tokens = policy.prefill_tokens
-        half = replace(bare, prefill_tokens=max(1, tokens // 2))
-        name = "gpu" if "gpu" in self._budgets and self._budgets["gpu"] is not None else "gpu+cpu"
-        lacking, less = (-self.spare_bytes(each)[1][name] for each in (bare, half))
-        per_token = (lacking - less) / max(1, tokens - half.prefill_tokens)
-        fewer = ceil(lacking / per_token) if per_token > 0 else tokens
-        return self.settled(replace(policy, prefill_tokens=tokens - fewer)) if 0 < fewer < tokens else None
-
     def _trimmed(self, policy: Policy) -> Policy | None:
-        """Rounding may leave a unit too many."""
+        """The policy with a few units fewer: rounding may leave one too many."""
         for units in range(1, _TRIES):
             allocation, spare = self.spare_bytes(policy)
             lacking = [name for name, size in spare.items() if size < 0]
@@ -163,13 +150,7 @@ class Judge:
         if from_gpu > blocks["gpu"] or from_cpu > blocks["cpu"]:
             return None
         to_cpu = 0 if shared else from_gpu
-        moved = with_cache(
-            policy, 100 * (blocks["gpu"] - from_gpu) / total, 100 * (blocks["cpu"] - from_cpu + to_cpu) / total
+        moved = with_shares(
+            policy, "cache", 100 * (blocks["gpu"] - from_gpu) / total, 100 * (blocks["cpu"] - from_cpu + to_cpu) / total
         )
         return self.fixed.applied(moved)
-
-
-def with_cache(policy: Policy, gpu_percent: float, cpu_percent: float, **changes) -> Policy:
-    """The policy with other shares of the KV cache, cut to what a policy may hold."""
-    gpu = min(100.0, max(0.0, gpu_percent))
-    return replace(policy, cache_gpu_percent=gpu, cache_cpu_percent=min(100.0 - gpu, max(0.0, cpu_percent)), **changes)

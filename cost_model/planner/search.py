@@ -1,26 +1,40 @@
-"""The best policy: programmes for what is continuous, rounding, and a climb for what is not."""
+"""The best policy: linear programmes for what is continuous, rounding, and a local search for what is not.
+
+The programmes' optima are the starts. Each is climbed from by single moves (`moves`), and the best is left by a few
+random moves at once, to be climbed from again: where memory binds, one step alone often does not fit, or undoes what it
+gains, as rows against slots, or larger batches against fewer rows. Every candidate is evaluated by `predict`.
+"""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from cost_model.planner.constraints import Fixed
-from cost_model.planner.discrete import Search, choice_of, rounded
-from cost_model.planner.hill_climb import Climb
+from cost_model.planner.discrete import Choices, choice_of, rounded
+from cost_model.planner.lp import Relaxed
 from cost_model.planner.lp_model import Price
-from cost_model.planner.objective import Judge
+from cost_model.planner.moves import moves, simpler
+from cost_model.planner.objective import Objective
 from cost_model.timing.problem import Problem
 from policies.policy import Policy
 
-#: Rounds of climbs: so many policies go on, the best of the round before, for so many judgements (`Judge.effort`) each.
-_ROUNDS = ((8, 300), (4, 400))
-#: Judgements for each of the finalists by pairs of moves.
-_FINALISTS, _PER_FINALIST = 3, 1000
-#: Then random kicks, for so many judgements a round, as long as a round gains so much.
-_KICK_ROUNDS, _PER_KICK_ROUND, _KICK_GAIN = 4, 1000, 1.001
-_QUICK = 350
+#: Rounds of climbs: (policies that are climbed from, the best of the round before; effort for each, as `Objective.effort`).
+ROUNDS = ((8, 300), (4, 400))
+#: Then random kicks away from the best few: for so much effort in all, and so much since the last gain of so much.
+KICKS_EFFORT, _IDLE_EFFORT, _KICK_GAIN, _KICKED_FROM = 4000, 2000, 1.001, 4
+_NEARBY, _PER_NEARBY = 2, 350
+#: Step sizes, coarse to fine; the last ones are single rows and units where the counts are small.
+_STEPS = (1.0, 0.4, 0.15, 0.05, 0.015)
+_GAIN = 1 + 1e-6
+_SHRINKS = 10
+_SEED, _PER_KICK = 0, 150
+#: Moves of a kick, their step sizes, and those of the climb after it; how often a kick starts at the best policy.
+_KICKS, _KICK_STEPS, _STEPS_AFTER, _FROM_BEST = (2, 3, 4), (1.0, 0.5, 0.25, 0.1), (0.3, 0.1, 0.03), 0.7
+#: What a simpler policy may give away: less than any prediction is worth.
+_SIMPLER_LOSS = 0.003
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +45,7 @@ class Optimum:
         policy, tokens_per_s: the best one, and what it gives.
         lp_tokens_per_s: the largest optimum of a linear programme.
         prices: of what binds in the programme of the policy's own choice, dearest first.
-        programmes, evaluations: linear programmes that were solved, policies that were judged.
+        programmes, evaluations: linear programmes that were solved, policies that were evaluated.
     """
 
     policy: Policy
@@ -49,65 +63,140 @@ def optimum(problem: Problem, fixed: Fixed, smallest: Iterable[Policy], effort: 
         smallest: policies that fit for sure, should the programmes end at none that does.
         effort: how long to climb; 1 is as long as a plan may take.
     """
-    search, judge = Search(problem, fixed), Judge(problem, fixed)
-    found = search.run(effort)
-    climb = Climb(judge)
+    choices, climb = Choices(problem, fixed), Climb(Objective(problem, fixed))
+    found = choices.run(effort)
     starts = [start for start in (climb.start(rounded(relaxed, problem, fixed)) for relaxed in found) if start]
     # Rounding can spoil what is best by the programme, so both orders count.
-    pool = _alternating(_diverse(judge, [*starts, *smallest]), starts)
-    for keep, each in _ROUNDS:
-        pool = _ranked(judge, [*(climb.run(policy, effort * each) for policy in pool[:keep]), *pool[keep:]])
-    finalists = [climb.run_pairs(policy, effort * _PER_FINALIST) for policy in pool[:_FINALISTS]]
-    pool = _ranked(judge, [*finalists, *pool[_FINALISTS:]])
-    for _ in range(_KICK_ROUNDS):
-        best = climb.run_kicks(pool[:4], effort * _PER_KICK_ROUND)
-        if judge.tokens_per_s(best) < judge.tokens_per_s(pool[0]) * _KICK_GAIN:
-            break
-        pool = _ranked(judge, [best, *pool])
-    best = climb.plainer(best)
-    own = search.solve(search.bracket(choice_of(best, problem), best.block_size))
-    return Optimum(
-        policy=best,
-        tokens_per_s=judge.tokens_per_s(best),
-        lp_tokens_per_s=max((relaxed.tokens_per_s for relaxed in [*found, *filter(None, [own])]), default=0.0),
-        prices=own.prices if own else (),
-        programmes=search.programmes,
-        evaluations=judge.evaluations,
-    )
+    pool = _alternating(climb.diverse([*starts, *smallest]), starts)
+    for keep, each in ROUNDS:
+        pool = climb.ranked([*(climb.run(policy, effort * each) for policy in pool[:keep]), *pool[keep:]])
+    best = climb.simplified(climb.kicked(pool[:_KICKED_FROM], effort))
+    own = choices.solve(choices.bracket(choice_of(best, problem), best.block_size))
+    return _optimum(best, climb, choices, [*found, own], prices=own.prices if own else ())
 
 
 def improved(problem: Problem, fixed: Fixed, policy: Policy) -> Optimum:
     """A good policy near a given one, quickly: for machines and models that differ little from those it was made for."""
-    search, judge = Search(problem, fixed), Judge(problem, fixed)
-    climb, own = Climb(judge), search.bracket(choice_of(policy, problem), policy.block_size)
-    found = list(filter(None, [search.solve(choice) for choice in search.around(own)]))
+    choices, climb = Choices(problem, fixed), Climb(Objective(problem, fixed))
+    own = choices.bracket(choice_of(policy, problem), policy.block_size)
+    found = [relaxed for relaxed in map(choices.solve, choices.around(own)) if relaxed]
     starts = [climb.start(rounded(relaxed, problem, fixed)) for relaxed in found]
-    starts = _diverse(judge, [*filter(None, [*starts, judge.settled(policy)]), policy])[:2]
-    best = max((climb.run(start, _QUICK) for start in starts), key=judge.tokens_per_s)
+    starts.append(climb.objective.fitted(policy))
+    near = climb.diverse([*(start for start in starts if start), policy])[:_NEARBY]
+    return _optimum(climb.ranked(climb.run(start, _PER_NEARBY) for start in near)[0], climb, choices, found)
+
+
+def _optimum(
+    policy: Policy, climb: Climb, choices: Choices, found: Iterable[Relaxed | None], prices: tuple[Price, ...] = ()
+) -> Optimum:
     return Optimum(
-        policy=best,
-        tokens_per_s=judge.tokens_per_s(best),
-        lp_tokens_per_s=max((relaxed.tokens_per_s for relaxed in found), default=0.0),
-        prices=(),
-        programmes=search.programmes,
-        evaluations=judge.evaluations,
+        policy=policy,
+        tokens_per_s=climb.objective.tokens_per_s(policy),
+        lp_tokens_per_s=max((relaxed.tokens_per_s for relaxed in found if relaxed), default=0.0),
+        prices=prices,
+        programmes=choices.programmes,
+        evaluations=climb.objective.evaluations,
     )
+
+
+class Climb:
+    """Local search by one objective.
+
+    Args:
+        objective: what a policy is worth; its ``effort`` is what climbs are bounded by.
+    """
+
+    def __init__(self, objective: Objective):
+        self.objective = objective
+        self._moves = moves(objective.problem.workload)
+
+    def ranked(self, policies: Iterable[Policy]) -> list[Policy]:
+        """The policies, best first, each once."""
+        return sorted(dict.fromkeys(policies), key=self.objective.tokens_per_s, reverse=True)
+
+    def diverse(self, policies: Iterable[Policy]) -> list[Policy]:
+        """The best of each kind first, then the best of all."""
+        ranked = self.ranked(policies)
+        kinds: dict[tuple[str, bool, bool, bool], Policy] = {}
+        for policy in ranked:
+            homes = policy.cache_gpu_percent > 1, policy.cache_cpu_percent > 1, policy.cpu_attention_percent > 50
+            kinds.setdefault((policy.schedule, *homes), policy)
+        return list(dict.fromkeys([*kinds.values(), *ranked]))
+
+    def start(self, policy: Policy) -> Policy | None:
+        """The policy where it fits, else one with a few rows and slots fewer; None where those do not fit."""
+        for _ in range(_SHRINKS):
+            found = self.objective.fitted(policy)
+            if found is not None:
+                return found
+            policy = _shrunk(policy)
+        return self.objective.fitted(policy)
+
+    def run(self, policy: Policy, effort: float, steps: tuple[float, ...] = _STEPS) -> Policy:
+        """The best policy met on the way up by single moves, each repeated while it helps."""
+        best, last = policy, self.objective.effort + effort
+        for step in steps:
+            before = None
+            while best != before:
+                before = best
+                for move in self._moves:
+                    while self.objective.effort < last:
+                        tried = self.objective.fitted(move(best, step))
+                        if tried is None or not self._gains(tried, best):
+                            break
+                        best = tried
+        return best
+
+    def kicked(self, policies: Sequence[Policy], effort: float) -> Policy:
+        """The best of climbs that start a few random moves away from the best policy, or from another one.
+
+        The random numbers are the same in every plan.
+
+        Args:
+            policies: best first.
+            effort: a part of `KICKS_EFFORT`.
+        """
+        rng, best, gained = random.Random(_SEED), policies[0], self.objective.effort
+        last = gained + effort * KICKS_EFFORT
+        while self.objective.effort < min(last, gained + effort * _IDLE_EFFORT):
+            away = best if rng.random() < _FROM_BEST else rng.choice(policies)
+            for _ in range(rng.choice(_KICKS)):
+                away = rng.choice(self._moves)(away, rng.choice(_KICK_STEPS)) or away
+            start = self.start(away)
+            self.objective.effort += 1  # a kick may lead nowhere, for ever
+            found = self.run(start, _PER_KICK, _STEPS_AFTER) if start else best
+            if self._gains(found, best, _KICK_GAIN):
+                gained = self.objective.effort
+            best = found if self._gains(found, best) else best
+        return best
+
+    def simplified(self, policy: Policy) -> Policy:
+        """A policy that gives nearly as much with less (`moves.simpler`)."""
+        least = self.objective.tokens_per_s(policy) * (1 - _SIMPLER_LOSS)
+        best, found = policy, True
+        while found:
+            found = False
+            for simple in simpler(best, self.objective.problem.workload):
+                tried = self.objective.fitted(simple)
+                if tried is not None and tried != best and self.objective.tokens_per_s(tried) >= least:
+                    best, found = tried, True
+                    break
+        return best
+
+    def _gains(self, tried: Policy, best: Policy, ratio: float = _GAIN) -> bool:
+        return self.objective.tokens_per_s(tried) > self.objective.tokens_per_s(best) * ratio
+
+
+def _shrunk(policy: Policy) -> Policy:
+    count, size, slots = policy.num_gpu_batches, policy.gpu_batch_size, policy.weight_slots
+    if count > 1:
+        count = min(count - 1, int(count * 0.97))
+    else:
+        size = max(1, min(size - 1, int(size * 0.97)))
+    fewer_slots = max(2, slots - 1) if slots else None
+    return replace(policy, num_gpu_batches=count, gpu_batch_size=size, weight_slots=fewer_slots)
 
 
 def _alternating(first: Sequence[Policy], second: Sequence[Policy]) -> list[Policy]:
     both = (policy for pair in zip_longest(first, second) for policy in pair if policy)
     return list(dict.fromkeys(both))
-
-
-def _ranked(judge: Judge, policies: Iterable[Policy]) -> list[Policy]:
-    return sorted(dict.fromkeys(policies), key=judge.tokens_per_s, reverse=True)
-
-
-def _diverse(judge: Judge, policies: Iterable[Policy]) -> list[Policy]:
-    """The best of each kind first, then the best of all."""
-    ranked = _ranked(judge, policies)
-    kinds: dict[tuple, Policy] = {}
-    for policy in ranked:
-        homes = policy.cache_gpu_percent > 1, policy.cache_cpu_percent > 1, policy.cpu_attention_percent > 50
-        kinds.setdefault((policy.schedule, *homes), policy)
-    return list(dict.fromkeys([*kinds.values(), *ranked]))

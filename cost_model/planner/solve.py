@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cost_model.hardware.hardware import Hardware
+from cost_model.memory.allocation import Allocation
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import group_on
 from cost_model.planner.constraints import Fixed
 from cost_model.timing.evaluate import Prediction, predict
 from policies.common.checks import check_number
+from policies.placement import TIERS
 from policies.policy import Policy
 from policies.workload import Workload
 
 if TYPE_CHECKING:
     from cost_model.planner.lp_model import Price
-    from cost_model.planner.search import Optimum
     from cost_model.planner.what_if import Advice
     from cost_model.routing.expert_usage import ExpertUsage
     from cost_model.timing.problem import Problem
 
-#: Each one asks for what the one before placed, and that settles at once but for the smallest of caches.
+#: Each one asks for what the one before placed; one or two are enough but for the smallest of caches.
 _MOST_ROUNDINGS = 8
 
 
@@ -36,7 +37,7 @@ class Explanation:
             1 % fewer seconds of a lane, would give.
         lp_tokens_per_s: the largest optimum of a linear programme, in which units, rows and batches are cut at will.
         advice: what would help most, solved again; empty unless it was asked for.
-        programmes, evaluations: linear programmes that were solved, policies that were judged, advice included.
+        programmes, evaluations: linear programmes that were solved, policies that were evaluated, advice included.
         seconds: that planning took.
     """
 
@@ -48,7 +49,7 @@ class Explanation:
     evaluations: int
     seconds: float = field(compare=False)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """The explanation as JSON values."""
         return asdict(self)
 
@@ -87,71 +88,82 @@ def solve(
             are alike.
         on_demand: sweeps of few rows move only the experts that were routed to.
         advice: find out, too, what would help most.
-        effort: how long to search, by judgements and not by the clock; less is quicker and may find a little less.
+        effort: how long to search, by evaluations and not by the clock; less is quicker and may find a little less.
 
     Raises:
         InfeasibleError: nothing fits; the sentence names the limit, and how much of each capacity alone would do.
             Or the usage is of another model.
         UsageError: what is fixed contradicts itself.
     """
-    # The programme's library is loaded only where a plan is made.
-    from cost_model.planner.infeasible import refusal, smallest_policies
-    from cost_model.planner.search import optimum
-    from cost_model.planner.spared_disk import spare_the_disk
-    from cost_model.planner.what_if import advise
-    from cost_model.timing.problem import Problem
+    from cost_model.timing.problem import Problem  # with numpy, which help and flags do not need
 
-    start = time.perf_counter()
     fixed = fixed or Fixed()
     if schedule is not None:
         fixed = replace(fixed, schedule=schedule)
     group = group_on(hardware, arch)
     arch = arch.grouped(group)
-    about = {"dtype_bytes": dtype_bytes, "kv_tokens": kv_tokens, "usage": usage, "on_demand": on_demand}
-    problem = Problem.of(arch, hardware, workload, **about)
+    problem = Problem.of(
+        arch, hardware, workload, dtype_bytes=dtype_bytes, usage=usage, kv_tokens=kv_tokens, on_demand=on_demand
+    )
     if usage is not None:
         fixed = replace(fixed, expert_order=usage.unit_order(arch))
+    return _plan(problem, fixed, group, advice=advice, effort=check_number("effort", effort))
+
+
+def _plan(problem: Problem, fixed: Fixed, experts_per_unit: int | None, *, advice: bool, effort: float) -> Plan:
+    # The programme's library is loaded only where a plan is made.
+    from cost_model.planner.infeasible import refusal, smallest_policies
+    from cost_model.planner.search import optimum
+    from cost_model.planner.what_if import Hints, advise
+
+    start = time.perf_counter()
     smallest = smallest_policies(problem, fixed)
     if not smallest:
         raise refusal(problem, fixed)
-    found = optimum(problem, fixed, smallest, check_number("effort", effort))
-    policy = replace(achieved(problem, spare_the_disk(problem, fixed, found.policy)), experts_per_unit=group)
+    found = optimum(problem, fixed, smallest, effort)
+    policy = replace(achieved(problem, found.policy), experts_per_unit=experts_per_unit)
     prediction = predict(problem, policy)
     found = replace(found, policy=policy)
-    hints = advise(problem, fixed, found, prediction.bottleneck) if advice else ((), 0, 0)
-    return Plan(policy=policy, prediction=prediction, explanation=_explanation(found, prediction, hints, start))
-
-
-def _explanation(found: Optimum, prediction: Prediction, hints: tuple, start: float) -> Explanation:
-    advice, programmes, evaluations = hints
-    return Explanation(
+    hints = advise(problem, fixed, found, prediction.bottleneck) if advice else Hints()
+    explanation = Explanation(
         bottleneck=prediction.bottleneck,
         prices=found.prices,
         lp_tokens_per_s=found.lp_tokens_per_s,
-        advice=advice,
-        programmes=found.programmes + programmes,
-        evaluations=found.evaluations + evaluations,
+        advice=hints.advice,
+        programmes=found.programmes + hints.programmes,
+        evaluations=found.evaluations + hints.evaluations,
         seconds=time.perf_counter() - start,
     )
+    return Plan(policy=policy, prediction=prediction, explanation=explanation)
 
 
 def achieved(problem: Problem, policy: Policy) -> Policy:
     """The policy with the shares that its placement achieves; placing these again gives the same placement."""
     for _ in range(_MOST_ROUNDINGS):
         allocation = problem.allocate(policy)
-        weights = allocation.placement.achieved_percent
-        cache = _percents(list(allocation.kv_pages.values()))
-        act = _percents([allocation.activation_tiers.count(tier) for tier in allocation.kv_pages])
-        shares = dict(zip(("w_gpu_percent", "w_cpu_percent"), weights))
-        shares |= dict(zip(("cache_gpu_percent", "cache_cpu_percent"), cache))
-        shares |= dict(zip(("act_gpu_percent", "act_cpu_percent"), act))
-        placed = replace(policy, **shares)
+        placed = with_achieved_shares(policy, allocation)
         if placed == policy or problem.allocate(placed) == allocation:
             return placed
         policy = placed  # the capacity grew for the longest row; what it grew to is asked for now
     return policy
 
 
-def _percents(counts: list[int]) -> tuple[float, float]:
-    gpu, cpu = (100 * count / sum(counts) for count in counts[:2])
+def with_achieved_shares(policy: Policy, allocation: Allocation) -> Policy:
+    """The policy with the shares that its allocation amount to: whole units, KV blocks and GPU batches."""
+    w_gpu, w_cpu, _ = allocation.placement.achieved_percent
+    cache_gpu, cache_cpu = _percents([allocation.kv_pages[tier] for tier in TIERS])
+    act_gpu, act_cpu = _percents([allocation.activation_tiers.count(tier) for tier in TIERS])
+    return replace(
+        policy,
+        w_gpu_percent=w_gpu,
+        w_cpu_percent=w_cpu,
+        cache_gpu_percent=cache_gpu,
+        cache_cpu_percent=cache_cpu,
+        act_gpu_percent=act_gpu,
+        act_cpu_percent=act_cpu,
+    )
+
+
+def _percents(allocation: list[int]) -> tuple[float, float]:
+    gpu, cpu = (100 * count / sum(allocation) for count in allocation[:2])
     return gpu, min(cpu, 100 - gpu)

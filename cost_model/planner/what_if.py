@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import Gpu, Hardware
 from cost_model.model.arch import ModelArch
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.search import Optimum, improved
 from cost_model.timing.problem import Problem
 from policies.common.memory_units import GIB
+from policies.placement import Unit
 
-#: So many changes are told that the runtime could use at once, and so many that it could not.
+#: So many changes are shown that the runtime could use at once, and so many that it could not.
 _MOST_OF_MACHINE, _MOST_OF_MODEL = 3, 2
 _LEAST_GAIN = 0.01
 
@@ -38,8 +41,17 @@ class Advice:
         return f"{self.change}: {gain}" + ("" if self.available else " (not in the runtime yet)")
 
 
-def advise(problem: Problem, fixed: Fixed, found: Optimum, bottleneck: str) -> tuple[tuple[Advice, ...], int, int]:
-    """(the changes that give most, best first; programmes; evaluations). Only what binds is tried.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hints:
+    """The changes that give most, best first, with the programmes and evaluations that finding them took."""
+
+    advice: tuple[Advice, ...] = ()
+    programmes: int = 0
+    evaluations: int = 0
+
+
+def advise(problem: Problem, fixed: Fixed, found: Optimum, bottleneck: str) -> Hints:
+    """What would help most. Only what binds is tried.
 
     Args:
         found: the best policy on the machine as it is.
@@ -55,9 +67,10 @@ def advise(problem: Problem, fixed: Fixed, found: Optimum, bottleneck: str) -> t
         if gain >= _LEAST_GAIN:
             advice.append(Advice(change=change, tokens_per_s=then.tokens_per_s, gain=gain, available=available))
     advice.sort(key=lambda each: -each.gain)
-    told = [each for each in advice if each.available][:_MOST_OF_MACHINE]
-    told += [each for each in advice if not each.available][:_MOST_OF_MODEL]
-    return tuple(sorted(told, key=lambda each: -each.gain)), programmes, evaluations
+    shown = [each for each in advice if each.available][:_MOST_OF_MACHINE]
+    shown += [each for each in advice if not each.available][:_MOST_OF_MODEL]
+    best_first = tuple(sorted(shown, key=lambda each: -each.gain))
+    return Hints(advice=best_first, programmes=programmes, evaluations=evaluations)
 
 
 def _changes(problem: Problem, scarce: set[str]) -> Iterator[tuple[str, Problem, bool]]:
@@ -69,6 +82,8 @@ def _changes(problem: Problem, scarce: set[str]) -> Iterator[tuple[str, Problem,
 
 
 # Machines.
+
+_Better = Callable[[Hardware], Hardware]
 
 
 def _more_gpu_memory(hw: Hardware) -> Hardware:
@@ -94,58 +109,39 @@ def _faster_link(hw: Hardware) -> Hardware:
     def behind(rate: float, link: float) -> float:
         return 1 / max(1 / rate - 1 / (2 * link), 0.5 / rate)
 
-    return _gpu(
-        hw,
-        h2d_bytes_per_s=2 * gpu.h2d_bytes_per_s,
-        d2h_bytes_per_s=2 * gpu.d2h_bytes_per_s,
-        h2d_duplex_bytes_per_s=2 * gpu.h2d_duplex_bytes_per_s,
-        d2h_duplex_bytes_per_s=2 * gpu.d2h_duplex_bytes_per_s,
-        kv_load_bytes_per_s=behind(gpu.kv_load_bytes_per_s, gpu.h2d_bytes_per_s),
-        kv_store_bytes_per_s=behind(gpu.kv_store_bytes_per_s, gpu.d2h_bytes_per_s),
-    )
+    rates = ("h2d_bytes_per_s", "d2h_bytes_per_s", "h2d_duplex_bytes_per_s", "d2h_duplex_bytes_per_s")
+    kv_load = behind(gpu.kv_load_bytes_per_s, gpu.h2d_bytes_per_s)
+    kv_store = behind(gpu.kv_store_bytes_per_s, gpu.d2h_bytes_per_s)
+    return _gpu(hw, **_doubled(gpu, *rates), kv_load_bytes_per_s=kv_load, kv_store_bytes_per_s=kv_store)
 
 
 def _faster_disk(hw: Hardware) -> Hardware:
-    return replace(
-        hw,
-        disk_read_bytes_per_s=2 * hw.disk_read_bytes_per_s,
-        disk_write_bytes_per_s=2 * hw.disk_write_bytes_per_s,
-    )
+    return replace(hw, **_doubled(hw, "disk_read_bytes_per_s", "disk_write_bytes_per_s"))
 
 
 def _faster_device(hw: Hardware) -> Hardware:
-    gpu = hw.gpu
+    rates = _doubled(hw.gpu, "attention_bytes_per_s", "attention_flops_per_s", "memory_bytes_per_s")
+    for name in ("experts", "dense", "grouped_experts"):
+        rates[name] = {b: _faster_curve(curve) for b, curve in getattr(hw.gpu, name).items()}
+    return _gpu(hw, **rates)
 
-    def twice(curves):
-        rates = {b: tuple(tuple(2 * rate for rate in row) for row in curve.flops_per_s) for b, curve in curves.items()}
-        return {b: replace(curve, flops_per_s=rates[b]) for b, curve in curves.items()}
 
-    return _gpu(
-        hw,
-        experts=twice(gpu.experts),
-        dense=twice(gpu.dense),
-        grouped_experts=twice(gpu.grouped_experts),
-        attention_bytes_per_s=2 * gpu.attention_bytes_per_s,
-        attention_flops_per_s=2 * gpu.attention_flops_per_s,
-        memory_bytes_per_s=2 * gpu.memory_bytes_per_s,
-    )
+def _faster_curve(curve: GemmRates) -> GemmRates:
+    return replace(curve, flops_per_s=tuple(tuple(2 * rate for rate in row) for row in curve.flops_per_s))
 
 
 def _faster_host(hw: Hardware) -> Hardware:
-    return replace(
-        hw,
-        host_bytes_per_s=2 * hw.host_bytes_per_s,
-        cpu_attention_bytes_per_s=2 * hw.cpu_attention_bytes_per_s,
-        cpu_attention_flops_per_s=2 * hw.cpu_attention_flops_per_s,
-    )
+    return replace(hw, **_doubled(hw, "host_bytes_per_s", "cpu_attention_bytes_per_s", "cpu_attention_flops_per_s"))
 
 
-def _gpu(hw: Hardware, **changes) -> Hardware:
-    gpu: Gpu = replace(hw.gpu, **changes)
-    return replace(hw, gpus=(gpu,))
+def _doubled(rated: Hardware | Gpu, *names: str) -> dict[str, Any]:
+    return {name: 2 * getattr(rated, name) for name in names}
 
 
-_Better = Callable[[Hardware], Hardware]
+def _gpu(hw: Hardware, **changes: Any) -> Hardware:
+    return replace(hw, gpus=(replace(hw.gpu, **changes),))
+
+
 #: What has to be scarce, the change, and the machine with it.
 _MACHINES: Iterable[tuple[tuple[str, ...], str, _Better]] = (
     (("gpu memory", "on demand"), "+8 GiB GPU memory", _more_gpu_memory),
@@ -177,11 +173,17 @@ class Packed(ModelArch):
     weight_bits: int = 0
     kv_bits: int = 0
 
-    def unit_bytes(self, params: int) -> int:
-        """Stored bytes of an attention or expert unit; embedding and head are as they are."""
-        full = ModelArch.unit_bytes(self, params)
+    def units(self) -> tuple[Unit, ...]:
+        """All units with fewer bytes, embedding and head as they are."""
+        units = ModelArch.units(self)
+        if not self.weight_bits:
+            return units
         part = self.weight_bits / (8 * self.dtype_bytes)
-        return max(1, round(full * part)) if self.weight_bits else full
+        small = ("attention", "expert")
+        return tuple(
+            replace(unit, stored_bytes=max(1, round(unit.stored_bytes * part))) if unit.kind in small else unit
+            for unit in units
+        )
 
     def kv_bytes_per_token_layer(self, dtype_bytes: int = 2) -> int:
         """Bytes of K and V that one token keeps in one layer."""
@@ -189,10 +191,10 @@ class Packed(ModelArch):
         return full * self.kv_bits // (8 * dtype_bytes) if self.kv_bits else full
 
 
-def _packed(**bits: int) -> Callable[[ModelArch], ModelArch]:
+def _packed(*, weight_bits: int = 0, kv_bits: int = 0) -> Callable[[ModelArch], ModelArch]:
     def pack(arch: ModelArch) -> ModelArch:
-        values = {name: getattr(arch, name) for name in ModelArch.__dataclass_fields__}
-        return Packed(**values, **bits)
+        values = {field.name: getattr(arch, field.name) for field in fields(ModelArch)}
+        return Packed(**values, weight_bits=weight_bits, kv_bits=kv_bits)
 
     return pack
 
