@@ -14,7 +14,7 @@ import numpy as np
 
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation
 from cost_model.simulation.job_rows import shuffled_rows, tokens_to_generate, typical_rows
-from cost_model.timing.job_phases import course
+from cost_model.timing.job_phases import job_phases
 from cost_model.timing.sweep_load import MODES, RowGroup, SweepLoad
 from policies.admission.admission import Admission
 from policies.admission.row_state import AttentionMode, RowLengths
@@ -109,15 +109,15 @@ def job_sweeps(policy: Policy, allocation: Allocation, workload: Workload, *, wh
     Raises:
         InfeasibleError: a row fits no tier's KV cache.
     """
-    way = course(policy, allocation, replace(workload, num_requests=None))
-    small = workload.num_requests * way.row_sweeps <= ROW_SWEEPS
+    endless = job_phases(policy, allocation, replace(workload, num_requests=None))
+    small = workload.num_requests * endless.row_sweeps <= ROW_SWEEPS
     if whole or small:
         return _Job(policy, allocation, shuffled_rows(workload, seed), workload.num_requests).follow()
     mixed, static = bool(workload.lengths), policy.schedule == "static"
     # A static block ends with its longest row: of fewer bundles the longest would be shorter.
     most = max(_MOST_BUNDLES, policy.block_size if mixed and static else 0)
-    bundle = _bundle(policy, way.rows_in_flight, min(most, ROW_SWEEPS / (_OTHER_LIVES + 1) / way.row_sweeps))
-    lives = ROW_SWEEPS / (way.rows_in_flight / bundle * way.row_sweeps) - _OTHER_LIVES
+    bundle = _bundle(policy, endless.rows_in_flight, min(most, ROW_SWEEPS / (_OTHER_LIVES + 1) / endless.row_sweeps))
+    lives = ROW_SWEEPS / (endless.rows_in_flight / bundle * endless.row_sweeps) - _OTHER_LIVES
     settling = max(1, int(min(_MOST_SETTLING, 0 if static else lives / 2)))
     periods = max(1, int(min(_MOST_PERIODS, lives - settling)))
     # Many rows of a block even out; of a few bundles they would not, and of a few rows they do not.

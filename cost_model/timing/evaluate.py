@@ -10,7 +10,7 @@ from cost_model.hardware.hardware import Hardware
 from cost_model.memory.allocation import Allocation
 from cost_model.memory.memory_plan import REMEDY, MemoryPlan
 from cost_model.model.arch import ModelArch
-from cost_model.timing.job_phases import course
+from cost_model.timing.job_phases import job_phases
 from cost_model.timing.op_costs import Costs
 from cost_model.timing.problem import Problem
 from cost_model.timing.sweep_bounds import SweepForm, SweepTime
@@ -126,22 +126,22 @@ def _remedies(hardware: Hardware) -> dict[str, str]:
 def _predict(
     costs: Costs, policy: Policy, workload: Workload, memory: MemoryPlan, budgets: Mapping[str, int | None]
 ) -> Prediction:
-    way = course(policy, costs.allocation, workload)
+    job = job_phases(policy, costs.allocation, workload)
     form = SweepForm(costs, policy.gpu_batch_size)
-    timed = [(phase, form.time(phase.load)) for phase in way.phases if phase.sweeps > 0]
+    timed = [(phase, form.time(phase.load)) for phase in job.phases if phase.sweeps > 0]
     total_s = sum(phase.sweeps * time.total_s for phase, time in timed)
     sweeps = sum(phase.sweeps for phase, _ in timed)
     prefill = [(phase, time) for phase, time in timed if phase.load.prompt_tokens]
     steady = [(p, t) for p, t in timed if p.name == "steady"] or timed
     steady_s = sum(p.sweeps * t.total_s for p, t in steady)
     return Prediction(
-        tokens_per_s=way.tokens / total_s,
+        tokens_per_s=job.tokens / total_s,
         prefill_tokens_per_s=_rate(prefill, lambda load: load.prompt_tokens),
         decode_tokens_per_s=_rate(steady, lambda load: load.logits),
         job_s=total_s if workload.num_requests is not None else None,
         sweep_s=total_s / sweeps,
-        row_s=way.row_sweeps * steady_s / sum(p.sweeps for p, _ in steady),
-        rows_in_flight=way.rows_in_flight,
+        row_s=job.row_sweeps * steady_s / sum(p.sweeps for p, _ in steady),
+        rows_in_flight=job.rows_in_flight,
         lanes_s={lane: sum(p.sweeps * t.lanes_s[lane] for p, t in timed) for lane in timed[0][1].lanes_s},
         wall_s=total_s,
         bottleneck=_bottleneck(timed),

@@ -11,7 +11,7 @@ from cost_model.memory.allocation import allocate
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import head_chunks, head_rows
 from cost_model.simulation.replay import Replayer, replay
-from cost_model.timing.job_phases import course
+from cost_model.timing.job_phases import job_phases
 from cost_model.timing.op_costs import Costs
 from cost_model.timing.sweep_bounds import sweep_time
 from cost_model.timing.sweep_load import RowGroup, SweepLoad, batches
@@ -74,7 +74,7 @@ def random_case(rng, device=None, arch=None):
 
 def random_sweep(rng, device=None, arch=None):
     costs, policy, workload = random_case(rng, device, arch)
-    phases = [p for p in course(policy, costs.allocation, workload).phases if p.sweeps > 0]
+    phases = [p for p in job_phases(policy, costs.allocation, workload).phases if p.sweeps > 0]
     return costs, policy, rng.choice(phases).load
 
 
