@@ -15,7 +15,8 @@ from cost_model.model.weight_units import expert_units, unit_slack_bytes, units_
 from policies.common.errors import InfeasibleError, UsageError
 from policies.common.memory_units import GIB, SYSTEM_PAGE_BYTES
 from policies.placement import Placement, Residency, place_batches, place_pieces
-from policies.policy import Policy, Workload
+from policies.policy import Policy
+from policies.workload import Workload
 
 PAGE_TOKENS = 16
 LOOK_AHEAD_BYTES = GIB

@@ -30,7 +30,8 @@ _PAYS, _STILL_PAYS = 2 / 3, 0.8
 
 def touched(shares: np.ndarray, tokens: float) -> np.ndarray:
     """Probability of each expert that one of so many tokens is routed to it: 1 − (1 − share)^T."""
-    return 1.0 - (1.0 - np.minimum(shares, 1.0)) ** tokens
+    missed: np.ndarray = (1.0 - np.minimum(shares, 1.0)) ** tokens
+    return 1.0 - missed
 
 
 def uniform_shares(arch: ModelArch) -> np.ndarray:
@@ -68,7 +69,7 @@ class OnDemand:
                 experts = unit.id.experts
                 streamed[unit.layer, experts.start : experts.stop] = True
                 on_disk += len(experts) * (tier_of[unit.id] == "disk")
-        return cls(arch, streamed, on_disk / max(1, np.count_nonzero(streamed)), at_hand)
+        return cls(arch, streamed, on_disk / max(1, int(np.count_nonzero(streamed))), at_hand)
 
     @property
     def layers(self) -> frozenset[int]:

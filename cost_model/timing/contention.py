@@ -15,10 +15,18 @@ from cost_model.timing.op_costs import Costs
 #: results of the CPU's attention, up. ``routed``: experts on demand. ``stage``: host weights that are not pinned, copied to a
 #: pinned buffer first.
 USERS = (
-    "gpu", "host", "cpu", "h2d", "h2d/kv", "h2d/attended", "h2d/act", "d2h", "d2h/act", "disk_read", "disk_read/kv",
-    "disk_read/act", "disk_read/wait", "disk_write", "disk_write/act", "disk_write/wait", "stage", "h2d/routed",
-    "disk_read/routed",
-)  # fmt: skip
+    *("gpu", "host", "cpu", "h2d", "h2d/kv", "h2d/attended", "h2d/act", "d2h", "d2h/act"),
+    *(
+        "disk_read",
+        "disk_read/kv",
+        "disk_read/act",
+        "disk_read/wait",
+        "disk_write",
+        "disk_write/act",
+        "disk_write/wait",
+    ),
+    *("stage", "h2d/routed", "disk_read/routed"),
+)
 #: Threads of the runtime that read or write disk at once; with how many the cores are shared when they all work.
 _DISK_THREADS = 4
 #: Bytes of host memory that pass for a byte of KV: it is gathered (read, written), then copied (read); or backwards.
@@ -69,12 +77,12 @@ class Resources:
             return found | {"cores": used / self._hardware.cores}
         return found | {"pcie": self._link_used(busy), "host memory": _weighted(self._memory, busy)}
 
-    def _slowed(self, active: Collection[str]):
+    def _slowed(self, active: Collection[str]) -> list[tuple[list[str], float]]:
         """(users, their speed) of each bandwidth that is asked for more than it yields."""
         alone = dict.fromkeys(active, 1.0)
         readers = [user for user in active if _lane(user) == "disk_read" and user not in _WAITS]
         writers = [user for user in active if _lane(user) == "disk_write" and user not in _WAITS]
-        asked = [(readers, len(readers)), (writers, len(writers))]
+        asked: list[tuple[list[str], float]] = [(readers, len(readers)), (writers, len(writers))]
         if not self._on_cpu:
             asked.append(([user for user in active if user in self._link], self._link_used(alone)))
             asked.append(([user for user in active if user in self._memory], _weighted(self._memory, alone)))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cost_model.hardware.hardware import Hardware
 from cost_model.memory.allocation import Allocation
@@ -12,8 +12,10 @@ from cost_model.memory.memory_plan import REMEDY, MemoryPlan
 from cost_model.model.arch import ModelArch
 from cost_model.timing.job_phases import job_phases
 from cost_model.timing.op_costs import Costs
+from cost_model.timing.phase_loads import Phase
 from cost_model.timing.problem import Problem
 from cost_model.timing.sweep_bounds import SweepForm, SweepTime
+from cost_model.timing.sweep_load import SweepLoad
 from policies.common.errors import InfeasibleError
 from policies.common.memory_units import GIB
 from policies.policy import Policy
@@ -21,6 +23,8 @@ from policies.workload import Workload
 
 if TYPE_CHECKING:
     from cost_model.routing.expert_usage import ExpertUsage
+
+_Timed = tuple[Phase, SweepTime]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +62,7 @@ class Prediction:
     budgets: Mapping[str, int | None]
     allocation: Allocation
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """The section "predicted" of a policy file."""
         return {
             "tokens_per_s": self.tokens_per_s,
@@ -101,8 +105,10 @@ def evaluate(
         InfeasibleError: a tier has too few bytes; the sentence says how many are missing. Or the usage, or the policy's
             order of experts, is of another model.
     """
-    about = {"dtype_bytes": dtype_bytes, "kv_tokens": kv_tokens, "usage": usage, "on_demand": on_demand}
-    return predict(Problem.of(arch, hardware, workload, **about), policy, ignore_memory=ignore_memory)
+    problem = Problem.of(
+        arch, hardware, workload, dtype_bytes=dtype_bytes, kv_tokens=kv_tokens, usage=usage, on_demand=on_demand
+    )
+    return predict(problem, policy, ignore_memory=ignore_memory)
 
 
 def predict(problem: Problem, policy: Policy, *, ignore_memory: bool = False) -> Prediction:
@@ -151,12 +157,12 @@ def _predict(
     )
 
 
-def _rate(timed, tokens_of) -> float:
+def _rate(timed: Sequence[_Timed], tokens_of: Callable[[SweepLoad], float]) -> float:
     seconds = sum(phase.sweeps * time.total_s for phase, time in timed)
     return sum(phase.sweeps * tokens_of(phase.load) for phase, _ in timed) / seconds if seconds else 0.0
 
 
-def _bottleneck(timed: list[tuple[object, SweepTime]]) -> str:
+def _bottleneck(timed: Sequence[_Timed]) -> str:
     seconds: dict[str, float] = {}
     for phase, time in timed:
         seconds[time.bottleneck] = seconds.get(time.bottleneck, 0.0) + phase.sweeps * time.total_s

@@ -89,7 +89,8 @@ class SweepForm:
         self._on_cpu = costs.hardware.device == "cpu"
         self._resources = Resources(costs)
         self._beside = beside_shares(self._resources) if self._on_cpu else {}
-        self._stream, self._kept = _WeightStream(costs), None
+        self._stream = _WeightStream(costs)
+        self._kept: _WeightStream | None = None
 
     def time(self, load: SweepLoad) -> SweepTime:
         """Seconds of one sweep in a row of like ones."""

@@ -129,8 +129,7 @@ class Admission:
         if before == row.prompt:
             return 0
         row.prompt_done = max(before, min(row.cached, row.prompt))
-        if row.prefix is not None:
-            self._queue_next(self.prefixes.computed(row))
+        self._queue_next(self.prefixes.computed(row))
         return row.prompt_done - before
 
     def end_sweep(self) -> None:
@@ -146,8 +145,7 @@ class Admission:
     def drop(self, row: RowLengths) -> None:
         """The row no longer waits."""
         self.waiting.remove(row)
-        if row.prefix is not None:
-            self.prefixes.drop(row)
+        self.prefixes.drop(row)
 
     def send_back(self, row: RowLengths) -> None:
         """Take a row out of flight; it re-enters first, as one run of all its tokens."""
@@ -265,8 +263,7 @@ class Admission:
         self.free_tails -= tier == "disk"
         self._projections[tier].add(row, curve)
         self._running[row] = None
-        if row.prefix is not None:
-            self.prefixes.enter(row, shares)
+        self.prefixes.enter(row, shares)
 
     def _mode(self, tier: str) -> AttentionMode:
         if tier != "cpu":
@@ -281,6 +278,5 @@ class Admission:
         self._rows_on_cpu_attention -= row.mode is AttentionMode.CPU
         self.free_tails += row.tier == "disk"
         self._free[row.tier] += row.pages
-        if row.prefix is not None:
-            self.prefixes.leave(row)
+        self.prefixes.leave(row)
         row.tier, row.cached, row.pages, row.run, row.stale = "", 0, 0, 0, False

@@ -61,8 +61,10 @@ class Prefixes:
         return prefix.pages if prefix in self._idle else 0
 
     def enter(self, row: RowLengths, shares: bool) -> None:
-        """A row with a prefix is in flight; ``shares`` says whether it begins after it."""
+        """A row is in flight; where it has a prefix, ``shares`` says whether it begins after it."""
         prefix = row.prefix
+        if prefix is None:
+            return
         if row not in prefix.waiting:  # it computes the prefix
             self.promised += len(prefix.waiting)
             return
@@ -77,16 +79,18 @@ class Prefixes:
             row.prefix = None
 
     def computed(self, row: RowLengths) -> Iterable[RowLengths]:
-        """The row has computed its prefix; returns those that may enter now."""
+        """Rows that may enter now that this one has computed as much as it has."""
         prefix = row.prefix
-        if row.shares or row.cached < prefix.tokens:
+        if prefix is None or row.shares or row.cached < prefix.tokens:
             return ()
         prefix.tier, prefix.sharers, row.shares = row.tier, 1, True
         return prefix.waiting
 
     def leave(self, row: RowLengths) -> None:
-        """A row with a prefix is out of flight, and its pages have been given back."""
+        """A row is out of flight, and its pages have been given back."""
         prefix = row.prefix
+        if prefix is None:
+            return
         if not row.shares:  # it has not computed the prefix yet
             self.promised -= len(prefix.waiting)
             return
@@ -96,9 +100,9 @@ class Prefixes:
             self._hold(prefix, 1)
 
     def drop(self, row: RowLengths) -> None:
-        """A row no longer waits for its prefix."""
+        """A row no longer waits for its prefix, if it has one."""
         prefix = row.prefix
-        if row not in prefix.waiting:
+        if prefix is None or row not in prefix.waiting:
             return
         del prefix.waiting[row]
         self.promised -= 1
