@@ -11,25 +11,18 @@ from typing import Any
 import torch
 
 from cost_model.hardware.hardware import Hardware
-from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine import Engine
 from flexmoe.engine.requests import RefusedError
-from flexmoe.engine.router_counter import LayerStats, coactivation_bytes
+from flexmoe.engine.router_counter import LayerStats
 from flexmoe.errors import UsageError
-from flexmoe.models.loader import Model, compute_dtype, load_model
+from flexmoe.models.loader import Model, load_model
 from flexmoe.params import CompletionOutput, EngineRequest, InFlight, RequestOutput, SamplingParams
-from flexmoe.planning.forecast import Forecaster
+from flexmoe.planning.configure import configure
 from flexmoe.progress import bar
 from flexmoe.prompts import Conversation, Prompt, read_conversations, read_prompts
-from flexmoe.system.device import Device
 from flexmoe.text.tokenizer import Tokenizer, eos_ids
-from policies.policy import Policy, PolicyFile
+from policies.policy import Policy
 from policies.workload import Workload
-
-#: Everything in (CPU or GPU) compute memory: what a model that fits wants.
-RESIDENT = (100, 0, 100, 0, 100, 0)
-#: Mean prompt and completion of a job about which nothing is known, and its longest row.
-_USUAL_PROMPT, _USUAL_COMPLETION, _USUAL_LONGEST = 512, 128, 4096
 
 
 class LLM:
@@ -79,22 +72,11 @@ class LLM:
         self.tokenizer = Tokenizer.load(self.model.directory) if self.model.directory else Tokenizer(None, "a dummy")
         options |= {"gpu_mem": gpu_mem, "cpu_mem": cpu_mem, "nvme_mem": nvme_mem}
         options |= {"dtype": dtype, "device": device, "seed": seed}
-        usual = workload or _usual_workload(self.model.arch.max_position)
-        try:  # a config without a policy checks what was given before a machine is measured for it
-            asked = EngineConfig(policy=_resident(usual), workload=usual, **options)
-        except TypeError as error:
-            raise UsageError(f"LLM: {error}") from error
-        if policy == "auto":
-            workload, chosen = usual, self._planned(asked, hardware)
-        elif hardware is not None:
-            raise UsageError('hardware is what policy="auto" plans with; leave it out, or the policy')
-        else:
-            workload, chosen = self._read_policy(policy, workload)
-        config = replace(asked, policy=chosen, workload=workload)
+        config = configure(self.model, policy, workload, hardware, **options)
         if not config.eos_ids:
             ids = eos_ids(self.model.generation_config, self.model.config, self.tokenizer)
             config = replace(config, eos_ids=ids)
-        self.engine = Engine(self.model, config, self.tokenizer.decode if self.tokenizer.is_available else None)
+        self.engine = Engine(self.model, config, self.tokenizer.detokenize)
         self._streaming = False
         self._left: list[InFlight] = []
 
@@ -331,31 +313,6 @@ class LLM:
                 advance(1)
         return [self._with_text(outputs[i], texts[i]) for i in range(len(prompts))]
 
-    def _planned(self, asked: EngineConfig, hardware: Hardware | str | Path | None) -> Policy:
-        """The planner's policy for this machine."""
-        usage = asked.expert_usage
-        return Forecaster.of_machine(
-            self.model.arch,
-            asked.workload,
-            compute_dtype(asked.dtype, self.model, Device(asked.device).torch),
-            hardware=hardware or "auto",
-            device=asked.device,
-            directory=asked.offload_dir,
-            budgets={name: getattr(asked, name) for name in ("gpu_mem", "cpu_mem", "nvme_mem")},
-            usage=usage,
-            on_demand=asked.expert_cache != "off",
-            held_bytes=coactivation_bytes(self.model.arch) if asked.router_stats else 0,
-        ).plan(asked.kv_tokens)
-
-    def _read_policy(self, policy: Policy | str | Path | None, workload: Workload | None) -> tuple[Workload, Policy]:
-        usual = Workload(prompt_len=512, gen_len=32)
-        if isinstance(policy, (str, Path)):
-            file = PolicyFile.load(policy)
-            file.check_model(self.model.arch.fingerprint())
-            return workload or file.planned_workload() or usual, file.policy
-        workload = workload or usual
-        return workload, _resident(workload) if policy is None else policy
-
     def _with_text(self, output: RequestOutput, prompt: str | None) -> RequestOutput:
         return replace(output, prompt=prompt, outputs=[replace(c, text=self._text(c)) for c in output.outputs])
 
@@ -364,19 +321,6 @@ class LLM:
             return completion.text
         ended = completion.finish_reason == "stop"
         return self.tokenizer.decode(completion.token_ids[:-1] if ended else completion.token_ids)
-
-
-def _usual_workload(context: int) -> Workload:
-    """What is planned for where nothing is known of the job, within the model's context."""
-    prompt, completion = min(_USUAL_PROMPT, context // 2), min(_USUAL_COMPLETION, context // 4)
-    return Workload(prompt_len=max(1, prompt), gen_len=max(1, completion), longest_row=min(_USUAL_LONGEST, context))
-
-
-def _resident(workload: Workload) -> Policy:
-    """Everything on the compute device."""
-    return Policy.from_percent(
-        RESIDENT, gpu_batch_size=32, num_gpu_batches=1, prompt_len=workload.prompt_len, gen_len=workload.gen_len
-    )
 
 
 def _failed(request: EngineRequest, problem: str) -> RequestOutput:

@@ -21,7 +21,7 @@ TIERS = ("gpu", "cpu", "disk")
 
 @dataclass(frozen=True)
 class Placement:
-    """Where every unit lives at home: the first `gpu_end` units of the order on the GPU, up to `cpu_end` in host memory.
+    """The home tier of every unit: the first `gpu_end` units of the order on the GPU, up to `cpu_end` in host memory.
 
     Args:
         residency: the units in residency order.
@@ -35,10 +35,11 @@ class Placement:
     @cached_property
     def tier_of(self) -> dict[UnitId, str]:
         """The tier of each unit, in the order in which the units were given."""
-        counts = (self.gpu_end, self.cpu_end - self.gpu_end, len(self.residency.order) - self.cpu_end)
-        tiers = [tier for tier, count in zip(TIERS, counts, strict=True) for _ in range(count)]
-        tier_of = {unit.id: tier for unit, tier in zip(self.residency.order, tiers, strict=True)}
-        return {unit.id: tier_of[unit.id] for unit in self.residency.units}
+        residency, gpu_end, cpu_end = self.residency, self.gpu_end, self.cpu_end
+        return {
+            unit.id: TIERS[(place >= gpu_end) + (place >= cpu_end)]
+            for unit, place in zip(residency.units, residency.places, strict=True)
+        }
 
     @cached_property
     def bytes_per_tier(self) -> dict[str, int]:
@@ -75,8 +76,12 @@ class Residency:
 
     Args:
         units: all units of the model, in schedule order.
-        expert_order: for each layer the numbers of its expert units, those first that most deserve a fast tier; None: as
+        expert_order: for each layer the numbers of its expert units, those first that are most worth a fast tier; None: as
             they stand.
+
+    Attributes:
+        order: the units in residency order.
+        places: of each unit, as they were given, its place in that order.
 
     Raises:
         UsageError: there are no units, one is there twice, or the order is not one of these units.
@@ -90,6 +95,8 @@ class Residency:
         if different != len(self.units):
             raise UsageError(f"{len(self.units)} units have only {different} different names; each needs its own.")
         self.order = tuple(residency_order(self.units, expert_order))
+        place_of = {unit.id: place for place, unit in enumerate(self.order)}
+        self.places = [place_of[unit.id] for unit in self.units]
         self._bytes = {kind: _sums(unit.stored_bytes * (unit.kind == kind) for unit in self.order) for kind in KINDS}
         self._counts = {kind: _sums(unit.kind == kind for unit in self.order) for kind in KINDS}
         self.prefix_bytes = _sums(unit.stored_bytes for unit in self.order)
@@ -143,12 +150,12 @@ def place_weights(units: Iterable[Unit], gpu_percent: float, cpu_percent: float)
 
 
 def residency_order(units: Sequence[Unit], expert_order: Sequence[Sequence[int]] | None = None) -> list[Unit]:
-    """All units, those that most deserve a fast tier first; it does not depend on percents.
+    """All units, those first that are most worth a fast tier; it does not depend on percents.
 
     Embedding, attention and head serve every token in every sweep and are small, so they come before the experts.
-    Experts follow by their rank within the layer (``expert_order``, as `Residency` takes it), and for each rank the layers come in bit-reversed (van der Corput)
-    order. That order is the same for every rank, so any interval of the experts is a window of one repeating
-    sequence: two layers differ by at most one expert in a prefix (GPU) and in an interval (CPU) alike, and the layers
+    Experts follow by their rank within the layer (``expert_order``, as `Residency` takes it), and for each rank the layers
+    come in bit-reversed (van der Corput) order. That order is the same for every rank, so any interval of the experts is a
+    window of one repeating sequence: two layers differ by at most one expert in a prefix (GPU) and in an interval (CPU) alike, and the layers
     that hold the extra one are spread over the depth of the model.
 
     Raises:

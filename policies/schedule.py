@@ -70,7 +70,7 @@ class SweepShape:
         cpu_batches: GPU batches that have rows attended on the CPU.
         stored_batches: GPU batches that have rows whose KV home is not the GPU.
         disk_batches: GPU batches that have rows whose KV home is the disk.
-        on_demand: layers of whose streamed experts only those are brought that were routed to, when that is known.
+        on_demand: layers whose streamed experts are moved on demand: only those routed to, once that is known.
     """
 
     units: SweepUnits
@@ -175,7 +175,7 @@ def _fetch(build: _Builder, layer: int, step: UnitStep) -> int:
 
 
 def _routed(build: _Builder, layer: int, experts: Sequence[UnitStep], route: int) -> int:
-    """The experts of a layer on demand: what has to come is asked for first, and the resident ones compute meanwhile."""
+    """The experts of a layer on demand: streamed ones are requested first, and the resident ones compute meanwhile."""
     tiers = {step.tier for step in experts}
     read = build.add("read_routed", "disk_read", layer, (route,)) if "disk" in tiers else route
     copied = build.add("copy_routed", "h2d", layer, (read,))

@@ -78,7 +78,7 @@ def gemm_flops_per_s(rounds: int) -> float:
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Return q, pool [N, 2, tokens, G, D], block tables (permuted), q starts, context lengths."""
+    """Return q, pool [N, 2, tokens, G, D], page tables (permuted), q starts, context lengths."""
     per_row = -(-shape.context // PAGE_TOKENS)
     pool = torch.randn(shape.rows * per_row, 2, PAGE_TOKENS, shape.kv_heads, shape.size).to(dtype)
     tables = torch.randperm(len(pool)).int().view(shape.rows, per_row)
@@ -88,7 +88,7 @@ def make_inputs(shape: Shape, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 
 
 def torch_attention(shape: Shape, q: torch.Tensor, pool: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """The peer: gather the blocks of all (here equally long) rows, then SDPA."""
+    """The peer: gather the pages of all (here equally long) rows, then SDPA."""
     k, v = (
         pool[:, i][tables.long()].view(shape.rows, -1, shape.kv_heads, shape.size)[:, : shape.context].transpose(1, 2)
         for i in (0, 1)

@@ -20,7 +20,7 @@ from policies.workload import Workload
 
 PAGE_TOKENS = 16
 LOOK_AHEAD_BYTES = GIB
-#: Slots that go on streaming attention, dense layers and the head while experts come on demand.
+#: Slots that stream attention, dense layers and the head in on-demand mode.
 KEPT_SLOTS = 2
 
 

@@ -245,7 +245,7 @@ class ModelArch:
         return self.num_experts * (1 - missed)
 
     def fingerprint(self) -> dict[str, str | int | list[int]]:
-        """What must agree between the model of a policy and the model at hand; what a model lacks is left out."""
+        """What must agree between the model of a policy and the given model; what a model lacks is left out."""
         fields = (
             "model_type", "hidden", "num_layers", "num_experts", "top_k", "num_heads", "num_kv_heads", "head_dim",
             "ffn", "vocab_size",

@@ -94,15 +94,15 @@ class Routing:
     def _demand(self, tokens: float, already: bool) -> Demand | None:
         import numpy as np
 
-        from cost_model.routing.on_demand import OnDemand, lent_experts, touched, uniform_shares
+        from cost_model.routing.on_demand import OnDemand, borrowed_experts, touched, uniform_shares
 
         allocation, places = self._allocation, self._experts.places
         if self._on_demand is None:
-            at_hand = lent_experts(self._arch, allocation) + allocation.cache_experts
+            cached = borrowed_experts(self._arch, allocation) + allocation.cache_experts
             streamed = places >= allocation.placement.gpu_end
             on_disk_count = int(np.count_nonzero(places >= allocation.placement.cpu_end))
             from_disk = on_disk_count / max(1, int(np.count_nonzero(streamed)))
-            self._on_demand = OnDemand(self._arch, streamed, from_disk, at_hand)
+            self._on_demand = OnDemand(self._arch, streamed, from_disk, cached)
         streamed = self._on_demand.streamed
         shares = uniform_shares(self._arch) if self._shares is None else self._shares
         if not self._on_demand.pays(shares, tokens, already):

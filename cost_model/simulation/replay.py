@@ -131,7 +131,7 @@ class Replayer:
         return self._speeds[mask]
 
     def _stream(self, on_demand: frozenset[int]) -> tuple[WeightQueues, Buffers]:
-        """The weight stream beside experts that come on demand, which borrow the other slots."""
+        """The weight stream; in on-demand mode the expert cache borrows all but a few of its slots."""
         if on_demand not in self._streams:
             allocation = self._costs.allocation
             slots = min(allocation.slots, KEPT_SLOTS) if on_demand else allocation.slots

@@ -21,7 +21,7 @@ class Move:
         seconds: what it takes alone.
         place: its place among all streamed units of a sweep, which get slots in this order.
         staged: its place among the units that pass through a staging slot; -1: it does not.
-        staged_by: (thread, place there) that fills its staging slot before this move; None: nobody.
+        staged_by: (thread, place there) that fills its staging slot before this move; None: it has none.
     """
 
     name: str

@@ -15,8 +15,8 @@ from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine_plan import EnginePlan
 from flexmoe.engine.router_counter import coactivation_bytes
 from flexmoe.errors import InfeasibleError
-from flexmoe.llm import RESIDENT
 from flexmoe.models.loader import Model, compute_dtype
+from flexmoe.planning.configure import RESIDENT
 from flexmoe.planning.forecast import Forecaster
 from flexmoe.preflight.lengths import Lengths
 from flexmoe.preflight.workload import Measured

@@ -1,4 +1,4 @@
-"""One file of a checkpoint directory, opened with suspicion, and the strict JSON in it.
+"""Opens one file of a checkpoint directory after checking what it is, and parses the JSON in it strictly.
 
 A download stops half-way, a clone leaves Git-LFS pointers, a hostile archive holds FIFOs: each becomes one sentence.
 """

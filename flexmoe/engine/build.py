@@ -100,6 +100,7 @@ class _Builder:
         tiers = plan.allocation.placement.tier_of
         store = WeightStore(plan.device, self._recorder, self._source, tiers, plan.dtype, pin)
         self._resources.callback(store.close)
+        store.load()
         self._recorder.reset_totals()  # a run's rates do not count what loading moved
         return store
 
@@ -115,6 +116,7 @@ class _Builder:
             overlap=config.policy.overlap,
         )
         self._resources.callback(feed.close)
+        feed.start()
         return feed
 
     def _cache(self) -> KVCache:

@@ -75,7 +75,7 @@ class Executor:
         self._feed, self._embedding, self._kv, self._hidden = feed, embed, kv, activations
         self._tiers, self._overlap, self._router_counter = activation_tiers, overlap, router_counter
         arch = family.arch
-        self._experts = ExpertDispatch(device, arch.num_experts, max_tokens, arch.top_k)
+        self._experts = ExpertDispatch(device, arch.num_experts)
         new = {"dtype": dtype, "device": device.torch}
         self._x_TD = torch.empty(max_tokens, arch.hidden, **new)
         self._y_TD = torch.empty(max_tokens, arch.hidden, **new)
@@ -259,7 +259,7 @@ class Executor:
         self._feed.release(op.unit)
 
     def _op_routed(self, op: Op) -> None:
-        """The routed experts of a layer on demand, those at hand first."""
+        """The routed experts of a layer on demand, the cached ones first."""
         x_TD, y_TD = self._x_TD[: self._block.tokens], self._y_TD[: self._block.tokens]
         for tensors in self._feed.experts():
             weights = {expert: ExpertWeights.of(own) for expert, own in tensors.items()}

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
-from flexmoe.system.device import Device
+from flexmoe.system.device import Device, align_up
 from flexmoe.system.direct_io import DirectFile
 from flexmoe.system.trace import Recorder
-from policies.common.memory_units import SYSTEM_PAGE_BYTES
 
 
 class Activations:
@@ -46,7 +45,7 @@ class Activations:
         self._host = {j: device.host_buffer(self._bytes) for j, tier in enumerate(tiers) if tier == "cpu"}
         self._file: DirectFile | None = None
         if "disk" in tiers:
-            self._buffers = device.host_buffer(_pages(self._bytes)), device.host_buffer(_pages(self._bytes))
+            self._buffers = device.host_buffer(align_up(self._bytes)), device.host_buffer(align_up(self._bytes))
             path = Path(offload_dir) / f"activations-{os.getpid()}-{id(self)}.bin"
             self._file = DirectFile(path, writable=True)
             os.unlink(path)  # the descriptor keeps it; a killed run leaves nothing behind
@@ -91,9 +90,9 @@ class Activations:
                 buffer[:nbytes].view(self._dtype).view(self._shape).copy_(h_TD, non_blocking=True)
                 self._device.record().synchronize()  # on this lane's own thread
         if self._tiers[batch] == "disk":
-            size = _pages(nbytes)
+            size = align_up(nbytes)
             with self._recorder.span("disk_write/act", f"act {batch}", nbytes):
-                self._file.write_from(memoryview(buffer.numpy())[:size], batch * _pages(self._bytes))
+                self._file.write_from(memoryview(buffer.numpy())[:size], batch * align_up(self._bytes))
 
     def _load(self, batch: int):
         row_bytes = self._shape[1] * self._dtype.itemsize
@@ -101,7 +100,9 @@ class Activations:
         if self._tiers[batch] == "disk":
             buffer = self._buffers[1]
             with self._recorder.span("disk_read/act", f"act {batch}", nbytes):
-                self._file.read_into(memoryview(buffer.numpy())[: _pages(nbytes)], batch * _pages(self._bytes), nbytes)
+                self._file.read_into(
+                    memoryview(buffer.numpy())[: align_up(nbytes)], batch * align_up(self._bytes), nbytes
+                )
         else:
             buffer = self._host[batch]
         with self._recorder.span("h2d/act", f"act {batch}", nbytes), self._device.on(self._stream):
@@ -111,7 +112,3 @@ class Activations:
             event.synchronize()  # the buffer may be filled again; on this lane's own thread
         self._on_device[batch] = h_TD
         return event
-
-
-def _pages(nbytes: int) -> int:
-    return -(-nbytes // SYSTEM_PAGE_BYTES) * SYSTEM_PAGE_BYTES

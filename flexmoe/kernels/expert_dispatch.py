@@ -28,18 +28,16 @@ class ExpertDispatch:
     Args:
         device: compute device.
         num_experts: E.
-        max_tokens: most tokens of a sweep.
-        top_k: K.
     """
 
-    def __init__(self, device: Device, num_experts: int, max_tokens: int, top_k: int):
+    def __init__(self, device: Device, num_experts: int):
         self._device = device
         self._chunk = EXPERT_CHUNK_TOKENS[device.torch.type]
-        self._bounds = torch.arange(num_experts + 1, device=device.torch)
+        self._numbers = torch.arange(num_experts + 1, device=device.torch)
         self._starts_host = device.host_buffer((num_experts + 1) * 8).view(torch.int64) if device.is_cuda else None
         # Of the last routing: the (token, expert) pairs by expert, and the first of each expert.
         self._starts: list[int] = []
-        self._starts_device = self._bounds
+        self._starts_device = self._numbers
         self._tokens = self._weights = torch.empty(0)
         self._is_dense = False
 
@@ -55,7 +53,7 @@ class ExpertDispatch:
             list[int]: tokens of each expert.
         """
         experts, order = ids_TK.flatten().sort(stable=True)
-        starts = torch.searchsorted(experts, self._bounds)  # bincount would wait for the device, twice
+        starts = torch.searchsorted(experts, self._numbers)  # bincount would wait for the device, twice
         self._starts_device = starts
         if self._starts_host is not None:
             starts = self._starts_host.copy_(starts, non_blocking=True)
@@ -178,7 +176,7 @@ class Bounds:
     """Where the tokens of each expert of a unit lie among those of a chunk.
 
     Args:
-        starts: first pair of every expert, and the end.
+        starts: first (token, expert) pair of every expert, and the end.
         on_device: the same on the compute device.
         experts: of the unit.
         pairs: of the chunk.

@@ -188,7 +188,7 @@ def expert_bench(
     sets = arena.sets(math.parts(())[UnitId("expert", 0)], effort.cycle_bytes)
     x_TD = noise(device, dtype, most * experts // _TOP_K, arch.hidden)
     y_TD = torch.zeros_like(x_TD)
-    dispatch = ExpertDispatch(device, experts, len(x_TD), _TOP_K)
+    dispatch = ExpertDispatch(device, experts)
 
     def seconds(count: int, seconds: float, warm: int, least: int) -> float:
         block = count * experts // _TOP_K
@@ -221,7 +221,7 @@ def unit_bench(
     sets = arena.sets(math.parts(())[expert_unit(0, unit)], effort.cycle_bytes)
     x_TD = noise(device, dtype, len(unit) * min(most, 2 * GROUPED_TOKENS), arch.hidden)
     y_TD = torch.zeros_like(x_TD)
-    dispatch = ExpertDispatch(device, len(unit), len(x_TD), 1)
+    dispatch = ExpertDispatch(device, len(unit))
 
     def seconds(count: int, seconds: float, warm: int, least: int) -> float:
         spread = torch.tensor(around(count, len(unit), fewest=4)).expand(len(unit))
@@ -273,7 +273,7 @@ def _dense_work(device, arch, dtype, lanes: KVLanes, cache: KVCache, sets, count
     h_TD.copy_(noise(device, dtype, count, arch.hidden))
     attended_THd = noise(device, dtype, count, arch.num_heads, arch.head_dim)
     router_TE = torch.empty(count, arch.num_experts, dtype=dtype, device=device.torch)
-    dispatch = ExpertDispatch(device, arch.num_experts, count, arch.top_k)
+    dispatch = ExpertDispatch(device, arch.num_experts)
 
     def work() -> None:
         weights = next(sets)

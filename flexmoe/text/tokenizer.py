@@ -7,7 +7,7 @@ token, in a prompt and in a chat's messages alike. Whoever passes on text of str
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,11 @@ class Tokenizer:
         Tokenizers that begin words with a space drop it at the very beginning of a text: a completion keeps it.
         """
         return None if self._texts is None else self._texts.continuation(token_ids)
+
+    @property
+    def detokenize(self) -> Callable[[Sequence[int]], str] | None:
+        """`decode` as a function; None without a tokenizer."""
+        return None if self._texts is None else self._texts.continuation
 
     def decode_prompt(self, token_ids: Sequence[int]) -> str | None:
         """The text of token ids with which a text begins, without special tokens; None without a tokenizer."""

@@ -1,7 +1,7 @@
-"""Brings single experts to given buffers, each as soon as it is asked for.
+"""Loads single experts into given buffers, each as soon as it is requested.
 
-The same two ways as those of the weight stream: on device ``cpu`` an expert is read from disk straight into its buffer, or
-copied; on CUDA it is read into a pinned staging buffer and copied on a stream of its own, past what is copied ahead.
+Transfers are direct or staged, as those of the weight stream: on device ``cpu`` an expert is read from disk straight into its
+buffer, or copied; on CUDA it is read into a pinned staging slot and copied on a stream of its own, beside the stream's copies.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from flexmoe.checkpoint.unit_layout import Place, UnitLayout, expert_copies
+from flexmoe.system.device import Event
+from flexmoe.weights.slots import Copies, Fetch, Slot, StagingSlot, copy_bytes, copy_to_device
 from flexmoe.weights.store import WeightStore
-from flexmoe.weights.transfers import Fetch, Slot, copy_bytes, copy_to_device
 from policies.units import UnitId
 
-#: Experts that are on their way at once on the staged way.
+#: Staged loads that are under way at once.
 _MOST_AT_ONCE = 8
 #: A lane works in order, and these copies run beside those of the weight stream.
 _LANE = "h2d/experts"
@@ -31,8 +32,8 @@ class ExpertLoader:
     Args:
         store: homes of the units.
         units: the units of experts that do not live on the device.
-        staged: the way of CUDA.
-        staging: its pinned buffers, used from a load to the next `settle`.
+        staged: whether transfers are staged.
+        staging: pinned buffers for that, used from a load to the next `settle`.
     """
 
     def __init__(self, store: WeightStore, units: Iterable[UnitId], staged: bool, staging: Sequence[torch.Tensor]):
@@ -41,10 +42,10 @@ class ExpertLoader:
         for unit in units:
             self._unit_of |= {(unit.layer, e): (unit, place) for place, e in enumerate(unit.experts)}
         self._stream = self._device.stream() if staged else None
-        self._staging: queue.SimpleQueue = queue.SimpleQueue()
+        self._staging: queue.SimpleQueue[StagingSlot] = queue.SimpleQueue()
         self._issues = threading.Lock()
         for buffer in staging:
-            self._staging.put((buffer, None))
+            self._staging.put(StagingSlot(buffer))
         self._threads = ThreadPoolExecutor(max(1, min(len(staging), _MOST_AT_ONCE)), "expert loads")
 
     def places(self, layer: int, expert: int) -> Mapping[str, Place]:
@@ -69,7 +70,7 @@ class ExpertLoader:
         return Fetch(UnitId("expert", layer, expert), slot)
 
     def settle(self) -> None:
-        """Wait for the copies of all loads that are done: the staging buffers may be used otherwise until the next load."""
+        """Wait for the copies of all loads that are done; the staging buffers are then free for others until the next load."""
         if self._stream is not None:
             self._stream.synchronize()
 
@@ -100,7 +101,7 @@ class ExpertLoader:
     def _upload(self, unit: UnitId, place: int, layout: UnitLayout, fetch: Fetch) -> None:
         store = self._store
 
-        def upload(source: torch.Tensor, copies) -> object:
+        def upload(source: torch.Tensor, copies: Copies) -> Event:
             name, nbytes = str(fetch.unit), layout.stored_bytes
             with self._issues:
                 return copy_to_device(store, self._stream, source, fetch.slot, name, copies, nbytes, _LANE)
@@ -121,10 +122,9 @@ class ExpertLoader:
     @contextlib.contextmanager
     def _staging_buffer(self) -> Iterator[torch.Tensor]:
         """A pinned buffer for what is copied in the body."""
-        buffer, copied = self._staging.get()
+        staging = self._staging.get()
         try:
-            if copied is not None:
-                copied.synchronize()
-            yield buffer
+            staging.wait()
+            yield staging.buffer
         finally:
-            self._staging.put((buffer, self._device.record(self._stream)))
+            self._staging.put(StagingSlot(staging.buffer, self._device.record(self._stream)))

@@ -15,10 +15,12 @@ from typing import Protocol
 
 import torch
 
-from flexmoe.checkpoint.checkpoint import Checkpoint, TensorInfo
+from flexmoe.checkpoint.checkpoint import Checkpoint
+from flexmoe.checkpoint.safetensors import TensorInfo
 from flexmoe.checkpoint.unit_layout import Part, UnitLayout, unit_layout, views
 from flexmoe.errors import StorageError
-from flexmoe.system.direct_io import DirectFile, DiskPool, OnDone, Pending, Transfer, align_up
+from flexmoe.system.device import align_up
+from flexmoe.system.direct_io import DirectFile, OnDone, Pending, Transfer, TransferQueue
 from policies.common.memory_units import SYSTEM_PAGE_BYTES
 from policies.units import UnitId
 
@@ -34,7 +36,7 @@ class WeightSource(Protocol):
     def prepare(self, disk_units: Sequence[UnitId]) -> None:
         """Called once, before any read, with the units whose home is the disk."""
 
-    def read(self, unit: UnitId, buffer: torch.Tensor, pool: DiskPool, on_done: OnDone | None = None) -> Pending:
+    def read(self, unit: UnitId, buffer: torch.Tensor, pool: TransferQueue, on_done: OnDone | None = None) -> Pending:
         """Start filling ``buffer`` with the unit's bytes in its host layout."""
 
     def read_rows(self, unit: UnitId, rows: Sequence[int], row_bytes: int) -> bytearray:
@@ -54,9 +56,9 @@ class _FileReader:
         self._files[file.path] = file
 
     def read(
-        self, name: str, layout: UnitLayout, buffer: torch.Tensor, pool: DiskPool, on_done: OnDone | None
+        self, name: str, layout: UnitLayout, buffer: torch.Tensor, pool: TransferQueue, on_done: OnDone | None
     ) -> Pending:
-        bytes_ = memoryview(buffer.numpy())
+        bytes_ = buffer.numpy().data
         transfers = [
             Transfer(self._file(e.path), e.offset, bytes_[e.buffer_offset : e.buffer_offset + e.length], e.needed)
             for e in layout.extents
@@ -116,7 +118,7 @@ class CheckpointSource:
     def prepare(self, disk_units: Sequence[UnitId]) -> None:
         """Nothing to do: disk units are read from the checkpoint itself."""
 
-    def read(self, unit: UnitId, buffer: torch.Tensor, pool: DiskPool, on_done: OnDone | None = None) -> Pending:
+    def read(self, unit: UnitId, buffer: torch.Tensor, pool: TransferQueue, on_done: OnDone | None = None) -> Pending:
         """Start reading the unit."""
         return self._reader.read(str(unit), self.layout(unit), buffer, pool, on_done)
 
@@ -126,10 +128,10 @@ class CheckpointSource:
 
 
 class DummySource:
-    """Random weights of realistic scale for a model of which only the shape is at hand.
+    """Random weights of realistic scale for a model of which only the shape is known.
 
-    The numbers of a matrix depend on its name alone, so any placement and any grouping of experts of a dummy model computes the same. Norms are
-    one, biases zero; routers are random and therefore balanced. Disk units are written out, each its own extent, so
+    The numbers of a matrix depend on its name alone, so any placement and any grouping of experts of a dummy model computes
+    the same. Norms are one, biases zero; routers are random and therefore balanced. Disk units are written out, each its own extent, so
     that reading them costs what reading a checkpoint costs.
 
     Args:
@@ -202,9 +204,9 @@ class DummySource:
         buffer = buffer[skip : skip + layout.host_bytes]
         self._fill(unit, buffer)
         for e in layout.extents:
-            file.write_from(memoryview(buffer.numpy())[e.buffer_offset : e.buffer_offset + e.length], e.offset)
+            file.write_from(buffer.numpy().data[e.buffer_offset : e.buffer_offset + e.length], e.offset)
 
-    def read(self, unit: UnitId, buffer: torch.Tensor, pool: DiskPool, on_done: OnDone | None = None) -> Pending:
+    def read(self, unit: UnitId, buffer: torch.Tensor, pool: TransferQueue, on_done: OnDone | None = None) -> Pending:
         """Start reading the unit, or fill it at once when it is not on disk. Single experts are of units on disk."""
         if unit in self._on_disk or unit in self._experts:
             return self._reader.read(str(unit), self.layout(unit), buffer, pool, on_done)
@@ -235,9 +237,9 @@ class DummySource:
                 continue
             flat, done, start = tensor.view(-1), 0, self._start(self._names[unit][piece.role, piece.into])
             while done < flat.numel():
-                piece = self._pattern[start : start + flat.numel() - done]
-                flat[done : done + len(piece)] = piece
-                done, start = done + len(piece), 0
+                numbers = self._pattern[start : start + flat.numel() - done]
+                flat[done : done + len(numbers)] = numbers
+                done, start = done + len(numbers), 0
 
 
 def _by_number_name(parts: Sequence[Part]) -> list[Part]:

@@ -14,19 +14,21 @@ import torch
 from cost_model.memory.memory_plan import LOADS_IN_FLIGHT
 from flexmoe.checkpoint.unit_layout import UnitLayout, pack, views
 from flexmoe.system.device import Device
-from flexmoe.system.direct_io import DiskPool, Pending
+from flexmoe.system.direct_io import DiskPool, OnDone, Pending
 from flexmoe.system.trace import Recorder
 from flexmoe.weights.sources import WeightSource
 from policies.units import UnitId
 
 
 def as_compute(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Tensors of a unit in the compute dtype: the one place where stored weights are cast (or, later, dequantized)."""
+    """Tensors of a unit in the compute dtype: the one place where stored weights are cast."""
     return {role: t if t.dtype == dtype else t.to(dtype) for role, t in tensors.items()}
 
 
 class WeightStore:
     """Where every unit lives: device tensors for ``gpu``, host bytes for ``cpu``, the source's files for ``disk``.
+
+    It is filled by `load`, once, before anything is asked of it.
 
     Args:
         device: the compute device.
@@ -57,14 +59,24 @@ class WeightStore:
         self._urgent = self._pool.urgent()
         self._cpu: dict[UnitId, torch.Tensor] = {}
         self._gpu: dict[UnitId, dict[str, torch.Tensor]] = {}
-        self._load()
 
-    def read(self, unit: UnitId, buffer: torch.Tensor, on_done=None) -> Pending:
+    def load(self) -> None:
+        """Bring every unit to its home.
+
+        Raises:
+            StorageError, DataError: a unit cannot be read, or disk units not be written.
+            InfeasibleError: the host has not that much memory.
+        """
+        self._source.prepare(self._of_tier("disk"))
+        self._load_cpu(self._of_tier("cpu"))
+        self._load_gpu(self._of_tier("gpu"))
+
+    def read(self, unit: UnitId, buffer: torch.Tensor, on_done: OnDone | None = None) -> Pending:
         """Start reading a unit's stored bytes into ``buffer`` (uint8, page-aligned, ``layout.host_bytes``)."""
         return self._source.read(unit, buffer, self._pool, on_done)
 
-    def read_expert(self, expert: UnitId, buffer: torch.Tensor, on_done=None) -> Pending:
-        """Start reading a single expert, before all that has been asked for by `read`; its layout is `expert_layout`."""
+    def read_expert(self, expert: UnitId, buffer: torch.Tensor, on_done: OnDone | None = None) -> Pending:
+        """Start reading a single expert, before all reads queued by `read`; its layout is `expert_layout`."""
         return self._source.read(expert, buffer, self._urgent, on_done)
 
     def expert_layout(self, expert: UnitId) -> UnitLayout:
@@ -85,11 +97,6 @@ class WeightStore:
 
     def _of_tier(self, tier: str) -> list[UnitId]:
         return [unit for unit, t in self.tier_of.items() if t == tier]
-
-    def _load(self) -> None:
-        self._source.prepare(self._of_tier("disk"))
-        self._load_cpu(self._of_tier("cpu"))
-        self._load_gpu(self._of_tier("gpu"))
 
     def _load_cpu(self, units: list[UnitId]) -> None:
         arena = self.device.host_buffer(sum(self.layouts[u].host_bytes for u in units), pinned=self.pinned)
@@ -113,7 +120,7 @@ class WeightStore:
             offset += size
         largest = max(self.layouts[u].host_bytes for u in units)
         staging = deque(self.device.host_buffer(largest, pinned=False) for _ in range(min(LOADS_IN_FLIGHT, len(units))))
-        reading: deque = deque()
+        reading: deque[tuple[UnitId, torch.Tensor, Pending]] = deque()
         for unit in units:
             if not staging:
                 staging.append(self._upload(*reading.popleft()))
@@ -157,7 +164,7 @@ class EmbeddingTable:
 
         Args:
             first: tokens of the sweep before these. Every token of a sweep has its own place in the host buffer, because
-                the copy to the device goes on after the call.
+                the copy to the device may still run after the call.
         """
         store = self._store
         if self._tier == "gpu":

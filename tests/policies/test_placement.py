@@ -182,10 +182,6 @@ def test_units_that_cannot_be_are_refused():
         place_weights([Unit(EMBEDDING, 1)] * 2, 0, 0)
     with pytest.raises(UsageError, match="no weight units"):
         place_weights([], 0, 0)
-    with pytest.raises(UsageError, match="kind 'norm'"):
-        UnitId("norm", 0)
-    with pytest.raises(UsageError, match="stored_bytes"):
-        Unit(EMBEDDING, 0)
 
 
 @pytest.mark.parametrize("seed", range(300))

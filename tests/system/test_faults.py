@@ -15,12 +15,7 @@ from tests.support.command_lines import THREE_TIERS
 from tests.support.fake_engine import FakeEngine
 from tests.support.jobs import Clock, Runner
 
-pytestmark = pytest.mark.usefixtures("quick_disk", "one_thread")
-
-
-@pytest.fixture(autouse=True)
-def fixed_time(monkeypatch):
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+pytestmark = pytest.mark.usefixtures("quick_disk", "one_thread", "fixed_time", "loads_cost_their_bytes")
 
 
 # Faults of the disk, at every call.

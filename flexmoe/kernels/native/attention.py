@@ -12,8 +12,8 @@ from flexmoe.kernels.native import library as native
 _INT_LIMIT = 2**31
 _STATUS_SENTENCES = {
     1: "q_starts must rise from 0 or more to at most the number of query tokens",
-    2: "context_lens must count at least a row's queries and at most what its block table can hold",
-    3: "block_tables names a block that k_pool does not have, at a position that a query attends to",
+    2: "context_lens must count at least a row's queries and at most what its page table can hold",
+    3: "page_tables names a page that k_pool does not have, at a position that a query attends to",
 }
 
 
@@ -21,7 +21,7 @@ def paged_attention(
     q_THD: torch.Tensor,
     k_pool: torch.Tensor,
     v_pool: torch.Tensor,
-    block_tables: torch.Tensor,
+    page_tables: torch.Tensor,
     q_starts: torch.Tensor,
     context_lens: torch.Tensor,
     *,
@@ -33,14 +33,14 @@ def paged_attention(
     """Causal grouped-query attention of ragged rows over a paged KV cache, on CPU cores.
 
     Row b's queries `q_THD[q_starts[b]:q_starts[b + 1]]` stand at its last positions, `context_lens[b] - 1` the last;
-    their own keys and values are in the pools already. The key at position t lies in block
-    `block_tables[b, t // block_tokens]` at `t % block_tokens`. Accumulation is fp32; the result of a row depends
+    their own keys and values are in the pools already. The key at position t lies in page
+    `page_tables[b, t // page_tokens]` at `t % page_tokens`. Accumulation is fp32; the result of a row depends
     neither on the other rows nor on the number of threads.
 
     Args:
         q_THD: queries, fp32, bf16 or fp16; the token stride is free, the rest contiguous.
-        k_pool, v_pool: [blocks, block_tokens, G, D], same dtype; the block stride is free, the rest contiguous.
-        block_tables: int32 [B, W]; entries that no query of the row sees may be anything.
+        k_pool, v_pool: [pages, page_tokens, G, D], same dtype; the page stride is free, the rest contiguous.
+        page_tables: int32 [B, W]; entries that no query of the row sees may be anything.
         q_starts: int32 [B + 1]. A row without queries is skipped.
         context_lens: int32 [B], tokens in the cache including this run.
         scale: factor of the scores.
@@ -58,17 +58,17 @@ def paged_attention(
     """
     library = native.required()
     out = torch.empty_like(q_THD, memory_format=torch.contiguous_format) if out is None else out
-    _check(q_THD, k_pool, v_pool, out, block_tables, q_starts, context_lens, window)
+    _check(q_THD, k_pool, v_pool, out, page_tables, q_starts, context_lens, window)
     tokens, heads, size = q_THD.shape
-    blocks, block_tokens, kv_heads, _ = k_pool.shape
-    rows, width = block_tables.shape
+    pages, page_tokens, kv_heads, _ = k_pool.shape
+    rows, width = page_tables.shape
     if rows == 0:
         return out
     queries = native.DTYPE_CODES[q_THD.dtype], q_THD.data_ptr(), q_THD.stride(0), tokens
-    pools = k_pool.data_ptr(), v_pool.data_ptr(), k_pool.stride(0), blocks
-    tables = block_tables.data_ptr(), block_tables.stride(0), width, q_starts.data_ptr(), context_lens.data_ptr()
+    pools = k_pool.data_ptr(), v_pool.data_ptr(), k_pool.stride(0), pages
+    tables = page_tables.data_ptr(), page_tables.stride(0), width, q_starts.data_ptr(), context_lens.data_ptr()
     threads = torch.get_num_threads() if num_threads is None else max(1, num_threads)
-    sizes = rows, heads, kv_heads, size, block_tokens, window, scale, threads
+    sizes = rows, heads, kv_heads, size, page_tokens, window, scale, threads
     status = library.flexmoe_attention(*queries, *pools, *tables, out.data_ptr(), *sizes)
     if status in _STATUS_SENTENCES:
         raise ValueError(_STATUS_SENTENCES[status])
@@ -100,14 +100,14 @@ def _check(
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[2]} KV heads evenly")
     inner = (k.shape[2] * k.shape[3], k.shape[3], 1)
     if k.stride()[1:] != inner or v.stride()[1:] != inner or k.stride(0) != v.stride(0) or k.stride(0) < 0:
-        raise ValueError("each block of the pools must be contiguous, and both pools have one block stride")
+        raise ValueError("each page of the pools must be contiguous, and both pools have one page stride")
     if q.stride()[1:] != (q.shape[2], 1) or out.shape != q.shape or not out.is_contiguous():
         raise ValueError("each token of q must be contiguous, and out must be contiguous with q's shape")
     if not tables.dtype == starts.dtype == lens.dtype == torch.int32:
         raise ValueError(f"index tensors must be int32, not {tables.dtype}, {starts.dtype}, {lens.dtype}")
     if tables.dim() != 2 or starts.shape != (len(tables) + 1,) or lens.shape != (len(tables),):
         raise ValueError(
-            f"block_tables {[*tables.shape]}, q_starts {[*starts.shape]} and context_lens {[*lens.shape]} are not "
+            f"page_tables {[*tables.shape]}, q_starts {[*starts.shape]} and context_lens {[*lens.shape]} are not "
             "[B, W], [B + 1] and [B]"
         )
     if starts.stride(0) != 1 or lens.stride(0) != 1 or (tables.shape[1] > 1 and tables.stride(1) != 1):

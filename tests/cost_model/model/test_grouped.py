@@ -13,7 +13,7 @@ from cost_model.timing.evaluate import evaluate
 from cost_model.timing.problem import Problem
 from cost_model.timing.sweep_bounds import sweep_time
 from policies import Workload
-from tests.cost_model.simulation.test_replay import MANY_EXPERTS, MIXTRAL, RESIDENT, costs_of, decoding
+from tests.support.sweeps import MANY_EXPERTS, MIXTRAL, RESIDENT, costs_of, decoding
 
 #: Mean tokens of an expert are an eighth of the block's.
 MOST = GROUPED_TOKENS * MANY_EXPERTS.num_experts // MANY_EXPERTS.top_k

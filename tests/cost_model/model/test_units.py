@@ -29,7 +29,6 @@ from flexmoe.models.registry import family
 from policies import Policy, Workload
 from policies.common.memory_units import MIB
 from policies.policy import PolicyFile
-from policies.units import expert_unit
 from tests.support.tiny import GEN_LEN, assert_greedy, make, offload
 from tests.support.tiny_families import RECIPES
 
@@ -63,15 +62,6 @@ def test_grouping_moves_the_same_bytes_and_names_every_expert_once(group):
     own = [unit for unit in units_of(arch) if unit.kind == "expert" and unit.layer == 5]
     assert [e for unit in own for e in unit.id.experts] == list(range(128))
     assert len(own) == expert_units(arch)
-
-
-def test_names_of_units_say_which_experts_they_hold():
-    assert [str(expert_unit(3, experts)) for experts in (range(5, 6), range(8, 16))] == [
-        "layers.3.expert.5",
-        "layers.3.expert.8-15",
-    ]
-    for experts in (range(0, 1), range(5, 6), range(8, 16)):
-        assert expert_unit(3, experts).experts == experts
 
 
 def test_a_dense_layer_is_one_unit_however_experts_are_grouped():

@@ -9,7 +9,7 @@ import pytest
 
 from cost_model.hardware.hardware import Hardware
 from cost_model.memory.allocation import single_expert_bytes
-from cost_model.routing.on_demand import OnDemand, lent_experts, uniform_shares
+from cost_model.routing.on_demand import OnDemand, borrowed_experts, uniform_shares
 from cost_model.simulation.replay import Replayer, replay
 from cost_model.simulation.simulate import simulate
 from cost_model.timing.evaluate import evaluate
@@ -18,7 +18,7 @@ from cost_model.timing.op_costs import Costs
 from cost_model.timing.sweep_bounds import sweep_time
 from cost_model.timing.sweep_load import SweepLoad
 from policies import Workload
-from tests.cost_model.simulation.test_replay import MANY_EXPERTS, MIXTRAL, SMALL, costs_of, decoding, random_sweep
+from tests.support.sweeps import MANY_EXPERTS, MIXTRAL, SMALL, costs_of, decoding, random_sweep
 
 DENSE_FIRST = replace(MANY_EXPERTS, dense_layers=(0,), dense_ffn=4096)
 #: (seed of `random_sweep`, seconds in closed form, seconds of the second sweep replayed) before sweeps could be on demand.
@@ -94,7 +94,7 @@ def test_without_overlap_many_rows_are_added_up_the_same_too():
 def test_a_sweep_on_demand_moves_what_is_expected_to_be_missed_and_nothing_else(machine):
     costs, policy = costs_of((5, 45, 100, 0, 100, 0), machine=machine, rows=2, batches=1, arch=MIXTRAL)
     allocation, load = costs.allocation, decoding(2)
-    decider = OnDemand.of(MIXTRAL, allocation.placement.tier_of, lent_experts(MIXTRAL, allocation))
+    decider = OnDemand.of(MIXTRAL, allocation.placement.tier_of, borrowed_experts(MIXTRAL, allocation))
     expected = decider.missed(uniform_shares(MIXTRAL), 2) * single_expert_bytes(MIXTRAL)
     demand = costs.routing.on_demand(2.0)
     assert demand.host_bytes + demand.disk_bytes == pytest.approx(expected)

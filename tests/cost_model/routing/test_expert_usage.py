@@ -15,8 +15,7 @@ from cost_model.simulation.simulate import simulate
 from cost_model.timing.evaluate import evaluate
 from policies import Policy
 from policies.common.errors import DataError, InfeasibleError, InputMissingError
-
-MIXTRAL = ModelArch.from_name("Mixtral-8x7B")
+from tests.support.usage import MIXTRAL, skewed
 
 
 def usage(tokens=10, seed=0):
@@ -85,17 +84,6 @@ def test_a_missing_file_is_named(tmp_path):
 QWEN = ModelArch.from_name("Qwen3-30B-A3B")
 MACHINE = Hardware.preset("rtx4090")
 FEW, MANY = Workload(prompt_len=64, gen_len=32, num_requests=1), Workload(prompt_len=64, gen_len=32, num_requests=2000)
-
-
-def skewed(arch=MIXTRAL, tokens=1000, seed=1):
-    """Usage in which a few experts of each layer, others in each, get most tokens."""
-    rng, counts = np.random.default_rng(seed), np.zeros((arch.num_layers, arch.num_experts), dtype=np.int64)
-    weights = 1.0 / np.arange(1, arch.num_experts + 1) ** 1.5
-    for layer in range(arch.num_layers):
-        # Gumbel's trick: k different experts for each token.
-        scores = np.log(rng.permutation(weights)) + rng.gumbel(size=(tokens, arch.num_experts))
-        counts[layer] = np.bincount(scores.argsort(axis=1)[:, -arch.top_k :].ravel(), minlength=arch.num_experts)
-    return ExpertUsage(model=arch.fingerprint(), tokens=tokens, counts=counts)
 
 
 def even(arch=MIXTRAL):

@@ -9,34 +9,18 @@ from itertools import islice, pairwise
 import pytest
 
 from cost_model.hardware.hardware import Hardware
-from cost_model.model.arch import ModelArch
 from cost_model.simulation import job_sweeps as job_sweeps_module
 from cost_model.simulation import simulate as simulate_module
 from cost_model.simulation.job_rows import shuffled_rows, typical_rows
 from cost_model.simulation.simulate import simulate
 from cost_model.timing import problem as problem_module
-from policies import Policy, Workload
+from policies import Workload
 from policies.common.errors import InfeasibleError, StorageError, UsageError
 from policies.placement import TIERS
 from policies.schedule import LANES
+from tests.support.small_jobs import MACHINE, MIXTRAL, SMALL, job, policy_of
 
-MIXTRAL = ModelArch.from_name("mixtral-8x7b")
-SMALL = replace(
-    MIXTRAL, num_layers=2, num_experts=4, hidden=1024, ffn=3584, num_heads=16, num_kv_heads=4, head_dim=64,
-    vocab_size=16000,
-)  # fmt: skip
-MACHINE = Hardware.preset("rtx4090")
 ON_HOST, THREE_TIERS = (10, 90, 0, 100, 100, 0), (20, 50, 20, 50, 100, 0)
-
-
-def policy_of(percent, *, rows=8, batches=4, prompt_len=64, gen_len=32, **rest):
-    return Policy.from_percent(
-        percent, gpu_batch_size=rows, num_gpu_batches=batches, prompt_len=prompt_len, gen_len=gen_len, **rest
-    )
-
-
-def job(rows, prompt_len=64, gen_len=32, **rest):
-    return Workload(prompt_len=prompt_len, gen_len=gen_len, num_requests=rows, **rest)
 
 
 @pytest.fixture

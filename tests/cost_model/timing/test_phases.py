@@ -12,7 +12,7 @@ from cost_model.timing.job_phases import job_phases
 from cost_model.timing.op_costs import Costs
 from cost_model.timing.sweep_bounds import SweepForm
 from policies import Workload
-from tests.cost_model.simulation.test_simulate import MACHINE, SMALL, job, policy_of
+from tests.support.small_jobs import MACHINE, SMALL, job, policy_of
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["alike", "mixed lengths"])

@@ -7,7 +7,7 @@ import pytest
 
 from cost_model.simulation.replay import Replayer
 from cost_model.timing.sweep_bounds import sweep_time
-from tests.cost_model.simulation.test_replay import MANY_EXPERTS, MIXTRAL, SMALL, costs_of, decoding, random_sweep
+from tests.support.sweeps import MANY_EXPERTS, MIXTRAL, SMALL, costs_of, decoding, random_sweep
 
 
 @pytest.mark.parametrize("arch", [MIXTRAL, SMALL, MANY_EXPERTS], ids=["8x7b", "small", "many"])

@@ -10,10 +10,10 @@ from flexmoe.batch.plan import RunPlan, last_that_holds
 from flexmoe.preflight.lengths import Lengths, RowLength
 from policies.policy import Policy
 from policies.units import UnitId
-from tests.cost_model.routing.test_expert_usage import skewed
 from tests.support.command_lines import assert_one_sentence, body
+from tests.support.usage import skewed
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
 SHORT = {"prompt": [5] * 10, "max_tokens": 4}
 LONG = {"prompt": [5] * 100, "max_tokens": 400}
 #: Budgets that hold the weights and short rows, and no long one.

@@ -14,12 +14,12 @@ import pytest
 
 from flexmoe.models.loader import load_model
 from policies.policy import Policy, PolicyFile
-from tests.flexmoe.text.test_tokenizer import build_tokenizer
 from tests.support.command_lines import ROWS, THREE_TIERS, assert_one_sentence, body
 from tests.support.paths import ROOT
 from tests.support.tiny import assert_greedy
+from tests.support.tokenizers import build_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
 
 
 # Jobs.
@@ -413,7 +413,7 @@ def test_ctrl_c_exits_130_with_a_sentence_and_no_file_under_the_final_name(job, 
     assert process.returncode == 130
     stopping, told = err.splitlines()
     assert "stopping after this sweep" in stopping
-    assert_one_sentence(told, "interrupted", "of 400 rows are done", "the same command goes on")
+    assert_one_sentence(told, "interrupted", "of 400 rows are done", "the same command resumes")
     assert not job.output.exists()
 
 

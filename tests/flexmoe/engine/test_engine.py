@@ -12,11 +12,10 @@ from cost_model.model.weight_units import units_of
 from flexmoe import LLM, EngineRequest, SamplingParams
 from flexmoe.errors import UsageError
 from policies import Policy, Workload
-from policies.placement import TIERS
+from tests.support.engines import RESIDENT, STREAMED, is_clean
 from tests.support.tiny import GEN_LEN, PROMPT_LENGTHS, assert_greedy, offload
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-RESIDENT, STREAMED = (100, 0, 100, 0, 100, 0), (20, 30, 30, 40, 50, 0)
+pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
 
 
 @pytest.fixture
@@ -48,17 +47,6 @@ def request(variant, row, max_tokens=GEN_LEN, **params):
         prompt_token_ids=tuple(variant.prompts[row]),
         params=SamplingParams(max_tokens=max_tokens, **params),
     )
-
-
-def is_clean(llm):
-    """Nobody waits or runs, and every page, tail, projection and promised place is given back."""
-    engine = llm.engine
-    free = all(engine.cache.free(t) == engine.cache.total(t) for t in TIERS)
-    none_projected = all(engine.scheduler.admission.projected_peak(t) == 0 for t in TIERS)
-    counted = all(engine.scheduler.admission.free(t) == engine.cache.total(t) for t in TIERS)
-    none_promised = engine.scheduler.rows_waiting == engine.scheduler.admission.prefixes.promised == 0
-    all_tails = engine.cache.free_tails == engine.cache.tails
-    return engine.unfinished == 0 and free and counted and none_projected and none_promised and all_tails
 
 
 def ids(output):

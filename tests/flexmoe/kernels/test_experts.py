@@ -57,7 +57,7 @@ def test_dispatch_equals_a_loop_over_tokens(monkeypatch, kind, chunk, tokens):
     ids_TK, weights_TK = routing(kind, tokens, generator)
     x_TD = torch.randn(tokens, WIDTH, generator=generator, dtype=torch.float64)
     weights = torch.randn(EXPERTS, WIDTH, WIDTH, generator=generator, dtype=torch.float64)
-    dispatch = ExpertDispatch(Device("cpu"), EXPERTS, tokens, TOP_K)
+    dispatch = ExpertDispatch(Device("cpu"), EXPERTS)
     sizes, y_TD = run(dispatch, ids_TK, weights_TK, x_TD, weights)
     assert sizes == torch.bincount(ids_TK.flatten(), minlength=EXPERTS).tolist()
     torch.testing.assert_close(y_TD, naive(ids_TK, weights_TK.double(), x_TD, weights))
@@ -68,7 +68,7 @@ def test_order_of_the_experts_changes_nothing_but_rounding():
     ids_TK, weights_TK = routing("balanced", 40, generator)
     x_TD = torch.randn(40, WIDTH, generator=generator, dtype=torch.float64)
     weights = torch.randn(EXPERTS, WIDTH, WIDTH, generator=generator, dtype=torch.float64)
-    dispatch = ExpertDispatch(Device("cpu"), EXPERTS, 40, TOP_K)
+    dispatch = ExpertDispatch(Device("cpu"), EXPERTS)
     _, forward = run(dispatch, ids_TK, weights_TK, x_TD, weights)
     _, backward = run(dispatch, ids_TK, weights_TK, x_TD, weights, reversed(range(EXPERTS)))
     torch.testing.assert_close(forward, backward)
@@ -79,7 +79,7 @@ def test_expert_sees_each_of_its_tokens_once_and_in_order(monkeypatch):
     generator = torch.Generator().manual_seed(2)
     ids_TK, weights_TK = routing("skewed", 30, generator)
     x_TD = torch.arange(30.0)[:, None].expand(30, WIDTH).contiguous()
-    dispatch = ExpertDispatch(Device("cpu"), EXPERTS, 30, TOP_K)
+    dispatch = ExpertDispatch(Device("cpu"), EXPERTS)
     dispatch.route(ids_TK, weights_TK, torch.float32)
     for expert in range(EXPERTS):
         seen, y_TD = [], torch.zeros_like(x_TD)
@@ -116,7 +116,7 @@ def test_units_of_several_experts_equal_a_loop_over_tokens(monkeypatch, kind, ch
     ids_TK, weights_TK = routing(kind, 53, generator)
     x_TD = torch.randn(53, WIDTH, generator=generator, dtype=torch.float64)
     weights = torch.randn(EXPERTS, WIDTH, WIDTH, generator=generator, dtype=torch.float64)
-    dispatch, y_TD = ExpertDispatch(Device("cpu"), EXPERTS, 53, TOP_K), torch.zeros_like(x_TD)
+    dispatch, y_TD = ExpertDispatch(Device("cpu"), EXPERTS), torch.zeros_like(x_TD)
     dispatch.route(ids_TK, weights_TK, x_TD.dtype)
     for first in range(0, EXPERTS, group):
         own = weights[first : first + group]
@@ -129,7 +129,7 @@ def test_units_of_several_experts_equal_a_loop_over_tokens(monkeypatch, kind, ch
 def test_the_bounds_of_a_chunk_are_the_same_on_host_and_device(monkeypatch, chunk):
     monkeypatch.setitem(expert_dispatch.EXPERT_CHUNK_TOKENS, "cpu", chunk)
     ids_TK, weights_TK = routing("skewed", 40, torch.Generator().manual_seed(3))
-    dispatch = ExpertDispatch(Device("cpu"), EXPERTS, 40, TOP_K)
+    dispatch = ExpertDispatch(Device("cpu"), EXPERTS)
     sizes, seen = dispatch.route(ids_TK, weights_TK, torch.float32), [0] * EXPERTS
 
     def note(x, bounds):
@@ -153,7 +153,7 @@ def in_pieces(stacked):
 
 
 def test_a_grouped_product_serves_weights_of_experts_with_few_tokens_each(monkeypatch):
-    dispatch = ExpertDispatch(Device("cpu"), EXPERTS, 1000, TOP_K)
+    dispatch = ExpertDispatch(Device("cpu"), EXPERTS)
     stacked = {"gate_up": torch.zeros(4, 2 * WIDTH, WIDTH), "down": torch.zeros(4, WIDTH, WIDTH)}
     dispatch.route(torch.tensor([[0, 1]] * 100), torch.ones(100, 2), torch.float32)
     of = ExpertWeights.of
@@ -267,7 +267,7 @@ def test_single_experts_are_computed_together_however_each_lies(forms):
 
 
 def test_expert_without_tokens_is_not_computed():
-    dispatch = ExpertDispatch(Device("cpu"), EXPERTS, 2, TOP_K)
+    dispatch = ExpertDispatch(Device("cpu"), EXPERTS)
     sizes = dispatch.route(torch.tensor([[0, 1], [0, 1]]), torch.ones(2, 2), torch.float32)
     assert sizes == [2, 2, 0, 0, 0, 0]
 
@@ -281,6 +281,6 @@ def test_expert_without_tokens_is_not_computed():
 
 def test_route_on_the_cpu_waits_for_no_device():
     device = Device("cpu")
-    dispatch = ExpertDispatch(device, EXPERTS, 2, TOP_K)
+    dispatch = ExpertDispatch(device, EXPERTS)
     dispatch.route(torch.tensor([[0, 1], [2, 3]]), torch.ones(2, 2), torch.float32)
     assert device.host_waits == 0

@@ -24,10 +24,10 @@ from flexmoe.system.trace import Recorder
 from flexmoe.weights import supply, transfers
 from flexmoe.weights.eviction import LFU, LRU, Usage
 from flexmoe.weights.expert_cache import ExpertCache
+from flexmoe.weights.slots import Fetch
 from flexmoe.weights.store import WeightStore
 from flexmoe.weights.stream import WeightStream
 from flexmoe.weights.supply import WeightFeed
-from flexmoe.weights.transfers import Fetch
 from policies import Policy, Workload
 from policies.schedule import SweepUnits
 from policies.units import UnitId, expert_unit
@@ -35,6 +35,7 @@ from scripts.support.belady import belady, best_static
 from tests.support.tiny import GEN_LEN, assert_greedy, offload
 from tests.support.tiny_units import within
 
+pytestmark = pytest.mark.usefixtures("loads_cost_their_bytes")
 PERCENTS = {"cpu": (0, 100), "disk": (0, 0), "mixed": (30, 30)}
 
 
@@ -47,9 +48,12 @@ def fed(directory, percents=(0, 0), *, group=None, experts=6, staged=False, monk
     arch, device = model.arch, Device("cpu")
     source = model.source(directory)
     resident = WeightStore(device, Recorder(), source, {u.id: "gpu" for u in units_of(arch)}, torch.float32)
+    resident.load()
     tier_of = residency(arch).place(*percents).tier_of
     store, units = WeightStore(device, Recorder(), source, tier_of, torch.float32, pin), SweepUnits.of(tier_of)
+    store.load()
     feed = WeightFeed(store, arch, units, SimpleNamespace(slots=2, staging_slots=4, cache_experts=experts), **options)
+    feed.start()
     expected = {}
     for unit in (step.unit for layer in units.experts for step in layer):
         tensors = resident.resident(unit)
@@ -118,7 +122,7 @@ def test_unpinned_homes_pass_through_staging(variants, monkeypatch):
             assert within(10, lambda at=layer: ask(run, at, [1, 4, 5, 9])) is not None
 
 
-def test_experts_at_hand_come_first_and_cost_no_transfer(variants, monkeypatch):
+def test_cached_experts_come_first_and_cost_no_transfer(variants, monkeypatch):
     read, real = [], WeightStore.read_expert
 
     def read_expert(self, expert, buffer, on_done=None):
@@ -177,10 +181,10 @@ def hits_on(shape, tokens, sweeps, topics, kind="lfu"):
     """Hits of a policy in the runtime's cache, and the trace, and how many experts can stay."""
     name, layers, room = SHAPES[shape]
     arch = replace(ModelArch.from_name(name), num_layers=layers)
-    usage, passing = Usage(arch), 4
+    usage, transient = Usage(arch), 4
     policy = LFU(usage) if kind == "lfu" else LRU(usage)
-    memory = torch.empty(room + passing, dtype=torch.uint8)
-    cache = ExpertCache(Device("cpu"), AtOnce(), memory, 1, policy, passing, torch.float32)
+    memory = torch.empty(room + transient, dtype=torch.uint8)
+    cache = ExpertCache(Device("cpu"), AtOnce(), memory, 1, policy, transient, torch.float32)
     trace = []
     for layer, counts in zipf_trace(arch, tokens, sweeps, topics):
         usage.add(layer, counts, tokens)
@@ -253,7 +257,7 @@ def test_a_static_cache_never_lets_go_of_what_it_keeps(variants):
 def test_while_all_are_streamed_only_the_room_beyond_the_slots_keeps_its_experts(variants):
     with fed(variants("qwen3").directory, group=3, experts=5) as run:
         feed = run.feed
-        assert feed._lent == 0, "two slots are kept for the stream"
+        assert feed._borrowed_bytes == 0, "two slots are kept for the stream"
         layers = sorted(feed.begin(1))
         ask(run, layers[0], [1, 2, 3])
         assert feed.begin(100_000) == frozenset()
@@ -266,11 +270,11 @@ def test_while_all_are_streamed_only_the_room_beyond_the_slots_keeps_its_experts
         assert feed.metrics()["hits"] == before + 3
 
 
-def test_what_was_lent_by_the_stream_is_forgotten_when_it_takes_its_slots_back(variants, monkeypatch):
+def test_experts_in_borrowed_slots_are_dropped_when_the_stream_reclaims_them(variants, monkeypatch):
     monkeypatch.setattr(supply, "KEPT_SLOTS", 0)
     with fed(variants("qwen3").directory, group=8, experts=2) as run:
         feed = run.feed
-        assert feed._lent > 0 and len(feed._cache._entries) > 4
+        assert feed._borrowed_bytes > 0 and len(feed._cache._entries) > 4
         feed._always = []  # nothing else is streamed, so the stream needs no slot
         layers = sorted(feed.begin(1))
         wanted = list(range(len(feed._cache._entries)))
@@ -284,20 +288,20 @@ def test_what_was_lent_by_the_stream_is_forgotten_when_it_takes_its_slots_back(v
         assert 0 < feed.metrics()["hits"] <= 2 * 3
 
 
-def test_a_static_cache_keeps_its_experts_even_when_its_passing_places_are_needed(variants):
+def test_a_static_cache_keeps_its_experts_even_when_its_transient_slots_are_needed(variants):
     known = np.tile(np.linspace(1, 0, 16), (4, 1))
     with fed(variants("qwen3").directory, experts=8, kind="static", known=known) as run:
         layer = min(run.feed.begin(1))
         kept = [e for at, e in np.argwhere(np.isinf(run.feed._cache._eviction.scores)).tolist() if at == layer]
         assert kept and run.feed.metrics()["experts"] == 4
-        passing = [10, 11, 12, 13]
-        for wanted in (kept, passing, [*passing, 14], kept):  # the passing places are full of what the layer needs
+        others = [10, 11, 12, 13]
+        for wanted in (kept, others, [*others, 14], kept):  # the transient slots are full of what the layer needs
             before = run.feed.metrics()["hits"]
             assert sorted(within(5, lambda w=wanted: ask(run, layer, w))) == wanted
         assert run.feed.metrics()["hits"] == before + len(kept)
 
 
-def test_loads_of_a_sweep_that_was_broken_off_do_not_reach_what_comes_after(variants, monkeypatch):
+def test_loads_of_an_interrupted_sweep_do_not_reach_what_comes_after(variants, monkeypatch):
     monkeypatch.setattr(supply, "KEPT_SLOTS", 0)
     real = os.preadv
 
@@ -322,7 +326,7 @@ def test_loads_of_a_sweep_that_was_broken_off_do_not_reach_what_comes_after(vari
             feed.release(unit)
 
 
-def test_a_feeder_that_is_stopped_between_taking_a_slot_and_its_copy_ends(variants, monkeypatch):
+def test_a_transfer_thread_that_is_stopped_between_taking_a_slot_and_its_copy_ends(variants, monkeypatch):
     real = transfers.Fetch
 
     def late(*arguments, **named):

@@ -15,6 +15,7 @@ from flexmoe.weights.sources import DummySource
 from policies.units import EMBEDDING, UnitId
 from tests.support.tiny_units import UNITS, tiny_units
 
+pytestmark = pytest.mark.usefixtures("small_pattern")
 A0, E0, E1 = UnitId("attention", 0), UnitId("expert", 0, 0), UnitId("expert", 0, 1)
 PARTS = {
     EMBEDDING: [Part(role="embed", tensor="t", shape=(50, 64))],
@@ -37,7 +38,7 @@ def pool():
     assert set(threading.enumerate()) == before
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def small_pattern(monkeypatch):
     monkeypatch.setattr(DummySource, "_PATTERN_BYTES", 1 << 20)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from flexmoe.errors import StorageError
+from flexmoe.errors import DataError, StorageError
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
 from flexmoe.weights.store import EmbeddingTable, WeightStore, as_compute
@@ -32,9 +32,10 @@ def streamed(source, tiers, slots=2, *, dtype=torch.float32, overlap=True, stage
     """A store and its stream; asserts that closing them leaves no thread."""
     before = set(threading.enumerate())
     store = WeightStore(Device("cpu"), Recorder(), source, tiers, dtype, pin)
-    stream = WeightStream(
-        store, [u for u in UNITS if tiers[u] != "gpu"], slots, staging_slots, overlap=overlap, staged=staged
-    )
+    store.load()
+    order = [u for u in UNITS if tiers[u] != "gpu"]
+    stream = WeightStream(store, order, slots, staging_slots, overlap=overlap, staged=staged)
+    stream.start(order)
     try:
         yield store, stream
     finally:
@@ -229,6 +230,40 @@ def test_close_with_transfers_under_way_ends_the_threads(tmp_path, monkeypatch, 
             pass  # the context asserts that no thread is left
 
 
+@pytest.mark.parametrize("staged", [False, True], ids=["direct", "staged"])
+def test_stream_of_which_a_thread_cannot_be_started_leaves_none(tmp_path, monkeypatch, staged):
+    source, expected = tiny_units(tmp_path)
+    with streamed(source, PLACEMENTS["cpu"], staged=staged, pin=False) as (_, stream):
+        stream.close()
+        before, real, left = set(threading.enumerate()), threading.Thread.start, [1]
+
+        def start(thread):
+            if not left[0]:
+                raise RuntimeError("can't start new thread")
+            left[0] -= 1
+            real(thread)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            with pytest.raises(RuntimeError, match="can't start"):
+                stream.start(UNITS)
+        assert set(threading.enumerate()) == before
+        stream.start(UNITS)
+        within(10, lambda: check_sweeps(stream, expected, torch.float32, sweeps=1))
+
+
+def test_store_that_cannot_be_loaded_leaves_no_thread_once_it_is_closed(tmp_path):
+    source, _ = tiny_units(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", 5000)
+    before = set(threading.enumerate())
+    store = WeightStore(Device("cpu"), Recorder(), source, PLACEMENTS["cpu"], torch.float32)
+    assert set(threading.enumerate()) == before, "nothing runs before it is loaded"
+    with pytest.raises(DataError, match="ends at byte 5000"):
+        store.load()
+    store.close()
+    assert set(threading.enumerate()) == before
+
+
 def test_bytes_are_counted_once_per_lane(tmp_path):
     source, expected = tiny_units(tmp_path)
     with streamed(source, PLACEMENTS["cpu"], 1, overlap=False) as (store, stream):
@@ -245,6 +280,7 @@ def test_embedding_rows_are_the_tables_whatever_its_home(tmp_path, tier, compute
     source, expected = tiny_units(tmp_path)
     table = expected[EMBEDDING]["embed"]
     store = WeightStore(Device("cpu"), Recorder(), source, {EMBEDDING: tier}, compute)
+    store.load()
     embed = EmbeddingTable(store, source, EMBEDDING, max_tokens=8)
     ids = torch.tensor([3, 0, 39, 3, 17])
     first = embed(ids)
