@@ -33,7 +33,7 @@ _FEWEST_BUNDLES, _MOST_BUNDLES = 48, 160
 _MOST_SETTLING, _MOST_PERIODS = 16, 24
 
 _FIELDS = ("decode_rows", "decode_context", "prompt_rows", "prompt_tokens", "prompt_past", "pairs")
-#: Place in `MODES` by home tier and way of being attended.
+#: Place in `MODES` by home tier and mode of attention.
 _MODE_OF: Mapping[tuple[str, AttentionMode | None], int] = {
     ("gpu", AttentionMode.GPU): 0,
     ("cpu", AttentionMode.FETCH): 1,

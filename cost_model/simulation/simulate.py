@@ -35,7 +35,7 @@ REPLAYED_OPS = 400_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """The job sweep by sweep; what recurs of the steady state of a large job shows once, and then time goes on.
+    """The job sweep by sweep; what recurs of the steady state of a large job shows once, and then time continues.
 
     Attributes:
         start_s, end_s: of each sweep.

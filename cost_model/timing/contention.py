@@ -46,7 +46,7 @@ class Resources:
         self._on_cpu = costs.hardware.device == "cpu"
         self._threads = {user: self._core_threads(costs, user) for user in USERS} if self._on_cpu else {}
         both = min(gpu.h2d_duplex_bytes_per_s / gpu.h2d_bytes_per_s, gpu.d2h_duplex_bytes_per_s / gpu.d2h_bytes_per_s)
-        self._both_ways = 1 / min(1.0, both) - 1
+        self._duplex_extra = 1 / min(1.0, both) - 1  # 1 / r - 1 of `_link_used`
         link = {
             "h2d/kv": gpu.kv_load_bytes_per_s / gpu.h2d_bytes_per_s,
             "d2h": gpu.kv_store_bytes_per_s / gpu.d2h_bytes_per_s,
@@ -91,15 +91,22 @@ class Resources:
         return [*found, (waiting, self._wait_speed)] if "disk_read" in active else found
 
     def _link_used(self, busy: Mapping[str, float]) -> float:
-        """Seconds of the link: while both directions run, each is slower."""
-        ways = {"h2d": 0.0, "d2h": 0.0}
+        """Seconds of the link: while both directions run, each has the part r of its speed.
+
+        Of a and b seconds up and down, a the longer, both run for b / r, in which b seconds of a are done too: a - b + b / r.
+        """
+        directions = {"h2d": 0.0, "d2h": 0.0}
         for user, seconds in busy.items():
             if user in self._link:
-                ways[_lane(user)] += self._link[user] * seconds
-        return max(ways.values()) + min(ways.values()) * self._both_ways
+                directions[_lane(user)] += self._link[user] * seconds
+        return max(directions.values()) + min(directions.values()) * self._duplex_extra
 
     def _level(self, active: Collection[str]) -> float:
-        """The part of a core that a thread gets which asks for all of it."""
+        """The part of a core that a thread gets which asks for all of it.
+
+        Max-min fairness: those that ask for least are served in full, as long as the rest would get no less than they ask for
+        if all that is left were split evenly.
+        """
         room, asked = float(self._hardware.cores), sorted((self._threads[user] for user in active), key=lambda t: t[1])
         threads = sum(count for count, _ in asked)
         for count, part in asked:

@@ -75,7 +75,12 @@ def row_moments(workload: Workload) -> RowMoments:
 
 
 def _most_held(entries: Histogram, rows: int) -> float:
-    """Tokens in whole pages per row when rows that entered together hold most; the short ones may have ended by then."""
+    """Tokens in whole pages per row when rows that entered together hold most; the short ones may have ended by then.
+
+    They hold most just before some of them end: then those of at least n generated tokens are left, and hold their prompts
+    and n - 1 tokens each, as the last one a row generates never enters the cache. Rows of many lengths waste half a page each
+    on average; of rows that are all alike the pages are counted.
+    """
     left, prompts, most = 0, 0.0, 0.0
     waste = 0.0 if len(entries) == 1 else PAGE_TOKENS / 2
     for s, n, count in sorted(entries, key=lambda entry: -entry[1]):

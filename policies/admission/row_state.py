@@ -39,7 +39,7 @@ class RowLengths:
         prompt_done: prompt tokens that have been computed at least once; a restart does not count them again.
         prefix: the beginning of the prompt that it computes for others, or will begin after; None where it has none.
         shares: whether it holds the prefix.
-        stale: its KV has to be computed anew before it goes on.
+        stale: its KV has to be computed anew before it resumes.
     """
 
     prompt: int
