@@ -174,7 +174,7 @@ class _Job:
         self._static = policy.schedule == "static"
         self._room = {tier: int(allocation.kv_pages[tier] / bundle) for tier in TIERS}
         self._block = max(1, int(policy.block_size / bundle + 1e-9))
-        self._admission = Admission(
+        self._admission: Admission[RowLengths] = Admission(
             replace(
                 policy,
                 gpu_batch_size=self._block,
