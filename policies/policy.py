@@ -238,7 +238,7 @@ class PolicyFile:
         """Refuses a model that the policy was not made for; a policy without a model fits any.
 
         Args:
-            arch_fingerprint: `ModelArch.fingerprint()` of the model at hand.
+            arch_fingerprint: `ModelArch.fingerprint()` of the model that is to run.
 
         Raises:
             InfeasibleError: a field differs; each one is named with both values.

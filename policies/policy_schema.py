@@ -1,4 +1,4 @@
-"""The JSON Schema of a policy file. `python -m scripts.make_schemas` writes it to `policy.schema.json`.
+"""The JSON Schema of a policy file. `python -m scripts.schemas` writes it to `policy.schema.json`.
 
 What a program refuses when it loads a file, the policy and the workload, is described by the rules of these classes. The
 other sections tell where a policy comes from; `cost_model` writes them, and nothing is decided by them but whether a model

@@ -104,7 +104,7 @@ class GemmRates:
             while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
                 hull.pop()
             hull.append(point)
-        # The curve goes on at the last rate for ever, so no piece may be steeper than that.
+        # The curve continues at the last rate for ever, so no piece may be steeper than that.
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= final_slope:
             hull.pop()
         slopes = [_slope(start, end) for start, end in pairwise(hull)] + [final_slope]

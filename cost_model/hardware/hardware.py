@@ -193,7 +193,7 @@ class Hardware:
         """This machine with other capacities, in GiB; None keeps what it has, and 0 is a value.
 
         On device cuda they replace the sizes of GPU memory (the context included) and of host memory, be they smaller
-        or larger. On device cpu they limit the gpu and the cpu tier, which go on sharing the machine's host memory.
+        or larger. On device cpu they limit the gpu and the cpu tier, which still share the machine's host memory.
 
         Raises:
             UsageError: a value is negative or no finite number; the sentence names the flag.

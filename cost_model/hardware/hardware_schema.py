@@ -1,4 +1,4 @@
-"""The JSON Schema of a hardware file. `python -m scripts.make_schemas` writes it to `hardware.schema.json`."""
+"""The JSON Schema of a hardware file. `python -m scripts.schemas` writes it to `hardware.schema.json`."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ and `cost_model.timing.op_costs` turn the numbers into bytes and seconds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -15,7 +16,8 @@ from cost_model.model.weight_units import expert_units, unit_slack_bytes, units_
 from policies.common.errors import InfeasibleError, UsageError
 from policies.common.memory_units import GIB, SYSTEM_PAGE_BYTES
 from policies.placement import Placement, Residency, place_batches, place_pieces
-from policies.policy import Policy, Workload
+from policies.policy import Policy
+from policies.workload import Workload
 
 PAGE_TOKENS = 16
 LOOK_AHEAD_BYTES = GIB
@@ -79,32 +81,52 @@ def allocate(
     longest = longest_row or workload.longest_row
     together = ceil((workload.prompt_len + workload.gen_len) / PAGE_TOKENS) if policy.schedule == "static" else 1
     pages = kv_pages_per_tier(policy, kv_tokens or kv_tokens_wanted(policy, workload), longest, together)
-    row_pages = ceil(longest_row / PAGE_TOKENS) if longest_row else max(pages.values())
     batch_tokens = policy.prefill_tokens + policy.gpu_batch_size
-    fetches = pages["disk"] > 0 or (pages["cpu"] > 0 and policy.cpu_attention_percent < 100)
-    reachable = min(policy.gpu_batch_size * row_pages, pages["cpu"] + pages["disk"])
-    disk_share = 1 - (policy.cache_gpu_percent + policy.cache_cpu_percent) / 100
-    tails = min(policy.block_size, max(1, ceil(policy.block_size * disk_share))) if pages["disk"] else 0
-    ahead = _look_ahead(arch, placement)
-    slots = min(4, ahead) if device == "cuda" else ahead
-    if policy.weight_slots is not None:
-        slots = min(policy.weight_slots, placement.count_of("cpu") + placement.count_of("disk"))
-    on_disk = placement.count_of("disk")
+    slots, staging_slots = _slots(arch, policy, placement, device)
     return Allocation(
         placement=placement,
         activation_tiers=place_batches(policy.num_gpu_batches, policy.act_gpu_percent, policy.act_cpu_percent),
         kv_pages=pages,
-        tails=tails,
+        tails=_tails(policy) if pages["disk"] else 0,
         max_tokens=policy.prefill_tokens + policy.block_size,
         batch_tokens=batch_tokens,
         slots=slots,
-        staging_slots=min(on_disk, ahead) if policy.pin_weight else ahead,
-        # A run's own tokens may open one page more than its past fills.
-        fetch_pages=reachable + policy.gpu_batch_size if fetches else 0,
+        staging_slots=staging_slots,
+        fetch_pages=_fetch_pages(policy, pages, longest_row),
         write_pages=ceil(batch_tokens / PAGE_TOKENS) + 2 * policy.gpu_batch_size if pages["disk"] else 0,
-        stretch_tokens=(workload.prompt_len + workload.gen_len / 2) / (1 + workload.gen_len / (2 * PAGE_TOKENS)),
+        stretch_tokens=_stretch_tokens(workload),
         recompute_past=arch.rope_switch,
     )
+
+
+def _slots(arch: ModelArch, policy: Policy, placement: Placement, device: str) -> tuple[int, int]:
+    """(weight slots on the compute device, staging slots in host memory)."""
+    on_disk = placement.count_of("disk")
+    ahead = _look_ahead(arch, placement)
+    slots = min(4, ahead) if device == "cuda" else ahead
+    if policy.weight_slots is not None:
+        slots = min(policy.weight_slots, placement.count_of("cpu") + on_disk)
+    return slots, min(on_disk, ahead) if policy.pin_weight else ahead
+
+
+def _tails(policy: Policy) -> int:
+    """Rows that the disk tier holds at once, where it has pages: its share of the rows in flight, and one at least."""
+    disk_share = 1 - (policy.cache_gpu_percent + policy.cache_cpu_percent) / 100
+    return min(policy.block_size, max(1, ceil(policy.block_size * disk_share)))
+
+
+def _fetch_pages(policy: Policy, pages: Mapping[str, int], longest_row: int) -> int:
+    """Pages of one layer that a GPU batch may bring to the device; a run's own tokens may open one more per row."""
+    if not pages["disk"] and (not pages["cpu"] or policy.cpu_attention_percent >= 100):
+        return 0
+    row_pages = ceil(longest_row / PAGE_TOKENS) if longest_row else max(pages.values())
+    return min(policy.gpu_batch_size * row_pages, pages["cpu"] + pages["disk"]) + policy.gpu_batch_size
+
+
+def _stretch_tokens(workload: Workload) -> float:
+    """Tokens that lie side by side: half-way through its life a row is its prompt in one stretch, and a stretch for each page
+    that it grew by, (s + n / 2) tokens in 1 + n / 2 / PAGE_TOKENS stretches."""
+    return (workload.prompt_len + workload.gen_len / 2) / (1 + workload.gen_len / (2 * PAGE_TOKENS))
 
 
 @lru_cache(maxsize=16)

@@ -14,7 +14,7 @@ from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.model.weight_units import expert_units, head_chunks
 from cost_model.planner.constraints import Choice
 from cost_model.timing.attention_phase import DOWN, UP, hidden_states_s
-from cost_model.timing.job_phases import course
+from cost_model.timing.job_phases import job_phases
 from cost_model.timing.problem import Problem
 from cost_model.timing.sweep_load import MODES, BatchLoad, RowGroup
 from policies.placement import TIERS
@@ -119,7 +119,7 @@ class Slopes:
         allocation = problem.allocate(policy)
         self.rows = policy.block_size
         self.costs = problem.costs(policy, allocation)
-        timeline = course(policy, allocation, problem.workload)
+        timeline = job_phases(policy, allocation, problem.workload)
         self.tokens = timeline.tokens / self.rows
         self.phases = [
             self._phase(p.sweeps, p.load.groups["gpu"], p.load.logits) for p in timeline.phases if p.sweeps > 0

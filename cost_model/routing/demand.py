@@ -100,7 +100,8 @@ class Routing:
         if self._on_demand is None:
             cached = borrowed_experts(self._arch, allocation) + allocation.cache_experts
             streamed = places >= allocation.placement.gpu_end
-            from_disk = np.count_nonzero(places >= allocation.placement.cpu_end) / max(1, np.count_nonzero(streamed))
+            on_disk_count = int(np.count_nonzero(places >= allocation.placement.cpu_end))
+            from_disk = on_disk_count / max(1, int(np.count_nonzero(streamed)))
             self._on_demand = OnDemand(self._arch, streamed, from_disk, cached)
         streamed = self._on_demand.streamed
         shares = uniform_shares(self._arch) if self._shares is None else self._shares

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -31,11 +32,11 @@ class ExpertUsage:
         DataError: the counts are not those of so many tokens of such a model.
     """
 
-    model: Mapping
+    model: Mapping[str, Any]
     tokens: int
     counts: np.ndarray
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         shape = self.model.get("num_layers"), self.model.get("num_experts")
         if self.counts.shape != shape:
             raise DataError(
@@ -80,7 +81,7 @@ class ExpertUsage:
                 f"the expert usage is of another model: {', '.join(sorted(differing))} differ; take that of a run of this one."
             )
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file in one step.
 
         Raises:
@@ -90,7 +91,7 @@ class ExpertUsage:
         write_json(path, head | {"counts": self.counts.tolist()}, "the expert usage")
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> ExpertUsage:
+    def load(cls, path: str | os.PathLike[str]) -> ExpertUsage:
         """Reads and checks a file.
 
         Raises:
@@ -104,7 +105,7 @@ class ExpertUsage:
             raise DataError(f"the expert usage {path} cannot be used: {error}") from error
 
     @classmethod
-    def _from_document(cls, document) -> ExpertUsage:
+    def _from_document(cls, document: Any) -> ExpertUsage:
         check_header(document, KIND, SCHEMA_VERSION, "a file of expert usage")
         names = ("kind", "schema_version", "model", "tokens", "counts")
         check_keys("the file", document, names, names)
@@ -118,7 +119,7 @@ class ExpertUsage:
         return cls(model=model, tokens=check_count("tokens", document["tokens"]), counts=counts)
 
 
-def check_shape(model) -> Mapping:
+def check_shape(model: Any) -> Mapping[str, Any]:
     """Returns what a file says of its model if that has the numbers of layers, experts and choices.
 
     Raises:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -70,12 +71,12 @@ class RouterStats:
         DataError: the numbers are not those of so many tokens of such a model, or no token was routed.
     """
 
-    model: Mapping
+    model: Mapping[str, Any]
     tokens: int
     counts: np.ndarray
     coactivation: np.ndarray
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         usage, pairs = self.usage(), self.coactivation
         if self.tokens < 1:
             raise DataError("no token was routed, so there are no statistics.")
@@ -126,7 +127,7 @@ class RouterStats:
             coactivation=np.sum([part.coactivation for part in parts], axis=0),
         )
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file in one step; what follows from the counts is written too, for readers that want no arithmetic.
 
         Raises:
@@ -135,12 +136,12 @@ class RouterStats:
         head = {"kind": KIND, "schema_version": SCHEMA_VERSION, "model": dict(self.model), "tokens": self.tokens}
         write_json(path, head | {"layers": [self._record(layer) for layer in self.layers]}, "the router statistics")
 
-    def _record(self, layer: int) -> dict:
+    def _record(self, layer: int) -> dict[str, Any]:
         counted = {"layer": layer, "tokens_per_expert": self.counts[layer].tolist()}
         return counted | asdict(self.balance(layer)) | {"coactivation": self.coactivation[layer].tolist()}
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> RouterStats:
+    def load(cls, path: str | os.PathLike[str]) -> RouterStats:
         """Reads and checks a file.
 
         Raises:
@@ -154,7 +155,7 @@ class RouterStats:
             raise DataError(f"the router statistics {path} cannot be used: {error}") from error
 
     @classmethod
-    def _from_document(cls, document) -> RouterStats:
+    def _from_document(cls, document: Any) -> RouterStats:
         check_header(document, KIND, SCHEMA_VERSION, "a file of router statistics")
         names = ("kind", "schema_version", "model", "tokens", "layers")
         check_keys("the file", document, names, names)
@@ -174,7 +175,7 @@ class RouterStats:
         return cls(model=model, tokens=check_count("tokens", document["tokens"]), counts=counts, coactivation=pairs)
 
 
-def _layer(record: dict, where: str, experts: int) -> tuple[int, list[int], list[list[int]]]:
+def _layer(record: dict[str, Any], where: str, experts: int) -> tuple[int, list[int], list[list[int]]]:
     """Number, tokens per expert and co-activation of a layer; what follows from them is computed anew."""
     names = ("layer", "tokens_per_expert", *Balance.__dataclass_fields__, "coactivation")
     check_keys(where, record, names, names)
@@ -186,7 +187,7 @@ def _layer(record: dict, where: str, experts: int) -> tuple[int, list[int], list
     return check_count("layer", record["layer"], 0), counted, rows
 
 
-def _row(values, size: int, what: str) -> list[int]:
+def _row(values: Any, size: int, what: str) -> list[int]:
     """The values, which must be ``size`` whole numbers of at least 0.
 
     Raises:
@@ -195,4 +196,4 @@ def _row(values, size: int, what: str) -> list[int]:
     of_size = isinstance(values, list) and len(values) == size
     if not of_size or not all(type(n) is int and 0 <= n < 2**53 for n in values):
         raise DataError(f"{what} must be a list of {size} whole numbers of at least 0.")
-    return values
+    return list(values)

@@ -93,7 +93,7 @@ class EventLoop:
         self._freed = self._unstaged = 0
 
     def _set_speeds(self) -> None:
-        """What runs goes on at the speed that the others leave it."""
+        """What runs continues at the speed that the others leave it."""
         speeds = self._speeds_of(self._mask)
         if speeds is None and not self._slowed:
             return
@@ -126,8 +126,6 @@ class EventLoop:
         else:
             self._end_move(thread)
 
-    # The main thread.
-
     def _reach_step(self) -> None:
         for thread in self._steps[self._at].handed_on:
             self._submitted[thread] += 1
@@ -155,8 +153,6 @@ class EventLoop:
         self._at += 1
         if self._at < len(self._steps):
             self._reach_step()
-
-    # Threads that get their operations from it.
 
     def _run_task(self, thread: int) -> None:
         at, done = self._done[thread], self._done
@@ -186,8 +182,6 @@ class EventLoop:
         for other in WAKES[thread]:
             self._run_task(other)
         self._compute()
-
-    # The weight stream.
 
     def _move_next(self, thread: int) -> None:
         """Begin the thread's next move, if there is a slot for it and, where it is staged, it has been."""

@@ -16,7 +16,8 @@ _GOLDEN = (5**0.5 - 1) / 2
 def tokens_to_generate(workload: Workload) -> float:
     """Tokens that all rows of the job generate together."""
     lengths = workload.lengths or ((workload.prompt_len, workload.gen_len, 1),)
-    return workload.num_requests * sum(n * count for _, n, count in lengths) / sum(count for *_, count in lengths)
+    rows = workload.num_requests or 0
+    return rows * sum(n * count for _, n, count in lengths) / sum(count for *_, count in lengths)
 
 
 def shuffled_rows(workload: Workload, seed: int) -> Iterator[tuple[int, int]]:

@@ -6,7 +6,7 @@ to match, and once the job is in its steady state one period of it is followed a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation
 from cost_model.simulation.job_rows import shuffled_rows, tokens_to_generate, typical_rows
-from cost_model.timing.job_phases import course
+from cost_model.timing.job_phases import job_phases
 from cost_model.timing.sweep_load import MODES, RowGroup, SweepLoad
 from policies.admission.admission import Admission
 from policies.admission.row_state import AttentionMode, RowLengths
@@ -33,8 +33,8 @@ _FEWEST_BUNDLES, _MOST_BUNDLES = 48, 160
 _MOST_SETTLING, _MOST_PERIODS = 16, 24
 
 _FIELDS = ("decode_rows", "decode_context", "prompt_rows", "prompt_tokens", "prompt_past", "pairs")
-#: Place in `MODES` by home tier and way of being attended.
-_MODE_OF = {
+#: Place in `MODES` by home tier and mode of attention.
+_MODE_OF: Mapping[tuple[str, AttentionMode | None], int] = {
     ("gpu", AttentionMode.GPU): 0,
     ("cpu", AttentionMode.FETCH): 1,
     ("disk", AttentionMode.FETCH): 2,
@@ -82,12 +82,17 @@ class JobSweeps:
     @property
     def rows(self) -> np.ndarray:
         """Rows in flight."""
-        return self.groups[:, :, (_FIELDS.index("decode_rows"), _FIELDS.index("prompt_rows"))].sum(axis=(1, 2))
+        return self._sums("decode_rows", "prompt_rows")
 
     @property
     def tokens(self) -> np.ndarray:
         """Tokens that each sweep advances."""
-        return self.groups[:, :, (_FIELDS.index("decode_rows"), _FIELDS.index("prompt_tokens"))].sum(axis=(1, 2))
+        return self._sums("decode_rows", "prompt_tokens")
+
+    def _sums(self, *names: str) -> np.ndarray:
+        """Fields of every group added up, by sweep."""
+        summed: np.ndarray = self.groups[:, :, [_FIELDS.index(name) for name in names]].sum(axis=(1, 2))
+        return summed
 
 
 def as_load(groups: np.ndarray, logits: float) -> SweepLoad:
@@ -109,20 +114,20 @@ def job_sweeps(policy: Policy, allocation: Allocation, workload: Workload, *, wh
     Raises:
         InfeasibleError: a row fits no tier's KV cache.
     """
-    way = course(policy, allocation, replace(workload, num_requests=None))
-    small = workload.num_requests * way.row_sweeps <= ROW_SWEEPS
+    endless, total = job_phases(policy, allocation, replace(workload, num_requests=None)), workload.num_requests or 0
+    small = total * endless.row_sweeps <= ROW_SWEEPS
     if whole or small:
-        return _Job(policy, allocation, shuffled_rows(workload, seed), workload.num_requests).follow()
+        return _Job(policy, allocation, shuffled_rows(workload, seed), total).follow()
     mixed, static = bool(workload.lengths), policy.schedule == "static"
     # A static block ends with its longest row: of fewer bundles the longest would be shorter.
     most = max(_MOST_BUNDLES, policy.block_size if mixed and static else 0)
-    bundle = _bundle(policy, way.rows_in_flight, min(most, ROW_SWEEPS / (_OTHER_LIVES + 1) / way.row_sweeps))
-    lives = ROW_SWEEPS / (way.rows_in_flight / bundle * way.row_sweeps) - _OTHER_LIVES
+    bundle = _bundle(policy, endless.rows_in_flight, min(most, ROW_SWEEPS / (_OTHER_LIVES + 1) / endless.row_sweeps))
+    lives = ROW_SWEEPS / (endless.rows_in_flight / bundle * endless.row_sweeps) - _OTHER_LIVES
     settling = max(1, int(min(_MOST_SETTLING, 0 if static else lives / 2)))
     periods = max(1, int(min(_MOST_PERIODS, lives - settling)))
     # Many rows of a block even out; of a few bundles they would not, and of a few rows they do not.
     rows = typical_rows(workload, seed, mixed_evenly=bundle > 1 and not static)
-    found = _Job(policy, allocation, rows, workload.num_requests / bundle, bundle, settling, periods).follow()
+    found = _Job(policy, allocation, rows, total / bundle, bundle, settling, periods).follow()
     return found.generating(tokens_to_generate(workload))
 
 
@@ -169,7 +174,7 @@ class _Job:
         self._static = policy.schedule == "static"
         self._room = {tier: int(allocation.kv_pages[tier] / bundle) for tier in TIERS}
         self._block = max(1, int(policy.block_size / bundle + 1e-9))
-        self._admission = Admission(
+        self._admission: Admission[RowLengths] = Admission(
             replace(
                 policy,
                 gpu_batch_size=self._block,
@@ -187,7 +192,7 @@ class _Job:
         self._phase: list[str] = []
         self._entered = self._finished = self._most = self._blocks_begun = 0
         self._first: tuple[int, int, int] | None = None  # sweep, rows entered, rows finished where the period begins
-        self._last: int | None = None
+        self._period: tuple[int, int] | None = None
         self._recurs = 1.0
 
     def follow(self) -> JobSweeps:
@@ -197,7 +202,7 @@ class _Job:
             empty = not self._admission.running
             fresh = fresh or empty
             self._blocks_begun += empty
-            if self._periods and self._last is None:
+            if self._periods and self._period is None:
                 self._watch_for_period(empty)
             self._fill_queue()
             before = len(self._admission.waiting)
@@ -261,13 +266,13 @@ class _Job:
             if self._has_passed(0, self._settling, empty):
                 self._first = (sweep, self._entered, self._finished)
             return
-        _, entered, finished = self._first
+        first, entered, finished = self._first
         over = self._has_passed(finished, self._periods, empty)
         if over and self._entered > entered:
             rows = self._entered - entered
             skipped = int(self._left / rows)
             self._left -= skipped * rows
-            self._recurs, self._last = 1.0 + skipped, sweep
+            self._recurs, self._period = 1.0 + skipped, (first, sweep)
 
     def _has_passed(self, finished: int, periods: int, empty: bool) -> bool:
         """Whether so many periods have passed since ``finished`` rows had ended."""
@@ -278,7 +283,7 @@ class _Job:
     def _result(self) -> JobSweeps:
         sweeps, bundle = len(self._logits), self._bundle
         recurs = np.ones(sweeps)
-        period = (self._first[0], self._last) if self._last is not None else (0, 0)
+        period = self._period or (0, 0)
         recurs[period[0] : period[1]] = self._recurs
         return JobSweeps(
             groups=np.array(self._groups).reshape(sweeps, len(MODES), len(_FIELDS)) * bundle,

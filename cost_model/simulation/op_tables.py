@@ -11,13 +11,13 @@ from cost_model.timing.op_costs import Costs
 from cost_model.timing.sweep_load import BatchLoad, SweepLoad
 
 _OF_SWEEP = (
-    "host", "route", "collect", "sample", "expert", "dense", "disk_wait", "read_routed", "copy_routed",
-    "copy_last", "routed", "routed_last",
-)  # fmt: skip
+    *("host", "route", "collect", "sample", "expert", "dense", "disk_wait"),
+    *("read_routed", "copy_routed", "copy_last", "routed", "routed_last"),
+)
 _OF_BATCH = (
-    "embed", "project", "attend", "cpu_attend", "attended", "load_kv", "read_kv", "store_kv", "write_kv", "load_act",
-    "read_act", "store_act", "write_act",
-)  # fmt: skip
+    *("embed", "project", "attend", "cpu_attend", "attended"),
+    *("load_kv", "read_kv", "store_kv", "write_kv", "load_act", "read_act", "store_act", "write_act"),
+)
 _SWEEP_PLACE = {name: place for place, name in enumerate(_OF_SWEEP)}
 _BATCH_PLACE = {name: place for place, name in enumerate(_OF_BATCH)}
 

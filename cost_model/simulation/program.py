@@ -7,7 +7,7 @@ thread and its place there, and "after it" is "that thread has done so many".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cost_model.model.arch import ModelArch
@@ -29,6 +29,8 @@ _HANDED_ON = {
 }
 #: A store waits until the write that used its buffer before has ended.
 _WRITE_BUFFERS = 2
+#: What must have been done before: (thread, operations of this sweep that it must have done).
+_After = tuple[tuple[int, int], ...]
 _TASK_NAMES = {CPU: "attend", DEMANDED: "experts", BROUGHT: "experts"}
 
 
@@ -52,7 +54,7 @@ class Step:
     seconds: int
     handed_on: tuple[int, ...]
     dispatched: int
-    after: tuple[tuple[int, int], ...]
+    after: _After
     unit: tuple[int, int] | None = None
     frees: int = 0
 
@@ -63,7 +65,7 @@ class Task:
 
     name: str
     parts: tuple[tuple[str, int], ...]
-    after: tuple[tuple[int, int], ...]
+    after: _After
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,31 +103,41 @@ class _Compiler:
         return Program(steps=tuple(self._steps), tasks=tuple(map(tuple, self._tasks)))
 
     def _compute(self, op: Op) -> None:
-        if (
-            op.kind == "routed"
-        ):  # cached experts, and those that arrive earlier, are computed while the last one arrives
+        if op.kind == "routed":  # what is cached, or comes earlier, is computed while the last one comes
             self._step(op, sweep_place("routed"), after=())
             self._step(op, sweep_place("routed_last"), after=self._latest(op.deps))
             return
         attention = self._shape.units.attention[op.layer].unit if op.kind in ("project", "attend") else None
         used = attention if op.kind == "project" else op.unit
         done_with = attention if op.batch == len(self._shape.activation_tiers) - 1 and op.kind == "attend" else op.unit
-        unit, frees = self._brought_by.get(used), int(done_with in self._brought_by)
+        unit = self._brought_by.get(used) if used is not None else None
+        frees = int(done_with is not None and done_with in self._brought_by)
         self._step(op, self._place(op), after=self._latest(op.deps), unit=unit, frees=frees)
 
-    def _step(self, op: Op, seconds: int, **waits) -> None:
+    def _step(
+        self, op: Op, seconds: int, *, after: _After, unit: tuple[int, int] | None = None, frees: int = 0
+    ) -> None:
         handed = tuple(self._handed)
         dispatched = 1 + sum(thread not in NOT_DISPATCHED for thread in handed)
         name = f"{op.kind} {op.unit or op.layer}"
         self._steps.append(
-            Step(name=name, user="gpu", seconds=seconds, handed_on=handed, dispatched=dispatched, **waits)
+            Step(
+                name=name,
+                user="gpu",
+                seconds=seconds,
+                handed_on=handed,
+                dispatched=dispatched,
+                after=after,
+                unit=unit,
+                frees=frees,
+            )
         )
         self._handed.clear()
 
     def _place(self, op: Op) -> int:
         if op.batch >= 0:
             return batch_place(self._arch, op.batch, op.kind)
-        if op.kind == "head":
+        if op.kind == "head" and op.unit is not None:
             return head_place(op.unit.first)
         return sweep_place("dense" if op.kind == "expert" and self._arch.is_dense(op.layer) else op.kind)
 
@@ -142,7 +154,9 @@ class _Compiler:
         if thread == CPU:
             self._add(op, ATTENDED, name, [("h2d/attended", "attended")], [self._done[op.id]])
 
-    def _add(self, op: Op, thread: int, name: str, parts: Sequence[tuple[str, str]], after: Sequence[tuple]) -> None:
+    def _add(
+        self, op: Op, thread: int, name: str, parts: Sequence[tuple[str, str]], after: Iterable[tuple[int, int]]
+    ) -> None:
         at = tuple((user, self._part_place(op, seconds)) for user, seconds in parts)
         self._tasks[thread].append(Task(name=name, parts=at, after=tuple(after)))
         self._done[op.id] = (thread, len(self._tasks[thread]))
@@ -157,7 +171,7 @@ class _Compiler:
             return self._shape.activation_tiers[op.batch] == "disk"
         return user != "disk_read/kv" or op.batch in self._shape.disk_batches
 
-    def _latest(self, deps: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    def _latest(self, deps: Sequence[int]) -> _After:
         """What other threads must have done; of several operations of a thread, the last."""
         latest: dict[int, int] = {}
         for thread, count in (self._done[dep] for dep in deps if dep in self._done):

@@ -25,13 +25,18 @@ from policies.schedule import LANES, SweepShape, SweepUnits
 
 #: Where the runtime's recorder puts what is not recorded under its own name.
 _TRACKS = {
-    "disk_read": "disk_read/0", "disk_read/kv": "disk_read/kv0", "disk_write": "disk_write/kv0", "disk_read/routed": "disk_read/1",
+    "disk_read": "disk_read/0",
+    "disk_read/kv": "disk_read/kv0",
+    "disk_write": "disk_write/kv0",
+    "disk_read/routed": "disk_read/1",
     "h2d/routed": "h2d",
-}  # fmt: skip
+}
 _NOT_RECORDED = ("host", "h2d/attended", "stage", "disk_read/wait", "disk_write/wait")
 _LANE_MASKS = {
     lane: sum(1 << place for place, user in enumerate(USERS) if user.partition("/")[0] == lane) for lane in LANES
 }
+#: Of each GPU batch, whether it has rows whose KV is fetched, that the CPU attends, and whose KV is on disk.
+_Shapes = tuple[tuple[bool, bool, bool], ...]
 #: Sweeps of one load until they are alike, as a rule and at most.
 _STEADY_SWEEPS = (3, 8)
 _SETTLED = 0.002
@@ -78,7 +83,7 @@ class Replayer:
         self._resources = Resources(costs)
         self._units = SweepUnits.of(costs.allocation.placement.tier_of)
         self._streams: dict[frozenset[int], tuple[WeightQueues, Buffers]] = {}
-        self._programs: dict[tuple, Program] = {}
+        self._programs: dict[tuple[_Shapes, frozenset[int]], Program] = {}
         self._speeds: dict[int, tuple[float, ...] | None] = {}
 
     def replay(self, loads: Sequence[SweepLoad], *, keep_spans: bool = False) -> Replayed:
@@ -135,10 +140,10 @@ class Replayer:
         return self._streams[on_demand]
 
     def _program(self, cut: Sequence[BatchLoad], on_demand: frozenset[int]) -> Program:
-        ways = tuple((b.new["fetch"] + b.new["disk"] > 0, b.new["cpu"] > 0, b.new["disk"] > 0) for b in cut)
-        if (ways, on_demand) not in self._programs:
+        shapes = tuple((b.new["fetch"] + b.new["disk"] > 0, b.new["cpu"] > 0, b.new["disk"] > 0) for b in cut)
+        if (shapes, on_demand) not in self._programs:
             tiers = self._costs.allocation.activation_tiers
-            fetched, on_cpu, on_disk = (frozenset(j for j, way in enumerate(ways) if way[k]) for k in range(3))
+            fetched, on_cpu, on_disk = (frozenset(j for j, own in enumerate(shapes) if own[k]) for k in range(3))
             shape = SweepShape(
                 units=self._units,
                 activation_tiers=[tiers[min(j, len(tiers) - 1)] for j in range(len(cut))],
@@ -148,8 +153,8 @@ class Replayer:
                 disk_batches=on_disk,
                 on_demand=on_demand,
             )
-            self._programs[ways, on_demand] = compile_sweep(self._costs.arch, shape, self._stream(on_demand)[0])
-        return self._programs[ways, on_demand]
+            self._programs[shapes, on_demand] = compile_sweep(self._costs.arch, shape, self._stream(on_demand)[0])
+        return self._programs[shapes, on_demand]
 
 
 def _lanes_s(active_s: dict[int, float]) -> dict[str, float]:

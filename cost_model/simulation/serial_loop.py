@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cost_model.simulation.event_loop import Buffers, Record, Speeds
-from cost_model.simulation.program import Program, Step
+from cost_model.simulation.program import Program
 from cost_model.simulation.threads import COUNT, STREAM_USER, USER_BIT
 from cost_model.simulation.weight_queues import WeightQueues
 
@@ -23,7 +23,8 @@ class SerialLoop:
     def sweep(self, program: Program, seconds: Sequence[float], nbytes: Sequence[float] = ()) -> None:
         """As `EventLoop.sweep`."""
         self.active_s = {}
-        handed, brought = [0] * COUNT, set()
+        handed = [0] * COUNT
+        brought: set[tuple[int, int]] = set()
         for step in program.steps:
             for thread in step.handed_on:
                 task = program.tasks[thread][handed[thread]]
@@ -32,15 +33,14 @@ class SerialLoop:
                     self._spend(user, task.name, seconds[place], nbytes[place] if nbytes else 0.0)
             if step.unit is not None and step.unit not in brought:
                 brought.add(step.unit)
-                self._bring(step)
+                self._bring(*step.unit)
             self._spend(step.user, step.name, seconds[step.seconds] + step.dispatched * self._op_s, 0.0)
 
     def turn_to(self, queues: WeightQueues, buffers: Buffers) -> None:
         """As `EventLoop.turn_to`; nothing has been moved ahead."""
         self._queues = queues
 
-    def _bring(self, step: Step) -> None:
-        thread, place = step.unit
+    def _bring(self, thread: int, place: int) -> None:
         move = self._queues.moves[thread][place]
         if move.staged_by is not None:
             by, at = move.staged_by

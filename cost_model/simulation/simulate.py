@@ -35,7 +35,7 @@ REPLAYED_OPS = 400_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """The job sweep by sweep; what recurs of the steady state of a large job shows once, and then time goes on.
+    """The job sweep by sweep; what recurs of the steady state of a large job shows once, and then time continues.
 
     Attributes:
         start_s, end_s: of each sweep.
@@ -77,7 +77,7 @@ class Simulation:
     timeline: Timeline
     spans: tuple[Span, ...]
 
-    def write_chrome_trace(self, path: str | os.PathLike) -> None:
+    def write_chrome_trace(self, path: str | os.PathLike[str]) -> None:
         """Write ``spans`` as the runtime writes what ran.
 
         Raises:
@@ -128,9 +128,15 @@ def simulate(
     if workload.num_requests is None:
         raise UsageError("an endless job cannot be simulated; give the workload num_requests")
     problem = Problem.of(
-        arch, hardware, workload, dtype_bytes=dtype_bytes, kv_tokens=kv_tokens, usage=usage, on_demand=on_demand,
+        arch,
+        hardware,
+        workload,
+        dtype_bytes=dtype_bytes,
+        kv_tokens=kv_tokens,
+        usage=usage,
+        on_demand=on_demand,
         cache_experts=cache_experts,
-    )  # fmt: skip
+    )
     allocation = problem.allocate(policy)
     costs = problem.costs(policy, allocation)
     job = job_sweeps(policy, allocation, workload, whole=full, seed=seed)

@@ -122,8 +122,9 @@ def _nearness(loads: list[SweepLoad], demanded: list[bool], knots: list[int]) ->
     where = np.log1p(np.array([[load.tokens, load.prompt_tokens, _context(load)] for load in loads]))
     where = np.column_stack([where, _FAR * np.array(demanded)])
     apart = ((where[:, None, :] - where[None, knots, :]) ** 2).sum(axis=2)
-    near = 1 / (apart + 1e-6) ** 2
-    return near / near.sum(axis=1, keepdims=True)
+    near: np.ndarray = 1 / (apart + 1e-6) ** 2
+    nearness: np.ndarray = near / near.sum(axis=1, keepdims=True)
+    return nearness
 
 
 def _context(load: SweepLoad) -> float:

@@ -17,6 +17,11 @@ from cost_model.timing.sweep_load import BatchLoad
 #: Users of `cost_model.timing.contention` that bring hidden states to the device, and home.
 UP = ("disk_read/wait", "disk_read/act", "h2d/act")
 DOWN = ("d2h/act", "disk_write/wait", "disk_write/act")
+#: Users that are at work beside the compute device, by lane.
+_BESIDE = (
+    *("cpu", "h2d/kv", "h2d/attended", "h2d/act", "d2h", "d2h/act"),
+    *("disk_read/kv", "disk_read/act", "disk_read/wait", "disk_write", "disk_write/act", "disk_write/wait"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +55,7 @@ class AttentionPhase:
 
     def __init__(self, costs: Costs, cut: Sequence[BatchLoad]):
         tiers = [*costs.allocation.activation_tiers, *["gpu"] * len(cut)][: len(cut)]
-        self.moved_s = dict.fromkeys(
-            ("cpu", "h2d/kv", "h2d/attended", "h2d/act", "d2h", "d2h/act", "disk_read/kv", "disk_read/act",
-             "disk_read/wait", "disk_write", "disk_write/act", "disk_write/wait"), 0.0,
-        )  # fmt: skip
+        self.moved_s = dict.fromkeys(_BESIDE, 0.0)
         self._batches: list[_Batch] = []
         for (batch, tier), alike in groupby(zip(cut, tiers, strict=True)):  # most are like the one before
             count = sum(1 for _ in alike)
@@ -61,11 +63,17 @@ class AttentionPhase:
         self.compute_s = sum(batch.project_s + batch.attend_s for batch in self._batches)
 
     def seconds(self, experts_s: float) -> float:
-        """Seconds of the phase, after experts that take so long."""
+        """Seconds of the phase, after experts that take so long.
+
+        Each time is when a thread is done with what it has got so far, counted from the first projection: ``now`` the main
+        thread, ``loaded`` the one that fetches KV, ``stored`` the one that takes new KV home, ``on_cpu`` the CPU's attention,
+        ``moved`` the one that moves hidden states. What is asked for while the experts of the layer before run begins that
+        much earlier. ``ready`` is when all that the batch to attend next waits for is there.
+        """
         now = stored = on_cpu = ready = 0.0
         loaded = self._batches[0].fetch_s - experts_s
         moved = self._batches[-1].down_s - experts_s
-        before = None
+        before: _Batch | None = None
         for batch in self._batches:
             if before and batch.fetch_s:
                 loaded = max(loaded, now) + batch.fetch_s
@@ -81,7 +89,7 @@ class AttentionPhase:
                 now = max(now, ready) + before.attend_s
                 moved = max(moved, now) + before.down_s
             before, ready = batch, wait
-        return max(now, ready) + before.attend_s
+        return max(now, ready) + self._batches[-1].attend_s
 
     def _batch(self, costs: Costs, batch: BatchLoad, tier: str, count: int) -> _Batch:
         """Its seconds; what so many of them move is added to ``moved_s``."""

@@ -15,10 +15,18 @@ from cost_model.timing.op_costs import Costs
 #: results of the CPU's attention, up. ``routed``: experts on demand. ``stage``: host weights that are not pinned, copied to a
 #: pinned buffer first.
 USERS = (
-    "gpu", "host", "cpu", "h2d", "h2d/kv", "h2d/attended", "h2d/act", "d2h", "d2h/act", "disk_read", "disk_read/kv",
-    "disk_read/act", "disk_read/wait", "disk_write", "disk_write/act", "disk_write/wait", "stage", "h2d/routed",
-    "disk_read/routed",
-)  # fmt: skip
+    *("gpu", "host", "cpu", "h2d", "h2d/kv", "h2d/attended", "h2d/act", "d2h", "d2h/act"),
+    *(
+        "disk_read",
+        "disk_read/kv",
+        "disk_read/act",
+        "disk_read/wait",
+        "disk_write",
+        "disk_write/act",
+        "disk_write/wait",
+    ),
+    *("stage", "h2d/routed", "disk_read/routed"),
+)
 #: Threads of the runtime that read or write disk at once; with how many the cores are shared when they all work.
 _DISK_THREADS = 4
 #: Bytes of host memory that pass for a byte of KV: it is gathered (read, written), then copied (read); or backwards.
@@ -38,7 +46,7 @@ class Resources:
         self._on_cpu = costs.hardware.device == "cpu"
         self._threads = {user: self._core_threads(costs, user) for user in USERS} if self._on_cpu else {}
         both = min(gpu.h2d_duplex_bytes_per_s / gpu.h2d_bytes_per_s, gpu.d2h_duplex_bytes_per_s / gpu.d2h_bytes_per_s)
-        self._both_ways = 1 / min(1.0, both) - 1
+        self._duplex_extra = 1 / min(1.0, both) - 1  # 1 / r - 1 of `_link_used`
         link = {
             "h2d/kv": gpu.kv_load_bytes_per_s / gpu.h2d_bytes_per_s,
             "d2h": gpu.kv_store_bytes_per_s / gpu.d2h_bytes_per_s,
@@ -69,12 +77,12 @@ class Resources:
             return found | {"cores": used / self._hardware.cores}
         return found | {"pcie": self._link_used(busy), "host memory": _weighted(self._memory, busy)}
 
-    def _slowed(self, active: Collection[str]):
+    def _slowed(self, active: Collection[str]) -> list[tuple[list[str], float]]:
         """(users, their speed) of each bandwidth that is asked for more than it yields."""
         alone = dict.fromkeys(active, 1.0)
         readers = [user for user in active if _lane(user) == "disk_read" and user not in _WAITS]
         writers = [user for user in active if _lane(user) == "disk_write" and user not in _WAITS]
-        asked = [(readers, len(readers)), (writers, len(writers))]
+        asked: list[tuple[list[str], float]] = [(readers, len(readers)), (writers, len(writers))]
         if not self._on_cpu:
             asked.append(([user for user in active if user in self._link], self._link_used(alone)))
             asked.append(([user for user in active if user in self._memory], _weighted(self._memory, alone)))
@@ -83,15 +91,22 @@ class Resources:
         return [*found, (waiting, self._wait_speed)] if "disk_read" in active else found
 
     def _link_used(self, busy: Mapping[str, float]) -> float:
-        """Seconds of the link: while both directions run, each is slower."""
-        ways = {"h2d": 0.0, "d2h": 0.0}
+        """Seconds of the link: while both directions run, each has the part r of its speed.
+
+        Of a and b seconds up and down, a the longer, both run for b / r, in which b seconds of a are done too: a - b + b / r.
+        """
+        directions = {"h2d": 0.0, "d2h": 0.0}
         for user, seconds in busy.items():
             if user in self._link:
-                ways[_lane(user)] += self._link[user] * seconds
-        return max(ways.values()) + min(ways.values()) * self._both_ways
+                directions[_lane(user)] += self._link[user] * seconds
+        return max(directions.values()) + min(directions.values()) * self._duplex_extra
 
     def _level(self, active: Collection[str]) -> float:
-        """The part of a core that a thread gets which asks for all of it."""
+        """The part of a core that a thread gets which asks for all of it.
+
+        Max-min fairness: those that ask for least are served in full, as long as the rest would get no less than they ask for
+        if all that is left were split evenly.
+        """
         room, asked = float(self._hardware.cores), sorted((self._threads[user] for user in active), key=lambda t: t[1])
         threads = sum(count for count, _ in asked)
         for count, part in asked:

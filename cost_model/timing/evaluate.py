@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cost_model.hardware.hardware import Hardware
 from cost_model.memory.allocation import Allocation
 from cost_model.memory.memory_plan import REMEDY, MemoryPlan
 from cost_model.model.arch import ModelArch
-from cost_model.timing.job_phases import course
+from cost_model.timing.job_phases import job_phases
 from cost_model.timing.op_costs import Costs
+from cost_model.timing.phase_loads import Phase
 from cost_model.timing.problem import Problem
 from cost_model.timing.sweep_bounds import SweepForm, SweepTime
+from cost_model.timing.sweep_load import SweepLoad
 from policies.common.errors import InfeasibleError
 from policies.common.memory_units import GIB
 from policies.policy import Policy
@@ -21,6 +23,8 @@ from policies.workload import Workload
 
 if TYPE_CHECKING:
     from cost_model.routing.expert_usage import ExpertUsage
+
+_Timed = tuple[Phase, SweepTime]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +62,7 @@ class Prediction:
     budgets: Mapping[str, int | None]
     allocation: Allocation
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """The section "predicted" of a policy file."""
         return {
             "tokens_per_s": self.tokens_per_s,
@@ -101,8 +105,10 @@ def evaluate(
         InfeasibleError: a tier has too few bytes; the sentence says how many are missing. Or the usage, or the policy's
             order of experts, is of another model.
     """
-    about = {"dtype_bytes": dtype_bytes, "kv_tokens": kv_tokens, "usage": usage, "on_demand": on_demand}
-    return predict(Problem.of(arch, hardware, workload, **about), policy, ignore_memory=ignore_memory)
+    problem = Problem.of(
+        arch, hardware, workload, dtype_bytes=dtype_bytes, kv_tokens=kv_tokens, usage=usage, on_demand=on_demand
+    )
+    return predict(problem, policy, ignore_memory=ignore_memory)
 
 
 def predict(problem: Problem, policy: Policy, *, ignore_memory: bool = False) -> Prediction:
@@ -126,22 +132,22 @@ def _remedies(hardware: Hardware) -> dict[str, str]:
 def _predict(
     costs: Costs, policy: Policy, workload: Workload, memory: MemoryPlan, budgets: Mapping[str, int | None]
 ) -> Prediction:
-    way = course(policy, costs.allocation, workload)
+    job = job_phases(policy, costs.allocation, workload)
     form = SweepForm(costs, policy.gpu_batch_size)
-    timed = [(phase, form.time(phase.load)) for phase in way.phases if phase.sweeps > 0]
+    timed = [(phase, form.time(phase.load)) for phase in job.phases if phase.sweeps > 0]
     total_s = sum(phase.sweeps * time.total_s for phase, time in timed)
     sweeps = sum(phase.sweeps for phase, _ in timed)
     prefill = [(phase, time) for phase, time in timed if phase.load.prompt_tokens]
     steady = [(p, t) for p, t in timed if p.name == "steady"] or timed
     steady_s = sum(p.sweeps * t.total_s for p, t in steady)
     return Prediction(
-        tokens_per_s=way.tokens / total_s,
+        tokens_per_s=job.tokens / total_s,
         prefill_tokens_per_s=_rate(prefill, lambda load: load.prompt_tokens),
         decode_tokens_per_s=_rate(steady, lambda load: load.logits),
         job_s=total_s if workload.num_requests is not None else None,
         sweep_s=total_s / sweeps,
-        row_s=way.row_sweeps * steady_s / sum(p.sweeps for p, _ in steady),
-        rows_in_flight=way.rows_in_flight,
+        row_s=job.row_sweeps * steady_s / sum(p.sweeps for p, _ in steady),
+        rows_in_flight=job.rows_in_flight,
         lanes_s={lane: sum(p.sweeps * t.lanes_s[lane] for p, t in timed) for lane in timed[0][1].lanes_s},
         wall_s=total_s,
         bottleneck=_bottleneck(timed),
@@ -151,12 +157,12 @@ def _predict(
     )
 
 
-def _rate(timed, tokens_of) -> float:
+def _rate(timed: Sequence[_Timed], tokens_of: Callable[[SweepLoad], float]) -> float:
     seconds = sum(phase.sweeps * time.total_s for phase, time in timed)
     return sum(phase.sweeps * tokens_of(phase.load) for phase, _ in timed) / seconds if seconds else 0.0
 
 
-def _bottleneck(timed: list[tuple[object, SweepTime]]) -> str:
+def _bottleneck(timed: Sequence[_Timed]) -> str:
     seconds: dict[str, float] = {}
     for phase, time in timed:
         seconds[time.bottleneck] = seconds.get(time.bottleneck, 0.0) + phase.sweeps * time.total_s

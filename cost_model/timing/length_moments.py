@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from math import ceil
 
 from cost_model.memory.allocation import PAGE_TOKENS
-from policies.workload import Workload
+from policies.workload import Histogram, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def row_moments(workload: Workload) -> RowMoments:
     entries = workload.lengths or ((workload.prompt_len, workload.gen_len, 1),)
     rows = sum(count for _, _, count in entries)
 
-    def mean(value) -> float:
+    def mean(value: Callable[[int, int], float]) -> float:
         return sum(value(s, n) * count for s, n, count in entries) / rows
 
     return RowMoments(
@@ -73,8 +74,13 @@ def row_moments(workload: Workload) -> RowMoments:
     )
 
 
-def _most_held(entries, rows: int) -> float:
-    """Tokens in whole pages per row when rows that entered together hold most; the short ones may have ended by then."""
+def _most_held(entries: Histogram, rows: int) -> float:
+    """Tokens in whole pages per row when rows that entered together hold most; the short ones may have ended by then.
+
+    They hold most just before some of them end: then those of at least n generated tokens are left, and hold their prompts
+    and n - 1 tokens each, as the last one a row generates never enters the cache. Rows of many lengths waste half a page each
+    on average; of rows that are all alike the pages are counted.
+    """
     left, prompts, most = 0, 0.0, 0.0
     waste = 0.0 if len(entries) == 1 else PAGE_TOKENS / 2
     for s, n, count in sorted(entries, key=lambda entry: -entry[1]):
@@ -83,7 +89,7 @@ def _most_held(entries, rows: int) -> float:
     return ceil(most / rows / PAGE_TOKENS) * PAGE_TOKENS if len(entries) == 1 else most / rows
 
 
-def _ends(entries, rows: int) -> tuple[tuple[int, float], ...]:
+def _ends(entries: Histogram, rows: int) -> tuple[tuple[int, float], ...]:
     by_length: dict[int, int] = {}
     for _, n, count in entries:
         by_length[n] = by_length.get(n, 0) + count

@@ -29,7 +29,7 @@ class Demanded:
     Attributes:
         read_s: from disk; of a layer that has experts there.
         copy_s, copy_last_s: to the device, while others are read, and the last one of the disk's afterwards.
-        ahead_s, last_s: computation of those that are at hand or come earlier, and of the last one.
+        ahead_s, last_s: computation of those that are cached or come earlier, and of the last one.
         unit_s: of a unit that lives on the device.
     """
 
@@ -72,34 +72,36 @@ class Costs:
         self.kv_bytes = arch.kv_bytes_per_token_layer(b)
         self._experts, self._dense = gpu.experts[b], gpu.dense[b]
         self._module = arch.projection_params + arch.router_params
+        # Part of the module's weights that make queries, keys and values; the rest are output projection and router.
         self._projected = arch.hidden * arch.head_dim * (arch.num_heads + 2 * arch.num_kv_heads) / self._module
-        self._pair_flops = 4 * arch.num_heads * arch.head_dim
+        self._pair_flops = 4 * arch.num_heads * arch.head_dim  # a multiply-add for the score, one for the weighted sum
         self._query_bytes = arch.num_heads * arch.head_dim * b
-        on_cpu = hardware.device == "cpu"
-        self._moves_queries = not on_cpu
-        core = 1 / hardware.cores
+        self._moves_queries = hardware.device != "cpu"
+        self.lane_share = self._lane_share()
+
+    def _lane_share(self) -> dict[str, float]:
+        hw, on_cpu = self.hardware, self.hardware.device == "cpu"
+        core = 1 / hw.cores
         copy = core if on_cpu else 0.0
         all_cores = 1.0 if on_cpu else 0.0
-        self.lane_share = {
+        return {
             "gpu": all_cores,
             "cpu": 1.0,
-            "h2d": hardware.h2d_core_s_per_byte * gpu.h2d_bytes_per_s * core if on_cpu else 0.0,
+            "h2d": hw.h2d_core_s_per_byte * self._gpu.h2d_bytes_per_s * core if on_cpu else 0.0,
             "h2d/kv": all_cores,
             "h2d/act": copy,
             "d2h": all_cores,
             "d2h/act": copy,
-            "disk_read": hardware.disk_read_core_s_per_byte * hardware.disk_read_bytes_per_s * core,
+            "disk_read": hw.disk_read_core_s_per_byte * hw.disk_read_bytes_per_s * core,
             "disk_read/kv": self._kv_read_cores() * core,
-            "disk_write": hardware.disk_write_core_s_per_byte * hardware.disk_write_bytes_per_s * core,
+            "disk_write": hw.disk_write_core_s_per_byte * hw.disk_write_bytes_per_s * core,
         }
 
     def _kv_read_cores(self) -> float:
-        """Cores that are busy while KV is read from disk."""
+        """Cores that are busy while KV is read from disk, in stretches that lie side by side: core-seconds over seconds."""
         hw, nbytes = self.hardware, self.kv_bytes * self.allocation.stretch_tokens
         core_s = hw.kv_block_core_s + nbytes * hw.disk_read_core_s_per_byte
         return core_s / (hw.kv_block_read_s + nbytes / hw.disk_read_bytes_per_s)
-
-    # Weights.
 
     def read_s(self, nbytes: float) -> float:
         """A unit, disk to host."""
@@ -112,8 +114,6 @@ class Costs:
     def copy_s(self, nbytes: float) -> float:
         """A unit, host to the compute device."""
         return nbytes / self._gpu.h2d_bytes_per_s
-
-    # Attention of one GPU batch in one layer.
 
     def embed_s(self, batch: BatchLoad) -> float:
         """Rows of the embedding table, read and written."""
@@ -190,8 +190,6 @@ class Costs:
         """New KV of the batch's disk rows; a page is written when it is full, so this is the mean over sweeps."""
         hw = self.hardware
         return batch.new["disk"] * (self.kv_bytes / hw.disk_write_bytes_per_s + hw.kv_block_write_s / PAGE_TOKENS)
-
-    # The rest of a sweep.
 
     def expert_s(self, tokens: float, elements: float) -> float:
         """One expert of so many weights over its tokens, by itself."""

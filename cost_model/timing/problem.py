@@ -49,8 +49,10 @@ class Problem:
         workload: Workload,
         *,
         dtype_bytes: int | None = None,
+        kv_tokens: int | None = None,
         usage: ExpertUsage | None = None,
-        **rest,
+        on_demand: bool = True,
+        cache_experts: int = 0,
     ) -> Problem:
         """The problem with what was left out.
 
@@ -69,7 +71,9 @@ class Problem:
             workload=workload,
             dtype_bytes=dtype_bytes or arch.dtype_bytes,
             shares=None if usage is None else usage.shares,
-            **rest,
+            kv_tokens=kv_tokens,
+            on_demand=on_demand,
+            cache_experts=cache_experts,
         )
 
     def allocate(self, policy: Policy) -> Allocation:

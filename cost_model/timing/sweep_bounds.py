@@ -89,7 +89,8 @@ class SweepForm:
         self._on_cpu = costs.hardware.device == "cpu"
         self._resources = Resources(costs)
         self._beside = beside_shares(self._resources) if self._on_cpu else {}
-        self._stream, self._kept = _WeightStream(costs), None
+        self._stream = _WeightStream(costs)
+        self._kept: _WeightStream | None = None
 
     def time(self, load: SweepLoad) -> SweepTime:
         """Seconds of one sweep in a row of like ones."""
@@ -123,10 +124,14 @@ class SweepForm:
         return self._kept
 
     def _shared(self, busy: Mapping[str, float]) -> dict[str, float]:
-        """The fewest seconds in which each thread, and each resource that threads share, does its work."""
+        """The fewest seconds in which each thread, and each resource that threads share, does its work.
+
+        On device cpu, while all c cores compute, a copy that wants a part x of them runs on one of c + 1 threads and gets
+        1 / (c + 1) of them: it takes x (c + 1) times as long, where that is more than 1.
+        """
         found = {name: sum([busy[user] for user in users]) for name, users in THREADS.items()}
         found |= self._resources.seconds(busy)
-        if self._on_cpu:  # all cores compute, so a thread that asks for one of them copies more slowly
+        if self._on_cpu:
             cores = self._costs.hardware.cores
             slower = max(0.0, self._beside["h2d"] * (cores + 1) - 1)
             found["h2d"] += slower * min(busy["h2d"], sum(busy[user] for user in _ALL_CORES))
@@ -140,7 +145,12 @@ class SweepForm:
         stream: _WeightStream,
         outside_s: float,
     ) -> dict[str, float]:
-        """Seconds of the compute chain, and of each link behind it."""
+        """Seconds of the compute chain, and of each link behind it.
+
+        The chain is L layers of attention and experts, and what is done once per sweep. A link has its own seconds and those
+        in which it stands still: in each of the L windows from the last expert of a layer to the first of the next no slot is
+        freed, so it stops after the seconds ``ahead_s`` that fill all slots. The last window has what is done once, too.
+        """
         layers, experts_s = self._layers, experts.chain_s
         phase_s = attention.seconds(experts_s)
         chain_s = layers * (phase_s + experts_s) + outside_s
@@ -197,6 +207,12 @@ class _WeightStream:
 def _links(
     costs: Costs, from_host: int, from_disk: int, copy_s: float, read_s: float, slots: int
 ) -> list[tuple[float, float]]:
+    """(seconds of a sweep, seconds of what fills all slots) of each link that brings units; none where none is streamed.
+
+    On CUDA every unit is copied, and the disk fills its staging slots as well. On device cpu each unit is copied or read into
+    its slot, and the two count as one link: with one slot they take turns, and each further one lets a unit of the next kind
+    come while the last of the other kind does, at both changes of kind in each layer.
+    """
     allocation, layers = costs.allocation, costs.arch.num_layers
     if not from_host + from_disk:
         return []
@@ -224,6 +240,11 @@ class _Experts:
 
 
 def _experts(costs: Costs, tokens: float, demand: Demand | None, stream: _WeightStream) -> _Experts:
+    """Those of a mean layer: all that are touched, one after the other, and the MLPs of dense layers.
+
+    On demand, those that live on the device and those that have come are computed while others come; the last one to come
+    is computed after that. A link that also streams is shared, so each of the two takes twice as long while both move.
+    """
     arch = costs.arch
     layers, dense = arch.num_layers, len(arch.dense_layers)
     beside_s = dense * (costs.expert_s(tokens, arch.dense_params) + 2 * costs.op_s) if dense else 0.0

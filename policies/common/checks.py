@@ -2,32 +2,39 @@
 
 import sys
 from numbers import Integral, Real
+from typing import TypeGuard
 
 from policies.common.errors import UsageError
 
 PERCENT_TOLERANCE = 1e-6
 
 
-def check_count(name: str, value: int, minimum: int = 1) -> int:
+def check_count(name: str, value: object, minimum: int = 1) -> int:
     """Returns `value` as an int, or raises UsageError unless it is a whole number of at least `minimum`."""
-    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)) or value < minimum:
-        raise UsageError(f"{name} is {value!r}; it must be a whole number of at least {minimum}.")
-    return int(value)
+    if isinstance(value, (int, Integral)) and not isinstance(value, bool) and int(value) >= minimum:
+        return int(value)
+    raise UsageError(f"{name} is {value!r}; it must be a whole number of at least {minimum}.")
 
 
-def check_number(name: str, value: float, *, zero: bool = False) -> float:
+def check_number(name: str, value: object, *, zero: bool = False) -> float:
     """Returns `value` as a float, or raises UsageError unless it is a finite number above 0 (of at least 0 with `zero`)."""
-    real = isinstance(value, Real) and not isinstance(value, bool)
-    if not real or not 0 <= value <= sys.float_info.max or (value == 0 and not zero):
-        raise UsageError(f"{name} is {value!r}; it must be a finite number {'of at least' if zero else 'above'} 0.")
-    return float(value) + 0.0  # -0.0 becomes 0.0
+    if _is_within(value, sys.float_info.max) and (zero or value != 0):
+        return float(value) + 0.0  # -0.0 becomes 0.0
+    raise UsageError(f"{name} is {value!r}; it must be a finite number {'of at least' if zero else 'above'} 0.")
 
 
-def check_percent(name: str, value: float) -> float:
+def check_percent(name: str, value: object) -> float:
     """Returns `value` as a float, or raises UsageError unless it is a number from 0 to 100."""
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)) or not 0 <= value <= 100:
-        raise UsageError(f"{name} is {value!r}; it must be a number from 0 to 100.")
-    return float(value) + 0.0  # -0.0 becomes 0.0
+    if _is_within(value, 100):
+        return float(value) + 0.0  # -0.0 becomes 0.0
+    raise UsageError(f"{name} is {value!r}; it must be a number from 0 to 100.")
+
+
+def _is_within(value: object, most: float) -> TypeGuard[float]:
+    """Whether it is a number from 0 to ``most``."""
+    if isinstance(value, float):
+        return 0 <= value <= most
+    return isinstance(value, Real) and not isinstance(value, bool) and not value < 0 and value <= most
 
 
 def check_shares(name: str, gpu_percent: float, cpu_percent: float) -> tuple[float, float]:

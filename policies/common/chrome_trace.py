@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from typing import Any
 
 from policies.common import file_io
 from policies.common.errors import StorageError
@@ -13,7 +14,7 @@ from policies.common.errors import StorageError
 Span = tuple[str, str, float, float, int]
 
 
-def write_chrome_trace(path: str | os.PathLike, spans: Iterable[Span], *, origin_s: float = 0.0) -> None:
+def write_chrome_trace(path: str | os.PathLike[str], spans: Iterable[Span], *, origin_s: float = 0.0) -> None:
     """Write one track per lane, in microseconds; under its final name in one step.
 
     Args:
@@ -26,7 +27,7 @@ def write_chrome_trace(path: str | os.PathLike, spans: Iterable[Span], *, origin
     ordered = sorted(spans, key=lambda span: (span[0], span[2]))
     lanes = sorted({span[0] for span in ordered})
     track = {lane: place + 1 for place, lane in enumerate(lanes)}
-    events: list[dict] = [
+    events: list[dict[str, Any]] = [
         {"ph": "M", "pid": 1, "tid": track[lane], "name": "thread_name", "args": {"name": lane}} for lane in lanes
     ]
     for lane, name, start, end, nbytes in ordered:

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TextIO
+from typing import Literal, NoReturn, TextIO
 
 from policies.common.checks import check_number, check_percent
 from policies.common.errors import FlexMoEError, UsageError
@@ -22,7 +22,7 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT)
 class Parser(argparse.ArgumentParser):
     """Raises instead of exiting, so that one place maps errors to exit codes."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see --help)")
 
 
@@ -128,7 +128,7 @@ def complain(sentence: str) -> None:
         sys.stderr = _nothing("w")
 
 
-def _nothing(mode: str) -> TextIO:
+def _nothing(mode: Literal["r", "w"]) -> TextIO:
     return open(os.devnull, mode, encoding="utf-8")  # it serves until the process ends
 
 

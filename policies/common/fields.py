@@ -102,13 +102,17 @@ Switch = Annotated[bool, Rule(check=_check_switch, schema={"type": "boolean"})]
 Text = Annotated[str, Rule(check=_check_text, schema={"type": "string", "minLength": 1}, name="text")]
 
 
-@lru_cache(maxsize=None)
 def rules(kind: type) -> Mapping[str, Rule]:
     """The rule of each field of a dataclass, in order.
 
     Raises:
         TypeError: a field has none.
     """
+    return _rules(kind)
+
+
+@lru_cache(maxsize=None)
+def _rules(kind: type) -> Mapping[str, Rule]:
     hints = get_type_hints(kind, vars(sys.modules[kind.__module__]), include_extras=True)
     found = {}
     for each in fields(kind):
@@ -144,5 +148,6 @@ def check_fields(values: Any, of_what: str = "") -> None:
     Raises:
         UsageError: a value is of the wrong type or out of range; the sentence names the field.
     """
-    for name, check in _checks(type(values)):
+    kind: type = type(values)
+    for name, check in _checks(kind):
         object.__setattr__(values, name, check(f"{name} {of_what}" if of_what else name, getattr(values, name)))

@@ -5,7 +5,7 @@ from dataclasses import replace
 from cost_model.hardware.hardware import Hardware
 from cost_model.memory.allocation import allocate
 from cost_model.model.arch import ModelArch
-from cost_model.timing.job_phases import course
+from cost_model.timing.job_phases import job_phases
 from cost_model.timing.op_costs import Costs
 from cost_model.timing.sweep_load import RowGroup, SweepLoad
 from policies import Policy, Workload
@@ -62,5 +62,5 @@ def random_case(rng, device=None, arch=None):
 
 def random_sweep(rng, device=None, arch=None):
     costs, policy, workload = random_case(rng, device, arch)
-    phases = [p for p in course(policy, costs.allocation, workload).phases if p.sweeps > 0]
+    phases = [p for p in job_phases(policy, costs.allocation, workload).phases if p.sweeps > 0]
     return costs, policy, rng.choice(phases).load

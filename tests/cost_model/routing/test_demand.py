@@ -13,7 +13,7 @@ from cost_model.routing.on_demand import OnDemand, borrowed_experts, uniform_sha
 from cost_model.simulation.replay import Replayer, replay
 from cost_model.simulation.simulate import simulate
 from cost_model.timing.evaluate import evaluate
-from cost_model.timing.job_phases import course
+from cost_model.timing.job_phases import job_phases
 from cost_model.timing.op_costs import Costs
 from cost_model.timing.sweep_bounds import sweep_time
 from cost_model.timing.sweep_load import SweepLoad
@@ -52,7 +52,7 @@ def few_rows(rng, device, overlap=True):
             cpu_attention_percent=rng.choice([0, 100]),
         )  # fmt: skip
         job = Workload(prompt_len=64, gen_len=32, num_requests=policy.block_size)
-        load = rng.choice([p.load for p in course(policy, costs.allocation, job).phases if p.sweeps > 0])
+        load = rng.choice([p.load for p in job_phases(policy, costs.allocation, job).phases if p.sweeps > 0])
         if costs.routing.on_demand(load.tokens):
             return costs, policy, load
 

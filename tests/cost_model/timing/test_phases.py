@@ -8,7 +8,7 @@ import pytest
 from cost_model.memory.allocation import allocate
 from cost_model.simulation.job_sweeps import job_sweeps
 from cost_model.simulation.simulate import simulate
-from cost_model.timing.job_phases import course
+from cost_model.timing.job_phases import job_phases
 from cost_model.timing.op_costs import Costs
 from cost_model.timing.sweep_bounds import SweepForm
 from policies import Workload
@@ -17,7 +17,7 @@ from tests.support.small_jobs import MACHINE, SMALL, job, policy_of
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["alike", "mixed lengths"])
 @pytest.mark.parametrize("schedule", ["rolling", "static"])
-def test_closed_course_of_a_job_agrees_with_its_sweeps(schedule, mixed):
+def test_closed_phases_of_a_job_agree_with_its_sweeps(schedule, mixed):
     """Stated tolerance for jobs of a block and more, sweeps timed in closed form: half of them within 3 %, nine of ten
     within 12 %."""
     rng, apart = random.Random(4), []
@@ -34,7 +34,7 @@ def test_closed_course_of_a_job_agrees_with_its_sweeps(schedule, mixed):
         form = SweepForm(Costs(SMALL, MACHINE, policy, allocation, 2), 32)
         followed = job_sweeps(policy, allocation, workload, whole=True, seed=0)
         whole_s = sum(form.time(followed.load(at)).total_s for at in range(len(followed.logits)))
-        closed_s = sum(p.sweeps * form.time(p.load).total_s for p in course(policy, allocation, workload).phases)
+        closed_s = sum(p.sweeps * form.time(p.load).total_s for p in job_phases(policy, allocation, workload).phases)
         apart.append(abs(closed_s / whole_s - 1))
     apart.sort()
     assert statistics.median(apart) <= 0.03
@@ -47,7 +47,7 @@ def test_a_static_block_ends_with_its_longest_row():
     workload = Workload(prompt_len=64, gen_len=16, num_requests=96, lengths=lengths)
     policy = policy_of((100, 0, 100, 0, 100, 0), gen_len=16, schedule="static")
     allocation = allocate(SMALL, policy, workload, device="cuda", longest_row=320)
-    assert sum(phase.sweeps for phase in course(policy, allocation, workload).phases) == pytest.approx(
+    assert sum(phase.sweeps for phase in job_phases(policy, allocation, workload).phases) == pytest.approx(
         3 * 256, rel=0.02
     )
 

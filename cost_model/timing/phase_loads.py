@@ -1,0 +1,161 @@
+"""Loads of the phases of a job: how many rows decode in a mean sweep, over how much context, and what is prefilled.
+
+Letters, all means over the rows of the workload (`cost_model.timing.length_moments`):
+
+    s, n   tokens of the prompt, tokens generated
+    p      sweeps that a prompt takes: ceil(s / prefill_tokens)
+    L      sweeps that a row lives: p + n - 1, as the sweep of its last chunk gives its first token
+    B      rows in flight; F: sweeps in which so many enter
+
+In the j-th sweep in which it decodes (j = 1 ... n - 1) a row attends over s + j tokens, its own included; with p = 1, j is its
+age in sweeps. Where load changes evenly over a phase, the phase is met at two points (Gauss-Legendre), which gives the mean
+of anything up to the third power of time exactly; context is of the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
+
+from cost_model.timing.length_moments import RowMoments
+from cost_model.timing.sweep_load import RowGroup, SweepLoad
+
+#: Gauss-Legendre nodes on [0, 1], of weight 1/2 each.
+_NODES = (0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2)
+#: Steps in which rows of different lengths end.
+_STEPS = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """``sweeps`` of one load. ``name``: fill, steady or drain."""
+
+    name: str
+    sweeps: float
+    load: SweepLoad
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseLoads:
+    """The loads of one job under one policy.
+
+    Args:
+        moments: lengths of its rows.
+        shares: of the rows, by mode of attention (`cost_model.timing.sweep_load.MODES`).
+        prefill_tokens: prompt tokens that may enter one sweep.
+    """
+
+    moments: RowMoments
+    shares: Mapping[str, float]
+    prefill_tokens: int
+
+    @property
+    def prompt_sweeps(self) -> float:
+        """p."""
+        return float(max(1, ceil(self.moments.s / self.prefill_tokens)))
+
+    @property
+    def life_sweeps(self) -> float:
+        """L."""
+        return self.prompt_sweeps + self.moments.n - 1
+
+    def fill(self, rows: float, sweeps: float, rounds: float = 1.0) -> list[Phase]:
+        """``rows`` enter evenly within so many sweeps, B / F in each.
+
+        When a part x of the sweeps has passed, x B rows have entered. They are 0 to x F sweeps old, which is x F / 2 in the
+        mean, so they attend over x B (s + x F / 2) tokens. Those that enter in the sweep itself do not decode; half of them
+        are among the x B, as a point within a sweep is in its middle in the mean.
+        """
+        m, pace = self.moments, rows / sweeps if sweeps else 0.0
+        loads = [
+            self.load(decode=x * rows - pace / 2, context=x * rows * (m.s + x * sweeps / 2), enter=pace) for x in _NODES
+        ]
+        return [Phase(name="fill", sweeps=rounds * sweeps / 2, load=load) for load in loads if sweeps]
+
+    def drain(self, rows: float, sweeps: float, rounds: float = 1.0) -> list[Phase]:
+        """``rows`` that entered evenly within so many sweeps, and so leave within as many.
+
+        While the last x B are in flight, the oldest of them has generated n tokens, and the youngest n - x F, as it has x F
+        sweeps before it: n - x F / 2 in the mean, so they attend over x B (s + n - x F / 2) tokens.
+        """
+        m = self.moments
+        loads = [self.load(decode=x * rows, context=x * rows * (m.s + m.n - x * sweeps / 2)) for x in _NODES]
+        return [Phase(name="drain", sweeps=rounds * sweeps / 2, load=load) for load in loads if sweeps > 0]
+
+    def steady(self, rows: float, enter: float, sweeps: float) -> list[Phase]:
+        """Rows of all ages; ``enter`` of them come per sweep on average, and as many leave.
+
+        A row that decodes attends over E[sum of s + j] = E[(n - 1) s] + E[(n - 1) n] / 2 tokens in its life, plus n here, a
+        token more per sweep than it needs; B / L rows are of each age. Where the pace is faster than rows come, only a part
+        of the sweeps prefills, as many tokens as it may: that part is enter s / min(prefill_tokens, B s). In these sweeps
+        n - 1 of a row's L are sweeps in which it decodes; in the others, which have no row that enters, n are.
+        """
+        m, life = self.moments, self.life_sweeps
+        context = rows / life * (m.ns + m.nn / 2 + m.n)
+        prefilling = min(1.0, enter * m.s / min(self.prefill_tokens, rows * m.s))
+        busy = self.load(decode=rows * (m.n - 1) / life, context=context, enter=enter / max(prefilling, 1e-12))
+        only = self.load(decode=rows * m.n / life, context=context)
+        both = [Phase(name="steady", sweeps=sweeps * prefilling, load=busy)]
+        rest = sweeps * (1 - prefilling)
+        return [*both, Phase(name="steady", sweeps=rest, load=only)] if rest > 1e-9 * sweeps else both
+
+    def together(self, rows: float, fill_sweeps: float, rounds: float) -> list[Phase]:
+        """Rows of many lengths that entered within F sweeps decode until the longest of them ends.
+
+        At the age t their part A(t) = P(n > t) is left (`RowMoments.alive`); between the ages a and b that is the mean of A,
+        and those attend over s + (a + b) / 2 tokens each. All have entered at the mean age F / 2, and the longest row, of n'
+        tokens, ends in its sweep n' - 1, when the mean age is n' - 1 + F / 2.
+        """
+        m, found = self.moments, []
+        shortest, longest = m.ends[0][0], m.longest(rows)
+        for start, end in _steps(max(0.0, fill_sweeps / 2), longest - 1 + fill_sweeps / 2, (shortest,)):
+            alive = m.mean_alive(start, end)
+            load = self.load(decode=rows * alive, context=rows * alive * (m.s + (start + end) / 2))
+            name = "steady" if end <= shortest else "drain"
+            found.append(Phase(name=name, sweeps=rounds * (end - start), load=load))
+        return found
+
+    def last_of_all_ages(self, rows: float) -> list[Phase]:
+        """Rows of many lengths and of all ages end one by one, and none enters.
+
+        In the steady state a row has more than t sweeps before it with the probability (integral of A from t) / n, the
+        distribution of residual life in renewal theory: so many are left after t sweeps. Their ages lie between t and the
+        longest n', taken as (t + n') / 2.
+        """
+        m, found = self.moments, []
+        most = m.ends[-1][0]
+        for start, end in _steps(0.0, m.longest(rows), ()):
+            middle = (start + end) / 2
+            left = rows * m.mean_alive(middle, most) * (most - middle) / m.n
+            load = self.load(decode=left, context=left * (m.s + (middle + most) / 2))
+            found.append(Phase(name="drain", sweeps=end - start, load=load))
+        return found
+
+    def load(self, *, decode: float, context: float, enter: float = 0.0) -> SweepLoad:
+        """A sweep in which ``decode`` rows decode over ``context`` tokens together and ``enter`` rows come in.
+
+        Of a prompt that takes p sweeps, p rows of different progress are in each sweep, with s / p tokens each. Over its life
+        a prompt has sum of i s / p, i = 0 ... p - 1, which is s (p - 1) / 2 tokens behind its chunks, and s² / 2 pairs of query
+        and key.
+        """
+        m, decode = self.moments, max(0.0, decode)
+        p = self.prompt_sweeps if enter else 1.0
+        groups = {
+            mode: RowGroup(
+                decode_rows=share * decode,
+                decode_context=share * max(context, decode),
+                prompt_rows=share * enter * p,
+                prompt_tokens=share * enter * m.s,
+                prompt_past=share * enter * m.s * (p - 1) / 2,
+                pairs=share * enter * m.ss / 2,
+            )
+            for mode, share in self.shares.items()
+        }
+        return SweepLoad(groups=groups, logits=decode + enter)
+
+
+def _steps(first: float, last: float, between: tuple[float, ...]) -> list[tuple[float, float]]:
+    inner = {first + (last - first) * k / _STEPS for k in range(_STEPS + 1)} | {b for b in between if first < b < last}
+    return list(pairwise(sorted(inner))) if last > first else []
