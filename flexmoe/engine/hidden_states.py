@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from flexmoe.system.device import Device, Event, align_up
+from flexmoe.system.device import Device, Event
 from flexmoe.system.direct_io import DirectFile
 from flexmoe.system.trace import Recorder
+from policies.common.memory_units import align_up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
