@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all bench native clean
+.PHONY: help setup demo lint test test-all bench native clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,6 +12,9 @@ INSTALL := $(RUN) -m pip install -qq --disable-pip-version-check -c constraints.
 SETUP := $(VENV)/.setup
 BENCH := $(VENV)/.setup-bench
 RECORD := benchmarks/test-all.txt
+# Processes of the tests: one more than cores, for some tests wait, and eight at most, for each has torch in memory.
+WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores + 1 : 8)))
+PYTEST := $(RUN) -m pytest -q -n $(WORKERS) --dist loadgroup
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,12 +34,16 @@ $(BENCH): $(SETUP)
 demo: $(SETUP) ## a small model across all three tiers, from requests to completions
 	@$(RUN) -m scripts.demo
 
-test: $(SETUP) ## the tests, in minutes
-	@$(RUN) -m pytest -q -m "not slow and not gpu"
+lint: $(SETUP) ## the form of the sources
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m ruff check .
 
-test-all: $(SETUP) ## every test that needs no GPU, and its record in benchmarks/
+test: lint ## the form of the sources and the tests, in minutes
+	@$(PYTEST) -m "not slow and not gpu"
+
+test-all: lint ## every test that needs no GPU, and its record in benchmarks/
 	@mkdir -p build
-	@$(RUN) -m pytest -q --color=no -m "not gpu" | tee build/test-all.log
+	@$(PYTEST) --color=no -m "not gpu" | tee build/test-all.log
 	@{ date -u '+date      %Y-%m-%d %H:%M UTC'; \
 	   echo "machine   $$(uname -sm), $$(nproc) cores"; \
 	   echo "versions  $$($(RUN) -c "$$VERSIONS")"; \

@@ -1,15 +1,21 @@
-"""Shared by all tests: the runtime's OpenMP setting has to be in place before anything loads torch."""
+"""Shared by all tests: OpenMP's settings have to be in place before anything loads torch."""
+
+import os
 
 import pytest
 
 import flexmoe  # noqa: F401
-from tests.support.command_lines import job, machine, main  # noqa: F401
-from tests.support.jobs import bare, quick_disk, runner, setup, tokenizer_directory  # noqa: F401
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the tests have the cores among them, one each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+#: Modules whose fixtures all tests may ask for.
+pytest_plugins = ("tests.support.command_lines", "tests.support.jobs", "tests.support.pretend_cuda")
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """`tiny(name)`: the variant of that name from `tests.support.tiny`, made once."""
+    """`tiny(name)`: the variant of that name from `tests.support.tiny`, made once in a process."""
     from tests.support.tiny import RECIPES
 
     return _made_once(RECIPES, tmp_path_factory)
@@ -27,16 +33,19 @@ def _made_once(recipes, tmp_path_factory):
     from tests.support.tiny import make
 
     made = {}
+    # Processes of one run have a folder in common, above their own.
+    common = tmp_path_factory.getbasetemp()
+    common = common.parent if "PYTEST_XDIST_WORKER" in os.environ else common
 
     def get(name="gqa-8-to-2"):
         if name not in made:
-            made[name] = make(recipes[name], tmp_path_factory.mktemp(name))
+            made[name] = make(recipes[name], tmp_path_factory.mktemp(name), known=common / f"greedy-{name}.json")
         return made[name]
 
     return get
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def loads_cost_their_bytes(monkeypatch):
     """Tiny experts stand for large ones, of which a load costs no more than its bytes: few rows bring them on demand."""
     from cost_model.routing import on_demand

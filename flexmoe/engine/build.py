@@ -7,7 +7,7 @@ import weakref
 from dataclasses import dataclass
 
 from cost_model.memory.memory_plan import sampling_bytes
-from flexmoe.engine.config import GIB, EngineConfig
+from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine_plan import EnginePlan
 from flexmoe.engine.executor import Executor
 from flexmoe.engine.hidden_states import Activations
@@ -22,7 +22,9 @@ from flexmoe.system.machine import make_directory
 from flexmoe.system.trace import Recorder
 from flexmoe.weights.store import EmbeddingTable, WeightStore
 from flexmoe.weights.supply import WeightFeed
-from flexmoe.weights.units import Units
+from policies.common.memory_units import GIB
+from policies.schedule import SweepUnits
+from policies.units import EMBEDDING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +71,7 @@ class _Builder:
         self._model, self._config, self._plan, self._resources = model, config, plan, resources
         self._recorder = Recorder(config.keep_spans)
         self._source = model.source(config.offload_dir)
-        self._units = Units.of(model.arch, plan.sizes.placement.tier_of)
+        self._units = SweepUnits.of(plan.allocation.placement.tier_of)
 
     def parts(self) -> EngineParts:
         store = self._store()
@@ -95,9 +97,10 @@ class _Builder:
 
     def _store(self) -> WeightStore:
         plan, pin = self._plan, self._config.policy.pin_weight
-        tiers = plan.sizes.placement.tier_of
+        tiers = plan.allocation.placement.tier_of
         store = WeightStore(plan.device, self._recorder, self._source, tiers, plan.dtype, pin)
         self._resources.callback(store.close)
+        store.load()
         self._recorder.reset_totals()  # a run's rates do not count what loading moved
         return store
 
@@ -107,37 +110,40 @@ class _Builder:
             store,
             self._model.arch,
             self._units,
-            self._plan.sizes,
+            self._plan.allocation,
             kind=config.expert_cache,
             known=None if usage is None else usage.shares,
             overlap=config.policy.overlap,
         )
         self._resources.callback(feed.close)
+        feed.start()
         return feed
 
     def _cache(self) -> KVCache:
         arch, plan = self._model.arch, self._plan
         shape = KVShape(layers=arch.num_layers, kv_heads=arch.num_kv_heads, head_dim=arch.head_dim, dtype=plan.dtype)
-        cache = KVCache(plan.device, shape, plan.sizes.kv_blocks, plan.sizes.tails, self._config.offload_dir)
+        cache = KVCache(plan.device, shape, plan.allocation.kv_pages, plan.allocation.tails, self._config.offload_dir)
         self._resources.callback(cache.close_file)
         return cache
 
     def _kv(self, cache: KVCache) -> KVLanes:
-        arch, counts = self._model.arch, self._plan.sizes
+        arch, allocation = self._model.arch, self._plan.allocation
         buffers = KVBuffers(
-            staging_pages=counts.fetch_blocks, batch_tokens=counts.batch_tokens, write_pages=counts.write_blocks
+            staging_pages=allocation.fetch_pages,
+            batch_tokens=allocation.batch_tokens,
+            write_pages=allocation.write_pages,
         )
         kv = KVLanes(self._plan.device, self._recorder, cache, buffers, arch.num_heads, arch.sliding_window)
         self._resources.callback(kv.close)
         return kv
 
     def _activations(self) -> Activations:
-        plan, counts = self._plan, self._plan.sizes
+        plan, allocation = self._plan, self._plan.allocation
         activations = Activations(
             plan.device,
             self._recorder,
-            counts.activation_tiers,
-            counts.batch_tokens,
+            allocation.activation_tiers,
+            allocation.batch_tokens,
             self._model.arch.hidden,
             plan.dtype,
             self._config.offload_dir,
@@ -154,7 +160,7 @@ class _Builder:
 
         length_estimate = LengthEstimate(running)
         expected_end = length_estimate.expected_end if config.reserve == "p95" else None
-        scheduler = Scheduler(config.policy, cache, expected_end, self._plan.sizes.recompute_past)
+        scheduler = Scheduler(config.policy, cache, expected_end, self._plan.allocation.recompute_past)
         # Weak, so that the memory of an engine goes with its last user and does not wait for the garbage collector.
         weak = weakref.ref(scheduler)
         return length_estimate, scheduler
@@ -167,18 +173,18 @@ class _Builder:
         activations: Activations,
         router_counter: RouterCounter,
     ) -> Executor:
-        plan, counts, policy = self._plan, self._plan.sizes, self._config.policy
+        plan, allocation, policy = self._plan, self._plan.allocation, self._config.policy
         return Executor(
             device=plan.device,
             recorder=self._recorder,
             family=self._model.family,
             units=self._units,
             feed=feed,
-            embed=EmbeddingTable(store, self._source, "embed", counts.max_tokens),
+            embed=EmbeddingTable(store, self._source, EMBEDDING, allocation.max_tokens),
             kv=kv,
             activations=activations,
             router_counter=router_counter,
-            max_tokens=counts.max_tokens,
+            max_tokens=allocation.max_tokens,
             score_bytes=sampling_bytes(self._model.arch, policy),
             dtype=plan.dtype,
             overlap=policy.overlap,

@@ -13,7 +13,6 @@ from policies.common.checks import check_count
 from policies.policy import Policy
 from policies.workload import Workload
 
-GIB = 1 << 30
 RESERVES = ("max", "p95")
 
 
@@ -34,8 +33,8 @@ class EngineConfig:
         keep_spans: record spans for a trace.
         eos_ids: ids that end a row.
         seed: of the random draws of requests that have none of their own.
-        expert_cache: the eviction policy for cached experts in on-demand mode (`flexmoe.weights.eviction`): ``lfu``,
-            ``lru``, ``static``, or ``off``, which streams all experts in every sweep.
+        expert_cache: which of the cached experts are evicted in on-demand mode (`flexmoe.weights.eviction`): ``lfu``, ``lru``,
+            ``static``, or ``off``, which streams all experts in every sweep.
         expert_usage: how often each expert was chosen in another run, or the path of that file.
         reserve: KV that a row is expected to need: ``max``, up to its ``max_tokens``, or ``p95``, what the job's rows
             have needed so far (`flexmoe.engine.length_estimate`).

@@ -178,7 +178,7 @@ class Engine:
                 f"{len(token_ids)} tokens are more than the {self.largest_row_tokens} that one row may have here"
             )
         tier = max(TIERS, key=self.cache.total)
-        mode = AttentionMode.FETCH if self.plan.sizes.fetch_blocks else AttentionMode.CPU
+        mode = AttentionMode.FETCH if self.plan.allocation.fetch_pages else AttentionMode.CPU
         mode = AttentionMode.GPU if tier == "gpu" else mode
         kv = self.cache.open(tier)
         try:

@@ -9,28 +9,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cost_model.memory.allocation import BLOCK_TOKENS, Sizes, entry_bytes, sizes
+from cost_model.memory.allocation import PAGE_TOKENS, Allocation, allocate, entry_bytes
 from cost_model.memory.memory_plan import MemoryPlan, plan_memory
 from cost_model.model.arch import ModelArch
 from cost_model.routing.on_demand import OnDemand
-from flexmoe.engine.config import GIB, EngineConfig
+from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.router_counter import coactivation_bytes
 from flexmoe.errors import InfeasibleError
 from flexmoe.models.loader import Model, compute_dtype
 from flexmoe.system.device import Device
 from flexmoe.system.machine import available_host_bytes, free_disk_bytes
+from policies.common.memory_units import GIB
 from policies.placement import TIERS, describe
 from policies.policy import Policy
 
 #: Part of a GPU, and of the host's memory, that the cache leaves alone: the allocator cuts the one into pieces, and others
 #: use the other.
 _SPARED_SHARE = 0.05
-_REMEDY = {
-    "gpu": "raise --gpu-mem, or lower the GPU percents, --gpu-batch-size or --prefill-tokens",
-    "cpu": "raise --cpu-mem, or lower the CPU percents or the block size",
-    "gpu+cpu": "on device cpu both tiers are RAM: lower the GPU and CPU percents, or the block size",
-    "disk": "raise --nvme-mem, or lower the disk shares",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +35,7 @@ class EnginePlan:
     Attributes:
         device: the compute device.
         dtype: compute dtype.
-        sizes: counts of everything that is allocated.
+        allocation: numbers of all that is allocated: units, pages, slots, buffers.
         memory: bytes per tier, item by item.
         budgets: bytes that may be taken per tier; None without a limit.
         written_bytes: bytes that are written to the offload directory.
@@ -50,7 +45,7 @@ class EnginePlan:
 
     device: Device
     dtype: torch.dtype
-    sizes: Sizes
+    allocation: Allocation
     memory: MemoryPlan
     budgets: Mapping[str, int | None]
     written_bytes: int
@@ -68,7 +63,7 @@ class EnginePlan:
         device, arch = Device(config.device), model.arch.grouped(config.policy.experts_per_unit)
         dtype = compute_dtype(config.dtype, model, device.torch)
         kind = device.torch.type
-        counts = sizes(
+        allocation = allocate(
             arch,
             config.policy,
             config.workload,
@@ -78,35 +73,35 @@ class EnginePlan:
         )
         if config.known_usage is not None:
             config.known_usage.check_model(arch)
-        memory = _memory(arch, counts, config, kind, dtype)
+        memory = _memory(arch, allocation, config, kind, dtype)
         stored = ("weights",) if model.checkpoint is not None else ()  # a checkpoint's weights are on disk already
         written = sum(size for item, size in memory.parts["disk"].items() if item not in stored)
         budgets = budgets_of(config, device)
-        memory.check(budgets, _REMEDY)
+        memory.check(budgets)
         _check_disk(config.offload_dir, written)
         if config.expert_cache != "off":
-            counts = replace(counts, cache_experts=_cache_experts(arch, counts, memory, budgets, config))
-            memory = _memory(arch, counts, config, kind, dtype)
+            allocation = replace(allocation, cache_experts=_cache_experts(arch, allocation, memory, budgets, config))
+            memory = _memory(arch, allocation, config, kind, dtype)
         return cls(
             device=device,
             dtype=dtype,
-            sizes=counts,
+            allocation=allocation,
             memory=memory,
             budgets=budgets,
             written_bytes=written,
             policy=config.policy,
-            largest_row_tokens=_largest_row_tokens(counts, config.longest_row),
+            largest_row_tokens=_largest_row_tokens(allocation, config.longest_row),
         )
 
     def describe_weights(self) -> str:
         """Asked and achieved shares of the weights."""
         p = self.policy
         asked = (p.w_gpu_percent, p.w_cpu_percent, 100 - p.w_gpu_percent - p.w_cpu_percent)
-        return describe(asked, self.sizes.placement.achieved_percent)
+        return describe(asked, self.allocation.placement.achieved_percent)
 
     def describe_cache(self) -> str:
         """Asked and achieved shares of the KV cache."""
-        p, pages = self.policy, self.sizes.kv_blocks
+        p, pages = self.policy, self.allocation.kv_pages
         asked = (p.cache_gpu_percent, p.cache_cpu_percent, 100 - p.cache_gpu_percent - p.cache_cpu_percent)
         total = sum(pages.values())
         return describe(asked, tuple(100 * pages[t] / total for t in TIERS), "KV cache")
@@ -123,10 +118,10 @@ class EnginePlan:
         return lines
 
 
-def _largest_row_tokens(counts: Sizes, longest_row: int | None) -> int:
-    held = max(counts.kv_blocks.values()) * BLOCK_TOKENS
-    if counts.fetch_blocks and longest_row:  # the buffers of fetched KV are made for rows of this length
-        return min(held, -(-longest_row // BLOCK_TOKENS) * BLOCK_TOKENS)
+def _largest_row_tokens(allocation: Allocation, longest_row: int | None) -> int:
+    held = max(allocation.kv_pages.values()) * PAGE_TOKENS
+    if allocation.fetch_pages and longest_row:  # the buffers of fetched KV are made for rows of this length
+        return min(held, -(-longest_row // PAGE_TOKENS) * PAGE_TOKENS)
     return held
 
 
@@ -149,8 +144,10 @@ def budgets_of(config: EngineConfig, device: Device) -> dict[str, int | None]:
     return budgets
 
 
-def _memory(arch: ModelArch, counts: Sizes, config: EngineConfig, device: str, dtype: torch.dtype) -> MemoryPlan:
-    memory = plan_memory(arch, config.policy, counts, device=device, compute_bytes=dtype.itemsize)
+def _memory(
+    arch: ModelArch, allocation: Allocation, config: EngineConfig, device: str, dtype: torch.dtype
+) -> MemoryPlan:
+    memory = plan_memory(arch, config.policy, allocation, device=device, compute_bytes=dtype.itemsize)
     if not config.router_stats:
         return memory
     return MemoryPlan(
@@ -159,7 +156,7 @@ def _memory(arch: ModelArch, counts: Sizes, config: EngineConfig, device: str, d
 
 
 def _cache_experts(
-    arch: ModelArch, counts: Sizes, memory: MemoryPlan, budgets: Mapping[str, int | None], config: EngineConfig
+    arch: ModelArch, allocation: Allocation, memory: MemoryPlan, budgets: Mapping[str, int | None], config: EngineConfig
 ) -> int:
     """Experts that fit the device memory which the plan leaves; on device cpu, what it leaves of a given budget."""
     budget, host = budgets["gpu"], budgets.get("gpu+cpu")
@@ -170,7 +167,7 @@ def _cache_experts(
         left = min(left, int((1 - _SPARED_SHARE) * host) - memory.total("gpu") - memory.total("cpu"))
     else:
         left -= int(_SPARED_SHARE * budget)
-    streamed = np.count_nonzero(OnDemand.of(arch, counts.placement.tier_of, 0).streamed)
+    streamed = np.count_nonzero(OnDemand.of(arch, allocation.placement.tier_of, 0).streamed)
     return max(0, min(left // entry_bytes(arch), int(streamed)))
 
 

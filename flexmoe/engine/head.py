@@ -5,12 +5,12 @@ Legend: T tokens of the block, D hidden, R rows of logits, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from flexmoe.kernels.family import Family, Weights
 from flexmoe.kv.batch import Batch, Block
 from flexmoe.sampling.logprobs import PromptScores
 from flexmoe.system.device import Device
@@ -39,7 +39,7 @@ class Logits:
         dtype: compute dtype.
     """
 
-    def __init__(self, device: Device, family: Any, score_bytes: int, dtype: torch.dtype):
+    def __init__(self, device: Device, family: Family, score_bytes: int, dtype: torch.dtype):
         self._device, self._family = device, family
         self._score_bytes, self._dtype = score_bytes, dtype
         self._sweep: _Sweep | None = None
@@ -67,7 +67,7 @@ class Logits:
         logits_RV = torch.empty(len(rows_RD), vocab, dtype=self._dtype, device=self._device.torch)
         self._sweep = _Sweep(rows_RD=rows_RD, logits_RV=logits_RV, scores=block.scores, scored_TD=room_TD)
 
-    def add(self, piece: tuple[int, int], weights: Mapping[str, torch.Tensor]) -> None:
+    def add(self, piece: tuple[int, int], weights: Weights) -> None:
         """The logits of a piece of the vocabulary, from its first entry up to its last."""
         sweep = self._collected()
         if "norm" in weights:
@@ -86,9 +86,7 @@ class Logits:
             raise RuntimeError("no hidden states have been collected in this sweep")
         return self._sweep
 
-    def _score(
-        self, scores: PromptScores, scored_TD: torch.Tensor, first: int, weights: Mapping[str, torch.Tensor]
-    ) -> None:
+    def _score(self, scores: PromptScores, scored_TD: torch.Tensor, first: int, weights: Weights) -> None:
         """A piece of the head over the scored positions, as many of them at a time as the memory takes."""
         step = max(1, self._score_bytes // (SCORE_BYTES * len(weights["head"])))
         for at in range(0, len(scores), step):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from flexmoe.system.device import Device, Event
-from flexmoe.system.direct_io import DirectFile, align_up
+from flexmoe.system.device import Device, Event, align_up
+from flexmoe.system.direct_io import DirectFile
 from flexmoe.system.trace import Recorder
 
 
@@ -79,6 +79,10 @@ class Activations:
     def __getitem__(self, batch: int) -> torch.Tensor:
         """The hidden states of a batch that are on the device now; a load made them on a stream of its own."""
         return self._device.use_here(self._on_device[batch])
+
+    def add(self, batch: int, y_TD: torch.Tensor) -> None:
+        """Add to the hidden states of a batch that are on the device: a residual connection, in place."""
+        self[batch].add_(y_TD)
 
     def put(self, batch: int, h_TD: torch.Tensor) -> None:
         """Replace the hidden states of a batch, on the device."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from flexmoe.kernels.native import attention as native_attention
 from flexmoe.kernels.native import library as native
 
 _BUCKET_WASTE = 1.25
@@ -33,7 +34,7 @@ class Ragged:
     q_starts: torch.Tensor
     contexts: torch.Tensor
     tables: torch.Tensor
-    _plans: dict = field(default_factory=dict)
+    _plans: dict[tuple[torch.device, int], list[_Bucket]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, q_lengths: list[int], contexts: list[int], tables: list[list[int]]) -> Ragged:
@@ -74,7 +75,7 @@ def paged_attention(
     """
     scale = q_THD.shape[-1] ** -0.5
     if q_THD.device.type == "cpu" and native.available():
-        return native.paged_attention(
+        return native_attention.paged_attention(
             q_THD, k_pool, v_pool, rows.tables, rows.q_starts, rows.contexts, window=window or 0, scale=scale, out=out
         )
     return torch_paged_attention(q_THD, k_pool, v_pool, rows, window=window, out=out)
@@ -122,7 +123,9 @@ class _Bucket:
     mask_BqS: torch.Tensor
 
     @classmethod
-    def of(cls, rows: Ragged, members: list[int], page_tokens: int, window: int | None, device) -> _Bucket:
+    def of(
+        cls, rows: Ragged, members: list[int], page_tokens: int, window: int | None, device: torch.device
+    ) -> _Bucket:
         starts, contexts = rows.q_starts[members].long(), rows.contexts[members].long()
         run = int(rows.q_starts[members[0] + 1] - rows.q_starts[members[0]])
         pages = -(-int(contexts.max()) // page_tokens)

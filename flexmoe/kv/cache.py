@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from cost_model.memory.allocation import BLOCK_TOKENS
+from cost_model.memory.allocation import PAGE_TOKENS
 from flexmoe.system.device import Device
 from flexmoe.system.direct_io import DirectFile
 
@@ -119,7 +119,7 @@ class KVCache:
         pages: dict[str, int],
         tails: int = 0,
         offload_dir: Path | None = None,
-        page_tokens: int = BLOCK_TOKENS,
+        page_tokens: int = PAGE_TOKENS,
     ):
         self.shape, self.page_tokens = shape, page_tokens
         self._allocators = {tier: PageAllocator(n) for tier, n in pages.items()}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from cost_model.memory.allocation import BLOCK_TOKENS
+from cost_model.memory.allocation import PAGE_TOKENS
 from flexmoe.kv.batch import Run
 from flexmoe.kv.cache import KVCache, KVShape, RowKV
 from flexmoe.kv.disk import DiskIndex, DiskKV
@@ -64,14 +64,14 @@ class BlockBench:
 
     def __init__(self, device: Device, dtype: torch.dtype, heads: tuple[int, int], directory: Path, effort: Effort):
         shape = KVShape(layers=1, kv_heads=heads[0], head_dim=heads[1], dtype=dtype)
-        self.block_bytes = shape.token_bytes * BLOCK_TOKENS
+        self.block_bytes = shape.token_bytes * PAGE_TOKENS
         blocks = min(effort.kv_blocks, file_bytes(directory, effort) // self.block_bytes)
         self._group = max(1, min(_GROUP, blocks, effort.buffer_bytes // 4 // self.block_bytes))
         count = blocks // self._group
         cache = KVCache(device, shape, {"gpu": 0, "cpu": 0, "disk": count * self._group}, 1, directory)
         self._cache, self._file = cache, cache.file
         self._disk = DiskKV(device, Recorder(), cache, self._group, self._group)
-        self._new = tuple(torch.randn(self._group * BLOCK_TOKENS, *heads).to(dtype) for _ in range(2))
+        self._new = tuple(torch.randn(self._group * PAGE_TOKENS, *heads).to(dtype) for _ in range(2))
         ids = iter(_scattered(count * self._group))
         self._groups = [self._rows(list(itertools.islice(ids, self._group))) for _ in range(count)]
 
@@ -114,12 +114,12 @@ class BlockBench:
                 return
 
     def _rows(self, ids: list[int]) -> Rows:
-        tokens = len(ids) * BLOCK_TOKENS
+        tokens = len(ids) * PAGE_TOKENS
         fills, follows = (
             Run(RowKV("disk", ids, past, tail=0), [0] * count, AttentionMode.FETCH, 1)
             for past, count in ((0, tokens), (tokens, 1))
         )
-        return Rows(write=DiskIndex.of([fills], BLOCK_TOKENS), read=DiskIndex.of([follows], BLOCK_TOKENS))
+        return Rows(write=DiskIndex.of([fills], PAGE_TOKENS), read=DiskIndex.of([follows], PAGE_TOKENS))
 
 
 def kv_block_costs(

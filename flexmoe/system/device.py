@@ -13,16 +13,29 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
 
 import torch
 
 from flexmoe.errors import InfeasibleError, UsageError
 from flexmoe.system.trace import Recorder
+from policies.common.memory_units import SYSTEM_PAGE_BYTES
 
-PAGE_BYTES = mmap.PAGESIZE
 _MADV_POPULATE_WRITE = 23
+Stream: TypeAlias = "torch.cuda.Stream"
+Event: TypeAlias = "torch.cuda.Event | NoEvent"
 #: Kernels are loaded when they are first used; NVML counts them and torch does not.
 _LATER_KERNELS_BYTES = 192 << 20
+
+
+def align_down(value: int) -> int:
+    """The page boundary at or below ``value``."""
+    return value // SYSTEM_PAGE_BYTES * SYSTEM_PAGE_BYTES
+
+
+def align_up(value: int) -> int:
+    """The page boundary at or above ``value``."""
+    return -(-value // SYSTEM_PAGE_BYTES) * SYSTEM_PAGE_BYTES
 
 
 class NoEvent:
@@ -82,7 +95,7 @@ class Device:
 
     def stream(self) -> Stream | None:
         """A new CUDA stream; None on cpu."""
-        return torch.cuda.Stream(self.torch) if self.is_cuda else None
+        return torch.cuda.Stream(self.torch) if self.is_cuda else None  # type: ignore[no-untyped-call]
 
     def on(self, stream: Stream | None) -> contextlib.AbstractContextManager[object]:
         """Context in which kernels and copies go to ``stream`` (None: the current one)."""
@@ -90,7 +103,7 @@ class Device:
 
     def event(self, timing: bool = False) -> Event:
         """A new, unrecorded event. Who waits for it sleeps: a core that spins is one less for attention on the CPU."""
-        return torch.cuda.Event(enable_timing=timing, blocking=True) if self.is_cuda else NoEvent()
+        return torch.cuda.Event(enable_timing=timing, blocking=True) if self.is_cuda else NoEvent()  # type: ignore[no-untyped-call]
 
     def record(self, stream: Stream | None = None) -> Event:
         """An event recorded now on ``stream`` (None: the current one)."""
@@ -139,7 +152,7 @@ class Device:
         Raises:
             InfeasibleError: the host has not that much memory, or the driver refuses to lock it.
         """
-        size = max(PAGE_BYTES, -(-nbytes // PAGE_BYTES) * PAGE_BYTES)
+        size = max(SYSTEM_PAGE_BYTES, align_up(nbytes))
         try:
             pages = _map_pages(size, shared)
         except OSError as e:
@@ -147,7 +160,7 @@ class Device:
         buffer = torch.frombuffer(pages, dtype=torch.uint8)
         if pinned and self.is_cuda:
             _populate(buffer.data_ptr(), size)
-            code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
+            code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))  # type: ignore[no-untyped-call]
             if code != 0:
                 raise InfeasibleError(
                     f"the CUDA driver cannot lock {size / 2**30:.2f} GiB of host memory (error {code}); "
@@ -195,14 +208,14 @@ class Device:
 
 
 class _Pages(mmap.mmap):
-    """Memory that the driver forgets before it is unmapped: an address that it still holds cannot be locked again."""
+    """Memory that is unregistered from the driver before it is unmapped: a registered address cannot be locked again."""
 
     registered_at = 0
 
-    def __del__(self):
+    def __del__(self) -> None:
         if self.registered_at:
             with contextlib.suppress(Exception):  # at the interpreter's end torch may be gone already
-                torch.cuda.cudart().cudaHostUnregister(self.registered_at)
+                torch.cuda.cudart().cudaHostUnregister(self.registered_at)  # type: ignore[no-untyped-call]
 
 
 def _map_pages(size: int, shared: bool) -> _Pages:

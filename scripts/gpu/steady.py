@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from flexmoe.engine.config import GIB, EngineConfig
+from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine import Engine
 from flexmoe.models.loader import load_model
 from flexmoe.params import EngineRequest, SamplingParams
@@ -24,6 +24,7 @@ from flexmoe.probing.disk import transfer
 from flexmoe.system.device import Device, process_gpu_bytes
 from flexmoe.system.machine import available_host_bytes
 from flexmoe.system.trace import LaneTotals
+from policies.common.memory_units import GIB
 from policies.policy import Policy, Workload
 from scripts.benchmark.probes import PeakMemory, Repeater
 from scripts.benchmark.worker import serve

@@ -8,7 +8,7 @@ from policies import Policy
 from policies.admission.admission import Admission
 from policies.admission.row_state import AttentionMode, RowLengths
 from policies.placement import TIERS
-from tests.flexmoe.engine.test_scheduler import Simulation
+from tests.support.scheduling import Simulation
 
 GPU, CPU, DISK = (100, 0), (0, 100), (0, 0)
 BLOCK = 16

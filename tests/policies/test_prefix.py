@@ -7,7 +7,7 @@ import pytest
 from flexmoe.engine.scheduler import Row
 from flexmoe.params import EngineRequest, SamplingParams
 from policies.placement import TIERS
-from tests.flexmoe.engine.test_scheduler import CPU_KV, DISK_KV, GPU_KV, MIXED_KV, Simulation, pages, policy
+from tests.support.scheduling import CPU_KV, DISK_KV, GPU_KV, MIXED_KV, Simulation, pages, policy
 
 B = 16
 

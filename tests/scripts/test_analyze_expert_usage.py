@@ -7,8 +7,8 @@ from cost_model.model.arch import ModelArch
 from cost_model.routing.expert_usage import ExpertUsage
 from scripts import analyze_expert_usage as command
 from scripts.analyze_expert_usage import balance_table, carriers, pairs, touched_table
-from tests.cost_model.routing.test_router_stats_file import MODEL, made
 from tests.support.command_lines import THREE_TIERS
+from tests.support.router_stats import MODEL, made
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from scripts import bench_cache
 from scripts.checkpoints.shapes import SIZES
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
 
 
 def test_the_record_has_hits_beside_the_optimum_and_speeds_beside_no_cache(tmp_path, monkeypatch, capsys):

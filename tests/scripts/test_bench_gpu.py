@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cost_model import Hardware
-from cost_model.memory.allocation import kv_blocks_per_tier, kv_tokens_wanted
+from cost_model.memory.allocation import kv_pages_per_tier, kv_tokens_wanted
 from cost_model.model.arch import ModelArch
 from cost_model.timing.evaluate import evaluate
 from flexmoe.engine.scheduler import Row, Scheduler
@@ -114,7 +114,7 @@ def test_limit_of_a_policy_counts_its_bytes_where_they_go():
     )
     prediction = evaluate(ARCH, H200, LONG, policy, ignore_memory=True)
     traffic = own_limit(ARCH, LONG, rates_like(H200), policy, prediction).traffic
-    on_tier = prediction.sizes.placement.bytes_per_tier
+    on_tier = prediction.allocation.placement.bytes_per_tier
     kv = prediction.rows_in_flight * 640 * 131072
     assert traffic.w_on_disk == on_tier["disk"]
     assert on_tier["cpu"] + on_tier["disk"] - traffic.w_streamed in (0, ARCH.embed_params * 2)
@@ -161,7 +161,7 @@ def _aged_scheduler(rows, prompt, gen):
         cpu_attention_percent=100,
     )  # fmt: skip
     workload = Workload(prompt_len=prompt, gen_len=gen)
-    blocks = kv_blocks_per_tier(chosen, kv_tokens_wanted(chosen, workload), prompt + gen)
+    blocks = kv_pages_per_tier(chosen, kv_tokens_wanted(chosen, workload), prompt + gen)
     shape = KVShape(layers=1, kv_heads=1, head_dim=2, dtype=torch.bfloat16)
     return Scheduler(chosen, KVCache(Device("cpu"), shape, blocks))
 

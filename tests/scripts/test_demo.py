@@ -12,7 +12,7 @@ from flexmoe.system.device import Device
 from scripts.demo import Setting, command, introduction, write_requests
 from scripts.make_checkpoint import SIZES
 from scripts.support.demo_report import compared, planned, put_beside, under_compute_percent
-from tests.system.test_pretend_cuda import PretendCuda
+from tests.support.pretend_cuda import PretendCuda
 
 CONTEXT_BYTES = 600 << 20
 BUDGETS = {"gpu_mem": 0.12, "cpu_mem": 0.15, "nvme_mem": 0.25}

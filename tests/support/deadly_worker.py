@@ -1,4 +1,4 @@
-"""A preflight's worker whose tokenizer crashes or hangs on prompts that ask for it."""
+"""A preflight's worker whose tokenizer crashes or hangs on prompts that ask for it, and starts at once: it has no vocabulary."""
 
 import os
 import time
@@ -7,15 +7,13 @@ from flexmoe.preflight.worker import start
 from flexmoe.preflight.worker_pool import serve
 from flexmoe.text.tokenizer import Tokenizer
 
-_real = Tokenizer.encode_all
-
 
 def encode_all(self, texts, **options):
     if "die" in texts:
         os.kill(os.getpid(), 9)
     if "hang" in texts:
         time.sleep(600)
-    return _real(self, texts, **options)
+    return [(5,) * len(text) for text in texts]
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ import pytest
 from flexmoe.job.job import Job, JobFiles
 from flexmoe.job.runner import StreamOptions
 from flexmoe.preflight.prepare_setup import PreparerSetup
-from flexmoe.system import file_io
-from tests.flexmoe.text.test_tokenizer import build_tokenizer
+from policies.common import file_io
 from tests.support.fake_engine import FakeEngine
+from tests.support.tokenizers import build_tokenizer
 
 VOCAB, CONTEXT = 320, 200
 
@@ -37,6 +37,12 @@ def make_setup(directory, **values):
 def quick_disk(monkeypatch):
     """Nobody pulls the plug during a test, and waiting for the disk takes most of its time."""
     monkeypatch.setattr(file_io.os, "fsync", lambda _: None)
+
+
+@pytest.fixture
+def fixed_time(monkeypatch):
+    """Outputs have one time, so that those of two jobs can be equal byte by byte."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
 
 
 class Runner:

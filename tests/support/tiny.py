@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,7 +82,14 @@ class Variant:
         return ids[: ends[0] + 1] if ends else ids
 
 
-def make(recipe: Recipe, directory: Path, lengths: tuple[int, ...] = PROMPT_LENGTHS) -> Variant:
+def make(
+    recipe: Recipe, directory: Path, lengths: tuple[int, ...] = PROMPT_LENGTHS, known: Path | None = None
+) -> Variant:
+    """Makes the checkpoint.
+
+    Args:
+        known: a file of the greedy ids, which take longest; written if it is not there yet.
+    """
     torch.manual_seed(7)
     config = AutoConfig.for_model(recipe.family, **recipe.base | recipe.config)
     # Its grouped experts refuse matrices whose rows are no multiple of 16 bytes.
@@ -91,12 +100,24 @@ def make(recipe: Recipe, directory: Path, lengths: tuple[int, ...] = PROMPT_LENG
     generator = torch.Generator().manual_seed(1)
     vocab = model.config.vocab_size
     prompts = [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in lengths]
-    greedy = [transformers_greedy(model, p, eos_token_id=None) for p in prompts]
+    greedy = _kept(known, lambda: [transformers_greedy(model, p, eos_token_id=None) for p in prompts])
     # Ids that do occur, some tokens into two rows: several rows then stop early, and others do not.
     eos_ids = (greedy[1][4], greedy[7 % len(greedy)][7])
     model.generation_config.eos_token_id = list(eos_ids)
     model.save_pretrained(directory, **recipe.save)
     return Variant(directory, model, prompts, greedy, eos_ids)
+
+
+def _kept(path: Path | None, compute: Callable[[], list[list[int]]]) -> list[list[int]]:
+    """What a file has, or what is computed and then put there, as one: another process may look for it meanwhile."""
+    if path is not None and path.exists():
+        return json.loads(path.read_text())
+    ids = compute()
+    if path is not None:
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(ids))
+        part.replace(path)
+    return ids
 
 
 @torch.no_grad()

@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.support.exactness import CHOICES, DEVICES, Case, check, make_llm
 from tests.support.tiny import GEN_LEN, LONGEST_ROW, MARGIN, make, router_margin
 from tests.support.tiny_families import RECIPES, SWITCH, drawn
-from tests.system.test_exactness import CHOICES, DEVICES, Case, check, make_llm
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
 
 #: Prompts of the drawn configs: of one token, around the switch of the LongRoPE, and longer than a chunk.
 LENGTHS = (1, 5, SWITCH - 6, SWITCH, 17, SWITCH + 1, 33, 100)

@@ -10,17 +10,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexmoe.errors import StorageError
-from flexmoe.system import file_io
+from policies.common import file_io
 from tests.support.command_lines import THREE_TIERS
 from tests.support.fake_engine import FakeEngine
 from tests.support.jobs import Clock, Runner
 
-pytestmark = pytest.mark.usefixtures("quick_disk", "one_thread")
-
-
-@pytest.fixture(autouse=True)
-def fixed_time(monkeypatch):
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+pytestmark = pytest.mark.usefixtures("quick_disk", "one_thread", "fixed_time", "loads_cost_their_bytes")
 
 
 # Faults of the disk, at every call.

@@ -9,7 +9,7 @@ from flexmoe import LLM
 from flexmoe.engine.requests import RequestRules, RequestState
 from flexmoe.params import Resumed
 from policies import Policy, Workload
-from tests.flexmoe.engine.test_completions import (
+from tests.support.references import (
     DRAWN,
     HOMES,
     assert_records,
@@ -21,7 +21,7 @@ from tests.flexmoe.engine.test_completions import (
 from tests.support.tiny import offload
 from tests.support.tiny_families import SWITCH
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
 GEN = 12
 #: It shares three blocks of KV, and grows past the switch after four tokens.
 SHORT = SWITCH - 4

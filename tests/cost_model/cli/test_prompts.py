@@ -6,7 +6,7 @@ import pytest
 
 from cost_model.cli.prompts import BYTES_PER_TOKEN, CHAT_TOKENS, read_prompts
 from policies.common.errors import DataError, InputMissingError
-from tests.flexmoe.text.test_tokenizer import build_tokenizer
+from tests.support.tokenizers import build_tokenizer
 
 
 @pytest.fixture

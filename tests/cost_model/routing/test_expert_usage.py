@@ -9,13 +9,13 @@ import pytest
 from cost_model import Hardware, Workload, solve
 from cost_model.memory.allocation import residency
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import expert_groups, units_of
 from cost_model.routing.expert_usage import ExpertUsage
 from cost_model.simulation.simulate import simulate
 from cost_model.timing.evaluate import evaluate
 from policies import Policy
 from policies.common.errors import DataError, InfeasibleError, InputMissingError
-
-MIXTRAL = ModelArch.from_name("Mixtral-8x7B")
+from tests.support.usage import MIXTRAL, skewed
 
 
 def usage(tokens=10, seed=0):
@@ -86,17 +86,6 @@ MACHINE = Hardware.preset("rtx4090")
 FEW, MANY = Workload(prompt_len=64, gen_len=32, num_requests=1), Workload(prompt_len=64, gen_len=32, num_requests=2000)
 
 
-def skewed(arch=MIXTRAL, tokens=1000, seed=1):
-    """Usage in which a few experts of each layer, others in each, get most tokens."""
-    rng, counts = np.random.default_rng(seed), np.zeros((arch.num_layers, arch.num_experts), dtype=np.int64)
-    weights = 1.0 / np.arange(1, arch.num_experts + 1) ** 1.5
-    for layer in range(arch.num_layers):
-        # Gumbel's trick: k different experts for each token.
-        scores = np.log(rng.permutation(weights)) + rng.gumbel(size=(tokens, arch.num_experts))
-        counts[layer] = np.bincount(scores.argsort(axis=1)[:, -arch.top_k :].ravel(), minlength=arch.num_experts)
-    return ExpertUsage(model=arch.fingerprint(), tokens=tokens, counts=counts)
-
-
 def even(arch=MIXTRAL):
     counts = np.full((arch.num_layers, arch.num_experts), 10**6 * arch.top_k // arch.num_experts)
     return ExpertUsage(model=arch.fingerprint(), tokens=10**6, counts=counts)
@@ -125,10 +114,10 @@ def test_fewer_experts_are_reached_where_usage_is_uneven():
 def test_the_most_used_units_come_first_in_every_layer(arch):
     usage = skewed(arch)
     for layer, order in enumerate(usage.unit_order(arch)):
-        units = arch.expert_groups_in(layer)
+        units = expert_groups(arch, layer)
         used = [usage.counts[layer, units[number].start : units[number].stop].mean() for number in order]
         assert used == sorted(used, reverse=True) and sorted(order) == list(range(len(units)))
-    assert len(residency(arch, usage.unit_order(arch)).order) == len(arch.units())
+    assert len(residency(arch, usage.unit_order(arch)).order) == len(units_of(arch))
 
 
 @pytest.mark.parametrize("arch", [MIXTRAL, QWEN], ids=["mixtral", "qwen3"])

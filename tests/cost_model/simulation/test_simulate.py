@@ -1,4 +1,4 @@
-"""A job on paper: its rows go through the runtime's admission, its sweeps take what a walk says."""
+"""A job on paper: its rows go through the runtime's admission, its sweeps take what a replay says."""
 
 import json
 import time
@@ -9,34 +9,18 @@ from itertools import islice, pairwise
 import pytest
 
 from cost_model.hardware.hardware import Hardware
-from cost_model.model.arch import ModelArch
 from cost_model.simulation import job_sweeps as job_sweeps_module
 from cost_model.simulation import simulate as simulate_module
 from cost_model.simulation.job_rows import shuffled_rows, typical_rows
 from cost_model.simulation.simulate import simulate
 from cost_model.timing import problem as problem_module
-from policies import Policy, Workload
+from policies import Workload
 from policies.common.errors import InfeasibleError, StorageError, UsageError
 from policies.placement import TIERS
 from policies.schedule import LANES
+from tests.support.small_jobs import MACHINE, MIXTRAL, SMALL, job, policy_of
 
-MIXTRAL = ModelArch.from_name("mixtral-8x7b")
-SMALL = replace(
-    MIXTRAL, num_layers=2, num_experts=4, hidden=1024, ffn=3584, num_heads=16, num_kv_heads=4, head_dim=64,
-    vocab_size=16000,
-)  # fmt: skip
-MACHINE = Hardware.preset("rtx4090")
 ON_HOST, THREE_TIERS = (10, 90, 0, 100, 100, 0), (20, 50, 20, 50, 100, 0)
-
-
-def policy_of(percent, *, rows=8, batches=4, prompt_len=64, gen_len=32, **rest):
-    return Policy.from_percent(
-        percent, gpu_batch_size=rows, num_gpu_batches=batches, prompt_len=prompt_len, gen_len=gen_len, **rest
-    )
-
-
-def job(rows, prompt_len=64, gen_len=32, **rest):
-    return Workload(prompt_len=prompt_len, gen_len=gen_len, num_requests=rows, **rest)
 
 
 @pytest.fixture
@@ -45,7 +29,7 @@ def by_groups(monkeypatch):
 
     def call(row_sweeps):
         monkeypatch.setattr(job_sweeps_module, "ROW_SWEEPS", row_sweeps)
-        monkeypatch.setattr(simulate_module, "WALKED_OPS", 0)
+        monkeypatch.setattr(simulate_module, "REPLAYED_OPS", 0)
 
     return call
 
@@ -97,10 +81,10 @@ def test_an_endless_job_is_refused():
 
 
 def test_rows_that_no_tier_can_hold_are_refused(monkeypatch):
-    real = problem_module.sizes
+    real = problem_module.allocate
     monkeypatch.setattr(
-        problem_module, "sizes",
-        lambda *a, **k: replace(real(*a, **k), kv_blocks={"gpu": 0, "cpu": 3, "disk": 0}),
+        problem_module, "allocate",
+        lambda *a, **k: replace(real(*a, **k), kv_pages={"gpu": 0, "cpu": 3, "disk": 0}),
     )  # fmt: skip
     with pytest.raises(InfeasibleError, match="room for 48 tokens"):
         simulate(SMALL, MACHINE, job(4), policy_of(ON_HOST))
@@ -251,7 +235,7 @@ def test_simulated_operations_are_those_that_the_engine_runs(tiny, tmp_path, one
     finally:
         engine.close()
     found = simulate(
-        arch, Hardware.preset("cpu"), workload, policy, number_bytes=4, full=True, keep_trace_sweeps=len(sweeps)
+        arch, Hardware.preset("cpu"), workload, policy, dtype_bytes=4, full=True, keep_trace_sweeps=len(sweeps)
     )
     assert found.sweeps == len(sweeps)
     assert [round(v) for v in found.timeline.tokens] == [sweep.tokens for sweep in sweeps]

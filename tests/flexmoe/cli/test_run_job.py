@@ -12,16 +12,11 @@ import torch
 from flexmoe.cli import run as command
 from flexmoe.cli.merge import main as merge
 from flexmoe.text.tokenizer import Tokenizer
-from tests.flexmoe.text.test_tokenizer import build_tokenizer
 from tests.support.command_lines import ROWS, THREE_TIERS, assert_one_sentence, body
+from tests.support.tokenizers import build_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "fixed_time", "loads_cost_their_bytes")
 SMALL = ["--gpu-batch-size", "2", "--num-gpu-batches", "1", "--prefill-tokens", "400"]
-
-
-@pytest.fixture(autouse=True)
-def fixed_time(monkeypatch):
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
 
 
 @pytest.fixture
@@ -182,7 +177,7 @@ def test_the_same_command_with_overwrite_goes_on_with_what_it_began(job, main, i
     command = job.args("--overwrite", *SMALL, "--metrics-json", str(metrics))
     interrupt(12, signal.SIGTERM)
     code, _, err = main(command)
-    assert code == 75 and "the same command goes on" in err and job.output.read_text() == "mine"
+    assert code == 75 and "the same command resumes" in err and job.output.read_text() == "mine"
     monkeypatch.undo()
     assert main(command)[0] == 0 and json.loads(metrics.read_text())["rows_resumed"] > 0
     assert "--overwrite began" in caplog.text and len(job.lines()) == len(ROWS)

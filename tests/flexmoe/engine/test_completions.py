@@ -9,25 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flexmoe import LLM, EngineRequest, SamplingParams
+from flexmoe import LLM, SamplingParams
 from flexmoe.errors import UsageError
 from flexmoe.params import Resumed
-from flexmoe.sampling.sampler import RowSampler, sample
 from policies import Policy, Workload
-from tests.flexmoe.engine.test_engine import RESIDENT, STREAMED, is_clean
-from tests.flexmoe.text.test_tokenizer import build_tokenizer
+from tests.support.engines import is_clean
+from tests.support.references import DRAWN, HOMES, assert_records, prompt_reference, reference, request, run
 from tests.support.tiny import offload
+from tests.support.tokenizers import build_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-#: Where KV lives and how it is attended: (percents, percent attended on the CPU).
-HOMES = {
-    "gpu": (RESIDENT, 0),
-    "fetch": ((100, 0, 0, 100, 100, 0), 0),
-    "cpu": ((100, 0, 0, 100, 100, 0), 100),
-    "disk": ((100, 0, 0, 0, 100, 0), 0),
-    "all": (STREAMED, 50),
-}
-DRAWN = {"temperature": 1.0, "ignore_eos": True}
+pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
 
 
 @pytest.fixture(scope="module")
@@ -62,51 +53,6 @@ def make(tiny, tmp_path):
     yield call
     for llm in made:
         llm.close()
-
-
-def request(prompt, key="key", resumed=(), request_id="r", **params):
-    return EngineRequest(
-        request_id=request_id,
-        prompt_token_ids=tuple(prompt),
-        params=SamplingParams(**params),
-        stream_key=key,
-        resumed=resumed,
-    )
-
-
-def run(llm, *requests):
-    """Results by request id."""
-    return {out.request_id: out for out in llm.stream(list(requests))}
-
-
-@torch.no_grad()
-def reference(variant, prompt, count, *, key="key", index=0, seed=0, **params):
-    """Token ids and their records of sample ``index``, from transformers' logits."""
-    params, ids, found = SamplingParams(**params), [], []
-    state = RowSampler.of(params, seed=seed, key=key, index=index, prompt=prompt, generated=())
-    for _ in range(count):
-        logits = variant.model(torch.tensor([[*prompt, *ids]])).logits[0, -1:]
-        chosen = sample(logits, [state], workspace_bytes=1 << 24)
-        state.append_token(chosen.tokens[0])
-        ids += chosen.tokens
-        found += chosen.logprobs
-    return ids, found
-
-
-@torch.no_grad()
-def prompt_reference(variant, prompt):
-    """Transformers' log-probabilities ``[P - 1, V]`` of what follows each token of a prompt."""
-    return variant.model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
-
-
-def assert_records(records, ids, expected, k):
-    """Records of given ids under log-probabilities ``[N, V]``."""
-    assert [r.token_id for r in records] == list(ids)
-    for record, logprobs in zip(records, expected, strict=True):
-        assert record.logprob == pytest.approx(logprobs[record.token_id].item(), abs=2e-5)
-        best = logprobs.topk(k)
-        assert [t for t, _ in record.top] == best.indices.tolist()
-        assert [p for _, p in record.top] == pytest.approx(best.values.tolist(), abs=2e-5)
 
 
 # Draws.

@@ -8,14 +8,14 @@ import weakref
 import pytest
 import torch
 
+from cost_model.model.weight_units import units_of
 from flexmoe import LLM, EngineRequest, SamplingParams
 from flexmoe.errors import UsageError
 from policies import Policy, Workload
-from policies.placement import TIERS
+from tests.support.engines import RESIDENT, STREAMED, is_clean
 from tests.support.tiny import GEN_LEN, PROMPT_LENGTHS, assert_greedy, offload
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-RESIDENT, STREAMED = (100, 0, 100, 0, 100, 0), (20, 30, 30, 40, 50, 0)
+pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
 
 
 @pytest.fixture
@@ -47,17 +47,6 @@ def request(variant, row, max_tokens=GEN_LEN, **params):
         prompt_token_ids=tuple(variant.prompts[row]),
         params=SamplingParams(max_tokens=max_tokens, **params),
     )
-
-
-def is_clean(llm):
-    """Nobody waits or runs, and every page, tail, projection and reserved place is given back."""
-    engine = llm.engine
-    free = all(engine.cache.free(t) == engine.cache.total(t) for t in TIERS)
-    none_projected = all(engine.scheduler.admission.projected_peak(t) == 0 for t in TIERS)
-    counted = all(engine.scheduler.admission.free(t) == engine.cache.total(t) for t in TIERS)
-    none_reserved = engine.scheduler.rows_waiting == engine.scheduler.admission.prefixes.reserved_places == 0
-    all_tails = engine.cache.free_tails == engine.cache.tails
-    return engine.unfinished == 0 and free and counted and none_projected and none_reserved and all_tails
 
 
 def ids(output):
@@ -303,9 +292,9 @@ def test_prompt_and_generated_tokens_add_up(pace, schedule, make, tiny):
 def test_lanes_count_the_bytes_of_every_streamed_unit_in_every_sweep(make, tiny):
     llm = make((0, 40, 100, 0, 100, 0), rows=8, expert_cache="off")
     llm.generate(tiny().prompts[:8], SamplingParams(max_tokens=4, ignore_eos=True))
-    placement, arch, metrics = llm.engine.plan.sizes.placement, llm.model.arch, llm.metrics()
-    on_host = sum(u.stored_bytes for u in arch.units() if placement.tier_of[u.name] == "cpu" and u.kind != "embed")
-    on_disk = sum(u.stored_bytes for u in arch.units() if placement.tier_of[u.name] == "disk" and u.kind != "embed")
+    placement, arch, metrics = llm.engine.plan.allocation.placement, llm.model.arch, llm.metrics()
+    on_host = sum(u.stored_bytes for u in units_of(arch) if placement.tier_of[u.id] == "cpu" and u.kind != "embed")
+    on_disk = sum(u.stored_bytes for u in units_of(arch) if placement.tier_of[u.id] == "disk" and u.kind != "embed")
     h2d = sum(v["bytes"] for k, v in metrics["lanes"].items() if k.split("/")[0] == "h2d")
     read = sum(v["bytes"] for k, v in metrics["lanes"].items() if k.split("/")[0] == "disk_read")
     assert h2d >= metrics["sweeps"] * on_host
@@ -363,7 +352,7 @@ def test_the_stream_is_ahead_by_no_more_than_its_slots(weights, make, tiny, monk
     monkeypatch.setattr(WeightStream, "release", counted_release)
     llm = make((*weights, 100, 0, 100, 0), rows=4, expert_cache="off")
     llm.generate(tiny().prompts[:4], SamplingParams(max_tokens=4, ignore_eos=True))
-    slots, units = llm.engine.plan.sizes.slots, len(llm.model.arch.units()) - 1
+    slots, units = llm.engine.plan.allocation.slots, len(units_of(llm.model.arch)) - 1
     assert 0 < most[0] <= slots < units
 
 

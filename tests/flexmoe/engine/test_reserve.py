@@ -6,7 +6,7 @@ import pytest
 from flexmoe.engine.length_estimate import FIRST_ROWS, LengthEstimate
 from flexmoe.engine.scheduler import Row
 from flexmoe.params import EngineRequest, SamplingParams
-from tests.flexmoe.engine.test_scheduler import Simulation, pages, policy
+from tests.support.scheduling import Simulation, pages, policy
 
 PROMPT, LIMIT = 30, 1000
 

@@ -14,10 +14,10 @@ from flexmoe.engine.router_counter import RouterCounter, coactivation_bytes
 from flexmoe.errors import UsageError
 from tests.support import tiny_families
 from tests.support.command_lines import THREE_TIERS, body
+from tests.support.exactness import Case, make_llm
 from tests.support.tiny import MARGIN, make, router_margin
-from tests.system.test_exactness import Case, make_llm
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
 
 GENERATED = 4
 

@@ -3,75 +3,14 @@
 import random
 
 import pytest
-import torch
 
-from cost_model.memory.allocation import BLOCK_TOKENS, kv_blocks_per_tier, kv_tokens_wanted
-from flexmoe.engine.scheduler import Row, Scheduler
-from flexmoe.kv.cache import KVCache, KVShape
-from flexmoe.params import EngineRequest, SamplingParams
-from flexmoe.system.device import Device
+from cost_model.memory.allocation import PAGE_TOKENS, kv_pages_per_tier, kv_tokens_wanted
 from policies import Policy, Workload
 from policies.admission.row_state import AttentionMode
 from policies.placement import TIERS
+from tests.support.scheduling import CPU_KV, DISK_KV, GPU_KV, MIXED_KV, Simulation, pages, policy
 
-GPU_KV, CPU_KV, DISK_KV = (100, 0, 100, 0, 100, 0), (100, 0, 0, 100, 100, 0), (100, 0, 0, 0, 100, 0)
 FETCH, CPU = AttentionMode.FETCH, AttentionMode.CPU
-MIXED_KV = (100, 0, 30, 40, 100, 0)
-
-
-class Simulation:
-    """Runs a scheduler to the end; every row generates up to `ends[row]` tokens (default: its limit)."""
-
-    def __init__(self, policy, pages, *, tails=0, expected_end=None, tmp_path=None):
-        shape = KVShape(layers=1, kv_heads=1, head_dim=1, dtype=torch.float32)
-        self.cache = KVCache(Device("cpu"), shape, pages, tails, tmp_path)
-        self.scheduler = Scheduler(policy, self.cache, expected_end)
-        self.policy, self.ends = policy, {}
-        self.sweeps, self.done = [], []
-
-    def submit(self, prompt, gen, ends=None):
-        request = EngineRequest(
-            request_id=str(len(self.ends)), prompt_token_ids=tuple([1] * prompt), params=SamplingParams(max_tokens=gen)
-        )
-        row = Row(request, [1] * prompt, prompt + gen)
-        self.ends[row] = ends or gen
-        self.scheduler.waiting.append(row)
-        return row
-
-    def used(self, tier):
-        return self.cache.total(tier) - self.cache.free(tier)
-
-    def sweep(self):
-        """One sweep; returns its runs."""
-        scheduler = self.scheduler
-        runs = scheduler.plan_sweep()
-        assert runs or not (scheduler.running or scheduler.waiting), "rows wait although nothing is in flight"
-        prompt = sum(scheduler.commit(run.owner, 2 if run.logits else None) for run in runs)
-        ended = [run.owner for run in runs if run.logits and run.owner.generated >= self.ends[run.owner]]
-        held = {tier: self.used(tier) for tier in TIERS}
-        self.sweeps.append({"runs": runs, "rows": len(runs), "prompt": prompt, "held": held, "ended": ended})
-        for row in ended:
-            scheduler.finish(row)
-            self.done.append(row)
-        scheduler.end_sweep()
-        return runs
-
-    def run(self, most=20_000):
-        while (self.scheduler.running or self.scheduler.waiting) and len(self.sweeps) < most:
-            self.sweep()
-        assert not self.scheduler.running and not self.scheduler.waiting
-        assert all(self.used(tier) == 0 for tier in TIERS) and self.cache.free_tails == self.cache.tails
-        return self
-
-
-def policy(percent=GPU_KV, rows=8, prompt_len=32, gen_len=16, **rest):
-    return Policy.from_percent(
-        percent, gpu_batch_size=rows, num_gpu_batches=1, prompt_len=prompt_len, gen_len=gen_len, **rest
-    )
-
-
-def pages(gpu=0, cpu=0, disk=0):
-    return {"gpu": gpu, "cpu": cpu, "disk": disk}
 
 
 def test_a_finished_row_is_replaced_in_the_next_sweep_and_its_pages_are_free():
@@ -145,7 +84,7 @@ def test_known_ends_never_exhaust_a_tier_nor_exceed_the_projected_peak(percent, 
         tails=5,
         tmp_path=tmp_path,
     )
-    longest = max(tiers.values()) * BLOCK_TOKENS
+    longest = max(tiers.values()) * PAGE_TOKENS
     for _ in range(120):
         prompt = rng.choice((1, 2, 15, 16, 17, rng.randint(1, 150)))
         gen = rng.randint(1, 60)
@@ -196,7 +135,7 @@ def test_a_row_preempted_for_want_of_room_does_not_bounce_within_the_sweep():
 
 def test_kv_that_somebody_else_holds_is_an_error_and_not_a_wait():
     sim = Simulation(policy(prefill_tokens=64), pages(gpu=4))
-    sim.cache.reserve(sim.cache.open("gpu"), 3 * BLOCK_TOKENS)
+    sim.cache.reserve(sim.cache.open("gpu"), 3 * PAGE_TOKENS)
     sim.submit(32, 2)
     with pytest.raises(RuntimeError, match="counts 2 pages of the gpu tier for a row, and the KV cache, with 1 free"):
         sim.scheduler.plan_sweep()
@@ -263,18 +202,18 @@ def test_rows_in_flight_are_nine_tenths_of_what_the_kv_cache_holds(rows, prompt,
     """A job of equal rows ten pages long; the capacity is what the command line plans for the policy."""
     chosen = policy(rows=rows, prompt_len=prompt, gen_len=gen)
     workload = Workload(prompt_len=prompt, gen_len=gen)
-    counts = kv_blocks_per_tier(chosen, kv_tokens_wanted(chosen, workload), prompt + gen)
+    counts = kv_pages_per_tier(chosen, kv_tokens_wanted(chosen, workload), prompt + gen)
     mean = mean_rows_in_flight(Simulation(chosen, counts), prompt, gen, 10 * rows)
-    capacity = counts["gpu"] * BLOCK_TOKENS
+    capacity = counts["gpu"] * PAGE_TOKENS
     assert mean >= 0.9 * capacity / (prompt + gen / 2), f"{mean:.1f} rows, limit {capacity / (prompt + gen / 2):.1f}"
 
 
 @pytest.mark.parametrize("prompt, gen", LENGTHS[:6], ids=str)
 def test_rows_in_flight_are_nine_tenths_where_only_the_kv_cache_limits_them(prompt, gen):
     rows = 64
-    capacity = rows * (prompt + gen // 2) // BLOCK_TOKENS
+    capacity = rows * (prompt + gen // 2) // PAGE_TOKENS
     chosen = policy(rows=rows, prompt_len=prompt, gen_len=gen)
     roomy = Policy(**{f: getattr(chosen, f) for f in chosen.__dataclass_fields__} | {"num_gpu_batches": 2})
     mean = mean_rows_in_flight(Simulation(roomy, pages(gpu=capacity)), prompt, gen, 10 * rows)
-    limit = capacity * BLOCK_TOKENS / (prompt + gen / 2)
+    limit = capacity * PAGE_TOKENS / (prompt + gen / 2)
     assert mean >= 0.9 * limit, f"{mean:.1f} rows, limit {limit:.1f}"

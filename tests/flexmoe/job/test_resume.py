@@ -14,12 +14,12 @@ from flexmoe.inputs.options import InputOptions
 from flexmoe.job.journal import Journal
 from flexmoe.params import InFlight
 from flexmoe.preflight.prepare import Preparer
-from flexmoe.system import file_io
 from flexmoe.system.interrupts import Interrupted, Interrupts, Terminated
+from policies.common import file_io
 from tests.support.fake_engine import FakeEngine
 from tests.support.jobs import Clock, Runner, make_setup
 
-pytestmark = pytest.mark.usefixtures("quick_disk")
+pytestmark = pytest.mark.usefixtures("quick_disk", "fixed_time")
 
 
 class Killed(BaseException):
@@ -36,11 +36,6 @@ def mixed_rows(count, rng):
         )
         rows.append(row)
     return rows
-
-
-@pytest.fixture(autouse=True)
-def fixed_time(monkeypatch):
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
 
 
 def undisturbed(bare, rows):

@@ -12,7 +12,7 @@ from flexmoe.openai.batch_line import RowError, parse_line
 from flexmoe.openai.response import ResponseEncoder, count_tokens, creation_time_s
 from flexmoe.params import CompletionOutput, RequestOutput, TokenLogprob
 from flexmoe.text.tokenizer import Tokenizer
-from tests.flexmoe.text.test_tokenizer import build_sentencepiece, build_tokenizer
+from tests.support.tokenizers import build_sentencepiece, build_tokenizer
 
 EOS = 2
 MESSAGES = [{"role": "user", "content": "hello"}]

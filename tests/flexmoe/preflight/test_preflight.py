@@ -1,7 +1,9 @@
 """Every row is looked at before the weights are loaded: in this process or in others, with the same result."""
 
+import contextlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +16,8 @@ from flexmoe.preflight.lengths import Lengths, RowLength
 from flexmoe.preflight.preflight import preflight
 from flexmoe.preflight.prepare_setup import PreparerSetup
 from flexmoe.text.tokenizer import Tokenizer
-from tests.flexmoe.text.test_tokenizer import build_tokenizer
 from tests.support.jobs import CONTEXT, make_setup
+from tests.support.tokenizers import build_tokenizer
 
 
 @pytest.fixture
@@ -88,24 +90,26 @@ def deadly(monkeypatch, limit_s=120.0):
     monkeypatch.setattr(worker, "WORKER", "tests.support.deadly_worker")
 
 
-def test_a_row_on_which_a_process_dies_is_an_error_row_and_the_others_are_not(rows, setup, monkeypatch):
+def test_a_row_on_which_a_process_dies_is_an_error_row_and_the_others_are_not(rows, tmp_path, monkeypatch):
     deadly(monkeypatch)
     given = rows([{"prompt": "die" if i in (3, 17) else "live"} for i in range(20)])
-    sizes, refused = found(given, setup, workers=2)
+    sizes, refused = found(given, make_setup(str(tmp_path)), workers=2)
     assert [row for row, *_ in refused] == [3, 17] and sizes.count(None) == 2
     assert "died" in refused[0][2]
 
 
-def test_a_row_on_which_a_process_hangs_is_an_error_row(rows, setup, monkeypatch):
+def test_a_row_on_which_a_process_hangs_is_an_error_row(rows, tmp_path, monkeypatch):
     deadly(monkeypatch, limit_s=1.0)
-    _, refused = found(rows([{"prompt": "hang" if i == 1 else "live"} for i in range(4)]), setup, workers=1)
+    _, refused = found(
+        rows([{"prompt": "hang" if i == 1 else "live"} for i in range(4)]), make_setup(str(tmp_path)), workers=1
+    )
     assert [row for row, *_ in refused] == [1] and "longer than 1 s" in refused[0][2]
 
 
-def test_row_after_row_that_crashes_fails_the_job(rows, setup, monkeypatch):
+def test_row_after_row_that_crashes_fails_the_job(rows, tmp_path, monkeypatch):
     deadly(monkeypatch)
     with pytest.raises(DataError, match=r"row after row cannot be tokenized \(lines 1, 2"):
-        found(rows([{"prompt": "die"}] * 30), setup, workers=1)
+        found(rows([{"prompt": "die"}] * 30), make_setup(str(tmp_path)), workers=1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -130,18 +134,19 @@ def test_no_more_rows_than_it_takes_are_tried_with_a_template_that_never_ends(ro
 
 
 def test_no_process_is_left(rows, setup):
-    before = set(os.listdir("/proc"))
     found(rows(mixed(300), on_invalid="record"), setup, workers=2)
-    left = [p for p in set(os.listdir("/proc")) - before if p.isdigit() and "preflight_worker" in command_of(p)]
-    assert left == []
+    assert children_of(os.getpid()) == []
 
 
-def command_of(process):
-    try:
-        with open(f"/proc/{process}/cmdline") as file:
-            return file.read()
-    except OSError:
-        return ""
+def children_of(parent):
+    """Command lines of the processes that it started and that are still there."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            status = (directory / "stat").read_text().rpartition(")")[2].split()
+            if int(status[1]) == parent:
+                found.append((directory / "cmdline").read_text())
+    return [command for command in found if worker.WORKER in command]
 
 
 def test_a_setup_comes_back_from_json(setup):

@@ -12,7 +12,7 @@ from flexmoe.preflight.prepare import MAX_CHOICES, Limits, Preparer
 from flexmoe.preflight.served_model import ServedModel
 from flexmoe.preflight.workload import Measured
 from flexmoe.text.tokenizer import Tokenizer
-from tests.flexmoe.text.test_tokenizer import build_tokenizer
+from tests.support.tokenizers import build_tokenizer
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from flexmoe.sampling.stop_strings import StopStrings
-from tests.flexmoe.text.test_tokenizer import SENTENCES
+from tests.support.tokenizers import SENTENCES
 
 WORDS = (
     "the",

@@ -1,0 +1,160 @@
+"""`--policy auto` plans for the rows of the file and runs that plan; what was predicted stands beside what was measured."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cost_model import Hardware, ModelArch, Workload
+from cost_model.timing.evaluate import evaluate
+from flexmoe.cli import run as command
+from flexmoe.cli.report import comparison_lines
+from flexmoe.engine.router_counter import coactivation_bytes
+from flexmoe.planning.forecast import Forecaster
+from policies.common.errors import InfeasibleError
+from policies.policy import Policy, PolicyFile
+from tests.support.tiny import assert_greedy
+
+pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
+ROWS = (0, 1, 2, 3, 5, 6, 8)
+BUDGETS = ["--gpu-mem", "0.004", "--cpu-mem", "0.004", "--nvme-mem", "0.1"]
+
+
+@pytest.fixture
+def run(tiny, tmp_path, machine, capsys):
+    """Runs a small job with more flags; returns (exit code, stdout, stderr)."""
+    variant = tiny()
+    lines = [
+        {"custom_id": f"r{row}", "prompt": variant.prompts[row], "return_token_ids": True, "max_tokens": 4 + row % 3}
+        for row in ROWS
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fixed = ["--model", str(variant.directory), "--device", "cpu", "--offload-dir", str(tmp_path / "offload")]
+    fixed += ["-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "--hardware", str(machine)]
+
+    def call(*more):
+        code = command.main([*fixed, *more])
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def test_planned_job_gives_the_tokens_of_transformers_within_its_budgets(run, tiny, tmp_path):
+    metrics = tmp_path / "metrics.json"
+    code, out, err = run("--policy", "auto", *BUDGETS, "--metrics-json", str(metrics))
+    assert code == 0, err
+    for line, row in zip((tmp_path / "out.jsonl").read_text().splitlines(), ROWS, strict=True):
+        ids = json.loads(line)["response"]["body"]["choices"][0]["token_ids"]
+        assert_greedy(tiny(), row, ids, tiny().expected(row, 4 + row % 3, eos=True))
+    record = json.loads(metrics.read_text())
+    assert Policy(**record["policy"]).block_size >= 1
+    for tier, gib in (("gpu", 0.004), ("cpu", 0.004), ("disk", 0.1)):
+        assert record["memory"][tier]["planned_bytes"] <= gib * 2**30
+    predicted = record["predicted"]
+    assert predicted["wall_s"] > 0 and predicted["sweeps"] > 0 and record["lanes"].keys() <= predicted["lanes"].keys()
+    assert all(predicted["peak_bytes"][tier] == record["memory"][tier]["planned_bytes"] for tier in ("gpu", "disk"))
+    job = Workload(**record["workload"])
+    assert (job.num_requests, job.longest_row) == (len(ROWS), max(len(tiny().prompts[r]) + 4 + r % 3 for r in ROWS))
+    assert re.search(r"^policy: --gpu-batch-size \d+", out, re.M)
+    assert re.search(r"^predicted: [\d.]+ generated token/s", out, re.M)
+    assert re.search(r"^predicted/measured: [\d.]+/[\d.]+ s, the prediction is off by [+-]", out, re.M)
+
+
+def test_prediction_is_made_for_a_given_policy_too(run):
+    code, out, err = run("--percent", "20", "30", "30", "30", "50", "0", "--gpu-batch-size", "3")
+    assert code == 0, err
+    assert "predicted/measured busy seconds: " in out and "--percent 20 30 30 30 50 0" in out
+
+
+def test_dry_run_plans_and_predicts_and_loads_nothing(run, tmp_path):
+    code, out, err = run("--policy", "auto", *BUDGETS, "--dry-run")
+    assert code == 0, err
+    assert "predicted: " in out and "memory  gpu" in out
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_budget_that_nothing_fits_exits_4_and_names_it(run):
+    code, _, err = run("--policy", "auto", "--gpu-mem", "0.0001")
+    assert code == 4
+    assert "gpu" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--policy", "auto", "--gpu-batch-size", "4"], "--gpu-batch-size"),
+        (["--policy", "auto", "--percent", "1", "2", "3", "4", "5", "6"], "--percent"),
+    ],
+)
+def test_flags_that_the_plan_decides_are_refused_beside_it(run, flags, words):
+    code, _, err = run(*flags)
+    assert code == 2 and words in err
+
+
+def test_benchmark_without_a_number_of_prompts_cannot_be_planned_for(tiny, machine, capsys):
+    code = command.main(["--model", str(tiny().directory), "--policy", "auto", "--hardware", str(machine)])
+    assert code == 2 and "--num-prompts" in capsys.readouterr().err
+
+
+def test_benchmark_is_planned_for_its_prompts(tiny, tmp_path, machine, capsys):
+    args = ["--model", str(tiny().directory), "--policy", "auto", "--hardware", str(machine), "--device", "cpu"]
+    args += ["--num-prompts", "6", "--prompt-len", "20", "--gen-len", "5", "--offload-dir", str(tmp_path / "offload")]
+    code = command.main(args)
+    out = capsys.readouterr().out
+    assert code == 0 and "predicted/measured: " in out and "total throughput" in out
+
+
+def test_plan_leaves_a_tenth_of_what_is_free_to_others(tmp_path):
+    path = tmp_path / "machine.json"
+    machine = Hardware.preset("cpu")
+    machine.save(path)
+    arch = ModelArch.from_name("mixtral-8x7b")
+    forecaster = Forecaster.of_machine(
+        arch, Workload(prompt_len=64, gen_len=16, num_requests=100), torch.bfloat16, hardware=path, device="cpu",
+        directory=tmp_path, budgets={"gpu_mem": None, "cpu_mem": None, "nvme_mem": None},
+    )  # fmt: skip
+    policy = forecaster.plan()
+    smaller = replace(machine, host_memory_bytes=int(0.9 * machine.host_memory_bytes))
+    assert evaluate(arch, smaller, forecaster.workload, policy).job_s > 0
+    assert forecaster.predict(policy).job_s > 0
+
+
+def test_plan_leaves_room_for_the_router_statistics(run, tiny, monkeypatch, tmp_path):
+    made, of_machine = [], Forecaster.of_machine
+
+    def stop(*args, **options):
+        made.append(of_machine(*args, **options))
+        raise InfeasibleError("far enough")
+
+    monkeypatch.setattr("flexmoe.batch.plan.Forecaster.of_machine", stop)
+    for flags in ([], ["--router-stats", str(tmp_path / "stats.json")]):
+        assert run("--policy", "auto", *BUDGETS, *flags)[0] == 4
+    without, with_them = (forecaster.hardware.gpu.memory_bytes for forecaster in made)
+    assert without - with_them == coactivation_bytes(ModelArch.from_dir(tiny().directory)) > 0
+
+
+def test_comparison_names_every_lane_of_either_side():
+    class Predicted:
+        job_s, lanes_s = 8.0, {"gpu": 7.0, "cpu": 0.5}
+
+    metrics = {"wall_s": 10.0, "lanes": {"gpu": {"active_s": 9.0}, "disk_read": {"active_s": 2.0}}}
+    first, second = comparison_lines(Predicted(), metrics)
+    assert "8.00/10.00 s" in first and "-20.0 %" in first
+    assert second.endswith("cpu 0.50/0.00, disk_read 0.00/2.00, gpu 7.00/9.00")
+
+
+def test_policy_file_with_the_planners_sections_runs_as_any_other(run, tiny, tmp_path):
+    arch = ModelArch.from_dir(tiny().directory)
+    workload = Workload(prompt_len=20, gen_len=6, num_requests=7)
+    policy = Policy.from_percent((20, 30, 30, 30, 50, 0), gpu_batch_size=3, num_gpu_batches=2, prompt_len=20, gen_len=6)
+    prediction = evaluate(arch, Hardware.preset("cpu"), workload, policy)
+    file = PolicyFile(
+        policy, model=arch.fingerprint(), workload=workload.to_json(), predicted=prediction.to_json(),
+        hardware=Hardware.preset("cpu").fingerprint(),
+    )  # fmt: skip
+    file.save(tmp_path / "p.json")
+    code, out, err = run("--policy", str(tmp_path / "p.json"))
+    assert code == 0, err
+    assert "predicted/measured: " in out
