@@ -5,8 +5,7 @@
 lane leaves a future; whoever depends on it waits for that future, and on CUDA for the event it carries, never for the
 device.
 
-The executor knows no model (that is ``family``) and no homes (those are the weight feed's, the KV lanes' and the
-activations').
+The executor knows no model (that is ``family``), and not where weights, KV and hidden states live.
 
 The residual stream is kept per GPU batch, by the activations; `attend` adds what attention gives. The experts run over the
 whole block, when a batch may be away in its tier: their output waits in a buffer of the block, and is added when the next
