@@ -5,8 +5,7 @@
 lane leaves a future; whoever depends on it waits for that future, and on CUDA for the event it carries, never for the
 device.
 
-The executor knows no model (that is ``family``) and no homes (those are the weight feed's, the KV lanes' and the
-activations').
+The executor knows no model (that is ``family``), and not where weights, KV and hidden states live.
 
 The residual stream is kept per GPU batch, by the activations; `attend` adds what attention gives. The experts run over the
 whole block, when a batch may be away in its tier: their output waits in a buffer of the block, and is added when the next
@@ -39,6 +38,7 @@ from flexmoe.weights.store import EmbeddingTable
 from flexmoe.weights.supply import WeightFeed
 from policies.admission.row_state import AttentionMode
 from policies.schedule import Op, SweepShape, SweepUnits, sweep
+from policies.units import UnitId
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -174,7 +174,7 @@ class Executor:
     def _op_copy(self, op: Op) -> None:
         """The weight stream has copied ahead; without overlap it does so now."""
         if not self._overlap:
-            self._feed.get(op.unit)
+            self._feed.get(_unit(op))
 
     def _op_read_routed(self, op: Op) -> None:
         """The copy asks for the read too."""
@@ -259,10 +259,11 @@ class Executor:
         self._router_counter.add(op.layer, ids_TK, counts)
 
     def _op_expert(self, op: Op) -> None:
-        experts, weights = op.unit.experts, ExpertWeights.of(self._feed.get(op.unit))
+        unit = _unit(op)
+        weights = ExpertWeights.of(self._feed.get(unit))
         x_TD, y_TD = self._x_TD[: self._block.tokens], self._y_TD[: self._block.tokens]
-        self._experts.add_unit(experts, x_TD, y_TD, weights, self._family)
-        self._feed.release(op.unit)
+        self._experts.add_unit(unit.experts, x_TD, y_TD, weights, self._family)
+        self._feed.release(unit)
 
     def _op_routed(self, op: Op) -> None:
         """The routed experts of a layer on demand, the cached ones first."""
@@ -279,8 +280,9 @@ class Executor:
         self._hidden.clear()
 
     def _op_head(self, op: Op) -> None:
-        self._logits.add(head_rows(self._family.arch, op.unit.first), self._feed.get(op.unit))
-        self._feed.release(op.unit)
+        unit = _unit(op)
+        self._logits.add(head_rows(self._family.arch, unit.first), self._feed.get(unit))
+        self._feed.release(unit)
 
     def _final_hidden(self, batch: Batch, places: torch.Tensor) -> torch.Tensor:
         """The residual stream after the last layer's experts, of the wanted tokens only."""
@@ -290,3 +292,9 @@ class Executor:
 
     def _op_sample(self, op: Op) -> None:
         """Marks the end of the sweep; the engine chooses tokens from the logits."""
+
+
+def _unit(op: Op) -> UnitId:
+    if op.unit is None:
+        raise ValueError(f"a {op.kind} operation has no weight unit")
+    return op.unit
