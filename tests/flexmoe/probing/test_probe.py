@@ -46,7 +46,7 @@ from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
 from tests.support.pretend_cuda import PretendCuda
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("measurements")]
 
 TOKENS = (1, 4, 16)
 TINY = Effort(
