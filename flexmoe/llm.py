@@ -1,105 +1,159 @@
-"""`LLM`: offline generation in the manner of vLLM's offline API."""
+"""`LLM`: offline generation in the manner of vLLM's offline class."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import torch
 
-from flexmoe.engine.config import EngineConfig
+from cost_model.hardware.hardware import Hardware
 from flexmoe.engine.engine import Engine
+from flexmoe.engine.requests import RefusedError
 from flexmoe.engine.router_counter import LayerStats
 from flexmoe.errors import UsageError
 from flexmoe.models.loader import Model, load_model
 from flexmoe.params import CompletionOutput, EngineRequest, InFlight, RequestOutput, SamplingParams
+from flexmoe.planning.configure import configure
+from flexmoe.progress import bar
+from flexmoe.prompts import Conversation, Prompt, read_conversations, read_prompts
 from flexmoe.text.tokenizer import Tokenizer, eos_ids
-from policies.policy import Policy, PolicyFile, Workload
-
-Prompt = str | Sequence[int]
-
-#: Everything in (CPU or GPU) compute memory: what a model that fits wants.
-RESIDENT = (100, 0, 100, 0, 100, 0)
+from policies.policy import Policy
+from policies.workload import Workload
 
 
 class LLM:
-    """A model ready to generate.
+    """A model ready to generate; a context manager, which closes it.
 
     Args:
-        model: checkpoint directory, hub id, or with ``load_format="dummy"`` a known shape; or a `Model`.
-        policy: a `Policy`, or a path to a policy file; None keeps everything on the compute device.
-        load_format: ``auto`` or ``dummy``.
-        workload: mean prompt and completion lengths; with the policy they size the KV cache. Default 512/32.
-        **options: fields of `EngineConfig` (``device``, ``dtype``, ``gpu_mem``, ``cpu_mem``, ``nvme_mem`` in GiB,
-            ``offload_dir``, ``kv_tokens``, ``longest_row``, ``gen_len``, ``keep_spans``, ``seed``, ``reserve``, ``router_stats``).
+        model: checkpoint directory, hub id, or with ``load_format="dummy"`` a known shape; or a loaded `Model`.
+        policy: ``"auto"`` has the planner choose for this machine (measured once, about a minute) and ``workload``; a path is a
+            policy file; None keeps everything on the compute device.
+        load_format: ``auto``, or ``dummy`` for random weights.
+        workload: mean prompt and completion lengths, in tokens; they size the KV cache, and ``"auto"`` plans for them. Default:
+            those of the policy file; else 512 and 128, rows of up to 4,096 tokens.
+        hardware: rates to plan with instead of measuring: a `Hardware`, or a file of `python -m flexmoe.probe`.
+        gpu_mem, cpu_mem, nvme_mem: most GiB of each tier; None: what the machine has.
+        dtype: compute dtype: ``auto`` (as stored), ``bfloat16``, ``float16`` or ``float32``.
+        device: ``auto``, ``cuda`` or ``cpu``.
+        seed: of the draws of requests without one.
+        **options: further fields of `flexmoe.engine.config.EngineConfig`: ``offload_dir``, ``kv_tokens``, ``longest_row``,
+            ``gen_len``, ``keep_spans``, ``reserve``, ``expert_cache``, ``expert_usage``, ``router_stats``.
 
     Raises:
         FlexMoEError: the model is missing or broken, or the policy does not fit; before any weight is loaded.
 
     Example:
-        >>> llm = LLM("checkpoints/mixtral", policy="policy.json")
-        >>> [out.outputs[0].text for out in llm.generate(["The capital of France is"], SamplingParams(max_tokens=8))]
+        >>> with LLM("checkpoints/mixtral", gpu_mem=16) as llm:
+        ...     for output in llm.generate(["The capital of France is"], SamplingParams(max_tokens=8)):
+        ...         print(output.outputs[0].text)
     """
 
     def __init__(
         self,
         model: str | Path | Model,
         *,
-        policy: Policy | str | Path | None = None,
+        policy: Policy | str | Path | None = "auto",
         load_format: str = "auto",
         workload: Workload | None = None,
-        **options,
-    ):
+        hardware: Hardware | str | Path | None = None,
+        gpu_mem: float | None = None,
+        cpu_mem: float | None = None,
+        nvme_mem: float | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
         self.model = model if isinstance(model, Model) else load_model(str(model), load_format)
         self.tokenizer = Tokenizer.load(self.model.directory) if self.model.directory else Tokenizer(None, "a dummy")
-        workload, policy = self._read_policy(policy, workload)
-        try:
-            config = EngineConfig(policy=policy, workload=workload, **options)
-        except TypeError as e:
-            raise UsageError(f"LLM: {e}") from e
+        options |= {"gpu_mem": gpu_mem, "cpu_mem": cpu_mem, "nvme_mem": nvme_mem}
+        options |= {"dtype": dtype, "device": device, "seed": seed}
+        config = configure(self.model, policy, workload, hardware, **options)
         if not config.eos_ids:
             ids = eos_ids(self.model.generation_config, self.model.config, self.tokenizer)
             config = replace(config, eos_ids=ids)
-        self.engine = Engine(self.model, config, self.tokenizer.decode if self.tokenizer.is_available else None)
+        self.engine = Engine(self.model, config, self.tokenizer.detokenize)
         self._streaming = False
         self._left: list[InFlight] = []
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Complete prompts; rows that run longest start first.
 
         Args:
             prompts: texts or lists of token ids; one or several.
-            params: for all prompts, or one per prompt.
+            sampling_params: for all prompts, or one per prompt; default: the most probable tokens.
+            use_tqdm: draw a bar on stderr, where that is a terminal.
 
         Returns:
             list[RequestOutput]: in the order of the prompts.
 
         Raises:
             UsageError: a prompt can never run; nothing has been generated then.
+            DataError: a prompt is text, and the checkpoint has no tokenizer.
+
+        Example:
+            >>> llm.generate(["Name three rivers.", [1, 733, 16289]], SamplingParams(max_tokens=32))
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if prompts and isinstance(prompts[0], Integral):
-            prompts = [prompts]
-        prompts = [_checked(i, prompt) for i, prompt in enumerate(prompts)]
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
-        if len(params) != len(prompts):
-            raise UsageError(f"{len(prompts)} prompts but {len(params)} sampling parameters; give one per prompt")
-        ids = [tuple(self.tokenizer.encode(p) if isinstance(p, str) else p) for p in prompts]
-        requests = [
-            EngineRequest(request_id=str(i), prompt_token_ids=t, params=s) for i, (t, s) in enumerate(zip(ids, params))
+        several = read_prompts(prompts)
+        texts = iter(self.tokenizer.encode_all([prompt for prompt in several if isinstance(prompt, str)]))
+        ids = [next(texts) if isinstance(prompt, str) else tuple(prompt) for prompt in several]
+        shown = [prompt if isinstance(prompt, str) else None for prompt in several]
+        return self._complete(ids, shown, sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer chats under the checkpoint's chat template.
+
+        Args:
+            messages: one conversation, a list of ``{"role": …, "content": …}``; or several.
+            sampling_params: for all conversations, or one per conversation.
+            use_tqdm: draw a bar on stderr, where that is a terminal.
+            chat_template: a template in Jinja instead of the checkpoint's.
+            add_generation_prompt: end the prompt with what begins the assistant's answer.
+            chat_template_kwargs: more variables for the template, such as ``enable_thinking``.
+
+        Returns:
+            list[RequestOutput]: in the order of the conversations; ``prompt`` is the rendered chat.
+
+        Raises:
+            UsageError: these are no messages, or a chat can never run.
+            DataError: there is no tokenizer or template, or the template refuses the messages.
+
+        Example:
+            >>> llm.chat([{"role": "user", "content": "Name three rivers."}], SamplingParams(max_tokens=32))
+        """
+        tokenizer = self.tokenizer if chat_template is None else self.tokenizer.with_chat_template(chat_template)
+        rendered = [
+            tokenizer.render(chat, chat_template_kwargs, add_generation_prompt=add_generation_prompt)
+            for chat in read_conversations(messages)
         ]
-        for request in requests:
-            problem = self.check(request)
-            if problem is not None:
-                raise UsageError(f"prompt {request.request_id}: {problem}")
-        longest_first = sorted(requests, key=lambda r: len(r.prompt_token_ids) - self.engine.limit(r))
-        outputs = {int(out.request_id): out for out in self.stream(longest_first)}
-        return [self._with_text(outputs[i], prompts[i]) for i in range(len(prompts))]
+        return self._complete(tokenizer.encode_all(rendered, rendered=True), rendered, sampling_params, use_tqdm)
+
+    def get_tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, as transformers' `AutoTokenizer` loads it.
+
+        Raises:
+            DataError: the checkpoint has none.
+        """
+        return self.tokenizer.backend
 
     def stream(
         self, requests: Iterable[EngineRequest], on_sweep: Callable[[], None] | None = None
@@ -124,10 +178,8 @@ class LLM:
                     request = next(source, None)
                     if request is None:
                         exhausted = True
-                    elif problem := self.check(request):
-                        yield _failed(request, problem)
-                    else:
-                        self.engine.submit(request)
+                    elif refused := self._submit(request):
+                        yield refused
                 yield from self.engine.step()
                 if on_sweep is not None:
                     on_sweep()
@@ -137,6 +189,14 @@ class LLM:
         finally:
             self._streaming = False
             self.engine.clear()
+
+    def _submit(self, request: EngineRequest) -> RequestOutput | None:
+        """Queue a request; the result of one that can never run."""
+        try:
+            self.engine.submit(request)
+        except RefusedError as refused:
+            return _failed(request, refused.reason)
+        return None
 
     def check(self, request: EngineRequest) -> str | None:
         """Why a request can never run, as a sentence; None if it can."""
@@ -165,7 +225,7 @@ class LLM:
         """Float32 logits ``[len(token_ids), vocab]`` after every token of one sequence."""
         return self.engine.logits(list(token_ids))
 
-    def metrics(self) -> dict:
+    def metrics(self) -> dict[str, Any]:
         """What has been done so far: tokens, sweeps, bytes and busy seconds per lane, planned bytes per tier.
 
         What is listed sweep by sweep is of the last ones alone (`flexmoe.engine.sweep_log`), all else of all.
@@ -217,42 +277,50 @@ class LLM:
         """Stop the threads and close the files."""
         self.engine.close()
 
-    def _read_policy(self, policy, workload: Workload | None) -> tuple[Workload, Policy]:
-        if isinstance(policy, (str, Path)):
-            file = PolicyFile.load(policy)
-            file.check_model(self.model.arch.fingerprint())
-            return workload or file.planned_workload() or Workload(prompt_len=512, gen_len=32), file.policy
-        workload = workload or Workload(prompt_len=512, gen_len=32)
-        if policy is None:
-            policy = Policy.from_percent(
-                RESIDENT, gpu_batch_size=32, num_gpu_batches=1, prompt_len=workload.prompt_len, gen_len=workload.gen_len
-            )
-        return workload, policy
+    def __enter__(self) -> LLM:
+        return self
 
-    def _with_text(self, output: RequestOutput, prompt: Prompt) -> RequestOutput:
-        outputs = [replace(c, text=self._text(c)) for c in output.outputs]
-        return replace(output, prompt=prompt if isinstance(prompt, str) else None, outputs=outputs)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _complete(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        texts: Sequence[str | None],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        """Runs prompts of token ids, the longest rows first, and adds the texts."""
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise UsageError(
+                f"{len(prompts)} prompts but {len(sampling_params)} sampling parameters; give one per prompt"
+            )
+        requests = [
+            EngineRequest(request_id=str(i), prompt_token_ids=ids, params=params)
+            for i, (ids, params) in enumerate(zip(prompts, sampling_params))
+        ]
+        for request in requests:
+            problem = self.check(request)
+            if problem is not None:
+                raise UsageError(f"prompt {request.request_id}: {problem}")
+        longest_first = sorted(requests, key=lambda r: len(r.prompt_token_ids) - self.engine.limit(r))
+        outputs: dict[int, RequestOutput] = {}
+        with bar(len(requests), "Processed prompts", shown=use_tqdm) as advance:
+            for output in self.stream(longest_first):
+                outputs[int(output.request_id)] = output
+                advance(1)
+        return [self._with_text(outputs[i], texts[i]) for i in range(len(prompts))]
+
+    def _with_text(self, output: RequestOutput, prompt: str | None) -> RequestOutput:
+        return replace(output, prompt=prompt, outputs=[replace(c, text=self._text(c)) for c in output.outputs])
 
     def _text(self, completion: CompletionOutput) -> str | None:
         if completion.text is not None:
             return completion.text
         ended = completion.finish_reason == "stop"
         return self.tokenizer.decode(completion.token_ids[:-1] if ended else completion.token_ids)
-
-
-def _checked(index: int, prompt: Prompt) -> Prompt:
-    """A text as it is, token ids as plain integers.
-
-    Raises:
-        UsageError: the prompt is neither.
-    """
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, Iterable) and not isinstance(prompt, bytes):
-        ids = list(prompt)
-        if all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
-            return [int(i) for i in ids]
-    raise UsageError(f"prompt {index} is {prompt!r:.80}; give a text or a list of token ids")
 
 
 def _failed(request: EngineRequest, problem: str) -> RequestOutput:

@@ -9,7 +9,8 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,6 +159,15 @@ class Counter:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+@contextmanager
+def bar(total: int, what: str, *, shown: bool) -> Iterator[Callable[[int], object]]:
+    """A bar of a few seconds' or hours' work, on stderr where that is a terminal; yields what advances it."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, file=sys.stderr, disable=None if shown else True, dynamic_ncols=True) as drawn:
+        yield drawn.update
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Fractions in, whole units, KV blocks and batches per tier out: the only place where a share is rounded.
+"""Fractions in, whole units, KV pages and batches per tier out: the only place where a share is rounded.
 
 A user asks for percents; memory holds whole units. When every caller rounds for itself, asking for 20 % of the weights
 on a tier can give 8 %, and planner and executor disagree about what fits. Here the rounding is done once, the
@@ -14,39 +14,14 @@ from itertools import accumulate, pairwise
 
 from policies.common.checks import PERCENT_TOLERANCE, check_count, check_shares
 from policies.common.errors import UsageError
+from policies.units import KINDS, Unit, UnitId
 
 TIERS = ("gpu", "cpu", "disk")
-KINDS = ("embed", "attention", "expert", "head")
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """The smallest piece of weight that is placed and moved.
-
-    Args:
-        name: "embed", "layers.3.attention", "layers.3.expert.5", "head.0".
-        layer: the layer it belongs to; -1 for the embedding, the number of layers for the head.
-        kind: one of `KINDS`.
-        stored_bytes: its size at rest, at least 1.
-
-    Raises:
-        UsageError: the kind is unknown, or the size is not a positive whole number.
-    """
-
-    name: str
-    layer: int
-    kind: str
-    stored_bytes: int
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise UsageError(f"unit {self.name} has kind {self.kind!r}; the kinds are {', '.join(KINDS)}.")
-        check_count(f"stored_bytes of unit {self.name}", self.stored_bytes)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where every unit lives at home: the first `gpu_end` units of the order on the GPU, up to `cpu_end` in host memory.
+    """The home tier of every unit: the first `gpu_end` units of the order on the GPU, up to `cpu_end` in host memory.
 
     Args:
         residency: the units in residency order.
@@ -58,12 +33,13 @@ class Placement:
     cpu_end: int
 
     @cached_property
-    def tier_of(self) -> dict[str, str]:
-        """Unit name to tier, in the order in which the units were given."""
-        counts = (self.gpu_end, self.cpu_end - self.gpu_end, len(self.residency.order) - self.cpu_end)
-        tiers = [tier for tier, count in zip(TIERS, counts, strict=True) for _ in range(count)]
-        by_name = {unit.name: tier for unit, tier in zip(self.residency.order, tiers, strict=True)}
-        return {unit.name: by_name[unit.name] for unit in self.residency.units}
+    def tier_of(self) -> dict[UnitId, str]:
+        """The tier of each unit, in the order in which the units were given."""
+        residency, gpu_end, cpu_end = self.residency, self.gpu_end, self.cpu_end
+        return {
+            unit.id: TIERS[(place >= gpu_end) + (place >= cpu_end)]
+            for unit, place in zip(residency.units, residency.places, strict=True)
+        }
 
     @cached_property
     def bytes_per_tier(self) -> dict[str, int]:
@@ -100,21 +76,27 @@ class Residency:
 
     Args:
         units: all units of the model, in schedule order.
-        expert_order: for each layer the numbers of its expert units, those first that most deserve a fast tier; None: as
+        expert_order: for each layer the numbers of its expert units, those first that are most worth a fast tier; None: as
             they stand.
 
+    Attributes:
+        order: the units in residency order.
+        places: of each unit, as they were given, its place in that order.
+
     Raises:
-        UsageError: there are no units, two share a name, or the order is not one of these units.
+        UsageError: there are no units, one is there twice, or the order is not one of these units.
     """
 
     def __init__(self, units: Iterable[Unit], expert_order: Sequence[Sequence[int]] | None = None):
         self.units, self.expert_order = tuple(units), expert_order
         if not self.units:
             raise UsageError("there are no weight units to place; give at least one.")
-        names = len({unit.name for unit in self.units})
-        if names != len(self.units):
-            raise UsageError(f"{len(self.units)} units have only {names} different names; each needs its own.")
+        different = len({unit.id for unit in self.units})
+        if different != len(self.units):
+            raise UsageError(f"{len(self.units)} units have only {different} different names; each needs its own.")
         self.order = tuple(residency_order(self.units, expert_order))
+        place_of = {unit.id: place for place, unit in enumerate(self.order)}
+        self.places = [place_of[unit.id] for unit in self.units]
         self._bytes = {kind: _sums(unit.stored_bytes * (unit.kind == kind) for unit in self.order) for kind in KINDS}
         self._counts = {kind: _sums(unit.kind == kind for unit in self.order) for kind in KINDS}
         self.prefix_bytes = _sums(unit.stored_bytes for unit in self.order)
@@ -162,18 +144,18 @@ def place_weights(units: Iterable[Unit], gpu_percent: float, cpu_percent: float)
         gpu_percent, cpu_percent: shares of the stored bytes, 0 to 100; the rest is disk.
 
     Raises:
-        UsageError: there are no units, two share a name, or the percents do not add up.
+        UsageError: there are no units, one is there twice, or the percents do not add up.
     """
     return Residency(units).place(gpu_percent, cpu_percent)
 
 
 def residency_order(units: Sequence[Unit], expert_order: Sequence[Sequence[int]] | None = None) -> list[Unit]:
-    """All units, those that most deserve a fast tier first; it does not depend on percents.
+    """All units, those first that are most worth a fast tier; it does not depend on percents.
 
     Embedding, attention and head serve every token in every sweep and are small, so they come before the experts.
-    Experts follow by their rank within the layer (``expert_order``, as `Residency` takes it), and for each rank the layers come in bit-reversed (van der Corput)
-    order. That order is the same for every rank, so any interval of the experts is a window of one repeating
-    sequence: two layers differ by at most one expert in a prefix (GPU) and in an interval (CPU) alike, and the layers
+    Experts follow by their rank within the layer (``expert_order``, as `Residency` takes it), and for each rank the layers
+    come in bit-reversed (van der Corput) order. That order is the same for every rank, so any interval of the experts is a
+    window of one repeating sequence: two layers differ by at most one expert in a prefix (GPU) and in an interval (CPU) alike, and the layers
     that hold the extra one are spread over the depth of the model.
 
     Raises:
@@ -185,18 +167,18 @@ def residency_order(units: Sequence[Unit], expert_order: Sequence[Sequence[int]]
     attention = sorted(by_kind["attention"], key=lambda unit: rank[unit.layer])
 
     ranked = _ranked_experts(by_kind["expert"], layers, expert_order)
-    experts = sorted(by_kind["expert"], key=lambda unit: (ranked[unit.name], rank[unit.layer]))
+    experts = sorted(by_kind["expert"], key=lambda unit: (ranked[unit.id], rank[unit.layer]))
     return by_kind["embed"] + attention + by_kind["head"] + experts
 
 
 def _ranked_experts(
     experts: Sequence[Unit], layers: Sequence[int], order: Sequence[Sequence[int]] | None
-) -> dict[str, int]:
-    """By unit name, how many units of its layer come before it."""
-    of_layer: dict[int, list[str]] = {layer: [] for layer in layers}
+) -> dict[UnitId, int]:
+    """Of each unit, how many units of its layer come before it."""
+    of_layer: dict[int, list[UnitId]] = {layer: [] for layer in layers}
     for unit in experts:
-        of_layer[unit.layer].append(unit.name)
-    numbers = [range(len(names)) for names in of_layer.values()] if order is None else order
+        of_layer[unit.layer].append(unit.id)
+    numbers = [range(len(own)) for own in of_layer.values()] if order is None else order
     if len(numbers) != len(layers):
         raise UsageError(
             f"expert_order is of {len(numbers)} layers, and the model has {len(layers)}; take one made for it."
@@ -210,8 +192,8 @@ def _ranked_experts(
     return {of_layer[layer][number]: at for layer, own in zip(layers, numbers) for at, number in enumerate(own)}
 
 
-def place_blocks(total: int, gpu_percent: float, cpu_percent: float) -> dict[str, int]:
-    """Splits `total` equal pieces (KV blocks, rows) over the tiers by largest remainder.
+def place_pieces(total: int, gpu_percent: float, cpu_percent: float) -> dict[str, int]:
+    """Splits `total` equal pieces (KV pages, rows) over the tiers by largest remainder.
 
     The counts sum to `total`, each is within one of its exact share, a tier asked for 0 % gets none, and splitting
     by the achieved percents gives the same counts. Of equal remainders the slower tier wins, as room there is cheaper.
@@ -219,8 +201,8 @@ def place_blocks(total: int, gpu_percent: float, cpu_percent: float) -> dict[str
     Raises:
         UsageError: `total` is not a whole number of at least 0, or the percents do not add up.
     """
-    check_count("the number of blocks", total, minimum=0)
-    gpu_percent, cpu_percent = check_shares("blocks", gpu_percent, cpu_percent)
+    check_count("the number of pieces", total, minimum=0)
+    gpu_percent, cpu_percent = check_shares("pieces", gpu_percent, cpu_percent)
     disk_percent = 100.0 - gpu_percent - cpu_percent
     if disk_percent <= PERCENT_TOLERANCE:
         disk_percent = 0.0
@@ -239,15 +221,15 @@ def place_blocks(total: int, gpu_percent: float, cpu_percent: float) -> dict[str
 
 
 def place_batches(num_batches: int, gpu_percent: float, cpu_percent: float) -> tuple[str, ...]:
-    """The tier of the activations of each GPU batch: the counts of `place_blocks`, evenly interleaved.
+    """The tier of the activations of each GPU batch: the counts of `place_pieces`, evenly interleaved.
 
     Interleaving (each turn goes to the tier that is furthest behind its share) keeps transfers of neighbouring
     batches from bunching up on one lane.
 
     Raises:
-        UsageError: as `place_blocks`.
+        UsageError: as `place_pieces`.
     """
-    counts = place_blocks(num_batches, gpu_percent, cpu_percent)
+    counts = place_pieces(num_batches, gpu_percent, cpu_percent)
     for tier, count in counts.items():
         if count == num_batches:
             return (tier,) * num_batches

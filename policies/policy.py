@@ -2,21 +2,53 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Annotated, Any
 
-from policies.common.checks import check_count, check_percent, check_shares
+from policies.common.checks import check_count, check_shares
 from policies.common.errors import DataError, FlexMoEError, InfeasibleError, UsageError
+from policies.common.fields import Count, Percent, Rule, Switch, check_fields, one_of, optional, required, rules, whole
 from policies.common.json_files import check_header, check_keys, read_json, write_json
 from policies.workload import Workload
 
 KIND = "flexmoe.policy"
 SCHEMA_VERSION = 1
 SCHEDULES = ("rolling", "static")
-_PERCENTS = (
-    "w_gpu_percent", "w_cpu_percent", "cache_gpu_percent", "cache_cpu_percent", "act_gpu_percent", "act_cpu_percent",
-    "cpu_attention_percent",
-)  # fmt: skip
+#: For each layer the numbers of its expert units.
+Order = tuple[tuple[int, ...], ...]
+_LAYER_SCHEMA = {"type": "array", "minItems": 1, "uniqueItems": True, "items": {"type": "integer", "minimum": 0}}
+
+
+def _checked_order(name: str, order: Any) -> Order:
+    """The order as tuples; the search makes many policies of one order, which is checked once."""
+    if isinstance(order, tuple) and all(isinstance(layer, tuple) for layer in order):
+        return _known_order(name, order)
+    layers = order if isinstance(order, (list, tuple)) else ()
+    if not layers or not all(isinstance(layer, (list, tuple)) for layer in layers):
+        raise UsageError(f"{name} is {order!r:.80}; it must list, for each layer, the numbers of its expert units.")
+    return _each_unit_once(name, tuple(map(tuple, layers)))
+
+
+def _each_unit_once(name: str, order: Order) -> Order:
+    for layer, numbers in enumerate(order):
+        whole_numbers = all(type(number) is int for number in numbers)
+        if not whole_numbers or not numbers or sorted(numbers) != list(range(len(numbers))):
+            raise UsageError(
+                f"{name} has {numbers!r:.80} for layer {layer}; it must name each of the layer's expert units, which "
+                "count from 0, once."
+            )
+    if not order:
+        raise UsageError(f"{name} names no layer; leave it out, or give the expert units of each layer.")
+    return order
+
+
+@lru_cache(maxsize=16)
+def _known_order(name: str, order: Order) -> Order:
+    return _each_unit_once(name, order)
+
+
+_ORDER = Rule(check=_checked_order, schema={"type": "array", "minItems": 1, "items": _LAYER_SCHEMA})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +60,8 @@ class Policy:
         num_gpu_batches: GPU batches in a block; all rows in flight are their product, `block_size`.
         w_gpu_percent, w_cpu_percent: share of the stored weight bytes at home on the GPU and in host memory, 0 to 100;
             here and in the next two pairs the rest is on disk, and 0 is a value like any other.
-        cache_gpu_percent, cache_cpu_percent: the same for the KV cache, in blocks.
-        act_gpu_percent, act_cpu_percent: the same for the hidden states, in GPU batches.
+        cache_gpu_percent, cache_cpu_percent: share of the KV cache, in pages.
+        act_gpu_percent, act_cpu_percent: share of the hidden states, in GPU batches.
         prefill_tokens: prompt tokens that may enter one sweep.
         overlap: copies and computation run at the same time; off, one after the other.
         pin_weight: host weights are pinned, so that copies to the GPU run asynchronously.
@@ -49,44 +81,30 @@ class Policy:
         UsageError: a value is of the wrong type or out of range, or the percents of a pair add up to more than 100.
     """
 
-    gpu_batch_size: int
-    num_gpu_batches: int
-    w_gpu_percent: float
-    w_cpu_percent: float
-    cache_gpu_percent: float
-    cache_cpu_percent: float
-    act_gpu_percent: float
-    act_cpu_percent: float
-    prefill_tokens: int
-    overlap: bool = True
-    pin_weight: bool = True
-    compress_weight: bool = False
-    compress_cache: bool = False
-    cpu_attention_percent: float = 0.0
-    schedule: str = "rolling"
-    weight_slots: int | None = None
-    experts_per_unit: int | None = None
-    expert_order: tuple[tuple[int, ...], ...] | None = None
+    gpu_batch_size: Count
+    num_gpu_batches: Count
+    w_gpu_percent: Percent
+    w_cpu_percent: Percent
+    cache_gpu_percent: Percent
+    cache_cpu_percent: Percent
+    act_gpu_percent: Percent
+    act_cpu_percent: Percent
+    prefill_tokens: Count
+    overlap: Switch = True
+    pin_weight: Switch = True
+    compress_weight: Switch = False
+    compress_cache: Switch = False
+    cpu_attention_percent: Percent = 0.0
+    schedule: Annotated[str, one_of(*SCHEDULES)] = "rolling"
+    weight_slots: Annotated[int | None, optional(whole(2))] = None
+    experts_per_unit: Annotated[int | None, optional(whole(1))] = None
+    expert_order: Annotated[Order | None, optional(_ORDER)] = None
 
-    def __post_init__(self):
-        for name in ("gpu_batch_size", "num_gpu_batches", "prefill_tokens"):
-            object.__setattr__(self, name, check_count(name, getattr(self, name)))
-        for name in _PERCENTS:
-            object.__setattr__(self, name, check_percent(name, getattr(self, name)))
+    def __post_init__(self) -> None:
+        check_fields(self)
         check_shares("weights", self.w_gpu_percent, self.w_cpu_percent)
         check_shares("cache", self.cache_gpu_percent, self.cache_cpu_percent)
         check_shares("activations", self.act_gpu_percent, self.act_cpu_percent)
-        for name in ("overlap", "pin_weight", "compress_weight", "compress_cache"):
-            if not isinstance(getattr(self, name), bool):
-                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
-        if self.weight_slots is not None:
-            object.__setattr__(self, "weight_slots", check_count("weight_slots", self.weight_slots, minimum=2))
-        if self.experts_per_unit is not None:
-            object.__setattr__(self, "experts_per_unit", check_count("experts_per_unit", self.experts_per_unit))
-        if self.expert_order is not None:
-            object.__setattr__(self, "expert_order", _checked_order(self.expert_order))
-        if self.schedule not in SCHEDULES:
-            raise UsageError(f"schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}.")
 
     @property
     def block_size(self) -> int:
@@ -104,7 +122,7 @@ class Policy:
         gen_len: int,
         schedule: str = "rolling",
         prefill_tokens: int | None = None,
-        **rest,
+        **rest: Any,
     ) -> "Policy":
         """A policy from FlexLLMGen's six numbers.
 
@@ -120,7 +138,7 @@ class Policy:
         """
         if isinstance(percent, str) or not isinstance(percent, Sequence) or len(percent) != 6:
             raise UsageError(f"percent is {percent!r}; give six numbers: weight, cache, activation, each GPU then CPU.")
-        names = [field.name for field in fields(cls)]
+        names = list(rules(cls))
         percent_names = [name for name in names if name.startswith(("w_", "cache_", "act_"))]
         unknown = [name for name in rest if name not in names or name in percent_names]
         if unknown:
@@ -132,8 +150,8 @@ class Policy:
             rows = check_count("gpu_batch_size", gpu_batch_size) * check_count("num_gpu_batches", num_gpu_batches)
             sweeps = workload.gen_len if schedule == "rolling" else 1
             prefill_tokens = -(-rows * workload.prompt_len // sweeps)
+        rest |= zip(percent_names, percent, strict=True)
         return cls(
-            **dict(zip(percent_names, percent, strict=True)),
             gpu_batch_size=gpu_batch_size,
             num_gpu_batches=num_gpu_batches,
             schedule=schedule,
@@ -155,22 +173,22 @@ class PolicyFile:
     """
 
     policy: Policy
-    model: dict | None = None
-    hardware: dict | None = None
-    workload: dict | None = None
-    predicted: dict | None = None
+    model: dict[str, Any] | None = None
+    hardware: dict[str, Any] | None = None
+    workload: dict[str, Any] | None = None
+    predicted: dict[str, Any] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in _SECTIONS:
             object.__setattr__(self, name, getattr(self, name) or None)
 
-    def to_json(self) -> dict:
-        """The content of the file as a dict of JSON values; `policy.schema.json` describes it."""
+    def to_json(self) -> dict[str, Any]:
+        """The content of the file as a dict of JSON values; `policy.schema.json` describes it (`policies.policy_schema`)."""
         sections = {name: getattr(self, name) or {} for name in _SECTIONS}
         document = {"kind": KIND, "schema_version": SCHEMA_VERSION} | sections
         return document | {"policy": asdict(self.policy), "predicted": document.pop("predicted")}
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file under its final name in one step: either all of it is there, or what was there before.
 
         Raises:
@@ -179,7 +197,7 @@ class PolicyFile:
         write_json(path, self.to_json(), "the policy")
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "PolicyFile":
+    def load(cls, path: str | os.PathLike[str]) -> "PolicyFile":
         """Reads and checks a policy file.
 
         Raises:
@@ -194,7 +212,7 @@ class PolicyFile:
             raise DataError(f"the policy file {path} cannot be used: {error}") from error
 
     @classmethod
-    def _from_document(cls, document) -> "PolicyFile":
+    def _from_document(cls, document: Any) -> "PolicyFile":
         check_header(document, KIND, SCHEMA_VERSION, "a policy file")
         check_keys("the file", document, {"kind", "schema_version", "policy", *_SECTIONS})
         for name in (*_SECTIONS, "policy"):
@@ -216,7 +234,7 @@ class PolicyFile:
         except (TypeError, UsageError) as e:
             raise DataError(f"the policy's workload is {dict(self.workload)!r}: {e}") from e
 
-    def check_model(self, arch_fingerprint: Mapping) -> None:
+    def check_model(self, arch_fingerprint: Mapping[str, Any]) -> None:
         """Refuses a model that the policy was not made for; a policy without a model fits any.
 
         Args:
@@ -241,36 +259,9 @@ class PolicyFile:
             )
 
 
-def _checked_order(order: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    """The order as tuples; the search makes many policies of one order, which is checked once."""
-    if isinstance(order, tuple) and all(isinstance(layer, tuple) for layer in order):
-        return _known_order(order)
-    layers = order if isinstance(order, (list, tuple)) else ()
-    if not layers or not all(isinstance(layer, (list, tuple)) for layer in layers):
-        raise UsageError(
-            f"expert_order is {order!r:.80}; it must list, for each layer, the numbers of its expert units."
-        )
-    return _known_order.__wrapped__(tuple(map(tuple, layers)))
-
-
-@lru_cache(maxsize=16)
-def _known_order(order: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
-    for layer, numbers in enumerate(order):
-        whole = all(type(number) is int for number in numbers)
-        if not whole or not numbers or sorted(numbers) != list(range(len(numbers))):
-            raise UsageError(
-                f"expert_order has {numbers!r:.80} for layer {layer}; it must name each of the layer's expert units, which "
-                "count from 0, once."
-            )
-    if not order:
-        raise UsageError("expert_order names no layer; leave it out, or give the expert units of each layer.")
-    return order
-
-
 _SECTIONS = ("model", "hardware", "workload", "predicted")
 
 
-def _policy_from_json(values: Mapping) -> Policy:
-    required = [field.name for field in fields(Policy) if field.default is MISSING]
-    check_keys('"policy"', values, [field.name for field in fields(Policy)], required)
+def _policy_from_json(values: Mapping[str, Any]) -> Policy:
+    check_keys('"policy"', values, rules(Policy), required(Policy))
     return Policy(**values)

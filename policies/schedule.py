@@ -9,18 +9,54 @@ whole block (module batching). A column-by-column ("zig-zag") walk would re-read
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+from policies.units import KINDS, UnitId
 
 LANES = ("disk_read", "disk_write", "h2d", "d2h", "gpu", "cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitStep:
-    """One weight unit as the schedule sees it: its name and where it lives."""
+    """One weight unit as the schedule sees it: which it is and where it lives."""
 
-    name: str
+    unit: UnitId
     tier: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepUnits:
+    """The weight units of a model in the order in which a sweep computes with them; of the embedding only rows are read.
+
+    Attributes:
+        attention: the attention unit of each layer.
+        experts: the expert units of each layer. Those that live on the GPU come first: they compute while the others arrive.
+        head: the head units.
+    """
+
+    attention: tuple[UnitStep, ...]
+    experts: tuple[tuple[UnitStep, ...], ...]
+    head: tuple[UnitStep, ...]
+
+    @classmethod
+    def of(cls, tier_of: Mapping[UnitId, str]) -> SweepUnits:
+        """The units of a model, each with the tier where it lives, in the order in which the model has them."""
+        steps: dict[str, list[UnitStep]] = {kind: [] for kind in KINDS}
+        for unit, tier in tier_of.items():
+            steps[unit.kind].append(UnitStep(unit=unit, tier=tier))
+        experts: list[list[UnitStep]] = [[] for _ in steps["attention"]]
+        for step in sorted(steps["expert"], key=lambda step: step.tier != "gpu"):
+            experts[step.unit.layer].append(step)
+        return cls(attention=tuple(steps["attention"]), experts=tuple(map(tuple, experts)), head=tuple(steps["head"]))
+
+    def streamed(self, on_demand: frozenset[int] = frozenset()) -> list[UnitStep]:
+        """Those that a sweep moves to the GPU whatever is routed where, in the order in which it needs them: what the weight
+        stream cycles over. Not the experts of the layers ``on_demand``."""
+        steps: list[UnitStep] = []
+        for layer, (attention, experts) in enumerate(zip(self.attention, self.experts, strict=True)):
+            steps += [attention, *(() if layer in on_demand else experts)]
+        return [step for step in (*steps, *self.head) if step.tier != "gpu"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,20 +64,16 @@ class SweepShape:
     """What a sweep consists of; nothing about how large or how fast it is.
 
     Attributes:
-        attention: the attention unit of each layer.
-        experts: the expert units of each layer, in compute order.
-        head: the head units, in order.
+        units: the weights.
         activation_tiers: home tier of the hidden states of each GPU batch; its length is the number of GPU batches.
         fetched_batches: GPU batches that have rows whose KV is not on the GPU and is attended there.
         cpu_batches: GPU batches that have rows attended on the CPU.
         stored_batches: GPU batches that have rows whose KV home is not the GPU.
         disk_batches: GPU batches that have rows whose KV home is the disk.
-        on_demand: layers of whose streamed experts only those are brought that were routed to, when that is known.
+        on_demand: layers whose streamed experts are moved on demand: only those routed to, once that is known.
     """
 
-    attention: Sequence[UnitStep]
-    experts: Sequence[Sequence[UnitStep]]
-    head: Sequence[UnitStep]
+    units: SweepUnits
     activation_tiers: Sequence[str]
     fetched_batches: frozenset[int] = frozenset()
     cpu_batches: frozenset[int] = frozenset()
@@ -62,7 +94,7 @@ class Op:
     lane: str
     layer: int
     batch: int = -1
-    unit: str = ""
+    unit: UnitId | None = None
     deps: tuple[int, ...] = ()
 
 
@@ -74,31 +106,19 @@ class _Builder:
         self.ops: list[Op] = []
         self._last = -1
 
-    def add(self, kind: str, lane: str, layer: int, deps: Sequence[int] = (), **where: int | str) -> int:
+    def add(
+        self, kind: str, lane: str, layer: int, deps: Sequence[int] = (), batch: int = -1, unit: UnitId | None = None
+    ) -> int:
         index = self._last + 1
         chain = () if self.overlap or self._last < 0 else (self._last,)
         after = tuple(sorted({d for d in (*deps, *chain) if d >= 0}))
-        self.ops.append(Op(id=index, kind=kind, lane=lane, layer=layer, deps=after, **where))
+        self.ops.append(Op(id=index, kind=kind, lane=lane, layer=layer, deps=after, batch=batch, unit=unit))
         self._last = index
         return index
 
     def drain(self) -> list[Op]:
         ops, self.ops = self.ops, []
         return ops
-
-
-def fetch_order(shape: SweepShape) -> list[str]:
-    """Names of the units that a sweep moves whatever is routed where, in the order it needs them: what the weight stream
-    cycles over."""
-    steps = []
-    for layer, (unit, experts) in enumerate(zip(shape.attention, shape.experts)):
-        steps += [unit, *(() if layer in shape.on_demand else experts)]
-    return [s.name for s in (*steps, *shape.head) if s.tier != "gpu"]
-
-
-def experts_in_compute_order(experts: Sequence[UnitStep]) -> list[UnitStep]:
-    """GPU-resident experts first: they compute while the streamed ones arrive."""
-    return sorted(experts, key=lambda step: step.tier != "gpu")
 
 
 def sweep(shape: SweepShape, *, overlap: bool = True) -> Iterator[Op]:
@@ -119,28 +139,29 @@ def sweep(shape: SweepShape, *, overlap: bool = True) -> Iterator[Op]:
     """
     build = _Builder(overlap)
     count = len(shape.activation_tiers)
-    ready, first_kv = [(-1,)] * count, _load_kv(build, shape, 0, 0)
-    for layer, (unit, experts) in enumerate(zip(shape.attention, shape.experts)):
+    ready: list[tuple[int, ...]] = [(-1,)] * count
+    first_kv = _load_kv(build, shape, 0, 0)
+    for layer, (unit, experts) in enumerate(zip(shape.units.attention, shape.units.experts, strict=True)):
         attended, stored = _attention(build, shape, layer, _fetch(build, layer, unit), ready, first_kv)
-        first_kv = _load_kv(build, shape, layer + 1, 0) if layer + 1 < len(shape.attention) else -1
+        first_kv = _load_kv(build, shape, layer + 1, 0) if layer + 1 < len(shape.units.attention) else -1
         route = build.add("route", "gpu", layer, attended)
         if layer in shape.on_demand:
             last = _routed(build, layer, experts, route)
         else:
             for step in experts:
                 arrived = _fetch(build, layer, step)
-                last = build.add("expert", "gpu", layer, (arrived, route), unit=step.name)
+                last = build.add("expert", "gpu", layer, (arrived, route), unit=step.unit)
         ready = [(last, home) for home in stored]
         yield from build.drain()
     yield from _head(build, shape, ready)
 
 
 def _head(build: _Builder, shape: SweepShape, ready: Sequence[tuple[int, ...]]) -> list[Op]:
-    last = len(shape.attention)
+    last = len(shape.units.attention)
     gathered = [_load_act(build, shape, last, j, ready[j]) for j in range(len(shape.activation_tiers))]
     done = [build.add("collect", "gpu", last, gathered)]
-    for step in shape.head:
-        done.append(build.add("head", "gpu", last, (_fetch(build, last, step), done[-1]), unit=step.name))
+    for step in shape.units.head:
+        done.append(build.add("head", "gpu", last, (_fetch(build, last, step), done[-1]), unit=step.unit))
     build.add("sample", "gpu", last, done)
     return build.drain()
 
@@ -149,18 +170,18 @@ def _fetch(build: _Builder, layer: int, step: UnitStep) -> int:
     """The transfers that bring a unit to the compute device; -1 when it lives there."""
     if step.tier == "gpu":
         return -1
-    read = build.add("read", "disk_read", layer, unit=step.name) if step.tier == "disk" else -1
-    return build.add("copy", "h2d", layer, (read,), unit=step.name)
+    read = build.add("read", "disk_read", layer, unit=step.unit) if step.tier == "disk" else -1
+    return build.add("copy", "h2d", layer, (read,), unit=step.unit)
 
 
 def _routed(build: _Builder, layer: int, experts: Sequence[UnitStep], route: int) -> int:
-    """The experts of a layer on demand: what has to come is asked for first, and the resident ones compute meanwhile."""
+    """The experts of a layer on demand: streamed ones are requested first, and the resident ones compute meanwhile."""
     tiers = {step.tier for step in experts}
     read = build.add("read_routed", "disk_read", layer, (route,)) if "disk" in tiers else route
     copied = build.add("copy_routed", "h2d", layer, (read,))
     for step in experts:
         if step.tier == "gpu":
-            build.add("expert", "gpu", layer, (route,), unit=step.name)
+            build.add("expert", "gpu", layer, (route,), unit=step.unit)
     return build.add("routed", "gpu", layer, (route, copied))
 
 

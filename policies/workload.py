@@ -4,9 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 from policies.common.checks import check_count
 from policies.common.errors import UsageError
+from policies.common.fields import Count, Rule, Size, check_fields, optional, whole
+
+#: (prompt tokens, generated tokens, rows) of each kind of row.
+Histogram = tuple[tuple[int, int, int], ...]
+
+
+def _checked_lengths(name: str, value: Any) -> Histogram:
+    entries = value if isinstance(value, (tuple, list)) else (None,)
+    if not all(isinstance(entry, (tuple, list)) and len(entry) == 3 for entry in entries):
+        raise UsageError(f"{name} is {value!r}; it must list [prompt tokens, generated tokens, rows].")
+    counts = (tuple(check_count(f"an entry of {name}", each) for each in entry) for entry in entries)
+    return tuple((s, n, rows) for s, n, rows in counts)
+
+
+_TRIPLE_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 3, "maxItems": 3}
+_LENGTHS = Rule(check=_checked_lengths, schema={"type": "array", "items": _TRIPLE_SCHEMA})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,25 +41,16 @@ class Workload:
         UsageError: a value is not a whole number of at least 1, or the histogram is no list of such triples.
     """
 
-    prompt_len: int
-    gen_len: int
-    num_requests: int | None = None
-    lengths: tuple[tuple[int, int, int], ...] = ()
-    longest_row: int = 0
+    prompt_len: Count
+    gen_len: Count
+    num_requests: Annotated[int | None, optional(whole(1))] = None
+    lengths: Annotated[Histogram, _LENGTHS] = ()
+    longest_row: Size = 0
 
-    def __post_init__(self):
-        for name in ("prompt_len", "gen_len"):
-            object.__setattr__(self, name, check_count(name, getattr(self, name)))
-        if self.num_requests is not None:
-            check_count("num_requests", self.num_requests)
-        if not isinstance(self.lengths, (tuple, list)) or not all(
-            isinstance(entry, (tuple, list)) and len(entry) == 3 for entry in self.lengths
-        ):
-            raise UsageError(f"lengths is {self.lengths!r}; it must list [prompt tokens, generated tokens, rows].")
-        checked = tuple(tuple(check_count("an entry of lengths", v) for v in entry) for entry in self.lengths)
-        object.__setattr__(self, "lengths", checked)
-        longest = max((s + n for s, n, _ in checked), default=self.prompt_len + self.gen_len)
-        object.__setattr__(self, "longest_row", max(longest, check_count("longest_row", self.longest_row, minimum=0)))
+    def __post_init__(self) -> None:
+        check_fields(self)
+        longest = max((s + n for s, n, _ in self.lengths), default=self.prompt_len + self.gen_len)
+        object.__setattr__(self, "longest_row", max(longest, self.longest_row))
 
     @classmethod
     def of_lengths(cls, rows: Iterable[tuple[int, int]], num_requests: int | None = None) -> Workload:
@@ -75,7 +83,7 @@ class Workload:
             longest_row=longest,
         )
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """The workload as JSON values, what is not set left out; `Workload(**values)` reads it back."""
         values: Mapping[str, object] = {
             "prompt_len": self.prompt_len,
@@ -106,7 +114,8 @@ def _coarsened(counts: Mapping[tuple[int, int], int]) -> Mapping[tuple[int, int]
 
 def _slices(entries: list[tuple[tuple[int, int], int]], most: int) -> list[list[tuple[tuple[int, int], int]]]:
     """Neighbouring entries together, in up to ``most`` slices of about as many rows."""
-    share, slices, held = sum(count for _, count in entries) / most, [[]], 0
+    share, held = sum(count for _, count in entries) / most, 0
+    slices: list[list[tuple[tuple[int, int], int]]] = [[]]
     for entry in entries:
         if held >= share * len(slices) and slices[-1]:
             slices.append([])

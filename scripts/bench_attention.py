@@ -20,10 +20,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flexmoe.kernels.native import library as native  # noqa: E402
+from flexmoe.kernels.native.attention import paged_attention  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-3}
-BLOCK_TOKENS = 16
+PAGE_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +78,9 @@ def gemm_flops_per_s(rounds: int) -> float:
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Return q, pool [N, 2, tokens, G, D], block tables (permuted), q starts, context lengths."""
-    per_row = -(-shape.context // BLOCK_TOKENS)
-    pool = torch.randn(shape.rows * per_row, 2, BLOCK_TOKENS, shape.kv_heads, shape.size).to(dtype)
+    """Return q, pool [N, 2, tokens, G, D], page tables (permuted), q starts, context lengths."""
+    per_row = -(-shape.context // PAGE_TOKENS)
+    pool = torch.randn(shape.rows * per_row, 2, PAGE_TOKENS, shape.kv_heads, shape.size).to(dtype)
     tables = torch.randperm(len(pool)).int().view(shape.rows, per_row)
     starts = torch.arange(shape.rows + 1, dtype=torch.int32) * shape.queries
     q = torch.randn(shape.rows * shape.queries, shape.heads, shape.size).to(dtype)
@@ -87,7 +88,7 @@ def make_inputs(shape: Shape, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 
 
 def torch_attention(shape: Shape, q: torch.Tensor, pool: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """The peer: gather the blocks of all (here equally long) rows, then SDPA."""
+    """The peer: gather the pages of all (here equally long) rows, then SDPA."""
     k, v = (
         pool[:, i][tables.long()].view(shape.rows, -1, shape.kv_heads, shape.size)[:, : shape.context].transpose(1, 2)
         for i in (0, 1)
@@ -104,7 +105,7 @@ def measure(shape: Shape, dtype_name: str, threads: int, rounds: int) -> tuple[f
     out = torch.empty_like(q)
 
     def run_native() -> torch.Tensor:
-        return native.paged_attention(
+        return paged_attention(
             q, pool[:, 0], pool[:, 1], tables, starts, lengths, out=out, scale=shape.size**-0.5, num_threads=threads
         )
 

@@ -23,11 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cost_model.routing.expert_usage import ExpertUsage
-from cost_model.routing.on_demand import OnDemand, entry_bytes, lent_experts
-from flexmoe.engine.config import GIB, EngineConfig, EnginePlan
+from cost_model.routing.on_demand import OnDemand, borrowed_experts, entry_bytes
+from flexmoe.engine.config import EngineConfig
+from flexmoe.engine.engine_plan import EnginePlan
 from flexmoe.llm import LLM
 from flexmoe.models.loader import Model, load_model
 from flexmoe.params import EngineRequest, SamplingParams
+from policies.common.memory_units import GIB
 from policies.policy import Policy, Workload
 from scripts.benchmark.probes import machine, versions
 from scripts.benchmark.record import Figure, Record, figure_table
@@ -98,10 +100,10 @@ def run(scene: Scene, kind: str, *, usage: ExpertUsage | None = None, new: int =
 
 
 def _budget(model: Model, config: EngineConfig) -> float:
-    """GiB with which a part of all streamed experts is at hand."""
+    """GiB with which a part of all streamed experts is cached."""
     plan = EnginePlan.of(model, config)
-    streamed = int(OnDemand.of(model.arch, plan.sizes.placement.tier_of, 0).streamed.sum())
-    beyond = max(0, round(_PART * streamed) - lent_experts(model.arch, plan.sizes))
+    streamed = int(OnDemand.of(model.arch, plan.allocation.placement.tier_of, 0).streamed.sum())
+    beyond = max(0, round(_PART * streamed) - borrowed_experts(model.arch, plan.allocation))
     return (plan.memory.total("gpu") + (beyond + 0.5) * entry_bytes(model.arch)) / GIB
 
 

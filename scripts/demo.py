@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cost_model.simulation.simulate import Simulation, simulate
-from flexmoe.cli.forecast import Forecaster
 from flexmoe.cli.run import main as run
 from flexmoe.models.loader import compute_dtype, load_model
+from flexmoe.planning.forecast import Forecaster
 from flexmoe.probing.cache import cache_path
 from flexmoe.system.device import Device
+from policies.common.memory_units import GIB
 from policies.policy import Policy, Workload
 from scripts.make_checkpoint import SIZES, make_checkpoint
 from scripts.support.corpus import corpus_words
 from scripts.support.demo_report import compared, planned, put_beside, under_compute_percent
 
-GIB = 1 << 30
 ROWS, GEN_LEN = 96, 24
 
 
@@ -163,7 +163,7 @@ def forecast(setting: Setting, checkpoint: Path, home: Path, metrics: dict) -> S
         planner.hardware,
         job,
         Policy(**metrics["policy"]),
-        number_bytes=planner.number_bytes,
+        dtype_bytes=planner.dtype_bytes,
         keep_trace_sweeps=metrics["sweeps"],
     )
 

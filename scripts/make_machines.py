@@ -11,7 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from cost_model.hardware.gemm_rates import GemmRates
-from cost_model.hardware.hardware import GIB, MACHINES, Gpu, Hardware
+from cost_model.hardware.hardware import MACHINES, Gpu, Hardware
+from policies.common.memory_units import GIB
 from scripts.machines.cards import DESKTOP, MACHINES_BY_NAME, Card, Drive, Host
 from scripts.machines.flexllmgen import t4_flexllmgen
 
@@ -32,9 +33,9 @@ KV_THREADS = 2
 PIECE_BYTES = 4 << 20
 
 
-def roofline(peak_flops_per_s: float, memory_bytes_per_s: float, number_bytes: int, elements: int) -> GemmRates:
+def roofline(peak_flops_per_s: float, memory_bytes_per_s: float, dtype_bytes: int, elements: int) -> GemmRates:
     """The lower of the peak and of what reading the weights once allows."""
-    rates = tuple(min(peak_flops_per_s, 2 * tokens * memory_bytes_per_s / number_bytes) for tokens in GEMM_TOKENS)
+    rates = tuple(min(peak_flops_per_s, 2 * tokens * memory_bytes_per_s / dtype_bytes) for tokens in GEMM_TOKENS)
     return GemmRates(tokens=GEMM_TOKENS, weight_elements=(elements,), flops_per_s=(rates,))
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import policies
 from cost_model.cli.report import Report
-from cost_model.hardware.hardware import GIB, Hardware
+from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
 from cost_model.planner.solve import Plan, solve
+from policies.common.memory_units import GIB
 from policies.policy import PolicyFile
 from policies.workload import Workload
 from scripts.gpu.plan import GPU_MARGIN_BYTES
@@ -95,7 +96,7 @@ class Ready:
             arch=arch,
             hardware=self.machine.hardware(),
             workload=self.workload,
-            number_bytes=arch.dtype_bytes,
+            dtype_bytes=arch.dtype_bytes,
             origin=f"preset {self.machine.preset}",
             policy=plan.policy,
             prediction=plan.prediction,

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 from cost_model.cli.arguments import DEFAULT_MACHINE, DEFAULT_PROMPT_LEN, DTYPE_BYTES, SHARES, check, parser
 from cost_model.cli.report import Report
 from cost_model.hardware.cache import last_measured
-from cost_model.hardware.hardware import GIB, Hardware
+from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.solve import Plan, solve
 from cost_model.timing.evaluate import Prediction, evaluate
 from policies.common.command_line import guarded, say
 from policies.common.errors import InfeasibleError
+from policies.common.memory_units import GIB
 from policies.policy import Policy, PolicyFile
 from policies.workload import Workload
 
@@ -66,7 +67,7 @@ def _plot(report: Report, path: Path) -> None:
 
     def judge(policy: Policy) -> Prediction:
         about = (report.arch, report.hardware, report.workload, policy)
-        return evaluate(*about, number_bytes=report.number_bytes, usage=report.usage, ignore_memory=True)
+        return evaluate(*about, dtype_bytes=report.dtype_bytes, usage=report.usage, ignore_memory=True)
 
     draw(report, judge, path)
 
@@ -76,16 +77,16 @@ def _trace(report: Report, path: Path) -> None:
     job = report.workload
     if job.num_requests is None:
         job = replace(job, num_requests=report.policy.block_size)
-    about = (report.arch, report.hardware, job, report.policy, report.number_bytes)
+    about = (report.arch, report.hardware, job, report.policy, report.dtype_bytes)
     _simulate(*about, usage=report.usage, keep_trace_sweeps=_TRACE_SWEEPS).write_chrome_trace(path)
 
 
 def _simulate(
-    arch: ModelArch, hardware: Hardware, job: Workload, policy: Policy, number_bytes: int, **options
+    arch: ModelArch, hardware: Hardware, job: Workload, policy: Policy, dtype_bytes: int, **options
 ) -> Simulation:
     from cost_model.simulation.simulate import simulate  # with numpy, which help and flags do not need
 
-    return simulate(arch, hardware, job, policy, number_bytes=number_bytes, **options)
+    return simulate(arch, hardware, job, policy, dtype_bytes=dtype_bytes, **options)
 
 
 def _model(name: str) -> ModelArch:
@@ -151,16 +152,16 @@ def _report(
     b = DTYPE_BYTES.get(args.dtype, arch.dtype_bytes)
     if args.percent or args.policy:
         policy, explanation = _given_policy(args, arch, workload, usage), None
-        options = {"number_bytes": b, "usage": usage, "ignore_memory": args.ignore_memory}
+        options = {"dtype_bytes": b, "usage": usage, "ignore_memory": args.ignore_memory}
         prediction = evaluate(arch, hardware, workload, policy, **options)
     else:
-        plan = _plan(args, arch, hardware, workload, number_bytes=b, usage=usage)
+        plan = _plan(args, arch, hardware, workload, dtype_bytes=b, usage=usage)
         policy, explanation, prediction = plan.policy, plan.explanation, plan.prediction
     return Report(
         arch=arch,
         hardware=hardware,
         workload=workload,
-        number_bytes=b,
+        dtype_bytes=b,
         policy=policy,
         prediction=prediction,
         explanation=explanation,

@@ -10,9 +10,9 @@ from cost_model.cli.block_size_curve import Point, curve, wall
 from cost_model.cli.report import Report
 from cost_model.timing.evaluate import Prediction
 from policies.common.errors import StorageError, UsageError
+from policies.common.memory_units import GIB
 from policies.policy import Policy
 
-GIB = 1 << 30
 SUFFIXES = (".png", ".svg", ".pdf")
 _SMALL_SHARE = 0.03
 _GREY, _COLOURS = "0.6", ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")

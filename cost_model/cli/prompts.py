@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from policies.common import strict_json
+from policies.common import json_files
 from policies.common.errors import DataError, InputMissingError
 from policies.workload import Workload
 
@@ -87,7 +87,7 @@ class _Reader:
                 yield self._tokens(line), self._gen_len
                 continue
             try:
-                yield from self._row(strict_json.parse(line))
+                yield from self._row(json_files.parse(line))
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}: line {number}: {error}.") from error
 

@@ -12,6 +12,7 @@ from cost_model.model.arch import ModelArch
 from cost_model.timing.evaluate import Prediction
 from cost_model.timing.job_phases import mode_shares
 from cost_model.timing.sweep_load import MODES
+from policies.common.memory_units import GIB
 from policies.placement import TIERS
 from policies.policy import Policy, PolicyFile
 from policies.workload import Workload
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from cost_model.routing.expert_usage import ExpertUsage
     from cost_model.simulation.simulate import Simulation
 
-GIB = 1 << 30
 _WIDTH, _MARGIN = 100, 11
 _BAR = 20
 _LARGEST_ITEMS = 2
@@ -53,7 +53,7 @@ class Report:
 
     Args:
         arch, hardware, workload: the model on the machine for the job.
-        number_bytes: bytes of one number in the compute dtype.
+        dtype_bytes: bytes of one number in the compute dtype.
         origin: a phrase on where the machine's rates come from.
         notes: sentences on how the job's lengths were found.
         policy, prediction: the policy and what is expected of it.
@@ -66,7 +66,7 @@ class Report:
     arch: ModelArch
     hardware: Hardware
     workload: Workload
-    number_bytes: int
+    dtype_bytes: int
     origin: str
     notes: tuple[str, ...] = ()
     policy: Policy
@@ -82,11 +82,11 @@ class Report:
 
     def achieved(self) -> dict[str, tuple[float, float, float]]:
         """(GPU, CPU, disk) in percent of weights, KV cache and activations, after rounding to whole pieces."""
-        counts = self.prediction.sizes
-        blocks, tiers = sum(counts.kv_blocks.values()), counts.activation_tiers
+        allocation = self.prediction.allocation
+        pages, tiers = sum(allocation.kv_pages.values()), allocation.activation_tiers
         return {
-            "weights": counts.placement.achieved_percent,
-            "KV cache": tuple(100.0 * counts.kv_blocks[tier] / blocks for tier in TIERS),
+            "weights": allocation.placement.achieved_percent,
+            "KV cache": tuple(100.0 * allocation.kv_pages[tier] / pages for tier in TIERS),
             "activations": tuple(100.0 * tiers.count(tier) / len(tiers) for tier in TIERS),
         }
 
@@ -165,8 +165,8 @@ class Report:
     def _model(self) -> list[str]:
         arch = self.arch
         size = f"{arch.parameters / 1e9:.2f} G parameters, {_gib(arch.total_bytes)}"
-        kv = f"{arch.kv_bytes_per_token(self.number_bytes) / 1024:.0f} KiB of KV a token"
-        return [f"{arch.name or arch.model_type}: {size}; computes in {8 * self.number_bytes} bits, {kv}"]
+        kv = f"{arch.kv_bytes_per_token(self.dtype_bytes) / 1024:.0f} KiB of KV a token"
+        return [f"{arch.name or arch.model_type}: {size}; computes in {8 * self.dtype_bytes} bits, {kv}"]
 
     def _job(self) -> list[str]:
         job = self.workload
@@ -178,12 +178,12 @@ class Report:
         return [lengths, *self.notes, *routed]
 
     def _policy(self) -> list[str]:
-        policy, counts = self.policy, self.prediction.sizes
-        slots = f"; {counts.slots} slots" if counts.slots else ""
+        policy, allocation = self.policy, self.prediction.allocation
+        slots = f"; {allocation.slots} slots" if allocation.slots else ""
         overlap = "" if policy.overlap else "; no overlap"
         order = "; most used experts first" if policy.expert_order else ""
         shares = [f"{name:<12}" + "".join(f"{v:8.1f}" for v in row) for name, row in self.achieved().items()]
-        modes = mode_shares(policy, counts)
+        modes = mode_shares(policy, allocation)
         where = {"gpu": "on the GPU", "fetch": "fetched to it", "disk": "from disk", "cpu": "on the CPU"}
         attended = ", ".join(f"{_percent(modes[mode])} {where[mode]}" for mode in MODES if mode in modes)
         rows = f"{policy.num_gpu_batches} GPU batches of {policy.gpu_batch_size} = {policy.block_size} rows"

@@ -3,15 +3,47 @@
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from typing import Annotated, Any
 
-from cost_model.hardware.json_values import build
 from policies.common.checks import check_number
 from policies.common.errors import DataError, UsageError
-from policies.common.json_files import check_keys
+from policies.common.fields import Json, Rule, check_fields
+from policies.common.json_files import build, check_keys
 
 #: Bytes of the numbers that a model may compute with.
 DTYPE_BYTES = (2, 4)
+
+
+def _check_rising(name: str, values: Any) -> tuple[float, ...]:
+    if not isinstance(values, (tuple, list)) or not values:
+        raise UsageError(f"{name} is {values!r}; it must be a list of at least one number.")
+    numbers = tuple(check_number(f"a number of {name}", value) for value in values)
+    if numbers[0] < 1 or any(left >= right for left, right in pairwise(numbers)):
+        raise UsageError(f"{name} is {list(numbers)}; its numbers must be at least 1, each larger than the one before.")
+    return numbers
+
+
+def _check_rows(name: str, rows: Any) -> tuple[tuple[float, ...], ...]:
+    if not isinstance(rows, (tuple, list)) or not all(isinstance(row, (tuple, list)) for row in rows):
+        raise UsageError(f"{name} is {rows!r}; it must be a list of lists of numbers.")
+    return tuple(tuple(check_number(f"a rate of {name}", value) for value in row) for row in rows)
+
+
+Points = Annotated[
+    tuple[float, ...],
+    Rule(
+        check=_check_rising,
+        name="points",
+        schema={"description": "Rising.", "type": "array", "minItems": 1, "items": {"type": "number", "minimum": 1}},
+    ),
+]
+_RATES_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "number", "exclusiveMinimum": 0}}
+Grid = Annotated[
+    tuple[tuple[float, ...], ...],
+    Rule(check=_check_rows, schema={"type": "array", "minItems": 1, "items": _RATES_SCHEMA}),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,20 +59,18 @@ class GemmRates:
         UsageError: a list is empty, out of order or of the wrong length, or a value is out of range.
     """
 
-    tokens: tuple[float, ...]
-    weight_elements: tuple[float, ...]
-    flops_per_s: tuple[tuple[float, ...], ...]
+    tokens: Points
+    weight_elements: Points
+    flops_per_s: Grid
 
-    def __post_init__(self):
-        for name in ("tokens", "weight_elements"):
-            object.__setattr__(self, name, _rising(name, getattr(self, name)))
-        rows = _numbers_in_rows(self.flops_per_s)
+    def __post_init__(self) -> None:
+        check_fields(self)
+        rows = self.flops_per_s
         if len(rows) != len(self.weight_elements) or any(len(row) != len(self.tokens) for row in rows):
             raise UsageError(
                 f"flops_per_s has rows of {[len(row) for row in rows]} rates; it needs {len(self.weight_elements)} rows "
                 f"(one per weight size) of {len(self.tokens)} (one per number of tokens)."
             )
-        object.__setattr__(self, "flops_per_s", rows)
 
     def seconds(self, tokens: float, elements: float) -> float:
         """Time of `tokens` x `elements` multiply-adds; 0 without tokens.
@@ -93,12 +123,7 @@ class GemmRates:
         return start_s + (end_s - start_s) * (tokens - points[left]) / (points[right] - points[left])
 
 
-def check_rates(name: str, curves, *, complete: bool) -> dict[int, GemmRates]:
-    """Rates by the bytes of one number: of every size where they must be complete.
-
-    Raises:
-        UsageError: they are not; the sentence has the name.
-    """
+def _check_rates(name: str, curves: Any, *, complete: bool) -> dict[int, GemmRates]:
     sizes = set(curves) if isinstance(curves, Mapping) else {None}
     known = sizes == set(DTYPE_BYTES) if complete else sizes <= set(DTYPE_BYTES)
     if not known or not all(isinstance(each, GemmRates) for each in curves.values()):
@@ -107,12 +132,8 @@ def check_rates(name: str, curves, *, complete: bool) -> dict[int, GemmRates]:
     return dict(curves)
 
 
-def rates_from_json(where: str, values, *, complete: bool) -> dict[int, GemmRates]:
-    """The same from a JSON object, whose keys are texts.
-
-    Raises:
-        DataError: it is none, or a key or value is unknown, missing or out of range; `where` names the object.
-    """
+def _read_rates(where: str, values: Json, *, complete: bool) -> dict[int, GemmRates]:
+    """The same from a JSON object, whose keys are texts."""
     known = [str(size) for size in DTYPE_BYTES]
     if not isinstance(values, dict):
         raise DataError(f"{where} must be a JSON object with the keys {', '.join(known)}.")
@@ -120,20 +141,29 @@ def rates_from_json(where: str, values, *, complete: bool) -> dict[int, GemmRate
     return {int(size): build(GemmRates, f"{where} for {size} bytes", curve) for size, curve in values.items()}
 
 
+def _rates_rule(name: str, description: str, *, complete: bool) -> Rule:
+    keys = [str(size) for size in DTYPE_BYTES]
+    schema = {
+        "description": description,
+        "type": "object",
+        "required": keys if complete else [],
+        "additionalProperties": False,
+        "properties": dict.fromkeys(keys, {"$ref": "#/$defs/gemm_rates"}),
+    }
+    return Rule(
+        check=partial(_check_rates, complete=complete),
+        read=partial(_read_rates, complete=complete),
+        schema=schema,
+        name=name,
+    )
+
+
+#: Rates by the bytes of one number: of every size that a model may compute with, and of those that were measured.
+AllRates = Annotated[Mapping[int, GemmRates], _rates_rule("curves", "By bytes of one number.", complete=True)]
+SomeRates = Annotated[
+    Mapping[int, GemmRates], _rates_rule("some_curves", "By bytes of one number, as far as measured.", complete=False)
+]
+
+
 def _slope(start: tuple[float, float], end: tuple[float, float]) -> float:
     return (end[1] - start[1]) / (end[0] - start[0])
-
-
-def _rising(name: str, values) -> tuple[float, ...]:
-    if not isinstance(values, (tuple, list)) or not values:
-        raise UsageError(f"{name} is {values!r}; it must be a list of at least one number.")
-    numbers = tuple(check_number(f"a number of {name}", value) for value in values)
-    if numbers[0] < 1 or any(left >= right for left, right in pairwise(numbers)):
-        raise UsageError(f"{name} is {list(numbers)}; its numbers must be at least 1, each larger than the one before.")
-    return numbers
-
-
-def _numbers_in_rows(rows) -> tuple[tuple[float, ...], ...]:
-    if not isinstance(rows, (tuple, list)) or not all(isinstance(row, (tuple, list)) for row in rows):
-        raise UsageError(f"flops_per_s is {rows!r}; it must be a list of lists of numbers.")
-    return tuple(tuple(check_number("a rate of flops_per_s", value) for value in row) for row in rows)

@@ -2,24 +2,35 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Annotated, Any
 
-from cost_model.hardware.gemm_rates import GemmRates, check_rates, rates_from_json
-from cost_model.hardware.json_values import build, listed
-from cost_model.hardware.link_curves import LinkCurve, check_curve
-from policies.common.checks import check_count, check_number
+from cost_model.hardware.gemm_rates import AllRates, SomeRates
+from cost_model.hardware.link_curves import LinkCurve
+from policies.common.checks import check_number
 from policies.common.errors import DataError, FlexMoEError, UsageError
-from policies.common.json_files import check_header, read_json, write_json
+from policies.common.fields import (
+    Cost,
+    Count,
+    Json,
+    Rate,
+    Rule,
+    Size,
+    Text,
+    check_fields,
+    one_of,
+    optional,
+    whole,
+)
+from policies.common.json_files import build, check_header, listed, read_json, write_json
+from policies.common.memory_units import GIB
 
 KIND = "flexmoe.hardware"
 SCHEMA_VERSION = 1
 DEVICES = ("cuda", "cpu")
-GIB = 1 << 30
 MACHINES = Path(__file__).parent / "machines"
-#: Rates of linear operations by bytes of one number, and whether every size must be there.
-_RATES = {"experts": True, "dense": True, "grouped_experts": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +43,12 @@ class Gpu:
         reserved_bytes: CUDA context and kernels, not for tensors; 0 on device cpu.
         experts: by bytes of one number (2 and 4), an expert as the runtime computes it: gather, three GEMMs, activation,
             scatter.
-        dense: likewise the linear part of the attention module (projections, norms, rope, router), and the head.
+        dense: by bytes of one number, the linear part of the attention module (projections, norms, rope, router), and the head.
         memory_bytes_per_s: reads of its own memory; on device cpu, of host memory.
         h2d_bytes_per_s, d2h_bytes_per_s: pinned copies up and down, each alone.
-        h2d_duplex_bytes_per_s, d2h_duplex_bytes_per_s: the same while both run.
-        kv_load_bytes_per_s: scattered KV blocks of host memory, packed, copied up and placed in the staging buffer.
-        kv_store_bytes_per_s: new KV, copied down and scattered into blocks of host memory.
+        h2d_duplex_bytes_per_s, d2h_duplex_bytes_per_s: pinned copies up and down while both run.
+        kv_load_bytes_per_s: scattered KV pages of host memory, packed, copied up and placed in the staging buffer.
+        kv_store_bytes_per_s: new KV, copied down and scattered into pages of host memory.
         attention_bytes_per_s: decode attention over KV on the device.
         attention_flops_per_s: prefill attention.
         op_s: dispatch of one operation of the schedule.
@@ -49,28 +60,55 @@ class Gpu:
         UsageError: a value is of the wrong type or out of range; the sentence names it.
     """
 
-    name: str
-    memory_bytes: int
-    reserved_bytes: int
-    experts: Mapping[int, GemmRates]
-    dense: Mapping[int, GemmRates]
-    memory_bytes_per_s: float
-    h2d_bytes_per_s: float
-    d2h_bytes_per_s: float
-    h2d_duplex_bytes_per_s: float
-    d2h_duplex_bytes_per_s: float
-    kv_load_bytes_per_s: float
-    kv_store_bytes_per_s: float
-    attention_bytes_per_s: float
-    attention_flops_per_s: float
-    op_s: float
+    name: Text
+    memory_bytes: Size
+    reserved_bytes: Size
+    experts: AllRates
+    dense: AllRates
+    memory_bytes_per_s: Rate
+    h2d_bytes_per_s: Rate
+    d2h_bytes_per_s: Rate
+    h2d_duplex_bytes_per_s: Rate
+    d2h_duplex_bytes_per_s: Rate
+    kv_load_bytes_per_s: Rate
+    kv_store_bytes_per_s: Rate
+    attention_bytes_per_s: Rate
+    attention_flops_per_s: Rate
+    op_s: Cost
     h2d_curve: LinkCurve = ()
-    grouped_experts: Mapping[int, GemmRates] = field(default_factory=dict)
+    grouped_experts: SomeRates = field(default_factory=dict)
 
-    def __post_init__(self):
-        _check_fields(self, "of the GPU")
-        for name, complete in _RATES.items():
-            object.__setattr__(self, name, check_rates(f"{name} of the GPU", getattr(self, name), complete=complete))
+    def __post_init__(self) -> None:
+        check_fields(self, "of the GPU")
+
+
+def _check_gpus(name: str, value: Any) -> tuple[Gpu, ...]:
+    if not isinstance(value, (tuple, list)) or len(value) != 1 or not isinstance(value[0], Gpu):
+        raise UsageError(f"{name} is {value!r}; it must be a list of exactly one GPU.")
+    return tuple(value)
+
+
+def _read_gpus(where: str, values: Json) -> tuple[Gpu, ...]:
+    if not isinstance(values, list):
+        raise DataError('"gpus" must be a list.')
+    return tuple(build(Gpu, f"gpus[{index}]", each) for index, each in enumerate(values))
+
+
+def _check_sources(name: str, value: Any) -> dict[str, str]:
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{name} is {value!r}; it must map field names to sentences.")
+    for field_name, source in value.items():
+        if not isinstance(field_name, str) or not isinstance(source, str):
+            raise UsageError(f"the source of {field_name!r} is {source!r}; it must be a sentence.")
+    return dict(value)
+
+
+_GPUS = Rule(
+    check=_check_gpus,
+    read=_read_gpus,
+    schema={"type": "array", "minItems": 1, "maxItems": 1, "items": {"$ref": "#/$defs/gpu"}},
+)
+_SOURCES = Rule(check=_check_sources, schema={"type": "object", "additionalProperties": {"type": "string"}})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,17 +123,17 @@ class Hardware:
         host_memory_bytes: host memory that a run may take.
         host_bytes_per_s: DRAM, all readers together.
         disk_bytes: disk space that a run may take.
-        disk_read_bytes_per_s, disk_write_bytes_per_s: at the runtime's depth.
+        disk_read_bytes_per_s, disk_write_bytes_per_s: reads and writes of the disk, at the runtime's depth.
         h2d_core_s_per_byte: core-seconds that copying a weight byte takes from computing beside it, on device cpu; 0 is
             allowed, and what a device with copy engines has.
         disk_read_core_s_per_byte: core-seconds that reading a byte takes from computing beside it; 0 is allowed.
-        disk_write_core_s_per_byte: likewise for writing.
-        kv_block_read_s: the disk's seconds per read of KV, of one block or neighbours, beyond its bytes at
+        disk_write_core_s_per_byte: core-seconds that writing a byte takes from computing beside it; 0 is allowed.
+        kv_block_read_s: the disk's seconds per read of KV, of one page or neighbours, beyond its bytes at
             disk_read_bytes_per_s, at the depth of the KV lanes; 0 is allowed, here and below.
         kv_block_core_s: core-seconds per such read beyond those of its bytes.
-        kv_block_write_s: the disk's seconds per KV block written, beyond its bytes at disk_write_bytes_per_s.
+        kv_block_write_s: the disk's seconds per KV page written, beyond its bytes at disk_write_bytes_per_s.
         disk_latency_s: what a transfer to or from disk takes that somebody waits for, beyond its bytes.
-        disk_busy_latency_s: the same while weights are read at the full rate.
+        disk_busy_latency_s: what such a transfer takes while weights are read at the full rate.
         handoff_s: from one thread of the runtime to another: what an operation beside the compute lane takes at least.
         cpu_attention_bytes_per_s: decode attention over KV in host memory, all cores.
         cpu_attention_flops_per_s: prefill attention on the cores.
@@ -109,51 +147,40 @@ class Hardware:
         UsageError: a value is of the wrong type or out of range; the sentence names it.
     """
 
-    name: str
-    device: str
-    gpus: tuple[Gpu, ...]
-    cores: int
-    host_memory_bytes: int
-    host_bytes_per_s: float
-    disk_bytes: int
-    disk_read_bytes_per_s: float
-    disk_write_bytes_per_s: float
-    h2d_core_s_per_byte: float
-    disk_read_core_s_per_byte: float
-    disk_write_core_s_per_byte: float
-    kv_block_read_s: float
-    kv_block_core_s: float
-    kv_block_write_s: float
-    disk_latency_s: float
-    disk_busy_latency_s: float
-    handoff_s: float
-    cpu_attention_bytes_per_s: float
-    cpu_attention_flops_per_s: float
-    row_s: float
-    sweep_s: float
-    sources: Mapping[str, str] = field(default_factory=dict)
-    cpu_budget_bytes: int | None = None
+    name: Text
+    device: Annotated[str, one_of(*DEVICES)]
+    gpus: Annotated[tuple[Gpu, ...], _GPUS]
+    cores: Count
+    host_memory_bytes: Size
+    host_bytes_per_s: Rate
+    disk_bytes: Size
+    disk_read_bytes_per_s: Rate
+    disk_write_bytes_per_s: Rate
+    h2d_core_s_per_byte: Cost
+    disk_read_core_s_per_byte: Cost
+    disk_write_core_s_per_byte: Cost
+    kv_block_read_s: Cost
+    kv_block_core_s: Cost
+    kv_block_write_s: Cost
+    disk_latency_s: Cost
+    disk_busy_latency_s: Cost
+    handoff_s: Cost
+    cpu_attention_bytes_per_s: Rate
+    cpu_attention_flops_per_s: Rate
+    row_s: Cost
+    sweep_s: Cost
+    sources: Annotated[Mapping[str, str], _SOURCES] = field(default_factory=dict)
+    cpu_budget_bytes: Annotated[int | None, optional(whole(0))] = None
     disk_read_curve: LinkCurve = ()
 
-    def __post_init__(self):
-        if self.device not in DEVICES:
-            raise UsageError(f"device is {self.device!r}; it must be one of {', '.join(DEVICES)}.")
-        if not isinstance(self.gpus, (tuple, list)) or len(self.gpus) != 1 or not isinstance(self.gpus[0], Gpu):
-            raise UsageError(f"gpus is {self.gpus!r}; it must be a list of exactly one GPU.")
-        object.__setattr__(self, "gpus", tuple(self.gpus))
-        _check_fields(self, "of the machine")
+    def __post_init__(self) -> None:
+        check_fields(self, "of the machine")
         if self.cpu_budget_bytes is not None and self.device != "cpu":
             raise UsageError("cpu_budget_bytes is for device cpu; on device cuda lower host_memory_bytes instead.")
         if self.device == "cpu" and self.gpu.reserved_bytes:
             raise UsageError(
                 f"reserved_bytes is {self.gpu.reserved_bytes} on device cpu, which has no context; give 0."
             )
-        if not isinstance(self.sources, Mapping):
-            raise UsageError(f"sources is {self.sources!r}; it must map field names to sentences.")
-        for name, source in self.sources.items():
-            if not isinstance(name, str) or not isinstance(source, str):
-                raise UsageError(f"the source of {name!r} is {source!r}; it must be a sentence.")
-        object.__setattr__(self, "sources", dict(self.sources))
 
     @property
     def gpu(self) -> Gpu:
@@ -175,7 +202,7 @@ class Hardware:
             None if gib is None else int(Fraction(check_number(flag, gib, zero=True)) * GIB)
             for flag, gib in (("--gpu-mem", gpu_mem), ("--cpu-mem", cpu_mem), ("--nvme-mem", nvme_mem))
         )
-        changes = {}
+        changes: dict[str, Any] = {}
         if gpu_bytes is not None:
             changes["gpus"] = (replace(self.gpu, memory_bytes=gpu_bytes),)
         if cpu_bytes is not None:
@@ -211,11 +238,11 @@ class Hardware:
             "disk_bytes": self.disk_bytes,
         }
 
-    def to_json(self) -> dict:
-        """The content of the file as a dict of JSON values; `hardware.schema.json` describes it."""
+    def to_json(self) -> dict[str, Json]:
+        """The content of the file as a dict of JSON values; `hardware.schema.json` describes it (`cost_model.hardware.hardware_schema`)."""
         return {"kind": KIND, "schema_version": SCHEMA_VERSION, **listed(asdict(self))}
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file under its final name in one step.
 
         Raises:
@@ -224,7 +251,7 @@ class Hardware:
         write_json(path, self.to_json(), "the machine")
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Hardware":
+    def load(cls, path: str | os.PathLike[str]) -> "Hardware":
         """Reads and checks a hardware file.
 
         Raises:
@@ -235,7 +262,8 @@ class Hardware:
         document = read_json(path, "the hardware file")
         try:
             check_header(document, KIND, SCHEMA_VERSION, "a hardware file")
-            return _from_document(document)
+            values = {key: value for key, value in document.items() if key not in ("kind", "schema_version")}
+            return build(cls, "the file", values)
         except FlexMoEError as error:
             raise DataError(f"the hardware file {path} cannot be used: {error}") from error
 
@@ -256,40 +284,3 @@ class Hardware:
     def preset_names() -> tuple[str, ...]:
         """Names of the machines that ship with the package."""
         return tuple(sorted(path.stem for path in MACHINES.glob("*.json")))
-
-
-def _check_fields(values: Gpu | Hardware, of_what: str) -> None:
-    """Numbers by the unit in their name: sizes are whole, rates above 0, times and costs at least 0."""
-    for name in (each.name for each in fields(values)):
-        value = getattr(values, name)
-        if name == "name":
-            if not isinstance(value, str) or not value:
-                raise UsageError(f"the name {of_what} is {value!r}; it must be a text.")
-        elif name.endswith("_curve"):
-            object.__setattr__(values, name, check_curve(f"{name} {of_what}", value))
-        elif name == "cores" or name.endswith("_bytes"):
-            if name != "cpu_budget_bytes" or value is not None:
-                count = check_count(f"{name} {of_what}", value, minimum=int(name == "cores"))
-                object.__setattr__(values, name, count)
-        elif name.endswith(("_s", "_per_byte")):
-            zero = not name.endswith(("bytes_per_s", "flops_per_s"))
-            object.__setattr__(values, name, check_number(f"{name} {of_what}", value, zero=zero))
-
-
-def _from_document(document: Mapping) -> Hardware:
-    values = {key: value for key, value in document.items() if key not in ("kind", "schema_version")}
-    if not isinstance(values.get("gpus", []), list):
-        raise DataError('"gpus" must be a list.')
-    gpus = tuple(_gpu_from_json(f"gpus[{index}]", gpu) for index, gpu in enumerate(values.get("gpus", [])))
-    return build(Hardware, "the file", values | ({"gpus": gpus} if "gpus" in values else {}))
-
-
-def _gpu_from_json(where: str, values) -> Gpu:
-    if not isinstance(values, dict):
-        raise DataError(f"{where} must be a JSON object.")
-    curves = {
-        name: rates_from_json(f"{name} of {where}", values[name], complete=complete)
-        for name, complete in _RATES.items()
-        if name in values
-    }
-    return build(Gpu, where, values | curves)

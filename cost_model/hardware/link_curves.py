@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from itertools import pairwise
 from math import exp, log
+from typing import Annotated, Any
 
 from policies.common.checks import check_count, check_number
 from policies.common.errors import UsageError
+from policies.common.fields import Rule
 
 #: Pairs of bytes and bytes/s; empty where nothing was measured.
-LinkCurve = tuple[tuple[int, float], ...]
+Pairs = tuple[tuple[int, float], ...]
 #: Of a link's best rate, what a transfer may fall short of it and still be called efficient.
 _SHORT = 0.05
 
 
-def check_curve(name: str, value) -> LinkCurve:
+def _check_curve(name: str, value: Any) -> Pairs:
     """A curve as tuples.
 
     Raises:
@@ -31,7 +33,26 @@ def check_curve(name: str, value) -> LinkCurve:
     return curve
 
 
-def efficient_bytes(curve: LinkCurve) -> float:
+LinkCurve = Annotated[
+    Pairs,
+    Rule(
+        check=_check_curve,
+        name="link_curve",
+        schema={
+            "description": "Pairs of bytes, rising, and bytes per second.",
+            "type": "array",
+            "items": {
+                "type": "array",
+                "prefixItems": [{"type": "integer", "minimum": 1}, {"type": "number", "exclusiveMinimum": 0}],
+                "minItems": 2,
+                "maxItems": 2,
+            },
+        },
+    ),
+]
+
+
+def efficient_bytes(curve: Pairs) -> float:
     """The smallest transfer that reaches the best rate of a curve within 5 %; between two sizes the rate is linear in the
     logarithm of the size.
 

@@ -1,4 +1,4 @@
-"""Counts that follow from model, policy and workload: units, KV blocks, rows and tokens. The runtime allocates by them.
+"""Counts that follow from model, policy and workload: units, KV pages, rows and tokens. The runtime allocates by them.
 
 The policy's shares are turned into whole numbers here, once, by `policies.placement`; `cost_model.memory.memory_plan`
 and `cost_model.timing.op_costs` turn the numbers into bytes and seconds.
@@ -11,54 +11,54 @@ from functools import lru_cache
 from math import ceil
 
 from cost_model.model.arch import ModelArch
-from cost_model.model.weight_units import experts_of, unit_slack_bytes
+from cost_model.model.weight_units import expert_units, unit_slack_bytes, units_of
 from policies.common.errors import InfeasibleError, UsageError
-from policies.placement import Placement, Residency, place_batches, place_blocks
+from policies.common.memory_units import GIB, SYSTEM_PAGE_BYTES
+from policies.placement import Placement, Residency, place_batches, place_pieces
 from policies.policy import Policy, Workload
 
-BLOCK_TOKENS = 16
-LOOK_AHEAD_BYTES = 1 << 30
-#: Slots that go on streaming attention, dense layers and the head while experts come on demand.
+PAGE_TOKENS = 16
+LOOK_AHEAD_BYTES = GIB
+#: Slots that stream attention, dense layers and the head in on-demand mode.
 KEPT_SLOTS = 2
-_PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
+class Allocation:
     """Counts for one run.
 
     Attributes:
         placement: tier of every weight unit.
         activation_tiers: tier of each GPU batch's hidden states.
-        kv_blocks: KV blocks per tier (each of all layers).
+        kv_pages: KV pages per tier (each of all layers).
         tails: rows that the disk tier holds at once.
         max_tokens: most tokens of a sweep.
         batch_tokens: most tokens of a GPU batch in a sweep.
         slots: weight slots on the compute device.
         staging_slots: host slots that disk units pass through on CUDA.
-        fetch_blocks: blocks of one layer that a GPU batch may bring to the device (0: none ever are).
-        write_blocks: disk-tier blocks that the runs of a GPU batch may touch.
-        stretch_tokens: tokens of KV that lie side by side on disk on average: a prompt, and each block that it grew by.
+        fetch_pages: pages of one layer that a GPU batch may bring to the device (0: none ever are).
+        write_pages: disk-tier pages that the runs of a GPU batch may touch.
+        stretch_tokens: tokens of KV that lie side by side on disk on average: a prompt, and each page that it grew by.
         cache_experts: experts that device memory beyond the slots holds (`cost_model.routing.on_demand`).
         recompute_past: length beyond which a row's KV is computed anew; None: never.
     """
 
     placement: Placement
     activation_tiers: tuple[str, ...]
-    kv_blocks: dict[str, int]
+    kv_pages: dict[str, int]
     tails: int
     max_tokens: int
     batch_tokens: int
     slots: int
     staging_slots: int
-    fetch_blocks: int
-    write_blocks: int
+    fetch_pages: int
+    write_pages: int
     stretch_tokens: float
     recompute_past: int | None = None
     cache_experts: int = 0
 
 
-def sizes(
+def allocate(
     arch: ModelArch,
     policy: Policy,
     workload: Workload,
@@ -66,7 +66,7 @@ def sizes(
     device: str,
     kv_tokens: int | None = None,
     longest_row: int = 0,
-) -> Sizes:
+) -> Allocation:
     """Counts for running ``policy`` on a device type (``cpu`` or ``cuda``).
 
     Args:
@@ -77,32 +77,32 @@ def sizes(
     arch = arch.grouped(policy.experts_per_unit)
     placement = residency(arch, policy.expert_order).place(policy.w_gpu_percent, policy.w_cpu_percent)
     longest = longest_row or workload.longest_row
-    together = ceil((workload.prompt_len + workload.gen_len) / BLOCK_TOKENS) if policy.schedule == "static" else 1
-    blocks = kv_blocks_per_tier(policy, kv_tokens or kv_tokens_wanted(policy, workload), longest, together)
-    row_blocks = ceil(longest_row / BLOCK_TOKENS) if longest_row else max(blocks.values())
+    together = ceil((workload.prompt_len + workload.gen_len) / PAGE_TOKENS) if policy.schedule == "static" else 1
+    pages = kv_pages_per_tier(policy, kv_tokens or kv_tokens_wanted(policy, workload), longest, together)
+    row_pages = ceil(longest_row / PAGE_TOKENS) if longest_row else max(pages.values())
     batch_tokens = policy.prefill_tokens + policy.gpu_batch_size
-    fetches = blocks["disk"] > 0 or (blocks["cpu"] > 0 and policy.cpu_attention_percent < 100)
-    reachable = min(policy.gpu_batch_size * row_blocks, blocks["cpu"] + blocks["disk"])
+    fetches = pages["disk"] > 0 or (pages["cpu"] > 0 and policy.cpu_attention_percent < 100)
+    reachable = min(policy.gpu_batch_size * row_pages, pages["cpu"] + pages["disk"])
     disk_share = 1 - (policy.cache_gpu_percent + policy.cache_cpu_percent) / 100
-    tails = min(policy.block_size, max(1, ceil(policy.block_size * disk_share))) if blocks["disk"] else 0
+    tails = min(policy.block_size, max(1, ceil(policy.block_size * disk_share))) if pages["disk"] else 0
     ahead = _look_ahead(arch, placement)
     slots = min(4, ahead) if device == "cuda" else ahead
     if policy.weight_slots is not None:
         slots = min(policy.weight_slots, placement.count_of("cpu") + placement.count_of("disk"))
     on_disk = placement.count_of("disk")
-    return Sizes(
+    return Allocation(
         placement=placement,
         activation_tiers=place_batches(policy.num_gpu_batches, policy.act_gpu_percent, policy.act_cpu_percent),
-        kv_blocks=blocks,
+        kv_pages=pages,
         tails=tails,
         max_tokens=policy.prefill_tokens + policy.block_size,
         batch_tokens=batch_tokens,
         slots=slots,
         staging_slots=min(on_disk, ahead) if policy.pin_weight else ahead,
-        # A run's own tokens may open one block more than its past fills.
-        fetch_blocks=reachable + policy.gpu_batch_size if fetches else 0,
-        write_blocks=ceil(batch_tokens / BLOCK_TOKENS) + 2 * policy.gpu_batch_size if blocks["disk"] else 0,
-        stretch_tokens=(workload.prompt_len + workload.gen_len / 2) / (1 + workload.gen_len / (2 * BLOCK_TOKENS)),
+        # A run's own tokens may open one page more than its past fills.
+        fetch_pages=reachable + policy.gpu_batch_size if fetches else 0,
+        write_pages=ceil(batch_tokens / PAGE_TOKENS) + 2 * policy.gpu_batch_size if pages["disk"] else 0,
+        stretch_tokens=(workload.prompt_len + workload.gen_len / 2) / (1 + workload.gen_len / (2 * PAGE_TOKENS)),
         recompute_past=arch.rope_switch,
     )
 
@@ -118,7 +118,7 @@ def residency(arch: ModelArch, expert_order: tuple[tuple[int, ...], ...] | None 
         InfeasibleError: the order is of another model, or of other units of experts.
     """
     try:
-        return Residency(arch.units(), expert_order)
+        return Residency(units_of(arch), expert_order)
     except UsageError as error:
         raise InfeasibleError(f"the policy was made for another model or other units of experts: {error}") from error
 
@@ -130,25 +130,25 @@ def kv_tokens_wanted(policy: Policy, workload: Workload) -> int:
     """
     s, n = workload.prompt_len, workload.gen_len
     if policy.schedule == "static":
-        return policy.block_size * ceil((s + n) / BLOCK_TOKENS) * BLOCK_TOKENS
-    return policy.block_size * (s + ceil((n + BLOCK_TOKENS) / 2))
+        return policy.block_size * ceil((s + n) / PAGE_TOKENS) * PAGE_TOKENS
+    return policy.block_size * (s + ceil((n + PAGE_TOKENS) / 2))
 
 
-def kv_blocks_per_tier(policy: Policy, kv_tokens: int, longest_row: int, together: int = 1) -> dict[str, int]:
-    """KV blocks per tier, the policy's shares rounded once; a row of ``longest_row`` tokens fits the largest tier.
+def kv_pages_per_tier(policy: Policy, kv_tokens: int, longest_row: int, together: int = 1) -> dict[str, int]:
+    """KV pages per tier, the policy's shares rounded once; a row of ``longest_row`` tokens fits the largest tier.
 
     Args:
         kv_tokens: capacity over all tiers; so many fit at least.
-        together: blocks that go to a tier together: those of a mean row where all rows of a block grow at once, so that no
+        together: pages that go to a tier together: those of a mean row where all rows of a block grow at once, so that no
             tier is left with the room of a part of a row.
     """
-    pieces = max(1, ceil(kv_tokens / (BLOCK_TOKENS * together)))
+    pieces = max(1, ceil(kv_tokens / (PAGE_TOKENS * together)))
     shares = policy.cache_gpu_percent, policy.cache_cpu_percent
-    needed = ceil(longest_row / (BLOCK_TOKENS * together))
-    placed = place_blocks(pieces, *shares)
+    needed = ceil(longest_row / (PAGE_TOKENS * together))
+    placed = place_pieces(pieces, *shares)
     while max(placed.values()) < needed:
         pieces += needed - max(placed.values())
-        placed = place_blocks(pieces, *shares)
+        placed = place_pieces(pieces, *shares)
     return {tier: count * together for tier, count in placed.items()}
 
 
@@ -161,17 +161,17 @@ def slot_bytes(arch: ModelArch, placement: Placement) -> int:
 @lru_cache(maxsize=16)
 def single_expert_bytes(arch: ModelArch) -> float:
     """Stored bytes of one expert of a sparse layer, as `units` have it."""
-    unit = next(unit for unit in arch.units() if unit.kind == "expert" and not arch.is_dense(unit.layer))
-    return unit.stored_bytes / len(experts_of(unit.name))
+    unit = next(unit for unit in units_of(arch) if unit.kind == "expert" and not arch.is_dense(unit.layer))
+    return unit.stored_bytes / len(unit.id.experts)
 
 
 @lru_cache(maxsize=16)
 def entry_bytes(arch: ModelArch) -> int:
     """Room that a single expert takes where experts come on demand."""
-    return ceil((single_expert_bytes(arch) + unit_slack_bytes(arch.grouped(1))) / _PAGE_BYTES) * _PAGE_BYTES
+    return ceil((single_expert_bytes(arch) + unit_slack_bytes(arch.grouped(1))) / SYSTEM_PAGE_BYTES) * SYSTEM_PAGE_BYTES
 
 
 def _look_ahead(arch: ModelArch, placement: Placement) -> int:
     streamed = placement.count_of("cpu") + placement.count_of("disk")
-    wanted = min(arch.expert_units + 2, LOOK_AHEAD_BYTES // max(1, slot_bytes(arch, placement)))
+    wanted = min(expert_units(arch) + 2, LOOK_AHEAD_BYTES // max(1, slot_bytes(arch, placement)))
     return min(streamed, max(4, wanted))

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
-from cost_model.memory.allocation import BLOCK_TOKENS, Sizes, entry_bytes, slot_bytes
+from cost_model.memory.allocation import PAGE_TOKENS, Allocation, entry_bytes, slot_bytes
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import unit_slack_bytes
 from policies.common.errors import InfeasibleError
+from policies.common.memory_units import GIB, SYSTEM_PAGE_BYTES
 from policies.placement import TIERS
 from policies.policy import Policy
 
-PAGE_BYTES = 4096
 #: Host buffers that the runtime makes beside those of hidden states; each takes whole pages, an empty one too.
 HOST_BUFFERS = 24
 #: Tokens of one expert that are computed at once: bounds the workspace, and keeps it in cache on the CPU.
@@ -24,6 +24,13 @@ EXPERT_CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}
 LOADS_IN_FLIGHT = 4
 #: Bytes per vocabulary entry that the choice of one token takes at most: `flexmoe.sampling.sampler` takes 48, rounded up.
 SAMPLED_ROW_BYTES = 64
+#: What to change where a budget is too small.
+REMEDY = {
+    "gpu": "raise --gpu-mem, or lower the GPU percents, --gpu-batch-size or --prefill-tokens",
+    "cpu": "raise --cpu-mem, or lower the CPU percents or the block size",
+    "gpu+cpu": "on device cpu both tiers are RAM: lower the GPU and CPU percents, or the block size",
+    "disk": "raise --nvme-mem, or lower the disk shares",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +43,7 @@ class MemoryPlan:
         """Bytes of a tier."""
         return sum(self.parts[tier].values())
 
-    def check(self, budgets: Mapping[str, int | None], remedy: Mapping[str, str]) -> None:
+    def check(self, budgets: Mapping[str, int | None], remedy: Mapping[str, str] = REMEDY) -> None:
         """Refuse a plan that is larger than a budget.
 
         Args:
@@ -55,79 +62,87 @@ class MemoryPlan:
                 items = {f"{t} {item}": size for t in tiers for item, size in self.parts[t].items()}
                 largest = max(items, key=items.__getitem__)
                 raise InfeasibleError(
-                    f"the {name} memory needs {need / 2**30:.3f} GiB but has {budget / 2**30:.3f} GiB: "
+                    f"the {name} memory needs {need / GIB:.3f} GiB but has {budget / GIB:.3f} GiB: "
                     f"{need - budget} bytes are missing; the largest item is {largest} with "
-                    f"{items[largest] / 2**30:.3f} GiB; {remedy[name]}"
+                    f"{items[largest] / GIB:.3f} GiB; {remedy[name]}"
                 )
 
 
-def plan_memory(arch: ModelArch, policy: Policy, counts: Sizes, *, device: str, compute_bytes: int) -> MemoryPlan:
+def plan_memory(
+    arch: ModelArch, policy: Policy, allocation: Allocation, *, device: str, compute_bytes: int
+) -> MemoryPlan:
     """Bytes that each tier holds at its peak.
 
     Args:
-        counts: from `sizes`.
+        allocation: from `allocate`.
         device: ``cpu`` or ``cuda``.
         compute_bytes: bytes of one number in the compute dtype.
     """
     arch = arch.grouped(policy.experts_per_unit)
-    weights = _weight_bytes(arch, counts, device, compute_bytes, policy)
-    kv = _kv_bytes(arch, counts, device, compute_bytes, policy)
-    act = _activation_bytes(arch, policy, counts, device, compute_bytes)
+    weights = _weight_bytes(arch, allocation, device, compute_bytes, policy)
+    kv = _kv_bytes(arch, allocation, device, compute_bytes, policy)
+    act = _activation_bytes(arch, policy, allocation, device, compute_bytes)
     parts = {tier: {**weights[tier], **kv[tier], **act[tier]} for tier in TIERS}
     return MemoryPlan(parts={t: {k: v for k, v in items.items() if v} for t, items in parts.items()})
 
 
-def _weight_bytes(arch: ModelArch, counts: Sizes, device: str, b: int, policy: Policy) -> dict[str, dict[str, int]]:
-    at = counts.placement
+def _weight_bytes(
+    arch: ModelArch, allocation: Allocation, device: str, b: int, policy: Policy
+) -> dict[str, dict[str, int]]:
+    at = allocation.placement
     slot, slack = slot_bytes(arch, at), unit_slack_bytes(arch)
     gpu = at.bytes_of("gpu") // arch.dtype_bytes * b + at.count_of("gpu") * slack
     cast = slot // arch.dtype_bytes * b if slot and b != arch.dtype_bytes else 0
     cpu = at.bytes_of("cpu") + at.count_of("cpu") * slack
-    staging = counts.staging_slots * slot if device == "cuda" else 0
+    staging = allocation.staging_slots * slot if device == "cuda" else 0
     largest = max(at.residency.largest_streamed_bytes(0), arch.embed_params * arch.dtype_bytes)
     loading = min(LOADS_IN_FLIGHT, at.count_of("gpu")) * (largest + slack)
-    rows = counts.max_tokens * arch.hidden * arch.dtype_bytes if not at.count_of("gpu", "embed") else 0
+    rows = allocation.max_tokens * arch.hidden * arch.dtype_bytes if not at.count_of("gpu", "embed") else 0
     return {
         "gpu": {
             "weights": gpu,
-            "slots": counts.slots * slot,
+            "slots": allocation.slots * slot,
             "cast": cast,
-            "expert cache": counts.cache_experts * entry_bytes(arch) if counts.cache_experts else 0,
+            "expert cache": allocation.cache_experts * entry_bytes(arch) if allocation.cache_experts else 0,
         },
         "cpu": {"weights": cpu, "staging slots": staging, "load buffers": loading, "embedding rows": rows},
-        "disk": {"weights": counts.placement.bytes_per_tier["disk"]},
+        "disk": {"weights": allocation.placement.bytes_per_tier["disk"]},
     }
 
 
-def _kv_bytes(arch: ModelArch, counts: Sizes, device: str, b: int, policy: Policy) -> dict[str, dict[str, int]]:
-    block = arch.kv_bytes_per_token_layer(b) * BLOCK_TOKENS
-    staging = 2 * counts.fetch_blocks * block
-    on_disk = counts.kv_blocks["disk"] > 0
+def _kv_bytes(
+    arch: ModelArch, allocation: Allocation, device: str, b: int, policy: Policy
+) -> dict[str, dict[str, int]]:
+    page = arch.kv_bytes_per_token_layer(b) * PAGE_TOKENS
+    staging = 2 * allocation.fetch_pages * page
+    on_disk = allocation.kv_pages["disk"] > 0
     down = landing = gathered = 0
     if device == "cuda":
         query = arch.num_heads * arch.head_dim * b
-        down = 2 * counts.batch_tokens * (arch.kv_bytes_per_token_layer(b) + 2 * query)
-        landing = counts.fetch_blocks * block // 2  # K, then V
-        gathered = _gathered_blocks(policy, counts) * block
+        down = 2 * allocation.batch_tokens * (arch.kv_bytes_per_token_layer(b) + 2 * query)
+        landing = allocation.fetch_pages * page // 2  # K, then V
+        gathered = _gathered_pages(policy, allocation) * page
     return {
         "gpu": {
-            "kv": counts.kv_blocks["gpu"] * block * arch.num_layers,
+            "kv": allocation.kv_pages["gpu"] * page * arch.num_layers,
             "kv staging": staging + landing,
             "kv gathered": gathered,
         },
         "cpu": {
-            "kv": counts.kv_blocks["cpu"] * block * arch.num_layers,
-            "kv tails": counts.tails * block * arch.num_layers,
-            "kv buffers": staging + (2 * (counts.fetch_blocks + counts.write_blocks) * block if on_disk else 0) + down,
+            "kv": allocation.kv_pages["cpu"] * page * arch.num_layers,
+            "kv tails": allocation.tails * page * arch.num_layers,
+            "kv buffers": staging
+            + (2 * (allocation.fetch_pages + allocation.write_pages) * page if on_disk else 0)
+            + down,
         },
-        "disk": {"kv": counts.kv_blocks["disk"] * block * arch.num_layers},
+        "disk": {"kv": allocation.kv_pages["disk"] * page * arch.num_layers},
     }
 
 
-def _gathered_blocks(policy: Policy, counts: Sizes) -> int:
-    """Blocks of one layer that attention on the GPU pads to rows of like length (`flexmoe.kernels.paged_attention`) and holds at once."""
+def _gathered_pages(policy: Policy, allocation: Allocation) -> int:
+    """Pages of one layer that attention on the GPU pads to rows of like length (`flexmoe.kernels.paged_attention`) and holds at once."""
     rows = policy.gpu_batch_size
-    attended = max(counts.fetch_blocks, counts.kv_blocks["gpu"])
+    attended = max(allocation.fetch_pages, allocation.kv_pages["gpu"])
     return ceil(1.25 * attended) + 3 * rows if attended else 0
 
 
@@ -137,9 +152,11 @@ def sampling_bytes(arch: ModelArch, policy: Policy) -> int:
     return arch.vocab_size * max(4 * policy.block_size, SAMPLED_ROW_BYTES)
 
 
-def _activation_bytes(arch: ModelArch, policy: Policy, counts: Sizes, device: str, b: int) -> dict[str, dict[str, int]]:
-    tokens, batch, hidden = counts.max_tokens, counts.batch_tokens, arch.hidden
-    tiers = counts.activation_tiers
+def _activation_bytes(
+    arch: ModelArch, policy: Policy, allocation: Allocation, device: str, b: int
+) -> dict[str, dict[str, int]]:
+    tokens, batch, hidden = allocation.max_tokens, allocation.batch_tokens, arch.hidden
+    tiers = allocation.activation_tiers
     home = batch * hidden * b
     away = len(tiers) - tiers.count("gpu")
     heads, kv_heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
@@ -153,7 +170,7 @@ def _activation_bytes(arch: ModelArch, policy: Policy, counts: Sizes, device: st
         "gpu": {"activations": resident, "workspace": block + max(attention, expert, logits)},
         "cpu": {
             "activations": tiers.count("cpu") * home + (2 * home if "disk" in tiers else 0),
-            "page rounding": (HOST_BUFFERS + len(tiers)) * PAGE_BYTES,
+            "page rounding": (HOST_BUFFERS + len(tiers)) * SYSTEM_PAGE_BYTES,
         },
-        "disk": {"activations": tiers.count("disk") * (home + PAGE_BYTES)},
+        "disk": {"activations": tiers.count("disk") * (home + SYSTEM_PAGE_BYTES)},
     }

@@ -1,15 +1,14 @@
-"""The shape of a model from its `config.json`: bytes and FLOPs per unit, KV bytes per token. No hardware, no torch."""
+"""The shape of a model from its `config.json`: weights and FLOPs per module, KV bytes per token. No hardware, no torch."""
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cost_model.model.families import check_model_type, shape_fields
 from cost_model.model.known_shapes import known_config, read_config
-from cost_model.model.weight_units import all_units, experts_per_unit, head_chunks
 from policies.common.errors import DataError
-from policies.placement import Unit
 
 _COUNTS = (
     "num_layers", "hidden", "ffn", "num_experts", "top_k", "num_heads", "num_kv_heads", "head_dim",
@@ -42,7 +41,7 @@ class ModelArch:
         dense_ffn: its width; 0 where there is none.
         rope_switch: longest row that the rotary embedding turns by its first set of factors; a row that grows past it is
             computed anew with the second. None: one set for all.
-        group: consecutive experts of a layer that make up a unit; None: as `units.experts_per_unit` has it.
+        group: consecutive experts of a layer that are moved as one; None: as `weight_units.experts_per_unit` has it.
 
     Raises:
         DataError: a value is out of range, or two contradict each other; the sentence names the field.
@@ -74,7 +73,7 @@ class ModelArch:
     rope_switch: int | None = None
     group: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_model_type(self.model_type)
         optional = [field for field in ("sliding_window", "rope_switch", "group") if getattr(self, field) is not None]
         for field in (*_COUNTS, *optional, *(["dense_ffn"] if self.dense_layers else [])):
@@ -101,7 +100,7 @@ class ModelArch:
             raise DataError(f"dense_ffn is {self.dense_ffn}, but no layer is dense.")
 
     @classmethod
-    def from_config(cls, config: Mapping, name: str = "") -> "ModelArch":
+    def from_config(cls, config: Mapping[str, Any], name: str = "") -> "ModelArch":
         """The shape from a parsed `config.json`.
 
         Raises:
@@ -110,7 +109,7 @@ class ModelArch:
         return cls(name=name, **shape_fields(config))
 
     @classmethod
-    def from_dir(cls, path: str | os.PathLike) -> "ModelArch":
+    def from_dir(cls, path: str | os.PathLike[str]) -> "ModelArch":
         """The shape from `config.json` in a checkpoint directory.
 
         Raises:
@@ -177,7 +176,7 @@ class ModelArch:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all weights at rest; for tied models less than the sum over `units`."""
+        """Bytes of all weights at rest; for tied models less than the sum over `weight_units.units_of`."""
         return self.parameters * self.dtype_bytes
 
     @property
@@ -189,6 +188,10 @@ class ModelArch:
     def expert_bytes(self) -> int:
         """Stored bytes of one expert."""
         return self.expert_params * self.dtype_bytes
+
+    def unit_bytes(self, params: int) -> int:
+        """Stored bytes of an attention or expert unit of so many weights."""
+        return params * self.dtype_bytes
 
     @property
     def flops_per_token(self) -> int:
@@ -212,22 +215,6 @@ class ModelArch:
         """This shape with units of so many experts; None leaves it as it is."""
         return self if group is None else replace(self, group=group)
 
-    @property
-    def experts_per_unit(self) -> int:
-        """Consecutive experts of a layer that are placed and moved as one."""
-        group = self.group or experts_per_unit(self.expert_bytes, self.num_experts)
-        return min(group, self.num_experts)
-
-    @property
-    def expert_units(self) -> int:
-        """Units of experts of a sparse layer."""
-        return -(-self.num_experts // self.experts_per_unit)
-
-    def expert_groups_in(self, layer: int) -> list[range]:
-        """The experts of each unit of a layer; the last one may be smaller."""
-        count = self.experts_in(layer)
-        return [range(at, min(at + self.experts_per_unit, count)) for at in range(0, count, self.experts_per_unit)]
-
     def top_k_in(self, layer: int) -> int:
         """How many of them a token passes."""
         return 1 if self.is_dense(layer) else self.top_k
@@ -240,17 +227,9 @@ class ModelArch:
         """Weights of each of them."""
         return self.dense_params if self.is_dense(layer) else self.expert_params
 
-    def expert_bytes_in(self, layer: int) -> int:
-        """Stored bytes of each of them."""
-        return self.expert_params_in(layer) * self.dtype_bytes
-
     def attention_params_in(self, layer: int) -> int:
         """Weights of a layer's attention unit; a dense layer has no router."""
         return self.attention_params - (self.router_params if self.is_dense(layer) else 0)
-
-    def attention_bytes_in(self, layer: int) -> int:
-        """Stored bytes of a layer's attention unit."""
-        return self.attention_params_in(layer) * self.dtype_bytes
 
     def kv_bytes_per_token_layer(self, dtype_bytes: int = 2) -> int:
         """Bytes of K and V that one token keeps in one layer."""
@@ -262,10 +241,11 @@ class ModelArch:
 
     def expected_experts_touched(self, tokens: float) -> float:
         """Experts of a sparse layer that `tokens` tokens reach under uniform routing: E·(1 − (1 − k/E)^T)."""
-        return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** tokens)
+        missed: float = (1 - self.top_k / self.num_experts) ** tokens
+        return self.num_experts * (1 - missed)
 
     def fingerprint(self) -> dict[str, str | int | list[int]]:
-        """What must agree between the model of a policy and the model at hand; what a model lacks is left out."""
+        """What must agree between the model of a policy and the given model; what a model lacks is left out."""
         fields = (
             "model_type", "hidden", "num_layers", "num_experts", "top_k", "num_heads", "num_kv_heads", "head_dim",
             "ffn", "vocab_size",
@@ -280,21 +260,3 @@ class ModelArch:
     def head_row_params(self) -> int:
         """Weights of one row of the head, with its bias."""
         return self.hidden + (1 if self.head_bias else 0)
-
-    @property
-    def num_head_chunks(self) -> int:
-        """Pieces that the head is cut into (`units.head_chunks`)."""
-        return head_chunks(self)
-
-    def head_rows(self, index: int) -> tuple[int, int]:
-        """(start, stop) of the vocabulary rows in head chunk `index`; chunks differ by at most one row."""
-        chunks = self.num_head_chunks
-        return index * self.vocab_size // chunks, (index + 1) * self.vocab_size // chunks
-
-    def units(self) -> tuple[Unit, ...]:
-        """All units in schedule order, with their stored bytes; made once per shape.
-
-        A tied model's head chunks refer to the embedding table again: as units they are placed and moved on their own,
-        so the sum over units counts the table twice, while `parameters` and `total_bytes` count it once.
-        """
-        return all_units(self)

@@ -12,10 +12,13 @@ from typing import Any
 from policies.common.errors import DataError
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_REQUIRED = object()
+#: What transformers takes where a Qwen3 config says nothing of the window.
+_QWEN_WINDOW = 4096
+
+Config = Mapping[str, Any]
 
 
-def shape_fields(config: Mapping) -> dict[str, Any]:
+def shape_fields(config: Config) -> dict[str, Any]:
     """The fields of `ModelArch`, all but its name, from a parsed `config.json`.
 
     Sizes must be there; optional fields take the defaults of transformers, and without a dtype it is float32.
@@ -42,11 +45,11 @@ def check_model_type(model_type: Any) -> None:
         raise DataError(f"model_type {model_type!r} is not supported; supported families: {supported}.")
 
 
-def _mixtral(config: Mapping) -> dict[str, Any]:
+def _mixtral(config: Config) -> dict[str, Any]:
     return _decoder(config, num_kv_heads=8, norm_eps=1e-5, rope_theta=1e6) | _uniform_experts(config)
 
 
-def _phimoe(config: Mapping) -> dict[str, Any]:
+def _phimoe(config: Config) -> dict[str, Any]:
     """Phi-3.5-MoE norms with LayerNorm; beyond its original context the rotary embedding is rescaled (LongRoPE)."""
     fields = _decoder(config, num_kv_heads=8, norm_eps=1e-5, rope_theta=1e6, rope_types=("default", "longrope"))
     return fields | {
@@ -58,16 +61,15 @@ def _phimoe(config: Mapping) -> dict[str, Any]:
     }
 
 
-def _qwen3_moe(config: Mapping) -> dict[str, Any]:
+def _qwen3_moe(config: Config) -> dict[str, Any]:
     """Qwen3 may mix dense layers in; `intermediate_size` is theirs alone, and names no weight where there are none."""
     fields = _decoder(config, num_kv_heads=4, norm_eps=1e-6, rope_theta=1e4)
     _flag(config, "norm_topk_prob")  # scales routing weights, no bytes and no FLOPs
     dense_layers = _dense_layers(config, fields["num_layers"])
-    window = 4096 if "sliding_window" not in config else None
     return fields | {
         "ffn": _count(config, "moe_intermediate_size"),
         "num_experts": _same_count(config, "num_experts", "num_local_experts"),
-        "sliding_window": _count(config, "sliding_window", window) if _flag(config, "use_sliding_window") else None,
+        "sliding_window": _qwen_window(config) if _flag(config, "use_sliding_window") else None,
         "attention_bias": _flag(config, "attention_bias"),
         "qk_norm": True,
         "dense_layers": dense_layers,
@@ -75,15 +77,19 @@ def _qwen3_moe(config: Mapping) -> dict[str, Any]:
     }
 
 
+def _qwen_window(config: Config) -> int | None:
+    return _optional_count(config, "sliding_window") if "sliding_window" in config else _QWEN_WINDOW
+
+
 #: A new family is one function and one entry here.
-FAMILIES: Mapping[str, Callable[[Mapping], dict[str, Any]]] = MappingProxyType(
+FAMILIES: Mapping[str, Callable[[Config], dict[str, Any]]] = MappingProxyType(
     {"mixtral": _mixtral, "phimoe": _phimoe, "qwen3_moe": _qwen3_moe}
 )
 SUPPORTED_MODEL_TYPES = tuple(FAMILIES)
 
 
 def _decoder(
-    config: Mapping,
+    config: Config,
     *,
     num_kv_heads: int,
     norm_eps: float,
@@ -93,7 +99,7 @@ def _decoder(
     """What all families spell alike; the keywords are the defaults of the family."""
     hidden = _count(config, "hidden_size")
     num_heads = _count(config, "num_attention_heads")
-    head_dim = _count(config, "head_dim", default=None)
+    head_dim = _optional_count(config, "head_dim")
     if head_dim is None and hidden % num_heads:
         raise DataError(f"the config lacks head_dim, and hidden_size {hidden} is no multiple of {num_heads} heads.")
     if "num_key_value_heads" in config:  # null: as many as query heads
@@ -115,16 +121,16 @@ def _decoder(
     }
 
 
-def _uniform_experts(config: Mapping) -> dict[str, Any]:
+def _uniform_experts(config: Config) -> dict[str, Any]:
     """As Mixtral spells them: every layer has experts, and every layer attends through the same window."""
     return {
         "ffn": _count(config, "intermediate_size"),
         "num_experts": _count(config, "num_local_experts"),
-        "sliding_window": _count(config, "sliding_window", default=None),
+        "sliding_window": _optional_count(config, "sliding_window"),
     }
 
 
-def _dense_layers(config: Mapping, num_layers: int) -> tuple[int, ...]:
+def _dense_layers(config: Config, num_layers: int) -> tuple[int, ...]:
     """Layers without experts: those listed, and of each `decoder_sparse_step` layers all but the last."""
     step = _count(config, "decoder_sparse_step", default=1)
     listed = [] if config.get("mlp_only_layers") is None else config["mlp_only_layers"]
@@ -135,19 +141,22 @@ def _dense_layers(config: Mapping, num_layers: int) -> tuple[int, ...]:
     return tuple(layer for layer in range(num_layers) if layer in listed or (layer + 1) % step)
 
 
-def _count(config: Mapping, field: str, default=_REQUIRED) -> int | None:
+def _count(config: Config, field: str, default: int | None = None) -> int:
     """A whole number of at least 1; a missing or null field gives the default where there is one."""
-    value = config.get(field)
+    value = default if config.get(field) is None else config[field]
     if value is None:
-        if default is _REQUIRED:
-            raise DataError(f"the config lacks {field}.")
-        return default
+        raise DataError(f"the config lacks {field}.")
     if type(value) is not int or value < 1:
         raise DataError(f"{field} in the config is {value!r}; it must be a whole number of at least 1.")
     return value
 
 
-def _same_count(config: Mapping, *fields: str) -> int:
+def _optional_count(config: Config, field: str) -> int | None:
+    """The same, or None where the field is missing or null."""
+    return None if config.get(field) is None else _count(config, field)
+
+
+def _same_count(config: Config, *fields: str) -> int:
     """One number under any of several names; the first is the usual one."""
     given = {field: _count(config, field) for field in fields if config.get(field) is not None}
     if len(set(given.values())) > 1:
@@ -156,7 +165,7 @@ def _same_count(config: Mapping, *fields: str) -> int:
     return next(iter(given.values())) if given else _count(config, fields[0])
 
 
-def _positive(config: Mapping, field: str, default: float) -> float:
+def _positive(config: Config, field: str, default: float) -> float:
     value = config.get(field)
     if value is None:
         return default
@@ -165,7 +174,7 @@ def _positive(config: Mapping, field: str, default: float) -> float:
     return float(value)
 
 
-def _flag(config: Mapping, field: str) -> bool:
+def _flag(config: Config, field: str) -> bool:
     """A missing or null flag is false, as in transformers for all that are read here."""
     value = config.get(field)
     if value is None:
@@ -175,7 +184,7 @@ def _flag(config: Mapping, field: str) -> bool:
     return value
 
 
-def _dtype_bytes(config: Mapping) -> int:
+def _dtype_bytes(config: Config) -> int:
     field = "dtype" if config.get("dtype") is not None else "torch_dtype"
     dtype = "float32" if config.get(field) is None else config[field]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
@@ -183,7 +192,7 @@ def _dtype_bytes(config: Mapping) -> int:
     return DTYPE_BYTES[dtype]
 
 
-def _rope_theta(config: Mapping, default: float, rope_types: tuple[str, ...]) -> float:
+def _rope_theta(config: Config, default: float, rope_types: tuple[str, ...]) -> float:
     """The base of the rotary embedding. A scaling that the family is not known for would change the result."""
     source = config
     for field in ("rope_scaling", "rope_parameters"):
@@ -198,7 +207,7 @@ def _rope_theta(config: Mapping, default: float, rope_types: tuple[str, ...]) ->
     return _positive(source, "rope_theta", default)
 
 
-def _rope_switch(config: Mapping) -> int | None:
+def _rope_switch(config: Config) -> int | None:
     """The original context of a LongRoPE, beyond which it uses its second set of factors."""
     for field in ("rope_parameters", "rope_scaling"):
         values = config.get(field) or {}

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from policies.common import strict_json
+from policies.common import json_files
 from policies.common.errors import DataError, InputMissingError, UsageError
 
 #: Each file holds what the hub's `config.json` says of the shape, without what only training or generation needs.
@@ -25,15 +25,15 @@ SHAPE_OF_HUB_ID = {
 }
 
 
-def read_config(path: str | os.PathLike) -> Any:
+def read_config(path: str | os.PathLike[str]) -> Any:
     """The value of a JSON file.
 
     Raises:
         InputMissingError: there is no such file, or it cannot be read.
-        DataError: it is not JSON, or one that readers disagree about (`policies.common.strict_json`).
+        DataError: it is not JSON, or one that readers disagree about (`policies.common.json_files`).
     """
     try:
-        return strict_json.parse(Path(path).read_bytes())
+        return json_files.parse(Path(path).read_bytes())
     except OSError as error:
         raise InputMissingError(f"the model's config {path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:

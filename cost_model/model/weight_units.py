@@ -1,4 +1,4 @@
-"""The weight units of a model: what is placed and moved as one, and what the units of experts are called.
+"""The weight units of a shape: what is placed and moved as one, how large it is, and when its experts are computed together.
 
 Small experts are moved in groups: a unit of 9 MiB is over before its dispatch is. A group is a range of consecutive
 experts of a layer, so placement, schedule, slots and the planner need not know that it is one.
@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from math import ceil
-from typing import TYPE_CHECKING
 
+from cost_model.hardware.hardware import Hardware
 from cost_model.hardware.link_curves import efficient_bytes
-from policies.placement import Unit
-
-if TYPE_CHECKING:
-    from cost_model.hardware.hardware import Hardware
-    from cost_model.model.arch import ModelArch
+from cost_model.model.arch import ModelArch
+from policies.common.memory_units import SYSTEM_PAGE_BYTES
+from policies.units import EMBEDDING, Unit, UnitId, expert_unit
 
 #: Bytes of a unit at which a link is efficient, where none has been measured.
 UNIT_BYTES = 64 << 20
@@ -27,11 +25,53 @@ _DISPATCH_SHARE = 0.05
 _OPS_PER_UNIT = 3
 #: What a unit has at least where no link was measured by size, and at most.
 _LEAST_BYTES, _MOST_BYTES = 16 << 20, 256 << 20
-_PAGE_BYTES = 4096
 _LEAST_SLACK_BYTES = 64 << 10
+#: Mean tokens of an expert up to which a grouped product is at least as fast as a product per expert.
+GROUPED_TOKENS = 64
+#: Grouped products want rows of a multiple of this.
+ROW_BYTES = 16
 
 
-def experts_per_unit(expert_bytes: int, num_experts: int, unit_bytes: float = UNIT_BYTES) -> int:
+@lru_cache(maxsize=16)
+def units_of(arch: ModelArch) -> tuple[Unit, ...]:
+    """All units in schedule order, with their stored bytes; made once per shape.
+
+    A tied model's head chunks refer to the embedding table again: as units they are placed and moved on their own, so the sum
+    over units counts the table twice, while `ModelArch.parameters` and `ModelArch.total_bytes` count it once.
+    """
+    return tuple(_units(arch))
+
+
+def _units(arch: ModelArch) -> Iterator[Unit]:
+    yield Unit(EMBEDDING, arch.embed_params * arch.dtype_bytes)
+    for layer in range(arch.num_layers):
+        yield Unit(UnitId("attention", layer), arch.unit_bytes(arch.attention_params_in(layer)))
+        for experts in expert_groups(arch, layer):
+            size = arch.unit_bytes(len(experts) * arch.expert_params_in(layer))
+            yield Unit(expert_unit(layer, experts), size)
+    for index in range(head_chunks(arch)):
+        start, stop = head_rows(arch, index)
+        params = (stop - start) * arch.head_row_params + (arch.norm_params if index == 0 else 0)
+        yield Unit(UnitId("head", arch.num_layers, index), params * arch.dtype_bytes)
+
+
+def experts_per_unit(arch: ModelArch) -> int:
+    """Consecutive experts of a layer that are placed and moved as one."""
+    return min(arch.group or efficient_group(arch.expert_bytes, arch.num_experts), arch.num_experts)
+
+
+def expert_units(arch: ModelArch) -> int:
+    """Units of experts of a sparse layer."""
+    return -(-arch.num_experts // experts_per_unit(arch))
+
+
+def expert_groups(arch: ModelArch, layer: int) -> list[range]:
+    """The experts of each unit of a layer; the last one may be smaller."""
+    count, group = arch.experts_in(layer), experts_per_unit(arch)
+    return [range(first, min(first + group, count)) for first in range(0, count, group)]
+
+
+def efficient_group(expert_bytes: int, num_experts: int, unit_bytes: float = UNIT_BYTES) -> int:
     """The fewest experts that have ``unit_bytes`` together, as far as a layer has enough of them."""
     return max(1, min(ceil(unit_bytes / expert_bytes), num_experts // FEWEST_UNITS))
 
@@ -47,27 +87,15 @@ def group_on(hardware: Hardware, arch: ModelArch) -> int | None:
     rate, curve = max(links, key=lambda link: link[0])
     dispatched = _OPS_PER_UNIT * gpu.op_s * rate / _DISPATCH_SHARE
     wanted = max(dispatched, efficient_bytes(curve) if curve else _LEAST_BYTES)
-    group = experts_per_unit(arch.expert_bytes, arch.num_experts, min(wanted, _MOST_BYTES))
-    return None if group == arch.experts_per_unit else group
+    group = efficient_group(arch.expert_bytes, arch.num_experts, min(wanted, _MOST_BYTES))
+    return None if group == experts_per_unit(arch) else group
 
 
 def unit_slack_bytes(arch: ModelArch) -> int:
     """What a unit takes at most beyond its stored bytes: each of its tensors may lie in file pages of its own (on the
     device, between 256-byte boundaries), which costs less than two pages."""
     attention = 4 * (2 if arch.attention_bias else 1) + 2 * (2 if arch.norm_bias else 1) + 2 * arch.qk_norm + 1
-    return max(_LEAST_SLACK_BYTES, 2 * _PAGE_BYTES * max(attention, 3 * arch.experts_per_unit))
-
-
-def expert_unit(layer: int, experts: range) -> str:
-    """Name of the unit of these experts of a layer: `layers.3.expert.5`, or `layers.3.expert.8-15` for a group."""
-    last = f"-{experts[-1]}" if len(experts) > 1 else ""
-    return f"layers.{layer}.expert.{experts[0]}{last}"
-
-
-def experts_of(unit: str) -> range:
-    """The experts of a unit, by its name."""
-    first, _, last = unit.rsplit(".", 1)[1].partition("-")
-    return range(int(first), int(last or first) + 1)
+    return max(_LEAST_SLACK_BYTES, 2 * SYSTEM_PAGE_BYTES * max(attention, 3 * experts_per_unit(arch)))
 
 
 def head_chunks(arch: ModelArch) -> int:
@@ -76,27 +104,27 @@ def head_chunks(arch: ModelArch) -> int:
     So the head never asks for a larger slot. The final norm is stored with the first chunk.
     """
     row = arch.head_row_params
-    largest = max(arch.experts_per_unit * arch.expert_params, arch.dense_params, arch.attention_params)
+    largest = max(experts_per_unit(arch) * arch.expert_params, arch.dense_params, arch.attention_params)
     chunks = -(-arch.vocab_size * row // largest)
     while max(-(-arch.vocab_size // chunks) * row, arch.vocab_size // chunks * row + arch.norm_params) > largest:
         chunks += 1
     return chunks
 
 
-@lru_cache(maxsize=16)
-def all_units(arch: ModelArch) -> tuple[Unit, ...]:
-    """Units in schedule order, with their stored bytes."""
-    return tuple(_units(arch))
+def head_rows(arch: ModelArch, index: int) -> tuple[int, int]:
+    """(start, stop) of the vocabulary rows in head chunk ``index``; chunks differ by at most one row."""
+    chunks = head_chunks(arch)
+    return index * arch.vocab_size // chunks, (index + 1) * arch.vocab_size // chunks
 
 
-def _units(arch: ModelArch) -> Iterator[Unit]:
-    yield Unit("embed", -1, "embed", arch.embed_params * arch.dtype_bytes)
-    for layer in range(arch.num_layers):
-        yield Unit(f"layers.{layer}.attention", layer, "attention", arch.attention_bytes_in(layer))
-        for experts in arch.expert_groups_in(layer):
-            size = len(experts) * arch.expert_bytes_in(layer)
-            yield Unit(expert_unit(layer, experts), layer, "expert", size)
-    for index in range(arch.num_head_chunks):
-        start, stop = arch.head_rows(index)
-        params = (stop - start) * arch.head_row_params + (arch.norm_params if index == 0 else 0)
-        yield Unit(f"head.{index}", arch.num_layers, "head", params * arch.dtype_bytes)
+def are_grouped(arch: ModelArch, dtype_bytes: int, tokens: float) -> bool:
+    """Whether a sweep of so many tokens computes the experts of a unit together where their weights lie stacked: what the
+    runtime does, and the planner predicts.
+
+    Args:
+        arch: the shape, with the units of the run.
+        dtype_bytes: bytes of one number in the compute dtype.
+    """
+    if experts_per_unit(arch) == 1 or tokens * arch.top_k > GROUPED_TOKENS * arch.num_experts:
+        return False
+    return all(width * dtype_bytes % ROW_BYTES == 0 for width in (arch.hidden, arch.ffn))

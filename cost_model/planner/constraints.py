@@ -1,14 +1,21 @@
-"""What the user has decided about a policy, so that the planner decides the rest."""
+"""What is given: to the planner by the user, and to one linear programme by the planner."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from math import ceil
+from typing import Any
 
 from policies.common.checks import check_count, check_percent, check_shares
 from policies.common.errors import UsageError
 from policies.policy import SCHEDULES, Policy
+from policies.workload import Workload
 
 _PAIRS = (("weights", "w"), ("cache", "cache"), ("activations", "act"))
+#: Cache percents (GPU, CPU) and CPU attention percent that put all rows into one mode of `sweep_load.MODES`.
+_PURE = {"gpu": (100, 0, 0), "fetch": (0, 100, 0), "disk": (0, 0, 0), "cpu": (0, 100, 100)}
+#: Weights on the GPU where some are streamed; what they are worth is a variable of the programme.
+_SOME_PERCENT = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +42,7 @@ class Fixed:
     overlap: bool = True
     pin_weight: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if value is None or field.name == "expert_order":  # the policies that get it check it
@@ -53,8 +60,8 @@ class Fixed:
             check_shares(what, *(getattr(self, f"{stem}_{tier}_percent") or 0.0 for tier in ("gpu", "cpu")))
 
     @property
-    def given(self) -> dict[str, object]:
-        """The fields that are given, switches included."""
+    def given(self) -> dict[str, Any]:
+        """The fields that are given, switches included; each of the type that `Policy` has it in."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
     def applied(self, policy: Policy) -> Policy:
@@ -70,6 +77,59 @@ class Fixed:
         return replace(policy, **changed) if changed else policy
 
     def __str__(self) -> str:
-        names = [f"{name} {value:g}" if not isinstance(value, str) else f"{name} {value}" for name, value in self.given.items()
-                 if not isinstance(value, (bool, tuple))]  # fmt: skip
-        return ", ".join(names)
+        shown = {name: value for name, value in self.given.items() if not isinstance(value, (bool, tuple))}
+        return ", ".join(
+            f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}" for name, value in shown.items()
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What one linear programme takes as given.
+
+    Attributes:
+        schedule: rolling or static.
+        fill_sweeps: sweeps in which a block fills; it sets the pace of admission.
+        gpu_batch_size: rows per GPU batch.
+        modes: how rows may be attended (`sweep_load.MODES`).
+        rows: nominal block size.
+        most_rows: the block may not be larger; None is no limit.
+        streams: weights may live outside the GPU.
+        disk_weights: weights may live on disk.
+        act_percents: activations on the GPU and in host memory.
+        overlap, pin_weight: as in `Policy`.
+    """
+
+    schedule: str
+    fill_sweeps: float
+    gpu_batch_size: int
+    modes: tuple[str, ...]
+    rows: float
+    most_rows: float | None = None
+    streams: bool = True
+    disk_weights: bool = True
+    act_percents: tuple[float, float] = (100.0, 0.0)
+    overlap: bool = True
+    pin_weight: bool = True
+
+    def policy(self, workload: Workload, rows: float, mode: str) -> Policy:
+        """A block of about so many rows, all in one mode; a few weights are on the GPU, or all."""
+        cache_gpu, cache_cpu, attended = _PURE[mode]
+        size = min(self.gpu_batch_size, max(1, round(rows)))
+        count = max(1, round(rows / size))
+        gpu = _SOME_PERCENT if self.streams else 100
+        return Policy(
+            gpu_batch_size=size,
+            num_gpu_batches=count,
+            w_gpu_percent=gpu,
+            w_cpu_percent=0 if self.disk_weights else 100 - gpu,
+            cache_gpu_percent=cache_gpu,
+            cache_cpu_percent=cache_cpu,
+            act_gpu_percent=self.act_percents[0],
+            act_cpu_percent=self.act_percents[1],
+            prefill_tokens=max(1, ceil(size * count * workload.prompt_len / self.fill_sweeps)),
+            cpu_attention_percent=attended,
+            schedule=self.schedule,
+            overlap=self.overlap,
+            pin_weight=self.pin_weight,
+        )

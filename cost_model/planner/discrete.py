@@ -8,8 +8,7 @@ from math import ceil
 
 from cost_model.memory.allocation import residency
 from cost_model.model.weight_units import unit_slack_bytes
-from cost_model.planner.constraints import Fixed
-from cost_model.planner.linearize import Choice
+from cost_model.planner.constraints import Choice, Fixed
 from cost_model.planner.lp import Programme, Relaxed
 from cost_model.planner.moves import MOST_BATCHES
 from cost_model.timing.problem import Problem
@@ -118,7 +117,7 @@ class Search:
             found = [("gpu", "fetch", "cpu", "disk"), ("gpu", "cpu", "disk"), ("gpu", "fetch", "disk")]
         yield True, found
         units = residency(self.problem.arch)
-        resident = units.prefix_bytes[-1] // self.problem.arch.dtype_bytes * self.problem.number_bytes
+        resident = units.prefix_bytes[-1] // self.problem.arch.dtype_bytes * self.problem.dtype_bytes
         resident += len(units.order) * unit_slack_bytes(self.problem.arch)
         budgets = [size for name, size in hardware.budgets().items() if "gpu" in name and size is not None]
         if resident < min(budgets, default=0):

@@ -7,11 +7,12 @@ from dataclasses import replace
 from fractions import Fraction
 from math import ceil, floor, log10
 
-from cost_model.hardware.hardware import GIB, Hardware
+from cost_model.hardware.hardware import Hardware
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.objective import Judge
 from cost_model.timing.problem import Problem
 from policies.common.errors import InfeasibleError
+from policies.common.memory_units import GIB
 from policies.policy import Policy
 
 _FLAGS = {

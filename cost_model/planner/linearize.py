@@ -1,4 +1,4 @@
-"""What one more row costs: the equations of `phases`, `costs` and `plan_memory` as straight lines around a nominal block.
+"""What one more row costs: the equations of `job_phases`, `op_costs` and `plan_memory` as straight lines around a nominal block.
 
 For one discrete choice all that a sweep takes is nearly linear in the rows of each mode. The lines are read off the
 equations themselves, at a nominal block size, so that the programme follows them when they change.
@@ -9,76 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import ceil
 
+from cost_model.hardware.gemm_rates import GemmRates
+from cost_model.model.weight_units import expert_units, head_chunks
+from cost_model.planner.constraints import Choice
 from cost_model.timing.attention_phase import DOWN, UP, hidden_states_s
 from cost_model.timing.job_phases import course
 from cost_model.timing.problem import Problem
-from cost_model.timing.sweep_load import BatchLoad, RowGroup
+from cost_model.timing.sweep_load import MODES, BatchLoad, RowGroup
 from policies.placement import TIERS
-from policies.policy import Policy
-from policies.workload import Workload
 
-#: Cache percents (GPU, CPU) and CPU attention percent that put all rows into one mode of `load.MODES`.
-_PURE = {"gpu": (100, 0, 0), "fetch": (0, 100, 0), "disk": (0, 0, 0), "cpu": (0, 100, 100)}
 _PRICED_APART = ("weights", "slots", "workspace")
 #: Where the workspace is met, in nominal blocks: it is the largest of several buffers.
 _POINTS = (0.25, 0.5, 1, 2, 4)
 #: Operations that the main thread hands to others with a GPU batch's projection, by mode (`cost_model.timing.attention_phase`).
 _HANDED_ON = {"gpu": 0, "fetch": 2, "disk": 3, "cpu": 2}
 _FEW_BATCHES = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """What the programme takes as given.
-
-    Attributes:
-        schedule: rolling or static.
-        fill_sweeps: sweeps in which a block fills; it sets the pace of admission.
-        gpu_batch_size: rows per GPU batch.
-        modes: how rows may be attended (`load.MODES`).
-        rows: nominal block size.
-        most_rows: the block may not be larger; None is no limit.
-        streams: weights may live outside the GPU.
-        disk_weights: weights may live on disk.
-        act_percents: activations on the GPU and in host memory.
-        overlap, pin_weight: as in `Policy`.
-    """
-
-    schedule: str
-    fill_sweeps: float
-    gpu_batch_size: int
-    modes: tuple[str, ...]
-    rows: float
-    most_rows: float | None = None
-    streams: bool = True
-    disk_weights: bool = True
-    act_percents: tuple[float, float] = (100.0, 0.0)
-    overlap: bool = True
-    pin_weight: bool = True
-
-    def policy(self, workload: Workload, rows: float, mode: str) -> Policy:
-        """A block of about so many rows, all in one mode; a few weights are on the GPU, or all."""
-        cache_gpu, cache_cpu, attended = _PURE[mode]
-        size = min(self.gpu_batch_size, max(1, round(rows)))
-        count = max(1, round(rows / size))
-        gpu = 5 if self.streams else 100
-        return Policy(
-            gpu_batch_size=size,
-            num_gpu_batches=count,
-            w_gpu_percent=gpu,
-            w_cpu_percent=0 if self.disk_weights else 100 - gpu,
-            cache_gpu_percent=cache_gpu,
-            cache_cpu_percent=cache_cpu,
-            act_gpu_percent=self.act_percents[0],
-            act_cpu_percent=self.act_percents[1],
-            prefill_tokens=max(1, ceil(size * count * workload.prompt_len / self.fill_sweeps)),
-            cpu_attention_percent=attended,
-            schedule=self.schedule,
-            overlap=self.overlap,
-            pin_weight=self.pin_weight,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +52,10 @@ class PhaseSlopes:
         outside_s: embedding and sampling, of the sweep.
         host_s: bookkeeping of the sweep.
         project_s, attend_s: dense parts before and after attention in any mode, dispatch included.
-        attention_s: attention on the device and dispatch of what goes with it; like the next ones by mode of `load.MODES`.
+        experts_s: of a mean layer with all its experts; the largest of these lines. How many are touched is that of the
+            nominal block.
+        head_s: of the sweep; the largest of these lines.
+        attention_s: attention on the device and dispatch of what goes with it; like the next ones by mode (`MODES`).
         cpu_s, attended_s: CPU attention, and its results up.
         load_s, read_s, store_s, write_s: KV up, from disk, down, to disk.
         act_s: hidden states of the batches that live elsewhere, by user of `cost_model.timing.contention`.
@@ -120,6 +69,8 @@ class PhaseSlopes:
     host_s: float
     project_s: float
     attend_s: float
+    experts_s: tuple[Line, ...]
+    head_s: tuple[Line, ...]
     attention_s: Mapping[str, float]
     cpu_s: Mapping[str, float]
     attended_s: Mapping[str, float]
@@ -128,6 +79,12 @@ class PhaseSlopes:
     store_s: Mapping[str, float]
     write_s: Mapping[str, float]
     act_s: Mapping[str, float]
+
+    @property
+    def device_s(self) -> dict[str, float]:
+        """The compute device's part of attention, by mode; that of rows attended on the CPU is the dense part alone."""
+        dense_s = self.project_s + self.attend_s
+        return {mode: dense_s + (0.0 if mode == "cpu" else s) for mode, s in self.attention_s.items()}
 
     @property
     def act_up_s(self) -> float:
@@ -151,7 +108,7 @@ class Slopes:
         common: bytes by tier without weights, slots and workspace, whatever the modes.
         kv: bytes by mode and tier.
         gathered: device bytes of KV gathered for attention, by mode; the largest counts.
-        workspace: device bytes; the largest counts.
+        workspace: device bytes; the largest allocation.
     """
 
     def __init__(self, problem: Problem, choice: Choice):
@@ -159,19 +116,21 @@ class Slopes:
         self.problem, self.choice = replace(problem, kv_tokens=None), choice
         problem = self.problem
         policy = choice.policy(problem.workload, choice.rows, "gpu")
-        counts = problem.sizes(policy)
+        allocation = problem.allocate(policy)
         self.rows = policy.block_size
-        self.costs = problem.costs(policy, counts)
-        way = course(policy, counts, problem.workload)
-        self.tokens = way.tokens / self.rows
-        self.phases = [self._phase(p.sweeps, p.load.groups["gpu"], p.load.logits) for p in way.phases if p.sweeps > 0]
+        self.costs = problem.costs(policy, allocation)
+        timeline = course(policy, allocation, problem.workload)
+        self.tokens = timeline.tokens / self.rows
+        self.phases = [
+            self._phase(p.sweeps, p.load.groups["gpu"], p.load.logits) for p in timeline.phases if p.sweeps > 0
+        ]
         self._read_bytes()
 
     def _phase(self, sweeps: float, group: RowGroup, logits: float) -> PhaseSlopes:
         costs, rows = self.costs, self.rows
         project_s, attend_s = self._dense(group)
         batches = max(1.0, group.rows / self.choice.gpu_batch_size)
-        cut = {mode: self._batch_of(group, batches, mode) for mode in _PURE}
+        cut = {mode: self._batch_of(group, batches, mode) for mode in MODES}
         hidden = BatchLoad(tokens=group.tokens / batches)
         away, _ = self._away()
 
@@ -189,6 +148,8 @@ class Slopes:
             host_s=(costs.host_s(group.rows) - costs.host_s(0)) / rows,
             project_s=project_s / rows + (1 + away) * op_s,
             attend_s=attend_s / rows + (1 + away) * op_s,
+            experts_s=self._experts(group.tokens),
+            head_s=self._head(logits),
             attention_s={mode: attention_s[mode] + count * op_s for mode, count in _HANDED_ON.items()},
             cpu_s=by_mode(costs.cpu_attend_s),
             attended_s=attended_s,
@@ -198,6 +159,35 @@ class Slopes:
             write_s=by_mode(costs.write_kv_s),
             act_s={user: seconds * batches / rows for user, seconds in self._hidden_states(hidden).items()},
         )
+
+    def _experts(self, tokens: float) -> tuple[Line, ...]:
+        """The pieces below the curve of an expert, times the experts touched; dense layers by the piece that decides."""
+        arch, costs = self.problem.arch, self.costs
+        dense = len(arch.dense_layers) / arch.num_layers
+        sparse, touched = 1 - dense, max(1.0, costs.touched(tokens))
+        beside_slope, beside_s = 0.0, sparse * (expert_units(arch) + 1) * costs.op_s
+        if dense:
+            pieces = self._expert_curve.pieces(arch.dense_params)
+            slope, constant = max(pieces, key=lambda piece: piece[0] * tokens + piece[1])
+            beside_slope, beside_s = dense * slope, beside_s + dense * (constant + 2 * costs.op_s)
+        per_row = tokens / self.rows
+        return tuple(
+            Line(sparse * touched * constant + beside_s, (sparse * slope * arch.top_k + beside_slope) * per_row)
+            for slope, constant in costs.unit_rates(tokens).pieces(arch.expert_params)
+        )
+
+    def _head(self, logits: float) -> tuple[Line, ...]:
+        """The pieces below the curve of a chunk, times the chunks, with the operations before and after them."""
+        arch, op_s = self.problem.arch, self.costs.op_s
+        chunks = head_chunks(arch)
+        return tuple(
+            Line(chunks * (constant + op_s) + 2 * op_s, chunks * slope * logits / self.rows)
+            for slope, constant in self._expert_curve.pieces(arch.embed_params / chunks)
+        )
+
+    @property
+    def _expert_curve(self) -> GemmRates:
+        return self.problem.hardware.gpu.experts[self.problem.dtype_bytes]
 
     def _hidden_states(self, batch: BatchLoad) -> dict[str, float]:
         """Seconds that those of a mean GPU batch take, by user of `cost_model.timing.contention`."""
@@ -264,7 +254,7 @@ class Slopes:
 
     def _bytes(self, rows: float, mode: str) -> tuple[int, Mapping[str, Mapping[str, int]]]:
         policy = self.choice.policy(self.problem.workload, max(1.0, rows), mode)
-        return policy.block_size, self.problem.memory(policy, self.problem.sizes(policy)).parts
+        return policy.block_size, self.problem.memory(policy, self.problem.allocate(policy)).parts
 
 
 def _rest(items: Mapping[str, int], *, kv: bool) -> int:

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from dataclasses import replace
 from math import ceil
 
-from cost_model.memory.allocation import BLOCK_TOKENS, Sizes, residency
+from cost_model.memory.allocation import PAGE_TOKENS, Allocation, residency
 from cost_model.model.weight_units import unit_slack_bytes
 from cost_model.planner.constraints import Fixed
 from cost_model.timing.evaluate import predict
@@ -41,11 +41,11 @@ class Judge:
         bytes_before, slack = residency(arch, fixed.expert_order).prefix_bytes, unit_slack_bytes(arch)
         # What the first so many units take on the GPU, and in host memory.
         self._on_gpu = [
-            size // arch.dtype_bytes * problem.number_bytes + count * slack for count, size in enumerate(bytes_before)
+            size // arch.dtype_bytes * problem.dtype_bytes + count * slack for count, size in enumerate(bytes_before)
         ]
         self._on_cpu = [size + count * slack for count, size in enumerate(bytes_before)]
         self._percent = [100 * size / bytes_before[-1] for size in bytes_before]
-        self._block_bytes = arch.kv_bytes_per_token(problem.number_bytes) * BLOCK_TOKENS
+        self._block_bytes = arch.kv_bytes_per_token(problem.dtype_bytes) * PAGE_TOKENS
 
     def tokens_per_s(self, policy: Policy | None) -> float:
         """What `predict` says; 0 where the policy does not fit, or there is none."""
@@ -67,14 +67,14 @@ class Judge:
         gpu, both = self._percent[gpu_end], self._percent[min(max(cpu_end, gpu_end), last)]
         return replace(policy, w_gpu_percent=gpu, w_cpu_percent=max(0.0, min(both, 100.0) - gpu))
 
-    def spare_bytes(self, policy: Policy) -> tuple[Sizes, dict[str, int]]:
+    def spare_bytes(self, policy: Policy) -> tuple[Allocation, dict[str, int]]:
         """Counts, and bytes left by budget; negative is what is missing."""
         self.effort += 0.3
-        counts = self.problem.sizes(policy)
-        memory = self.problem.memory(policy, counts)
+        allocation = self.problem.allocate(policy)
+        memory = self.problem.memory(policy, allocation)
         used = {tier: memory.total(tier) for tier in TIERS}
         budgets = self._budgets.items()
-        return counts, {
+        return allocation, {
             name: size - sum(used[t] for t in name.split("+")) for name, size in budgets if size is not None
         }
 
@@ -87,8 +87,8 @@ class Judge:
             return None
         policy = self.fixed.applied(policy)
         for _ in range(_TRIES):
-            counts, spare = self.spare_bytes(policy)
-            better = self._refitted(policy, counts, spare)
+            allocation, spare = self.spare_bytes(policy)
+            better = self._refitted(policy, allocation, spare)
             if better is None or better == policy:
                 break
             policy = better
@@ -112,11 +112,11 @@ class Judge:
     def _trimmed(self, policy: Policy) -> Policy | None:
         """Rounding may leave a unit too many."""
         for units in range(1, _TRIES):
-            counts, spare = self.spare_bytes(policy)
+            allocation, spare = self.spare_bytes(policy)
             lacking = [name for name, size in spare.items() if size < 0]
             if not lacking:
                 return policy
-            gpu_end, cpu_end = counts.placement.gpu_end, counts.placement.cpu_end
+            gpu_end, cpu_end = allocation.placement.gpu_end, allocation.placement.cpu_end
             if "gpu" in lacking or cpu_end == gpu_end:
                 gpu_end -= units
             if "gpu" not in lacking or "cpu" in lacking:
@@ -124,9 +124,9 @@ class Judge:
             policy = self.fixed.applied(self.with_units(policy, gpu_end, max(gpu_end, cpu_end)))
         return None
 
-    def _refitted(self, policy: Policy, counts: Sizes, spare: dict[str, int]) -> Policy | None:
+    def _refitted(self, policy: Policy, allocation: Allocation, spare: dict[str, int]) -> Policy | None:
         shared = "gpu+cpu" in spare
-        gpu_end, cpu_end = counts.placement.gpu_end, counts.placement.cpu_end
+        gpu_end, cpu_end = allocation.placement.gpu_end, allocation.placement.cpu_end
         host_weights = self._on_cpu[cpu_end] - self._on_cpu[gpu_end]
         gpu_room = self._on_gpu[gpu_end] + spare.get("gpu", _NO_LIMIT)
         cpu_room = host_weights + spare.get("cpu", _NO_LIMIT)
@@ -149,12 +149,12 @@ class Judge:
         cpu_lacks = max(0, self._on_cpu[new_cpu] - self._on_cpu[new_gpu] - cpu_room)
         if not (gpu_lacks or cpu_lacks):
             return policy
-        return self._kv_moved_down(policy, counts, gpu_lacks, cpu_lacks, shared)
+        return self._kv_moved_down(policy, allocation, gpu_lacks, cpu_lacks, shared)
 
     def _kv_moved_down(
-        self, policy: Policy, counts: Sizes, gpu_bytes: int, cpu_bytes: int, shared: bool
+        self, policy: Policy, allocation: Allocation, gpu_bytes: int, cpu_bytes: int, shared: bool
     ) -> Policy | None:
-        blocks = dict(counts.kv_blocks)
+        blocks = dict(allocation.kv_pages)
         total = sum(blocks.values())
         from_gpu, from_cpu = (-(-size // self._block_bytes) for size in (gpu_bytes, cpu_bytes))
         if shared and from_gpu + from_cpu:  # both are host memory, and only the disk is another one

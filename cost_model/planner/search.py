@@ -9,7 +9,7 @@ from itertools import zip_longest
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.discrete import Search, choice_of, rounded
 from cost_model.planner.hill_climb import Climb
-from cost_model.planner.lp import Price
+from cost_model.planner.lp_model import Price
 from cost_model.planner.objective import Judge
 from cost_model.timing.problem import Problem
 from policies.policy import Policy

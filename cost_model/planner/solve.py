@@ -16,7 +16,7 @@ from policies.policy import Policy
 from policies.workload import Workload
 
 if TYPE_CHECKING:
-    from cost_model.planner.lp import Price
+    from cost_model.planner.lp_model import Price
     from cost_model.planner.search import Optimum
     from cost_model.planner.what_if import Advice
     from cost_model.routing.expert_usage import ExpertUsage
@@ -69,7 +69,7 @@ def solve(
     *,
     fixed: Fixed | None = None,
     schedule: str | None = None,
-    number_bytes: int | None = None,
+    dtype_bytes: int | None = None,
     kv_tokens: int | None = None,
     usage: ExpertUsage | None = None,
     on_demand: bool = True,
@@ -81,7 +81,7 @@ def solve(
     Args:
         fixed: what is decided already.
         schedule: rolling or static; a short way to fix it.
-        number_bytes: bytes of one number in the compute dtype; default: as stored.
+        dtype_bytes: bytes of one number in the compute dtype; default: as stored.
         kv_tokens: KV capacity over all tiers; default: what keeps the block in flight.
         usage: how often each expert was chosen; experts that were used most are the first to become resident. Default: all
             are alike.
@@ -107,7 +107,7 @@ def solve(
         fixed = replace(fixed, schedule=schedule)
     group = group_on(hardware, arch)
     arch = arch.grouped(group)
-    about = {"number_bytes": number_bytes, "kv_tokens": kv_tokens, "usage": usage, "on_demand": on_demand}
+    about = {"dtype_bytes": dtype_bytes, "kv_tokens": kv_tokens, "usage": usage, "on_demand": on_demand}
     problem = Problem.of(arch, hardware, workload, **about)
     if usage is not None:
         fixed = replace(fixed, expert_order=usage.unit_order(arch))
@@ -138,15 +138,15 @@ def _explanation(found: Optimum, prediction: Prediction, hints: tuple, start: fl
 def achieved(problem: Problem, policy: Policy) -> Policy:
     """The policy with the shares that its placement achieves; placing these again gives the same placement."""
     for _ in range(_MOST_ROUNDINGS):
-        counts = problem.sizes(policy)
-        weights = counts.placement.achieved_percent
-        cache = _percents(list(counts.kv_blocks.values()))
-        act = _percents([counts.activation_tiers.count(tier) for tier in counts.kv_blocks])
+        allocation = problem.allocate(policy)
+        weights = allocation.placement.achieved_percent
+        cache = _percents(list(allocation.kv_pages.values()))
+        act = _percents([allocation.activation_tiers.count(tier) for tier in allocation.kv_pages])
         shares = dict(zip(("w_gpu_percent", "w_cpu_percent"), weights))
         shares |= dict(zip(("cache_gpu_percent", "cache_cpu_percent"), cache))
         shares |= dict(zip(("act_gpu_percent", "act_cpu_percent"), act))
         placed = replace(policy, **shares)
-        if placed == policy or problem.sizes(placed) == counts:
+        if placed == policy or problem.allocate(placed) == allocation:
             return placed
         policy = placed  # the capacity grew for the longest row; what it grew to is asked for now
     return policy

@@ -11,9 +11,8 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from cost_model.memory.allocation import Sizes, residency, single_expert_bytes
+from cost_model.memory.allocation import Allocation, residency, single_expert_bytes
 from cost_model.model.arch import ModelArch
-from cost_model.model.weight_units import experts_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,13 +48,15 @@ class Routing:
 
     Args:
         arch: the shape, with the units of the run.
-        counts: from `sizes`.
+        allocation: from `allocate`.
         shares: ``[layers, E]``, the probability that a token is routed to an expert; None: all are alike.
         on_demand: a sweep may be.
     """
 
-    def __init__(self, arch: ModelArch, counts: Sizes, shares: np.ndarray | None = None, on_demand: bool = True):
-        self._arch, self._counts, self._shares, self._may = arch, counts, shares, on_demand
+    def __init__(
+        self, arch: ModelArch, allocation: Allocation, shares: np.ndarray | None = None, on_demand: bool = True
+    ):
+        self._arch, self._allocation, self._shares, self._may = arch, allocation, shares, on_demand
         self._on_demand: OnDemand | None = None
         self._known: dict[tuple[float, bool], Demand | None] = {}
 
@@ -84,28 +85,28 @@ class Routing:
 
     def streamed(self, tier: str) -> tuple[int, int]:
         """(units, bytes) of a tier's experts that no sweep on demand streams."""
-        return self._experts.between(*self._counts.placement.stretch(tier))
+        return self._experts.between(*self._allocation.placement.stretch(tier))
 
     @property
     def _experts(self) -> _SparseExperts:
-        return _SparseExperts.of(self._arch, self._counts.placement.residency.expert_order)
+        return _SparseExperts.of(self._arch, self._allocation.placement.residency.expert_order)
 
     def _demand(self, tokens: float, already: bool) -> Demand | None:
         import numpy as np
 
-        from cost_model.routing.on_demand import OnDemand, lent_experts, touched, uniform_shares
+        from cost_model.routing.on_demand import OnDemand, borrowed_experts, touched, uniform_shares
 
-        counts, places = self._counts, self._experts.places
+        allocation, places = self._allocation, self._experts.places
         if self._on_demand is None:
-            at_hand = lent_experts(self._arch, counts) + counts.cache_experts
-            streamed = places >= counts.placement.gpu_end
-            from_disk = np.count_nonzero(places >= counts.placement.cpu_end) / max(1, np.count_nonzero(streamed))
-            self._on_demand = OnDemand(self._arch, streamed, from_disk, at_hand)
+            cached = borrowed_experts(self._arch, allocation) + allocation.cache_experts
+            streamed = places >= allocation.placement.gpu_end
+            from_disk = np.count_nonzero(places >= allocation.placement.cpu_end) / max(1, np.count_nonzero(streamed))
+            self._on_demand = OnDemand(self._arch, streamed, from_disk, cached)
         streamed = self._on_demand.streamed
         shares = uniform_shares(self._arch) if self._shares is None else self._shares
         if not self._on_demand.pays(shares, tokens, already):
             return None
-        reached, on_disk = touched(shares, tokens), places >= counts.placement.cpu_end
+        reached, on_disk = touched(shares, tokens), places >= allocation.placement.cpu_end
         all_streamed, all_on_disk = float(reached[streamed].sum()), float(reached[on_disk].sum())
         missed = self._on_demand.missed(shares, tokens)
         missed_bytes = missed * single_expert_bytes(self._arch)
@@ -118,7 +119,7 @@ class Routing:
             missed=missed,
             streamed=all_streamed,
             resident=float(reached[(places >= 0) & ~streamed].sum()),
-            resident_units=self._experts.between(0, counts.placement.gpu_end)[0],
+            resident_units=self._experts.between(0, allocation.placement.gpu_end)[0],
         )
 
 
@@ -144,7 +145,7 @@ class _SparseExperts:
             sparse = unit.kind == "expert" and not arch.is_dense(unit.layer)
             sizes.append(unit.stored_bytes if sparse else 0)
             if sparse:
-                experts = experts_of(unit.name)
+                experts = unit.id.experts
                 places[unit.layer, experts.start : experts.stop] = place
         units = accumulate((size > 0 for size in sizes), initial=0)
         return cls(places, tuple(units), tuple(accumulate(sizes, initial=0)))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import expert_groups
 from policies.common.checks import check_count
 from policies.common.errors import DataError, FlexMoEError, InfeasibleError
 from policies.common.json_files import check_header, check_keys, read_json, write_json
@@ -59,9 +60,7 @@ class ExpertUsage:
     def unit_order(self, arch: ModelArch) -> tuple[tuple[int, ...], ...]:
         """For each layer the numbers of its expert units, those most used first: `Policy.expert_order` for units as ``arch``
         groups them."""
-        return tuple(
-            self._layer_order(counts, arch.expert_groups_in(layer)) for layer, counts in enumerate(self.counts)
-        )
+        return tuple(self._layer_order(counts, expert_groups(arch, layer)) for layer, counts in enumerate(self.counts))
 
     @staticmethod
     def _layer_order(counts: np.ndarray, units: Sequence[range]) -> tuple[int, ...]:

@@ -1,41 +1,16 @@
-"""The clock of a walk: threads that work their operations off in order, each at the speed that the others leave it."""
+"""The loop of a replay: threads that work their operations off in order, each at the speed that the others leave it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cost_model.simulation.program import Errand, Program
-from cost_model.simulation.threads import (
-    ACT,
-    ATTENDED,
-    BROUGHT,
-    COPY,
-    COUNT,
-    CPU,
-    DEMANDED,
-    ERRANDS,
-    KV,
-    MAIN,
-    READ,
-    STAGE,
-    STORE,
-    STREAM,
-    WRITE,
-)
+from cost_model.simulation.program import Program, Task
+from cost_model.simulation.threads import COPY, COUNT, MAIN, STREAM, STREAM_USER, TASK_THREADS, USER_BIT, WAKES
 from cost_model.simulation.weight_queues import WeightQueues
 from cost_model.timing.contention import USERS
 
 _NEVER = float("inf")
-_PLACE = {name: place for place, name in enumerate(USERS)}
-#: Who of `Resources` a thread of the weight stream is.
-WEIGHT_USER = {COPY: "h2d", READ: "disk_read", STAGE: "stage"}
-#: Who may be waiting for a thread, beside the main thread.
-_WAKES = {
-    CPU: (ATTENDED,), KV: (STORE,), STORE: (CPU, WRITE), WRITE: (STORE,), ACT: (), ATTENDED: (), DEMANDED: (BROUGHT,),
-    BROUGHT: (),
-}  # fmt: skip
-
 #: Speed by place in `USERS` while those whose bits are set work; None where all have the speed 1.
 Speeds = Callable[[int], "tuple[float, ...] | None"]
 #: (user, name, start, end, bytes) of an operation.
@@ -50,15 +25,15 @@ class Buffers:
     staging_slots: int
 
 
-class Clock:
-    """Walks sweep after sweep.
+class EventLoop:
+    """Replays sweep after sweep.
 
     Args:
         queues: the weight stream.
         buffers: its slots.
         speeds: how fast operations get on beside others.
         op_s: dispatch of one operation.
-        record: told of every operation when it has ended.
+        record: called with every operation when it has ended.
 
     Attributes:
         now: seconds since the start.
@@ -82,7 +57,7 @@ class Clock:
         self._freed = self._unstaged = 0
 
     def sweep(self, program: Program, seconds: Sequence[float], nbytes: Sequence[float] = ()) -> None:
-        """Walk one sweep; afterwards only the weight stream is at work.
+        """Replay one sweep; afterwards only the weight stream is at work.
 
         Args:
             program: what is done.
@@ -99,7 +74,7 @@ class Clock:
             self._set_speeds()
             end = min(finish)
             if end == _NEVER:
-                raise RuntimeError(f"the walk stands still before {self._steps[self._at].name}")
+                raise RuntimeError(f"the replay stands still before {self._steps[self._at].name}")
             active_s[self._mask] = active_s.get(self._mask, 0.0) + end - self.now
             self.now = end
             self._end(finish.index(end))
@@ -132,7 +107,7 @@ class Clock:
         self._slowed = speeds is not None
 
     def _begin(self, thread: int, user: str, seconds: float) -> None:
-        place = _PLACE[user]
+        place = USER_BIT[user]
         self._user[thread], self._speed[thread] = place, 1.0
         self._mask |= 1 << place
         self._finish[thread] = self.now + seconds
@@ -146,7 +121,7 @@ class Clock:
             self._record(USERS[place], self._name[thread], self._started[thread], self.now, self._bytes[thread])
         if thread == MAIN:
             self._end_step()
-        elif thread in _WAKES:
+        elif thread in WAKES:
             self._end_part(thread)
         else:
             self._end_move(thread)
@@ -156,7 +131,7 @@ class Clock:
     def _reach_step(self) -> None:
         for thread in self._steps[self._at].handed_on:
             self._submitted[thread] += 1
-            self._run_errand(thread)
+            self._run_task(thread)
         self._compute()
 
     def _compute(self) -> None:
@@ -183,33 +158,33 @@ class Clock:
 
     # Threads that get their operations from it.
 
-    def _run_errand(self, thread: int) -> None:
+    def _run_task(self, thread: int) -> None:
         at, done = self._done[thread], self._done
         if self._finish[thread] != _NEVER or at >= self._submitted[thread]:
             return
-        errand = self._program.errands[thread][at]
-        for other, count in errand.after:
+        task = self._program.tasks[thread][at]
+        for other, count in task.after:
             if done[other] < count:
                 return
         self._part[thread] = 0
-        self._begin_part(thread, errand)
+        self._begin_part(thread, task)
 
-    def _begin_part(self, thread: int, errand: Errand) -> None:
-        user, place = errand.parts[self._part[thread]]
+    def _begin_part(self, thread: int, task: Task) -> None:
+        user, place = task.parts[self._part[thread]]
         if self._record is not None:
-            self._name[thread], self._bytes[thread] = errand.name, self._nbytes[place]
+            self._name[thread], self._bytes[thread] = task.name, self._nbytes[place]
         self._begin(thread, user, self._seconds[place])
 
     def _end_part(self, thread: int) -> None:
-        errand = self._program.errands[thread][self._done[thread]]
+        task = self._program.tasks[thread][self._done[thread]]
         self._part[thread] += 1
-        if self._part[thread] < len(errand.parts):
-            self._begin_part(thread, errand)
+        if self._part[thread] < len(task.parts):
+            self._begin_part(thread, task)
             return
         self._done[thread] += 1
-        self._run_errand(thread)
-        for other in _WAKES[thread]:
-            self._run_errand(other)
+        self._run_task(thread)
+        for other in WAKES[thread]:
+            self._run_task(other)
         self._compute()
 
     # The weight stream.
@@ -231,7 +206,7 @@ class Clock:
             if self._done[other] <= place + ahead * len(self._moves[other]):
                 return
         self._name[thread], self._bytes[thread] = move.name, move.nbytes
-        self._begin(thread, WEIGHT_USER[thread], move.seconds)
+        self._begin(thread, STREAM_USER[thread], move.seconds)
 
     def _end_move(self, thread: int) -> None:
         moves = self._moves[thread]
@@ -243,7 +218,7 @@ class Clock:
         self._compute()
 
     def _next_sweep(self) -> None:
-        for thread in ERRANDS:
+        for thread in TASK_THREADS:
             self._done[thread] = self._submitted[thread] = 0
         for thread in STREAM:
             self._done[thread] -= len(self._moves[thread])

@@ -12,11 +12,12 @@ from math import ceil
 
 import numpy as np
 
-from cost_model.memory.allocation import BLOCK_TOKENS, Sizes
+from cost_model.memory.allocation import PAGE_TOKENS, Allocation
 from cost_model.simulation.job_rows import shuffled_rows, tokens_to_generate, typical_rows
 from cost_model.timing.job_phases import course
 from cost_model.timing.sweep_load import MODES, RowGroup, SweepLoad
-from policies.admission.admission import Admission, RowLengths
+from policies.admission.admission import Admission
+from policies.admission.row_state import AttentionMode, RowLengths
 from policies.common.errors import InfeasibleError
 from policies.placement import TIERS
 from policies.policy import Policy
@@ -33,7 +34,12 @@ _MOST_SETTLING, _MOST_PERIODS = 16, 24
 
 _FIELDS = ("decode_rows", "decode_context", "prompt_rows", "prompt_tokens", "prompt_past", "pairs")
 #: Place in `MODES` by home tier and way of being attended.
-_MODE_OF = {("gpu", "gpu"): 0, ("cpu", "fetch"): 1, ("disk", "fetch"): 2, ("cpu", "cpu"): 3}
+_MODE_OF = {
+    ("gpu", AttentionMode.GPU): 0,
+    ("cpu", AttentionMode.FETCH): 1,
+    ("disk", AttentionMode.FETCH): 2,
+    ("cpu", AttentionMode.CPU): 3,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +49,7 @@ class JobSweeps:
     Attributes:
         groups: ``[sweeps, modes, fields of RowGroup]``.
         logits: rows that get a token.
-        blocks: KV blocks in use per tier, ``[sweeps, 3]``.
+        pages: KV pages in use per tier, ``[sweeps, 3]``.
         phase: "fill", "steady" or "drain".
         recurs: how many sweeps of the job each one stands for.
         period: (first, last + 1) of the sweeps that stand for several; equal when none does.
@@ -51,7 +57,7 @@ class JobSweeps:
 
     groups: np.ndarray
     logits: np.ndarray
-    blocks: np.ndarray
+    pages: np.ndarray
     phase: np.ndarray
     recurs: np.ndarray
     period: tuple[int, int]
@@ -94,7 +100,7 @@ def as_load(groups: np.ndarray, logits: float) -> SweepLoad:
     return SweepLoad(groups=found, logits=float(logits))
 
 
-def job_sweeps(policy: Policy, counts: Sizes, workload: Workload, *, whole: bool, seed: int = 0) -> JobSweeps:
+def job_sweeps(policy: Policy, allocation: Allocation, workload: Workload, *, whole: bool, seed: int = 0) -> JobSweeps:
     """Follow a job of ``workload.num_requests`` rows.
 
     Args:
@@ -103,10 +109,10 @@ def job_sweeps(policy: Policy, counts: Sizes, workload: Workload, *, whole: bool
     Raises:
         InfeasibleError: a row fits no tier's KV cache.
     """
-    way = course(policy, counts, replace(workload, num_requests=None))
+    way = course(policy, allocation, replace(workload, num_requests=None))
     small = workload.num_requests * way.row_sweeps <= ROW_SWEEPS
     if whole or small:
-        return _Job(policy, counts, shuffled_rows(workload, seed), workload.num_requests).follow()
+        return _Job(policy, allocation, shuffled_rows(workload, seed), workload.num_requests).follow()
     mixed, static = bool(workload.lengths), policy.schedule == "static"
     # A static block ends with its longest row: of fewer bundles the longest would be shorter.
     most = max(_MOST_BUNDLES, policy.block_size if mixed and static else 0)
@@ -116,7 +122,7 @@ def job_sweeps(policy: Policy, counts: Sizes, workload: Workload, *, whole: bool
     periods = max(1, int(min(_MOST_PERIODS, lives - settling)))
     # Many rows of a block even out; of a few bundles they would not, and of a few rows they do not.
     rows = typical_rows(workload, seed, mixed_evenly=bundle > 1 and not static)
-    found = _Job(policy, counts, rows, workload.num_requests / bundle, bundle, settling, periods).follow()
+    found = _Job(policy, allocation, rows, workload.num_requests / bundle, bundle, settling, periods).follow()
     return found.generating(tokens_to_generate(workload))
 
 
@@ -151,7 +157,7 @@ class _Job:
     def __init__(
         self,
         policy: Policy,
-        counts: Sizes,
+        allocation: Allocation,
         rows: Iterator[tuple[int, int]],
         total: float,
         bundle: float = 1.0,
@@ -161,7 +167,7 @@ class _Job:
         self._rows, self._left, self._bundle = rows, total, bundle
         self._settling, self._periods = settling, periods
         self._static = policy.schedule == "static"
-        self._room = {tier: int(counts.kv_blocks[tier] / bundle) for tier in TIERS}
+        self._room = {tier: int(allocation.kv_pages[tier] / bundle) for tier in TIERS}
         self._block = max(1, int(policy.block_size / bundle + 1e-9))
         self._admission = Admission(
             replace(
@@ -170,14 +176,14 @@ class _Job:
                 num_gpu_batches=1,
                 prefill_tokens=max(1, round(policy.prefill_tokens / bundle)),
             ),
-            blocks=self._room,
-            tails=ceil(counts.tails / bundle),
-            block_tokens=BLOCK_TOKENS,
-            recompute_past=counts.recompute_past,
+            pages=self._room,
+            tails=ceil(allocation.tails / bundle),
+            page_tokens=PAGE_TOKENS,
+            recompute_past=allocation.recompute_past,
         )
         self._groups: list[list[list[float]]] = []
         self._logits: list[int] = []
-        self._blocks: list[list[int]] = []
+        self._pages: list[list[int]] = []
         self._phase: list[str] = []
         self._entered = self._finished = self._most = self._blocks_begun = 0
         self._first: tuple[int, int, int] | None = None  # sweep, rows entered, rows finished where the period begins
@@ -195,7 +201,7 @@ class _Job:
                 self._watch_for_period(empty)
             self._fill_queue()
             before = len(self._admission.waiting)
-            rows = self._admission.plan()
+            rows = self._admission.plan_sweep()
             if not rows:
                 break
             self._entered += before - len(self._admission.waiting)
@@ -224,7 +230,7 @@ class _Job:
     def _sweep(self, rows: list[RowLengths]) -> int:
         """One sweep; returns how many rows end in it."""
         admission, groups, logits, ended = self._admission, [[0.0] * len(_FIELDS) for _ in MODES], 0, []
-        self._blocks.append([self._room[tier] - admission.free(tier) for tier in TIERS])
+        self._pages.append([admission.held(tier) for tier in TIERS])
         for row in rows:
             group, run, past = groups[_MODE_OF[row.tier, row.mode]], row.run, row.cached
             if run == 1 and row.generated:
@@ -277,7 +283,7 @@ class _Job:
         return JobSweeps(
             groups=np.array(self._groups).reshape(sweeps, len(MODES), len(_FIELDS)) * bundle,
             logits=np.array(self._logits) * bundle,
-            blocks=np.array(self._blocks).reshape(sweeps, len(TIERS)) * bundle,
+            pages=np.array(self._pages).reshape(sweeps, len(TIERS)) * bundle,
             phase=np.array(self._phase),
             recurs=recurs,
             period=period,

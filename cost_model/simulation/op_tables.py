@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import expert_units, head_chunks, head_rows
 from cost_model.routing.demand import Demand
 from cost_model.timing.op_costs import Costs
 from cost_model.timing.sweep_load import BatchLoad, SweepLoad
@@ -33,7 +34,7 @@ def head_place(chunk: int) -> int:
 
 def batch_place(arch: ModelArch, batch: int, name: str) -> int:
     """Place of an operation of a GPU batch."""
-    return len(_OF_SWEEP) + arch.num_head_chunks + batch * len(_OF_BATCH) + _BATCH_PLACE[name]
+    return len(_OF_SWEEP) + head_chunks(arch) + batch * len(_OF_BATCH) + _BATCH_PLACE[name]
 
 
 def table_of_seconds(
@@ -54,9 +55,9 @@ def table_of_seconds(
         table += [own.read_s, own.copy_s, own.copy_last_s, own.ahead_s, own.last_s]
     else:
         # Those of a layer that no token reaches take no time; on average each unit takes its share of the others'.
-        unit = costs.reached_expert_s(tokens) * costs.touched(tokens) / arch.expert_units
+        unit = costs.reached_expert_s(tokens) * costs.touched(tokens) / expert_units(arch)
         table += [unit, dense, costs.hardware.disk_latency_s, *[0.0] * 5]
-    for start, stop in map(arch.head_rows, range(arch.num_head_chunks)):
+    for start, stop in (head_rows(arch, chunk) for chunk in range(head_chunks(arch))):
         table.append(costs.head_s(load.logits, (stop - start) * arch.head_row_params))
     for batch in cut:
         attended = costs.attended_s(batch)
@@ -80,7 +81,7 @@ def table_of_seconds(
 
 def table_of_bytes(costs: Costs, cut: Sequence[BatchLoad], demand: Demand | None = None) -> list[float]:
     """Bytes that each operation moves or attends over, as a trace shows them; 0 where it shows none."""
-    table = [0.0] * (len(_OF_SWEEP) + costs.arch.num_head_chunks)
+    table = [0.0] * (len(_OF_SWEEP) + head_chunks(costs.arch))
     if demand:
         read, copied = costs.demanded_bytes(demand)
         table[sweep_place("read_routed")], table[sweep_place("copy_routed")] = read, copied

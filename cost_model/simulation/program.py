@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from cost_model.model.arch import ModelArch
 from cost_model.simulation.op_tables import batch_place, head_place, sweep_place
-from cost_model.simulation.threads import ACT, ATTENDED, BROUGHT, COUNT, CPU, DEMANDED, KV, STORE, WRITE
+from cost_model.simulation.threads import ACT, ATTENDED, BROUGHT, COUNT, CPU, DEMANDED, KV, NOT_DISPATCHED, STORE, WRITE
 from cost_model.simulation.weight_queues import WeightQueues
 from policies.schedule import Op, SweepShape, sweep
 
@@ -29,9 +29,7 @@ _HANDED_ON = {
 }
 #: A store waits until the write that used its buffer before has ended.
 _WRITE_BUFFERS = 2
-#: Threads whose operations go with another one, or with the experts that they bring.
-_NOT_DISPATCHED = (ATTENDED, DEMANDED, BROUGHT)
-_ERRAND_NAMES = {CPU: "attend", DEMANDED: "experts", BROUGHT: "experts"}
+_TASK_NAMES = {CPU: "attend", DEMANDED: "experts", BROUGHT: "experts"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +58,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Errand:
+class Task:
     """One operation of another thread: ``parts`` are (user, place in the table of seconds), one after the other."""
 
     name: str
@@ -70,10 +68,10 @@ class Errand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """A sweep: the main thread's steps, and by thread the errands."""
+    """A sweep: the main thread's steps, and by thread the tasks."""
 
     steps: tuple[Step, ...]
-    errands: tuple[tuple[Errand, ...], ...]
+    tasks: tuple[tuple[Task, ...], ...]
 
 
 def compile_sweep(arch: ModelArch, shape: SweepShape, queues: WeightQueues) -> Program:
@@ -85,7 +83,7 @@ class _Compiler:
     def __init__(self, arch: ModelArch, shape: SweepShape, queues: WeightQueues):
         self._arch, self._shape, self._brought_by = arch, shape, queues.brought_by
         self._steps: list[Step] = []
-        self._errands: list[list[Errand]] = [[] for _ in range(COUNT)]
+        self._tasks: list[list[Task]] = [[] for _ in range(COUNT)]
         #: By operation, (thread, how many it has done when that is done).
         self._done: dict[int, tuple[int, int]] = {}
         self._handed: list[int] = []
@@ -96,18 +94,20 @@ class _Compiler:
                 self._compute(op)
             elif op.kind not in ("read", "copy"):  # of these the weight stream is ahead
                 self._hand_on(op)
-        home = tuple((thread, len(self._errands[thread])) for thread in (STORE, WRITE) if self._errands[thread])
+        home = tuple((thread, len(self._tasks[thread])) for thread in (STORE, WRITE) if self._tasks[thread])
         self._steps.append(
             Step(name="host", user="host", seconds=sweep_place("host"), handed_on=(), dispatched=0, after=home)
         )
-        return Program(steps=tuple(self._steps), errands=tuple(map(tuple, self._errands)))
+        return Program(steps=tuple(self._steps), tasks=tuple(map(tuple, self._tasks)))
 
     def _compute(self, op: Op) -> None:
-        if op.kind == "routed":  # what is at hand, or comes earlier, is computed while the last one comes
+        if (
+            op.kind == "routed"
+        ):  # cached experts, and those that arrive earlier, are computed while the last one arrives
             self._step(op, sweep_place("routed"), after=())
             self._step(op, sweep_place("routed_last"), after=self._latest(op.deps))
             return
-        attention = self._shape.attention[op.layer].name if op.kind in ("project", "attend") else ""
+        attention = self._shape.units.attention[op.layer].unit if op.kind in ("project", "attend") else None
         used = attention if op.kind == "project" else op.unit
         done_with = attention if op.batch == len(self._shape.activation_tiers) - 1 and op.kind == "attend" else op.unit
         unit, frees = self._brought_by.get(used), int(done_with in self._brought_by)
@@ -115,7 +115,7 @@ class _Compiler:
 
     def _step(self, op: Op, seconds: int, **waits) -> None:
         handed = tuple(self._handed)
-        dispatched = 1 + sum(thread not in _NOT_DISPATCHED for thread in handed)
+        dispatched = 1 + sum(thread not in NOT_DISPATCHED for thread in handed)
         name = f"{op.kind} {op.unit or op.layer}"
         self._steps.append(
             Step(name=name, user="gpu", seconds=seconds, handed_on=handed, dispatched=dispatched, **waits)
@@ -126,16 +126,16 @@ class _Compiler:
         if op.batch >= 0:
             return batch_place(self._arch, op.batch, op.kind)
         if op.kind == "head":
-            return head_place(int(op.unit.rsplit(".", 1)[-1]))
+            return head_place(op.unit.first)
         return sweep_place("dense" if op.kind == "expert" and self._arch.is_dense(op.layer) else op.kind)
 
     def _hand_on(self, op: Op) -> None:
         thread, parts = _HANDED_ON[op.kind]
         after = [] if thread == BROUGHT else list(self._latest(op.deps))
         if thread == STORE and op.batch in self._shape.disk_batches:
-            buffer_free = len(self._errands[WRITE]) - _WRITE_BUFFERS + 1
+            buffer_free = len(self._tasks[WRITE]) - _WRITE_BUFFERS + 1
             after += [(WRITE, buffer_free)] if buffer_free > 0 else []
-        name = f"act {op.batch}" if thread == ACT else f"{_ERRAND_NAMES.get(thread, 'kv')} {op.layer}"
+        name = f"act {op.batch}" if thread == ACT else f"{_TASK_NAMES.get(thread, 'kv')} {op.layer}"
         self._add(op, thread, name, [part for part in parts if self._takes_part(part[0], op)], after)
         if thread == BROUGHT:  # each is copied when it has been read, so only the last one's copy waits for all of them
             self._add(op, BROUGHT, name, [("h2d/routed", "copy_last")], self._latest(op.deps))
@@ -144,8 +144,8 @@ class _Compiler:
 
     def _add(self, op: Op, thread: int, name: str, parts: Sequence[tuple[str, str]], after: Sequence[tuple]) -> None:
         at = tuple((user, self._part_place(op, seconds)) for user, seconds in parts)
-        self._errands[thread].append(Errand(name=name, parts=at, after=tuple(after)))
-        self._done[op.id] = (thread, len(self._errands[thread]))
+        self._tasks[thread].append(Task(name=name, parts=at, after=tuple(after)))
+        self._done[op.id] = (thread, len(self._tasks[thread]))
         self._handed.append(thread)
 
     def _part_place(self, op: Op, seconds: str) -> int:

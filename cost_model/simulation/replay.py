@@ -1,4 +1,4 @@
-"""Walks sweeps as the runtime's threads would: an event simulation with durations from `Costs`.
+"""Replays sweeps as the runtime's threads would: an event simulation with durations from `Costs`.
 
 Every thread works its operations off in order (`cost_model.simulation.program`). An operation has seconds that it takes alone;
 while it runs it has a speed, at most 1, that follows from what else runs (`cost_model.timing.contention`). The weight stream runs
@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cost_model.memory.allocation import KEPT_SLOTS
-from cost_model.simulation.event_loop import Buffers, Clock
+from cost_model.simulation.event_loop import Buffers, EventLoop
 from cost_model.simulation.op_tables import table_of_bytes, table_of_seconds
 from cost_model.simulation.program import Program, compile_sweep
-from cost_model.simulation.serial_loop import SerialClock
-from cost_model.simulation.weight_queues import UnitSteps, WeightQueues, weight_queues
+from cost_model.simulation.serial_loop import SerialLoop
+from cost_model.simulation.weight_queues import WeightQueues, weight_queues
 from cost_model.timing.contention import USERS, Resources
 from cost_model.timing.op_costs import Costs
 from cost_model.timing.sweep_load import BatchLoad, SweepLoad, batches
 from policies.common.chrome_trace import Span
-from policies.schedule import LANES, SweepShape
+from policies.schedule import LANES, SweepShape, SweepUnits
 
 #: Where the runtime's recorder puts what is not recorded under its own name.
 _TRACKS = {
@@ -38,7 +38,7 @@ _SETTLED = 0.002
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Walked:
+class Replayed:
     """What sweeps in a row do.
 
     Attributes:
@@ -53,7 +53,7 @@ class Walked:
     spans: list[Span]
 
 
-def walk(costs: Costs, loads: Sequence[SweepLoad], gpu_batch_size: int, *, keep_spans: bool = False) -> Walked:
+def replay(costs: Costs, loads: Sequence[SweepLoad], gpu_batch_size: int, *, keep_spans: bool = False) -> Replayed:
     """Sweeps one after the other; before the first one nothing has been prefetched.
 
     Args:
@@ -62,11 +62,11 @@ def walk(costs: Costs, loads: Sequence[SweepLoad], gpu_batch_size: int, *, keep_
         gpu_batch_size: rows per GPU batch.
         keep_spans: keep every operation, for a trace.
     """
-    return Walker(costs, gpu_batch_size).walk(loads, keep_spans=keep_spans)
+    return Replayer(costs, gpu_batch_size).replay(loads, keep_spans=keep_spans)
 
 
-class Walker:
-    """`walk` for many sweeps of one policy: what depends on their shape alone is made once.
+class Replayer:
+    """`replay` for many sweeps of one policy: what depends on their shape alone is made once.
 
     Args:
         costs: durations of the operations.
@@ -76,32 +76,32 @@ class Walker:
     def __init__(self, costs: Costs, gpu_batch_size: int):
         self._costs, self._rows = costs, gpu_batch_size
         self._resources = Resources(costs)
-        self._units = UnitSteps.of(costs.arch, costs.counts.placement.tier_of)
+        self._units = SweepUnits.of(costs.allocation.placement.tier_of)
         self._streams: dict[frozenset[int], tuple[WeightQueues, Buffers]] = {}
         self._programs: dict[tuple, Program] = {}
         self._speeds: dict[int, tuple[float, ...] | None] = {}
 
-    def walk(self, loads: Sequence[SweepLoad], *, keep_spans: bool = False) -> Walked:
+    def replay(self, loads: Sequence[SweepLoad], *, keep_spans: bool = False) -> Replayed:
         """As the function of this name."""
-        done = Walked(sweep_s=[], lanes_s=[], spans=[])
+        done = Replayed(sweep_s=[], lanes_s=[], spans=[])
 
         def record(user: str, name: str, start: float, end: float, nbytes: float) -> None:
             if user not in _NOT_RECORDED:
                 done.spans.append((_TRACKS.get(user, user), name, start, end, round(nbytes)))
 
-        clock = (Clock if self._costs.overlap else SerialClock)(
+        loop = (EventLoop if self._costs.overlap else SerialLoop)(
             *self._stream(frozenset()), self._speeds_of, self._costs.op_s, record if keep_spans else None
         )
         demand = None
         for load in loads:
-            cut, start = batches(load, self._rows), clock.now
+            cut, start = batches(load, self._rows), loop.now
             demand = self._costs.routing.on_demand(load.tokens, already=demand is not None)
             on_demand = demand.layers if demand else frozenset()
-            clock.turn_to(*self._stream(on_demand))
+            loop.turn_to(*self._stream(on_demand))
             nbytes = table_of_bytes(self._costs, cut, demand) if keep_spans else ()
-            clock.sweep(self._program(cut, on_demand), table_of_seconds(self._costs, cut, load, demand), nbytes)
-            done.sweep_s.append(clock.now - start)
-            done.lanes_s.append(_lanes_s(clock.active_s))
+            loop.sweep(self._program(cut, on_demand), table_of_seconds(self._costs, cut, load, demand), nbytes)
+            done.sweep_s.append(loop.now - start)
+            done.lanes_s.append(_lanes_s(loop.active_s))
         return done
 
     def steady(self, load: SweepLoad) -> tuple[float, dict[str, float]]:
@@ -110,11 +110,11 @@ class Walker:
         At first nothing has been prefetched; where many slots fill slowly, that takes more than a sweep to be made up.
         """
         for sweeps in _STEADY_SWEEPS:
-            walked = self.walk([load] * sweeps)
-            before, last = walked.sweep_s[-2:]
+            replayed = self.replay([load] * sweeps)
+            before, last = replayed.sweep_s[-2:]
             if abs(last - before) <= _SETTLED * last:
                 break
-        return last, walked.lanes_s[-1]
+        return last, replayed.lanes_s[-1]
 
     def _speeds_of(self, mask: int) -> tuple[float, ...] | None:
         try:
@@ -126,23 +126,21 @@ class Walker:
         return self._speeds[mask]
 
     def _stream(self, on_demand: frozenset[int]) -> tuple[WeightQueues, Buffers]:
-        """The weight stream beside experts that come on demand, which have lent the other slots."""
+        """The weight stream; in on-demand mode the expert cache borrows all but a few of its slots."""
         if on_demand not in self._streams:
-            counts = self._costs.counts
-            slots = min(counts.slots, KEPT_SLOTS) if on_demand else counts.slots
-            buffers = Buffers(slots=slots, staging_slots=max(1, counts.staging_slots))
+            allocation = self._costs.allocation
+            slots = min(allocation.slots, KEPT_SLOTS) if on_demand else allocation.slots
+            buffers = Buffers(slots=slots, staging_slots=max(1, allocation.staging_slots))
             self._streams[on_demand] = weight_queues(self._costs, self._units, on_demand), buffers
         return self._streams[on_demand]
 
     def _program(self, cut: Sequence[BatchLoad], on_demand: frozenset[int]) -> Program:
         ways = tuple((b.new["fetch"] + b.new["disk"] > 0, b.new["cpu"] > 0, b.new["disk"] > 0) for b in cut)
         if (ways, on_demand) not in self._programs:
-            tiers = self._costs.counts.activation_tiers
+            tiers = self._costs.allocation.activation_tiers
             fetched, on_cpu, on_disk = (frozenset(j for j, way in enumerate(ways) if way[k]) for k in range(3))
             shape = SweepShape(
-                attention=self._units.attention,
-                experts=self._units.experts,
-                head=self._units.head,
+                units=self._units,
                 activation_tiers=[tiers[min(j, len(tiers) - 1)] for j in range(len(cut))],
                 fetched_batches=fetched,
                 cpu_batches=on_cpu,

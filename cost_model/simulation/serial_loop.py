@@ -1,20 +1,17 @@
-"""The clock of a walk without overlap: one operation at a time, a weight unit only when it is asked for."""
+"""The loop of a replay without overlap: one operation at a time, a weight unit only when it is asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cost_model.simulation.event_loop import WEIGHT_USER, Buffers, Record, Speeds
+from cost_model.simulation.event_loop import Buffers, Record, Speeds
 from cost_model.simulation.program import Program, Step
-from cost_model.simulation.threads import COUNT
+from cost_model.simulation.threads import COUNT, STREAM_USER, USER_BIT
 from cost_model.simulation.weight_queues import WeightQueues
-from cost_model.timing.contention import USERS
-
-_PLACE = {name: place for place, name in enumerate(USERS)}
 
 
-class SerialClock:
-    """As `Clock`, for a policy whose ``overlap`` is off; slots do not matter, as one unit is moved at a time."""
+class SerialLoop:
+    """As `EventLoop`, for a policy whose ``overlap`` is off; slots do not matter, as one unit is moved at a time."""
 
     def __init__(
         self, queues: WeightQueues, buffers: Buffers, speeds: Speeds, op_s: float, record: Record | None = None
@@ -24,22 +21,22 @@ class SerialClock:
         self.active_s: dict[int, float] = {}
 
     def sweep(self, program: Program, seconds: Sequence[float], nbytes: Sequence[float] = ()) -> None:
-        """As `Clock.sweep`."""
+        """As `EventLoop.sweep`."""
         self.active_s = {}
         handed, brought = [0] * COUNT, set()
         for step in program.steps:
             for thread in step.handed_on:
-                errand = program.errands[thread][handed[thread]]
+                task = program.tasks[thread][handed[thread]]
                 handed[thread] += 1
-                for user, place in errand.parts:
-                    self._spend(user, errand.name, seconds[place], nbytes[place] if nbytes else 0.0)
+                for user, place in task.parts:
+                    self._spend(user, task.name, seconds[place], nbytes[place] if nbytes else 0.0)
             if step.unit is not None and step.unit not in brought:
                 brought.add(step.unit)
                 self._bring(step)
             self._spend(step.user, step.name, seconds[step.seconds] + step.dispatched * self._op_s, 0.0)
 
     def turn_to(self, queues: WeightQueues, buffers: Buffers) -> None:
-        """As `Clock.turn_to`; nothing has been moved ahead."""
+        """As `EventLoop.turn_to`; nothing has been moved ahead."""
         self._queues = queues
 
     def _bring(self, step: Step) -> None:
@@ -48,13 +45,13 @@ class SerialClock:
         if move.staged_by is not None:
             by, at = move.staged_by
             first = self._queues.moves[by][at]
-            self._spend(WEIGHT_USER[by], first.name, first.seconds, first.nbytes)
-        self._spend(WEIGHT_USER[thread], move.name, move.seconds, move.nbytes)
+            self._spend(STREAM_USER[by], first.name, first.seconds, first.nbytes)
+        self._spend(STREAM_USER[thread], move.name, move.seconds, move.nbytes)
 
     def _spend(self, user: str, name: str, seconds: float, nbytes: float) -> None:
-        mask, start = 1 << _PLACE[user], self.now
+        mask, start = 1 << USER_BIT[user], self.now
         speeds = self._speeds_of(mask)
-        spent = seconds if speeds is None else seconds / speeds[_PLACE[user]]
+        spent = seconds if speeds is None else seconds / speeds[USER_BIT[user]]
         self.now += spent
         self.active_s[mask] = self.active_s.get(mask, 0.0) + spent
         if self._record is not None:

@@ -1,8 +1,8 @@
 """A finite job from its first sweep to its last: how long it takes, what each lane does, what memory is in use when.
 
 The rows pass through the admission that the runtime uses (`cost_model.simulation.job_sweeps`); the seconds of a sweep come from
-walking the schedule that the runtime walks (`cost_model.simulation.replay`). A small job is walked sweep by sweep. Of a large one
-sweeps of like load are timed together by the closed form, corrected by walks of a few of them (`cost_model.simulation.sweep_times`).
+replaying the schedule that the runtime follows (`cost_model.simulation.replay`). A small job is replayed sweep by sweep. Of a large one
+sweeps of like load are timed together by the closed form, corrected by replays of a few of them (`cost_model.simulation.sweep_times`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_model.hardware.hardware import Hardware
-from cost_model.memory.allocation import BLOCK_TOKENS
+from cost_model.memory.allocation import PAGE_TOKENS
 from cost_model.memory.memory_plan import MemoryPlan
 from cost_model.model.arch import ModelArch
 from cost_model.routing.expert_usage import ExpertUsage
 from cost_model.simulation.job_sweeps import JobSweeps, job_sweeps
-from cost_model.simulation.replay import walk
-from cost_model.simulation.sweep_times import SweepTimes, like_times, operations, walked_times
+from cost_model.simulation.replay import replay
+from cost_model.simulation.sweep_times import SweepTimes, like_times, operations, replayed_times
 from cost_model.timing.problem import Problem
 from policies.common.chrome_trace import Span, write_chrome_trace
 from policies.common.errors import UsageError
@@ -29,8 +29,8 @@ from policies.policy import Policy
 from policies.schedule import LANES
 from policies.workload import Workload
 
-#: Operations that are walked when every sweep is; a larger job's sweeps are timed by groups of like ones.
-WALKED_OPS = 400_000
+#: Operations that are replayed when every sweep is; a larger job's sweeps are timed by groups of like ones.
+REPLAYED_OPS = 400_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class Timeline:
         rows: in flight.
         tokens: that it advances, prompt and decode.
         tokens_per_s: generated.
-        memory_bytes: by tier, what is in use: the constant parts of the plan and the KV blocks held.
+        memory_bytes: by tier, what is in use: the constant parts of the plan and the KV pages held.
     """
 
     start_s: np.ndarray
@@ -95,7 +95,7 @@ def simulate(
     workload: Workload,
     policy: Policy,
     *,
-    number_bytes: int | None = None,
+    dtype_bytes: int | None = None,
     kv_tokens: int | None = None,
     usage: ExpertUsage | None = None,
     on_demand: bool = True,
@@ -111,12 +111,12 @@ def simulate(
 
     Args:
         arch, hardware, workload, policy: the model on the machine for the job under the policy.
-        number_bytes: bytes of one number in the compute dtype; default: as stored.
+        dtype_bytes: bytes of one number in the compute dtype; default: as stored.
         kv_tokens: KV capacity over all tiers; default: what keeps the block in flight.
         usage: how often each expert was chosen; default: all alike.
         on_demand: sweeps of few rows move only the experts that were routed to.
         cache_experts: experts that device memory beyond what the policy takes holds.
-        full: follow every row and walk every sweep, however long that takes.
+        full: follow every row and replay every sweep, however long that takes.
         keep_trace_sweeps: keep the operations of so many sweeps, from the first on.
         seed: of the rows' order.
 
@@ -128,23 +128,25 @@ def simulate(
     if workload.num_requests is None:
         raise UsageError("an endless job cannot be simulated; give the workload num_requests")
     problem = Problem.of(
-        arch, hardware, workload, number_bytes=number_bytes, kv_tokens=kv_tokens, usage=usage, on_demand=on_demand,
+        arch, hardware, workload, dtype_bytes=dtype_bytes, kv_tokens=kv_tokens, usage=usage, on_demand=on_demand,
         cache_experts=cache_experts,
     )  # fmt: skip
-    counts = problem.sizes(policy)
-    costs = problem.costs(policy, counts)
-    job = job_sweeps(policy, counts, workload, whole=full, seed=seed)
+    allocation = problem.allocate(policy)
+    costs = problem.costs(policy, allocation)
+    job = job_sweeps(policy, allocation, workload, whole=full, seed=seed)
     size, batches = policy.gpu_batch_size, float(np.ceil(job.rows / policy.gpu_batch_size).sum())
-    walked = full or operations(costs, batches / len(job.logits)) * len(job.logits) <= WALKED_OPS
-    times = (walked_times if walked else like_times)(costs, size, job)
-    memory = problem.memory(policy, counts)
-    block_bytes = arch.kv_bytes_per_token(problem.number_bytes) * BLOCK_TOKENS
-    spans = walk(costs, [job.load(at) for at in range(min(keep_trace_sweeps, len(job.logits)))], size, keep_spans=True)
-    return _summary(job, times, memory, block_bytes, tuple(spans.spans))
+    replayed = full or operations(costs, batches / len(job.logits)) * len(job.logits) <= REPLAYED_OPS
+    times = (replayed_times if replayed else like_times)(costs, size, job)
+    memory = problem.memory(policy, allocation)
+    page_bytes = arch.kv_bytes_per_token(problem.dtype_bytes) * PAGE_TOKENS
+    spans = replay(
+        costs, [job.load(at) for at in range(min(keep_trace_sweeps, len(job.logits)))], size, keep_spans=True
+    )
+    return _summary(job, times, memory, page_bytes, tuple(spans.spans))
 
 
 def _summary(
-    job: JobSweeps, times: SweepTimes, memory: MemoryPlan, block_bytes: int, spans: tuple[Span, ...]
+    job: JobSweeps, times: SweepTimes, memory: MemoryPlan, page_bytes: int, spans: tuple[Span, ...]
 ) -> Simulation:
     each_s = job.recurs * times.seconds
     job_s = float(each_s.sum())
@@ -155,12 +157,12 @@ def _summary(
         phases_s={name: float(each_s[job.phase == name].sum()) for name in ("fill", "steady", "drain")},
         lanes_s=dict(zip(LANES, map(float, job.recurs @ times.lanes_s), strict=True)),
         memory=memory,
-        timeline=_timeline(job, times, memory, block_bytes),
+        timeline=_timeline(job, times, memory, page_bytes),
         spans=spans,
     )
 
 
-def _timeline(job: JobSweeps, times: SweepTimes, memory: MemoryPlan, block_bytes: int) -> Timeline:
+def _timeline(job: JobSweeps, times: SweepTimes, memory: MemoryPlan, page_bytes: int) -> Timeline:
     """What recurs passes at once when its first period is over."""
     first, last = job.period
     ends = np.cumsum(times.seconds)
@@ -176,5 +178,5 @@ def _timeline(job: JobSweeps, times: SweepTimes, memory: MemoryPlan, block_bytes
         rows=job.rows,
         tokens=job.tokens,
         tokens_per_s=job.logits / times.seconds,
-        memory_bytes={tier: constant[tier] + job.blocks[:, at] * block_bytes for at, tier in enumerate(TIERS)},
+        memory_bytes={tier: constant[tier] + job.pages[:, at] * page_bytes for at, tier in enumerate(TIERS)},
     )

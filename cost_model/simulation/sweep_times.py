@@ -1,4 +1,4 @@
-"""Seconds of the sweeps of a job: each one walked, or the closed form times what walks of sweeps like it say."""
+"""Seconds of the sweeps of a job: each one replayed, or the closed form corrected by replays of sweeps like it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from math import ceil
 
 import numpy as np
 
+from cost_model.model.weight_units import expert_units
 from cost_model.simulation.job_sweeps import JobSweeps, as_load
-from cost_model.simulation.replay import Walker
+from cost_model.simulation.replay import Replayer
 from cost_model.timing.op_costs import Costs
 from cost_model.timing.sweep_bounds import SweepForm, SweepTime, sweep_time
 from cost_model.timing.sweep_load import SweepLoad
@@ -18,10 +19,10 @@ from policies.schedule import LANES
 #: together, and groups.
 _GROUPED_BATCHES, _FEWEST_GROUPS, _MOST_GROUPS = 25_000, 60, 500
 _NARROWEST = 0.02
-#: Knots: groups that are walked too, as many as have so many operations together.
+#: Knots: groups that are replayed too, as many as have so many operations together.
 _FEWEST_KNOTS, _MOST_KNOTS = 2, 12
 _KNOT_OPS = 70_000
-#: GPU batches of a sweep that is walked as a knot; more are merged, as all but the first and the last are alike.
+#: GPU batches of a sweep that is replayed as a knot; more are merged, as all but the first and the last are alike.
 _KNOT_BATCHES = 24
 #: Between sweeps of which one has its experts on demand: beyond any distance in size.
 _FAR = 100.0
@@ -37,21 +38,21 @@ class SweepTimes:
 
 def operations(costs: Costs, gpu_batches: float) -> float:
     """About as many operations has a sweep."""
-    return costs.arch.num_layers * (2 * costs.arch.expert_units + 5 * gpu_batches)
+    return costs.arch.num_layers * (2 * expert_units(costs.arch) + 5 * gpu_batches)
 
 
-def walked_times(costs: Costs, gpu_batch_size: int, sweeps: JobSweeps) -> SweepTimes:
-    """Every sweep that was followed, walked one after the other."""
+def replayed_times(costs: Costs, gpu_batch_size: int, sweeps: JobSweeps) -> SweepTimes:
+    """Every sweep that was followed, replayed one after the other."""
     loads = [as_load(groups, logits) for groups, logits in zip(sweeps.groups, sweeps.logits, strict=True)]
-    walked = Walker(costs, gpu_batch_size).walk(loads)
+    replayed = Replayer(costs, gpu_batch_size).replay(loads)
     return SweepTimes(
-        seconds=np.array(walked.sweep_s),
-        lanes_s=np.array([[lanes[lane] for lane in LANES] for lanes in walked.lanes_s]),
+        seconds=np.array(replayed.sweep_s),
+        lanes_s=np.array([[lanes[lane] for lane in LANES] for lanes in replayed.lanes_s]),
     )
 
 
 def like_times(costs: Costs, gpu_batch_size: int, sweeps: JobSweeps) -> SweepTimes:
-    """The closed form of every group of like sweeps, times the ratio that walks of the nearest knots have to it."""
+    """The closed form of every group of like sweeps, times the ratio that replays of the nearest knots have to it."""
     batches = max(1.0, float(sweeps.rows.max()) / gpu_batch_size)
     loads, group_of = _groups(sweeps, int(min(_MOST_GROUPS, max(_FEWEST_GROUPS, _GROUPED_BATCHES / batches))))
     closed = list(map(SweepForm(costs, gpu_batch_size).time, loads))
@@ -59,7 +60,7 @@ def like_times(costs: Costs, gpu_batch_size: int, sweeps: JobSweeps) -> SweepTim
     spent = np.bincount(group_of, weights=sweeps.recurs, minlength=len(loads)) * closed_s
     demanded = [costs.routing.on_demand(load.tokens) is not None for load in loads]
     knots = _knots(loads, demanded, spent, _count_knots(costs, batches))
-    ratios = np.array([_walked_over_closed(costs, gpu_batch_size, loads[knot]) for knot in knots])
+    ratios = np.array([_replayed_over_closed(costs, gpu_batch_size, loads[knot]) for knot in knots])
     mixed = _nearness(loads, demanded, knots) @ ratios
     return SweepTimes(seconds=(closed_s * mixed[:, 0])[group_of], lanes_s=(lanes_s * mixed[:, 1:])[group_of])
 
@@ -87,12 +88,12 @@ def _as_arrays(times: list[SweepTime]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _count_knots(costs: Costs, batches: float) -> int:
-    walked = _KNOT_OPS / operations(costs, min(_KNOT_BATCHES, batches))
-    return int(min(_MOST_KNOTS, max(_FEWEST_KNOTS, walked)))
+    replayed = _KNOT_OPS / operations(costs, min(_KNOT_BATCHES, batches))
+    return int(min(_MOST_KNOTS, max(_FEWEST_KNOTS, replayed)))
 
 
 def _knots(loads: list[SweepLoad], demanded: list[bool], spent_s: np.ndarray, most: int) -> list[int]:
-    """Groups to walk: those that prefill and those that do not, those whose experts come on demand apart, each in the order
+    """Groups to replay: those that prefill and those that do not, those whose experts come on demand apart, each in the order
     of their size, at equal seconds."""
     found: list[int] = []
     kinds = [(load.prompt_tokens > 0, on_demand) for load, on_demand in zip(loads, demanded, strict=True)]
@@ -107,13 +108,13 @@ def _knots(loads: list[SweepLoad], demanded: list[bool], spent_s: np.ndarray, mo
     return found
 
 
-def _walked_over_closed(costs: Costs, gpu_batch_size: int, load: SweepLoad) -> list[float]:
+def _replayed_over_closed(costs: Costs, gpu_batch_size: int, load: SweepLoad) -> list[float]:
     """Ratio of the seconds of a sweep, then of those of each lane."""
     rows = gpu_batch_size * max(1, ceil(load.rows / gpu_batch_size / _KNOT_BATCHES))
-    walked_s, lanes_s = Walker(costs, rows).steady(load)
+    replayed_s, lanes_s = Replayer(costs, rows).steady(load)
     closed = sweep_time(costs, load, rows)
     lanes = [lanes_s[lane] / closed.lanes_s[lane] if closed.lanes_s[lane] else 1.0 for lane in LANES]
-    return [walked_s / closed.total_s, *lanes]
+    return [replayed_s / closed.total_s, *lanes]
 
 
 def _nearness(loads: list[SweepLoad], demanded: list[bool], knots: list[int]) -> np.ndarray:

@@ -49,7 +49,7 @@ class AttentionPhase:
     """
 
     def __init__(self, costs: Costs, cut: Sequence[BatchLoad]):
-        tiers = [*costs.counts.activation_tiers, *["gpu"] * len(cut)][: len(cut)]
+        tiers = [*costs.allocation.activation_tiers, *["gpu"] * len(cut)][: len(cut)]
         self.moved_s = dict.fromkeys(
             ("cpu", "h2d/kv", "h2d/attended", "h2d/act", "d2h", "d2h/act", "disk_read/kv", "disk_read/act",
              "disk_read/wait", "disk_write", "disk_write/act", "disk_write/wait"), 0.0,

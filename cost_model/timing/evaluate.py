@@ -6,27 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cost_model.hardware.hardware import GIB, Hardware
-from cost_model.memory.allocation import Sizes
-from cost_model.memory.memory_plan import MemoryPlan
+from cost_model.hardware.hardware import Hardware
+from cost_model.memory.allocation import Allocation
+from cost_model.memory.memory_plan import REMEDY, MemoryPlan
 from cost_model.model.arch import ModelArch
 from cost_model.timing.job_phases import course
 from cost_model.timing.op_costs import Costs
 from cost_model.timing.problem import Problem
 from cost_model.timing.sweep_bounds import SweepForm, SweepTime
 from policies.common.errors import InfeasibleError
+from policies.common.memory_units import GIB
 from policies.policy import Policy
 from policies.workload import Workload
 
 if TYPE_CHECKING:
     from cost_model.routing.expert_usage import ExpertUsage
-
-REMEDY = {
-    "gpu": "raise --gpu-mem, or lower the GPU percents, the block size or the prefill tokens",
-    "cpu": "raise --cpu-mem, or lower the CPU percents or the block size",
-    "gpu+cpu": "on device cpu both tiers are RAM: lower the GPU and CPU percents, or the block size",
-    "disk": "raise --nvme-mem, or lower the disk shares",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +41,7 @@ class Prediction:
         bottleneck: what decides most of the time: a thread, a shared resource, "schedule" or "slots".
         memory: bytes per tier, item by item.
         budgets: bytes that may be taken, by tier.
-        sizes: counts that the bytes follow from.
+        allocation: counts that the bytes follow from.
     """
 
     tokens_per_s: float
@@ -62,7 +56,7 @@ class Prediction:
     bottleneck: str
     memory: MemoryPlan
     budgets: Mapping[str, int | None]
-    sizes: Sizes
+    allocation: Allocation
 
     def to_json(self) -> dict:
         """The section "predicted" of a policy file."""
@@ -87,7 +81,7 @@ def evaluate(
     workload: Workload,
     policy: Policy,
     *,
-    number_bytes: int | None = None,
+    dtype_bytes: int | None = None,
     kv_tokens: int | None = None,
     usage: ExpertUsage | None = None,
     on_demand: bool = True,
@@ -97,7 +91,7 @@ def evaluate(
 
     Args:
         arch, hardware, workload, policy: the model on the machine for the job under the policy.
-        number_bytes: bytes of one number in the compute dtype; default: as stored.
+        dtype_bytes: bytes of one number in the compute dtype; default: as stored.
         kv_tokens: KV capacity over all tiers; default: what keeps the block in flight.
         usage: how often each expert was chosen; default: all alike.
         on_demand: sweeps of few rows move only the experts that were routed to.
@@ -107,18 +101,18 @@ def evaluate(
         InfeasibleError: a tier has too few bytes; the sentence says how many are missing. Or the usage, or the policy's
             order of experts, is of another model.
     """
-    about = {"number_bytes": number_bytes, "kv_tokens": kv_tokens, "usage": usage, "on_demand": on_demand}
+    about = {"dtype_bytes": dtype_bytes, "kv_tokens": kv_tokens, "usage": usage, "on_demand": on_demand}
     return predict(Problem.of(arch, hardware, workload, **about), policy, ignore_memory=ignore_memory)
 
 
 def predict(problem: Problem, policy: Policy, *, ignore_memory: bool = False) -> Prediction:
     """`evaluate` for many policies of one problem."""
-    counts = problem.sizes(policy)
-    memory = problem.memory(policy, counts)
+    allocation = problem.allocate(policy)
+    memory = problem.memory(policy, allocation)
     budgets = problem.hardware.budgets()
     if not ignore_memory:
         memory.check(budgets, _remedies(problem.hardware))
-    return _predict(problem.costs(policy, counts), policy, problem.workload, memory, budgets)
+    return _predict(problem.costs(policy, allocation), policy, problem.workload, memory, budgets)
 
 
 def _remedies(hardware: Hardware) -> dict[str, str]:
@@ -132,7 +126,7 @@ def _remedies(hardware: Hardware) -> dict[str, str]:
 def _predict(
     costs: Costs, policy: Policy, workload: Workload, memory: MemoryPlan, budgets: Mapping[str, int | None]
 ) -> Prediction:
-    way = course(policy, costs.counts, workload)
+    way = course(policy, costs.allocation, workload)
     form = SweepForm(costs, policy.gpu_batch_size)
     timed = [(phase, form.time(phase.load)) for phase in way.phases if phase.sweeps > 0]
     total_s = sum(phase.sweeps * time.total_s for phase, time in timed)
@@ -153,7 +147,7 @@ def _predict(
         bottleneck=_bottleneck(timed),
         memory=memory,
         budgets=budgets,
-        sizes=costs.counts,
+        allocation=costs.allocation,
     )
 
 
@@ -172,7 +166,7 @@ def _bottleneck(timed: list[tuple[object, SweepTime]]) -> str:
 def fits(memory: MemoryPlan, budgets: Mapping[str, int | None]) -> bool:
     """Whether every budget holds its tiers."""
     try:
-        memory.check(budgets, REMEDY)
+        memory.check(budgets)
     except InfeasibleError:
         return False
     return True

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, floor
 
-from cost_model.memory.allocation import BLOCK_TOKENS, Sizes
+from cost_model.memory.allocation import PAGE_TOKENS, Allocation
 from cost_model.timing.length_moments import RowMoments, row_moments
 from cost_model.timing.sweep_load import RowGroup, SweepLoad
 from policies.policy import Policy
@@ -49,12 +49,12 @@ class Course:
     row_sweeps: float
 
 
-def course(policy: Policy, counts: Sizes, workload: Workload) -> Course:
+def course(policy: Policy, allocation: Allocation, workload: Workload) -> Course:
     """How the job proceeds under a policy."""
     m = row_moments(workload)
-    block, fill = _rows_in_flight(policy, counts, m)
+    block, fill = _rows_in_flight(policy, allocation, m)
     life = _span(policy, m) + m.n - 1
-    shares = mode_shares(policy, counts)
+    shares = mode_shares(policy, allocation)
     total = workload.num_requests
     if policy.schedule == "static":
         rounds = 1.0 if total is None else float(ceil(total / max(1, floor(block + 1e-9))))
@@ -112,15 +112,15 @@ def _waves(
     )
 
 
-def mode_shares(policy: Policy, counts: Sizes) -> dict[str, float]:
-    """Share of the rows by how they are attended; their home tiers follow the KV blocks."""
-    total = sum(counts.kv_blocks.values())
-    on_host = counts.kv_blocks["cpu"] / total
+def mode_shares(policy: Policy, allocation: Allocation) -> dict[str, float]:
+    """Share of the rows by how they are attended; their home tiers follow the KV pages."""
+    total = sum(allocation.kv_pages.values())
+    on_host = allocation.kv_pages["cpu"] / total
     attended = policy.cpu_attention_percent / 100
     shares = {
-        "gpu": counts.kv_blocks["gpu"] / total,
+        "gpu": allocation.kv_pages["gpu"] / total,
         "fetch": on_host * (1 - attended),
-        "disk": counts.kv_blocks["disk"] / total,
+        "disk": allocation.kv_pages["disk"] / total,
         "cpu": on_host * attended,
     }
     return {mode: share for mode, share in shares.items() if share}
@@ -131,16 +131,16 @@ def _span(policy: Policy, m: RowMoments) -> float:
     return float(max(1, ceil(m.s / policy.prefill_tokens)))
 
 
-def _rows_in_flight(policy: Policy, counts: Sizes, m: RowMoments) -> tuple[float, float]:
+def _rows_in_flight(policy: Policy, allocation: Allocation, m: RowMoments) -> tuple[float, float]:
     """(rows in flight, sweeps in which so many enter). Rows that enter together need room for s + n together."""
     life = _span(policy, m) + m.n - 1
     pace = policy.prefill_tokens / m.s
-    staggered = m.s + (m.n + BLOCK_TOKENS) / 2
+    staggered = m.s + (m.n + PAGE_TOKENS) / 2
     rows = float(policy.block_size)
     for _ in range(3):
         apart = min(1.0, rows / pace / life) if policy.schedule == "rolling" else 0.0
         each = m.held - max(0.0, m.held - staggered) * apart
-        room = sum(counts.kv_blocks.values()) * BLOCK_TOKENS / each
+        room = sum(allocation.kv_pages.values()) * PAGE_TOKENS / each
         rows = max(1.0, min(policy.block_size, room, pace * life))
     return rows, max(1.0, rows / pace)
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from math import ceil
 
-from cost_model.memory.allocation import BLOCK_TOKENS
+from cost_model.memory.allocation import PAGE_TOKENS
 from policies.workload import Workload
 
 
@@ -19,7 +19,7 @@ class RowMoments:
     Attributes:
         s, n: prompt and completion.
         ss, ns, nn: s², (n − 1) · s, (n − 1) · n.
-        held: KV tokens in whole blocks, per row, when rows that entered together hold most.
+        held: KV tokens in whole pages, per row, when rows that entered together hold most.
         ends: (n, share of the rows that generate no more), n rising.
     """
 
@@ -74,13 +74,13 @@ def row_moments(workload: Workload) -> RowMoments:
 
 
 def _most_held(entries, rows: int) -> float:
-    """Tokens in whole blocks per row when rows that entered together hold most; the short ones may have ended by then."""
+    """Tokens in whole pages per row when rows that entered together hold most; the short ones may have ended by then."""
     left, prompts, most = 0, 0.0, 0.0
-    waste = 0.0 if len(entries) == 1 else BLOCK_TOKENS / 2
+    waste = 0.0 if len(entries) == 1 else PAGE_TOKENS / 2
     for s, n, count in sorted(entries, key=lambda entry: -entry[1]):
         left, prompts = left + count, prompts + s * count
         most = max(most, prompts + left * (n - 1 + waste))
-    return ceil(most / rows / BLOCK_TOKENS) * BLOCK_TOKENS if len(entries) == 1 else most / rows
+    return ceil(most / rows / PAGE_TOKENS) * PAGE_TOKENS if len(entries) == 1 else most / rows
 
 
 def _ends(entries, rows: int) -> tuple[tuple[int, float], ...]:

@@ -1,6 +1,6 @@
 """The seconds of every operation of the schedule when nothing else runs: bytes or FLOPs over a measured rate.
 
-`cost_model.timing.sweep_bounds` adds them up in closed form, `cost_model.simulation.replay` walks the schedule of `policies.schedule` with them;
+`cost_model.timing.sweep_bounds` adds them up in closed form, `cost_model.simulation.replay` replays the schedule of `policies.schedule` with them;
 `cost_model.memory.memory_plan` has the bytes.
 """
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import Hardware
-from cost_model.memory.allocation import BLOCK_TOKENS, Sizes
+from cost_model.memory.allocation import PAGE_TOKENS, Allocation
 from cost_model.model.arch import ModelArch
-from cost_model.model.grouped import are_grouped
+from cost_model.model.weight_units import are_grouped
 from cost_model.routing.demand import Demand, Routing
 from cost_model.timing.sweep_load import BatchLoad
 from policies.policy import Policy
@@ -46,8 +46,8 @@ class Costs:
 
     Args:
         arch, hardware, policy: the model on the machine under the policy.
-        counts: from `sizes`.
-        number_bytes: bytes of one number in the compute dtype.
+        allocation: from `allocate`.
+        dtype_bytes: bytes of one number in the compute dtype.
         shares, on_demand: as in `Routing`.
 
     Attributes:
@@ -60,14 +60,14 @@ class Costs:
         arch: ModelArch,
         hardware: Hardware,
         policy: Policy,
-        counts: Sizes,
-        number_bytes: int,
+        allocation: Allocation,
+        dtype_bytes: int,
         shares: np.ndarray | None = None,
         on_demand: bool = True,
     ):
-        gpu, b = hardware.gpu, number_bytes
-        self.routing = Routing(arch, counts, shares, on_demand)
-        self.arch, self.hardware, self.counts, self._gpu, self._b = arch, hardware, counts, gpu, b
+        gpu, b = hardware.gpu, dtype_bytes
+        self.routing = Routing(arch, allocation, shares, on_demand)
+        self.arch, self.hardware, self.allocation, self._gpu, self._b = arch, hardware, allocation, gpu, b
         self.overlap, self.pinned = policy.overlap, policy.pin_weight
         self.kv_bytes = arch.kv_bytes_per_token_layer(b)
         self._experts, self._dense = gpu.experts[b], gpu.dense[b]
@@ -95,7 +95,7 @@ class Costs:
 
     def _kv_read_cores(self) -> float:
         """Cores that are busy while KV is read from disk."""
-        hw, nbytes = self.hardware, self.kv_bytes * self.counts.stretch_tokens
+        hw, nbytes = self.hardware, self.kv_bytes * self.allocation.stretch_tokens
         core_s = hw.kv_block_core_s + nbytes * hw.disk_read_core_s_per_byte
         return core_s / (hw.kv_block_read_s + nbytes / hw.disk_read_bytes_per_s)
 
@@ -143,7 +143,7 @@ class Costs:
     def disk_wait_s(self) -> float:
         """Latency of a small transfer: behind the weights, where some of them come from disk."""
         hw = self.hardware
-        return hw.disk_busy_latency_s if self.counts.placement.count_of("disk") else hw.disk_latency_s
+        return hw.disk_busy_latency_s if self.allocation.placement.count_of("disk") else hw.disk_latency_s
 
     def project_s(self, batch: BatchLoad) -> float:
         """Norm, queries, keys and values, rope."""
@@ -167,7 +167,7 @@ class Costs:
     def read_kv_s(self, batch: BatchLoad) -> float:
         """Past KV of the batch's disk rows, disk to host; what lies side by side is read at once."""
         hw, past = self.hardware, batch.past["disk"]
-        return past * (self.kv_bytes / hw.disk_read_bytes_per_s + hw.kv_block_read_s / self.counts.stretch_tokens)
+        return past * (self.kv_bytes / hw.disk_read_bytes_per_s + hw.kv_block_read_s / self.allocation.stretch_tokens)
 
     def load_kv_s(self, batch: BatchLoad) -> float:
         """Past KV of the fetched rows into the staging buffer; attended outputs of the CPU's rows up."""
@@ -187,9 +187,9 @@ class Costs:
         return stored + down
 
     def write_kv_s(self, batch: BatchLoad) -> float:
-        """New KV of the batch's disk rows; a block is written when it is full, so this is the mean over sweeps."""
+        """New KV of the batch's disk rows; a page is written when it is full, so this is the mean over sweeps."""
         hw = self.hardware
-        return batch.new["disk"] * (self.kv_bytes / hw.disk_write_bytes_per_s + hw.kv_block_write_s / BLOCK_TOKENS)
+        return batch.new["disk"] * (self.kv_bytes / hw.disk_write_bytes_per_s + hw.kv_block_write_s / PAGE_TOKENS)
 
     # The rest of a sweep.
 

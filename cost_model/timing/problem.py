@@ -1,4 +1,4 @@
-"""What is to be planned or judged: a model on a machine for a job; the counts, bytes and durations of a policy there."""
+"""What is to be planned or judged: a model on a machine for a job; the allocation, bytes and durations of a policy there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cost_model.hardware.hardware import Hardware
-from cost_model.memory.allocation import Sizes, sizes
+from cost_model.memory.allocation import Allocation, allocate
 from cost_model.memory.memory_plan import MemoryPlan, plan_memory
 from cost_model.model.arch import ModelArch
 from cost_model.timing.op_costs import Costs
@@ -25,7 +25,7 @@ class Problem:
 
     Args:
         arch, hardware, workload: those.
-        number_bytes: bytes of one number in the compute dtype.
+        dtype_bytes: bytes of one number in the compute dtype.
         kv_tokens: KV capacity over all tiers; None: what keeps the block in flight.
         shares: ``[layers, E]``, the probability that a token is routed to an expert; None: all are alike.
         on_demand: sweeps of few rows move only the experts that were routed to.
@@ -35,7 +35,7 @@ class Problem:
     arch: ModelArch
     hardware: Hardware
     workload: Workload
-    number_bytes: int
+    dtype_bytes: int
     kv_tokens: int | None = None
     shares: np.ndarray | None = field(default=None, compare=False)
     on_demand: bool = True
@@ -48,14 +48,14 @@ class Problem:
         hardware: Hardware,
         workload: Workload,
         *,
-        number_bytes: int | None = None,
+        dtype_bytes: int | None = None,
         usage: ExpertUsage | None = None,
         **rest,
     ) -> Problem:
         """The problem with what was left out.
 
         Args:
-            number_bytes: default: as stored.
+            dtype_bytes: default: as stored.
             usage: how often each expert was chosen; default: all alike.
 
         Raises:
@@ -67,24 +67,24 @@ class Problem:
             arch=arch,
             hardware=hardware,
             workload=workload,
-            number_bytes=number_bytes or arch.dtype_bytes,
+            dtype_bytes=dtype_bytes or arch.dtype_bytes,
             shares=None if usage is None else usage.shares,
             **rest,
         )
 
-    def sizes(self, policy: Policy) -> Sizes:
-        """The counts of a policy."""
+    def allocate(self, policy: Policy) -> Allocation:
+        """What a policy allocates."""
         p = self
         device, longest = p.hardware.device, p.workload.longest_row
-        counts = sizes(p.arch, policy, p.workload, device=device, kv_tokens=p.kv_tokens, longest_row=longest)
-        return replace(counts, cache_experts=p.cache_experts) if p.cache_experts else counts
+        allocation = allocate(p.arch, policy, p.workload, device=device, kv_tokens=p.kv_tokens, longest_row=longest)
+        return replace(allocation, cache_experts=p.cache_experts) if p.cache_experts else allocation
 
-    def memory(self, policy: Policy, counts: Sizes) -> MemoryPlan:
+    def memory(self, policy: Policy, allocation: Allocation) -> MemoryPlan:
         """The bytes of a policy."""
         device = self.hardware.device
-        return plan_memory(self.arch, policy, counts, device=device, compute_bytes=self.number_bytes)
+        return plan_memory(self.arch, policy, allocation, device=device, compute_bytes=self.dtype_bytes)
 
-    def costs(self, policy: Policy, counts: Sizes) -> Costs:
+    def costs(self, policy: Policy, allocation: Allocation) -> Costs:
         """The durations of a policy's operations."""
         arch = self.arch.grouped(policy.experts_per_unit)
-        return Costs(arch, self.hardware, policy, counts, self.number_bytes, self.shares, self.on_demand)
+        return Costs(arch, self.hardware, policy, allocation, self.dtype_bytes, self.shares, self.on_demand)

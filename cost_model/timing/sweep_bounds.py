@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cost_model.memory.allocation import KEPT_SLOTS
+from cost_model.model.weight_units import expert_units, head_chunks
 from cost_model.routing.demand import Demand
 from cost_model.timing.attention_phase import DOWN, UP, AttentionPhase
 from cost_model.timing.contention import USERS, Resources
@@ -177,10 +178,10 @@ class _WeightStream:
     """
 
     def __init__(self, costs: Costs, demanded: bool = False):
-        at, counts, on_cuda = costs.counts.placement, costs.counts, costs.hardware.device == "cuda"
+        at, allocation, on_cuda = costs.allocation.placement, costs.allocation, costs.hardware.device == "cuda"
         units = {tier: at.count_of(tier, *_STREAMED) for tier in ("cpu", "disk")}
         sizes = {tier: at.bytes_of(tier, *_STREAMED) for tier in ("cpu", "disk")}
-        slots = counts.slots
+        slots = allocation.slots
         if demanded:
             slots = min(slots, KEPT_SLOTS)
             for tier in ("cpu", "disk"):
@@ -196,12 +197,12 @@ class _WeightStream:
 def _links(
     costs: Costs, from_host: int, from_disk: int, copy_s: float, read_s: float, slots: int
 ) -> list[tuple[float, float]]:
-    counts, layers = costs.counts, costs.arch.num_layers
+    allocation, layers = costs.allocation, costs.arch.num_layers
     if not from_host + from_disk:
         return []
     part = slots / (from_host + from_disk)
     if costs.hardware.device == "cuda":
-        staged = counts.staging_slots / from_disk if from_disk else 0.0
+        staged = allocation.staging_slots / from_disk if from_disk else 0.0
         return [(copy_s, part * copy_s), (read_s, (part + staged) * read_s)]
     # A layer's host units come before its disk units, so few slots hold either these or those, and one link rests.
     each_s = min(copy_s / from_host, read_s / from_disk) if from_host and from_disk else 0.0
@@ -227,7 +228,7 @@ def _experts(costs: Costs, tokens: float, demand: Demand | None, stream: _Weight
     layers, dense = arch.num_layers, len(arch.dense_layers)
     beside_s = dense * (costs.expert_s(tokens, arch.dense_params) + 2 * costs.op_s) if dense else 0.0
     if demand is None:
-        each_layer = costs.touched(tokens) * costs.reached_expert_s(tokens) + (arch.expert_units + 1) * costs.op_s
+        each_layer = costs.touched(tokens) * costs.reached_expert_s(tokens) + (expert_units(arch) + 1) * costs.op_s
         seconds = ((layers - dense) * each_layer + beside_s) / layers
         return _Experts(compute_s=seconds, chain_s=seconds, moved_s=dict.fromkeys(_DEMANDED, 0.0))
     own, asking = costs.demanded(demand, tokens), len(demand.layers)
@@ -249,6 +250,6 @@ def _experts(costs: Costs, tokens: float, demand: Demand | None, stream: _Weight
 
 def _head_s(costs: Costs, logits: float) -> float:
     """Seconds of all chunks of the head, and of the operations before and after them."""
-    chunks = costs.arch.num_head_chunks
+    chunks = head_chunks(costs.arch)
     elements = costs.arch.embed_params / chunks
     return chunks * (costs.head_s(logits, elements) + costs.op_s) + 2 * costs.op_s

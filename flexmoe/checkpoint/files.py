@@ -1,4 +1,4 @@
-"""One file of a checkpoint directory, opened with suspicion, and the strict JSON in it.
+"""Opens one file of a checkpoint directory after checking what it is, and parses the JSON in it strictly.
 
 A download stops half-way, a clone leaves Git-LFS pointers, a hostile archive holds FIFOs: each becomes one sentence.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flexmoe.errors import DataError, InputMissingError, StorageError
-from policies.common import strict_json
+from policies.common import json_files
 
 MAX_JSON_BYTES = 100_000_000  # the limit of the safetensors format for its header; kept for the index and config too
 INCOMPLETE = "the download is probably incomplete, fetch it again"
@@ -43,7 +43,7 @@ def parse_json_object(raw: bytes, what: str) -> dict[str, Any]:
         DataError: it is not JSON, is read differently by different readers, or is no object.
     """
     try:
-        value = strict_json.parse(raw)
+        value = json_files.parse(raw)
     except RecursionError:
         raise DataError(f"{what} is nested too deeply to be JSON of a checkpoint: it is damaged or hostile") from None
     except ValueError as error:

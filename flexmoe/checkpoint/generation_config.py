@@ -1,4 +1,4 @@
-"""How a model likes to be sampled: the defaults in its generation_config.json."""
+"""Sampling defaults of a model: what its generation_config.json says."""
 
 from __future__ import annotations
 

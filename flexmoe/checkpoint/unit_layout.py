@@ -8,14 +8,14 @@ boundaries, which the GEMM libraries want.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
 
-from flexmoe.checkpoint.checkpoint import TensorInfo
+from flexmoe.checkpoint.safetensors import TensorInfo
 from flexmoe.errors import DataError
-from flexmoe.system.direct_io import align_down, align_up
+from flexmoe.system.device import align_down, align_up
 
 DEVICE_ALIGNMENT = 256
 
@@ -121,6 +121,16 @@ def views(buffer: torch.Tensor, places: Mapping[str, Place]) -> dict[str, torch.
     return tensors
 
 
+def tensors_of(tensors: Mapping[str, torch.Tensor], role: str) -> torch.Tensor | list[torch.Tensor]:
+    """A role's one tensor, or where it lies in several (`UnitLayout`) those in their order."""
+    if role in tensors:
+        return tensors[role]
+    found: list[torch.Tensor] = []
+    while (tensor := tensors.get(f"{role}.{len(found)}")) is not None:
+        found.append(tensor)
+    return found
+
+
 def unit_layout(parts: Sequence[Part], tensors: Mapping[str, TensorInfo]) -> UnitLayout:
     """Layout of the unit that consists of ``parts``.
 
@@ -150,23 +160,32 @@ def unit_layout(parts: Sequence[Part], tensors: Mapping[str, TensorInfo]) -> Uni
     )
 
 
+@dataclass(slots=True)
+class _Region:
+    """Parts that follow each other in a file, from byte ``start`` to ``end``: (offset, part, dtype) of each."""
+
+    path: str
+    start: int
+    end: int
+    members: list[tuple[int, Part, torch.dtype]] = field(default_factory=list)
+
+
 def _host_layout(found: list[tuple[str, int, Part, torch.dtype]]) -> tuple[list[Extent], list[Piece], int]:
     """Merge parts that touch into one extent; give each extent its own page-aligned region."""
-    regions: list[list] = []  # path, first byte, end byte, members
+    regions: list[_Region] = []
     for path, offset, part, dtype in found:
-        place = Place(0, dtype, part.shape)
-        end = offset + place.nbytes
-        if regions and regions[-1][0] == path and regions[-1][2] == offset:
-            regions[-1][2] = end
-        else:
-            regions.append([path, offset, end, []])
-        regions[-1][3].append((offset, place, part))
-    extents, pieces, size = [], [], 0
-    for path, start, end, members in regions:
-        first, last = align_down(start), align_up(end)
-        extents.append(Extent(path, first, last - first, size, end - first))
-        for offset, place, part in members:
-            pieces.append(Piece(part.role, part.into, Place(size + offset - first, place.dtype, place.shape)))
+        if not regions or regions[-1].path != path or regions[-1].end != offset:
+            regions.append(_Region(path, offset, offset))
+        regions[-1].members.append((offset, part, dtype))
+        regions[-1].end = offset + prod(part.shape) * dtype.itemsize
+    extents: list[Extent] = []
+    pieces: list[Piece] = []
+    size = 0
+    for region in regions:
+        first, last = align_down(region.start), align_up(region.end)
+        extents.append(Extent(region.path, first, last - first, size, region.end - first))
+        for offset, part, dtype in region.members:
+            pieces.append(Piece(part.role, part.into, Place(size + offset - first, dtype, part.shape)))
         size += last - first
     return extents, pieces, size
 

@@ -1,11 +1,18 @@
-"""The command line's flags. Names and meanings are FlexLLMGen's where it has them."""
+"""The command line's flags, and what they ask for. Names and meanings are FlexLLMGen's where it has them."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from flexmoe.cli.job_arguments import add_job_flags
+from flexmoe.batch.options import OFFLOAD_DIR, SCHEDULES, RunOptions
+from flexmoe.cli.benchmark import Benchmark
+from flexmoe.cli.job_arguments import add_job_flags, refuse_job_flags, shard
+from flexmoe.errors import UsageError
+from flexmoe.models.loader import LOAD_FORMATS
 from flexmoe.weights.eviction import EXPERT_CACHES
 from policies.common.command_line import Parser, count, flag
 
@@ -35,6 +42,50 @@ Without -i it is a benchmark: synthetic prompts of --prompt-len tokens, --gen-le
 """
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """What a command line asks for.
+
+    Args:
+        options: of the run.
+        benchmark: None for a job.
+        dry_run: check and plan only.
+        verbose: log what is done.
+    """
+
+    options: RunOptions
+    benchmark: Benchmark | None
+    dry_run: bool
+    verbose: bool
+
+
+def read_command(argv: Sequence[str] | None = None) -> Command:
+    """Reads a command line.
+
+    Raises:
+        UsageError: a flag is unknown, has a value that cannot be used, or contradicts another one.
+    """
+    args = parser().parse_args(argv)
+    if args.input_file is None and args.output_file is None:
+        refuse_job_flags(args)
+    given = _given(args, RunOptions)
+    if "shard" in given:
+        given["shard"] = shard(args)
+    options = RunOptions(**given)
+    benchmark = Benchmark(**_given(args, Benchmark)) if options.input_file is None else None
+    if benchmark is not None:
+        benchmark.check(options)
+    elif args.cut_gen_len is not None:
+        raise UsageError("--cut-gen-len is for the benchmark and at most --gen-len")
+    return Command(options=options, benchmark=benchmark, dry_run=args.dry_run, verbose=args.verbose)
+
+
+def _given(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """The flags that are fields of a dataclass and were given; the others have its defaults."""
+    names = {each.name for each in fields(kind)}
+    return {name: value for name, value in vars(args).items() if name in names and value is not None}
+
+
 def parser() -> argparse.ArgumentParser:
     """The argument parser of ``python -m flexmoe.run``."""
     p = Parser(
@@ -58,8 +109,7 @@ def _job_flags(p: argparse.ArgumentParser) -> None:
     )
     g.add_argument(
         "--load-format",
-        choices=("auto", "dummy"),
-        default="auto",
+        choices=LOAD_FORMATS,
         help="dummy: random weights, only the shape is needed",
     )
     g.add_argument(
@@ -71,15 +121,11 @@ def _job_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument(
         "-o", "--output-file", type=Path, help="completions, in input order; failed rows go to <output>.errors.jsonl"
     )
-    g.add_argument("--prompt-len", type=count, default=512, help="benchmark: tokens per prompt (default 512)")
-    g.add_argument(
-        "--gen-len", type=count, default=32, help="tokens per completion for rows without max_tokens (default 32)"
-    )
+    g.add_argument("--prompt-len", type=count, help="benchmark: tokens per prompt (default 512)")
+    g.add_argument("--gen-len", type=count, help="tokens per completion for rows without max_tokens (default 32)")
     g.add_argument("--cut-gen-len", type=count, help="benchmark: stop after so many tokens and project to --gen-len")
     g.add_argument("--num-prompts", type=count, help="benchmark: prompts (default: one block)")
-    g.add_argument(
-        "--seed", type=int, default=0, help="of rows without one, and of the benchmark's prompts (default 0)"
-    )
+    g.add_argument("--seed", type=int, help="of rows without one, and of the benchmark's prompts (default 0)")
     g.add_argument(
         "--dry-run",
         action="store_true",
@@ -122,7 +168,7 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--prefill-tokens", type=count, help="most prompt tokens that enter a sweep (default: an even pace)")
     g.add_argument(
         "--schedule",
-        choices=("rolling", "static"),
+        choices=SCHEDULES,
         help="refill finished rows at once, or march in blocks (default rolling)",
     )
     g.add_argument("--cpu-cache-compute", action="store_true", help="attend all KV in CPU memory on the CPU")
@@ -136,18 +182,17 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
 
 def _machine_flags(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("machine")
-    g.add_argument("--device", default="auto", help="auto, cuda or cpu (default auto)")
+    g.add_argument("--device", help="auto, cuda or cpu (default auto)")
     g.add_argument(
         "--hardware",
         type=Path,
         help="this machine's rates, for --policy auto and for predicted beside measured: a file of python -m flexmoe.probe, "
         "or auto (measured once, cached; what --policy auto and a job's --dry-run take by themselves)",
     )
-    g.add_argument("--dtype", default="auto", help="auto (the checkpoint's), bfloat16, float16 or float32")
+    g.add_argument("--dtype", help="auto (the checkpoint's), bfloat16, float16 or float32")
     g.add_argument(
         "--expert-cache",
         choices=EXPERT_CACHES,
-        default="lfu",
         help="with few rows in flight only experts that were routed to are moved, and stay in the device memory that the plan "
         "leaves: who makes room there (default lfu: the least frequently used of late; static keeps what --expert-usage "
         "counts most); off moves all experts in every sweep",
@@ -160,7 +205,9 @@ def _machine_flags(p: argparse.ArgumentParser) -> None:
     )
     g.add_argument("--cpu-mem", type=float, metavar="GIB", help="CPU memory to stay under")
     g.add_argument("--nvme-mem", type=float, metavar="GIB", help="disk space to stay under, weights on disk included")
-    g.add_argument("--offload-dir", type=Path, default=Path("~/flexmoe_offload_dir"), help="directory of the disk tier")
+    g.add_argument(
+        "--offload-dir", type=Path, default=OFFLOAD_DIR, help="directory of the disk tier (default %(default)s)"
+    )
     g.add_argument(
         "--kv-tokens",
         type=count,

@@ -6,12 +6,27 @@ import argparse
 
 from flexmoe.engine.config import RESERVES
 from flexmoe.errors import UsageError
-from flexmoe.inputs.options import FORMATS, InputOptions
+from flexmoe.inputs.options import FORMATS
 from flexmoe.job.runner import CHECKPOINT_INTERVAL_S
 from flexmoe.job.shards import Shard
 from policies.common.command_line import seconds
 
 SLURM = "slurm"
+#: Where the values of the flags are kept.
+_NAMES = (
+    "input_format",
+    "prompt_column",
+    "prompt_template",
+    "dataset_split",
+    "on_invalid",
+    "chat_template",
+    "generation_config",
+    "strict_model",
+    "overwrite",
+    "checkpoint_interval_s",
+    "shard",
+    "reserve",
+)
 
 
 def add_job_flags(p: argparse.ArgumentParser) -> None:
@@ -44,6 +59,7 @@ def add_job_flags(p: argparse.ArgumentParser) -> None:
     kept.add_argument(
         "--checkpoint-interval",
         type=seconds,
+        dest="checkpoint_interval_s",
         metavar="S",
         help=f"seconds between two writes of the tokens of the rows in flight (default {CHECKPOINT_INTERVAL_S:.0f})",
     )
@@ -67,41 +83,20 @@ def refuse_job_flags(args: argparse.Namespace) -> None:
     Raises:
         UsageError: one is, and would do nothing.
     """
-    names = (
-        "input_format", "prompt_column", "prompt_template", "dataset_split", "on_invalid", "chat_template",
-        "generation_config", "strict_model", "overwrite", "checkpoint_interval", "shard", "reserve",
-    )  # fmt: skip
-    given = ["--" + name.replace("_", "-") for name in names if getattr(args, name) is not None]
+    given = ["--" + name.removesuffix("_s").replace("_", "-") for name in _NAMES if getattr(args, name) is not None]
     if given:
         raise UsageError(f"{', '.join(given)}: only with -i and -o; the benchmark makes its own rows")
 
 
-def input_options(args: argparse.Namespace) -> InputOptions:
-    """How the input is read.
-
-    Raises:
-        UsageError: two flags exclude each other.
-    """
-    given = {
-        "format": args.input_format,
-        "prompt_column": args.prompt_column,
-        "prompt_template": args.prompt_template,
-        "dataset_split": args.dataset_split,
-        "on_invalid": args.on_invalid,
-    }
-    return InputOptions(**{name: value for name, value in given.items() if value is not None})
-
-
-def shard(args: argparse.Namespace) -> Shard | None:
-    """The part of the input that is this run's; None for all of it.
+def shard(args: argparse.Namespace) -> Shard:
+    """The part of the input that ``--shard`` makes this run's.
 
     Raises:
         UsageError: there is no such part, or by Slurm's variables it is one of another division than the one begun here.
     """
-    if args.shard is None:
-        return None
     if args.shard != SLURM:
         return Shard.parse(args.shard)
     part = Shard.of_slurm()
-    part.check_division(args.output_file)
+    if args.output_file is not None:
+        part.check_division(args.output_file)
     return part

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cost_model.hardware.hardware import Gpu, Hardware
-from flexmoe.cli.arguments import parser as run_parser
+from flexmoe.batch.options import OFFLOAD_DIR
 from flexmoe.job.output_files import check_writable
-from flexmoe.probing.effort import MIB
 from flexmoe.probing.measure import probe
 from policies.common.command_line import Parser, guarded, say
+from policies.common.memory_units import MIB
 
 _DESCRIPTION = """\
 Measure this machine once, in about a minute, with the runtime's own disk reads, copies, GEMMs and attention.
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dir",
         type=Path,
-        default=run_parser().get_default("offload_dir"),
+        default=OFFLOAD_DIR,
         help="directory on the disk that the disk tier will use (default %(default)s)",
     )
     p.add_argument("-v", "--verbose", action="store_true", help="log what is done, to stderr")

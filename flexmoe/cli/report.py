@@ -1,33 +1,149 @@
-"""What a run tells: the lines a person reads, and the JSON of `--metrics-json`."""
+"""What a run tells a person, line by line."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
-from dataclasses import asdict
-from pathlib import Path
+from typing import Any
 
-from flexmoe.engine.config import GIB
+from cost_model.simulation.simulate import Simulation
+from flexmoe.batch.metrics import peak_gpu_bytes
+from flexmoe.batch.options import RunOptions
+from flexmoe.batch.plan import RunPlan
 from flexmoe.engine.engine import Engine
-from flexmoe.errors import StorageError
-from flexmoe.job.versions import versions
+from flexmoe.engine.engine_plan import EnginePlan
+from flexmoe.inputs.rows import Rows
+from flexmoe.job.result import JobResult
+from flexmoe.preflight.preflight import Preflight
+from policies.common.memory_units import GIB
+from policies.policy import Policy
 
-# What a start that found nothing to run has to say, by kind.
-_NUMBERS = (
-    "elapsed_time", "num_requests", "total_num_tokens", "requests_per_second", "tokens_per_second", "sweeps", "wall_s",
-    "prompt_tokens", "generated_tokens", "run_tokens", "computed_tokens", "prefill_s", "decode_s", "decode_only_tokens",
-    "mean_rows_in_flight", "most_rows_in_flight", "restarts", "weights_stall_s", "prefill_tokens", "decode_tokens",
-    "padding_fraction", "peak_gpu_bytes",
-)  # fmt: skip
-_OF_SWEEPS = (
-    "rows_in_flight", "tokens_per_sweep", "generated_tokens_per_sweep", "prompt_tokens_per_sweep", "sweep_s",
-)  # fmt: skip
-_OF_PARTS = ("lanes", "memory", "moved_bytes", "peak_bytes", "expert_cache")
-_OF_ENGINE = ("predicted", "achieved_weight_percent", "policy", "workload", "device", "dtype")
+#: Of all command lines that run a job or merge its parts: it is finished, and some rows failed.
+EXIT_ROWS_FAILED = 3
+#: Refused rows that a dry run lists.
+_ROWS_LISTED = 5
 
 
-def lane_lines(metrics: dict) -> list[str]:
+def plan_lines(plan: RunPlan) -> list[str]:
+    """The policy and what the cost model says of it, where it was asked."""
+    return [describe_policy(plan.policy), forecast_line(plan.predicted)] if plan.predicted else []
+
+
+def cache_and_weight_lines(plan: EnginePlan) -> list[str]:
+    """Asked and achieved shares of the weights and of the KV cache."""
+    return [plan.describe_weights(), plan.describe_cache()]
+
+
+def dry_run_lines(plan: RunPlan) -> list[str]:
+    """What would be allocated, and for which rows."""
+    measured, workload = plan.measured, plan.measured.workload
+    return [
+        *cache_and_weight_lines(plan.engine),
+        *plan.engine.memory_lines(),
+        f"lengths of {measured.rows} completions: mean prompt {workload.prompt_len} tokens, mean completion at most "
+        f"{workload.gen_len}, longest row {measured.longest_row}",
+    ]
+
+
+def row_lines(found: Preflight, rows: Rows) -> list[str]:
+    """What a dry run found of the rows, and the first of those that cannot run."""
+    lengths, refused = found.lengths, found.rows_refused
+    lines = [
+        f"rows: {len(lengths)}, of which {refused} cannot run; {sum(lengths.prompt_tokens)} prompt tokens, at most "
+        f"{sum(lengths.new_tokens)} new tokens"
+    ]
+    for number, (row, error) in enumerate(found.refused()):
+        if number == _ROWS_LISTED:
+            lines.append(f"  … and {refused - _ROWS_LISTED} more")
+            break
+        lines.append(f"  line {rows.raw(row).number}: {error.message}")
+    return lines
+
+
+def result_lines(result: JobResult) -> list[str]:
+    """What became of the rows, and where they are."""
+    lines = ["this job is finished already (--overwrite does it again)"] if result.was_finished else []
+    lines.append(f"rows: {result.rows_ok} ok, {result.rows_failed} failed; completions: {result.output_path}")
+    return lines + ([f"failed rows: {result.error_path}"] if result.error_path else [])
+
+
+def measured_lines(metrics: Mapping[str, Any], engine: Engine, predicted: Simulation | None) -> list[str]:
+    """Rates, lanes and memory of a run, and the prediction beside them."""
+    return [
+        *throughput_lines(metrics),
+        *cache_lines(metrics),
+        *lane_lines(metrics),
+        *engine.plan.memory_lines(),
+        f"peak process memory: {metrics['peak_process_bytes'] / GIB:.3f} GiB resident",
+        *(comparison_lines(predicted, metrics) if predicted else ()),
+    ]
+
+
+def engine_file_lines(options: RunOptions, engine: Engine) -> list[str]:
+    """Where the router statistics and the trace are, where they were asked for."""
+    lines = []
+    if options.router_stats is not None:
+        no_tokens = engine.router_counter.is_empty  # no row could run
+        told = "no token was routed, so there are no router statistics"
+        lines.append(told if no_tokens else f"router statistics: {options.router_stats}")
+    return lines + ([f"trace: {options.trace}"] if options.trace is not None else [])
+
+
+def nothing_ran_lines(options: RunOptions) -> list[str]:
+    """Which files were asked for that a start that found nothing to run does not write."""
+    missing = {"there is no trace": options.trace, "there are no router statistics": options.router_stats}
+    return [f"nothing was left to run, so {what}" for what, path in missing.items() if path is not None]
+
+
+def describe_policy(policy: Policy) -> str:
+    """The policy in one line, in the flags that would give it."""
+    p = policy
+    shares = (
+        p.w_gpu_percent,
+        p.w_cpu_percent,
+        p.cache_gpu_percent,
+        p.cache_cpu_percent,
+        p.act_gpu_percent,
+        p.act_cpu_percent,
+    )
+    percents = " ".join(f"{share:.2f}".rstrip("0").rstrip(".") for share in shares)
+    return (
+        f"policy: --gpu-batch-size {p.gpu_batch_size} --num-gpu-batches {p.num_gpu_batches} --percent {percents} "
+        f"--schedule {p.schedule} --prefill-tokens {p.prefill_tokens}, CPU attention {p.cpu_attention_percent:g} %"
+        + (", most used experts first" if p.expert_order else "")
+    )
+
+
+def forecast_line(predicted: Simulation) -> str:
+    """One line before the run."""
+    hours = f" ({predicted.job_s / 3600:.2f} h)" if predicted.job_s >= 600 else ""
+    return f"predicted: {predicted.tokens_per_s:.2f} generated token/s, {predicted.job_s:.1f} s{hours}"
+
+
+def throughput_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """Tokens per second with the denominator named."""
+    wall = max(metrics["wall_s"], 1e-9)
+    generated, prompt = metrics["generated_tokens"], metrics["prompt_tokens"]
+    return [
+        f"end to end: {generated / wall:.2f} generated token/s = {generated} tokens / {wall:.2f} s (prefill and decode; "
+        f"loading excluded), {prompt / wall:.2f} prompt token/s",
+        f"sweeps: {metrics['sweeps']}, rows in flight: mean {metrics['mean_rows_in_flight']:.1f}, "
+        f"most {metrics['most_rows_in_flight']}",
+    ]
+
+
+def cache_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """What the expert cache did, where experts came on demand."""
+    cache = metrics["expert_cache"]
+    if not cache["on_demand_sweeps"]:
+        return []
+    return [
+        f"experts on demand in {cache['on_demand_sweeps']} of {metrics['sweeps']} sweeps: {cache['lookups']} asked for, "
+        f"{100 * cache['hit_rate']:.1f} % at hand ({cache['policy']}, room for {cache['experts']}), {cache['loads']} loads of "
+        f"{1e3 * cache['mean_load_s']:.1f} ms, {cache['evictions']} evictions"
+    ]
+
+
+def lane_lines(metrics: Mapping[str, Any]) -> list[str]:
     """Bytes of every lane with the rate over the run and while busy (busy time adds up the lane's workers)."""
     wall = max(metrics["wall_s"], 1e-9)
     lines = []
@@ -40,31 +156,9 @@ def lane_lines(metrics: dict) -> list[str]:
     return lines
 
 
-def throughput_lines(metrics: dict) -> list[str]:
-    """Tokens per second with the denominator named."""
-    wall = max(metrics["wall_s"], 1e-9)
-    generated, prompt = metrics["generated_tokens"], metrics["prompt_tokens"]
-    return [
-        f"end to end: {generated / wall:.2f} generated token/s = {generated} tokens / {wall:.2f} s (prefill and decode; "
-        f"loading excluded), {prompt / wall:.2f} prompt token/s",
-        f"sweeps: {metrics['sweeps']}, rows in flight: mean {metrics['mean_rows_in_flight']:.1f}, "
-        f"most {metrics['most_rows_in_flight']}",
-    ]
-
-
-def cache_lines(metrics: dict) -> list[str]:
-    """What the expert cache did, where experts came on demand."""
-    cache = metrics["expert_cache"]
-    if not cache["on_demand_sweeps"]:
-        return []
-    return [
-        f"experts on demand in {cache['on_demand_sweeps']} of {metrics['sweeps']} sweeps: {cache['lookups']} asked for, "
-        f"{100 * cache['hit_rate']:.1f} % at hand ({cache['policy']}, room for {cache['experts']}), {cache['loads']} loads of "
-        f"{1e3 * cache['mean_load_s']:.1f} ms, {cache['evictions']} evictions"
-    ]
-
-
-def flexllmgen_lines(metrics: dict, engine: Engine, rows: int, gen_len: int, cut_gen_len: int | None) -> list[str]:
+def flexllmgen_lines(
+    metrics: Mapping[str, Any], engine: Engine, rows: int, gen_len: int, cut_gen_len: int | None
+) -> list[str]:
     """FlexLLMGen's summary of a benchmark.
 
     Sweeps in which prompt tokens entered count as prefill (with the rolling schedule other rows decode in them), the
@@ -90,108 +184,15 @@ def flexllmgen_lines(metrics: dict, engine: Engine, rows: int, gen_len: int, cut
     ]
 
 
-def peak_gpu_bytes(engine: Engine) -> int:
-    """Most bytes that torch held on the GPU; on device cpu the planned GPU tier."""
-    if engine.device.is_cuda:
-        import torch
-
-        return torch.cuda.max_memory_reserved(engine.device.torch)
-    return engine.plan.memory.total("gpu")
-
-
-def peak_process_bytes() -> int:
-    """Peak resident memory of this process (VmHWM)."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def metrics_record(
-    metrics: dict,
-    engine: Engine,
-    rows_ok: int,
-    rows_failed: int,
-    rows_resumed: int = 0,
-    predicted: Mapping | None = None,
-) -> dict:
-    """The content of `--metrics-json`: vLLM's throughput keys, then ours.
-
-    Args:
-        rows_resumed: rows that an earlier start had finished; requests, tokens and rates are those of this one alone.
-        predicted: what a planner said of this run, by the names of the measured values.
-    """
-    wall = max(metrics["wall_s"], 1e-9)
-    total, rows_run = metrics["prompt_tokens"] + metrics["generated_tokens"], rows_ok + rows_failed - rows_resumed
-    return {
-        "elapsed_time": wall,
-        "num_requests": rows_run,
-        "total_num_tokens": total,
-        "requests_per_second": rows_run / wall,
-        "tokens_per_second": total / wall,
-        "rows_ok": rows_ok,
-        "rows_failed": rows_failed,
-        "rows_resumed": rows_resumed,
-        **metrics,
-        **phases(metrics),
-        "padding_fraction": padding_fraction(metrics),
-        "moved_bytes": {lane: totals["bytes"] for lane, totals in metrics["lanes"].items()},
-        "peak_bytes": peak_bytes(metrics, engine),
-        "predicted": predicted and dict(predicted),
-        "peak_process_bytes": peak_process_bytes(),
-        "peak_gpu_bytes": peak_gpu_bytes(engine),
-        "achieved_weight_percent": list(engine.plan.sizes.placement.achieved_percent),
-        "policy": asdict(engine.config.policy),
-        "workload": engine.config.workload.to_json(),
-        "device": str(engine.device.torch),
-        "dtype": str(engine.plan.dtype),
-        "versions": versions(),
-    }
-
-
-def finished_record(rows_ok: int, rows_failed: int, rows_resumed: int) -> dict:
-    """The same of a start that found nothing to run: the same keys, with nothing done, and null where no engine was made."""
-    rows = {"rows_ok": rows_ok, "rows_failed": rows_failed, "rows_resumed": rows_resumed}
-    record = dict.fromkeys(_NUMBERS, 0) | {name: [] for name in _OF_SWEEPS} | {name: {} for name in _OF_PARTS}
-    record |= dict.fromkeys(_OF_ENGINE) | rows
-    return record | {"peak_process_bytes": peak_process_bytes(), "versions": versions()}
-
-
-def phases(metrics: dict) -> dict:
-    """Tokens and seconds of prefill and decode. With a rolling schedule they share sweeps: a sweep into which prompt tokens
-    entered counts as prefill, and the tokens that other rows generated in it are decode tokens all the same."""
-    return {
-        "prefill_tokens": metrics["prompt_tokens"],
-        "prefill_s": metrics["prefill_s"],
-        "decode_tokens": metrics["generated_tokens"],
-        "decode_s": metrics["decode_s"],
-    }
-
-
-def padding_fraction(metrics: dict) -> float:
-    """Share of the positions that went through the layers which belonged to no row."""
-    computed = metrics["computed_tokens"]
-    return (computed - metrics["run_tokens"]) / computed if computed else 0.0
-
-
-def peak_bytes(metrics: dict, engine: Engine) -> dict[str, int]:
-    """Most bytes held in each tier: measured where the system tells, else what was planned (and is never exceeded)."""
-    planned = {tier: items["planned_bytes"] for tier, items in metrics["memory"].items()}
-    if engine.device.is_cuda:
-        return planned | {"gpu": peak_gpu_bytes(engine), "cpu": peak_process_bytes()}
-    return planned | {"gpu+cpu": peak_process_bytes()}
-
-
-def write_json(path: Path, record: dict) -> None:
-    """Write a JSON file under its final name only when it is complete.
-
-    Raises:
-        StorageError: the directory cannot be written.
-    """
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {e.strerror}") from e
+def comparison_lines(predicted: Simulation, metrics: Mapping[str, Any]) -> list[str]:
+    """Predicted against measured, whole job and per lane; a lane counts while at least one of its workers is busy."""
+    measured_s = metrics["wall_s"]
+    off = 100 * (predicted.job_s / measured_s - 1) if measured_s else 0.0
+    lanes = [
+        f"{lane} {predicted.lanes_s.get(lane, 0.0):.2f}/{metrics['lanes'].get(lane, {}).get('active_s', 0.0):.2f}"
+        for lane in sorted({*predicted.lanes_s, *metrics["lanes"]})
+    ]
+    return [
+        f"predicted/measured: {predicted.job_s:.2f}/{measured_s:.2f} s, the prediction is off by {off:+.1f} %",
+        f"predicted/measured busy seconds: {', '.join(lanes)}",
+    ]

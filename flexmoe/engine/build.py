@@ -1,25 +1,30 @@
-"""What an engine computes with: homes and ways of weights, KV and activations, and the executor over them."""
+"""What an engine computes with: homes and transfers of weights, KV and activations, the scheduler and the executor."""
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from dataclasses import dataclass
 
 from cost_model.memory.memory_plan import sampling_bytes
-from flexmoe.engine.config import GIB, EngineConfig, EnginePlan
+from flexmoe.engine.config import EngineConfig
+from flexmoe.engine.engine_plan import EnginePlan
 from flexmoe.engine.executor import Executor
 from flexmoe.engine.hidden_states import Activations
+from flexmoe.engine.length_estimate import LengthEstimate
 from flexmoe.engine.router_counter import RouterCounter
+from flexmoe.engine.scheduler import Row, Scheduler
 from flexmoe.kv.cache import KVCache, KVShape
 from flexmoe.kv.transfers import KVBuffers, KVLanes
 from flexmoe.models.loader import Model
 from flexmoe.system.device import keep_freed_memory
 from flexmoe.system.machine import make_directory
 from flexmoe.system.trace import Recorder
-from flexmoe.weights.sources import WeightSource
 from flexmoe.weights.store import EmbeddingTable, WeightStore
 from flexmoe.weights.supply import WeightFeed
-from flexmoe.weights.units import Units
+from policies.common.memory_units import GIB
+from policies.schedule import SweepUnits
+from policies.units import EMBEDDING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,89 +39,154 @@ class EngineParts:
     activations: Activations
     router_counter: RouterCounter
     executor: Executor
+    length_estimate: LengthEstimate
+    scheduler: Scheduler
+    _resources: contextlib.ExitStack
+
+    @classmethod
+    def build(cls, model: Model, config: EngineConfig, plan: EnginePlan) -> EngineParts:
+        """Allocate and load all that a plan has. When it raises, whatever was built before is closed.
+
+        Raises:
+            StorageError: the offload directory cannot be written, or a weight not be read.
+            InfeasibleError: the system refuses the memory.
+        """
+        keep_freed_memory()
+        if plan.written_bytes:
+            make_directory(config.offload_dir)
+        if config.gpu_mem is not None:
+            plan.device.cap_memory(int(config.gpu_mem * GIB))
+        with contextlib.ExitStack() as resources:
+            return _Builder(model, config, plan, resources).parts()
+
+    def close(self) -> None:
+        """Stop the threads and close the files; a second call does nothing."""
+        self._resources.close()
 
 
-def build_parts(model: Model, config: EngineConfig, plan: EnginePlan, closing: contextlib.ExitStack) -> EngineParts:
-    """Allocate and load all that a plan has.
+class _Builder:
+    """Makes the parts one after another, and tells ``resources`` how each is closed as soon as it is there."""
 
-    Args:
-        closing: is told how to close each part, also of those that were built when a later one could not be.
+    def __init__(self, model: Model, config: EngineConfig, plan: EnginePlan, resources: contextlib.ExitStack):
+        self._model, self._config, self._plan, self._resources = model, config, plan, resources
+        self._recorder = Recorder(config.keep_spans)
+        self._source = model.source(config.offload_dir)
+        self._units = SweepUnits.of(plan.allocation.placement.tier_of)
 
-    Raises:
-        StorageError: the offload directory cannot be written, or a weight not be read.
-        InfeasibleError: the system refuses the memory.
-    """
-    keep_freed_memory()
-    if plan.written_bytes:
-        make_directory(config.offload_dir)
-    if config.gpu_mem is not None:
-        plan.device.cap_memory(int(config.gpu_mem * GIB))
-    recorder, arch = Recorder(config.keep_spans), model.arch
-    units, source = Units.of(arch, plan.sizes.placement.tier_of), model.source(config.offload_dir)
-    store, feed = _weights(model, config, plan, recorder, units, source, closing)
-    cache, kv = _kv(model, config, plan, recorder, closing)
-    counts = plan.sizes
-    activations = Activations(
-        plan.device, recorder, counts.activation_tiers, counts.batch_tokens, arch.hidden, plan.dtype, config.offload_dir
-    )
-    closing.callback(activations.close)
-    router_counter = RouterCounter(arch, plan.device.torch, coactivation=config.router_stats)
-    executor = Executor(
-        device=plan.device,
-        recorder=recorder,
-        family=model.family,
-        units=units,
-        feed=feed,
-        embed=EmbeddingTable(store, source, "embed", counts.max_tokens),
-        kv=kv,
-        activations=activations,
-        activation_tiers=counts.activation_tiers,
-        router_counter=router_counter,
-        max_tokens=counts.max_tokens,
-        score_bytes=sampling_bytes(arch, config.policy),
-        dtype=plan.dtype,
-        overlap=config.policy.overlap,
-    )
-    return EngineParts(
-        recorder=recorder,
-        store=store,
-        feed=feed,
-        cache=cache,
-        kv=kv,
-        activations=activations,
-        router_counter=router_counter,
-        executor=executor,
-    )
+    def parts(self) -> EngineParts:
+        store = self._store()
+        feed = self._feed(store)
+        cache = self._cache()
+        kv = self._kv(cache)
+        activations = self._activations()
+        counter = RouterCounter(self._model.arch, self._plan.device.torch, coactivation=self._config.router_stats)
+        length_estimate, scheduler = self._scheduler(cache)
+        return EngineParts(
+            recorder=self._recorder,
+            store=store,
+            feed=feed,
+            cache=cache,
+            kv=kv,
+            activations=activations,
+            router_counter=counter,
+            executor=self._executor(store, feed, kv, activations, counter),
+            length_estimate=length_estimate,
+            scheduler=scheduler,
+            _resources=self._resources.pop_all(),
+        )
 
+    def _store(self) -> WeightStore:
+        plan, pin = self._plan, self._config.policy.pin_weight
+        tiers = plan.allocation.placement.tier_of
+        store = WeightStore(plan.device, self._recorder, self._source, tiers, plan.dtype, pin)
+        self._resources.callback(store.close)
+        store.load()
+        self._recorder.reset_totals()  # a run's rates do not count what loading moved
+        return store
 
-def _weights(
-    model: Model,
-    config: EngineConfig,
-    plan: EnginePlan,
-    recorder: Recorder,
-    units: Units,
-    source: WeightSource,
-    closing: contextlib.ExitStack,
-) -> tuple[WeightStore, WeightFeed]:
-    policy, counts = config.policy, plan.sizes
-    store = WeightStore(plan.device, recorder, source, counts.placement.tier_of, plan.dtype, policy.pin_weight)
-    closing.callback(store.close)
-    recorder.reset_totals()  # a run's rates do not count what loading moved
-    known = None if config.expert_usage is None else config.expert_usage.shares
-    feed = WeightFeed(store, model.arch, units, counts, kind=config.expert_cache, known=known, overlap=policy.overlap)
-    closing.callback(feed.close)
-    return store, feed
+    def _feed(self, store: WeightStore) -> WeightFeed:
+        config, usage = self._config, self._config.known_usage
+        feed = WeightFeed(
+            store,
+            self._model.arch,
+            self._units,
+            self._plan.allocation,
+            kind=config.expert_cache,
+            known=None if usage is None else usage.shares,
+            overlap=config.policy.overlap,
+        )
+        self._resources.callback(feed.close)
+        feed.start()
+        return feed
 
+    def _cache(self) -> KVCache:
+        arch, plan = self._model.arch, self._plan
+        shape = KVShape(layers=arch.num_layers, kv_heads=arch.num_kv_heads, head_dim=arch.head_dim, dtype=plan.dtype)
+        cache = KVCache(plan.device, shape, plan.allocation.kv_pages, plan.allocation.tails, self._config.offload_dir)
+        self._resources.callback(cache.close_file)
+        return cache
 
-def _kv(
-    model: Model, config: EngineConfig, plan: EnginePlan, recorder: Recorder, closing: contextlib.ExitStack
-) -> tuple[KVCache, KVLanes]:
-    arch, counts = model.arch, plan.sizes
-    shape = KVShape(layers=arch.num_layers, kv_heads=arch.num_kv_heads, head_dim=arch.head_dim, dtype=plan.dtype)
-    cache = KVCache(plan.device, shape, counts.kv_blocks, counts.tails, config.offload_dir)
-    buffers = KVBuffers(
-        staging_blocks=counts.fetch_blocks, batch_tokens=counts.batch_tokens, write_blocks=counts.write_blocks
-    )
-    kv = KVLanes(plan.device, recorder, cache, buffers, arch.num_heads, arch.sliding_window)
-    closing.callback(kv.close)
-    return cache, kv
+    def _kv(self, cache: KVCache) -> KVLanes:
+        arch, allocation = self._model.arch, self._plan.allocation
+        buffers = KVBuffers(
+            staging_pages=allocation.fetch_pages,
+            batch_tokens=allocation.batch_tokens,
+            write_pages=allocation.write_pages,
+        )
+        kv = KVLanes(self._plan.device, self._recorder, cache, buffers, arch.num_heads, arch.sliding_window)
+        self._resources.callback(kv.close)
+        return kv
+
+    def _activations(self) -> Activations:
+        plan, allocation = self._plan, self._plan.allocation
+        activations = Activations(
+            plan.device,
+            self._recorder,
+            allocation.activation_tiers,
+            allocation.batch_tokens,
+            self._model.arch.hidden,
+            plan.dtype,
+            self._config.offload_dir,
+        )
+        self._resources.callback(activations.close)
+        return activations
+
+    def _scheduler(self, cache: KVCache) -> tuple[LengthEstimate, Scheduler]:
+        config = self._config
+
+        def running() -> list[Row]:
+            scheduler = weak()
+            return [] if scheduler is None else scheduler.running
+
+        length_estimate = LengthEstimate(running)
+        expected_end = length_estimate.expected_end if config.reserve == "p95" else None
+        scheduler = Scheduler(config.policy, cache, expected_end, self._plan.allocation.recompute_past)
+        # Weak, so that the memory of an engine goes with its last user and does not wait for the garbage collector.
+        weak = weakref.ref(scheduler)
+        return length_estimate, scheduler
+
+    def _executor(
+        self,
+        store: WeightStore,
+        feed: WeightFeed,
+        kv: KVLanes,
+        activations: Activations,
+        router_counter: RouterCounter,
+    ) -> Executor:
+        plan, allocation, policy = self._plan, self._plan.allocation, self._config.policy
+        return Executor(
+            device=plan.device,
+            recorder=self._recorder,
+            family=self._model.family,
+            units=self._units,
+            feed=feed,
+            embed=EmbeddingTable(store, self._source, EMBEDDING, allocation.max_tokens),
+            kv=kv,
+            activations=activations,
+            activation_tiers=allocation.activation_tiers,
+            router_counter=router_counter,
+            max_tokens=allocation.max_tokens,
+            score_bytes=sampling_bytes(self._model.arch, policy),
+            dtype=plan.dtype,
+            overlap=policy.overlap,
+        )

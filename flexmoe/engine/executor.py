@@ -4,6 +4,10 @@ The executor knows no model (that is ``family``) and no homes (that are the stre
 it knows the order, and what waits for what. An operation on another lane leaves a future; whoever depends on it waits
 for that future, and on CUDA for the event it carries, never for the device.
 
+The residual stream is kept per GPU batch, by the activations; `attend` adds what attention gives. The experts run over the
+whole block, when a batch may be away in its tier: their output waits in a buffer of the block, and is added when the next
+layer (`project`) or the head (`collect`) asks for the batch.
+
 Legend: T tokens of the block, D hidden, E experts, R rows of logits.
 """
 
@@ -13,18 +17,21 @@ from concurrent.futures import Future
 
 import torch
 
+from cost_model.model.weight_units import head_rows
 from flexmoe.engine.head import Logits
 from flexmoe.engine.hidden_states import Activations
 from flexmoe.engine.router_counter import RouterCounter
-from flexmoe.kernels.expert_dispatch import Bounds, ExpertDispatch
+from flexmoe.kernels.expert_dispatch import ExpertDispatch
+from flexmoe.kernels.expert_weights import ExpertWeights
+from flexmoe.kernels.family import Family
 from flexmoe.kv.batch import Batch, Block
 from flexmoe.kv.transfers import Arrived, KVLanes
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
 from flexmoe.weights.store import EmbeddingTable
 from flexmoe.weights.supply import WeightFeed
-from flexmoe.weights.units import Units
-from policies.schedule import Op, SweepShape, sweep
+from policies.admission.row_state import AttentionMode
+from policies.schedule import Op, SweepShape, SweepUnits, sweep
 
 
 class Executor:
@@ -51,8 +58,8 @@ class Executor:
         *,
         device: Device,
         recorder: Recorder,
-        family,
-        units: Units,
+        family: Family,
+        units: SweepUnits,
         feed: WeightFeed,
         embed: EmbeddingTable,
         kv: KVLanes,
@@ -68,7 +75,7 @@ class Executor:
         self._feed, self._embedding, self._kv, self._hidden = feed, embed, kv, activations
         self._tiers, self._overlap, self._router_counter = activation_tiers, overlap, router_counter
         arch = family.arch
-        self._experts = ExpertDispatch(device, arch.num_experts, max_tokens, arch.top_k)
+        self._experts = ExpertDispatch(device, arch.num_experts)
         new = {"dtype": dtype, "device": device.torch}
         self._x_TD = torch.empty(max_tokens, arch.hidden, **new)
         self._y_TD = torch.empty(max_tokens, arch.hidden, **new)
@@ -118,7 +125,7 @@ class Executor:
 
     def _await_weights(self, op: Op) -> None:
         """Wait for the unit that the operation computes with, outside of the time that counts as compute."""
-        unit = self._units.attention[op.layer].name if op.kind == "project" else op.unit
+        unit = self._units.attention[op.layer].unit if op.kind == "project" else op.unit
         if unit:
             self._feed.get(unit)
 
@@ -138,13 +145,11 @@ class Executor:
             return frozenset(b.index for b in block.batches if any(test(g) for g in b.groups))
 
         return SweepShape(
-            attention=self._units.attention,
-            experts=self._units.experts,
-            head=self._units.head,
+            units=self._units,
             activation_tiers=self._tiers[: len(block.batches)],
-            fetched_batches=having(lambda g: g.mode == "fetch"),
-            cpu_batches=having(lambda g: g.mode == "cpu"),
-            stored_batches=having(lambda g: g.mode != "gpu"),
+            fetched_batches=having(lambda g: g.mode is AttentionMode.FETCH),
+            cpu_batches=having(lambda g: g.mode is AttentionMode.CPU),
+            stored_batches=having(lambda g: g.mode is not AttentionMode.GPU),
             disk_batches=having(lambda g: any(r.kv.tier == "disk" for r in g.runs)),
             on_demand=self._feed.begin(block.tokens),
         )
@@ -187,11 +192,10 @@ class Executor:
 
     def _op_project(self, op: Op) -> None:
         batch = self._batch(op)
-        h_TD = self._hidden[batch.index]
         if op.layer > 0:
-            h_TD += self._y_TD[batch.start : batch.stop]
-        weights = self._feed.get(self._units.attention[op.layer].name)
-        q, k, v = self._family.project(h_TD, weights, batch.rope)
+            self._hidden.add(batch.index, self._expert_output(batch))
+        weights = self._feed.get(self._units.attention[op.layer].unit)
+        q, k, v = self._family.project(self._hidden[batch.index], weights, batch.rope)
         self._kv.append(op.layer, batch, k, v)
         self._qkv[batch.index] = (q, k, v)
 
@@ -214,7 +218,7 @@ class Executor:
         q, k, v = self._qkv.pop(batch.index)
         pieces = [self._attend_group(op.layer, batch, group.mode, q, k, v) for group in batch.groups]
         attended = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        unit = self._units.attention[op.layer].name
+        unit = self._units.attention[op.layer].unit
         here = slice(batch.start, batch.stop)
         h_TD, x_TD, router_TE = self._family.output(self._hidden[batch.index], attended, self._feed.get(unit))
         self._hidden.put(batch.index, h_TD)
@@ -224,14 +228,18 @@ class Executor:
         if batch is self._block.batches[-1]:
             self._feed.release(unit)
 
-    def _attend_group(self, layer: int, batch: Batch, mode: str, q, k, v) -> torch.Tensor:
-        if mode == "gpu":
+    def _attend_group(self, layer: int, batch: Batch, mode: AttentionMode, q, k, v) -> torch.Tensor:
+        if mode is AttentionMode.GPU:
             return self._kv.attend_gpu(layer, batch, q)
-        if mode == "fetch":
+        if mode is AttentionMode.FETCH:
             return self._kv.attend_fetched(layer, batch, q, k, v, batch.futures["loaded"].result())
         return self._device.use_here(batch.futures["attended"].result().tensor)
 
     # Experts over the whole block.
+
+    def _expert_output(self, batch: Batch) -> torch.Tensor:
+        """What the experts of the layer before gave for a batch, not yet part of its residual stream."""
+        return self._y_TD[batch.start : batch.stop]
 
     def _op_route(self, op: Op) -> None:
         tokens = self._block.tokens
@@ -245,24 +253,19 @@ class Executor:
         self._router_counter.add(op.layer, ids_TK, counts)
 
     def _op_expert(self, op: Op) -> None:
-        weights, family = self._feed.get(op.unit), self._family
-        experts, tokens = self._units.experts_of[op.unit], self._block.tokens
-        x_TD, y_TD = self._x_TD[:tokens], self._y_TD[:tokens]
-        if len(experts) == 1:
-            self._experts.add(experts[0], x_TD, y_TD, lambda x_nD: family.expert(x_nD, weights))
-        elif self._experts.can_group(experts, weights):
-            self._experts.add_group(experts, x_TD, y_TD, lambda x_nD, own: family.experts(x_nD, own.ends(), weights))
-        else:
-            self._experts.add_group(experts, x_TD, y_TD, lambda x_nD, own: _one_by_one(family, x_nD, own, weights))
+        experts, weights = op.unit.experts, ExpertWeights.of(self._feed.get(op.unit))
+        x_TD, y_TD = self._x_TD[: self._block.tokens], self._y_TD[: self._block.tokens]
+        self._experts.add_unit(experts, x_TD, y_TD, weights, self._family)
         self._feed.release(op.unit)
 
     def _op_routed(self, op: Op) -> None:
-        """The routed experts of a layer on demand, those at hand first."""
+        """The routed experts of a layer on demand, the cached ones first."""
         x_TD, y_TD = self._x_TD[: self._block.tokens], self._y_TD[: self._block.tokens]
-        for weights in self._feed.experts():
+        for tensors in self._feed.experts():
+            weights = {expert: ExpertWeights.of(own) for expert, own in tensors.items()}
             with self._timed(f"experts {op.layer}.{','.join(map(str, weights))}"):
                 self._experts.add_some(weights, x_TD, y_TD, self._family)
-            del weights  # casts are made for the next ones
+            del tensors, weights  # casts are made for the next ones
 
     # Logits.
 
@@ -272,20 +275,14 @@ class Executor:
         self._hidden.clear()
 
     def _op_head(self, op: Op) -> None:
-        self._logits.add(self._units.head_rows[op.unit], self._feed.get(op.unit))
+        self._logits.add(head_rows(self._family.arch, op.unit.first), self._feed.get(op.unit))
         self._feed.release(op.unit)
 
     def _final_hidden(self, batch: Batch, places: torch.Tensor) -> torch.Tensor:
+        """The residual stream after the last layer's experts, of the wanted tokens only."""
         wanted = places.to(self._device.torch, non_blocking=True)
         h_TD = self._hidden[batch.index].index_select(0, wanted)
-        return h_TD.add_(self._y_TD[batch.start : batch.stop].index_select(0, wanted))
+        return h_TD.add_(self._expert_output(batch).index_select(0, wanted))
 
     def _op_sample(self, op: Op) -> None:
         """Marks the end of the sweep; the engine chooses tokens from the logits."""
-
-
-def _one_by_one(family, x_nD: torch.Tensor, bounds: Bounds, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The experts of a unit, a product each; every result takes the place of its tokens."""
-    for number, own in bounds.slices():
-        x_nD[own] = family.expert(x_nD[own], weights, number)
-    return x_nD

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from flexmoe.kernels.family import Family, Weights
 from flexmoe.kv.batch import Batch, Block
 from flexmoe.sampling.logprobs import PromptScores
 from flexmoe.system.device import Device
@@ -27,7 +28,7 @@ class Logits:
         dtype: compute dtype.
     """
 
-    def __init__(self, device: Device, family, score_bytes: int, dtype: torch.dtype):
+    def __init__(self, device: Device, family: Family, score_bytes: int, dtype: torch.dtype):
         self._device, self._family = device, family
         self._score_bytes, self._dtype = score_bytes, dtype
 
@@ -52,7 +53,7 @@ class Logits:
         vocab = self._family.arch.vocab_size
         self._logits_RV = torch.empty(len(self._rows_RD), vocab, dtype=self._dtype, device=self._device.torch)
 
-    def add(self, piece: tuple[int, int], weights: dict[str, torch.Tensor]) -> None:
+    def add(self, piece: tuple[int, int], weights: Weights) -> None:
         """The logits of a piece of the vocabulary, from its first entry up to its last."""
         if "norm" in weights:
             self._rows_RD = self._family.final_norm(self._rows_RD, weights)
@@ -65,7 +66,7 @@ class Logits:
         logits_RV, self._logits_RV, self._rows_RD, self._scores = self._logits_RV, None, None, None
         return logits_RV
 
-    def _score(self, first: int, weights: dict[str, torch.Tensor]) -> None:
+    def _score(self, first: int, weights: Weights) -> None:
         """A piece of the head over the scored positions, as many of them at a time as the memory takes."""
         scores, scored_TD = self._scores, self._scored_TD
         step = max(1, self._score_bytes // (SCORE_BYTES * len(weights["head"])))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from flexmoe.system.device import Device
+from flexmoe.system.device import Device, align_up
 from flexmoe.system.direct_io import DirectFile
 from flexmoe.system.trace import Recorder
 
@@ -45,7 +45,7 @@ class Activations:
         self._host = {j: device.host_buffer(self._bytes) for j, tier in enumerate(tiers) if tier == "cpu"}
         self._file: DirectFile | None = None
         if "disk" in tiers:
-            self._buffers = device.host_buffer(_pages(self._bytes)), device.host_buffer(_pages(self._bytes))
+            self._buffers = device.host_buffer(align_up(self._bytes)), device.host_buffer(align_up(self._bytes))
             path = Path(offload_dir) / f"activations-{os.getpid()}-{id(self)}.bin"
             self._file = DirectFile(path, writable=True)
             os.unlink(path)  # the descriptor keeps it; a killed run leaves nothing behind
@@ -53,6 +53,10 @@ class Activations:
     def __getitem__(self, batch: int) -> torch.Tensor:
         """The hidden states of a batch that are on the device now; a load made them on a stream of its own."""
         return self._device.use_here(self._on_device[batch])
+
+    def add(self, batch: int, y_TD: torch.Tensor) -> None:
+        """Add to the hidden states of a batch that are on the device: a residual connection, in place."""
+        self[batch].add_(y_TD)
 
     def put(self, batch: int, h_TD: torch.Tensor) -> None:
         """Replace the hidden states of a batch, on the device."""
@@ -86,9 +90,9 @@ class Activations:
                 buffer[:nbytes].view(self._dtype).view(self._shape).copy_(h_TD, non_blocking=True)
                 self._device.record().synchronize()  # on this lane's own thread
         if self._tiers[batch] == "disk":
-            size = _pages(nbytes)
+            size = align_up(nbytes)
             with self._recorder.span("disk_write/act", f"act {batch}", nbytes):
-                self._file.write_from(memoryview(buffer.numpy())[:size], batch * _pages(self._bytes))
+                self._file.write_from(memoryview(buffer.numpy())[:size], batch * align_up(self._bytes))
 
     def _load(self, batch: int):
         row_bytes = self._shape[1] * self._dtype.itemsize
@@ -96,7 +100,9 @@ class Activations:
         if self._tiers[batch] == "disk":
             buffer = self._buffers[1]
             with self._recorder.span("disk_read/act", f"act {batch}", nbytes):
-                self._file.read_into(memoryview(buffer.numpy())[: _pages(nbytes)], batch * _pages(self._bytes), nbytes)
+                self._file.read_into(
+                    memoryview(buffer.numpy())[: align_up(nbytes)], batch * align_up(self._bytes), nbytes
+                )
         else:
             buffer = self._host[batch]
         with self._recorder.span("h2d/act", f"act {batch}", nbytes), self._device.on(self._stream):
@@ -106,7 +112,3 @@ class Activations:
             event.synchronize()  # the buffer may be filled again; on this lane's own thread
         self._on_device[batch] = h_TD
         return event
-
-
-def _pages(nbytes: int) -> int:
-    return -(-nbytes // 4096) * 4096

@@ -29,7 +29,7 @@ _ENDS_PER_ESTIMATE = 32
 _ROUNDING = 1e-9
 
 
-class Reserve:
+class LengthEstimate:
     """Learns the lengths of completions.
 
     Args:
@@ -42,8 +42,8 @@ class Reserve:
         self._fresh = 0
         self._lengths = self._later = self._beyond = np.empty(0)
 
-    def ended(self, row: Row) -> None:
-        """A row has ended."""
+    def add(self, row: Row) -> None:
+        """Learn from a row that has ended."""
         if _may_end_early(row):
             self._ended.append((row.generated, row.length < row.limit))
             self._fresh += 1

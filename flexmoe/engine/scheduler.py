@@ -1,7 +1,7 @@
 """Rows with their token ids and their KV. `policies.admission.admission` decides from lengths alone; this keeps what is real.
 
 A row's restart state is its token ids: sent back, it re-enters as one run of prompt + tokens. Rows of one prompt share its
-full blocks: the first computes them, and the others are forked from there, so that none is copied.
+full pages: the first computes them, and the others are forked from there, so that none is copied.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from flexmoe.kv.batch import Run
 from flexmoe.kv.cache import KVCache, KVExhausted, RowKV
 from flexmoe.params import EngineRequest
-from policies.admission.admission import Admission, RowLengths
+from policies.admission.admission import Admission
+from policies.admission.row_state import RowLengths
 from policies.admission.shared_prefix import Prefix
 from policies.placement import TIERS
 from policies.policy import Policy
@@ -79,9 +80,9 @@ class Scheduler:
         self._behind = 0
         self.admission = Admission(
             policy,
-            blocks={tier: cache.total(tier) for tier in TIERS},
+            pages={tier: cache.total(tier) for tier in TIERS},
             tails=cache.free_tails,
-            block_tokens=cache.block_tokens,
+            page_tokens=cache.page_tokens,
             expected_end=expected_end,
             recompute_past=recompute_past,
         )
@@ -111,10 +112,6 @@ class Scheduler:
         """Rows sent back so far."""
         return self.admission.restarts
 
-    def largest_row_tokens(self) -> int:
-        """Tokens of the longest row that an empty tier can hold."""
-        return self.admission.largest_row_tokens()
-
     def submit(self, rows: Sequence[Row]) -> None:
         """Queue the rows of one prompt: the first computes it, and the others enter when that is done.
 
@@ -124,23 +121,23 @@ class Scheduler:
         for row in others:
             row.prompt_done = row.prompt  # the first row counts these tokens
         self.waiting.append(first)
-        past, blocks = self._recompute_past, (first.prompt - 1) // self._cache.block_tokens
+        past, pages = self._recompute_past, (first.prompt - 1) // self._cache.page_tokens
         alike = [row for row in others if row.is_past(past) == first.is_past(past)]
-        if blocks and alike:
-            tokens = blocks * self._cache.block_tokens
-            prefix = SharedPrompt(tokens=tokens, blocks=blocks, waiting=dict.fromkeys(alike))
+        if pages and alike:
+            tokens = pages * self._cache.page_tokens
+            prefix = SharedPrompt(tokens=tokens, pages=pages, waiting=dict.fromkeys(alike))
             for row in (first, *alike):
                 row.prefix = prefix
             self._behind += len(alike)
         self.waiting.extend(row for row in others if row.prefix is None)
 
-    def plan(self) -> list[Run]:
+    def plan_sweep(self) -> list[Run]:
         """Choose the runs of the next sweep and reserve their KV.
 
         Raises:
             RuntimeError: the cache has less room than admission counts.
         """
-        rows = self.admission.plan()
+        rows = self.admission.plan_sweep()
         for row in self.admission.sent_back:
             self._close(row)
         for row in rows:
@@ -148,7 +145,7 @@ class Scheduler:
                 row.kv = self._cache.fork(row.prefix.kv)
         self._close_prefixes()  # what they held is counted as free already
         for row in rows:
-            if row.kv is None or len(row.kv.blocks) < row.blocks:
+            if row.kv is None or len(row.kv.pages) < row.pages:
                 self._reserve(row, row.run)
         return [row.next_run() for row in rows]
 
@@ -201,7 +198,7 @@ class Scheduler:
         self._close_prefixes()
 
     def enter_aged(self, row: Row) -> None:
-        """Put a row in flight as if all its tokens but the last were in the cache; its KV is whatever the blocks hold.
+        """Put a row in flight as if all its tokens but the last were in the cache; its KV is whatever the pages hold.
 
         A benchmark's way into the steady state, where rows of all ages are in flight.
 
@@ -221,8 +218,8 @@ class Scheduler:
             self._cache.reserve(row.kv, tokens)
         except KVExhausted as e:
             raise RuntimeError(
-                f"admission counts {row.blocks} blocks of the {row.tier} tier for a row, and the KV cache, with "
-                f"{self._cache.free(row.tier)} free blocks and {self._cache.free_tails} free tails, refuses them: "
+                f"admission counts {row.pages} pages of the {row.tier} tier for a row, and the KV cache, with "
+                f"{self._cache.free(row.tier)} free pages and {self._cache.free_tails} free tails, refuses them: "
                 "someone else holds KV of this cache"
             ) from e
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from flexmoe.system import file_io
+from policies.common import file_io
 
 _CHUNK_BYTES = 1 << 20
 

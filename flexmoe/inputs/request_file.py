@@ -21,7 +21,7 @@ from flexmoe.inputs.parsers import JsonLines, Parser
 from flexmoe.inputs.raw_row import INVALID_LINE, RawRow
 from flexmoe.openai.batch_line import Request
 from flexmoe.openai.json_line import MAX_LINE_BYTES, InvalidLine
-from flexmoe.system import file_io
+from policies.common import file_io
 
 OnInvalid = Literal["fail", "record"]
 

@@ -16,7 +16,7 @@ from typing import IO, Any
 from flexmoe.errors import DataError, InputMissingError, UsageError
 from flexmoe.inputs.parsers import ID_COLUMN, DataRows
 from flexmoe.inputs.prompt_template import PromptTemplate
-from flexmoe.system.file_io import storage_errors
+from policies.common.file_io import storage_errors
 
 _BATCH_ROWS = 64  # few, because a row may be long
 #: Read so many bytes at a time: by default pyarrow reads a whole column of a row group, which may be all of the file.

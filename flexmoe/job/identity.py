@@ -1,4 +1,5 @@
-"""What a model and its tokenizer are, in a few hashes that do not depend on where their files lie.
+"""What a model and its tokenizer are, in a few hashes that do not depend on where their files lie, and the versions of the
+programs that make a result.
 
 The weights of a large model take minutes to read, so a sample of their bytes stands for them: any other training or
 merge changes nearly every tensor, and the names, shapes and dtypes of all of them are part of the hash.
@@ -8,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from flexmoe.models.loader import Model
 _SAMPLED_TENSORS, _SAMPLE_BYTES = 512, 4096
 #: What the library that saved the checkpoint notes about itself.
 _NOTES = ("_name_or_path", "transformers_version")
+_PACKAGES = ("flexmoe", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json", "chat_template.jinja", "chat_template.json",
@@ -53,9 +57,21 @@ def tokenizer_identity(directory: Path | None) -> str:
     return digest(found)
 
 
+def versions() -> dict[str, str | None]:
+    """Of Python and the libraries that decide the numbers; None for one that is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+
+
 def digest(value: Mapping[str, Any]) -> str:
     """A hash of JSON values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _weights(tensors: Iterable[TensorInfo]) -> str:

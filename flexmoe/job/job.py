@@ -24,13 +24,15 @@ from flexmoe.errors import UsageError
 from flexmoe.inputs.options import InputOptions, open_requests
 from flexmoe.inputs.request_file import RequestFile
 from flexmoe.inputs.rows import Rows
+from flexmoe.job.identity import versions
 from flexmoe.job.manifest import Finished, Manifest
 from flexmoe.job.output_files import PathLike, publish, remove, resolve_outputs
+from flexmoe.job.result import JobResult
 from flexmoe.job.runner import Engine, RowStream, StreamOptions
 from flexmoe.job.shards import Shard
-from flexmoe.job.versions import versions
 from flexmoe.job.workspace import Workspace
 from flexmoe.openai.response import ResponseEncoder, creation_time_s
+from flexmoe.preflight.lengths import Lengths
 from flexmoe.preflight.preflight import Preflight, preflight
 from flexmoe.preflight.prepare import Preparer
 from flexmoe.preflight.prepare_setup import PreparerSetup
@@ -70,27 +72,9 @@ class JobFiles:
         output = Path(self.output) if self.shard is None else self.shard.path(Path(self.output))
         return resolve_outputs(Path(self.input), output, self.errors)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobReport:
-    """What a finished job did. Tokens are those of the rows that went to the output file.
-
-    Args:
-        rows_resumed: rows that an earlier start had finished already.
-        error_path: the file of the failed rows; None when there are none.
-        wall_s: seconds from the first read of the input to the output under its final name; 0 where it was there.
-        was_finished: nothing was left to do.
-    """
-
-    rows_ok: int
-    rows_failed: int
-    rows_resumed: int
-    prompt_tokens: int
-    generated_tokens: int
-    output_path: Path
-    error_path: Path | None
-    wall_s: float
-    was_finished: bool = False
+    def row_numbers(self, total: int) -> range:
+        """The numbers of the job's rows, of ``total`` in the input."""
+        return range(total) if self.shard is None else self.shard.rows(total)
 
 
 class Job:
@@ -135,8 +119,7 @@ class Job:
         self._output, self._errors = files.outputs()
         try:
             requests = self._parts.enter_context(open_requests(files.input, files.options, self._output.parent))
-            numbers = range(len(requests)) if files.shard is None else files.shard.rows(len(requests))
-            self._rows = Rows(requests=requests, numbers=numbers)
+            self._rows = Rows(requests=requests, numbers=files.row_numbers(len(requests)))
             wanted = self._manifest(identity or {}, requests.content_hash, model_name, choices or {})
             self._workspace = self._parts.enter_context(
                 Workspace(self._output, self._errors, wanted, overwrite=files.overwrite)
@@ -156,9 +139,9 @@ class Job:
         return self._rows
 
     @property
-    def found(self) -> Preflight | None:
-        """What `look` found."""
-        return self._found
+    def lengths(self) -> Lengths | None:
+        """Lengths of the rows that are left, once `look` has measured them."""
+        return None if self._found is None else self._found.lengths
 
     @property
     def rows_left(self) -> int:
@@ -174,7 +157,7 @@ class Job:
         Raises:
             DataError, StorageError: as `preflight`.
         """
-        tell_other_model(self._setup, self._rows.requests)
+        warn_of_other_model(self._setup, self._rows.requests)
         journal, preparer = self._workspace.journal, self._setup.preparer()
         bar = self._stream_options.bar
         self._found = preflight(self._rows, self._setup, preparer=preparer, done=journal.__contains__, bar=bar)
@@ -198,7 +181,7 @@ class Job:
             raise UsageError("the rows have not been looked at; call look() before run()")
         self._stream.run(engine, block_rows)
 
-    def publish(self) -> JobReport:
+    def publish(self) -> JobResult:
         """Gives the output and the error file their names, once every row has its line.
 
         Raises:
@@ -261,8 +244,8 @@ class Job:
         journal = self._workspace.journal
         return RowStream(self._rows, found, journal, preparer, encoder, self._stream_options, self._interrupts)
 
-    def _report(self, finished: Finished, rows_resumed: int, *, was_finished: bool = False) -> JobReport:
-        return JobReport(
+    def _report(self, finished: Finished, rows_resumed: int, *, was_finished: bool = False) -> JobResult:
+        return JobResult(
             rows_ok=finished.rows_ok,
             rows_failed=len(finished.failed_rows),
             rows_resumed=rows_resumed,
@@ -275,7 +258,7 @@ class Job:
         )
 
 
-def tell_other_model(setup: PreparerSetup, requests: RequestFile) -> None:
+def warn_of_other_model(setup: PreparerSetup, requests: RequestFile) -> None:
     """Warns, once, where rows ask for a model that is not the one that runs."""
     told = setup.served().warning(requests.models)
     if told is not None:

@@ -33,8 +33,8 @@ from flexmoe.job.journal_records import (
     encode_line,
 )
 from flexmoe.params import InFlight
-from flexmoe.system import file_io
-from flexmoe.system.file_io import storage_errors
+from policies.common import file_io
+from policies.common.file_io import storage_errors
 
 log = logging.getLogger(__name__)
 _CHUNK_BYTES = 1 << 20

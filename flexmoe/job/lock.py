@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from flexmoe.errors import UsageError
-from flexmoe.system.file_io import storage_errors
+from policies.common.file_io import storage_errors
 
 log = logging.getLogger(__name__)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)

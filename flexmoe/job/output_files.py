@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import itertools
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from flexmoe.errors import StorageError, UsageError
-from flexmoe.system import file_io
-from flexmoe.system.file_io import storage_errors
+from policies.common import file_io
+from policies.common.file_io import storage_errors
 
 PathLike = str | os.PathLike[str]
-_WRITE_BYTES = 1 << 20
+_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +72,7 @@ def check_writable(path: PathLike) -> None:
             raise UsageError(f"{path} is no regular file; choose another output file")
         if not path.parent.is_dir():
             raise StorageError(f"cannot write {path}: there is no directory {path.parent}; create it")
-        with _temporary(path):  # that it can be made shows that the directory can be written
+        with file_io.temporary_file(path):  # that it can be made shows that the directory can be written
             pass
 
 
@@ -94,15 +92,18 @@ def publish(path: Path, pieces: Iterable[bytes]) -> Published:
     Raises:
         StorageError: the disk is full or the directory read-only; what had the name before is untouched.
     """
-    digest, size = hashlib.sha256(), 0
-    with storage_errors(path), _temporary(path) as (descriptor, temporary):
-        for chunk in _gathered(pieces):
-            digest.update(chunk)
-            size += len(chunk)
-            file_io.write_all(descriptor, chunk)
-        file_io.sync(descriptor)
-        file_io.rename(temporary, path)
-    return Published(size_bytes=size, sha256=digest.hexdigest())
+    digest, size_bytes = hashlib.sha256(), 0
+
+    def counted() -> Iterator[bytes]:
+        nonlocal size_bytes
+        for piece in pieces:
+            digest.update(piece)
+            size_bytes += len(piece)
+            yield piece
+
+    with storage_errors(path):
+        file_io.write_file(path, counted())
+    return Published(size_bytes=size_bytes, sha256=digest.hexdigest())
 
 
 def is_as_published(path: Path, published: Published) -> bool:
@@ -116,7 +117,7 @@ def is_as_published(path: Path, published: Published) -> bool:
         if not path.exists() or path.stat().st_size != published.size_bytes:
             return False
         with open(path, "rb") as file:
-            while piece := file.read(_WRITE_BYTES):
+            while piece := file.read(_READ_BYTES):
                 digest.update(piece)
     return digest.hexdigest() == published.sha256
 
@@ -133,35 +134,6 @@ def remove(path: Path) -> None:
 
 def remove_temporaries(path: Path) -> None:
     """Removes what a process that was killed while it published the file has left beside it; for the holder of its lock."""
-    for left in path.parent.glob(f"{glob.escape(path.name)}.tmp-*-{'[0-9a-f]' * 8}"):
+    for left in path.parent.glob(file_io.temporary_pattern(path)):
         with contextlib.suppress(OSError):
             left.unlink()
-
-
-def _gathered(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes in pieces of about `_WRITE_BYTES`: lines are short, and a system call for each would cost more."""
-    waiting: list[bytes] = []
-    size = 0
-    for piece in pieces:
-        waiting.append(piece)
-        size += len(piece)
-        if size >= _WRITE_BYTES:
-            yield b"".join(waiting)
-            waiting, size = [], 0
-    if waiting:
-        yield b"".join(waiting)
-
-
-@contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[tuple[int, Path]]:
-    """A new file beside `path` that is gone afterwards, unless it was renamed."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        descriptor = file_io.create(temporary)
-        try:
-            yield descriptor, temporary
-        finally:
-            os.close(descriptor)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexmoe.errors import UsageError
-from flexmoe.system.file_io import storage_errors
+from policies.common.file_io import storage_errors
 
 _SLURM = "SLURM_ARRAY_TASK_"
 MOST_SHARDS = 1000

@@ -17,8 +17,8 @@ from flexmoe.job.journal import Journal
 from flexmoe.job.lock import Lock
 from flexmoe.job.manifest import Finished, Manifest, work_directory
 from flexmoe.job.output_files import is_as_published, remove, remove_temporaries
-from flexmoe.system import file_io
-from flexmoe.system.file_io import storage_errors
+from policies.common import file_io
+from policies.common.file_io import storage_errors
 
 log = logging.getLogger(__name__)
 

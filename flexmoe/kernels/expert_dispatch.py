@@ -1,30 +1,25 @@
 """The MoE of a layer: tokens sorted by expert on the device, one pass per expert over the whole block.
 
 Many small experts with a handful of tokens each are served together: their tokens are gathered and scattered once per
-unit, and where the weights lie stacked, one grouped product takes the place of a product per expert.
+unit, and where the weights allow it, one grouped product takes the place of a product per expert.
 
 Legend: T tokens, D hidden, E experts, K chosen experts, n tokens of one expert or unit, e experts of a unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from cost_model.memory.memory_plan import EXPERT_CHUNK_TOKENS
-from cost_model.model.grouped import GROUPED_TOKENS, ROW_BYTES
+from cost_model.model.weight_units import GROUPED_TOKENS
+from flexmoe.kernels.expert_weights import ExpertWeights
+from flexmoe.kernels.family import Family
 from flexmoe.kernels.native import library as native
-from flexmoe.kernels.native.products import grouped_products
 from flexmoe.system.device import Device
-
-#: Mean tokens of an expert up to which our own grouped product is faster on the CPU than torch's.
-_NATIVE_TOKENS = 32
-
-Weights = Mapping[str, torch.Tensor]
 
 
 class ExpertDispatch:
@@ -33,15 +28,18 @@ class ExpertDispatch:
     Args:
         device: compute device.
         num_experts: E.
-        max_tokens: most tokens of a sweep.
-        top_k: K.
     """
 
-    def __init__(self, device: Device, num_experts: int, max_tokens: int, top_k: int):
+    def __init__(self, device: Device, num_experts: int):
         self._device = device
         self._chunk = EXPERT_CHUNK_TOKENS[device.torch.type]
-        self._bounds = torch.arange(num_experts + 1, device=device.torch)
+        self._numbers = torch.arange(num_experts + 1, device=device.torch)
         self._starts_host = device.host_buffer((num_experts + 1) * 8).view(torch.int64) if device.is_cuda else None
+        # Of the last routing: the (token, expert) pairs by expert, and the first of each expert.
+        self._starts: list[int] = []
+        self._starts_device = self._numbers
+        self._tokens = self._weights = torch.empty(0)
+        self._is_dense = False
 
     def route(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> list[int]:
         """Sort the block's (token, expert) pairs by expert; the only host wait of the layer.
@@ -55,7 +53,7 @@ class ExpertDispatch:
             list[int]: tokens of each expert.
         """
         experts, order = ids_TK.flatten().sort(stable=True)
-        starts = torch.searchsorted(experts, self._bounds)  # bincount would wait for the device, twice
+        starts = torch.searchsorted(experts, self._numbers)  # bincount would wait for the device, twice
         self._starts_device = starts
         if self._starts_host is not None:
             starts = self._starts_host.copy_(starts, non_blocking=True)
@@ -64,35 +62,62 @@ class ExpertDispatch:
         self._weights = weights_TK.flatten()[order].to(dtype).unsqueeze(1)
         if self._starts_host is not None:
             self._device.host_wait(copied)
-        self._starts = starts.tolist()
+        self._starts, self._is_dense = starts.tolist(), False
         return [stop - start for start, stop in zip(self._starts, self._starts[1:])]
 
     def route_all(self, tokens: int) -> None:
         """Send every token to expert 0 with weight one: the MLP of a dense layer."""
-        self._starts, self._tokens = [0, tokens], None
+        self._starts, self._is_dense = [0, tokens], True
 
-    def add(self, expert: int, x_TD: torch.Tensor, y_TD: torch.Tensor, compute: Callable) -> None:
+    def add_unit(
+        self, experts: range, x_TD: torch.Tensor, y_TD: torch.Tensor, weights: ExpertWeights, family: Family
+    ) -> None:
+        """Run the experts of a unit over their tokens and add the weighted results to the block's output.
+
+        Args:
+            experts: the experts of the unit.
+            x_TD: normalized hidden states of the block.
+            y_TD: output of the MoE, added to in place.
+            weights: of the unit.
+            family: the model's mathematics.
+        """
+        if len(experts) == 1:
+            self.add(experts[0], x_TD, y_TD, partial(family.feed_forward, w=weights.expert(0)))
+        elif self.can_group(experts, weights):
+            self.add_group(
+                experts, x_TD, y_TD, lambda x_nD, bounds: family.feed_forward(x_nD, weights.grouped(bounds.ends()))
+            )
+        else:
+            self.add_group(experts, x_TD, y_TD, partial(_one_by_one, weights=weights, family=family))
+
+    def add(
+        self, expert: int, x_TD: torch.Tensor, y_TD: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
         """Run one expert over its tokens and add the weighted result to the block's output.
 
         Args:
             expert: its index.
-            x_TD: normalized hidden states of the block.
-            y_TD: output of the MoE, added to in place.
+            x_TD, y_TD: as for `add_unit`.
             compute: maps ``[n, D]`` to ``[n, D]``.
         """
         for pairs in self._chunks(range(expert, expert + 1)):
-            if self._tokens is None:
+            if self._is_dense:
                 y_TD[pairs] += compute(x_TD[pairs])
                 continue
             tokens = self._tokens[pairs]
             y_TD.index_add_(0, tokens, compute(x_TD.index_select(0, tokens)).mul_(self._weights[pairs]))
 
-    def add_group(self, experts: range, x_TD: torch.Tensor, y_TD: torch.Tensor, compute: Callable) -> None:
+    def add_group(
+        self,
+        experts: range,
+        x_TD: torch.Tensor,
+        y_TD: torch.Tensor,
+        compute: Callable[[torch.Tensor, Bounds], torch.Tensor],
+    ) -> None:
         """Run the experts of a unit over their tokens, gathered and added together.
 
         Args:
-            experts: the experts of the unit.
-            x_TD, y_TD: as for `add`.
+            experts, x_TD, y_TD: as for `add_unit`.
             compute: maps ``[n, D]``, the tokens of one expert after those of another, and a `Bounds` to ``[n, D]``; it may
                 overwrite what it is given.
         """
@@ -101,30 +126,31 @@ class ExpertDispatch:
             bounds = Bounds(self._starts, self._starts_device, experts, pairs)
             y_TD.index_add_(0, tokens, compute(x_TD.index_select(0, tokens), bounds).mul_(self._weights[pairs]))
 
-    def add_some(self, weights: Mapping[int, Weights], x_TD: torch.Tensor, y_TD: torch.Tensor, family) -> None:
+    def add_some(
+        self, weights: Mapping[int, ExpertWeights], x_TD: torch.Tensor, y_TD: torch.Tensor, family: Family
+    ) -> None:
         """Run single experts over their tokens and add the weighted results to the block's output; on the CPU together.
 
         Args:
             weights: of each expert, by its number.
-            x_TD, y_TD: as for `add`.
-            family: the model's mathematics.
+            x_TD, y_TD, family: as for `add_unit`.
         """
         if self._device.torch.type != "cpu" or not native.available():
             for expert, own in weights.items():
-                self.add(expert, x_TD, y_TD, partial(family.expert, w=own))
+                self.add(expert, x_TD, y_TD, partial(family.feed_forward, w=own.expert(0)))
             return
         for experts in self._together(weights):
             pairs = np.concatenate([np.arange(*self._starts[e : e + 2]) for e in experts])
             tokens = self._tokens[pairs]
             ends = np.cumsum([self._starts[e + 1] - self._starts[e] for e in experts], dtype=np.int32)
-            computed = family.some_experts(
-                x_TD.index_select(0, tokens), torch.from_numpy(ends), [weights[e] for e in experts]
-            )
+            products = ExpertWeights.together([weights[e] for e in experts]).grouped(torch.from_numpy(ends))
+            computed = family.feed_forward(x_TD.index_select(0, tokens), products)
             y_TD.index_add_(0, tokens, computed.mul_(self._weights[pairs]))
 
     def _together(self, experts: Iterable[int]) -> Iterator[list[int]]:
         """The experts in order, as many at a time as the workspace takes the tokens of."""
-        batch, room = [], self._chunk
+        batch: list[int] = []
+        room = self._chunk
         for expert in experts:
             tokens = self._starts[expert + 1] - self._starts[expert]
             if batch and tokens > room:
@@ -135,17 +161,10 @@ class ExpertDispatch:
         if batch:
             yield batch
 
-    def can_group(self, experts: range, weights: Mapping[str, torch.Tensor]) -> bool:
-        """Whether one grouped product serves the unit: its experts have few tokens each, and the device has such a product
-        for them. Torch's want weights that lie stacked; our own takes them wherever they lie."""
-        if self._starts[experts.stop] - self._starts[experts.start] > GROUPED_TOKENS * len(experts):
-            return False
-        if "gate_up" not in weights or "down" not in weights:
-            return self._device.torch.type == "cpu" and native.available()
-        stacked = weights["gate_up"], weights["down"]
-        if not has_grouped_product(stacked[0].device, stacked[0].dtype):
-            return False
-        return all(t.shape[-1] * t.element_size() % ROW_BYTES == 0 and t.data_ptr() % ROW_BYTES == 0 for t in stacked)
+    def can_group(self, experts: range, weights: ExpertWeights) -> bool:
+        """Whether one grouped product serves the unit: its experts have few tokens each, and there is such a product."""
+        tokens = self._starts[experts.stop] - self._starts[experts.start]
+        return tokens <= GROUPED_TOKENS * len(experts) and weights.can_group()
 
     def _chunks(self, experts: range) -> list[slice]:
         """The (token, expert) pairs of consecutive experts, as many at a time as the workspace takes."""
@@ -157,7 +176,7 @@ class Bounds:
     """Where the tokens of each expert of a unit lie among those of a chunk.
 
     Args:
-        starts: first pair of every expert, and the end.
+        starts: first (token, expert) pair of every expert, and the end.
         on_device: the same on the compute device.
         experts: of the unit.
         pairs: of the chunk.
@@ -174,26 +193,12 @@ class Bounds:
 
     def ends(self) -> torch.Tensor:
         """int32 ``[e]`` on the device: where the tokens of each expert end."""
-        own = self._on_device[self._experts.start + 1 : self._experts.stop + 1]
-        return (own - self._pairs.start).clamp_(0, self._pairs.stop - self._pairs.start).to(torch.int32)
+        ends: torch.Tensor = self._on_device[self._experts.start + 1 : self._experts.stop + 1] - self._pairs.start
+        return ends.clamp_(0, self._pairs.stop - self._pairs.start).to(torch.int32)
 
 
-def has_grouped_product(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a device has a grouped product for numbers of this dtype."""
-    if device.type != "cuda":
-        return True
-    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] >= 8
-
-
-def grouped_product(
-    x_nD: torch.Tensor, weights: torch.Tensor | Sequence[torch.Tensor], ends_e: torch.Tensor
-) -> torch.Tensor:
-    """``x · weight[e]^T`` for the tokens ``x_nD[ends_e[e - 1] : ends_e[e]]`` of each expert e, in one call: ``[n, R]``.
-
-    Args:
-        weights: stacked ``[e, R, D]``; on the CPU also each by itself.
-    """
-    few = len(x_nD) <= _NATIVE_TOKENS * len(weights)
-    if not isinstance(weights, torch.Tensor) or (few and x_nD.device.type == "cpu" and native.available()):
-        return grouped_products(x_nD, weights, ends_e)
-    return F.grouped_mm(x_nD, weights.transpose(1, 2), offs=ends_e)
+def _one_by_one(x_nD: torch.Tensor, bounds: Bounds, weights: ExpertWeights, family: Family) -> torch.Tensor:
+    """The experts of a unit, a product each; every result takes the place of its tokens."""
+    for number, own in bounds.slices():
+        x_nD[own] = family.feed_forward(x_nD[own], weights.expert(number))
+    return x_nD

@@ -1,7 +1,7 @@
 """Grouped-query causal attention over a paged KV cache, for runs of any length.
 
 One function serves prefill, chunked prefill, decode and verification: row b's queries are the last q tokens of its
-context. On the CPU a native kernel streams the blocks in place; the torch path below is its reference, and what
+context. On the CPU a native kernel streams the pages in place; the torch path below is its reference, and what
 CUDA runs.
 
 Legend: T tokens, H query heads, G KV heads, Dh head size, S context, B rows.
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from flexmoe.kernels.native import attention as native_attention
 from flexmoe.kernels.native import library as native
 
 _BUCKET_WASTE = 1.25
@@ -27,13 +28,13 @@ class Ragged:
     Attributes:
         q_starts: int32 ``[B + 1]``, first query of each row.
         contexts: int32 ``[B]``, tokens of each row in the cache, the run included.
-        tables: int32 ``[B, blocks]``, block table of each row.
+        tables: int32 ``[B, pages]``, page table of each row.
     """
 
     q_starts: torch.Tensor
     contexts: torch.Tensor
     tables: torch.Tensor
-    _plans: dict = field(default_factory=dict)
+    _plans: dict[tuple[torch.device, int], list[_Bucket]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, q_lengths: list[int], contexts: list[int], tables: list[list[int]]) -> Ragged:
@@ -64,7 +65,7 @@ def paged_attention(
 
     Args:
         q_THD: queries ``[T, H, Dh]``, rotated.
-        k_pool, v_pool: ``[blocks, block_tokens, G, Dh]``; the runs' own keys and values are already in them.
+        k_pool, v_pool: ``[pages, page_tokens, G, Dh]``; the runs' own keys and values are already in them.
         rows: the rows, in the order of the queries.
         window: a query at position p sees keys in ``(p - window, p]``; None sees all.
         out: contiguous, where the result goes; made when absent.
@@ -74,7 +75,7 @@ def paged_attention(
     """
     scale = q_THD.shape[-1] ** -0.5
     if q_THD.device.type == "cpu" and native.available():
-        return native.paged_attention(
+        return native_attention.paged_attention(
             q_THD, k_pool, v_pool, rows.tables, rows.q_starts, rows.contexts, window=window or 0, scale=scale, out=out
         )
     return torch_paged_attention(q_THD, k_pool, v_pool, rows, window=window, out=out)
@@ -118,17 +119,19 @@ class _Bucket:
     """Index tensors of one padded attention call."""
 
     queries_Bq: torch.Tensor
-    blocks: torch.Tensor
+    pages: torch.Tensor
     mask_BqS: torch.Tensor
 
     @classmethod
-    def of(cls, rows: Ragged, members: list[int], block_tokens: int, window: int | None, device) -> _Bucket:
+    def of(
+        cls, rows: Ragged, members: list[int], page_tokens: int, window: int | None, device: torch.device
+    ) -> _Bucket:
         starts, contexts = rows.q_starts[members].long(), rows.contexts[members].long()
         run = int(rows.q_starts[members[0] + 1] - rows.q_starts[members[0]])
-        blocks = -(-int(contexts.max()) // block_tokens)
-        tables = rows.tables[members, :blocks].long().clamp_(min=0)
+        pages = -(-int(contexts.max()) // page_tokens)
+        tables = rows.tables[members, :pages].long().clamp_(min=0)
         positions_Bq = contexts[:, None] - run + torch.arange(run)
-        keys_S = torch.arange(blocks * block_tokens)
+        keys_S = torch.arange(pages * page_tokens)
         mask = keys_S <= positions_Bq[:, :, None]
         if window is not None:
             mask &= keys_S > positions_Bq[:, :, None] - window
@@ -143,7 +146,7 @@ class _Bucket:
         mask_B1nS = self.mask_BqS[:, None, None].expand(-1, -1, shared, -1, -1).flatten(2, 3)
         unused = ~self.mask_BqS.any(1)  # slots that no query sees may hold anything, NaN included
         k_BGSd, v_BGSd = (
-            p[self.blocks].flatten(1, 2).masked_fill_(unused[:, :, None, None], 0).transpose(1, 2)
+            p[self.pages].flatten(1, 2).masked_fill_(unused[:, :, None, None], 0).transpose(1, 2)
             for p in (k_pool, v_pool)
         )
         attended = F.scaled_dot_product_attention(q_BGnd, k_BGSd, v_BGSd, attn_mask=mask_B1nS)

@@ -14,8 +14,10 @@ import torch
 from flexmoe.kernels.paged_attention import Ragged
 from flexmoe.kv.cache import RowKV
 from flexmoe.sampling.logprobs import PromptScores
+from policies.admission.row_state import AttentionMode
 
-MODES = ("gpu", "fetch", "cpu")
+#: Rows of one mode lie together in a block, so that most GPU batches have one group.
+_MODES = list(AttentionMode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ class Run:
     Attributes:
         kv: the row's cache; room for the tokens is already reserved.
         tokens: token ids of the run.
-        mode: how the row is attended: ``gpu`` (KV on the GPU), ``fetch`` (KV brought there), ``cpu`` (on the host).
+        mode: where the row is attended.
         logits: for how many of the run's last positions logits are wanted (0 for an unfinished prompt).
         owner: whatever the caller wants to find again.
         row_tokens: tokens of the row that are known, those after an unfinished prompt's run included; None: the run is
@@ -37,7 +39,7 @@ class Run:
 
     kv: RowKV
     tokens: Sequence[int]
-    mode: str
+    mode: AttentionMode
     logits: int
     owner: object = None
     row_tokens: int | None = None
@@ -50,13 +52,13 @@ class Run:
 class Group:
     """The runs of a GPU batch that are attended in one way; tokens ``[start, stop)`` of the batch."""
 
-    mode: str
+    mode: AttentionMode
     runs: list[Run]
     start: int
     stop: int
 
     def ragged(self, tables: list[list[int]]) -> Ragged:
-        """The group's rows as attention sees them, with the given block tables."""
+        """The group's rows as attention sees them, with the given page tables."""
         lengths = [len(r.tokens) for r in self.runs]
         return Ragged.of(lengths, [r.kv.length + n for r, n in zip(self.runs, lengths)], tables)
 
@@ -99,7 +101,7 @@ class Block:
     """
 
     def __init__(self, runs: Sequence[Run], gpu_batch_size: int):
-        self.runs = sorted(runs, key=lambda r: (MODES.index(r.mode), r.kv.tier))
+        self.runs = sorted(runs, key=lambda r: (_MODES.index(r.mode), r.kv.tier))
         ids = [t for r in self.runs for t in r.tokens]
         self.token_ids = torch.tensor(ids, dtype=torch.int64)
         self.logit_owners = [r.owner for r in self.runs for _ in range(r.logits)]

@@ -1,7 +1,7 @@
-"""Ragged KV cache: blocks of a fixed number of tokens in three tiers, a block table per row, reference counts.
+"""Ragged KV cache: pages of a fixed number of tokens in three tiers, a page table per row, reference counts.
 
-A pool holds, per layer, K and V of its blocks: ``[L, 2, blocks, block_tokens, G, Dh]``. A row lives in one tier. On the
-disk tier only full blocks are on disk; the growing tail block of a row stays in host memory. This file knows
+A pool holds, per layer, K and V of its pages: ``[L, 2, pages, page_tokens, G, Dh]``. A row lives in one tier. On the
+disk tier only full pages are on disk; the growing tail page of a row stays in host memory. This file knows
 where bytes live; `kv_lanes` moves them.
 
 Legend: L layers, G KV heads, Dh head size.
@@ -16,38 +16,38 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cost_model.memory.allocation import BLOCK_TOKENS
+from cost_model.memory.allocation import PAGE_TOKENS
 from flexmoe.system.device import Device
 from flexmoe.system.direct_io import DirectFile
 
 
-def token_slots(blocks: np.ndarray, tokens: np.ndarray, block_tokens: int) -> np.ndarray:
-    """Flat pool slots of a row's ``tokens`` (positions) under its block table."""
-    return blocks[tokens // block_tokens] * block_tokens + tokens % block_tokens
+def token_slots(pages: np.ndarray, tokens: np.ndarray, page_tokens: int) -> np.ndarray:
+    """Flat pool slots of a row's ``tokens`` (positions) under its page table."""
+    return pages[tokens // page_tokens] * page_tokens + tokens % page_tokens
 
 
 class KVExhausted(Exception):
-    """A tier has no free block left: the scheduler sends a row back."""
+    """A tier has no free page left: the scheduler sends a row back."""
 
 
-class BlockAllocator:
-    """Hands out block ids of one tier and counts who shares them.
+class PageAllocator:
+    """Hands out page ids of one tier and counts who shares them.
 
-    A row's blocks are neighbours as far as that goes: neighbours on disk are read at once.
+    A row's pages are neighbours as far as that goes: neighbours on disk are read at once.
     """
 
-    def __init__(self, blocks: int):
-        self.total = blocks
-        self._free = dict.fromkeys(range(blocks - 1, -1, -1))
-        self._references = [0] * blocks
+    def __init__(self, pages: int):
+        self.total = pages
+        self._free = dict.fromkeys(range(pages - 1, -1, -1))
+        self._references = [0] * pages
 
     @property
     def free(self) -> int:
-        """Blocks that nobody holds."""
+        """Pages that nobody holds."""
         return len(self._free)
 
     def take(self, after: int = -1) -> int:
-        """A free block, held once: the one that follows ``after`` if it is free, else the one that was freed last.
+        """A free page, held once: the one that follows ``after`` if it is free, else the one that was freed last.
 
         Raises:
             KVExhausted: there is none.
@@ -55,38 +55,38 @@ class BlockAllocator:
         if not self._free:
             raise KVExhausted
         if after + 1 in self._free and after >= 0:
-            block = after + 1
-            del self._free[block]
+            page = after + 1
+            del self._free[page]
         else:
-            block, _ = self._free.popitem()
-        self._references[block] = 1
-        return block
+            page, _ = self._free.popitem()
+        self._references[page] = 1
+        return page
 
-    def share(self, block: int) -> int:
-        """Hold a block once more."""
-        self._references[block] += 1
-        return block
+    def share(self, page: int) -> int:
+        """Hold a page once more."""
+        self._references[page] += 1
+        return page
 
-    def is_shared(self, block: int) -> bool:
-        """Whether a block is held more than once: then nobody may write into it."""
-        return self._references[block] > 1
+    def is_shared(self, page: int) -> bool:
+        """Whether a page is held more than once: then nobody may write into it."""
+        return self._references[page] > 1
 
-    def drop(self, block: int) -> None:
-        """Give up one hold; the last one frees the block."""
-        self._references[block] -= 1
-        if self._references[block] == 0:
-            self._free[block] = None
+    def drop(self, page: int) -> None:
+        """Give up one hold; the last one frees the page."""
+        self._references[page] -= 1
+        if self._references[page] == 0:
+            self._free[page] = None
 
 
 @dataclass(slots=True)
 class RowKV:
-    """The cache of one row: its tier, its block table and how many tokens are stored.
+    """The cache of one row: its tier, its page table and how many tokens are stored.
 
-    ``tail`` is the host slot of a disk row's growing block, -1 elsewhere.
+    ``tail`` is the host slot of a disk row's growing page, -1 elsewhere.
     """
 
     tier: str
-    blocks: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
     length: int = 0
     tail: int = -1
 
@@ -112,45 +112,50 @@ class KVCache:
     Args:
         device: compute device; the ``gpu`` pool lives there.
         shape: layers, heads, dtype.
-        blocks: blocks per tier.
-        tails: rows that the disk tier can hold at once (one host block each).
+        pages: pages per tier.
+        tails: rows that the disk tier can hold at once (one host page each).
         offload_dir: directory of the disk tier's file.
-        block_tokens: tokens per block.
+        page_tokens: tokens per page.
     """
 
     def __init__(
         self,
         device: Device,
         shape: KVShape,
-        blocks: dict[str, int],
+        pages: dict[str, int],
         tails: int = 0,
         offload_dir: Path | None = None,
-        block_tokens: int = BLOCK_TOKENS,
+        page_tokens: int = PAGE_TOKENS,
     ):
-        self.shape, self.block_tokens = shape, block_tokens
-        self._allocators = {tier: BlockAllocator(n) for tier, n in blocks.items()}
-        self._tails = BlockAllocator(tails)
-        self.block_bytes = shape.token_bytes * block_tokens
-        self.gpu = self._pool(device, blocks["gpu"], on_device=True)
-        self.cpu = self._pool(device, blocks["cpu"], on_device=False)
+        self.shape, self.page_tokens = shape, page_tokens
+        self._allocators = {tier: PageAllocator(n) for tier, n in pages.items()}
+        self._tails = PageAllocator(tails)
+        self.page_bytes = shape.token_bytes * page_tokens
+        self.gpu = self._pool(device, pages["gpu"], on_device=True)
+        self.cpu = self._pool(device, pages["cpu"], on_device=False)
         self.tail = self._pool(device, tails, on_device=False)
         self.file: DirectFile | None = None
-        if blocks["disk"]:
+        if pages["disk"]:
             path = Path(offload_dir or ".") / f"kv-{os.getpid()}-{id(self)}.bin"
             self.file = DirectFile(path, writable=True)
             os.unlink(path)  # the descriptor keeps it; a killed run leaves nothing behind
 
-    def blocks_for(self, tokens: int) -> int:
-        """Blocks that hold ``tokens`` tokens of one row."""
-        return -(-tokens // self.block_tokens)
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold ``tokens`` tokens of one row."""
+        return -(-tokens // self.page_tokens)
 
     def total(self, tier: str) -> int:
-        """Blocks of a tier."""
+        """Pages of a tier."""
         return self._allocators[tier].total
 
     def free(self, tier: str) -> int:
-        """Blocks of a tier that no row holds."""
+        """Pages of a tier that no row holds."""
         return self._allocators[tier].free
+
+    @property
+    def tails(self) -> int:
+        """Rows that the disk tier can hold at once."""
+        return self._tails.total
 
     @property
     def free_tails(self) -> int:
@@ -169,33 +174,33 @@ class KVCache:
         """Make room for ``tokens`` more tokens of the row; all or nothing.
 
         Raises:
-            KVExhausted: its tier has too few free blocks.
+            KVExhausted: its tier has too few free pages.
         """
         allocator = self._allocators[row.tier]
-        missing = self.blocks_for(row.length + tokens) - len(row.blocks)
+        missing = self.pages_for(row.length + tokens) - len(row.pages)
         if missing > allocator.free:
             raise KVExhausted
         for _ in range(missing):
-            row.blocks.append(allocator.take(after=row.blocks[-1] if row.blocks else -1))
+            row.pages.append(allocator.take(after=row.pages[-1] if row.pages else -1))
 
     def truncate(self, row: RowKV, length: int) -> None:
-        """Forget the tokens from ``length`` on and free the blocks that only they needed.
+        """Forget the tokens from ``length`` on and free the pages that only they needed.
 
         Raises:
-            ValueError: the row has fewer tokens; or it would go on writing into a block that it shares or, on disk,
+            ValueError: the row has fewer tokens; or it would go on writing into a page that it shares or, on disk,
                 that has been written already.
         """
         if not 0 <= length <= row.length:
             raise ValueError(f"cannot truncate a row of {row.length} tokens to {length}")
-        keep = self.blocks_for(length)
-        if row.tier == "disk" and length % self.block_tokens and keep < self.blocks_for(row.length + 1):
-            raise ValueError("a disk row can only be cut inside its tail or at a block boundary")
+        keep = self.pages_for(length)
+        if row.tier == "disk" and length % self.page_tokens and keep < self.pages_for(row.length + 1):
+            raise ValueError("a disk row can only be cut inside its tail or at a page boundary")
         allocator = self._allocators[row.tier]
-        if length % self.block_tokens and allocator.is_shared(row.blocks[keep - 1]):
-            raise ValueError("a row cannot be cut inside a block that is shared with another row")
-        for block in reversed(row.blocks[keep:]):  # the next row then begins where this one did
-            allocator.drop(block)
-        del row.blocks[keep:]
+        if length % self.page_tokens and allocator.is_shared(row.pages[keep - 1]):
+            raise ValueError("a row cannot be cut inside a page that is shared with another row")
+        for page in reversed(row.pages[keep:]):  # the next row then begins where this one did
+            allocator.drop(page)
+        del row.pages[keep:]
         row.length = length
 
     def close(self, row: RowKV) -> None:
@@ -206,42 +211,47 @@ class KVCache:
             row.tail = -1
 
     def fork(self, row: RowKV) -> RowKV:
-        """A second row with the same tokens: full blocks are shared, the growing one is copied.
+        """A second row with the same tokens: full pages are shared, the growing one is copied.
 
         Raises:
-            KVExhausted: no block is free for the copy.
+            KVExhausted: no page is free for the copy.
         """
         allocator = self._allocators[row.tier]
-        full = row.length // self.block_tokens
-        grows = self.blocks_for(row.length) > full
+        full = row.length // self.page_tokens
+        grows = self.pages_for(row.length) > full
         if grows and not allocator.free:
             raise KVExhausted
         twin = self.open(row.tier)
-        twin.blocks = [allocator.share(b) for b in row.blocks[:full]]
+        twin.pages = [allocator.share(b) for b in row.pages[:full]]
         twin.length = row.length
         if grows:
-            twin.blocks.append(allocator.take())
+            twin.pages.append(allocator.take())
             pool = {"gpu": self.gpu, "cpu": self.cpu, "disk": self.tail}[row.tier]
-            source = row.tail if row.tier == "disk" else row.blocks[full]
-            target = twin.tail if row.tier == "disk" else twin.blocks[full]
+            source = row.tail if row.tier == "disk" else row.pages[full]
+            target = twin.tail if row.tier == "disk" else twin.pages[full]
             pool[:, :, target] = pool[:, :, source]
         return twin
 
     def share(self, row: RowKV, tokens: int) -> RowKV:
-        """A hold on the row's first ``tokens`` tokens, whole blocks that are filled: rows are forked from it, and the
-        blocks stay while it or any of them is open. It takes no block and no tail, and does not grow."""
+        """A hold on the row's first ``tokens`` tokens, whole pages that are filled: rows are forked from it, and the
+        pages stay while it or any of them is open. It takes no page and no tail, and does not grow."""
         allocator = self._allocators[row.tier]
-        blocks = [allocator.share(b) for b in row.blocks[: tokens // self.block_tokens]]
-        return RowKV(row.tier, blocks=blocks, length=len(blocks) * self.block_tokens)
+        pages = [allocator.share(b) for b in row.pages[: tokens // self.page_tokens]]
+        return RowKV(row.tier, pages=pages, length=len(pages) * self.page_tokens)
 
-    def disk_offset(self, layer: int, block: int) -> int:
-        """Byte offset of a block of a layer in the disk tier's file: a row's neighbouring blocks are neighbours."""
-        return (layer * self.total("disk") + block) * self.block_bytes
+    def close_file(self) -> None:
+        """Close the disk tier's file; a second call does nothing."""
+        if self.file is not None:
+            self.file.close()
 
-    def _pool(self, device: Device, blocks: int, *, on_device: bool) -> torch.Tensor:
+    def disk_offset(self, layer: int, page: int) -> int:
+        """Byte offset of a page of a layer in the disk tier's file: a row's neighbouring pages are neighbours."""
+        return (layer * self.total("disk") + page) * self.page_bytes
+
+    def _pool(self, device: Device, pages: int, *, on_device: bool) -> torch.Tensor:
         s = self.shape
-        shape = (s.layers, 2, blocks, self.block_tokens, s.kv_heads, s.head_dim)
-        size = s.layers * blocks * self.block_bytes
+        shape = (s.layers, 2, pages, self.page_tokens, s.kv_heads, s.head_dim)
+        size = s.layers * pages * self.page_bytes
         if on_device and device.is_cuda:
             return torch.empty(shape, dtype=s.dtype, device=device.torch)
         return device.host_buffer(size)[:size].view(s.dtype).view(shape)

@@ -2,7 +2,7 @@
 
 Three kinds of rows meet in a GPU batch. ``gpu`` rows are attended where they live. ``fetch`` rows' used tokens are
 brought into a paged staging buffer on the device. ``cpu`` rows are attended in host memory: queries go down, outputs
-come up. New KV of a row goes to its home: a host pool, or the row's tail block and, when that is full, the disk.
+come up. New KV of a row goes to its home: a host pool, or the row's tail page and, when that is full, the disk.
 
 Two sets of buffers alternate, so that the next batch is brought while this one is attended.
 """
@@ -22,6 +22,7 @@ from flexmoe.kv.cache import KVCache, token_slots
 from flexmoe.kv.disk import DiskKV
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
+from policies.admission.row_state import AttentionMode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,14 +30,14 @@ class KVBuffers:
     """How large the transfer buffers are; `cost_model.memory.allocation` plans them.
 
     Attributes:
-        staging_blocks: blocks of one layer that a fetched GPU batch may need.
+        staging_pages: pages of one layer that a fetched GPU batch may need.
         batch_tokens: most tokens of a GPU batch in one sweep (its runs).
-        write_blocks: blocks that the runs of a batch may touch on the disk tier.
+        write_pages: pages that the runs of a batch may touch on the disk tier.
     """
 
-    staging_blocks: int
+    staging_pages: int
     batch_tokens: int
-    write_blocks: int
+    write_pages: int
 
 
 @dataclass(slots=True)
@@ -54,7 +55,7 @@ class KVLanes:
         device: compute device.
         recorder: where bytes and times go.
         cache: the pools.
-        buffers: planned sizes; zero staging blocks when no row is ever fetched.
+        buffers: planned sizes; zero staging pages when no row is ever fetched.
         query_heads: H.
         window: sliding window, or None.
     """
@@ -71,12 +72,12 @@ class KVLanes:
         self._device, self._recorder, self._cache, self._window = device, recorder, cache, window
         self._lanes = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("h2d", "d2h", "cpu")}
         self._streams = {name: device.stream() for name in ("h2d", "d2h")}
-        self._disk = DiskKV(device, recorder, cache, buffers.staging_blocks, buffers.write_blocks)
+        self._disk = DiskKV(device, recorder, cache, buffers.staging_pages, buffers.write_pages)
         self._stores: list[Future] = []
         self._loads = 0
         s = cache.shape
         token = (s.kv_heads, s.head_dim)
-        flat = (2, buffers.staging_blocks * cache.block_tokens, *token)
+        flat = (2, buffers.staging_pages * cache.page_tokens, *token)
         self._staging = [torch.zeros(flat, dtype=s.dtype, device=device.torch) for _ in range(2)]
         self._packed = [self._host(flat) for _ in range(2)]
         self._landing = torch.empty(flat[1:], dtype=s.dtype, device=device.torch) if device.is_cuda else None
@@ -95,7 +96,7 @@ class KVLanes:
 
     def append(self, layer: int, batch: Batch, k_TGd: torch.Tensor, v_TGd: torch.Tensor) -> None:
         """Write the new KV of the batch's ``gpu`` rows into the device pool."""
-        plan = batch.kv.get("gpu")
+        plan = batch.kv.get(AttentionMode.GPU)
         if plan is not None:
             tokens = slice(plan.group.start, plan.group.stop)
             for pool, new in zip(self._cache.gpu[layer], (k_TGd, v_TGd)):
@@ -105,7 +106,7 @@ class KVLanes:
         """Bring the past KV of the batch's ``fetch`` rows to the device; the future gives `Arrived`."""
         side = self._loads % 2
         self._loads += 1
-        plan = batch.kv["fetch"]
+        plan = batch.kv[AttentionMode.FETCH]
         plan.sides[layer] = side
         return self._lanes["h2d"].submit(self._load, layer, plan, side)
 
@@ -121,33 +122,33 @@ class KVLanes:
         return future
 
     def write(self, layer: int, batch: Batch) -> Future:
-        """Write the blocks that the store filled to disk."""
-        plan = batch.kv["fetch"]
+        """Write the pages that the store filled to disk."""
+        plan = batch.kv[AttentionMode.FETCH]
         future = self._lanes["d2h"].submit(self._disk.write, layer, plan.disk)
         self._stores.append(future)
         return future
 
     def cpu_attend(self, layer: int, batch: Batch, stored: Future) -> Future:
         """Attend the batch's ``cpu`` rows on the host; the future gives `Arrived` with ``[tokens, H, Dh]``."""
-        return self._lanes["cpu"].submit(self._cpu_attend, layer, batch.kv["cpu"], batch.index % 2, stored)
+        return self._lanes["cpu"].submit(self._cpu_attend, layer, batch.kv[AttentionMode.CPU], batch.index % 2, stored)
 
     def attend_gpu(self, layer: int, batch: Batch, q: torch.Tensor) -> torch.Tensor:
         """Attention of the batch's ``gpu`` rows."""
-        plan = batch.kv["gpu"]
+        plan = batch.kv[AttentionMode.GPU]
         k_pool, v_pool = self._cache.gpu[layer]
         q = q[plan.group.start : plan.group.stop]
         return paged_attention(q, k_pool, v_pool, plan.ragged, window=self._window)
 
     def attend_fetched(self, layer: int, batch: Batch, q, k, v, loaded: Arrived) -> torch.Tensor:
         """Attention of the batch's ``fetch`` rows over the staging buffer."""
-        plan = batch.kv["fetch"]
+        plan = batch.kv[AttentionMode.FETCH]
         side = plan.sides.pop(layer)
         loaded.event.wait()
         tokens = slice(plan.group.start, plan.group.stop)
         staging = self._staging[side]
         for flat, new in zip(staging, (k, v)):
             flat.index_copy_(0, plan.staged_new, new[tokens])
-        k_pool, v_pool = staging.view(2, -1, self._cache.block_tokens, *staging.shape[2:])
+        k_pool, v_pool = staging.view(2, -1, self._cache.page_tokens, *staging.shape[2:])
         out = paged_attention(q[tokens], k_pool, v_pool, plan.ragged, window=self._window)
         self._staging_read[side] = self._device.record()
         return out
@@ -194,7 +195,7 @@ class KVLanes:
     def _store(self, layer: int, batch: Batch, side: int, q, k, v, produced, loaded: Future | None) -> None:
         if loaded is not None:
             loaded.result()
-        plans = [p for mode, p in batch.kv.items() if mode != "gpu"]
+        plans = [p for mode, p in batch.kv.items() if mode is not AttentionMode.GPU]
         start, stop = min(p.group.start for p in plans), max(p.group.stop for p in plans)
         k, v, q = self._bring_down(side, produced, k[start:stop], v[start:stop], q[start:stop])
         for plan in plans:
@@ -205,7 +206,7 @@ class KVLanes:
                     pool.flatten(0, 1).index_copy_(0, plan.home, new[:count])
                 if plan.disk:
                     self._disk.store(layer, plan.disk, k[here][count:], v[here][count:])
-            if plan.group.mode == "cpu":
+            if plan.group.mode is AttentionMode.CPU:
                 plan.queries = q[here]
 
     def _bring_down(self, side: int, produced, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -237,31 +238,29 @@ class KVLanes:
     def _plan(self, group: Group) -> _Plan:
         home_rows = [r for r in group.runs if r.kv.tier != "disk"]
         disk_rows = [r for r in group.runs if r.kv.tier == "disk"]
-        plan = _Plan(group, _index(self._slots(r.kv.blocks, r.kv.length, len(r.tokens)) for r in home_rows))
-        if group.mode != "fetch":
-            plan.home = plan.home.to(self._device.torch if group.mode == "gpu" else "cpu")
-            plan.ragged = group.ragged([r.kv.blocks for r in group.runs])
+        plan = _Plan(group, _index(self._slots(r.kv.pages, r.kv.length, len(r.tokens)) for r in home_rows))
+        if group.mode is not AttentionMode.FETCH:
+            plan.home = plan.home.to(self._device.torch if group.mode is AttentionMode.GPU else "cpu")
+            plan.ragged = group.ragged([r.kv.pages for r in group.runs])
             return plan
         plan.disk = self._disk.plan(disk_rows) if disk_rows else None
-        plan.past_home = _index(self._slots(r.kv.blocks, 0, r.kv.length) for r in home_rows)
+        plan.past_home = _index(self._slots(r.kv.pages, 0, r.kv.length) for r in home_rows)
         tables, staged_past, staged_new, base = [], [], [], 0
         for r in group.runs:
-            blocks = self._cache.blocks_for(r.kv.length + len(r.tokens))
-            tables.append(list(range(base, base + blocks)))
+            pages = self._cache.pages_for(r.kv.length + len(r.tokens))
+            tables.append(list(range(base, base + pages)))
             staged_past.append(self._slots(tables[-1], 0, r.kv.length))
             staged_new.append(self._slots(tables[-1], r.kv.length, len(r.tokens)))
-            base += blocks
+            base += pages
         plan.staged_past = _index(staged_past).to(self._device.torch)
         plan.staged_new = _index(staged_new).to(self._device.torch)
         plan.past_tokens = len(plan.staged_past)
         plan.ragged = group.ragged(tables)
         return plan
 
-    def _slots(self, blocks: list[int], first: int, count: int) -> np.ndarray:
-        """Flat token slots of tokens ``[first, first + count)`` of a row with this block table."""
-        return token_slots(
-            np.asarray(blocks, dtype=np.int64), np.arange(first, first + count), self._cache.block_tokens
-        )
+    def _slots(self, pages: list[int], first: int, count: int) -> np.ndarray:
+        """Flat token slots of tokens ``[first, first + count)`` of a row with this page table."""
+        return token_slots(np.asarray(pages, dtype=np.int64), np.arange(first, first + count), self._cache.page_tokens)
 
     def _host(self, shape: tuple[int, ...]) -> torch.Tensor:
         dtype = self._cache.shape.dtype

@@ -11,19 +11,19 @@ R rows of logits.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import experts_per_unit, units_of
 from flexmoe.checkpoint.unit_layout import Part
-from flexmoe.kernels.expert_dispatch import grouped_product
+from flexmoe.kernels.expert_weights import ExpertProducts
+from flexmoe.kernels.family import Rope, Weights
 from flexmoe.models.names import Names, unit_parts
-
-Weights = Mapping[str, torch.Tensor]
-Rope = tuple[torch.Tensor, torch.Tensor]
+from policies.units import UnitId
 
 
 class Decoder(ABC):
@@ -40,24 +40,24 @@ class Decoder(ABC):
 
     names: ClassVar[Names]
 
-    def __init__(self, arch: ModelArch, config: Mapping[str, Any] | None = None):
+    def __init__(self, arch: ModelArch, config: Mapping[str, Any] | None = None) -> None:
         self.arch = arch
 
     @abstractmethod
     def route(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Chosen experts and their weights (float32), both ``[T, K]``."""
 
-    def parts(self, on_disk: Iterable[str]) -> dict[str, list[Part]]:
+    def parts(self, on_disk: Iterable[str]) -> dict[UnitId, list[Part]]:
         """Parts of every unit, given the names in the checkpoint (they tell the layout: per expert or packed)."""
         return unit_parts(self.arch, self.names, packed=self.names.are_packed(on_disk))
 
-    def expert_parts(self, on_disk: Iterable[str]) -> dict[str, list[Part]]:
-        """Parts of every single expert that belongs to a unit of several, by the name that it has as a unit of its own."""
-        if self.arch.experts_per_unit == 1:
+    def expert_parts(self, on_disk: Iterable[str]) -> dict[UnitId, list[Part]]:
+        """Parts of every single expert that belongs to a unit of several, by what it is as a unit of its own."""
+        if experts_per_unit(self.arch) == 1:
             return {}
         single = unit_parts(self.arch.grouped(1), self.names, packed=self.names.are_packed(on_disk), kinds=("expert",))
-        units = {unit.name for unit in self.arch.units()}
-        return {name: parts for name, parts in single.items() if name not in units}
+        units = {unit.id for unit in units_of(self.arch)}
+        return {unit: parts for unit, parts in single.items() if unit not in units}
 
     def expected_tensors(self, on_disk: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Names and shapes that a complete checkpoint in the layout of ``on_disk`` must have."""
@@ -98,35 +98,10 @@ class Decoder(ABC):
         x_TD = self.norm(h_TD, w, "post_norm")
         return h_TD, x_TD, F.linear(x_TD, w["router"]) if "router" in w else None
 
-    def expert(self, x_nD: torch.Tensor, w: Weights, index: int = 0) -> torch.Tensor:
-        """The feed-forward network of one expert of a unit, or the MLP of a dense layer."""
-        if "gate_up" in w or _are_whole(w):
-            gate_up_FD = w["gate_up"][index] if "gate_up" in w else w[f"gate_up.{index}"]
-            gate_nF, up_nF = F.linear(x_nD, gate_up_FD).chunk(2, dim=-1)
-        else:
-            gate_nF, up_nF = (F.linear(x_nD, w[f"gate_up.{2 * index + half}"]) for half in (0, 1))
-        down_DF = w["down"][index] if "down" in w else w[f"down.{index}"]
-        return F.linear(F.silu(gate_nF, inplace=True).mul_(up_nF), down_DF)
-
-    def experts(self, x_nD: torch.Tensor, ends_e: torch.Tensor, w: Weights) -> torch.Tensor:
-        """All experts of a unit in one call of each product: expert i over ``x_nD[ends_e[i - 1] : ends_e[i]]``."""
-        gate_up = w["gate_up"] if "gate_up" in w else _gates_and_ups(w, len(ends_e))
-        down = w["down"] if "down" in w else [w[f"down.{at}"] for at in range(len(ends_e))]
-        return self._grouped(x_nD, ends_e, gate_up, down)
-
-    def some_experts(self, x_nD: torch.Tensor, ends_e: torch.Tensor, each: Sequence[Weights]) -> torch.Tensor:
-        """The same of single experts, wherever they lie; on the CPU."""
-        gate_up = [w["gate_up"][0] if "gate_up" in w else _gates_and_ups(w, 1)[0] for w in each]
-        if not all(isinstance(own, torch.Tensor) for own in gate_up):  # some came from disk and others from host memory
-            gate_up = [own.chunk(2) if isinstance(own, torch.Tensor) else own for own in gate_up]
-        return self._grouped(x_nD, ends_e, gate_up, [w["down"][0] if "down" in w else w["down.0"] for w in each])
-
-    def _grouped(self, x_nD: torch.Tensor, ends_e: torch.Tensor, gate_up, down) -> torch.Tensor:
-        if isinstance(gate_up[0], torch.Tensor):
-            gate_nF, up_nF = grouped_product(x_nD, gate_up, ends_e).chunk(2, dim=-1)
-        else:
-            gate_nF, up_nF = (grouped_product(x_nD, list(half), ends_e) for half in zip(*gate_up))
-        return grouped_product(F.silu(gate_nF, inplace=True).mul_(up_nF), down, ends_e)
+    def feed_forward(self, x_nD: torch.Tensor, w: ExpertProducts) -> torch.Tensor:
+        """Output ``[n, D]`` of an expert (or the MLP of a dense layer), or of several experts at once."""
+        gate_nF, up_nF = w.gate_up(x_nD)
+        return w.down(F.silu(gate_nF, inplace=True).mul_(up_nF))
 
     def final_norm(self, h_RD: torch.Tensor, w: Weights) -> torch.Tensor:
         """Norm before the head; its weight travels with the first head unit."""
@@ -143,7 +118,9 @@ class Decoder(ABC):
         return w[role] * wide.to(x.dtype)
 
 
-def rotation(positions_T: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype, scale=1.0) -> Rope:
+def rotation(
+    positions_T: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype, scale: float | torch.Tensor = 1.0
+) -> Rope:
     """Cosine and sine ``[T, 1, Dh]`` of positions turned by ``frequencies`` (``[Dh / 2]`` or one row per token)."""
     angles = positions_T.float()[:, None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)[:, None]
@@ -154,19 +131,6 @@ def best_experts(logits_TE: torch.Tensor, top_k: int, *, normalized: bool) -> tu
     """The ``top_k`` experts of highest softmax probability, and those probabilities, normalized to a sum of one or not."""
     weights_TK, ids_TK = torch.topk(torch.softmax(logits_TE.float(), dim=-1), top_k, dim=-1)
     return ids_TK, weights_TK / weights_TK.sum(dim=-1, keepdim=True) if normalized else weights_TK
-
-
-def _are_whole(w: Weights) -> bool:
-    """Of weights in pieces, whether gate and up of an expert are one tensor, ``[2F, D]``; else there is one after the other."""
-    down = w["down"][0] if "down" in w else w["down.0"]
-    return len(w["gate_up.0"]) == 2 * down.shape[1]
-
-
-def _gates_and_ups(w: Weights, count: int) -> list:
-    """Gate and up of each expert of a unit in pieces: one tensor, or a pair."""
-    if _are_whole(w):
-        return [w[f"gate_up.{at}"] for at in range(count)]
-    return [(w[f"gate_up.{2 * at}"], w[f"gate_up.{2 * at + 1}"]) for at in range(count)]
 
 
 def _rotate(x_THd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from cost_model.model.arch import ModelArch
 from flexmoe.checkpoint.checkpoint import Checkpoint
 from flexmoe.checkpoint.files import read_json_object
 from flexmoe.errors import DataError, InputMissingError, UsageError
+from flexmoe.kernels.family import Family
 from flexmoe.models.registry import FAMILIES, family
 from flexmoe.weights.sources import CheckpointSource, DummySource, WeightSource
 
@@ -35,10 +36,10 @@ class Model:
     """
 
     arch: ModelArch
-    family: Any
+    family: Family
     stored_dtype: torch.dtype
-    config: dict
-    generation_config: dict
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
     directory: Path | None
     checkpoint: Checkpoint | None
 
@@ -120,7 +121,7 @@ def _dummy(arch: ModelArch, directory: Path | None) -> Model:
     )
 
 
-def _stored_dtype(checkpoint: Checkpoint, math) -> torch.dtype:
+def _stored_dtype(checkpoint: Checkpoint, math: Family) -> torch.dtype:
     """The one dtype of all weights.
 
     Raises:

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cost_model.model.arch import ModelArch
-from cost_model.model.weight_units import experts_of
+from cost_model.model.weight_units import head_rows, units_of
 from flexmoe.checkpoint.unit_layout import Part
-from policies.placement import KINDS
+from policies.units import KINDS, UnitId
 
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -44,27 +44,30 @@ class Names:
         return any(name.endswith(self.packed_gate_up) for name in on_disk)
 
 
-def unit_parts(arch: ModelArch, names: Names, *, packed: bool, kinds: Sequence[str] = KINDS) -> dict[str, list[Part]]:
+def unit_parts(
+    arch: ModelArch, names: Names, *, packed: bool, kinds: Sequence[str] = KINDS
+) -> dict[UnitId, list[Part]]:
     """The parts of every unit of these kinds of a shape."""
-    units = [unit for unit in arch.units() if unit.kind in kinds]
-    return {unit.name: list(_parts(arch, names, packed, unit.kind, unit.layer, unit.name)) for unit in units}
+    units = [unit.id for unit in units_of(arch) if unit.kind in kinds]
+    return {unit: list(_parts(arch, names, packed, unit)) for unit in units}
 
 
-def _parts(arch: ModelArch, names: Names, packed: bool, kind: str, layer: int, unit: str) -> Iterator[Part]:
+def _parts(arch: ModelArch, names: Names, packed: bool, unit: UnitId) -> Iterator[Part]:
+    kind, layer = unit.kind, unit.layer
     if kind == "embed":
         return iter([Part(role="embed", tensor=_EMBEDDING, shape=(arch.vocab_size, arch.hidden))])
     if kind == "attention":
         return _attention(arch, names, packed, layer)
     if kind == "head":
-        return _head(arch, int(unit.rsplit(".", 1)[1]))
+        return _head(arch, unit.first)
     at = f"model.layers.{layer}."
     if arch.is_dense(layer):
         return _matrices(
             arch.hidden, arch.dense_ffn, [(at + names.dense_gate, at + names.dense_up, at + names.dense_down)]
         )
     if packed:
-        return _slices(arch, names, at, experts_of(unit))
-    own = [tuple(at + name.format(e) for name in (names.gate, names.up, names.down)) for e in experts_of(unit)]
+        return _slices(arch, names, at, unit.experts)
+    own = [tuple(at + name.format(e) for name in (names.gate, names.up, names.down)) for e in unit.experts]
     return _matrices(arch.hidden, arch.ffn, own)
 
 
@@ -95,7 +98,7 @@ def _norm(arch: ModelArch, role: str, name: str) -> Iterator[Part]:
         yield Part(role=f"{role}_bias", tensor=f"{name}.bias", shape=(arch.hidden,))
 
 
-def _matrices(hidden: int, ffn: int, experts: list[tuple[str, str, str]]) -> Iterator[Part]:
+def _matrices(hidden: int, ffn: int, experts: Sequence[Sequence[str]]) -> Iterator[Part]:
     """Experts of which each matrix is a tensor: gate before up in one tensor ``[n, 2F, D]``, and down ``[n, D, F]``."""
     count, size, both = len(experts), ffn * hidden, (len(experts), 2 * ffn, hidden)
     for at, (gate, up, _) in enumerate(experts):
@@ -117,7 +120,7 @@ def _slices(arch: ModelArch, names: Names, at: str, experts: range) -> Iterator[
 
 
 def _head(arch: ModelArch, chunk: int) -> Iterator[Part]:
-    first, last = arch.head_rows(chunk)
+    first, last = head_rows(arch, chunk)
     table, rows = (arch.vocab_size, arch.hidden), last - first
     name = _EMBEDDING if arch.tied else "lm_head.weight"
     yield Part(role="head", tensor=name, shape=(rows, arch.hidden), first_element=first * arch.hidden, whole=table)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from cost_model.model.arch import ModelArch
 from flexmoe.errors import DataError
-from flexmoe.models.decoder import Decoder, Rope, Weights, rotation
+from flexmoe.kernels.family import Rope, Weights
+from flexmoe.models.decoder import Decoder, rotation
 from flexmoe.models.names import Names
 
 
@@ -83,12 +84,14 @@ class Phimoe(Decoder):
 
 def _long_rope(arch: ModelArch, config: Mapping[str, Any]) -> _LongRope | None:
     """The LongRoPE of a config; None where its rotary embedding is the plain one."""
+    if arch.rope_switch is None:
+        return None
     for field in ("rope_parameters", "rope_scaling"):
         values = config.get(field) or {}
         if values.get("rope_type", values.get("type")) == "longrope":
-            factors = tuple(_factors(values, name, arch.head_dim // 2) for name in ("short_factor", "long_factor"))
-            scales = tuple(_number(values, name) for name in ("short_mscale", "long_mscale"))
-            return _LongRope(arch.rope_switch, factors, scales)
+            short, long = (_factors(values, name, arch.head_dim // 2) for name in ("short_factor", "long_factor"))
+            short_scale, long_scale = (_number(values, name) for name in ("short_mscale", "long_mscale"))
+            return _LongRope(arch.rope_switch, (short, long), (short_scale, long_scale))
     return None
 
 

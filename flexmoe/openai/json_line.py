@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from flexmoe.errors import DataError
-from policies.common import strict_json
+from policies.common import json_files
 
 MAX_LINE_BYTES = 16 * 2**20
 #: A request needs five levels; a JSON schema among its fields may need a few dozen.
@@ -45,14 +45,14 @@ def parse_json(line: bytes) -> Any:
         # C parsers count levels differently between Python versions, so the limit is our own.
         if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(line) > MAX_DEPTH:
             raise RecursionError
-        value = strict_json.parse(line)
+        value = json_files.parse(line)
         # A lone surrogate (\ud800) is legal JSON but no text: neither a tokenizer nor the output file could hold it.
         if b"\\ud" in line or b"\\uD" in line:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
-    except strict_json.RepeatedKeyError as error:
+    except json_files.RepeatedKeyError as error:
         raise InvalidLine(f"the key {show(error.keys[0])} is given twice in one object; keep one") from None
-    except strict_json.NotFiniteError as error:
+    except json_files.NotFiniteError as error:
         if error.literal in ("NaN", "Infinity", "-Infinity"):
             raise InvalidLine(f"{error.literal} is not JSON; write a number or null") from None
         raise InvalidLine(f"the number {error.literal[:40]} is out of range; write a smaller one") from None

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import flexmoe
-
 _READ_BYTES = 1 << 20
 #: A worker imports the tokenizer's libraries first, which takes seconds, and on a busy disk a minute.
 START_LIMIT_S = 300.0
@@ -50,7 +48,7 @@ class _Worker:
     """One process, and the task that it has."""
 
     def __init__(self, module: str, setup: Any) -> None:
-        root = str(Path(flexmoe.__file__).parents[1])
+        root = str(Path(__file__).parents[2])
         paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
             [sys.executable, "-m", module],

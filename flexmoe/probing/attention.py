@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cost_model.memory.allocation import BLOCK_TOKENS
+from cost_model.memory.allocation import PAGE_TOKENS
 from flexmoe.kernels.paged_attention import Ragged, paged_attention
 from flexmoe.probing.buffers import fill_with_noise
 from flexmoe.probing.effort import Effort
@@ -50,8 +50,8 @@ class AttentionCase:
         self, device: Device, on_host: bool, dtype: torch.dtype, heads: tuple[int, int, int], runs: list[int], contexts: list[int]
     ):  # fmt: skip
         query_heads, kv_heads, size = heads
-        per_row = [-(-n // BLOCK_TOKENS) for n in contexts]
-        shape = (_LAYERS, 2, sum(per_row), BLOCK_TOKENS, kv_heads, size)
+        per_row = [-(-n // PAGE_TOKENS) for n in contexts]
+        shape = (_LAYERS, 2, sum(per_row), PAGE_TOKENS, kv_heads, size)
         count = torch.Size(shape).numel()
         self._here = on_host or not device.is_cuda
         if self._here:
@@ -103,7 +103,7 @@ def attention_rates(device: Device, dtype: torch.dtype, effort: Effort, *, on_ho
 def decode_rows(dtype: torch.dtype, effort: Effort) -> int:
     """Rows of a decode call: what the effort asks for, if their KV fits into half of its buffers."""
     _, kv_heads, size = _HEADS[0]
-    row_bytes = _LAYERS * 2 * kv_heads * size * dtype.itemsize * (sum(effort.contexts) // 2 + BLOCK_TOKENS)
+    row_bytes = _LAYERS * 2 * kv_heads * size * dtype.itemsize * (sum(effort.contexts) // 2 + PAGE_TOKENS)
     return max(1, min(effort.decode_rows, effort.buffer_bytes // 2 // row_bytes))
 
 

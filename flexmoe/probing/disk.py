@@ -16,10 +16,11 @@ from cost_model.hardware.link_curves import LinkCurve
 from flexmoe.errors import StorageError
 from flexmoe.probing.effort import Effort
 from flexmoe.probing.timing import best_of_rounds
-from flexmoe.system.device import PAGE_BYTES, Device
-from flexmoe.system.direct_io import PIECE_BYTES, DirectFile, DiskPool, Transfer, align_down
+from flexmoe.system.device import Device, align_down
+from flexmoe.system.direct_io import PIECE_BYTES, DirectFile, DiskPool, Transfer
 from flexmoe.system.machine import free_disk_bytes
 from flexmoe.system.trace import Recorder
+from policies.common.memory_units import SYSTEM_PAGE_BYTES
 
 _UNIT_BYTES = 64 << 20
 _IN_FLIGHT = 8
@@ -67,7 +68,7 @@ def disk_rates(device: Device, directory: Path, effort: Effort) -> DiskRates:
     """
     with probe_directory(directory):
         size = file_bytes(directory, effort)
-        unit = min(_UNIT_BYTES, max(PAGE_BYTES, align_down(min(effort.buffer_bytes // 2, size) // _IN_FLIGHT)))
+        unit = min(_UNIT_BYTES, max(SYSTEM_PAGE_BYTES, align_down(min(effort.buffer_bytes // 2, size) // _IN_FLIGHT)))
         buffers = random_buffers(device, unit, _IN_FLIGHT)
         with _nameless_file(directory) as (file, forget):
             write = transfer("disk_write", file, buffers, size, effort.disk_s)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from flexmoe.system.machine import available_host_bytes
+from policies.common.memory_units import GIB, MIB
 
-MIB, GIB = 1 << 20, 1 << 30
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 

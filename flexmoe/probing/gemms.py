@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import torch
 
 from cost_model.hardware.gemm_rates import GemmRates
-from cost_model.memory.allocation import BLOCK_TOKENS
+from cost_model.memory.allocation import PAGE_TOKENS
 from cost_model.memory.memory_plan import EXPERT_CHUNK_TOKENS
 from cost_model.model.arch import ModelArch
-from cost_model.model.grouped import GROUPED_TOKENS
-from cost_model.model.weight_units import UNIT_BYTES, expert_unit
-from flexmoe.kernels.expert_dispatch import ExpertDispatch, has_grouped_product
+from cost_model.model.weight_units import GROUPED_TOKENS, UNIT_BYTES
+from flexmoe.kernels.expert_dispatch import ExpertDispatch
+from flexmoe.kernels.expert_weights import ExpertWeights
+from flexmoe.kernels.grouped_product import has_grouped_product
 from flexmoe.kv.batch import Batch, Block, Run
 from flexmoe.kv.cache import KVCache, KVShape
 from flexmoe.kv.transfers import KVBuffers, KVLanes
@@ -30,6 +31,8 @@ from flexmoe.probing.effort import Effort, Heads
 from flexmoe.probing.timing import repeat_s
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
+from policies.admission.row_state import AttentionMode
+from policies.units import UnitId, expert_unit
 
 log = logging.getLogger(__name__)
 
@@ -182,10 +185,10 @@ def expert_bench(
 ) -> Iterator[Seconds]:
     """Seconds of one expert over n of the T = n·E/K tokens of a block."""
     math, experts = family(arch), arch.num_experts
-    sets = arena.sets(math.parts(())["layers.0.expert.0"], effort.cycle_bytes)
+    sets = arena.sets(math.parts(())[UnitId("expert", 0)], effort.cycle_bytes)
     x_TD = noise(device, dtype, most * experts // _TOP_K, arch.hidden)
     y_TD = torch.zeros_like(x_TD)
-    dispatch = ExpertDispatch(device, experts, len(x_TD), _TOP_K)
+    dispatch = ExpertDispatch(device, experts)
 
     def seconds(count: int, seconds: float, warm: int, least: int) -> float:
         block = count * experts // _TOP_K
@@ -195,8 +198,8 @@ def expert_bench(
         turn = itertools.cycle(range(experts))
 
         def work() -> None:
-            weights = next(sets)
-            dispatch.add(next(turn), x_TD[:block], y_TD[:block], lambda x_nD: math.expert(x_nD, weights))
+            at = next(turn)
+            dispatch.add_unit(range(at, at + 1), x_TD[:block], y_TD[:block], ExpertWeights.of(next(sets)), math)
 
         return repeat_s(device, work, seconds, warm=warm, least=least)
 
@@ -218,7 +221,7 @@ def unit_bench(
     sets = arena.sets(math.parts(())[expert_unit(0, unit)], effort.cycle_bytes)
     x_TD = noise(device, dtype, len(unit) * min(most, 2 * GROUPED_TOKENS), arch.hidden)
     y_TD = torch.zeros_like(x_TD)
-    dispatch = ExpertDispatch(device, len(unit), len(x_TD), 1)
+    dispatch = ExpertDispatch(device, len(unit))
 
     def seconds(count: int, seconds: float, warm: int, least: int) -> float:
         spread = torch.tensor(around(count, len(unit), fewest=4)).expand(len(unit))
@@ -228,9 +231,12 @@ def unit_bench(
         dispatch.route(ids_TK.to(device.torch), torch.ones(block, 1, device=device.torch), dtype)
 
         def work() -> None:
-            weights = next(sets)
+            weights = ExpertWeights.of(next(sets))
             dispatch.add_group(
-                unit, x_TD[:block], y_TD[:block], lambda x_nD, own: math.experts(x_nD, own.ends(), weights)
+                unit,
+                x_TD[:block],
+                y_TD[:block],
+                lambda x_nD, own: math.feed_forward(x_nD, weights.grouped(own.ends())),
             )
 
         return repeat_s(device, work, seconds, warm=warm, least=least)
@@ -245,11 +251,11 @@ def dense_bench(
 ) -> Iterator[Seconds]:
     """Seconds of one layer's attention module over a GPU batch, attention itself left out, and of routing its tokens."""
     shape = KVShape(layers=1, kv_heads=arch.num_kv_heads, head_dim=arch.head_dim, dtype=dtype)
-    blocks = max(-(-most // BLOCK_TOKENS), min(most, _DECODE_TOKENS))
+    blocks = max(-(-most // PAGE_TOKENS), min(most, _DECODE_TOKENS))
     cache = KVCache(device, shape, {"gpu": blocks, "cpu": 0, "disk": 0})
-    buffers = KVBuffers(staging_blocks=0, batch_tokens=0, write_blocks=0)
+    buffers = KVBuffers(staging_pages=0, batch_tokens=0, write_pages=0)
     lanes = KVLanes(device, Recorder(), cache, buffers, arch.num_heads, None)
-    sets = arena.sets(family(arch).parts(())["layers.0.attention"], effort.cycle_bytes)
+    sets = arena.sets(family(arch).parts(())[UnitId("attention", 0)], effort.cycle_bytes)
     try:
         with torch.inference_mode():
             yield lambda count, seconds, warm, least: repeat_s(
@@ -267,11 +273,11 @@ def _dense_work(device, arch, dtype, lanes: KVLanes, cache: KVCache, sets, count
     h_TD.copy_(noise(device, dtype, count, arch.hidden))
     attended_THd = noise(device, dtype, count, arch.num_heads, arch.head_dim)
     router_TE = torch.empty(count, arch.num_experts, dtype=dtype, device=device.torch)
-    dispatch = ExpertDispatch(device, arch.num_experts, count, arch.top_k)
+    dispatch = ExpertDispatch(device, arch.num_experts)
 
     def work() -> None:
         weights = next(sets)
-        h_TD.add_(y_TD)
+        h_TD.add_(y_TD)  # the output of the layer before's experts
         _, k, v = math.project(h_TD, weights, rope)
         lanes.append(0, batch, k, v)
         _, x_TD[:], router_TE[:] = math.output(h_TD, attended_THd, weights)
@@ -284,12 +290,12 @@ def _dense_work(device, arch, dtype, lanes: KVLanes, cache: KVCache, sets, count
 
 def _batches(lanes: KVLanes, cache: KVCache, count: int) -> list[Batch]:
     """One GPU batch of ``count`` tokens: rows that decode, or runs of prompts when there are many. Its places are known."""
-    length = 1 if count <= _DECODE_TOKENS else BLOCK_TOKENS
+    length = 1 if count <= _DECODE_TOKENS else PAGE_TOKENS
     runs = []
     for start in range(0, count, length):
         row, tokens = cache.open("gpu"), min(length, count - start)
         cache.reserve(row, tokens)
-        runs.append(Run(row, [0] * tokens, "gpu", 1))
+        runs.append(Run(row, [0] * tokens, AttentionMode.GPU, 1))
     block = Block(runs, len(runs))
     lanes.begin(block)
     for run in runs:

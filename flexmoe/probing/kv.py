@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cost_model.memory.allocation import BLOCK_TOKENS
+from cost_model.memory.allocation import PAGE_TOKENS
 from flexmoe.kv.batch import Batch, Block, Run
 from flexmoe.kv.cache import KVCache, KVShape, RowKV
 from flexmoe.kv.transfers import KVBuffers, KVLanes
@@ -16,6 +16,7 @@ from flexmoe.probing.effort import Effort
 from flexmoe.probing.timing import repeat_s
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
+from policies.admission.row_state import AttentionMode
 
 _QUERY_HEADS, _KV_HEADS, _HEAD_DIM = 32, 8, 128  # Mixtral's
 _LAYERS = 4
@@ -43,11 +44,11 @@ class KVBench:
 
     def __init__(self, device: Device, dtype: torch.dtype, contexts: list[int]):
         self._device, self._shape = device, KVShape(layers=_LAYERS, kv_heads=_KV_HEADS, head_dim=_HEAD_DIM, dtype=dtype)
-        blocks = sum(-(-(n + _STORED_TOKENS) // BLOCK_TOKENS) for n in contexts)
+        blocks = sum(-(-(n + _STORED_TOKENS) // PAGE_TOKENS) for n in contexts)
         self._cache = KVCache(device, self._shape, {"gpu": 0, "cpu": blocks, "disk": 0})
         fill_with_noise(self._cache.cpu.view(-1))
         new_tokens = len(contexts) * _STORED_TOKENS
-        buffers = KVBuffers(staging_blocks=blocks, batch_tokens=new_tokens, write_blocks=0)
+        buffers = KVBuffers(staging_pages=blocks, batch_tokens=new_tokens, write_pages=0)
         self._lanes = KVLanes(device, Recorder(), self._cache, buffers, _QUERY_HEADS, None)
         self._batch = self._plan(contexts)
         self._past_bytes, self._new_bytes = (n * self._shape.token_bytes for n in (sum(contexts), new_tokens))
@@ -89,9 +90,9 @@ class KVBench:
         random.Random(0).shuffle(ids)
         runs = []
         for past in contexts:
-            blocks = -(-(past + _STORED_TOKENS) // BLOCK_TOKENS)
+            blocks = -(-(past + _STORED_TOKENS) // PAGE_TOKENS)
             row = RowKV("cpu", [ids.pop() for _ in range(blocks)], past)
-            runs.append(Run(row, [0] * _STORED_TOKENS, "fetch", 1))
+            runs.append(Run(row, [0] * _STORED_TOKENS, AttentionMode.FETCH, 1))
         block = Block(runs, len(runs))
         self._lanes.begin(block)
         return block.batches[0]
@@ -101,7 +102,7 @@ def kv_rates(device: Device, dtype: torch.dtype, effort: Effort) -> KVRates:
     """Loads and stores of a GPU batch of rows, each with a context between the effort's shortest and longest."""
     first, last = effort.contexts
     token_bytes = 2 * _KV_HEADS * _HEAD_DIM * dtype.itemsize
-    most = effort.buffer_bytes // (token_bytes * (last + _STORED_TOKENS + BLOCK_TOKENS) * (_LAYERS + 4))
+    most = effort.buffer_bytes // (token_bytes * (last + _STORED_TOKENS + PAGE_TOKENS) * (_LAYERS + 4))
     rows = max(1, min(effort.fetched_rows, most))
     rng = random.Random(0)
     bench = KVBench(device, dtype, [rng.randint(first, last) for _ in range(rows)])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from cost_model.memory.allocation import BLOCK_TOKENS
+from cost_model.memory.allocation import PAGE_TOKENS
 from flexmoe.kv.batch import Run
 from flexmoe.kv.cache import KVCache, KVShape, RowKV
 from flexmoe.kv.disk import DiskKV, DiskPlan
@@ -24,6 +24,7 @@ from flexmoe.probing.disk import DiskRates, file_bytes, probe_directory
 from flexmoe.probing.effort import Effort
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
+from policies.admission.row_state import AttentionMode
 
 #: (KV heads, head size): blocks of 8 and of 64 KiB in 16 bits.
 SHAPES = ((2, 64), (8, 128))
@@ -63,14 +64,14 @@ class BlockBench:
 
     def __init__(self, device: Device, dtype: torch.dtype, heads: tuple[int, int], directory: Path, effort: Effort):
         shape = KVShape(layers=1, kv_heads=heads[0], head_dim=heads[1], dtype=dtype)
-        self.block_bytes = shape.token_bytes * BLOCK_TOKENS
+        self.block_bytes = shape.token_bytes * PAGE_TOKENS
         blocks = min(effort.kv_blocks, file_bytes(directory, effort) // self.block_bytes)
         self._group = max(1, min(_GROUP, blocks, effort.buffer_bytes // 4 // self.block_bytes))
         count = blocks // self._group
         cache = KVCache(device, shape, {"gpu": 0, "cpu": 0, "disk": count * self._group}, 1, directory)
-        self._file = cache.file
+        self._cache, self._file = cache, cache.file
         self._disk = DiskKV(device, Recorder(), cache, self._group, self._group)
-        self._new = tuple(torch.randn(self._group * BLOCK_TOKENS, *heads).to(dtype) for _ in range(2))
+        self._new = tuple(torch.randn(self._group * PAGE_TOKENS, *heads).to(dtype) for _ in range(2))
         ids = iter(_scattered(count * self._group))
         self._groups = [self._rows(list(itertools.islice(ids, self._group))) for _ in range(count)]
 
@@ -96,6 +97,7 @@ class BlockBench:
     def close(self) -> None:
         """End the threads and close the file."""
         self._disk.close()
+        self._cache.close_file()
 
     def _written_s(self, seconds: float) -> Iterator[float]:
         """Writes every group; gives the seconds of each, and ends when they add up to ``seconds``."""
@@ -112,9 +114,10 @@ class BlockBench:
                 return
 
     def _rows(self, ids: list[int]) -> Rows:
-        tokens = len(ids) * BLOCK_TOKENS
+        tokens = len(ids) * PAGE_TOKENS
         fills, follows = (
-            Run(RowKV("disk", ids, past, tail=0), [0] * count, "fetch", 1) for past, count in ((0, tokens), (tokens, 1))
+            Run(RowKV("disk", ids, past, tail=0), [0] * count, AttentionMode.FETCH, 1)
+            for past, count in ((0, tokens), (tokens, 1))
         )
         return Rows(write=self._disk.plan([fills]), read=self._disk.plan([follows]))
 

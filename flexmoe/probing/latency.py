@@ -14,8 +14,8 @@ import torch
 
 from flexmoe.probing.disk import probe_directory, random_buffers
 from flexmoe.probing.effort import Effort
-from flexmoe.system.device import Device
-from flexmoe.system.direct_io import PIECE_BYTES, READ_THREADS, DirectFile, DiskPool, Transfer, align_down
+from flexmoe.system.device import Device, align_down
+from flexmoe.system.direct_io import PIECE_BYTES, READ_THREADS, DirectFile, DiskPool, Transfer
 from flexmoe.system.trace import Recorder
 
 _SMALL_BYTES, _SMALL_TRANSFERS = 64 << 10, 128

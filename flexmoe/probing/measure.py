@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 
 from cost_model.hardware.hardware import Gpu, Hardware
-from cost_model.memory.allocation import BLOCK_TOKENS
-from cost_model.model.grouped import GROUPED_TOKENS
+from cost_model.memory.allocation import PAGE_TOKENS
+from cost_model.model.weight_units import GROUPED_TOKENS
 from flexmoe.errors import InfeasibleError
 from flexmoe.kernels.native import library as native
 from flexmoe.probing.attention import attention_rates
 from flexmoe.probing.buffers import WeightArena
 from flexmoe.probing.copies import copy_curve, copy_rates, memory_rate
 from flexmoe.probing.disk import DiskRates, disk_rates
-from flexmoe.probing.effort import MIB, Effort
+from flexmoe.probing.effort import Effort
 from flexmoe.probing.facts import capacities, compute_dtypes, device_name, gpu_details, pinned_limit_bytes
 from flexmoe.probing.gemms import UNIT_EXPERTS, dense_rates, expert_rates, grouped_expert_rates
 from flexmoe.probing.kv import kv_rates
@@ -33,6 +33,7 @@ from flexmoe.probing.sweeps import overheads
 from flexmoe.system.device import Device, keep_freed_memory
 from flexmoe.system.direct_io import PIECE_BYTES, READ_THREADS
 from flexmoe.system.machine import cpu_name, filesystem
+from policies.common.memory_units import MIB
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ def _disk(s: Setting, found: Found) -> None:
 def _kv_blocks(s: Setting, found: Found, rates: DiskRates) -> None:
     costs = kv_block_costs(s.device, s.dtypes[2], s.directory, s.effort, rates)
     source = (
-        f"flexmoe.kv.disk, up to {s.effort.kv_blocks} blocks that are no neighbours in {s.directory}, of {BLOCK_TOKENS} tokens "
+        f"flexmoe.kv.disk, up to {s.effort.kv_blocks} blocks that are no neighbours in {s.directory}, of {PAGE_TOKENS} tokens "
         f"with (KV heads, head size) in {SHAPES}, {_dtype(s, 2)}: the mean, less what the bytes take"
     )
     found.put(source, kv_block_read_s=costs.read_s, kv_block_write_s=costs.write_s)

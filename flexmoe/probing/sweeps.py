@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import units_of
 from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine import Engine
 from flexmoe.models.loader import Model
@@ -31,7 +32,7 @@ from flexmoe.probing.gemms import bench_arch, dense_bench, expert_bench
 from flexmoe.system.device import Device
 from flexmoe.weights.sources import DummySource
 from policies.policy import Policy, Workload
-from policies.schedule import SweepShape, UnitStep, sweep
+from policies.schedule import SweepShape, SweepUnits, sweep
 
 _HEADS, _FFN, _EXPERTS, _VOCAB = Heads(hidden=64, heads=4, kv_heads=1, head_dim=16), 96, 4, 256
 _CONTEXT = 256
@@ -171,13 +172,8 @@ def gpu_batches(rows: int, batch_rows: int) -> list[int]:
 
 def _operations(arch: ModelArch, batches: int) -> int:
     """Operations of a sweep in which everything is resident."""
-    steps = [UnitStep(name=unit.name, tier="gpu") for unit in arch.units() if unit.kind == "head"]
-    layer = tuple(UnitStep(name=f"expert {e}", tier="gpu") for e in range(arch.num_experts))
-    attention = tuple(UnitStep(name=f"attention {i}", tier="gpu") for i in range(arch.num_layers))
-    shape = SweepShape(
-        attention=attention, experts=(layer,) * arch.num_layers, head=tuple(steps), activation_tiers=("gpu",) * batches
-    )
-    return sum(1 for _ in sweep(shape))
+    units = SweepUnits.of({unit.id: "gpu" for unit in units_of(arch)})
+    return sum(1 for _ in sweep(SweepShape(units=units, activation_tiers=("gpu",) * batches)))
 
 
 def _arithmetic_s(

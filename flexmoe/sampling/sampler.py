@@ -70,8 +70,8 @@ class RowSampler:
         stream = 0 if params.greedy else stream_of(seed if params.seed is None else params.seed, key, index)
         return cls(params=params, stream=stream, drawn=len(generated), counts=counts, plain=plain)
 
-    def took(self, token: int) -> None:
-        """The row got a token."""
+    def append_token(self, token: int) -> None:
+        """Count a token that was chosen for the row."""
         self.drawn += 1
         if self.counts is not None:
             self.counts.add(token)

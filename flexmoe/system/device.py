@@ -11,17 +11,31 @@ import ctypes
 import mmap
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
 
 import torch
 
 from flexmoe.errors import InfeasibleError, UsageError
 from flexmoe.system.trace import Recorder
+from policies.common.memory_units import SYSTEM_PAGE_BYTES
 
-PAGE_BYTES = mmap.PAGESIZE
 _MADV_POPULATE_WRITE = 23
+Stream: TypeAlias = "torch.cuda.Stream"
+Event: TypeAlias = "torch.cuda.Event | NoEvent"
 #: Kernels are loaded when they are first used; NVML counts them and torch does not.
 _LATER_KERNELS_BYTES = 192 << 20
+
+
+def align_down(value: int) -> int:
+    """The page boundary at or below ``value``."""
+    return value // SYSTEM_PAGE_BYTES * SYSTEM_PAGE_BYTES
+
+
+def align_up(value: int) -> int:
+    """The page boundary at or above ``value``."""
+    return -(-value // SYSTEM_PAGE_BYTES) * SYSTEM_PAGE_BYTES
 
 
 class NoEvent:
@@ -75,19 +89,19 @@ class Device:
             self._base.synchronize()
         self._base_s = time.perf_counter()
 
-    def stream(self):
+    def stream(self) -> Stream | None:
         """A new CUDA stream; None on cpu."""
-        return torch.cuda.Stream(self.torch) if self.is_cuda else None
+        return torch.cuda.Stream(self.torch) if self.is_cuda else None  # type: ignore[no-untyped-call]
 
-    def on(self, stream):
+    def on(self, stream: Stream | None) -> contextlib.AbstractContextManager[object]:
         """Context in which kernels and copies go to ``stream`` (None: the current one)."""
         return torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext()
 
-    def event(self, timing: bool = False):
+    def event(self, timing: bool = False) -> Event:
         """A new, unrecorded event. Who waits for it sleeps: a core that spins is one less for attention on the CPU."""
-        return torch.cuda.Event(enable_timing=timing, blocking=True) if self.is_cuda else NoEvent()
+        return torch.cuda.Event(enable_timing=timing, blocking=True) if self.is_cuda else NoEvent()  # type: ignore[no-untyped-call]
 
-    def record(self, stream=None):
+    def record(self, stream: Stream | None = None) -> Event:
         """An event recorded now on ``stream`` (None: the current one)."""
         event = self.event()
         event.record(stream) if stream is not None else event.record()
@@ -100,13 +114,15 @@ class Device:
             tensor.record_stream(torch.cuda.current_stream())
         return tensor
 
-    def host_wait(self, event) -> None:
+    def host_wait(self, event: Event) -> None:
         """Block the calling thread until ``event`` has passed, and count it."""
         self.host_waits += 1
         event.synchronize()
 
     @contextlib.contextmanager
-    def timed(self, recorder: Recorder, lane: str, name: str, nbytes: int = 0, stream=None):
+    def timed(
+        self, recorder: Recorder, lane: str, name: str, nbytes: int = 0, stream: Stream | None = None
+    ) -> Iterator[None]:
         """Record the body's device work as a span of ``lane`` (host time on cpu, event times on CUDA)."""
         if not self.is_cuda:
             with recorder.span(lane, name, nbytes):
@@ -132,7 +148,7 @@ class Device:
         Raises:
             InfeasibleError: the host has not that much memory, or the driver refuses to lock it.
         """
-        size = max(PAGE_BYTES, -(-nbytes // PAGE_BYTES) * PAGE_BYTES)
+        size = max(SYSTEM_PAGE_BYTES, align_up(nbytes))
         try:
             pages = _map_pages(size, shared)
         except OSError as e:
@@ -140,7 +156,7 @@ class Device:
         buffer = torch.frombuffer(pages, dtype=torch.uint8)
         if pinned and self.is_cuda:
             _populate(buffer.data_ptr(), size)
-            code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
+            code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))  # type: ignore[no-untyped-call]
             if code != 0:
                 raise InfeasibleError(
                     f"the CUDA driver cannot lock {size / 2**30:.2f} GiB of host memory (error {code}); "
@@ -188,14 +204,14 @@ class Device:
 
 
 class _Pages(mmap.mmap):
-    """Memory that the driver forgets before it is unmapped: an address that it still holds cannot be locked again."""
+    """Memory that is unregistered from the driver before it is unmapped: a registered address cannot be locked again."""
 
     registered_at = 0
 
-    def __del__(self):
+    def __del__(self) -> None:
         if self.registered_at:
             with contextlib.suppress(Exception):  # at the interpreter's end torch may be gone already
-                torch.cuda.cudart().cudaHostUnregister(self.registered_at)
+                torch.cuda.cudart().cudaHostUnregister(self.registered_at)  # type: ignore[no-untyped-call]
 
 
 def _map_pages(size: int, shared: bool) -> _Pages:

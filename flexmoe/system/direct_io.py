@@ -17,23 +17,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 from flexmoe.errors import DataError, StorageError
-from flexmoe.system.device import PAGE_BYTES
+from flexmoe.system.device import align_down, align_up
 from flexmoe.system.trace import Recorder
 
 PIECE_BYTES = 4 << 20
 READ_THREADS = 4
-
-
-def align_down(value: int) -> int:
-    """The page boundary at or below ``value``."""
-    return value // PAGE_BYTES * PAGE_BYTES
-
-
-def align_up(value: int) -> int:
-    """The page boundary at or above ``value``."""
-    return -(-value // PAGE_BYTES) * PAGE_BYTES
 
 
 class DirectFile:
@@ -124,8 +115,8 @@ class DirectFile:
             raise StorageError(f"flushing {self.path} failed: {e.strerror}") from e
 
     def close(self) -> None:
-        """Close the descriptor; the object is of no use afterwards."""
-        fd, self._fd = self._fd, -1  # a second close must not close whoever has the number now
+        """Close the descriptor; the file cannot be used afterwards."""
+        fd, self._fd = self._fd, -1  # a second close must not close a file that has the number by then
         if fd >= 0:
             os.close(fd)
 
@@ -176,8 +167,25 @@ class Transfer:
     needed: int
 
 
+class _Piece(NamedTuple):
+    """A part of a transfer that waits for a thread, the name that it is recorded under, and whom it completes."""
+
+    transfer: Transfer
+    name: str
+    pending: Pending
+
+
+class TransferQueue(Protocol):
+    """What takes transfers: a `DiskPool`, or its urgent side."""
+
+    def submit(self, transfers: list[Transfer], name: str, on_done: OnDone | None = None) -> Pending:
+        """Queue the transfers; returns their joint completion."""
+
+
 class DiskPool:
     """Threads that serve disk transfers in the order they are submitted, urgent ones before all others.
+
+    The threads are started with the first transfers and run until `close`.
 
     Args:
         recorder: where bytes and times go.
@@ -189,14 +197,11 @@ class DiskPool:
     def __init__(self, recorder: Recorder, lane: str = "disk_read", threads: int = READ_THREADS, worker: str = ""):
         self._recorder = recorder
         self._write = lane == "disk_write"
-        self._calls: queue.SimpleQueue = queue.SimpleQueue()  # one for each piece that waits, None to end
-        self._waiting: dict[bool, deque] = {True: deque(), False: deque()}  # by urgency
-        self._threads = [
-            threading.Thread(target=self._work, args=(name,), name=name, daemon=True)
-            for name in (f"{lane}/{worker}{i}" for i in range(threads))
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._calls: queue.SimpleQueue[bool | None] = queue.SimpleQueue()  # one for each piece that waits, None to end
+        self._waiting: dict[bool, deque[_Piece]] = {True: deque(), False: deque()}  # by urgency
+        self._names = [f"{lane}/{worker}{i}" for i in range(threads)]
+        self._threads: list[threading.Thread] = []
+        self._starting = threading.Lock()
 
     def submit(
         self, transfers: list[Transfer], name: str, on_done: OnDone | None = None, *, urgent: bool = False
@@ -206,15 +211,16 @@ class DiskPool:
         Args:
             urgent: overtake what is not; a piece that has been begun is finished first.
         """
+        self._start()
         pieces = [piece for t in transfers for piece in _cut(t)]
         pending = Pending(len(pieces), on_done)
         for piece in pieces:
-            self._waiting[urgent].append((piece, name, pending))
+            self._waiting[urgent].append(_Piece(piece, name, pending))
             self._calls.put(True)
         return pending
 
     def urgent(self) -> UrgentTransfers:
-        """The same threads for those whose transfers are all urgent."""
+        """The same threads, for transfers that are all urgent."""
         return UrgentTransfers(self)
 
     def close(self) -> None:
@@ -223,6 +229,13 @@ class DiskPool:
             self._calls.put(None)
         for thread in self._threads:
             thread.join()
+
+    def _start(self) -> None:
+        with self._starting:
+            for name in self._names[len(self._threads) :]:
+                thread = threading.Thread(target=self._work, args=(name,), name=name, daemon=True)
+                thread.start()
+                self._threads.append(thread)
 
     def _work(self, lane: str) -> None:
         while self._calls.get() is not None:
@@ -239,7 +252,7 @@ class DiskPool:
             self._recorder.add(lane, name, start, time.perf_counter(), len(piece.buffer))
             pending.piece_done(error)
 
-    def _next(self) -> tuple[Transfer, str, Pending]:
+    def _next(self) -> _Piece:
         while True:  # there is one for every call, and another worker may have had the one that came with this call
             for urgent in (True, False):
                 with contextlib.suppress(IndexError):
@@ -248,7 +261,7 @@ class DiskPool:
 
 @dataclass(frozen=True, slots=True)
 class UrgentTransfers:
-    """A pool as those see it whose transfers overtake the others."""
+    """The urgent side of a pool: what is submitted here overtakes the rest."""
 
     pool: DiskPool
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: a job in the middle of a sweep ends it first, everything else ends at once.
+"""Ctrl-C, SIGTERM and SIGHUP: a job finishes the sweep that is running, everything else ends at once.
 
 Batch systems send SIGTERM some time before they kill, a terminal that is closed sends SIGHUP, and a user who presses
 Ctrl-C once has no reason to lose what the sweep has computed. Who presses it twice has.
@@ -20,7 +20,7 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGHUP: 75}
 
 
 class Interrupted(FlexMoEError):
-    """The job stopped because it was asked to; the same command goes on with it.
+    """The job stopped because it was asked to; the same command resumes it.
 
     Args:
         signal_number: who asked, one of `EXIT_CODES`.
@@ -28,7 +28,7 @@ class Interrupted(FlexMoEError):
     """
 
     def __init__(self, signal_number: int, done: str) -> None:
-        super().__init__(f"interrupted: {done}; the same command goes on from here")
+        super().__init__(f"interrupted: {done}; the same command resumes from here")
         self.exit_code = EXIT_CODES[signal.Signals(signal_number)]
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from policies.common import chrome_trace
 
@@ -52,7 +53,7 @@ class Recorder:
         self._keep_spans = keep_spans
         self._spans: list[tuple[str, str, float, float, int]] = []
         self._totals: dict[str, LaneTotals] = {}
-        self._pending: list[tuple] = []
+        self._pending: list[tuple[str, str, Any, float, Any, Any, int]] = []
         self._active: dict[str, list[tuple[float, float]]] = {}
         self._lock = threading.Lock()
 
@@ -76,7 +77,7 @@ class Recorder:
         finally:
             self.add(lane, name, start, time.perf_counter(), nbytes)
 
-    def add_device(self, lane: str, name: str, base, base_s: float, start, end, nbytes: int = 0) -> None:
+    def add_device(self, lane: str, name: str, base: Any, base_s: float, start: Any, end: Any, nbytes: int = 0) -> None:
         """Record device work between two timing events; ``base`` is an event stamped at host time ``base_s``."""
         with self._lock:
             self._pending.append((lane, name, base, base_s, start, end, nbytes))
@@ -127,7 +128,7 @@ class Recorder:
 
 
 def _newly_covered(recent: list[tuple[float, float]], start_s: float, end_s: float) -> float:
-    """Seconds of [start, end) that no interval of ``recent`` covers; the list takes it in and forgets what is long past."""
+    """Seconds of [start, end) that no interval of ``recent`` covers; the list is extended by it, and drops intervals long past."""
     touching = [(a, b) for a, b in recent if a <= end_s and b >= start_s]
     recent[:] = [interval for interval in recent if interval not in touching][-_RECENT:]
     first, last = min([start_s, *(a for a, _ in touching)]), max([end_s, *(b for _, b in touching)])

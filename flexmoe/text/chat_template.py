@@ -67,18 +67,28 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             raise DataError(f"the chat template cannot be read: {first_line(error)}") from None
 
-    def render(self, messages: Sequence[Mapping[str, str]], more: Mapping[str, Any] | None = None) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        more: Mapping[str, Any] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """The text of a chat, up to where the assistant's answer begins.
 
         Args:
             messages: roles and contents.
             more: variables of this rendering, before those of every rendering.
+            add_generation_prompt: what the template's variable of that name says: end with what begins the answer.
 
         Raises:
             DataError: the template refuses the messages, or exceeds its time or size; a sentence in each case.
         """
         variables = self._variables | {"tools": None, "documents": None} | dict(more or {})
-        variables |= {"messages": [dict(message) for message in messages], "add_generation_prompt": True}
+        variables |= {
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+        }
         pieces, characters = [], 0
         self._budget.begin()
         try:

@@ -7,7 +7,7 @@ token, in a prompt and in a chat's messages alike. Whoever passes on text of str
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,28 @@ class Tokenizer:
 
     @property
     def is_available(self) -> bool:
+        """Whether there are tokenizer files."""
         return self._backend is not None
+
+    @property
+    def backend(self) -> Any:
+        """The transformers tokenizer.
+
+        Raises:
+            DataError: the checkpoint has no tokenizer files.
+        """
+        return self._require()
+
+    def with_chat_template(self, source: str) -> Tokenizer:
+        """The same tokenizer with another chat template.
+
+        Raises:
+            DataError: it is no template.
+        """
+        created_s, timeout_s = self._times["created_s"], self._times["timeout_s"]
+        return Tokenizer(
+            self._backend, self._source, chat_template=source, created_s=created_s, render_timeout_s=timeout_s
+        )
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a prompt, with the special tokens (such as BOS) that the tokenizer itself adds.
@@ -113,11 +134,18 @@ class Tokenizer:
             raise DataError(f"the tokenizer cannot encode this text ({first_line(error)})") from error
         return [tuple(ids) for ids in encoded["input_ids"]]
 
-    def render(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any] | None = None) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        variables: Mapping[str, Any] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """The text of a chat under the checkpoint's template.
 
         Args:
             variables: more of the template's variables.
+            add_generation_prompt: end with what begins the assistant's answer.
 
         Raises:
             DataError: there are no tokenizer files or no chat template, or the template refuses the messages or does
@@ -128,7 +156,7 @@ class Tokenizer:
             self._compile()
         if self._template is None:
             raise DataError(self._no_template)
-        return self._template.render(messages, variables)
+        return self._template.render(messages, variables, add_generation_prompt=add_generation_prompt)
 
     def decode(self, token_ids: Sequence[int]) -> str | None:
         """The text that token ids add to a text before them, without special tokens; None without a tokenizer.
@@ -136,6 +164,11 @@ class Tokenizer:
         Tokenizers that begin words with a space drop it at the very beginning of a text: a completion keeps it.
         """
         return None if self._texts is None else self._texts.continuation(token_ids)
+
+    @property
+    def detokenize(self) -> Callable[[Sequence[int]], str] | None:
+        """`decode` as a function; None without a tokenizer."""
+        return None if self._texts is None else self._texts.continuation
 
     def decode_prompt(self, token_ids: Sequence[int]) -> str | None:
         """The text of token ids with which a text begins, without special tokens; None without a tokenizer."""

@@ -1,7 +1,7 @@
-"""Which experts deserve the room of the cache: every policy is a score per expert, and who scores least makes room.
+"""Which experts stay in the cache: every policy is a score per expert, and the expert of least score is evicted.
 
-Frequencies are kept of all experts, those outside of the cache too, so a newcomer that is rarely used is the next to go and
-does not drive out another. Counting in tokens, not in sweeps, makes a prompt of 100 tokens teach as much as 100 steps.
+Frequencies are kept of all experts, those outside of the cache too, so an expert that is rarely used is not admitted in place
+of one that is used more. They are counted in tokens, not in sweeps, so that a prompt of 100 tokens counts as much as 100 steps.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ from cost_model.model.arch import ModelArch
 from cost_model.routing.on_demand import uniform_shares
 
 EXPERT_CACHES = ("lfu", "lru", "static", "off")
-#: Tokens after which what has been seen counts half. Short enough that new favourites are known within a completion; where they
-#: do not change, a memory of any length has 1 to 2 % more hits (`benchmarks/expert-cache.md`).
+#: Tokens after which a count has half its weight. Short enough that a change of the frequent experts is seen within a completion;
+#: where they do not change, longer half-lives have 1 to 2 % more hits (`benchmarks/expert-cache.md`).
 HALF_LIFE_TOKENS = 64
-#: Experts that deserve no room pass through as many places as hold these bytes: enough of them are on their way at once to
-#: keep the disk busy.
-_PASSING_BYTES = 8 << 20
+#: Bytes of the transient slots: loads of so many bytes at once keep the disk busy.
+_TRANSIENT_BYTES = 8 << 20
 
 
-def passing_places(at_hand: int, expert_bytes: int) -> int:
-    """Places of a cache that experts pass through which deserve to stay less than all that are in it."""
-    return max(1, min(max(2, ceil(_PASSING_BYTES / expert_bytes)), at_hand // 2))
+def transient_slots(capacity: int, expert_bytes: int) -> int:
+    """Transient slots, for experts not admitted to the cache, of an expert cache with room for ``capacity`` experts."""
+    return max(1, min(max(2, ceil(_TRANSIENT_BYTES / expert_bytes)), capacity // 2))
 
 
 class Usage:
-    """How often each expert has been routed to of late.
+    """How often each expert has been routed to recently.
 
     Args:
         arch: the shape.
@@ -63,13 +62,13 @@ class Eviction(Protocol):
 
 
 class LFU:
-    """Least frequently used, where frequency ages: what happened long ago counts less, so recency is part of it."""
+    """Least frequently used, with frequencies that decay: old uses count less than recent ones."""
 
     def __init__(self, usage: Usage):
         self.scores = usage.shares
 
     def used(self, layer: int, experts: Sequence[int]) -> None:
-        """The frequencies know already."""
+        """Nothing to do: the scores are the frequencies, which `Usage.add` updates."""
 
 
 class LRU:
@@ -86,12 +85,12 @@ class LRU:
 
 
 class Static(LRU):
-    """Those that are used most stay for good; the others pass through the places that are left, the least recent first.
+    """Those that are used most are never evicted; of the others the least recently used is.
 
     Args:
         shares: ``[layers, E]``, by which it is decided.
         streamed: bool ``[layers, E]``, the experts that the cache may hold.
-        kept: experts that stay.
+        kept: experts that are never evicted.
     """
 
     def __init__(self, usage: Usage, shares: np.ndarray, streamed: np.ndarray, kept: int):

@@ -1,7 +1,7 @@
 """Single experts on the compute device: brought when a token has been routed to them, kept while there is room.
 
-Weights are never written back: to evict an expert is to forget it. What is asked for here overtakes what the weight stream
-reads ahead, because the device waits for it.
+Weights are never written back: an evicted expert is dropped. Loads for the cache overtake the reads of the weight stream,
+because the device waits for them.
 """
 
 from __future__ import annotations
@@ -19,17 +19,24 @@ from flexmoe.checkpoint.unit_layout import views
 from flexmoe.system.device import Device
 from flexmoe.weights.eviction import Eviction
 from flexmoe.weights.expert_loader import ExpertLoader
+from flexmoe.weights.slots import Fetch, Slot
 from flexmoe.weights.store import as_compute
-from flexmoe.weights.transfers import Fetch, Slot
 
 
 @dataclass(slots=True, eq=False)
 class Entry(Slot):
-    """Room for one expert: its place among the others, the (layer, number) that it holds, and the fetch that brought it."""
+    """Room for one expert; ``index`` is its place among the entries."""
 
     index: int = 0
-    expert: tuple[int, int] | None = None
-    fetch: Fetch | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cached:
+    """An expert, as (layer, number), in its entry or being loaded into it."""
+
+    expert: tuple[int, int]
+    entry: Entry
+    fetch: Fetch
 
 
 @dataclass(slots=True)
@@ -45,15 +52,15 @@ class CacheCounts:
 
 
 class ExpertCache:
-    """The experts at hand.
+    """Experts cached on the compute device.
 
     Args:
         device: the compute device.
-        loader: brings experts.
+        loader: brings experts; the cache closes it.
         memory: uint8 on the compute device, cut into entries.
         entry_bytes: room that one expert takes.
-        eviction: who makes room.
-        passing: places that experts pass through which deserve to stay less than all that are at hand.
+        eviction: scores the experts; the one of least score is evicted.
+        transient: transient slots, for experts not admitted to the cache.
         dtype: compute dtype.
         overlap: False starts a load only when its expert is next.
 
@@ -69,91 +76,102 @@ class ExpertCache:
         memory: torch.Tensor,
         entry_bytes: int,
         eviction: Eviction,
-        passing: int,
+        transient: int,
         dtype: torch.dtype,
         overlap: bool = True,
     ):
         self._device, self._loader, self._eviction, self._dtype = device, loader, eviction, dtype
         self._overlap, self._entry_bytes = overlap, entry_bytes
-        now = device.record()  # the memory may have been somebody else's until here
+        now = device.record()  # kernels issued so far may still use the memory
         starts = range(0, len(memory) - entry_bytes + 1, entry_bytes)
         self._entries = [Entry(memory[at : at + entry_bytes], now, i) for i, at in enumerate(starts)]
         self._empty = list(reversed(self._entries))
-        self._of: dict[tuple[int, int], Entry] = {}
-        # Of each entry: the place of its expert among the scores, and whether the current layer needs it.
+        self._cached: dict[tuple[int, int], Cached] = {}
+        # Of each entry: what it holds, the place of that among the scores, and whether the current layer needs it.
+        self._holds: list[Cached | None] = [None] * len(self._entries)
         self._place = np.zeros(len(self._entries), dtype=np.int64)
         self._needed = np.zeros(len(self._entries), dtype=bool)
-        self._passing = passing
+        self._transient = transient
         self._layer = -1
-        self._hits: deque[Entry] = deque()
-        self._coming: deque[Entry] = deque()
+        self._hits: deque[Cached] = deque()
+        self._loading: deque[Cached] = deque()
         self._missing: deque[int] = deque()
         self._failure: BaseException | None = None
         self.counts, self.stall_s = CacheCounts(), 0.0
 
     def __len__(self) -> int:
-        """Experts that can stay while others pass by."""
-        return len(self._entries) - self._passing
+        """Experts that stay cached while others use the transient slots."""
+        return len(self._entries) - self._transient
 
     def request(self, layer: int, experts: Sequence[int]) -> None:
-        """The experts of a layer that `experts` is going to give; those that are not at hand are asked for."""
+        """The experts of a layer that `experts` is going to give; those that are not cached are loaded."""
         self.settle()
         self._eviction.used(layer, experts)
         self._layer = layer
-        self._hits = deque(self._of[layer, e] for e in experts if (layer, e) in self._of)
-        self._missing = deque(e for e in experts if (layer, e) not in self._of)
+        self._hits = deque(self._cached[layer, e] for e in experts if (layer, e) in self._cached)
+        self._missing = deque(e for e in experts if (layer, e) not in self._cached)
         self._needed[:] = False
-        self._needed[[entry.index for entry in self._hits]] = True
+        self._needed[[hit.entry.index for hit in self._hits]] = True
         self.counts.lookups += len(experts)
         self.counts.hits += len(self._hits)
         if self._overlap:
-            self._ask(len(experts))
+            self._load_missing(len(experts))
 
     def experts(self) -> Iterator[dict[int, Mapping[str, torch.Tensor]]]:
-        """Tensors in the compute dtype by number of the requested experts: those at hand, then those that have come meanwhile,
-        and so on. They may be used until the next ones are asked for.
+        """Tensors in the compute dtype by number of the requested experts: first those that were cached, then those that have
+        been loaded meanwhile, and so on. They may be used until the next item is taken.
 
         Raises:
             StorageError, DataError: a load failed.
         """
-        while self._hits or self._coming or self._missing:
-            if not self._hits and not self._coming:
-                self._ask(1)
-            entries = list(self._hits) or self._arrived()
-            yield {entry.expert[1]: self._tensors(entry) for entry in entries}
-            used, taken = self._device.record(), self._hits or self._coming
-            for entry in entries:
-                if taken is self._coming:
+        while self._hits or self._loading or self._missing:
+            if not self._hits and not self._loading:
+                self._load_missing(1)
+            source = self._hits or self._loading
+            ready = list(source) if source is self._hits else self._loaded()
+            yield {each.expert[1]: self._tensors(each) for each in ready}
+            used = self._device.record()
+            for each in ready:
+                if source is self._loading:
                     self.counts.loads += 1
-                    self.counts.load_s += entry.fetch.seconds
-                entry.freed = used
-                self._needed[entry.index] = False
-                taken.popleft()
+                    self.counts.load_s += each.fetch.seconds
+                each.entry.freed = used
+                self._needed[each.entry.index] = False
+                source.popleft()
             if self._overlap:
-                self._ask(len(self._missing))
+                self._load_missing(len(self._missing))
 
-    def _arrived(self) -> list[Entry]:
-        """The experts that are there, as far as they come in the order in which they were asked for; the next one at least."""
-        there = list(itertools.takewhile(lambda entry: entry.fetch.ready.is_set(), self._coming))
-        return there or [self._coming[0]]
+    def _loaded(self) -> list[Cached]:
+        """The experts whose loads are done, in the order of the requests up to the first that is not; at least the next one."""
+        done = list(itertools.takewhile(lambda each: each.fetch.ready.is_set(), self._loading))
+        return done or [self._loading[0]]
 
     def settle(self) -> None:
-        """Wait for loads that nobody took, those of a sweep that was broken off; nothing is written then until the next request."""
-        for entry in self._coming:
-            entry.fetch.ready.wait()
-        self._coming.clear()
+        """Wait for loads that were not consumed, those of an interrupted sweep; until the next request nothing is written."""
+        for each in self._loading:
+            each.fetch.ready.wait()
+        self._loading.clear()
         self._missing.clear()
 
-    def lend(self, nbytes: int) -> None:
-        """The first bytes of the memory are used otherwise from now on: what lies there is forgotten. Nothing may be on its way."""
+    def drain(self) -> None:
+        """Wait until no load and no copy is under way."""
+        self.settle()
+        self._loader.settle()
+
+    def close(self) -> None:
+        """Finish what is under way; buffers and homes may be freed afterwards."""
+        self._loader.close()
+
+    def give_back(self, nbytes: int) -> None:
+        """The owner of the first bytes of the memory reclaims them: experts that are cached there are dropped. After `drain`."""
         for entry in self._first(nbytes):
-            if entry.expert is not None:
-                del self._of[entry.expert]
-                entry.expert = None
+            held = self._holds[entry.index]
+            if held is not None:
+                self._drop(held)
                 self._empty.append(entry)
 
-    def take_back(self, nbytes: int) -> None:
-        """What was lent is free again once the kernels that have been issued have run."""
+    def borrow(self, nbytes: int) -> None:
+        """The first bytes of the memory, given back before, are free again once the kernels that have been issued have run."""
         now = self._device.record()
         for entry in self._first(nbytes):
             entry.freed = now
@@ -161,47 +179,52 @@ class ExpertCache:
     def _first(self, nbytes: int) -> list[Entry]:
         return self._entries[: -(-nbytes // self._entry_bytes)]
 
-    def _ask(self, most: int) -> None:
-        """Start so many loads, as long as there is room for them."""
+    def _load_missing(self, most: int) -> None:
+        """Start at most so many loads, as long as there is room for them."""
         for _ in range(min(most, len(self._missing))):
-            entry = self._room(self._missing[0])
+            entry = self._entry_for(self._missing[0])
             if entry is None:
                 return
             self._load(entry, self._missing.popleft())
 
-    def _room(self, expert: int) -> Entry | None:
-        """The entry that an expert of the current layer goes to; None while it has to wait for one."""
+    def _entry_for(self, expert: int) -> Entry | None:
+        """The entry that an expert of the current layer is loaded into; None while it has to wait for one."""
         if self._empty:
             return self._empty.pop()
         scores = np.where(self._needed, np.inf, self._eviction.scores.reshape(-1)[self._place])
         index = int(scores.argmin())
-        if self._needed[index]:  # all are; an infinite score may be that of an expert that is to stay
+        if self._needed[index]:  # all are; an infinite score may also be that of an expert that is never evicted
             index = int(self._needed.argmin())
             if self._needed[index]:
                 return None
         is_better = scores[index] > self._eviction.scores[self._layer, expert]
-        waits = len(self._coming) >= self._passing or (np.isinf(scores[index]) and (self._hits or self._coming))
+        waits = len(self._loading) >= self._transient or (np.isinf(scores[index]) and (self._hits or self._loading))
         if is_better and waits:
-            return None  # it passes by, through the place of one that is about to be used
-        entry = self._entries[index]
-        del self._of[entry.expert]
+            return None  # it bypasses the cache, through the entry of one that is about to be used
+        held = self._holds[index]
+        if held is not None:  # always, as no entry is empty
+            self._drop(held)
         self.counts.evictions += 1
-        return entry
+        return self._entries[index]
+
+    def _drop(self, held: Cached) -> None:
+        del self._cached[held.expert]
+        self._holds[held.entry.index] = None
 
     def _load(self, entry: Entry, expert: int) -> None:
-        entry.expert = self._layer, expert
-        entry.fetch = self._loader.fetch(self._layer, expert, entry)
-        self._of[entry.expert] = entry
+        fetch = self._loader.fetch(self._layer, expert, entry)
+        held = Cached((self._layer, expert), entry, fetch)
+        self._cached[held.expert] = self._holds[entry.index] = held
         self._place[entry.index] = self._layer * self._eviction.scores.shape[1] + expert
         self._needed[entry.index] = True
-        self._coming.append(entry)
-        self._loader.load(self._layer, expert, entry.fetch)
+        self._loading.append(held)
+        self._loader.load(self._layer, expert, fetch)
 
-    def _tensors(self, entry: Entry) -> Mapping[str, torch.Tensor]:
-        """Of an expert that is at hand or on its way."""
-        if self._failure is not None:  # whoever asks next meets the same error
+    def _tensors(self, held: Cached) -> Mapping[str, torch.Tensor]:
+        """Of an expert that is cached or being loaded."""
+        if self._failure is not None:  # the next call meets the same error
             raise self._failure
-        fetch, start = entry.fetch, time.perf_counter()
+        fetch, start = held.fetch, time.perf_counter()
         fetch.ready.wait()
         self.stall_s += time.perf_counter() - start
         if fetch.error is not None:
@@ -209,4 +232,4 @@ class ExpertCache:
             raise fetch.error
         if fetch.copied is not None:
             fetch.copied.wait()
-        return as_compute(views(entry.buffer, self._loader.places(*entry.expert)), self._dtype)
+        return as_compute(views(held.entry.buffer, self._loader.places(*held.expert)), self._dtype)

@@ -1,7 +1,7 @@
-"""Brings single experts to given buffers, each as soon as it is asked for.
+"""Loads single experts into given buffers, each as soon as it is requested.
 
-The same two ways as those of the weight stream: on device ``cpu`` an expert is read from disk straight into its buffer, or
-copied; on CUDA it is read into a pinned staging buffer and copied on a stream of its own, past what is copied ahead.
+Transfers are direct or staged, as those of the weight stream: on device ``cpu`` an expert is read from disk straight into its
+buffer, or copied; on CUDA it is read into a pinned staging slot and copied on a stream of its own, beside the stream's copies.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from cost_model.model.weight_units import expert_unit
 from flexmoe.checkpoint.unit_layout import Place, UnitLayout, expert_copies
+from flexmoe.system.device import Event
+from flexmoe.weights.slots import Copies, Fetch, Slot, StagingSlot, copy_bytes, copy_to_device
 from flexmoe.weights.store import WeightStore
-from flexmoe.weights.transfers import Fetch, Slot, copy_bytes, copy_to_device
+from policies.units import UnitId
 
-#: Experts that are on their way at once on the staged way.
+#: Staged loads that are under way at once.
 _MOST_AT_ONCE = 8
 #: A lane works in order, and these copies run beside those of the weight stream.
 _LANE = "h2d/experts"
@@ -30,29 +31,26 @@ class ExpertLoader:
 
     Args:
         store: homes of the units.
-        experts_of: the experts of each unit that does not live on the device, by its name.
-        staged: the way of CUDA.
-        staging: its pinned buffers, used from a load to the next `settle`.
+        units: the units of experts that do not live on the device.
+        staged: whether transfers are staged.
+        staging: pinned buffers for that, used from a load to the next `settle`.
     """
 
-    def __init__(
-        self, store: WeightStore, experts_of: Mapping[str, range], staged: bool, staging: Sequence[torch.Tensor]
-    ):
+    def __init__(self, store: WeightStore, units: Iterable[UnitId], staged: bool, staging: Sequence[torch.Tensor]):
         self._store, self._device, self._staged = store, store.device, staged
-        self._unit_of: dict[tuple[int, int], tuple[str, int]] = {}
-        for unit, experts in experts_of.items():
-            layer = int(unit.split(".")[1])
-            self._unit_of |= {(layer, e): (unit, place) for place, e in enumerate(experts)}
+        self._unit_of: dict[tuple[int, int], tuple[UnitId, int]] = {}
+        for unit in units:
+            self._unit_of |= {(unit.layer, e): (unit, place) for place, e in enumerate(unit.experts)}
         self._stream = self._device.stream() if staged else None
-        self._staging: queue.SimpleQueue = queue.SimpleQueue()
+        self._staging: queue.SimpleQueue[StagingSlot] = queue.SimpleQueue()
         self._issues = threading.Lock()
         for buffer in staging:
-            self._staging.put((buffer, None))
+            self._staging.put(StagingSlot(buffer))
         self._threads = ThreadPoolExecutor(max(1, min(len(staging), _MOST_AT_ONCE)), "expert loads")
 
     def places(self, layer: int, expert: int) -> Mapping[str, Place]:
         """Where the tensors of a loaded expert lie in its buffer."""
-        layout = self._store.expert_layout(_name(layer, expert))
+        layout = self._store.expert_layout(UnitId("expert", layer, expert))
         return layout.host if self._is_read(self._unit_of[layer, expert][0]) else layout.device
 
     def load(self, layer: int, expert: int, fetch: Fetch) -> None:
@@ -69,10 +67,10 @@ class ExpertLoader:
 
     def fetch(self, layer: int, expert: int, slot: Slot) -> Fetch:
         """A fetch of an expert that has not been started."""
-        return Fetch(_name(layer, expert), slot)
+        return Fetch(UnitId("expert", layer, expert), slot)
 
     def settle(self) -> None:
-        """Wait for the copies of all loads that are done: the staging buffers may be used otherwise until the next load."""
+        """Wait for the copies of all loads that are done; the staging buffers are then free for others until the next load."""
         if self._stream is not None:
             self._stream.synchronize()
 
@@ -81,11 +79,11 @@ class ExpertLoader:
         self._threads.shutdown()
         self.settle()
 
-    def _is_read(self, unit: str) -> bool:
+    def _is_read(self, unit: UnitId) -> bool:
         """Whether experts of a unit are read from disk straight into their buffers."""
         return not self._staged and self._store.tier_of[unit] == "disk"
 
-    def _bring(self, unit: str, place: int, layout: UnitLayout, fetch: Fetch) -> None:
+    def _bring(self, unit: UnitId, place: int, layout: UnitLayout, fetch: Fetch) -> None:
         try:
             if self._device.is_cuda:
                 torch.cuda.set_device(self._device.torch)
@@ -95,16 +93,16 @@ class ExpertLoader:
             return
         fetch.done()
 
-    def _copy(self, unit: str, place: int, layout: UnitLayout, fetch: Fetch) -> None:
+    def _copy(self, unit: UnitId, place: int, layout: UnitLayout, fetch: Fetch) -> None:
         copies = expert_copies(self._store.layouts[unit], place, layout.device)
-        with self._store.recorder.span(_LANE, fetch.unit, layout.stored_bytes):
+        with self._store.recorder.span(_LANE, str(fetch.unit), layout.stored_bytes):
             copy_bytes(copies, self._store.home(unit), fetch.slot.buffer)
 
-    def _upload(self, unit: str, place: int, layout: UnitLayout, fetch: Fetch) -> None:
+    def _upload(self, unit: UnitId, place: int, layout: UnitLayout, fetch: Fetch) -> None:
         store = self._store
 
-        def upload(source: torch.Tensor, copies) -> object:
-            name, nbytes = fetch.unit, layout.stored_bytes
+        def upload(source: torch.Tensor, copies: Copies) -> Event:
+            name, nbytes = str(fetch.unit), layout.stored_bytes
             with self._issues:
                 return copy_to_device(store, self._stream, source, fetch.slot, name, copies, nbytes, _LANE)
 
@@ -124,15 +122,9 @@ class ExpertLoader:
     @contextlib.contextmanager
     def _staging_buffer(self) -> Iterator[torch.Tensor]:
         """A pinned buffer for what is copied in the body."""
-        buffer, copied = self._staging.get()
+        staging = self._staging.get()
         try:
-            if copied is not None:
-                copied.synchronize()
-            yield buffer
+            staging.wait()
+            yield staging.buffer
         finally:
-            self._staging.put((buffer, self._device.record(self._stream)))
-
-
-def _name(layer: int, expert: int) -> str:
-    """What a trace calls the expert, and the source its bytes."""
-    return expert_unit(layer, range(expert, expert + 1))
+            self._staging.put(StagingSlot(staging.buffer, self._device.record(self._stream)))

@@ -15,10 +15,14 @@ from typing import Protocol
 
 import torch
 
-from flexmoe.checkpoint.checkpoint import Checkpoint, TensorInfo
+from flexmoe.checkpoint.checkpoint import Checkpoint
+from flexmoe.checkpoint.safetensors import TensorInfo
 from flexmoe.checkpoint.unit_layout import Part, UnitLayout, unit_layout, views
 from flexmoe.errors import StorageError
-from flexmoe.system.direct_io import DirectFile, DiskPool, OnDone, Pending, Transfer, align_up
+from flexmoe.system.device import align_up
+from flexmoe.system.direct_io import DirectFile, OnDone, Pending, Transfer, TransferQueue
+from policies.common.memory_units import SYSTEM_PAGE_BYTES
+from policies.units import UnitId
 
 _WRITERS = 4
 
@@ -26,16 +30,16 @@ _WRITERS = 4
 class WeightSource(Protocol):
     """What the weight store needs of a source."""
 
-    def layout(self, unit: str) -> UnitLayout:
+    def layout(self, unit: UnitId) -> UnitLayout:
         """The unit's layout."""
 
-    def prepare(self, disk_units: Sequence[str]) -> None:
+    def prepare(self, disk_units: Sequence[UnitId]) -> None:
         """Called once, before any read, with the units whose home is the disk."""
 
-    def read(self, unit: str, buffer: torch.Tensor, pool: DiskPool, on_done: OnDone | None = None) -> Pending:
+    def read(self, unit: UnitId, buffer: torch.Tensor, pool: TransferQueue, on_done: OnDone | None = None) -> Pending:
         """Start filling ``buffer`` with the unit's bytes in its host layout."""
 
-    def read_rows(self, unit: str, rows: Sequence[int], row_bytes: int) -> bytearray:
+    def read_rows(self, unit: UnitId, rows: Sequence[int], row_bytes: int) -> bytearray:
         """The given rows of a one-tensor unit on disk."""
 
 
@@ -52,9 +56,9 @@ class _FileReader:
         self._files[file.path] = file
 
     def read(
-        self, name: str, layout: UnitLayout, buffer: torch.Tensor, pool: DiskPool, on_done: OnDone | None
+        self, name: str, layout: UnitLayout, buffer: torch.Tensor, pool: TransferQueue, on_done: OnDone | None
     ) -> Pending:
-        bytes_ = memoryview(buffer.numpy())
+        bytes_ = buffer.numpy().data
         transfers = [
             Transfer(self._file(e.path), e.offset, bytes_[e.buffer_offset : e.buffer_offset + e.length], e.needed)
             for e in layout.extents
@@ -91,67 +95,67 @@ class CheckpointSource:
 
     Args:
         checkpoint: an opened, checked checkpoint.
-        parts: parts of each unit, by unit name.
-        experts: parts of each single expert of a unit of several, by its name as a unit of its own.
+        parts: parts of each unit.
+        experts: parts of each single expert of a unit of several, by what it is as a unit of its own.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        parts: Mapping[str, Sequence[Part]],
-        experts: Mapping[str, Sequence[Part]] = MappingProxyType({}),
+        parts: Mapping[UnitId, Sequence[Part]],
+        experts: Mapping[UnitId, Sequence[Part]] = MappingProxyType({}),
     ):
         self._tensors, self._experts = checkpoint.tensors, experts
         self._layouts = {unit: unit_layout(ps, checkpoint.tensors) for unit, ps in parts.items()}
         self._reader = _FileReader()
 
-    def layout(self, unit: str) -> UnitLayout:
+    def layout(self, unit: UnitId) -> UnitLayout:
         """The unit's layout, or that of a single expert."""
         if unit not in self._layouts:  # a model has thousands of experts, and a run may need none by itself
             self._layouts[unit] = unit_layout(self._experts[unit], self._tensors)
         return self._layouts[unit]
 
-    def prepare(self, disk_units: Sequence[str]) -> None:
+    def prepare(self, disk_units: Sequence[UnitId]) -> None:
         """Nothing to do: disk units are read from the checkpoint itself."""
 
-    def read(self, unit: str, buffer: torch.Tensor, pool: DiskPool, on_done: OnDone | None = None) -> Pending:
+    def read(self, unit: UnitId, buffer: torch.Tensor, pool: TransferQueue, on_done: OnDone | None = None) -> Pending:
         """Start reading the unit."""
-        return self._reader.read(unit, self.layout(unit), buffer, pool, on_done)
+        return self._reader.read(str(unit), self.layout(unit), buffer, pool, on_done)
 
-    def read_rows(self, unit: str, rows: Sequence[int], row_bytes: int) -> bytearray:
+    def read_rows(self, unit: UnitId, rows: Sequence[int], row_bytes: int) -> bytearray:
         """Rows of the embedding table."""
         return self._reader.rows(self._layouts[unit], rows, row_bytes)
 
 
 class DummySource:
-    """Random weights of realistic scale for a model of which only the shape is at hand.
+    """Random weights of realistic scale for a model of which only the shape is known.
 
-    The numbers of a matrix depend on its name alone, so any placement and any grouping of experts of a dummy model computes the same. Norms are
-    one, biases zero; routers are random and therefore balanced. Disk units are written out, each its own extent, so
+    The numbers of a matrix depend on its name alone, so any placement and any grouping of experts of a dummy model computes
+    the same. Norms are one, biases zero; routers are random and therefore balanced. Disk units are written out, each its own extent, so
     that reading them costs what reading a checkpoint costs.
 
     Args:
-        parts: parts of each unit, by unit name.
+        parts: parts of each unit.
         dtype: dtype at rest.
         offload_dir: directory for the disk units' file.
         scale: standard deviation of the weights.
-        experts: parts of each single expert of a unit of several, by its name as a unit of its own.
+        experts: parts of each single expert of a unit of several, by what it is as a unit of its own.
     """
 
     _PATTERN_BYTES = 64 << 20
 
     def __init__(
         self,
-        parts: Mapping[str, Sequence[Part]],
+        parts: Mapping[UnitId, Sequence[Part]],
         dtype: torch.dtype,
         offload_dir: Path,
         scale: float = 0.02,
-        experts: Mapping[str, Sequence[Part]] = MappingProxyType({}),
+        experts: Mapping[UnitId, Sequence[Part]] = MappingProxyType({}),
     ):
         self._path = Path(offload_dir) / f"dummy-weights-{os.getpid()}.bin"
         self._dtype = dtype
         self._layouts = {}
-        self._names: dict[str, dict[tuple[str, int], str]] = {}
+        self._names: dict[UnitId, dict[tuple[str, int], str]] = {}
         self._experts, self._tensors = experts, {}
         offset = 0
         for unit, ps in parts.items():
@@ -168,16 +172,16 @@ class DummySource:
         generator = torch.Generator().manual_seed(0)
         count = self._PATTERN_BYTES // dtype.itemsize
         self._pattern = torch.randn(count, generator=generator).mul_(scale).to(dtype)
-        self._on_disk: set[str] = set()
+        self._on_disk: set[UnitId] = set()
         self._reader = _FileReader()
 
-    def layout(self, unit: str) -> UnitLayout:
+    def layout(self, unit: UnitId) -> UnitLayout:
         """The unit's layout, or that of a single expert, which is part of its unit on disk."""
         if unit not in self._layouts:
             self._layouts[unit] = unit_layout(_by_number_name(self._experts[unit]), self._tensors)
         return self._layouts[unit]
 
-    def prepare(self, disk_units: Sequence[str]) -> None:
+    def prepare(self, disk_units: Sequence[UnitId]) -> None:
         """Write the disk units to their file.
 
         Raises:
@@ -193,23 +197,23 @@ class DummySource:
         self._on_disk.update(disk_units)
         file.sync()
 
-    def _write(self, file: DirectFile, unit: str) -> None:
+    def _write(self, file: DirectFile, unit: UnitId) -> None:
         layout = self._layouts[unit]
-        buffer = torch.zeros(layout.host_bytes + 4096, dtype=torch.uint8)
-        skip = -buffer.data_ptr() % 4096
+        buffer = torch.zeros(layout.host_bytes + SYSTEM_PAGE_BYTES, dtype=torch.uint8)
+        skip = -buffer.data_ptr() % SYSTEM_PAGE_BYTES
         buffer = buffer[skip : skip + layout.host_bytes]
         self._fill(unit, buffer)
         for e in layout.extents:
-            file.write_from(memoryview(buffer.numpy())[e.buffer_offset : e.buffer_offset + e.length], e.offset)
+            file.write_from(buffer.numpy().data[e.buffer_offset : e.buffer_offset + e.length], e.offset)
 
-    def read(self, unit: str, buffer: torch.Tensor, pool: DiskPool, on_done: OnDone | None = None) -> Pending:
+    def read(self, unit: UnitId, buffer: torch.Tensor, pool: TransferQueue, on_done: OnDone | None = None) -> Pending:
         """Start reading the unit, or fill it at once when it is not on disk. Single experts are of units on disk."""
         if unit in self._on_disk or unit in self._experts:
-            return self._reader.read(unit, self.layout(unit), buffer, pool, on_done)
+            return self._reader.read(str(unit), self.layout(unit), buffer, pool, on_done)
         self._fill(unit, buffer)
         return Pending(0, on_done)
 
-    def read_rows(self, unit: str, rows: Sequence[int], row_bytes: int) -> bytearray:
+    def read_rows(self, unit: UnitId, rows: Sequence[int], row_bytes: int) -> bytearray:
         """Rows of the embedding table."""
         (place,) = self._layouts[unit].host.values()
         result = bytearray()
@@ -225,7 +229,7 @@ class DummySource:
         index = torch.arange(start, start + count).remainder_(len(self._pattern))
         return self._pattern[index]
 
-    def _fill(self, unit: str, buffer: torch.Tensor) -> None:
+    def _fill(self, unit: UnitId, buffer: torch.Tensor) -> None:
         for piece in self._layouts[unit].pieces:
             (tensor,) = views(buffer, {piece.role: piece.place}).values()
             if tensor.dim() == 1:
@@ -233,9 +237,9 @@ class DummySource:
                 continue
             flat, done, start = tensor.view(-1), 0, self._start(self._names[unit][piece.role, piece.into])
             while done < flat.numel():
-                piece = self._pattern[start : start + flat.numel() - done]
-                flat[done : done + len(piece)] = piece
-                done, start = done + len(piece), 0
+                numbers = self._pattern[start : start + flat.numel() - done]
+                flat[done : done + len(numbers)] = numbers
+                done, start = done + len(numbers), 0
 
 
 def _by_number_name(parts: Sequence[Part]) -> list[Part]:

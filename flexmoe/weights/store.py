@@ -14,18 +14,21 @@ import torch
 from cost_model.memory.memory_plan import LOADS_IN_FLIGHT
 from flexmoe.checkpoint.unit_layout import UnitLayout, pack, views
 from flexmoe.system.device import Device
-from flexmoe.system.direct_io import DiskPool, Pending
+from flexmoe.system.direct_io import DiskPool, OnDone, Pending
 from flexmoe.system.trace import Recorder
 from flexmoe.weights.sources import WeightSource
+from policies.units import UnitId
 
 
 def as_compute(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Tensors of a unit in the compute dtype: the one place where stored weights are cast (or, later, dequantized)."""
+    """Tensors of a unit in the compute dtype: the one place where stored weights are cast."""
     return {role: t if t.dtype == dtype else t.to(dtype) for role, t in tensors.items()}
 
 
 class WeightStore:
     """Where every unit lives: device tensors for ``gpu``, host bytes for ``cpu``, the source's files for ``disk``.
+
+    It is filled by `load`, once, before anything is asked of it.
 
     Args:
         device: the compute device.
@@ -41,7 +44,7 @@ class WeightStore:
         device: Device,
         recorder: Recorder,
         source: WeightSource,
-        tier_of: Mapping[str, str],
+        tier_of: Mapping[UnitId, str],
         dtype: torch.dtype,
         pin: bool = True,
     ):
@@ -50,31 +53,41 @@ class WeightStore:
         self.tier_of = dict(tier_of)
         self.pinned = pin
         self.recorder = recorder
-        self.layouts: dict[str, UnitLayout] = {name: source.layout(name) for name in tier_of}
+        self.layouts: dict[UnitId, UnitLayout] = {unit: source.layout(unit) for unit in tier_of}
         self._source = source
         self._pool = DiskPool(recorder)
         self._urgent = self._pool.urgent()
-        self._cpu: dict[str, torch.Tensor] = {}
-        self._gpu: dict[str, dict[str, torch.Tensor]] = {}
-        self._load()
+        self._cpu: dict[UnitId, torch.Tensor] = {}
+        self._gpu: dict[UnitId, dict[str, torch.Tensor]] = {}
 
-    def read(self, unit: str, buffer: torch.Tensor, on_done=None) -> Pending:
+    def load(self) -> None:
+        """Bring every unit to its home.
+
+        Raises:
+            StorageError, DataError: a unit cannot be read, or disk units not be written.
+            InfeasibleError: the host has not that much memory.
+        """
+        self._source.prepare(self._of_tier("disk"))
+        self._load_cpu(self._of_tier("cpu"))
+        self._load_gpu(self._of_tier("gpu"))
+
+    def read(self, unit: UnitId, buffer: torch.Tensor, on_done: OnDone | None = None) -> Pending:
         """Start reading a unit's stored bytes into ``buffer`` (uint8, page-aligned, ``layout.host_bytes``)."""
         return self._source.read(unit, buffer, self._pool, on_done)
 
-    def read_expert(self, name: str, buffer: torch.Tensor, on_done=None) -> Pending:
-        """Start reading a single expert, before all that has been asked for by `read`; its layout is `expert_layout`."""
-        return self._source.read(name, buffer, self._urgent, on_done)
+    def read_expert(self, expert: UnitId, buffer: torch.Tensor, on_done: OnDone | None = None) -> Pending:
+        """Start reading a single expert, before all reads queued by `read`; its layout is `expert_layout`."""
+        return self._source.read(expert, buffer, self._urgent, on_done)
 
-    def expert_layout(self, name: str) -> UnitLayout:
-        """Layout of a single expert by itself, whatever unit it belongs to; ``name`` as `cost_model.model.weight_units.expert_unit` has it."""
-        return self._source.layout(name)
+    def expert_layout(self, expert: UnitId) -> UnitLayout:
+        """Layout of a single expert by itself, whatever unit it belongs to."""
+        return self._source.layout(expert)
 
-    def home(self, unit: str) -> torch.Tensor:
+    def home(self, unit: UnitId) -> torch.Tensor:
         """Host bytes of a ``cpu`` unit, in its host layout."""
         return self._cpu[unit]
 
-    def resident(self, unit: str) -> dict[str, torch.Tensor]:
+    def resident(self, unit: UnitId) -> dict[str, torch.Tensor]:
         """Device tensors of a ``gpu`` unit, in the compute dtype."""
         return self._gpu[unit]
 
@@ -82,15 +95,10 @@ class WeightStore:
         """Stop the disk threads."""
         self._pool.close()
 
-    def _of_tier(self, tier: str) -> list[str]:
-        return [name for name, t in self.tier_of.items() if t == tier]
+    def _of_tier(self, tier: str) -> list[UnitId]:
+        return [unit for unit, t in self.tier_of.items() if t == tier]
 
-    def _load(self) -> None:
-        self._source.prepare(self._of_tier("disk"))
-        self._load_cpu(self._of_tier("cpu"))
-        self._load_gpu(self._of_tier("gpu"))
-
-    def _load_cpu(self, units: list[str]) -> None:
+    def _load_cpu(self, units: list[UnitId]) -> None:
         arena = self.device.host_buffer(sum(self.layouts[u].host_bytes for u in units), pinned=self.pinned)
         offset, pending = 0, []
         for unit in units:
@@ -101,7 +109,7 @@ class WeightStore:
         for p in pending:
             p.wait()
 
-    def _load_gpu(self, units: list[str]) -> None:
+    def _load_gpu(self, units: list[UnitId]) -> None:
         if not units:
             return
         placed = {u: pack({r: (self.dtype, p.shape) for r, p in self.layouts[u].device.items()}) for u in units}
@@ -112,7 +120,7 @@ class WeightStore:
             offset += size
         largest = max(self.layouts[u].host_bytes for u in units)
         staging = deque(self.device.host_buffer(largest, pinned=False) for _ in range(min(LOADS_IN_FLIGHT, len(units))))
-        reading: deque = deque()
+        reading: deque[tuple[UnitId, torch.Tensor, Pending]] = deque()
         for unit in units:
             if not staging:
                 staging.append(self._upload(*reading.popleft()))
@@ -121,7 +129,7 @@ class WeightStore:
         while reading:
             self._upload(*reading.popleft())
 
-    def _upload(self, unit: str, buffer: torch.Tensor, pending: Pending) -> torch.Tensor:
+    def _upload(self, unit: UnitId, buffer: torch.Tensor, pending: Pending) -> torch.Tensor:
         pending.wait()
         for piece in self.layouts[unit].pieces:
             (tensor,) = views(buffer, {piece.role: piece.place}).values()
@@ -136,11 +144,11 @@ class EmbeddingTable:
     Args:
         store: the weight store.
         source: the weight source, for a table on disk.
-        unit: name of the embedding unit; it has the one part ``embed`` of shape ``[vocab, hidden]``.
+        unit: the embedding; it has the one part ``embed`` of shape ``[vocab, hidden]``.
         max_tokens: most tokens of one sweep.
     """
 
-    def __init__(self, store: WeightStore, source: WeightSource, unit: str, max_tokens: int):
+    def __init__(self, store: WeightStore, source: WeightSource, unit: UnitId, max_tokens: int):
         self._store, self._source, self._unit = store, source, unit
         self._tier = store.tier_of[unit]
         place = store.layouts[unit].host["embed"]
@@ -156,7 +164,7 @@ class EmbeddingTable:
 
         Args:
             first: tokens of the sweep before these. Every token of a sweep has its own place in the host buffer, because
-                the copy to the device goes on after the call.
+                the copy to the device may still run after the call.
         """
         store = self._store
         if self._tier == "gpu":

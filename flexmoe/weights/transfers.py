@@ -1,4 +1,4 @@
-"""Threads that fill free slots with the units of an order, one after the other and round again.
+"""Transfer threads that fill slots with the units of an order, one after the other and round again.
 
 * *direct* (compute device ``cpu``): a disk unit is read straight into its compute slot; a ``cpu`` unit is copied.
 * *staged* (CUDA): a disk unit is read into a pinned staging slot and copied from there on the copy stream.
@@ -10,73 +10,49 @@ import contextlib
 import itertools
 import queue
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
 
+from flexmoe.system.device import Stream
 from flexmoe.system.direct_io import Pending
+from flexmoe.weights.slots import Fetch, Slot, StagingSlot, copy_bytes, copy_to_device, needs_staging
 from flexmoe.weights.store import WeightStore
+from policies.units import UnitId
+
+_Item = TypeVar("_Item")
 
 
-@dataclass(slots=True, eq=False)
-class Slot:
-    """A fixed buffer on the compute device; ``freed`` marks the last kernel that read it."""
-
-    buffer: torch.Tensor
-    freed: object = None
-
-
-@dataclass(slots=True, eq=False)
-class Fetch:
-    """One unit on its way: ``ready`` is set when its transfer is complete or, on CUDA, issued (then ``copied``);
-    ``seconds`` are those until then."""
-
-    unit: str
-    slot: Slot | None
-    ready: threading.Event = field(default_factory=threading.Event)
-    copied: object = None
-    tensors: dict[str, torch.Tensor] | None = None
-    error: BaseException | None = None
-    seconds: float = 0.0
-    _start_s: float = field(default_factory=time.perf_counter)
-
-    def done(self, error: BaseException | None = None) -> None:
-        """The transfer has ended: wakes whoever waits for it."""
-        self.error, self.seconds = error, time.perf_counter() - self._start_s
-        self.ready.set()
-
-
-def needs_staging(store: WeightStore, unit: str) -> bool:
-    """Whether a unit passes through a staging slot on the staged way."""
-    return store.tier_of[unit] == "disk" or not store.pinned
-
-
-class Feeder(ABC):
-    """Fills what it is offered, in order.
+class TransferThreads(ABC):
+    """Two threads that fill the slots they are offered, in order, from `start` to `stop`.
 
     Args:
         store: homes of the units.
-        order: names of the units.
+        order: the units.
 
     Attributes:
-        issued: the fetches in order, each put there when its slot is taken; an exception of a thread comes as one too.
+        issued: the fetches in order, each put there when its slot is taken; an exception that ended a thread is put there itself.
     """
 
-    def __init__(self, store: WeightStore, order: Sequence[str]):
+    def __init__(self, store: WeightStore, order: Sequence[UnitId]):
         self._store, self._device, self._order = store, store.device, list(order)
-        self.issued: queue.SimpleQueue[Fetch] = queue.SimpleQueue()
+        self.issued: queue.SimpleQueue[Fetch | BaseException] = queue.SimpleQueue()
         self._free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
-        self._to_copy: queue.SimpleQueue = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._guard, args=(loop,), name=loop.__name__.strip("_"), daemon=True)
-            for loop in self._loops()
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start the threads; when one of them cannot be started, none is left running."""
+        try:
+            for loop in self._loops():
+                thread = threading.Thread(target=self._guard, args=(loop,), name=loop.__name__.strip("_"), daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except BaseException:
+            self.stop()
+            raise
 
     def offer(self, slot: Slot) -> None:
         """A slot that may be filled."""
@@ -87,10 +63,11 @@ class Feeder(ABC):
         """End the threads; when it returns, nothing is written to a slot or a staging slot any more."""
 
     @abstractmethod
-    def _loops(self) -> Sequence[Callable[[], None]]: ...
+    def _loops(self) -> Sequence[Callable[[], None]]:
+        """What the two threads do; the first hands its work on to the second."""
 
     def _fetches(self) -> Iterator[Fetch]:
-        """Fetches of the units in order, each when there is a slot for it, until the feeder is stopped."""
+        """Fetches of the units in order, each when there is a slot for it, until the threads are stopped."""
         for unit in itertools.cycle(self._order):
             slot = self._free.get()
             if slot is None:
@@ -99,15 +76,15 @@ class Feeder(ABC):
             self.issued.put(fetch)
             yield fetch
 
-    def _end(self, *offered: queue.SimpleQueue) -> None:
-        """Start nothing more with what has been offered, finish what has been started, and end."""
-        for q in offered:
-            _drained(q)
-            q.put(None)
-        feeding, copying = self._threads
-        feeding.join()
-        self._to_copy.put(None)  # behind all that the other has put there
-        copying.join()
+    def _end(self, end_first: Callable[[], None], end_second: Callable[[], None]) -> None:
+        """End the threads, the second behind all that the first has handed on to it."""
+        end_first()
+        for thread in self._threads[:1]:
+            thread.join()
+        end_second()
+        for thread in self._threads[1:]:
+            thread.join()
+        self._threads.clear()
 
     def _guard(self, loop: Callable[[], None]) -> None:
         """An exception of a thread becomes the error of the next fetch, not a silent end of the stream."""
@@ -116,23 +93,27 @@ class Feeder(ABC):
                 torch.cuda.set_device(self._device.torch)
             loop()
         except Exception as e:
-            self.issued.put(Fetch("", None, error=e))
+            self.issued.put(e)
 
 
-class DirectFeeder(Feeder):
+class DirectTransfers(TransferThreads):
     """Disk units are read into their slots, ``cpu`` units copied."""
+
+    def __init__(self, store: WeightStore, order: Sequence[UnitId]):
+        super().__init__(store, order)
+        self._to_copy: queue.SimpleQueue[Fetch | None] = queue.SimpleQueue()
 
     def stop(self) -> None:
         """End the threads, and wait for the transfers under way."""
-        self._end(self._free)
+        self._end(lambda: _close(self._free), lambda: self._to_copy.put(None))
         for fetch in _drained(self.issued):
-            if fetch.slot is not None:
+            if not isinstance(fetch, BaseException):
                 fetch.ready.wait()
 
     def _loops(self) -> Sequence[Callable[[], None]]:
-        return self._feed_direct, self._copy_direct
+        return self._read_into_slots, self._copy_into_slots
 
-    def _feed_direct(self) -> None:
+    def _read_into_slots(self) -> None:
         for fetch in self._fetches():
             if self._store.tier_of[fetch.unit] != "disk":
                 self._to_copy.put(fetch)
@@ -143,68 +124,76 @@ class DirectFeeder(Feeder):
             except Exception as e:  # a file that cannot be opened
                 fetch.done(e)
 
-    def _copy_direct(self) -> None:
+    def _copy_into_slots(self) -> None:
         while (fetch := self._to_copy.get()) is not None:
             layout, home = self._store.layouts[fetch.unit], self._store.home(fetch.unit)
-            with self._store.recorder.span("h2d", fetch.unit, layout.stored_bytes):
+            with self._store.recorder.span("h2d", str(fetch.unit), layout.stored_bytes):
                 copy_bytes(layout.copies, home, fetch.slot.buffer)
             fetch.done()
 
 
-class StagedFeeder(Feeder):
+class StagedTransfers(TransferThreads):
     """Everything is copied on ``stream``: from its home, or from a staging slot that it was read into.
 
     Args:
-        staging: staging slots, offered as `offer_staging` has it.
         stream: the copy stream; None on a device without.
-        returned: called with every staging slot whose copy has been issued.
+        returned: called with every staging slot whose copy has been issued; None: it is read into again at once.
     """
 
-    def __init__(self, store: WeightStore, order: Sequence[str], stream, returned: Callable[[tuple], None]):
-        self._stream, self._returned = stream, returned
-        self._free_staging: queue.SimpleQueue = queue.SimpleQueue()
+    def __init__(
+        self,
+        store: WeightStore,
+        order: Sequence[UnitId],
+        stream: Stream | None,
+        returned: Callable[[StagingSlot], None] | None = None,
+    ):
         super().__init__(store, order)
+        self._stream, self._returned = stream, returned or self.offer_staging
+        self._free_staging: queue.SimpleQueue[StagingSlot | None] = queue.SimpleQueue()
+        self._to_copy: queue.SimpleQueue[tuple[StagingSlot, Pending] | None] = queue.SimpleQueue()
 
-    def offer_staging(self, staging: tuple) -> None:
-        """A (buffer, event of the last copy out of it) that may be read into."""
+    def offer_staging(self, staging: StagingSlot) -> None:
+        """A staging slot that may be read into once its last copy is done."""
         self._free_staging.put(staging)
 
     def stop(self) -> None:
         """End the threads, and wait for the reads and copies under way."""
-        self._end(self._free, self._free_staging)
+        self._end(self._take_nothing_more, lambda: self._to_copy.put(None))
         for item in _drained(self._to_copy):
             if item is not None:
-                with contextlib.suppress(Exception):  # nobody waits for these bytes any more
+                with contextlib.suppress(Exception):  # these bytes are not used any more
                     item[1].wait()
         if self._stream is not None:
             self._stream.synchronize()
 
-    def _loops(self) -> Sequence[Callable[[], None]]:
-        return self._feed_staging, self._copy_staged
+    def _take_nothing_more(self) -> None:
+        _close(self._free)
+        _close(self._free_staging)
 
-    def _feed_staging(self) -> None:
-        staged = [u for u in self._order if needs_staging(self._store, u)]
+    def _loops(self) -> Sequence[Callable[[], None]]:
+        return self._read_into_staging, self._copy_into_slots
+
+    def _read_into_staging(self) -> None:
+        staged = [unit for unit in self._order if needs_staging(self._store, unit)]
         for unit in itertools.cycle(staged) if staged else ():
-            item = self._free_staging.get()
-            if item is None:
+            staging = self._free_staging.get()
+            if staging is None:
                 return
-            buffer, copied = item
             try:
-                if copied is not None:
-                    copied.synchronize()
-                pending = self._stage(unit, buffer[: self._store.layouts[unit].host_bytes])
+                staging.wait()
+                pending = self._stage(unit, staging.buffer[: self._store.layouts[unit].host_bytes])
             except Exception as e:  # the copy that waits for this buffer meets it
                 pending = Pending(1)
                 pending.piece_done(e)
-            self._to_copy.put((buffer, pending))
+            self._to_copy.put((staging, pending))
 
-    def _stage(self, unit: str, buffer: torch.Tensor) -> Pending:
+    def _stage(self, unit: UnitId, buffer: torch.Tensor) -> Pending:
         if self._store.tier_of[unit] == "disk":
             return self._store.read(unit, buffer)
         np.copyto(buffer.numpy(), self._store.home(unit).numpy())
         return Pending(0)
 
-    def _copy_staged(self) -> None:
+    def _copy_into_slots(self) -> None:
         for fetch in self._fetches():
             try:
                 if not self._copy_one(fetch):
@@ -221,53 +210,26 @@ class StagedFeeder(Feeder):
                 return False
             staging, pending = item
             pending.wait()
-        source = self._store.home(fetch.unit) if staging is None else staging
+        source = self._store.home(fetch.unit) if staging is None else staging.buffer
         layout = self._store.layouts[fetch.unit]
-        copy = fetch.unit, layout.copies, layout.stored_bytes
-        fetch.copied = copy_to_device(self._store, self._stream, source, fetch.slot, *copy)
+        name, copies, nbytes = str(fetch.unit), layout.copies, layout.stored_bytes
+        fetch.copied = copy_to_device(self._store, self._stream, source, fetch.slot, name, copies, nbytes)
         if staging is not None:  # before `done`: the serial consumer offers it for the next unit at once
-            self._returned((staging, fetch.copied))
+            self._returned(StagingSlot(staging.buffer, fetch.copied))
         fetch.done()
         return True
 
 
-def _drained(q: queue.SimpleQueue) -> list:
+def _close(offered: queue.SimpleQueue[_Item | None]) -> None:
+    """Empty a queue of offers and end the thread that reads it."""
+    _drained(offered)
+    offered.put(None)
+
+
+def _drained(q: queue.SimpleQueue[_Item]) -> list[_Item]:
     """All that a queue holds, taken out of it."""
     items = []
     with contextlib.suppress(queue.Empty):
         while True:
             items.append(q.get_nowait())
     return items
-
-
-def copy_bytes(copies: Sequence[tuple[int, int, int]], source: torch.Tensor, target: torch.Tensor) -> None:
-    """The stretches (from, to, bytes) on the host. By numpy: one thread, and the GIL is released."""
-    for start, into, size in copies:
-        np.copyto(target.numpy()[into : into + size], source.numpy()[start : start + size])
-
-
-def copy_to_device(
-    store: WeightStore,
-    stream,
-    source: torch.Tensor,
-    slot: Slot,
-    name: str,
-    copies: Sequence,
-    nbytes: int,
-    lane: str = "h2d",
-) -> object:
-    """Issue the copy of the stretches from host bytes to a slot on ``stream``, after the slot's last user.
-
-    Args:
-        lane: where the copy is recorded.
-
-    Returns:
-        The event of the copy.
-    """
-    device = store.device
-    if slot.freed is not None and stream is not None:
-        stream.wait_event(slot.freed)
-    with device.on(stream), device.timed(store.recorder, lane, name, nbytes, stream):
-        for start, into, size in copies:
-            slot.buffer[into : into + size].copy_(source[start : start + size], non_blocking=True)
-    return device.record(stream)

@@ -13,23 +13,23 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 
 from policies.admission.kv_projection import Projection, growth
-from policies.admission.row_state import RowLengths
+from policies.admission.row_state import AttentionMode, RowLengths
 from policies.admission.shared_prefix import Prefixes
 from policies.placement import TIERS
 from policies.policy import Policy
 
 
 class Admission:
-    """Decides each sweep's runs: ``plan``, then ``commit`` each row, ``finish`` those that have ended, ``end_sweep``.
+    """Decides each sweep's runs: ``plan_sweep``, then ``commit`` each row, ``finish`` those that have ended, ``end_sweep``.
 
-    A row of c tokens holds ceil(c / block_tokens) blocks of its tier; a row of the disk tier also holds a tail, the
-    host block that it grows in.
+    A row of c tokens holds ceil(c / page_tokens) pages of its tier; a row of the disk tier also holds a tail, the
+    host page that it grows in.
 
     Args:
         policy: block size, pace, shares, rolling or static.
-        blocks: KV blocks per tier; all three tiers are present.
+        pages: KV pages per tier; all three tiers are present.
         tails: rows that the disk tier can hold at once.
-        block_tokens: tokens per block.
+        page_tokens: tokens per page.
         expected_end: length that a row is expected to reach; default its limit. A row that outgrows it may find its
             tier full; then the youngest row of the tier is sent back.
         recompute_past: a row that grows past this length is sent back, so that all of it is computed as one run: its
@@ -38,7 +38,7 @@ class Admission:
     Attributes:
         waiting: rows that are not in flight, the next to enter first.
         restarts: rows sent back so far.
-        sent_back: rows sent back since the last `plan` began; one of them may have entered again since.
+        sent_back: rows sent back since the last `plan_sweep` began; one of them may have entered again since.
         free_tails: rows that the disk tier can still take.
         prefixes: what rows share.
     """
@@ -47,22 +47,22 @@ class Admission:
         self,
         policy: Policy,
         *,
-        blocks: Mapping[str, int],
+        pages: Mapping[str, int],
         tails: int,
-        block_tokens: int,
+        page_tokens: int,
         expected_end: Callable[[RowLengths], int] | None = None,
         recompute_past: int | None = None,
     ):
-        self._policy, self._block_tokens = policy, block_tokens
+        self._policy, self._page_tokens = policy, page_tokens
         self._expected_end = expected_end or (lambda row: row.limit)
         self._recompute_past = recompute_past
-        self._blocks = {tier: blocks[tier] for tier in TIERS}
-        self._usable = [tier for tier in TIERS if blocks[tier]]
+        self._pages = {tier: pages[tier] for tier in TIERS}
+        self._usable = [tier for tier in TIERS if pages[tier]]
         on_disk = 100.0 - policy.cache_gpu_percent - policy.cache_cpu_percent
         shares = policy.cache_gpu_percent, policy.cache_cpu_percent, on_disk
         self._share = {tier: percent / 100 for tier, percent in zip(TIERS, shares)}
-        self._projections = {tier: Projection(self._blocks[tier]) for tier in TIERS}
-        self._free = dict(self._blocks)
+        self._projections = {tier: Projection(self._pages[tier]) for tier in TIERS}
+        self._free = dict(self._pages)
         self._rows = dict.fromkeys(TIERS, 0)
         self._rows_on_cpu_attention = 0
         # In the order of entry; a row leaves in constant time.
@@ -85,27 +85,31 @@ class Admission:
         return len(self.waiting) + len(self._running)
 
     def free(self, tier: str) -> int:
-        """Blocks of a tier that no row holds."""
+        """Pages of a tier that no row holds."""
         return self._free[tier]
 
+    def held(self, tier: str) -> int:
+        """Pages of a tier that rows hold."""
+        return self._pages[tier] - self._free[tier]
+
     def projected_peak(self, tier: str) -> int:
-        """The most blocks of a tier that the rows in flight will hold in any sweep to come."""
+        """The most pages of a tier that the rows in flight will hold in any sweep to come."""
         return self._projections[tier].peak
 
     def largest_row_tokens(self) -> int:
         """Tokens of the longest row that an empty tier can hold."""
-        return max(self._blocks.values()) * self._block_tokens
+        return max(self._pages.values()) * self._page_tokens
 
-    def plan(self) -> list[RowLengths]:
-        """Choose the runs of the next sweep and take the blocks they need; returns the rows that have one."""
+    def plan_sweep(self) -> list[RowLengths]:
+        """Choose the runs of the next sweep and take the pages they need; returns the rows that have one."""
         self.sent_back = []
-        budget, block_tokens = self._policy.prefill_tokens, self._block_tokens
+        budget, page_tokens = self._policy.prefill_tokens, self._page_tokens
         for row in self.running:
             cached = row.cached
             if row.stale:
                 self.send_back(row)
-            elif row.generated and row.prompt + row.generated == cached + 1 and cached < row.blocks * block_tokens:
-                row.run, row.logits = 1, True  # nearly every row: one token, into a block that it holds already
+            elif row.generated and row.prompt + row.generated == cached + 1 and cached < row.pages * page_tokens:
+                row.run, row.logits = 1, True  # nearly every row: one token, into a page that it holds already
             elif row.tier:  # else it was sent back while an older row was served
                 budget -= self._give_run(row, budget)
         self._admit(budget)
@@ -135,7 +139,7 @@ class Admission:
             self._projections[tier].advance()
 
     def finish(self, row: RowLengths) -> None:
-        """The row is done: its place and its blocks are free. A static block takes no more rows then."""
+        """The row is done: its place and its pages are free. A static block takes no more rows then."""
         self._leave(row)
         self._block_open = False
 
@@ -184,14 +188,14 @@ class Admission:
         return 0 if decodes else run
 
     def _hold(self, row: RowLengths, tokens: int) -> bool:
-        """Take the blocks that the row lacks to store ``tokens`` tokens: all of them, or none and return False."""
-        missing = -(-tokens // self._block_tokens) - row.blocks
+        """Take the pages that the row lacks to store ``tokens`` tokens: all of them, or none and return False."""
+        missing = -(-tokens // self._page_tokens) - row.pages
         if missing <= 0:
             return True
         if missing > self._free[row.tier]:
             return False
         self._free[row.tier] -= missing
-        row.blocks += missing
+        row.pages += missing
         return True
 
     def _send_back_youngest(self, tier: str) -> None:
@@ -240,7 +244,7 @@ class Admission:
         chunks = 1 + -(-max(0, tokens - cached - budget) // self._policy.prefill_tokens)
         # The last token a row generates never enters the cache.
         decode = max(0, self._expected_end(row) - tokens - 1)
-        return growth(tokens, chunks, decode, self._block_tokens)
+        return growth(tokens, chunks, decode, self._page_tokens)
 
     def _choose_tier(self, curve: list[int]) -> str | None:
         """The tier that the policy's shares ask for, else any with room; None when the row has to wait."""
@@ -250,33 +254,33 @@ class Admission:
                 return tier
         return None
 
-    def _has_room(self, tier: str, blocks: int) -> bool:
-        """Rows that have outgrown their expected end hold blocks that no projection knows of."""
-        return self._free[tier] >= blocks and (tier != "disk" or self.free_tails > 0)
+    def _has_room(self, tier: str, pages: int) -> bool:
+        """Rows that have outgrown their expected end hold pages that no projection knows of."""
+        return self._free[tier] >= pages and (tier != "disk" or self.free_tails > 0)
 
     def _enter(self, row: RowLengths, tier: str, curve: list[int], shares: bool) -> None:
         row.tier, row.mode = tier, self._mode(tier)
         self._rows[tier] += 1
-        self._rows_on_cpu_attention += row.mode == "cpu"
+        self._rows_on_cpu_attention += row.mode is AttentionMode.CPU
         self.free_tails -= tier == "disk"
         self._projections[tier].add(row, curve)
         self._running[row] = None
         if row.prefix is not None:
             self.prefixes.enter(row, shares)
 
-    def _mode(self, tier: str) -> str:
+    def _mode(self, tier: str) -> AttentionMode:
         if tier != "cpu":
-            return "gpu" if tier == "gpu" else "fetch"
+            return AttentionMode.GPU if tier == "gpu" else AttentionMode.FETCH
         wanted = self._policy.cpu_attention_percent / 100 * (self._rows["cpu"] + 1)
-        return "cpu" if self._rows_on_cpu_attention + 0.5 <= wanted else "fetch"
+        return AttentionMode.CPU if self._rows_on_cpu_attention + 0.5 <= wanted else AttentionMode.FETCH
 
     def _leave(self, row: RowLengths) -> None:
         del self._running[row]
         self._projections[row.tier].remove(row)
         self._rows[row.tier] -= 1
-        self._rows_on_cpu_attention -= row.mode == "cpu"
+        self._rows_on_cpu_attention -= row.mode is AttentionMode.CPU
         self.free_tails += row.tier == "disk"
-        self._free[row.tier] += row.blocks
+        self._free[row.tier] += row.pages
         if row.prefix is not None:
             self.prefixes.leave(row)
-        row.tier, row.cached, row.blocks, row.run, row.stale = "", 0, 0, 0, False
+        row.tier, row.cached, row.pages, row.run, row.stale = "", 0, 0, 0, False

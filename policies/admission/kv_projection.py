@@ -1,4 +1,4 @@
-"""How many KV blocks a tier will need, sweep by sweep, if every row in it grows to its expected end.
+"""How many KV pages a tier will need, sweep by sweep, if every row in it grows to its expected end.
 
 Pure arithmetic. Every row's future is known: it holds its prompt while it is prefilled, then grows by one token a
 sweep until it ends. A new row may enter when the sum of all futures stays within the tier at every sweep to come.
@@ -10,26 +10,26 @@ from collections.abc import Hashable, Sequence
 from operator import add, sub
 
 
-def growth(tokens_after_prefill: int, prefill_sweeps: int, decode_sweeps: int, block_tokens: int) -> list[int]:
-    """Blocks that a row holds in each coming sweep.
+def growth(tokens_after_prefill: int, prefill_sweeps: int, decode_sweeps: int, page_tokens: int) -> list[int]:
+    """Pages that a row holds in each coming sweep.
 
     Args:
         tokens_after_prefill: tokens in the cache once its run so far is complete; all are reserved at once.
         prefill_sweeps: sweeps until then, at least 1.
         decode_sweeps: sweeps of one token each after that.
-        block_tokens: tokens per block.
+        page_tokens: tokens per page.
 
     Returns:
         list[int]: one count per sweep, ``prefill_sweeps + decode_sweeps`` in all; it never falls.
     """
-    blocks = -(-tokens_after_prefill // block_tokens)
-    within = min(decode_sweeps, blocks * block_tokens - tokens_after_prefill)
-    curve = [blocks] * (prefill_sweeps + within)
+    pages = -(-tokens_after_prefill // page_tokens)
+    within = min(decode_sweeps, pages * page_tokens - tokens_after_prefill)
+    curve = [pages] * (prefill_sweeps + within)
     left = decode_sweeps - within
     while left > 0:
-        blocks += 1
-        curve += [blocks] * min(left, block_tokens)
-        left -= block_tokens
+        pages += 1
+        curve += [pages] * min(left, page_tokens)
+        left -= page_tokens
     return curve
 
 
@@ -37,14 +37,14 @@ class Projection:
     """The summed future of a tier's rows.
 
     Args:
-        blocks: blocks of the tier.
+        pages: pages of the tier.
 
     Attributes:
-        held: blocks that are in use for an unknown time, whatever the rows do.
+        held: pages that are in use for an unknown time, whatever the rows do.
     """
 
-    def __init__(self, blocks: int):
-        self.blocks = blocks
+    def __init__(self, pages: int):
+        self.pages = pages
         self.held = 0
         self._now = 0
         self._usage: list[int] = []
@@ -52,16 +52,16 @@ class Projection:
 
     @property
     def peak(self) -> int:
-        """The most blocks in use in any sweep to come."""
+        """The most pages in use in any sweep to come."""
         return self.held + max(self._usage, default=0)
 
     def fits(self, curve: Sequence[int], spare: int = 0) -> bool:
         """Whether a row with this future can be added. The rows that are there fit: each was asked about first.
 
         Args:
-            spare: held blocks that the row would take over.
+            spare: held pages that the row would take over.
         """
-        room = self.blocks - self.held + spare
+        room = self.pages - self.held + spare
         return max(curve) <= room and max(map(add, self._usage, curve), default=0) <= room
 
     def add(self, row: Hashable, curve: Sequence[int]) -> None:

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from policies.admission.shared_prefix import Prefix
+
+
+class AttentionMode(Enum):
+    """Where a row is attended, in the order in which rows lie in a block.
+
+    ``GPU``: on the GPU, where its KV lives. ``FETCH``: on the GPU, and its KV is brought there from another tier in every
+    sweep. ``CPU``: on the host, where its KV lives.
+    """
+
+    GPU = "gpu"
+    FETCH = "fetch"
+    CPU = "cpu"
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -18,9 +31,9 @@ class RowLengths:
         limit: length at which the row ends, prompt included.
         generated: tokens generated so far.
         tier: where its KV lives while in flight, "" while it waits.
-        mode: how it is attended while in flight: ``gpu`` (KV on the GPU), ``fetch`` (KV brought there), ``cpu``.
+        mode: where it is attended while in flight.
         cached: tokens whose KV is stored.
-        blocks: KV blocks that it holds, those of the run under way included.
+        pages: KV pages that it holds, those of the run under way included.
         run: tokens of its run in the sweep under way, 0 where it has none.
         logits: whether that run ends with a new token; false for an unfinished prompt.
         prompt_done: prompt tokens that have been computed at least once; a restart does not count them again.
@@ -33,9 +46,9 @@ class RowLengths:
     limit: int
     generated: int = 0
     tier: str = ""
-    mode: str = ""
+    mode: AttentionMode | None = None
     cached: int = 0
-    blocks: int = 0
+    pages: int = 0
     run: int = 0
     logits: bool = False
     prompt_done: int = 0

@@ -1,8 +1,8 @@
 """The beginning of a prompt that several rows share: computed by one of them, then where the others begin.
 
-A prefix is a number of whole KV blocks. The row that computes it enters like any other; the rest wait outside of the queue
+A prefix is a number of whole KV pages. The row that computes it enters like any other; the rest wait outside of the queue
 until it is computed, and then enter, next of all, with these tokens in the cache. What is saved is computation: every
-row in flight counts the shared blocks as its own, because the buffers that KV is gathered in are made for the sum of
+row in flight counts the shared pages as its own, because the buffers that KV is gathered in are made for the sum of
 what rows hold. While rows still wait and nobody in flight holds the prefix, it counts for itself; it is forgotten when
 somebody in flight needs the room, and rows that come later then compute their prompts themselves.
 """
@@ -24,15 +24,15 @@ class Prefix:
     """Tokens at the beginning of some rows.
 
     Attributes:
-        tokens: a whole number of blocks, at least one, and fewer than the prompt has: every row ends its own prompt.
-        blocks: as many.
+        tokens: a whole number of pages, at least one, and fewer than the prompt has: every row ends its own prompt.
+        pages: as many.
         waiting: the rows that have not entered yet, in order; the one that computes the prefix is not among them.
         tier: where it is; "" before it is computed, and when nobody waits for it any longer.
         sharers: rows in flight that hold it.
     """
 
     tokens: int
-    blocks: int
+    pages: int
     waiting: dict[RowLengths, None]
     tier: str = ""
     sharers: int = 0
@@ -42,7 +42,7 @@ class Prefixes:
     """What becomes of the prefixes of an `Admission`, whose books these are.
 
     Args:
-        free: free blocks per tier.
+        free: free pages per tier.
         projections: of each tier.
 
     Attributes:
@@ -57,8 +57,8 @@ class Prefixes:
         self.closed: list[Prefix] = []
 
     def spare(self, prefix: Prefix) -> int:
-        """Blocks that a row which enters with it takes over."""
-        return prefix.blocks if prefix in self._idle else 0
+        """Pages that a row which enters with it takes over."""
+        return prefix.pages if prefix in self._idle else 0
 
     def enter(self, row: RowLengths, shares: bool) -> None:
         """A row with a prefix is in flight; ``shares`` says whether it begins after it."""
@@ -69,9 +69,9 @@ class Prefixes:
         if shares:
             if prefix in self._idle:
                 self._hold(prefix, -1)
-            self._free[prefix.tier] -= prefix.blocks
+            self._free[prefix.tier] -= prefix.pages
             prefix.sharers += 1
-            row.shares, row.cached, row.blocks = True, prefix.tokens, prefix.blocks
+            row.shares, row.cached, row.pages = True, prefix.tokens, prefix.pages
         self.drop(row)
         if not shares:
             row.prefix = None
@@ -85,7 +85,7 @@ class Prefixes:
         return prefix.waiting
 
     def leave(self, row: RowLengths) -> None:
-        """A row with a prefix is out of flight, and its blocks have been given back."""
+        """A row with a prefix is out of flight, and its pages have been given back."""
         prefix = row.prefix
         if not row.shares:  # it has not computed the prefix yet
             self.promised -= len(prefix.waiting)
@@ -129,5 +129,5 @@ class Prefixes:
             self._idle[prefix] = None
         else:
             del self._idle[prefix]
-        self._free[prefix.tier] -= sign * prefix.blocks
-        self._projections[prefix.tier].held += sign * prefix.blocks
+        self._free[prefix.tier] -= sign * prefix.pages
+        self._projections[prefix.tier].held += sign * prefix.pages

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from contextlib import suppress
-from pathlib import Path
 
+from policies.common import file_io
 from policies.common.errors import StorageError
 
 #: (lane, name, start and end in seconds, bytes moved or 0).
@@ -34,11 +33,7 @@ def write_chrome_trace(path: str | os.PathLike, spans: Iterable[Span], *, origin
         ts = (start - origin_s) * 1e6
         span = {"ph": "X", "pid": 1, "tid": track[lane], "name": name, "ts": ts, "dur": (end - start) * 1e6}
         events.append({**span, "args": {"bytes": nbytes}} if nbytes else span)
-    partial = Path(f"{path}.tmp-{os.getpid()}")
     try:
-        partial.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
-        os.replace(partial, path)
+        file_io.write_file(path, [json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode()])
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise StorageError(f"the trace could not be written to {path}: {error.strerror}.") from error

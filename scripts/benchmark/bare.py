@@ -13,7 +13,8 @@ import time
 import torch
 from torch.nn.functional import linear, silu
 
-from scripts.benchmark.probes import PAGE_BYTES, DirectReader, huge_buffer
+from policies.common.memory_units import SYSTEM_PAGE_BYTES
+from scripts.benchmark.probes import DirectReader, huge_buffer
 from scripts.benchmark.worker import serve
 
 PIECE_BYTES = 4 << 20
@@ -25,7 +26,7 @@ class Ring:
 
     def __init__(self, reader: DirectReader, expert_bytes: int, threads: int):
         self._reader = reader
-        self._size = -(-expert_bytes // PAGE_BYTES) * PAGE_BYTES
+        self._size = -(-expert_bytes // SYSTEM_PAGE_BYTES) * SYSTEM_PAGE_BYTES
         self._pieces: queue.SimpleQueue = queue.SimpleQueue()
         self.slots = [torch.frombuffer(huge_buffer(self._size), dtype=torch.uint8) for _ in range(SLOTS)]
         self._left = [0] * SLOTS

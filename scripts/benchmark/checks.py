@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from policies.common.memory_units import GIB
 from scripts.benchmark import loads
-from scripts.benchmark.context import GIB, Bench
+from scripts.benchmark.context import Bench
 from scripts.benchmark.record import Figure
 from scripts.benchmark.worker import Worker
 

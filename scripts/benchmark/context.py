@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import experts_per_unit, units_of
+from policies.common.memory_units import GIB
 from scripts.benchmark import loads
 from scripts.benchmark.loads import Job
 from scripts.benchmark.probes import disk_rate
 from scripts.benchmark.worker import Worker
-
-GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +77,12 @@ class Bench:
     @property
     def expert_bytes(self) -> int:
         """Stored bytes of all experts."""
-        return sum(unit.stored_bytes for unit in self.arch.units() if unit.kind == "expert")
+        return sum(unit.stored_bytes for unit in units_of(self.arch) if unit.kind == "expert")
 
     @property
     def has_small_experts(self) -> bool:
         """Whether experts are moved in groups."""
-        return self.arch.experts_per_unit > 1
+        return experts_per_unit(self.arch) > 1
 
     @property
     def offload(self) -> str:

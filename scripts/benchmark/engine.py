@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import units_of
 from flexmoe import LLM, SamplingParams
 from policies import Policy, Workload
 from policies.placement import residency_order
@@ -72,7 +73,7 @@ def weight_percents(arch: ModelArch, weights: str | list[float] | int) -> tuple[
         return 100.0, 0.0
     if isinstance(weights, list):
         return weights[0], weights[1]
-    order = residency_order(arch.units())
+    order = residency_order(units_of(arch))
     total = sum(unit.stored_bytes for unit in order)
     if weights == "experts on disk":
         return 100.0 * sum(unit.stored_bytes for unit in order if unit.kind != "expert") / total, 0.0

@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cost_model.memory.allocation import BLOCK_TOKENS
+from cost_model.memory.allocation import PAGE_TOKENS
 
 FIRST_TOKEN = 3  # below are <pad>, <s> and </s>
 CLASSES = {"disk-bound": (2.0, None), "balanced": (0.8, 1.25), "compute-bound": (None, 0.5)}
@@ -59,7 +59,7 @@ class Job:
     def kv_tokens(self) -> int:
         """KV capacity in which all rows fit at once."""
         lengths = (len(p) + m for p, m in zip(self.prompts, self.max_tokens, strict=True))
-        return sum(-(-length // BLOCK_TOKENS) * BLOCK_TOKENS for length in lengths)
+        return sum(-(-length // PAGE_TOKENS) * PAGE_TOKENS for length in lengths)
 
     def subset(self, rows: Sequence[int]) -> Job:
         """The job of only these rows, in this order."""

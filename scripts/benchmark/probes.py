@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PAGE_BYTES = mmap.PAGESIZE
+from policies.common.memory_units import SYSTEM_PAGE_BYTES
+
 READ_THREADS = (1, 2, 4)
 READ_SIZES = (4 << 20, 16 << 20)
 RING_BYTES = 64 << 20  # more than a cache holds: weights that land in a cache and are overwritten there are no use
@@ -29,7 +30,7 @@ class DirectReader:
 
     def __init__(self, paths: Sequence[str]):
         self._files = [os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC) for path in sorted(paths)]
-        self._sizes = [os.fstat(file).st_size // PAGE_BYTES * PAGE_BYTES for file in self._files]
+        self._sizes = [os.fstat(file).st_size // SYSTEM_PAGE_BYTES * SYSTEM_PAGE_BYTES for file in self._files]
         self.total_bytes = sum(self._sizes)
 
     def read_into(self, buffer: memoryview, start: int) -> int:
@@ -74,7 +75,7 @@ def huge_buffer(nbytes: int) -> mmap.mmap:
 
 
 def _read_rate(reader: DirectReader, threads: int, size: int, start: int, total_bytes: int) -> float:
-    first = start // PAGE_BYTES * PAGE_BYTES
+    first = start // SYSTEM_PAGE_BYTES * SYSTEM_PAGE_BYTES
     pieces = iter(enumerate(range(first, start + total_bytes, size)))
     ring, slots = memoryview(huge_buffer(RING_BYTES)), RING_BYTES // size
     lock, done = threading.Lock(), []

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from policies.common import file_io
 
 KIND = "flexmoe.bench"
 
@@ -122,6 +123,4 @@ def _rounded(value):
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    file_io.write_file(path, [text.encode()])

@@ -79,7 +79,7 @@ class RouterSkew:
             values.mul_(self._arch.hidden**0.5)
             self._mark_words(values, 1.0)
         elif matrix.role == "router":
-            self._favour(values, int(matrix.unit.split(".")[1]))
+            self._favour(values, matrix.unit.layer)
         elif matrix.role == "head":
             self._mark_words(values, _STAY if self._topics > 1 else 0.0)
         elif matrix.role in ("q", "k", "v", "gate_up"):

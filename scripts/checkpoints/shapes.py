@@ -18,6 +18,7 @@ from cost_model.model.arch import ModelArch
 from flexmoe.errors import DataError, UsageError
 from flexmoe.models.names import unit_parts
 from flexmoe.models.registry import FAMILIES, family
+from policies.units import UnitId
 
 #: Arguments of the config of each size; one without a `model_type` is a Mixtral.
 SIZES: dict[str, dict[str, Any]] = {
@@ -59,7 +60,7 @@ class Matrix:
     """A tensor of the hub's layout: its name, the unit that has it and what it is there (a role of `flexmoe.models`)."""
 
     name: str
-    unit: str
+    unit: UnitId
     role: str
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from cost_model.timing.evaluate import Prediction
+from policies.common.memory_units import GIB
 from policies.policy import Policy, Workload
 from scripts.benchmark.record import Figure
 from scripts.benchmark.worker import Worker
@@ -14,7 +15,6 @@ from scripts.gpu.limit import Limit, machine_limit
 from scripts.gpu.plan import Budget, Planned, plan
 from scripts.validation.record import WORST_TARGET
 
-GIB = 1 << 30
 TARGET = 0.8
 WARM, TIMED = 5, 24
 JOB_BLOCKS = 10

@@ -14,7 +14,7 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cost_model.model.weight_units import experts_of
+from cost_model.model.weight_units import head_rows, units_of
 from flexmoe.checkpoint.unit_layout import views
 from flexmoe.models.loader import Model, load_model
 from flexmoe.system.device import Device
@@ -98,10 +98,10 @@ def _fill(network: torch.nn.Module, model: Model, offload_dir: Path) -> None:
     source, pool, arch = model.source(offload_dir), DiskPool(Recorder(), threads=1), model.arch
     parameters = dict(network.named_parameters())
     with torch.no_grad():
-        for unit in arch.units():
-            layout = source.layout(unit.name)
+        for unit in units_of(arch):
+            layout = source.layout(unit.id)
             buffer = torch.zeros(layout.host_bytes, dtype=torch.uint8)
-            source.read(unit.name, buffer, pool).wait()
+            source.read(unit.id, buffer, pool).wait()
             for role, values in views(buffer, layout.host).items():
                 _target(parameters, unit, role, arch).copy_(values)
     pool.close()
@@ -115,9 +115,9 @@ def _target(parameters: dict[str, torch.Tensor], unit, role: str, arch) -> torch
     if unit.kind == "attention":
         return parameters[f"{at}{ATTENTION[role]}.weight"]
     if unit.kind == "head":
-        first, last = arch.head_rows(int(unit.name.rsplit(".", 1)[1]))
+        first, last = head_rows(arch, unit.id.first)
         return parameters["model.norm.weight"] if role == "norm" else parameters["lm_head.weight"][first:last]
-    experts = experts_of(unit.name)
+    experts = unit.id.experts
     return parameters[f"{at}mlp.experts.{role}_proj"][experts.start : experts.stop]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import units_of
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.solve import solve
 from cost_model.timing.evaluate import Prediction
@@ -72,14 +73,14 @@ def plan(arch: ModelArch, workload: Workload, hardware: Hardware, budget: Budget
 
 def own_limit(arch: ModelArch, workload: Workload, rates: Rates, policy: Policy, prediction: Prediction) -> Limit:
     """The overlapped limit with the bytes that the policy moves; of the embedding only rows are read."""
-    tier_of = prediction.sizes.placement.tier_of
-    moved = [unit for unit in arch.units() if unit.kind != "embed" and tier_of[unit.name] != "gpu"]
+    tier_of = prediction.allocation.placement.tier_of
+    moved = [unit for unit in units_of(arch) if unit.kind != "embed" and tier_of[unit.id] != "gpu"]
     return steady_limit(
         arch,
         workload,
         rates,
         rows=prediction.rows_in_flight,
         w_streamed=sum(unit.stored_bytes for unit in moved),
-        w_on_disk=sum(unit.stored_bytes for unit in moved if tier_of[unit.name] == "disk"),
-        kv_shares=mode_shares(policy, prediction.sizes),
+        w_on_disk=sum(unit.stored_bytes for unit in moved if tier_of[unit.id] == "disk"),
+        kv_shares=mode_shares(policy, prediction.allocation),
     )

@@ -13,17 +13,19 @@ from pathlib import Path
 import torch
 
 from cost_model.model.arch import ModelArch
+from flexmoe.kernels.expert_weights import ExpertWeights
 from flexmoe.models.registry import family
 from flexmoe.probing.attention import AttentionCase
 from flexmoe.probing.buffers import noise
 from flexmoe.probing.copies import Lane, copy_rates, lane_rates, memory_rate
 from flexmoe.probing.disk import random_buffers, transfer
-from flexmoe.probing.effort import MIB, Effort, Heads
+from flexmoe.probing.effort import Effort, Heads
 from flexmoe.probing.facts import device_name, gpu_details
 from flexmoe.probing.measure import probe
 from flexmoe.probing.timing import best_s, repeat_s
-from flexmoe.system.device import Device
-from flexmoe.system.direct_io import DirectFile, align_down
+from flexmoe.system.device import Device, align_down
+from flexmoe.system.direct_io import DirectFile
+from policies.common.memory_units import MIB
 from scripts.benchmark.probes import disk_rate
 from scripts.benchmark.worker import serve
 
@@ -75,12 +77,12 @@ def gemm(device: str, model: str, tokens: list[int], seconds: float = 0.15) -> d
     """FLOP/s of one expert of the model over so many tokens, by the family's own function; `[[tokens, rate], ...]`."""
     dev, arch = Device(device), _arch(model)
     shapes = {"gate_up": (1, 2 * arch.ffn, arch.hidden), "down": (1, arch.hidden, arch.ffn)}
-    weights = {role: noise(dev, torch.bfloat16, *shape).mul_(0.02) for role, shape in shapes.items()}
+    weights = ExpertWeights.of({r: noise(dev, torch.bfloat16, *shape).mul_(0.02) for r, shape in shapes.items()})
     math, curve = family(arch), []
     with torch.inference_mode():
         for count in tokens:
             x_TD = noise(dev, torch.bfloat16, count, arch.hidden)
-            each_s = repeat_s(dev, lambda: math.expert(x_TD, weights), seconds, warm=2)  # noqa: B023
+            each_s = repeat_s(dev, lambda: math.feed_forward(x_TD, weights.expert(0)), seconds, warm=2)  # noqa: B023
             curve.append([count, 6 * count * arch.hidden * arch.ffn / each_s])
     return {"curve": curve, "weight_bytes": 6 * arch.hidden * arch.ffn}
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from flexmoe.engine.config import GIB, EngineConfig
+from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine import Engine
 from flexmoe.models.loader import load_model
 from flexmoe.params import EngineRequest, SamplingParams
@@ -24,6 +24,7 @@ from flexmoe.probing.disk import transfer
 from flexmoe.system.device import Device, process_gpu_bytes
 from flexmoe.system.machine import available_host_bytes
 from flexmoe.system.trace import LaneTotals
+from policies.common.memory_units import GIB
 from policies.policy import Policy, Workload
 from scripts.benchmark.probes import PeakMemory, Repeater
 from scripts.benchmark.worker import serve
@@ -160,7 +161,7 @@ def _fill_cache(engine: Engine) -> None:
         if pool.numel():
             fill_with_noise(pool.view(-1))
     if cache.file is not None:
-        size = cache.shape.layers * cache.total("disk") * cache.block_bytes
+        size = cache.shape.layers * cache.total("disk") * cache.page_bytes
         buffers = [engine.device.host_buffer(WRITE_BYTES) for _ in range(4)]
         for buffer in buffers:
             fill_with_noise(buffer.view(cache.shape.dtype))

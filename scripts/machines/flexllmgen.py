@@ -7,7 +7,8 @@ KV head in 16 bits, so decode attention does one FLOP per byte of KV.
 from __future__ import annotations
 
 from cost_model.hardware.gemm_rates import GemmRates
-from cost_model.hardware.hardware import GIB, Gpu, Hardware
+from cost_model.hardware.hardware import Gpu, Hardware
+from policies.common.memory_units import GIB
 
 PREFILL_FLOPS_PER_S, DECODE_FLOPS_PER_S = 21.24e12, 4.3e12
 #: The batch that its corrections c1 and c2 take for a large one; beyond it, its decode rate says nothing.

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cost_model.simulation.simulate import Simulation
+from policies.common.memory_units import GIB, MIB
 
-MIB, GIB = 1 << 20, 1 << 30
 TIERS = {"gpu": "gpu_mem", "cpu": "cpu_mem", "disk": "nvme_mem"}
 #: Lanes that are busy for less do not show.
 LEAST_S = 0.005

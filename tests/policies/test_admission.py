@@ -5,7 +5,8 @@ import random
 import pytest
 
 from policies import Policy
-from policies.admission.admission import Admission, RowLengths
+from policies.admission.admission import Admission
+from policies.admission.row_state import AttentionMode, RowLengths
 from policies.placement import TIERS
 from tests.support.scheduling import Simulation
 
@@ -23,9 +24,9 @@ def policy_of(kv=GPU, rows=8, prefill_tokens=64, **rest):
 def admission_of(kv=GPU, *, gpu=0, cpu=0, disk=0, tails=0, expected_end=None, recompute_past=None, **policy):
     return Admission(
         policy_of(kv, **policy),
-        blocks={"gpu": gpu, "cpu": cpu, "disk": disk},
+        pages={"gpu": gpu, "cpu": cpu, "disk": disk},
         tails=tails,
-        block_tokens=BLOCK,
+        page_tokens=BLOCK,
         expected_end=expected_end,
         recompute_past=recompute_past,
     )
@@ -41,7 +42,7 @@ def wait(admission, *lengths):
 def sweep(admission):
     """One sweep; rows end at their limit. Returns (run, logits) of each row that had a run."""
     seen = {}
-    for row in admission.plan():
+    for row in admission.plan_sweep():
         seen[row] = row.run, row.logits
         admission.commit(row, generated=row.logits)
     for row in seen:
@@ -52,20 +53,20 @@ def sweep(admission):
 
 
 def held(admission, tier):
-    return admission._blocks[tier] - admission.free(tier)
+    return admission.held(tier)
 
 
 # What a row holds.
 
 
 @pytest.mark.parametrize("kv, tier", [(GPU, "gpu"), (CPU, "cpu"), (DISK, "disk")])
-def test_row_holds_the_blocks_of_its_tokens_and_on_disk_a_tail(kv, tier):
+def test_row_holds_the_pages_of_its_tokens_and_on_disk_a_tail(kv, tier):
     admission = admission_of(kv, **{tier: 10}, tails=2)
     (row,) = wait(admission, (30, 5))
     used = []
     while admission.unfinished:
-        admission.plan()
-        used.append((row.cached + row.run, row.blocks, held(admission, tier), 2 - admission.free_tails))
+        admission.plan_sweep()
+        used.append((row.cached + row.run, row.pages, held(admission, tier), 2 - admission.free_tails))
         admission.commit(row, generated=True)
         if row.length == row.limit:
             admission.finish(row)
@@ -78,7 +79,7 @@ def test_row_holds_the_blocks_of_its_tokens_and_on_disk_a_tail(kv, tier):
 def test_disk_takes_no_more_rows_than_it_has_tails():
     admission = admission_of(DISK, disk=40, tails=3, prefill_tokens=1000)
     wait(admission, *[(16, 4)] * 5)
-    assert len(admission.plan()) == 3 and len(admission.waiting) == 2
+    assert len(admission.plan_sweep()) == 3 and len(admission.waiting) == 2
 
 
 def test_largest_row_is_what_the_largest_tier_holds():
@@ -142,7 +143,7 @@ def test_every_prompt_token_counts_once_although_a_restart_computes_it_again(res
     (row,) = wait(admission, (100, 9))
     counted = []
     for number in range(1, 7):
-        (planned,) = admission.plan()
+        (planned,) = admission.plan_sweep()
         counted.append(admission.commit(planned, generated=planned.logits))
         if number == restart_after:
             admission.send_back(row)
@@ -165,7 +166,7 @@ def test_run_of_one_token_that_completes_a_restarted_row_ends_with_a_token():
 def test_row_waits_until_the_projected_peak_of_all_rows_fits():
     admission = admission_of(gpu=4, prefill_tokens=100)
     first, second = wait(admission, (16, 18), (16, 18))
-    assert list(sweep(admission)) == [first], "both would need three blocks at the end, of four"
+    assert list(sweep(admission)) == [first], "both would need three pages at the end, of four"
     runs = [list(sweep(admission)) for _ in range(17)]
     assert runs == [[first]] * 16 + [[first, second]], "the first one's peak meets the second one's beginning"
 
@@ -199,10 +200,10 @@ def test_static_block_takes_no_row_between_its_first_end_and_its_last():
 def test_rows_go_where_the_shares_ask_and_elsewhere_when_that_is_full():
     admission = admission_of((25, 50), gpu=9, cpu=9, disk=9, tails=9, prefill_tokens=1000, rows=16)
     wait(admission, *[(16, 1)] * 8)
-    assert sorted(row.tier for row in admission.plan()) == ["cpu"] * 4 + ["disk"] * 2 + ["gpu"] * 2
+    assert sorted(row.tier for row in admission.plan_sweep()) == ["cpu"] * 4 + ["disk"] * 2 + ["gpu"] * 2
     admission = admission_of((25, 75), gpu=9, cpu=3, prefill_tokens=1000, rows=16)
     wait(admission, *[(16, 1)] * 8)
-    assert sorted(row.tier for row in admission.plan()) == ["cpu"] * 3 + ["gpu"] * 5
+    assert sorted(row.tier for row in admission.plan_sweep()) == ["cpu"] * 3 + ["gpu"] * 5
 
 
 def test_rows_that_come_and_go_keep_the_share_that_is_attended_on_the_cpu():
@@ -211,24 +212,24 @@ def test_rows_that_come_and_go_keep_the_share_that_is_attended_on_the_cpu():
     shares = []
     while admission.unfinished:
         modes = [row.mode for row in sweep(admission)]
-        assert set(modes) <= {"cpu", "fetch"}
-        shares.append(modes.count("cpu") / len(modes))
+        assert set(modes) <= {AttentionMode.CPU, AttentionMode.FETCH}
+        shares.append(modes.count(AttentionMode.CPU) / len(modes))
     assert shares[0] == 0.3
     assert sum(shares) / len(shares) == pytest.approx(0.3, abs=0.06)
 
 
 def test_rows_on_the_gpu_are_attended_there_and_disk_rows_are_fetched():
-    for kv, tier, mode in ((GPU, "gpu", "gpu"), (DISK, "disk", "fetch")):
+    for kv, tier, mode in ((GPU, "gpu", AttentionMode.GPU), (DISK, "disk", AttentionMode.FETCH)):
         admission = admission_of(kv, **{tier: 9}, tails=4, cpu_attention_percent=100)
         wait(admission, (16, 4))
-        assert [row.mode for row in admission.plan()] == [mode]
+        assert [row.mode for row in admission.plan_sweep()] == [mode]
 
 
 def test_expected_end_below_the_limit_lets_more_rows_in():
     def entered(expected_end):
         admission = admission_of(gpu=12, prefill_tokens=1000, expected_end=expected_end)
         wait(admission, *[(16, 48)] * 8)
-        return len(admission.plan())
+        return len(admission.plan_sweep())
 
     assert (entered(None), entered(lambda row: 32), entered(lambda row: 0)) == (3, 6, 8)
 
@@ -240,21 +241,21 @@ def test_youngest_row_of_a_full_tier_is_sent_back_and_enters_again_first():
     admission = admission_of(gpu=3, rows=2, expected_end=lambda row: 0)
     old, young, later = wait(admission, (16, 20), (16, 20), (16, 20))
     sweep(admission)
-    (row,) = admission.plan()  # both want a second block, and there is one
+    (row,) = admission.plan_sweep()  # both want a second page, and there is one
     assert row is old and admission.sent_back == [young] and admission.restarts == 1
     assert list(admission.waiting) == [young, later]
-    assert (young.tier, young.cached, young.blocks, young.run, young.length) == ("", 0, 0, 0, 17)
-    assert held(admission, "gpu") == old.blocks == 2
+    assert (young.tier, young.cached, young.pages, young.run, young.length) == ("", 0, 0, 0, 17)
+    assert held(admission, "gpu") == old.pages == 2
 
 
 def test_row_that_is_itself_the_youngest_of_its_tier_leaves():
     admission = admission_of((50, 50), gpu=1, cpu=9, expected_end=lambda row: 0)
     (row,) = wait(admission, (16, 20))
-    admission.plan()
+    admission.plan_sweep()
     assert row.tier == "gpu"
     admission.commit(row, generated=True)
     admission.end_sweep()
-    assert admission.plan() == [row], "the tier that is too small for it now sent it to the other one"
+    assert admission.plan_sweep() == [row], "the tier that is too small for it now sent it to the other one"
     assert (row.tier, row.run, admission.sent_back) == ("cpu", 17, [row])
 
 
@@ -263,7 +264,7 @@ def test_row_of_another_tier_is_not_sent_back():
     rows = wait(admission, *[(16, 20)] * 5)
     sweep(admission)
     assert [row.tier for row in rows] == ["gpu", "cpu", "gpu", "cpu", "gpu"]
-    admission.plan()
+    admission.plan_sweep()
     assert [row.tier for row in rows] == ["gpu", "cpu", "", "cpu", ""]
     assert admission.sent_back == [rows[4], rows[2]]
 
@@ -275,7 +276,7 @@ def test_aged_row_holds_all_but_its_last_token_and_decodes_next():
     admission = admission_of(CPU, cpu=9, cpu_attention_percent=100)
     row = RowLengths(prompt=20, limit=40, generated=7)
     assert admission.enter_aged(row)
-    assert (row.tier, row.mode, row.cached, row.blocks, row.prompt_done) == ("cpu", "cpu", 26, 2, 20)
+    assert (row.tier, row.mode, row.cached, row.pages, row.prompt_done) == ("cpu", AttentionMode.CPU, 26, 2, 20)
     assert sweep(admission) == {row: (1, True)}
 
 
@@ -291,7 +292,7 @@ def test_aged_row_without_room_does_not_enter():
 
 
 def random_job(seed):
-    """A policy, block counts, tails, expected end and rows (prompt, generation at most, generation)."""
+    """A policy, page counts, tails, expected end and rows (prompt, generation at most, generation)."""
     rng = random.Random(seed)
     gpu = rng.choice((0, 100, rng.randint(0, 100)))
     kv = gpu, rng.choice((0, 100 - gpu, rng.randint(0, 100 - gpu)))
@@ -299,10 +300,10 @@ def random_job(seed):
         kv, rows=rng.randint(1, 14), prefill_tokens=rng.choice((7, 16, 17, 60, 500)),
         schedule=rng.choice(("rolling", "static")), cpu_attention_percent=rng.choice((0, 40, 75, 100)),
     )  # fmt: skip
-    blocks = {tier: rng.choice((0, rng.randint(3, 30))) for tier in TIERS}
-    if not any(blocks.values()) or seed % 4 == 0:
-        blocks = {tier: rng.randint(3, 30) for tier in TIERS}
-    longest = max(blocks.values()) * BLOCK
+    pages = {tier: rng.choice((0, rng.randint(3, 30))) for tier in TIERS}
+    if not any(pages.values()) or seed % 4 == 0:
+        pages = {tier: rng.randint(3, 30) for tier in TIERS}
+    longest = max(pages.values()) * BLOCK
     rows = []
     for _ in range(rng.randint(1, 40)):
         prompt = rng.choice((1, 15, 16, 17, rng.randint(1, 90)))
@@ -310,16 +311,16 @@ def random_job(seed):
         most = rng.randint(1, min(60, longest - prompt))
         rows.append((prompt, most, rng.choice((most, rng.randint(1, most)))))
     far_sighted = rng.choice((0.0, 0.5, 1.0))
-    return policy, blocks, rng.randint(1, 9), lambda row: row.prompt + int(far_sighted * (row.limit - row.prompt)), rows
+    return policy, pages, rng.randint(1, 9), lambda row: row.prompt + int(far_sighted * (row.limit - row.prompt)), rows
 
 
-def check_counts(admission, blocks, tails):
+def check_counts(admission, pages, tails):
     """What admission counts is what its rows hold."""
     rows = admission.running
     for tier in TIERS:
         needed = [-(-(row.cached + row.run) // BLOCK) for row in rows if row.tier == tier]
-        assert [row.blocks for row in rows if row.tier == tier] == needed
-        assert admission.free(tier) == blocks[tier] - sum(needed) >= 0
+        assert [row.pages for row in rows if row.tier == tier] == needed
+        assert admission.free(tier) == pages[tier] - sum(needed) >= 0
     assert admission.free_tails == tails - sum(row.tier == "disk" for row in rows) >= 0
 
 
@@ -327,15 +328,15 @@ def check_counts(admission, blocks, tails):
 def test_admission_decides_in_every_sweep_what_the_scheduler_over_a_real_cache_decides(part, tmp_path):
     restarts = tiers_used = 0
     for seed in range(part * 12, part * 12 + 12):
-        policy, blocks, tails, expected_end, lengths = random_job(seed)
-        sim = Simulation(policy, blocks, tails=tails, expected_end=expected_end, tmp_path=tmp_path)
-        pure = Admission(policy, blocks=blocks, tails=tails, block_tokens=BLOCK, expected_end=expected_end)
+        policy, pages, tails, expected_end, lengths = random_job(seed)
+        sim = Simulation(policy, pages, tails=tails, expected_end=expected_end, tmp_path=tmp_path)
+        pure = Admission(policy, pages=pages, tails=tails, page_tokens=BLOCK, expected_end=expected_end)
         real = {sim.submit(prompt, most, ends): number for number, (prompt, most, ends) in enumerate(lengths)}
         rows = {row: number for number, row in enumerate(wait(pure, *[(prompt, most) for prompt, most, _ in lengths]))}
         seen = set()
         while pure.unfinished:
-            planned = pure.plan()
-            check_counts(pure, blocks, tails)
+            planned = pure.plan_sweep()
+            check_counts(pure, pages, tails)
             decided = [(rows[row], row.run, row.logits, row.tier, row.mode) for row in planned]
             seen |= {row.tier for row in planned}
             counted = sum(pure.commit(row, generated=row.logits) for row in planned)

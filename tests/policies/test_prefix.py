@@ -7,7 +7,7 @@ import pytest
 from flexmoe.engine.scheduler import Row
 from flexmoe.params import EngineRequest, SamplingParams
 from policies.placement import TIERS
-from tests.support.scheduling import CPU_KV, DISK_KV, GPU_KV, MIXED_KV, Simulation, blocks, policy
+from tests.support.scheduling import CPU_KV, DISK_KV, GPU_KV, MIXED_KV, Simulation, pages, policy
 
 B = 16
 
@@ -29,7 +29,7 @@ class Samples(Simulation):
         admission = self.scheduler.admission
         for tier in TIERS:
             rows = [row for row in admission.running if row.tier == tier]
-            assert sum(row.blocks for row in rows) <= self.cache.total(tier), "the buffers are made for no more"
+            assert sum(row.pages for row in rows) <= self.cache.total(tier), "the buffers are made for no more"
             assert 0 <= admission.free(tier) <= self.cache.free(tier), "what is counted free is free"
             assert [row.kv.tier for row in rows] == [tier] * len(rows)
         assert admission.free_tails == self.cache.free_tails
@@ -50,10 +50,10 @@ def computed(sim):
 
 
 @pytest.mark.parametrize(
-    "percent, tiers", [(GPU_KV, blocks(gpu=40)), (CPU_KV, blocks(cpu=40)), (DISK_KV, blocks(disk=40))]
+    "percent, tiers", [(GPU_KV, pages(gpu=40)), (CPU_KV, pages(cpu=40)), (DISK_KV, pages(disk=40))]
 )
 @pytest.mark.parametrize("prompt", [17, 32, 33, 75])
-def test_prompt_is_computed_once_but_for_the_block_that_grows(percent, tiers, prompt, tmp_path):
+def test_prompt_is_computed_once_but_for_the_page_that_grows(percent, tiers, prompt, tmp_path):
     sim = Samples(policy(percent, rows=8, prefill_tokens=30), tiers, tails=8, tmp_path=tmp_path)
     sim.submit(prompt, 5, ends=(None,) * 4)
     sim.run()
@@ -62,36 +62,36 @@ def test_prompt_is_computed_once_but_for_the_block_that_grows(percent, tiers, pr
     assert sum(s["prompt"] for s in sim.sweeps) == prompt, "the prompt counts once"
 
 
-def test_samples_hold_the_same_blocks_and_enter_when_the_prompt_is_there():
-    sim = Samples(policy(rows=8, prefill_tokens=40), blocks(gpu=40))
+def test_samples_hold_the_same_pages_and_enter_when_the_prompt_is_there():
+    sim = Samples(policy(rows=8, prefill_tokens=40), pages(gpu=40))
     first, second, third = sim.submit(70, 9, ends=(None,) * 3)
     assert [run.owner for run in sim.sweep()] == [first]
     assert sim.scheduler.rows_waiting == 2
     assert [run.owner for run in sim.sweep()] == [first] and list(sim.scheduler.waiting) == [second, third]
     runs = {run.owner: run for run in sim.sweep()}
     assert [len(runs[row].tokens) for row in (first, second, third)] == [1, 6, 6] and runs[second].logits == 1
-    assert first.kv.blocks[:4] == second.kv.blocks[:4] == third.kv.blocks[:4]
-    assert len({row.kv.blocks[4] for row in (first, second, third)}) == 3
+    assert first.kv.pages[:4] == second.kv.pages[:4] == third.kv.pages[:4]
+    assert len({row.kv.pages[4] for row in (first, second, third)}) == 3
     assert sim.used("gpu") == 4 + 3
 
 
-def test_prompt_shorter_than_a_block_is_computed_by_every_sample():
-    sim = Samples(policy(rows=8, prefill_tokens=64), blocks(gpu=40))
+def test_prompt_shorter_than_a_page_is_computed_by_every_sample():
+    sim = Samples(policy(rows=8, prefill_tokens=64), pages(gpu=40))
     rows = sim.submit(16, 3, ends=(None,) * 3)
     assert [run.owner for run in sim.sweep()] == rows
     sim.run()
     assert sum(s["prompt"] for s in sim.sweeps) == 16
 
 
-def test_blocks_stay_for_samples_that_wait_when_the_others_have_ended():
-    sim = Samples(policy(rows=2, prefill_tokens=200), blocks(gpu=20))
+def test_pages_stay_for_samples_that_wait_when_the_others_have_ended():
+    sim = Samples(policy(rows=2, prefill_tokens=200), pages(gpu=20))
     sim.submit(64, 9, ends=(1, 2, 3, 3, 2))
     sim.run()
     assert computed(sim) == 64 + 4 * 16 + (0 + 1 + 2 + 2 + 1)
 
 
 def test_new_request_leaves_the_places_of_samples_that_are_to_come():
-    sim = Samples(policy(rows=4, prefill_tokens=1000), blocks(gpu=100))
+    sim = Samples(policy(rows=4, prefill_tokens=1000), pages(gpu=100))
     first = sim.submit(64, 9, ends=(None,) * 3)
     second, _ = sim.submit(64, 9, ends=(None,) * 2)
     (late,) = sim.submit(64, 9)
@@ -102,7 +102,7 @@ def test_new_request_leaves_the_places_of_samples_that_are_to_come():
 
 
 def test_more_samples_than_places_take_turns():
-    sim = Samples(policy(rows=3, prefill_tokens=64), blocks(gpu=40))
+    sim = Samples(policy(rows=3, prefill_tokens=64), pages(gpu=40))
     sim.submit(40, 4, ends=(None,) * 11)
     sim.run()
     assert computed(sim) == 40 + 10 * 8 + 11 * 3
@@ -110,16 +110,16 @@ def test_more_samples_than_places_take_turns():
 
 
 def test_where_one_row_fits_at_a_time_the_prompt_is_still_computed_once():
-    sim = Samples(policy(rows=3, prefill_tokens=64), blocks(gpu=4))
+    sim = Samples(policy(rows=3, prefill_tokens=64), pages(gpu=4))
     sim.submit(40, 20, ends=(None,) * 3)
     sim.run()
     assert max(s["rows"] for s in sim.sweeps) == 1
     assert computed(sim) == 40 + 2 * 8 + 3 * 19
 
 
-def two_prompts_whose_first_samples_have_ended(tier_blocks, expected_end):
-    """What is kept of both prompts, three blocks each, is all that the tier holds now."""
-    sim = Samples(policy(rows=4, prefill_tokens=200), blocks(gpu=tier_blocks), expected_end=expected_end)
+def two_prompts_whose_first_samples_have_ended(tier_pages, expected_end):
+    """What is kept of both prompts, three pages each, is all that the tier holds now."""
+    sim = Samples(policy(rows=4, prefill_tokens=200), pages(gpu=tier_pages), expected_end=expected_end)
     for _ in range(2):
         sim.submit(64, 60, ends=(1, 60))
     sim.sweep()
@@ -136,14 +136,14 @@ def test_prefix_that_only_waits_gives_way_to_a_row_that_grows():
 def test_prefixes_that_only_wait_give_way_when_nothing_can_run_beside_them():
     expected = [0]
     sim = two_prompts_whose_first_samples_have_ended(10, lambda row: expected[0])
-    expected[0] = 124  # eight blocks, of which seven would be free or shared
+    expected[0] = 124  # eight pages, of which seven would be free or shared
     assert [len(run.tokens) for run in sim.sweep()] == [64]
     sim.run()
     assert sim.scheduler.restarts == 0
 
 
 def test_row_that_is_sent_back_begins_its_prompt_again():
-    sim = Samples(policy(rows=4, prefill_tokens=100), blocks(gpu=40))
+    sim = Samples(policy(rows=4, prefill_tokens=100), pages(gpu=40))
     first, second = sim.submit(40, 9, ends=(None,) * 2)
     sim.sweep()
     sim.sweep()
@@ -156,7 +156,7 @@ def test_row_that_is_sent_back_begins_its_prompt_again():
 
 
 def test_row_that_computes_the_prompt_may_be_sent_back_before_it_is_there():
-    sim = Samples(policy(rows=4, prefill_tokens=20), blocks(gpu=40))
+    sim = Samples(policy(rows=4, prefill_tokens=20), pages(gpu=40))
     first, second = sim.submit(70, 4, ends=(None,) * 2)
     sim.sweep()
     sim.sweep()
@@ -168,7 +168,7 @@ def test_row_that_computes_the_prompt_may_be_sent_back_before_it_is_there():
 
 @pytest.mark.parametrize("after", [0, 1, 3, 6])
 def test_dropped_request_leaves_nothing(after):
-    sim = Samples(policy(rows=3, prefill_tokens=40), blocks(gpu=40))
+    sim = Samples(policy(rows=3, prefill_tokens=40), pages(gpu=40))
     rows = sim.submit(70, 9, ends=(None,) * 5)
     (other,) = sim.submit(30, 3)
     for _ in range(after):
@@ -183,8 +183,8 @@ def test_dropped_request_leaves_nothing(after):
 def test_random_jobs_finish_whatever_is_shared_sent_back_or_forgotten(seed, tmp_path):
     rng = random.Random(seed)
     percent, tiers = rng.choice([
-        (GPU_KV, blocks(gpu=rng.randint(8, 60))), (CPU_KV, blocks(cpu=rng.randint(8, 60))), (DISK_KV, blocks(disk=rng.randint(8, 60))),
-        (MIXED_KV, blocks(gpu=rng.randint(6, 20), cpu=rng.randint(8, 24), disk=rng.randint(6, 26))),
+        (GPU_KV, pages(gpu=rng.randint(8, 60))), (CPU_KV, pages(cpu=rng.randint(8, 60))), (DISK_KV, pages(disk=rng.randint(8, 60))),
+        (MIXED_KV, pages(gpu=rng.randint(6, 20), cpu=rng.randint(8, 24), disk=rng.randint(6, 26))),
     ])  # fmt: skip
     far_sighted = rng.choice((0.0, 0.4, 1.0))
     sim = Samples(

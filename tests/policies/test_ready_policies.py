@@ -10,7 +10,7 @@ import pytest
 
 import policies
 from cost_model.cli.report import Report
-from cost_model.memory.allocation import sizes
+from cost_model.memory.allocation import allocate
 from cost_model.memory.memory_plan import plan_memory
 from cost_model.model.arch import ModelArch
 from cost_model.timing.evaluate import evaluate
@@ -39,7 +39,7 @@ def file(ready):
 
 def sized(ready, policy):
     arch, hardware = ModelArch.from_name(ready.model), ready.machine.hardware()
-    counts = sizes(arch, policy, ready.workload, device=hardware.device, longest_row=ready.workload.longest_row)
+    counts = allocate(arch, policy, ready.workload, device=hardware.device, longest_row=ready.workload.longest_row)
     return arch, hardware, counts
 
 
@@ -96,7 +96,7 @@ def test_placing_the_achieved_percents_gives_them_again(ready, file):
         arch=arch,
         hardware=hardware,
         workload=ready.workload,
-        number_bytes=arch.dtype_bytes,
+        dtype_bytes=arch.dtype_bytes,
         origin="",
         policy=file.policy,
         prediction=evaluate(arch, hardware, ready.workload, file.policy),

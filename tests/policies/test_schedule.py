@@ -5,20 +5,19 @@ from dataclasses import replace
 
 import pytest
 
-from policies.schedule import LANES, SweepShape, UnitStep, experts_in_compute_order, fetch_order, sweep
+from policies.schedule import LANES, SweepShape, SweepUnits, sweep
+from policies.units import EMBEDDING, UnitId
 
 TIERS = ("gpu", "cpu", "disk")
 
 
-def step(name, tier):
-    return UnitStep(name=name, tier=tier)
+A0, H0 = UnitId("attention", 0), UnitId("head", 1)
+E0, E1, E2, E3 = (UnitId("expert", 0, e) for e in range(4))
 
 
-def small_shape():
+def small_shape(experts=None):
     return SweepShape(
-        attention=[step("a0", "cpu")],
-        experts=[[step("e0", "gpu"), step("e1", "disk")]],
-        head=[step("h0", "disk")],
+        units=SweepUnits.of({A0: "cpu", **(experts or {E0: "gpu", E1: "disk"}), H0: "disk"}),
         activation_tiers=("gpu", "cpu"),
         fetched_batches=frozenset({1}),
         stored_batches=frozenset({1}),
@@ -33,22 +32,28 @@ def random_shape(rng):
         return frozenset(j for j in of if rng.random() < 0.5)
 
     fetched, on_cpu = some(range(batches)), some(range(batches))
-    experts = [[step(f"e{i}.{e}", rng.choice(TIERS)) for e in range(rng.randint(1, 4))] for i in range(layers)]
+    experts = [UnitId("expert", layer, e) for layer in range(layers) for e in range(rng.randint(1, 4))]
+    attention = [UnitId("attention", layer) for layer in range(layers)]
+    head = [UnitId("head", layers, chunk) for chunk in range(rng.randint(1, 3))]
+    units = SweepUnits.of({unit: rng.choice(TIERS) for unit in (EMBEDDING, *attention, *experts, *head)})
     return SweepShape(
-        attention=[step(f"a{i}", rng.choice(TIERS)) for i in range(layers)],
-        experts=[experts_in_compute_order(e) for e in experts],
-        head=[step(f"h{i}", rng.choice(TIERS)) for i in range(rng.randint(1, 3))],
+        units=units,
         activation_tiers=tuple(rng.choice(TIERS) for _ in range(batches)),
         fetched_batches=fetched,
         cpu_batches=on_cpu,
         stored_batches=fetched | on_cpu,
         disk_batches=some(fetched),
-        on_demand=frozenset(i for i in some(range(layers)) if any(e.tier != "gpu" for e in experts[i])),
+        on_demand=frozenset(i for i in some(range(layers)) if any(e.tier != "gpu" for e in units.experts[i])),
     )
 
 
 def shapes(count=60):
     return [random_shape(random.Random(seed)) for seed in range(count)]
+
+
+def ahead(shape):
+    """What the weight stream moves, in its order."""
+    return [step.unit for step in shape.units.streamed(shape.on_demand)]
 
 
 def find(ops, **fields):
@@ -69,44 +74,43 @@ def reaches(ops, op):
 def test_small_sweep_is_this_sequence():
     ops = [(op.kind, op.lane, op.layer, op.batch, op.unit, op.deps) for op in sweep(small_shape())]
     assert ops == [
-        ("copy", "h2d", 0, -1, "a0", ()),
-        ("embed", "gpu", 0, 0, "", ()),
-        ("project", "gpu", 0, 0, "", (0, 1)),
-        ("load_kv", "h2d", 0, 1, "", ()),
-        ("embed", "gpu", 0, 1, "", ()),
-        ("project", "gpu", 0, 1, "", (0, 4)),
-        ("store_kv", "d2h", 0, 1, "", (3, 5)),
-        ("write_kv", "disk_write", 0, 1, "", (6,)),
-        ("attend", "gpu", 0, 0, "", (0, 2)),
-        ("attend", "gpu", 0, 1, "", (0, 3, 5)),
-        ("store_act", "d2h", 0, 1, "", (9,)),
-        ("route", "gpu", 0, -1, "", (8, 9)),
-        ("expert", "gpu", 0, -1, "e0", (11,)),
-        ("read", "disk_read", 0, -1, "e1", ()),
-        ("copy", "h2d", 0, -1, "e1", (13,)),
-        ("expert", "gpu", 0, -1, "e1", (11, 14)),
-        ("load_act", "h2d", 1, 1, "", (10, 15)),
-        ("collect", "gpu", 1, -1, "", (15, 16)),
-        ("read", "disk_read", 1, -1, "h0", ()),
-        ("copy", "h2d", 1, -1, "h0", (18,)),
-        ("head", "gpu", 1, -1, "h0", (17, 19)),
-        ("sample", "gpu", 1, -1, "", (17, 20)),
+        ("copy", "h2d", 0, -1, A0, ()),
+        ("embed", "gpu", 0, 0, None, ()),
+        ("project", "gpu", 0, 0, None, (0, 1)),
+        ("load_kv", "h2d", 0, 1, None, ()),
+        ("embed", "gpu", 0, 1, None, ()),
+        ("project", "gpu", 0, 1, None, (0, 4)),
+        ("store_kv", "d2h", 0, 1, None, (3, 5)),
+        ("write_kv", "disk_write", 0, 1, None, (6,)),
+        ("attend", "gpu", 0, 0, None, (0, 2)),
+        ("attend", "gpu", 0, 1, None, (0, 3, 5)),
+        ("store_act", "d2h", 0, 1, None, (9,)),
+        ("route", "gpu", 0, -1, None, (8, 9)),
+        ("expert", "gpu", 0, -1, E0, (11,)),
+        ("read", "disk_read", 0, -1, E1, ()),
+        ("copy", "h2d", 0, -1, E1, (13,)),
+        ("expert", "gpu", 0, -1, E1, (11, 14)),
+        ("load_act", "h2d", 1, 1, None, (10, 15)),
+        ("collect", "gpu", 1, -1, None, (15, 16)),
+        ("read", "disk_read", 1, -1, H0, ()),
+        ("copy", "h2d", 1, -1, H0, (18,)),
+        ("head", "gpu", 1, -1, H0, (17, 19)),
+        ("sample", "gpu", 1, -1, None, (17, 20)),
     ]
 
 
 def test_in_a_layer_on_demand_streamed_experts_come_after_the_routing():
-    layer = [step("e0", "gpu"), step("e1", "disk"), step("e2", "cpu")]
-    shape = replace(small_shape(), experts=[layer], on_demand=frozenset({0}))
+    shape = replace(small_shape({E0: "gpu", E1: "disk", E2: "cpu"}), on_demand=frozenset({0}))
     ops = list(sweep(shape))
     (route,) = find(ops, kind="route")
     assert [(op.kind, op.lane, op.unit, op.deps) for op in ops[route.id + 1 : route.id + 5]] == [
-        ("read_routed", "disk_read", "", (route.id,)),
-        ("copy_routed", "h2d", "", (route.id + 1,)),
-        ("expert", "gpu", "e0", (route.id,)),
-        ("routed", "gpu", "", (route.id, route.id + 2)),
+        ("read_routed", "disk_read", None, (route.id,)),
+        ("copy_routed", "h2d", None, (route.id + 1,)),
+        ("expert", "gpu", E0, (route.id,)),
+        ("routed", "gpu", None, (route.id, route.id + 2)),
     ]
-    assert fetch_order(shape) == ["a0", "h0"]
-    assert fetch_order(replace(shape, on_demand=frozenset())) == ["a0", "e1", "e2", "h0"]
+    assert ahead(shape) == [A0, H0]
+    assert ahead(replace(shape, on_demand=frozenset())) == [A0, E1, E2, H0]
 
 
 def test_same_shape_gives_the_same_operations():
@@ -139,8 +143,8 @@ def test_serial_sweep_is_a_chain_of_the_same_operations():
 
 
 def test_resident_experts_come_first_and_keep_their_order():
-    given = [step("e0", "disk"), step("e1", "gpu"), step("e2", "cpu"), step("e3", "gpu")]
-    assert [s.name for s in experts_in_compute_order(given)] == ["e1", "e3", "e0", "e2"]
+    units = SweepUnits.of({A0: "gpu", E0: "disk", E1: "gpu", E2: "cpu", E3: "gpu"})
+    assert [step.unit for step in units.experts[0]] == [E1, E3, E0, E2]
 
 
 def test_route_waits_for_the_attention_of_every_batch():
@@ -155,17 +159,16 @@ def test_route_waits_for_the_attention_of_every_batch():
 def test_every_streamed_unit_is_read_and_copied_before_its_use():
     for shape in shapes():
         ops = list(sweep(shape))
-        users = {"a": "attend", "e": "expert", "h": "head"}
-        ahead = set(fetch_order(shape))
-        units = [*shape.attention, *(s for e in shape.experts for s in e), *shape.head]
-        for unit in (u for u in units if u.tier == "gpu" or u.name in ahead):
-            kind = users[unit.name[0]]
-            layer = {"layer": int(unit.name[1:])} if kind == "attend" else {"unit": unit.name}
-            uses = find(ops, kind=kind, **layer)
-            copies, reads = find(ops, kind="copy", unit=unit.name), find(ops, kind="read", unit=unit.name)
+        users = {"attention": "attend", "expert": "expert", "head": "head"}
+        streamed = set(ahead(shape))
+        steps = [*shape.units.attention, *(s for e in shape.units.experts for s in e), *shape.units.head]
+        for step in (s for s in steps if s.tier == "gpu" or s.unit in streamed):
+            unit, kind = step.unit, users[step.unit.kind]
+            uses = find(ops, kind=kind, **({"layer": unit.layer} if kind == "attend" else {"unit": unit}))
+            copies, reads = find(ops, kind="copy", unit=unit), find(ops, kind="read", unit=unit)
             assert uses
-            assert len(copies) == (unit.tier != "gpu")
-            assert len(reads) == (unit.tier == "disk")
+            assert len(copies) == (step.tier != "gpu")
+            assert len(reads) == (step.tier == "disk")
             for use in uses:
                 assert {op.id for op in (*copies, *reads)} <= reaches(ops, use)
             for read in reads:
@@ -176,7 +179,7 @@ def test_experts_on_demand_are_asked_for_once_their_layer_is_routed_and_never_ah
     seen = 0
     for shape in shapes():
         ops = list(sweep(shape))
-        for layer, experts in enumerate(shape.experts):
+        for layer, experts in enumerate(shape.units.experts):
             streamed = [step for step in experts if step.tier != "gpu"]
             routed = find(ops, kind="routed", layer=layer)
             assert len(routed) == (layer in shape.on_demand)
@@ -186,7 +189,7 @@ def test_experts_on_demand_are_asked_for_once_their_layer_is_routed_and_never_ah
             (route,), (copied,) = find(ops, kind="route", layer=layer), find(ops, kind="copy_routed", layer=layer)
             assert {route.id, copied.id} <= set(routed[0].deps) and route.id in reaches(ops, copied)
             assert len(find(ops, kind="read_routed", layer=layer)) == any(s.tier == "disk" for s in streamed)
-            assert not any(find(ops, unit=step.name) for step in streamed)
+            assert not any(find(ops, unit=step.unit) for step in streamed)
             assert len(find(ops, kind="expert", layer=layer)) == len(experts) - len(streamed)
     assert seen > 10
 
@@ -194,15 +197,15 @@ def test_experts_on_demand_are_asked_for_once_their_layer_is_routed_and_never_ah
 def test_attention_weights_arrive_before_the_first_projection():
     for shape in shapes():
         ops = list(sweep(shape))
-        for layer, unit in enumerate(shape.attention):
-            for copy in find(ops, kind="copy", unit=unit.name):
+        for layer, step in enumerate(shape.units.attention):
+            for copy in find(ops, kind="copy", unit=step.unit):
                 assert all(copy.id in op.deps for op in find(ops, kind="project", layer=layer))
 
 
 def test_kv_of_the_next_layers_first_batch_is_requested_before_the_experts():
     for shape in shapes():
         ops = list(sweep(shape))
-        for layer in range(1, len(shape.attention)):
+        for layer in range(1, len(shape.units.attention)):
             loads = find(ops, kind="load_kv", layer=layer, batch=0)
             assert len(loads) == (0 in shape.fetched_batches)
             for load in loads:
@@ -243,7 +246,7 @@ def test_hidden_states_are_stored_before_they_are_loaded_again():
 
 def test_fetch_order_is_the_order_of_the_copies():
     for shape in shapes():
-        assert fetch_order(shape) == [op.unit for op in find(sweep(shape), kind="copy")]
+        assert ahead(shape) == [op.unit for op in find(sweep(shape), kind="copy")]
 
 
 def run_on_lanes(ops, slots, rng):
@@ -262,7 +265,7 @@ def run_on_lanes(ops, slots, rng):
         done.add(op.id)
         if op.kind == "copy":
             free -= 1
-            attention_slot |= {op.layer: True} if op.unit.startswith("a") else {}
+            attention_slot |= {op.layer: True} if op.unit.kind == "attention" else {}
         elif op.kind in ("expert", "head"):
             free += any(o.kind == "copy" and o.unit == op.unit for o in ops)
         elif op.id == last_attend.get(op.layer) and attention_slot.get(op.layer):

@@ -88,7 +88,7 @@ def test_the_experts_of_a_step_do_not_drive_out_one_another():
     assert belady(trace, 2).hits == 3
 
 
-def test_a_step_larger_than_the_cache_finds_what_was_at_hand():
+def test_a_step_larger_than_the_cache_finds_what_was_cached():
     assert belady([(1, 2), (3, 1, 2), (2,)], 2) == Replay(lookups=6, hits=3, evictions=1)
     assert replay([(1, 2), (3, 1, 2)], 2, LRU()).hits == 2
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cost_model import Hardware
-from cost_model.memory.allocation import kv_blocks_per_tier, kv_tokens_wanted
+from cost_model.memory.allocation import kv_pages_per_tier, kv_tokens_wanted
 from cost_model.model.arch import ModelArch
 from cost_model.timing.evaluate import evaluate
 from flexmoe.engine.scheduler import Row, Scheduler
@@ -17,6 +17,7 @@ from flexmoe.kv.cache import KVCache, KVExhausted, KVShape
 from flexmoe.params import EngineRequest, SamplingParams
 from flexmoe.system import device as device_module
 from flexmoe.system.device import Device
+from policies.admission.row_state import AttentionMode
 from policies.policy import Policy, Workload
 from scripts.bench_gpu import main
 from scripts.gpu import steady as gpu_steady
@@ -113,7 +114,7 @@ def test_limit_of_a_policy_counts_its_bytes_where_they_go():
     )
     prediction = evaluate(ARCH, H200, LONG, policy, ignore_memory=True)
     traffic = own_limit(ARCH, LONG, rates_like(H200), policy, prediction).traffic
-    on_tier = prediction.sizes.placement.bytes_per_tier
+    on_tier = prediction.allocation.placement.bytes_per_tier
     kv = prediction.rows_in_flight * 640 * 131072
     assert traffic.w_on_disk == on_tier["disk"]
     assert on_tier["cpu"] + on_tier["disk"] - traffic.w_streamed in (0, ARCH.embed_params * 2)
@@ -160,7 +161,7 @@ def _aged_scheduler(rows, prompt, gen):
         cpu_attention_percent=100,
     )  # fmt: skip
     workload = Workload(prompt_len=prompt, gen_len=gen)
-    blocks = kv_blocks_per_tier(chosen, kv_tokens_wanted(chosen, workload), prompt + gen)
+    blocks = kv_pages_per_tier(chosen, kv_tokens_wanted(chosen, workload), prompt + gen)
     shape = KVShape(layers=1, kv_heads=1, head_dim=2, dtype=torch.bfloat16)
     return Scheduler(chosen, KVCache(Device("cpu"), shape, blocks))
 
@@ -179,7 +180,7 @@ def test_block_of_all_ages_is_in_the_steady_state_from_its_first_sweep(rows, pro
     generated = prefilled = sweeps = 0
     for sweeps in range(1, 31):
         scheduler.waiting.extend(_row(prompt, gen) for _ in range(8))
-        runs = scheduler.plan()
+        runs = scheduler.plan_sweep()
         for run in runs:
             prefilled += scheduler.commit(run.owner, 1 if run.logits else None)
             generated += run.logits
@@ -197,8 +198,8 @@ def test_aged_row_decodes_its_last_token_next_and_gives_everything_back():
     row = _row(20, 10, age=7)
     scheduler.enter_aged(row)
     assert (row.kv.length, row.prompt_done, row.generated) == (26, 20, 7)
-    (run,) = scheduler.plan()
-    assert (len(run.tokens), run.logits, run.mode) == (1, 1, "cpu")
+    (run,) = scheduler.plan_sweep()
+    assert (len(run.tokens), run.logits, run.mode) == (1, 1, AttentionMode.CPU)
     scheduler.commit(row, 1)
     scheduler.finish(row)
     assert scheduler._cache.free("cpu") == scheduler._cache.total("cpu")

@@ -70,7 +70,7 @@ def test_tokens_are_counted_once():
     assert job.new_tokens == 12
     assert job.processed_tokens == 3 * (10 + 3)
     assert job.prefill_tokens == 30
-    assert job.kv_tokens == 3 * loads.BLOCK_TOKENS
+    assert job.kv_tokens == 3 * loads.PAGE_TOKENS
 
 
 @pytest.mark.parametrize(("total", "weights"), [(10, [1.0]), (10, [1.0] * 10), (1001, [0.5, 1.5, 1.0])])

@@ -84,7 +84,7 @@ def make_llm(variant, case, device, tmp_path, monkeypatch, **options):
     if case.disturbed == "sent-back":
         _send_rows_back(llm.engine)
     elif case.disturbed == "short-sighted":
-        past = llm.engine.plan.sizes.recompute_past
+        past = llm.engine.plan.allocation.recompute_past
         llm.engine.scheduler = Scheduler(policy, llm.engine.cache, lambda row: 0, past)
     return llm
 

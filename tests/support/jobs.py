@@ -9,7 +9,7 @@ import pytest
 from flexmoe.job.job import Job, JobFiles
 from flexmoe.job.runner import StreamOptions
 from flexmoe.preflight.prepare_setup import PreparerSetup
-from flexmoe.system import file_io
+from policies.common import file_io
 from tests.support.fake_engine import FakeEngine
 from tests.support.tokenizers import build_tokenizer
 

@@ -7,10 +7,16 @@ from flexmoe.kv.cache import KVCache, KVShape
 from flexmoe.kv.transfers import KVBuffers, KVLanes
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
+from policies.admission.row_state import AttentionMode
 
 LAYERS, HEADS, KV_HEADS, SIZE = 2, 4, 2, 8
 SHAPE = KVShape(layers=LAYERS, kv_heads=KV_HEADS, head_dim=SIZE, dtype=torch.float32)
-MODE = {"gpu": "gpu", "cpu": "cpu", "fetch": "fetch", "disk": "fetch"}
+MODE = {
+    "gpu": AttentionMode.GPU,
+    "cpu": AttentionMode.CPU,
+    "fetch": AttentionMode.FETCH,
+    "disk": AttentionMode.FETCH,
+}
 TIER = {"gpu": "gpu", "cpu": "cpu", "fetch": "cpu", "disk": "disk"}
 
 
@@ -26,14 +32,14 @@ class History:
 
 
 class Bench:
-    """A cache of ``blocks`` per tier with its lanes; `sweep` runs one sweep over some rows and checks its attention."""
+    """A cache of ``pages`` per tier with its lanes; `sweep` runs one sweep over some rows and checks its attention."""
 
-    def __init__(self, directory, blocks, *, window=None, seed=0, tails=8, batch_rows=3):
+    def __init__(self, directory, pages, *, window=None, seed=0, tails=8, batch_rows=3):
         self.recorder, self.window, self.batch_rows = Recorder(), window, batch_rows
         device = Device("cpu")
-        counts = dict(zip(("gpu", "cpu", "disk"), blocks))
+        counts = dict(zip(("gpu", "cpu", "disk"), pages))
         self.cache = KVCache(device, SHAPE, counts, tails if counts["disk"] else 0, directory)
-        buffers = KVBuffers(staging_blocks=sum(blocks), batch_tokens=600, write_blocks=60)
+        buffers = KVBuffers(staging_pages=sum(pages), batch_tokens=600, write_pages=60)
         self.lanes = KVLanes(device, self.recorder, self.cache, buffers, HEADS, window)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -47,6 +53,7 @@ class Bench:
 
     def close(self):
         self.lanes.close()
+        self.cache.close_file()
 
     def moved(self, lane):
         """Bytes of a lane so far."""
@@ -77,22 +84,22 @@ class Bench:
 
     def _project(self, layer, batch):
         modes = [g.mode for g in batch.groups]
-        loaded = self.lanes.load(layer, batch) if "fetch" in modes else None
+        loaded = self.lanes.load(layer, batch) if AttentionMode.FETCH in modes else None
         tokens = batch.stop - batch.start
         q = torch.randn(tokens, HEADS, SIZE, generator=self.generator)
         k, v = (torch.randn(tokens, KV_HEADS, SIZE, generator=self.generator) for _ in range(2))
         self.lanes.append(layer, batch, k, v)
-        stored = self.lanes.store(layer, batch, q, k, v, loaded) if set(modes) - {"gpu"} else None
+        stored = self.lanes.store(layer, batch, q, k, v, loaded) if set(modes) - {AttentionMode.GPU} else None
         if any(run.kv.tier == "disk" for g in batch.groups for run in g.runs):
             self.lanes.write(layer, batch)
-        attended = self.lanes.cpu_attend(layer, batch, stored) if "cpu" in modes else None
+        attended = self.lanes.cpu_attend(layer, batch, stored) if AttentionMode.CPU in modes else None
         return q, k, v, loaded, attended
 
     def _check(self, layer, batch, q, k, v, loaded, attended):
         for group in batch.groups:
-            if group.mode == "gpu":
+            if group.mode is AttentionMode.GPU:
                 out = self.lanes.attend_gpu(layer, batch, q)
-            elif group.mode == "fetch":
+            elif group.mode is AttentionMode.FETCH:
                 out = self.lanes.attend_fetched(layer, batch, q, k, v, loaded.result())
             else:
                 out = attended.result().tensor

@@ -36,7 +36,7 @@ def reference(variant, prompt, count, *, key="key", index=0, seed=0, **params):
     for _ in range(count):
         logits = variant.model(torch.tensor([[*prompt, *ids]])).logits[0, -1:]
         chosen = sample(logits, [state], workspace_bytes=1 << 24)
-        state.took(chosen.tokens[0])
+        state.append_token(chosen.tokens[0])
         ids += chosen.tokens
         found += chosen.logprobs
     return ids, found

@@ -16,9 +16,9 @@ MIXED_KV = (100, 0, 30, 40, 100, 0)
 class Simulation:
     """Runs a scheduler to the end; every row generates up to `ends[row]` tokens (default: its limit)."""
 
-    def __init__(self, policy, blocks, *, tails=0, expected_end=None, tmp_path=None):
+    def __init__(self, policy, pages, *, tails=0, expected_end=None, tmp_path=None):
         shape = KVShape(layers=1, kv_heads=1, head_dim=1, dtype=torch.float32)
-        self.cache = KVCache(Device("cpu"), shape, blocks, tails, tmp_path)
+        self.cache = KVCache(Device("cpu"), shape, pages, tails, tmp_path)
         self.scheduler = Scheduler(policy, self.cache, expected_end)
         self.policy, self.ends = policy, {}
         self.sweeps, self.done = [], []
@@ -54,7 +54,7 @@ class Simulation:
         while (self.scheduler.running or self.scheduler.waiting) and len(self.sweeps) < most:
             self.sweep()
         assert not self.scheduler.running and not self.scheduler.waiting
-        assert all(self.used(tier) == 0 for tier in TIERS) and self.cache.free_tails == self.cache._tails.total
+        assert all(self.used(tier) == 0 for tier in TIERS) and self.cache.free_tails == self.cache.tails
         return self
 
 
@@ -64,5 +64,5 @@ def policy(percent=GPU_KV, rows=8, prompt_len=32, gen_len=16, **rest):
     )
 
 
-def blocks(gpu=0, cpu=0, disk=0):
+def pages(gpu=0, cpu=0, disk=0):
     return {"gpu": gpu, "cpu": cpu, "disk": disk}

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from cost_model.hardware.hardware import Hardware
-from cost_model.memory.allocation import sizes
+from cost_model.memory.allocation import allocate
 from cost_model.model.arch import ModelArch
 from cost_model.timing.job_phases import course
 from cost_model.timing.op_costs import Costs
@@ -28,8 +28,8 @@ def costs_of(percent, *, arch=SMALL, machine="rtx4090", rows=8, batches=3, hardw
     policy = Policy.from_percent(
         percent, gpu_batch_size=rows, num_gpu_batches=batches, prompt_len=64, gen_len=32, **rest
     )
-    counts = sizes(arch, policy, workload, device=there.device, longest_row=workload.longest_row)
-    return Costs(arch, there, policy, counts, arch.dtype_bytes), policy
+    allocation = allocate(arch, policy, workload, device=there.device, longest_row=workload.longest_row)
+    return Costs(arch, there, policy, allocation, arch.dtype_bytes), policy
 
 
 def decoding(rows, context=96, **modes):
@@ -56,11 +56,11 @@ def random_case(rng, device=None, arch=None):
         cpu_attention_percent=rng.choice([0, 0, 100, 100, 100]), schedule=rng.choice(["rolling", "rolling", "static"]),
     )  # fmt: skip
     workload = Workload(prompt_len=s, gen_len=n)
-    counts = sizes(arch, policy, workload, device=hardware.device, longest_row=workload.longest_row)
-    return Costs(arch, hardware, policy, counts, arch.dtype_bytes), policy, workload
+    allocation = allocate(arch, policy, workload, device=hardware.device, longest_row=workload.longest_row)
+    return Costs(arch, hardware, policy, allocation, arch.dtype_bytes), policy, workload
 
 
 def random_sweep(rng, device=None, arch=None):
     costs, policy, workload = random_case(rng, device, arch)
-    phases = [p for p in course(policy, costs.counts, workload).phases if p.sweeps > 0]
+    phases = [p for p in course(policy, costs.allocation, workload).phases if p.sweeps > 0]
     return costs, policy, rng.choice(phases).load

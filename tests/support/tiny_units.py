@@ -9,8 +9,13 @@ from safetensors.torch import save_file
 from flexmoe.checkpoint.safetensors import read_tensors
 from flexmoe.checkpoint.unit_layout import Part
 from flexmoe.weights.sources import CheckpointSource
+from policies.units import EMBEDDING, UnitId
 
-UNITS = ["a0", "e0", "e1", "a1", "e2", "e3", "head"]
+UNITS = [
+    *(UnitId("attention", 0), UnitId("expert", 0, 0), UnitId("expert", 0, 1)),
+    *(UnitId("attention", 1), UnitId("expert", 1, 2), UnitId("expert", 1, 3)),
+    UnitId("head", 2),
+]
 
 
 def tiny_units(directory, dtype=torch.float32, seed=0):
@@ -24,23 +29,24 @@ def tiny_units(directory, dtype=torch.float32, seed=0):
         return torch.randn(*shape, generator=generator).to(dtype)
 
     tensors = {"packed.up": new(4, 17, 33), "packed.down": new(4, 33, 17), "head": new(301, 33), "embed": new(40, 24)}
-    parts = {"embed": [Part(role="embed", tensor="embed", shape=(40, 24))]}
-    expected = {"embed": {"embed": tensors["embed"]}}
-    for name in UNITS:
-        if name.startswith("a"):
+    parts = {EMBEDDING: [Part(role="embed", tensor="embed", shape=(40, 24))]}
+    expected = {EMBEDDING: {"embed": tensors["embed"]}}
+    for unit in UNITS:
+        if unit.kind == "attention":
+            name = f"a{unit.layer}"
             own = {f"{name}.q": new(65, 33), f"{name}.norm": new(33), f"{name}.o": new(33, 65)}
             tensors |= own
-            parts[name] = [Part(role=n.split(".")[1], tensor=n, shape=tuple(t.shape)) for n, t in own.items()]
-            expected[name] = {n.split(".")[1]: t for n, t in own.items()}
-        elif name.startswith("e"):
-            e = int(name[1:])
+            parts[unit] = [Part(role=n.split(".")[1], tensor=n, shape=tuple(t.shape)) for n, t in own.items()]
+            expected[unit] = {n.split(".")[1]: t for n, t in own.items()}
+        elif unit.kind == "expert":
+            e = unit.first
             up = Part(role="up", tensor="packed.up", shape=(17, 33), first_element=e * 17 * 33)
             down = Part(role="down", tensor="packed.down", shape=(33, 17), first_element=e * 17 * 33)
-            parts[name] = [up, down]
-            expected[name] = {"up": tensors["packed.up"][e], "down": tensors["packed.down"][e]}
+            parts[unit] = [up, down]
+            expected[unit] = {"up": tensors["packed.up"][e], "down": tensors["packed.down"][e]}
         else:
-            parts[name] = [Part(role="head", tensor="head", shape=(301, 33))]
-            expected[name] = {"head": tensors["head"]}
+            parts[unit] = [Part(role="head", tensor="head", shape=(301, 33))]
+            expected[unit] = {"head": tensors["head"]}
     save_file(tensors, directory / "model.safetensors")
     checkpoint = SimpleNamespace(tensors=read_tensors(directory / "model.safetensors"))
     return CheckpointSource(checkpoint, parts), expected

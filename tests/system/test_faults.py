@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexmoe.errors import StorageError
-from flexmoe.system import file_io
+from policies.common import file_io
 from tests.support.command_lines import THREE_TIERS
 from tests.support.fake_engine import FakeEngine
 from tests.support.jobs import Clock, Runner

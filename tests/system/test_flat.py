@@ -9,11 +9,11 @@ from collections import Counter
 import pytest
 
 from flexmoe.job.runner import RowStream
+from policies.common.memory_units import MIB
 from tests.support.fake_engine import FakeEngine
 from tests.support.jobs import Runner, make_setup
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
-MIB = 2**20
 
 
 class Forgetful(FakeEngine):

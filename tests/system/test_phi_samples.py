@@ -6,7 +6,7 @@
 import pytest
 
 from flexmoe import LLM
-from flexmoe.engine.completions import Answer, Rules
+from flexmoe.engine.requests import RequestRules, RequestState
 from flexmoe.params import Resumed
 from policies import Policy, Workload
 from tests.support.references import (
@@ -83,10 +83,19 @@ def test_resumed_samples_on_both_sides_of_the_switch_are_those_of_rows_on_their_
     ids=str,
 )  # fmt: skip
 def test_the_row_that_computes_the_prompt_for_others_is_as_short_where_one_is(had, scored, order):
-    rules = Rules(eos_ids=frozenset(), seed=0, limit=lambda asked: SHORT + GEN, detokenize=None, recompute_past=SWITCH)
+    rules = RequestRules(
+        vocab_size=10_000,
+        context=SHORT + GEN,
+        largest_row_tokens=SHORT + GEN,
+        default_max_tokens=GEN,
+        eos_ids=frozenset(),
+        seed=0,
+        detokenize=None,
+        recompute_past=SWITCH,
+    )
     resumed = tuple(Resumed(token_ids=(5,) * count) for count in had)
     asked = request(prompt_of(SHORT), max_tokens=GEN, n=3, resumed=resumed, prompt_logprobs=1 if scored else None)
-    assert [row.index for row in Answer(asked, rules).rows] == order
+    assert [row.index for row in RequestState(asked, rules).rows] == order
 
 
 @pytest.mark.parametrize("had", [(7, 7), (7, 0), (0, 7), (12, 12), (12, 7)], ids=str)

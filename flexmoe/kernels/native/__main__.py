@@ -2,11 +2,11 @@
 
 import sys
 
-from flexmoe.kernels.native.library import _BuildError, build
+from flexmoe.kernels.native.build import BuildError, build
 
 if __name__ == "__main__":
     try:
         print(build())
-    except (_BuildError, OSError) as error:
+    except (BuildError, OSError) as error:
         print(f"native attention was not built: {error}", file=sys.stderr)
         sys.exit(1)

@@ -18,18 +18,18 @@
 
 namespace {
 
-enum Status { OK = 0, BAD_STARTS = 1, BAD_CONTEXT = 2, BAD_BLOCK = 3, NO_MEMORY = 4 };
+enum Status { OK = 0, BAD_STARTS = 1, BAD_CONTEXT = 2, BAD_PAGE = 3, NO_MEMORY = 4 };
 
-Status check(const Call& c, int64_t tokens, int64_t num_blocks, int64_t table_width) {
+Status check(const Call& c, int64_t tokens, int64_t num_pages, int64_t table_width) {
   if (c.q_starts[0] < 0 || c.q_starts[c.B] > tokens) return BAD_STARTS;
   for (int b = 0; b < c.B; b++) {
     const int queries = c.q_starts[b + 1] - c.q_starts[b], context = c.context_lens[b];
     if (queries < 0) return BAD_STARTS;
     if (queries == 0) continue;
-    if (context < queries || context > table_width * c.block_tokens) return BAD_CONTEXT;
-    const int32_t* table = c.block_tables + b * c.table_stride;
-    for (int i = first_key(c, b) / c.block_tokens; i <= (context - 1) / c.block_tokens; i++)
-      if (table[i] < 0 || table[i] >= num_blocks) return BAD_BLOCK;
+    if (context < queries || context > table_width * c.page_tokens) return BAD_CONTEXT;
+    const int32_t* table = c.page_tables + b * c.table_stride;
+    for (int i = first_key(c, b) / c.page_tokens; i <= (context - 1) / c.page_tokens; i++)
+      if (table[i] < 0 || table[i] >= num_pages) return BAD_PAGE;
   }
   return OK;
 }
@@ -44,14 +44,14 @@ void flexmoe_set_parallel(void* gomp_parallel) { parallel = reinterpret_cast<Par
 
 // dtype 0 fp32, 1 bf16, 2 fp16; strides in elements; see flexmoe/native/__init__.py for the meaning of the arguments.
 int flexmoe_attention(int dtype, const void* q, int64_t q_stride, int64_t tokens, const void* k_pool,
-                      const void* v_pool, int64_t block_stride, int64_t num_blocks, const int32_t* block_tables,
+                      const void* v_pool, int64_t page_stride, int64_t num_pages, const int32_t* page_tables,
                       int64_t table_stride, int64_t table_width, const int32_t* q_starts, const int32_t* context_lens,
-                      void* out, int B, int H, int G, int D, int block_tokens, int window, float scale,
+                      void* out, int B, int H, int G, int D, int page_tokens, int window, float scale,
                       int num_threads) {
-  Call call{q, k_pool, v_pool, out, q_stride, block_stride, table_stride, block_tables, q_starts, context_lens,
-            B, H, G, D, block_tokens, H / G, window, scale};
+  Call call{q, k_pool, v_pool, out, q_stride, page_stride, table_stride, page_tables, q_starts, context_lens,
+            B, H, G, D, page_tokens, H / G, window, scale};
   try {
-    if (Status status = check(call, tokens, num_blocks, table_width)) return status;
+    if (Status status = check(call, tokens, num_pages, table_width)) return status;
     Job job(call, dtype, num_threads);
     run_on_threads(job, int(std::min<size_t>(num_threads, job.claims.size() - 1)));
     return job.failed ? NO_MEMORY : OK;

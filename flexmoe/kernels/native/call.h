@@ -16,9 +16,9 @@ constexpr float LOWEST = -1e30f;  // a finite "no score yet": -inf minus it is -
 struct Call {
   const void *q, *k_pool, *v_pool;
   void* out;
-  int64_t q_stride, block_stride, table_stride;
-  const int32_t *block_tables, *q_starts, *context_lens;
-  int B, H, G, D, block_tokens, N, window;
+  int64_t q_stride, page_stride, table_stride;
+  const int32_t *page_tables, *q_starts, *context_lens;
+  int B, H, G, D, page_tokens, N, window;
   float scale;
 };
 
@@ -34,12 +34,12 @@ INLINE int first_key(const Call& c, int row) {
 
 // Element offset of token t of a row, KV head 0, in either pool; fills `count` consecutive tokens.
 INLINE void token_offsets(const Call& c, int row, int t, int count, int64_t* offsets) {
-  const int32_t* table = c.block_tables + row * c.table_stride;
-  int block = t / c.block_tokens, slot = t % c.block_tokens;
+  const int32_t* table = c.page_tables + row * c.table_stride;
+  int page = t / c.page_tokens, slot = t % c.page_tokens;
   const int64_t token = int64_t(c.G) * c.D;
-  for (int i = 0; i < count; block++, slot = 0) {
-    int64_t base = table[block] * c.block_stride;
-    for (; slot < c.block_tokens && i < count; slot++, i++) offsets[i] = base + slot * token;
+  for (int i = 0; i < count; page++, slot = 0) {
+    int64_t base = table[page] * c.page_stride;
+    for (; slot < c.page_tokens && i < count; slot++, i++) offsets[i] = base + slot * token;
   }
 }
 

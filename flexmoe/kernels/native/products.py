@@ -1,9 +1,12 @@
-"""Grouped products of few tokens per expert on CPU cores (`products.h`), at the speed at which the weights are read."""
+"""Grouped products of few tokens per expert on CPU cores (`products.h`), at the speed at which the weights are read.
+
+Legend: n tokens, C columns and R rows of a weight, e experts.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -11,54 +14,58 @@ from flexmoe.kernels.native import library as native
 
 
 def grouped_products(
-    x_nD: torch.Tensor, weights: torch.Tensor | Sequence[torch.Tensor], ends_e: torch.Tensor
+    x_nC: torch.Tensor, weights: torch.Tensor | Sequence[torch.Tensor], ends_e: torch.Tensor
 ) -> torch.Tensor:
     """``x · weight[e]^T`` for the tokens of each expert e; accumulation is fp32.
 
     Args:
-        x_nD: fp32, bf16 or fp16; the token stride is free, tokens are contiguous.
-        weights: of each expert ``[R, D]``, same dtype, contiguous; stacked or wherever they lie.
-        ends_e: int32, rising; the tokens of expert e are ``x_nD[ends_e[e - 1] : ends_e[e]]``, and the last end is n.
+        x_nC: fp32, bf16 or fp16; the token stride is free, tokens are contiguous.
+        weights: of each expert ``[R, C]``, same dtype, contiguous; stacked or wherever they lie.
+        ends_e: int32, rising; the tokens of expert e are ``x_nC[ends_e[e - 1] : ends_e[e]]``, and the last end is n.
 
     Returns:
         torch.Tensor: ``[n, R]``.
 
     Raises:
         ValueError: the tensors do not fit together.
-        RuntimeError: the library is not available (ask `native.available()` first).
+        RuntimeError: the library is not available (ask `library.available()` first).
         MemoryError: there was no memory for the call.
     """
-    library = native.load()
-    if library is None:
-        raise RuntimeError("native code is disabled or could not be built; call native.available() first")
-    stacked = isinstance(weights, torch.Tensor)
-    count, (rows, depth) = len(weights), weights[0].shape
-    dtypes = {weights.dtype} if stacked else {w.dtype for w in weights}
-    if not (dtypes == {x_nD.dtype} and x_nD.dtype in native.DTYPE_CODES and ends_e.dtype == torch.int32):
-        raise ValueError(
-            f"dtypes {x_nD.dtype}, {sorted(map(str, dtypes))}, {ends_e.dtype} are not one of fp32, bf16, fp16, and int32"
-        )
-    lie_well = (
-        weights.is_contiguous() if stacked else all(w.is_contiguous() and w.shape == (rows, depth) for w in weights)
-    )
-    if x_nD.shape[1] != depth or x_nD.stride(1) != 1 or not lie_well or not ends_e.is_contiguous():
-        raise ValueError(f"x {[*x_nD.shape]} and weights {[rows, depth]} do not fit, or are not contiguous")
-    ends = ends_e.tolist()
-    if len(ends) != count or ends != sorted(ends) or ends[0] < 0 or ends[-1] != len(x_nD):
-        raise ValueError(
-            f"ends {ends} do not rise from 0 or more to the {len(x_nD)} tokens, one for each of {count} experts"
-        )
-    out = torch.empty(len(x_nD), rows, dtype=x_nD.dtype)
-    each = rows * depth * x_nD.element_size()
-    places = (
-        range(weights.data_ptr(), weights.data_ptr() + count * each, each)
-        if stacked
-        else map(torch.Tensor.data_ptr, weights)
-    )
-    status = library.flexmoe_products(
-        native.DTYPE_CODES[x_nD.dtype], x_nD.data_ptr(), x_nD.stride(0), (ctypes.c_void_p * count)(*places),
-        ends_e.data_ptr(), out.data_ptr(), count, rows, depth, torch.get_num_threads(),
-    )  # fmt: skip
-    if status:
+    library = native.required()
+    _check(x_nC, weights, ends_e)
+    count, (rows, columns) = len(weights), weights[0].shape
+    out_nR = torch.empty(len(x_nC), rows, dtype=x_nC.dtype)
+    tokens = native.DTYPE_CODES[x_nC.dtype], x_nC.data_ptr(), x_nC.stride(0)
+    addresses = (ctypes.c_void_p * count)(*_addresses(weights))
+    sizes = count, rows, columns, torch.get_num_threads()
+    if library.flexmoe_products(*tokens, addresses, ends_e.data_ptr(), out_nR.data_ptr(), *sizes):
         raise MemoryError("native products could not allocate their work list")
-    return out
+    return out_nR
+
+
+def _check(x_nC: torch.Tensor, weights: torch.Tensor | Sequence[torch.Tensor], ends_e: torch.Tensor) -> None:
+    """Raise ValueError unless the tensors fit together; no loop in Python over experts that lie stacked."""
+    shape = weights[0].shape
+    if isinstance(weights, torch.Tensor):
+        dtypes, lie_well = {weights.dtype}, weights.is_contiguous()
+    else:
+        dtypes = {w.dtype for w in weights}
+        lie_well = all(w.is_contiguous() and w.shape == shape for w in weights)
+    if not (dtypes == {x_nC.dtype} and x_nC.dtype in native.DTYPE_CODES and ends_e.dtype == torch.int32):
+        raise ValueError(
+            f"dtypes {x_nC.dtype}, {sorted(map(str, dtypes))}, {ends_e.dtype} are not one of fp32, bf16, fp16, and int32"
+        )
+    if x_nC.shape[1] != shape[1] or x_nC.stride(1) != 1 or not lie_well or not ends_e.is_contiguous():
+        raise ValueError(f"x {[*x_nC.shape]} and weights {[*shape]} do not fit, or are not contiguous")
+    ends = ends_e.tolist()
+    if len(ends) != len(weights) or ends != sorted(ends) or ends[0] < 0 or ends[-1] != len(x_nC):
+        raise ValueError(
+            f"ends {ends} do not rise from 0 or more to the {len(x_nC)} tokens, one for each of {len(weights)} experts"
+        )
+
+
+def _addresses(weights: torch.Tensor | Sequence[torch.Tensor]) -> Iterable[int]:
+    if not isinstance(weights, torch.Tensor):
+        return map(torch.Tensor.data_ptr, weights)
+    first, each = weights.data_ptr(), weights[0].nbytes
+    return range(first, first + len(weights) * each, each)

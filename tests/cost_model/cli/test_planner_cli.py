@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from cost_model.cli import plan as command
-from cost_model.hardware.hardware import GIB, Hardware
+from cost_model.hardware.hardware import Hardware
+from policies.common.memory_units import GIB
 from policies.policy import PolicyFile
 from policies.workload import Workload
 from tests.support.paths import ROOT

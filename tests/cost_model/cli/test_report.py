@@ -7,12 +7,13 @@ import pytest
 
 from cost_model.cli.block_size_curve import block_sizes, curve, wall, with_rows
 from cost_model.cli.report import _BOUND, Report, bar
-from cost_model.hardware.hardware import GIB, Hardware
+from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
 from cost_model.planner.solve import Explanation
 from cost_model.planner.what_if import Advice
 from cost_model.simulation.simulate import simulate
 from cost_model.timing.evaluate import evaluate
+from policies.common.memory_units import GIB
 from policies.placement import TIERS
 from policies.policy import Policy
 from policies.workload import Workload
@@ -39,7 +40,7 @@ def report(preset="t4", policy=POLICY, workload=JOB, arch=ARCH, explanation=None
     hardware = Hardware.preset(preset)
     prediction = evaluate(arch, hardware, workload, policy, ignore_memory=True)
     return Report(
-        arch=arch, hardware=hardware, workload=workload, number_bytes=2, origin="rates from machine.json",
+        arch=arch, hardware=hardware, workload=workload, dtype_bytes=2, origin="rates from machine.json",
         policy=policy, prediction=prediction, explanation=explanation, simulation=simulation,
     )  # fmt: skip
 
@@ -99,7 +100,7 @@ def test_percents_are_those_achieved_and_sum_to_100():
     found = report()
     for shares in found.achieved().values():
         assert sum(shares) == pytest.approx(100)
-    placed = found.prediction.sizes.placement.achieved_percent
+    placed = found.prediction.allocation.placement.achieved_percent
     assert [f"{share:.1f}" for share in placed] == line(found.lines(), "weights").split()[1:]
     assert line(found.lines(), "activations").split()[1:] == ["50.0", "50.0", "0.0"]
 

@@ -7,10 +7,11 @@ import pytest
 
 import cost_model
 from cost_model.hardware.gemm_rates import GemmRates
-from cost_model.hardware.hardware import GIB, MACHINES, Gpu, Hardware
+from cost_model.hardware.hardware import MACHINES, Gpu, Hardware
 from flexmoe.engine import config as engine_config
 from flexmoe.system.device import Device
 from policies.common.errors import DataError, InputMissingError, StorageError, UsageError
+from policies.common.memory_units import GIB
 from policies.policy import Policy, Workload
 from scripts.make_machines import all_machines
 

@@ -7,10 +7,11 @@ import pytest
 
 from cost_model.model.arch import ModelArch
 from cost_model.model.known_shapes import SHAPE_OF_HUB_ID, SHAPES
+from cost_model.model.weight_units import experts_per_unit, head_chunks, head_rows, units_of
 from policies.common.errors import DataError, InputMissingError, UsageError
+from policies.common.memory_units import GIB
 from tests.support.paths import ROOT
 
-GIB = 2**30
 MIXTRAL = ModelArch.from_name("mixtral-8x7b")
 PHI = ModelArch.from_name("phi-3.5-moe")
 QWEN = ModelArch.from_name("qwen3-30b-a3b")
@@ -59,13 +60,13 @@ def test_the_other_families_have_the_known_numbers(name, parameters, active, kv_
     assert active_params(arch) == pytest.approx(active, rel=0.01)
     assert arch.kv_bytes_per_token() == kv_bytes_per_token
     assert arch.flops_per_token == pytest.approx(2 * (active_params(arch) - arch.embed_params), rel=0.001)
-    assert sum(unit.stored_bytes for unit in arch.units()) == arch.total_bytes
+    assert sum(unit.stored_bytes for unit in units_of(arch)) == arch.total_bytes
 
 
 def test_the_small_experts_of_qwen3_are_9_mib_and_move_in_groups():
     assert QWEN.expert_bytes == 9 * 2**20
-    assert QWEN.experts_per_unit == 8
-    assert len(QWEN.units()) == 1 + 48 * (1 + 16) + QWEN.num_head_chunks
+    assert experts_per_unit(QWEN) == 8
+    assert len(units_of(QWEN)) == 1 + 48 * (1 + 16) + head_chunks(QWEN)
 
 
 def test_later_qwen3_models_differ_from_the_first_in_their_context_alone():
@@ -74,7 +75,7 @@ def test_later_qwen3_models_differ_from_the_first_in_their_context_alone():
         for variant in ("Instruct-2507", "Thinking-2507"):
             later = ModelArch.from_name(f"Qwen/Qwen3-{size}-{variant}")
             assert (first.max_position, later.max_position) == (40_960, 262_144)
-            assert later.units() == first.units() and later.fingerprint() == first.fingerprint()
+            assert units_of(later) == units_of(first) and later.fingerprint() == first.fingerprint()
     assert ModelArch.from_name("Qwen/Qwen3-30B-A3B-Base").max_position == 32_768
 
 
@@ -96,25 +97,25 @@ def test_an_unknown_name_is_refused_with_the_known_ones(name):
 
 
 def test_units_come_in_schedule_order_with_all_bytes():
-    units = MIXTRAL.units()
-    assert [unit.name for unit in units[:3]] == ["embed", "layers.0.attention", "layers.0.expert.0"]
+    units = units_of(MIXTRAL)
+    assert [str(unit.id) for unit in units[:3]] == ["embed", "layers.0.attention", "layers.0.expert.0"]
     assert [unit.layer for unit in units] == sorted(unit.layer for unit in units)
-    assert (units[0].layer, units[-1].layer, units[-1].name) == (-1, 32, "head.0")
-    assert len({unit.name for unit in units}) == len(units) == 1 + 32 * 9 + 1
+    assert (units[0].layer, units[-1].layer, str(units[-1].id)) == (-1, 32, "head.0")
+    assert len({str(unit.id) for unit in units}) == len(units) == 1 + 32 * 9 + 1
     assert sum(unit.stored_bytes for unit in units) == MIXTRAL.total_bytes
 
 
 def test_units_are_made_once_for_a_shape():
-    assert ModelArch.from_name("mixtral-8x7b").units() is MIXTRAL.units()
-    assert replace(MIXTRAL, dtype_bytes=4).units()[0].stored_bytes == 2 * MIXTRAL.units()[0].stored_bytes
+    assert units_of(ModelArch.from_name("mixtral-8x7b")) is units_of(MIXTRAL)
+    assert units_of(replace(MIXTRAL, dtype_bytes=4))[0].stored_bytes == 2 * units_of(MIXTRAL)[0].stored_bytes
 
 
 def test_a_dense_layer_is_attention_without_router_and_one_mlp():
-    units = {unit.name: unit.stored_bytes for unit in MIXED.units()}
+    units = {str(unit.id): unit.stored_bytes for unit in units_of(MIXED)}
     assert [name for name in units if name.startswith("layers.7.")] == ["layers.7.attention", "layers.7.expert.0"]
-    assert units["layers.7.expert.0"] == MIXED.expert_bytes_in(7) == 3 * 2048 * 6144 * 2
+    assert units["layers.7.expert.0"] == MIXED.unit_bytes(MIXED.expert_params_in(7)) == 3 * 2048 * 6144 * 2
     assert units["layers.6.attention"] - units["layers.7.attention"] == 2048 * 128 * 2
-    assert units["layers.7.attention"] == MIXED.attention_bytes_in(7)
+    assert units["layers.7.attention"] == MIXED.unit_bytes(MIXED.attention_params_in(7))
     assert sum(units.values()) == MIXED.total_bytes
 
 
@@ -133,8 +134,8 @@ def test_what_differs_between_layers_is_asked_per_layer():
 @pytest.mark.parametrize("changes", [{}, {"vocab_size": 256_001}, {"ffn": 64, "head_dim": 2}, {"vocab_size": 1}])
 def test_no_head_chunk_is_larger_than_the_largest_other_unit(shape, changes):
     arch = replace(shape, **changes)
-    heads = [unit for unit in arch.units() if unit.kind == "head"]
-    limit_bytes = max(unit.stored_bytes for unit in arch.units() if unit.kind in ("attention", "expert"))
+    heads = [unit for unit in units_of(arch) if unit.kind == "head"]
+    limit_bytes = max(unit.stored_bytes for unit in units_of(arch) if unit.kind in ("attention", "expert"))
     assert max(unit.stored_bytes for unit in heads) <= limit_bytes
     head_params = arch.embed_params + arch.norm_params + (arch.vocab_size if arch.head_bias else 0)
     assert sum(unit.stored_bytes for unit in heads) == head_params * arch.dtype_bytes
@@ -143,14 +144,14 @@ def test_no_head_chunk_is_larger_than_the_largest_other_unit(shape, changes):
 
 
 def test_a_large_dense_mlp_makes_room_for_larger_head_chunks():
-    assert (QWEN.grouped(1).num_head_chunks, MIXED.grouped(1).num_head_chunks) == (17, 9)
-    assert MIXED.expert_bytes_in(0) > MIXED.attention_bytes > MIXED.expert_bytes
+    assert (head_chunks(QWEN.grouped(1)), head_chunks(MIXED.grouped(1))) == (17, 9)
+    assert MIXED.unit_bytes(MIXED.expert_params_in(0)) > MIXED.attention_bytes > MIXED.expert_bytes
 
 
 @pytest.mark.parametrize("vocab_size", [1, 7, 32_000, 256_001])
 def test_head_rows_cover_the_vocabulary_once(vocab_size):
     arch = replace(MIXTRAL, vocab_size=vocab_size, hidden=64, ffn=16, head_dim=2)
-    ranges = [arch.head_rows(index) for index in range(arch.num_head_chunks)]
+    ranges = [head_rows(arch, index) for index in range(head_chunks(arch))]
     assert [row for start, stop in ranges for row in range(start, stop)] == list(range(vocab_size))
     sizes = [stop - start for start, stop in ranges]
     assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
@@ -159,7 +160,7 @@ def test_head_rows_cover_the_vocabulary_once(vocab_size):
 def test_a_tied_table_is_one_set_of_parameters_and_two_units():
     tied = replace(MIXTRAL, tied=True)
     assert MIXTRAL.parameters - tied.parameters == tied.embed_params
-    assert sum(unit.stored_bytes for unit in tied.units()) == MIXTRAL.total_bytes
+    assert sum(unit.stored_bytes for unit in units_of(tied)) == MIXTRAL.total_bytes
 
 
 # Transformers.
@@ -201,7 +202,7 @@ def test_every_unit_has_the_parameters_of_transformers(family, options, tied):
 
 def bytes_by_kind(arch):
     totals = {}
-    for unit in arch.units():
+    for unit in units_of(arch):
         totals[unit.layer, unit.kind] = totals.get((unit.layer, unit.kind), 0) + unit.stored_bytes
     return totals
 

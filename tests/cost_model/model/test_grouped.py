@@ -5,11 +5,10 @@ from dataclasses import replace
 import pytest
 
 from cost_model.hardware.hardware import Hardware
-from cost_model.model.grouped import GROUPED_TOKENS, are_grouped
-from cost_model.planner.constraints import Fixed
-from cost_model.planner.linearize import Choice
+from cost_model.model.weight_units import GROUPED_TOKENS, are_grouped, experts_per_unit
+from cost_model.planner.constraints import Choice, Fixed
 from cost_model.planner.lp import Programme
-from cost_model.simulation.replay import Walker
+from cost_model.simulation.replay import Replayer
 from cost_model.timing.evaluate import evaluate
 from cost_model.timing.problem import Problem
 from cost_model.timing.sweep_bounds import sweep_time
@@ -44,7 +43,7 @@ def both(percent, device="cpu", arch=MANY_EXPERTS, **rest):
 
 
 def test_units_of_several_experts_with_few_tokens_and_whole_rows_are_grouped():
-    assert MANY_EXPERTS.experts_per_unit > 1 and are_grouped(MANY_EXPERTS, 2, MOST)
+    assert experts_per_unit(MANY_EXPERTS) > 1 and are_grouped(MANY_EXPERTS, 2, MOST)
     assert not are_grouped(MANY_EXPERTS, 2, MOST + 1)
     assert not are_grouped(MANY_EXPERTS.grouped(1), 2, 8)
     assert not are_grouped(MIXTRAL, 2, 8)
@@ -104,9 +103,9 @@ def test_experts_that_come_on_demand_are_computed_together_on_the_cpu_and_one_by
 def test_closed_form_and_walk_agree_on_grouped_units(percent, rows):
     (plain, _), (grouped, _) = both(percent, rows=rows, batches=1, hardware=FAST_LINKS)
     load = decoding(rows)
-    walked_s, _ = Walker(grouped, rows).steady(load)
+    replayed_s, _ = Replayer(grouped, rows).steady(load)
     closed_s = sweep_time(grouped, load, rows).total_s
-    assert walked_s == pytest.approx(closed_s, rel=0.05)
+    assert replayed_s == pytest.approx(closed_s, rel=0.05)
     assert closed_s < 0.95 * sweep_time(plain, load, rows).total_s
 
 
@@ -115,7 +114,7 @@ def test_the_programme_agrees_with_the_closed_form_on_grouped_units(percent):
     """A block that is decided, where experts take the longest."""
     job, found, predicted = Workload(prompt_len=16, gen_len=64, num_requests=64), [], []
     for hardware in (replace(each, **FAST_LINKS) for each in machine("cpu")):
-        problem = Problem(arch=MANY_EXPERTS, hardware=hardware, workload=job, number_bytes=2)
+        problem = Problem(arch=MANY_EXPERTS, hardware=hardware, workload=job, dtype_bytes=2)
         choice = Choice(
             schedule="static", fill_sweeps=1, gpu_batch_size=64, modes=("gpu",), rows=64, most_rows=64,
             streams=percent is DISK,

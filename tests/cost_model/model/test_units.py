@@ -7,16 +7,18 @@ import pytest
 
 from cost_model.hardware.hardware import Hardware
 from cost_model.hardware.link_curves import efficient_bytes
-from cost_model.memory.allocation import sizes, slot_bytes
+from cost_model.memory.allocation import allocate, slot_bytes
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import (
     FEWEST_UNITS,
     UNIT_BYTES,
-    expert_unit,
-    experts_of,
+    efficient_group,
+    expert_groups,
+    expert_units,
     experts_per_unit,
     group_on,
     unit_slack_bytes,
+    units_of,
 )
 from cost_model.planner.solve import solve
 from cost_model.simulation.simulate import simulate
@@ -25,6 +27,7 @@ from flexmoe import LLM, SamplingParams
 from flexmoe.models.loader import load_model
 from flexmoe.models.registry import family
 from policies import Policy, Workload
+from policies.common.memory_units import MIB
 from policies.policy import PolicyFile
 from tests.support.tiny import GEN_LEN, assert_greedy, make, offload
 from tests.support.tiny_families import RECIPES
@@ -39,15 +42,15 @@ WORKLOAD = Workload(prompt_len=128, gen_len=32, num_requests=64)
 )
 def test_experts_are_grouped_to_an_efficient_size_where_they_are_small(name, group):
     arch = ModelArch.from_name(name)
-    assert arch.experts_per_unit == group
+    assert experts_per_unit(arch) == group
     assert group == 1 or arch.expert_bytes * group >= UNIT_BYTES > arch.expert_bytes * (group - 1)
 
 
 @pytest.mark.parametrize("experts", [4, 8, 15, 16, 25, 128])
 def test_a_layer_keeps_enough_units_for_fine_shares(experts):
     arch = replace(QWEN, num_experts=experts, top_k=2, ffn=8)
-    assert arch.expert_units >= min(experts, FEWEST_UNITS)
-    groups = arch.expert_groups_in(0)
+    assert expert_units(arch) >= min(experts, FEWEST_UNITS)
+    groups = expert_groups(arch, 0)
     assert [e for group in groups for e in group] == list(range(experts))
     assert len({len(group) for group in groups[:-1]}) <= 1
 
@@ -55,21 +58,15 @@ def test_a_layer_keeps_enough_units_for_fine_shares(experts):
 @pytest.mark.parametrize("group", [1, 3, 8, 128, 500])
 def test_grouping_moves_the_same_bytes_and_names_every_expert_once(group):
     arch = QWEN.grouped(group)
-    assert sum(unit.stored_bytes for unit in arch.units()) == sum(unit.stored_bytes for unit in QWEN.units())
-    own = [unit for unit in arch.units() if unit.kind == "expert" and unit.layer == 5]
-    assert [e for unit in own for e in experts_of(unit.name)] == list(range(128))
-    assert len(own) == arch.expert_units
-
-
-def test_names_of_units_say_which_experts_they_hold():
-    assert [expert_unit(3, range(5, 6)), expert_unit(3, range(8, 16))] == ["layers.3.expert.5", "layers.3.expert.8-15"]
-    for experts in (range(0, 1), range(5, 6), range(8, 16)):
-        assert experts_of(expert_unit(3, experts)) == experts
+    assert sum(unit.stored_bytes for unit in units_of(arch)) == sum(unit.stored_bytes for unit in units_of(QWEN))
+    own = [unit for unit in units_of(arch) if unit.kind == "expert" and unit.layer == 5]
+    assert [e for unit in own for e in unit.id.experts] == list(range(128))
+    assert len(own) == expert_units(arch)
 
 
 def test_a_dense_layer_is_one_unit_however_experts_are_grouped():
     arch = replace(QWEN, dense_layers=(1,), dense_ffn=6144)
-    assert [unit.name for unit in arch.units() if unit.layer == 1] == ["layers.1.attention", "layers.1.expert.0"]
+    assert [str(unit.id) for unit in units_of(arch) if unit.layer == 1] == ["layers.1.attention", "layers.1.expert.0"]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -77,9 +74,9 @@ def test_a_dense_layer_is_one_unit_however_experts_are_grouped():
 def test_the_parts_of_a_group_are_its_bytes_in_both_layouts(packed, group):
     arch = QWEN.grouped(group)
     parts = family(arch).parts(("model.layers.0.mlp.experts.gate_up_proj",) if packed else ())
-    for unit in arch.units():
+    for unit in units_of(arch):
         size = 0
-        for part in parts[unit.name]:
+        for part in parts[unit.id]:
             elements = 1
             for edge in part.shape:
                 elements *= edge
@@ -92,12 +89,12 @@ def test_slots_and_placement_speak_of_groups():
         (20, 40, 100, 0, 100, 0), gpu_batch_size=8, num_gpu_batches=4, prompt_len=128, gen_len=32
     )
     for group in (1, 8):
-        counts = sizes(QWEN.grouped(group), policy, WORKLOAD, device="cuda")
+        allocation = allocate(QWEN.grouped(group), policy, WORKLOAD, device="cuda")
         # The head's table is no larger than the larger of a group and an attention unit.
-        assert slot_bytes(QWEN.grouped(group), counts.placement) >= group * QWEN.expert_bytes
-        assert counts.placement.count_of("gpu") + counts.placement.count_of("cpu") + counts.placement.count_of(
-            "disk"
-        ) == len(QWEN.grouped(group).units())
+        assert slot_bytes(QWEN.grouped(group), allocation.placement) >= group * QWEN.expert_bytes
+        assert allocation.placement.count_of("gpu") + allocation.placement.count_of(
+            "cpu"
+        ) + allocation.placement.count_of("disk") == len(units_of(QWEN.grouped(group)))
 
 
 def test_where_dispatch_is_slow_groups_save_time():
@@ -117,15 +114,12 @@ def test_the_planner_groups_by_the_measured_link():
     slow = replace(t4, gpus=(replace(t4.gpu, op_s=1e-3),))
     quick = replace(t4, gpus=(replace(t4.gpu, op_s=0.0),))
     fewer = group_on(quick, QWEN)
-    assert group_on(slow, QWEN) == 16 and fewer == experts_per_unit(QWEN.expert_bytes, 128, 16 << 20) == 2
+    assert group_on(slow, QWEN) == 16 and fewer == efficient_group(QWEN.expert_bytes, 128, 16 << 20) == 2
     assert group_on(slow, ModelArch.from_name("mixtral-8x7b")) is None
     plan = solve(QWEN, quick.with_budgets(cpu_mem=200), WORKLOAD, effort=0.01)
     assert plan.policy.experts_per_unit == fewer
     again = evaluate(QWEN, quick.with_budgets(cpu_mem=200), WORKLOAD, plan.policy)
     assert again.tokens_per_s == plan.prediction.tokens_per_s
-
-
-MIB = 1 << 20
 
 
 def test_the_smallest_efficient_transfer_is_read_off_a_curve():
@@ -174,7 +168,7 @@ def test_the_policy_decides_how_many_experts_move_as_one(name, group, percent, t
     )
     llm = LLM(variant.directory, policy=policy, workload=Workload(prompt_len=60, gen_len=GEN_LEN), **offload(tmp_path))
     try:
-        assert llm.engine.model.arch.experts_per_unit == min(group, llm.engine.model.arch.num_experts)
+        assert experts_per_unit(llm.engine.model.arch) == min(group, llm.engine.model.arch.num_experts)
         outputs = llm.generate(variant.prompts, SamplingParams(max_tokens=GEN_LEN, ignore_eos=True))
         for row, output in enumerate(outputs):
             assert_greedy(variant, row, list(output.outputs[0].token_ids), variant.expected(row))
@@ -198,8 +192,8 @@ def test_units_of_every_family_stay_within_the_planned_slack(name, tmp_path):
     for group in (None, 8):
         grouped = model.grouped(group)
         source, slack = grouped.source(tmp_path), unit_slack_bytes(grouped.arch)
-        for unit in grouped.arch.units():
-            layout = source.layout(unit.name)
+        for unit in units_of(grouped.arch):
+            layout = source.layout(unit.id)
             assert layout.stored_bytes == unit.stored_bytes
             assert unit.stored_bytes <= min(layout.device_bytes, layout.host_bytes)
             assert max(layout.device_bytes, layout.host_bytes) <= unit.stored_bytes + slack

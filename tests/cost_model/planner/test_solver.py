@@ -10,10 +10,11 @@ from itertools import pairwise
 import pytest
 
 from cost_model import Fixed, Hardware, ModelArch, Workload, solve
-from cost_model.memory.allocation import sizes
+from cost_model.memory.allocation import allocate
 from cost_model.memory.memory_plan import plan_memory
+from cost_model.model.weight_units import units_of
+from cost_model.planner.constraints import Choice
 from cost_model.planner.infeasible import least_capacity
-from cost_model.planner.linearize import Choice
 from cost_model.planner.lp import Programme
 from cost_model.timing.evaluate import evaluate
 from cost_model.timing.problem import Problem
@@ -44,7 +45,7 @@ def planned(hardware, arch=MIXTRAL, workload=JOB, **options):
 
 
 def counts_of(plan, arch, hardware, workload):
-    return sizes(arch, plan.policy, workload, device=hardware.device, longest_row=workload.longest_row)
+    return allocate(arch, plan.policy, workload, device=hardware.device, longest_row=workload.longest_row)
 
 
 # The best.
@@ -145,15 +146,15 @@ def test_planned_policy_fits_and_its_shares_are_achieved_ones(seed):
     problem = random_problem(seed)
     arch, hardware, workload = problem.arch, problem.hardware, problem.workload
     plan = planned(hardware, arch, workload)
-    counts = counts_of(plan, arch, hardware, workload)
-    memory = plan_memory(arch, plan.policy, counts, device=hardware.device, compute_bytes=arch.dtype_bytes)
+    allocation = counts_of(plan, arch, hardware, workload)
+    memory = plan_memory(arch, plan.policy, allocation, device=hardware.device, compute_bytes=arch.dtype_bytes)
     memory.check(hardware.budgets(), dict.fromkeys(hardware.budgets(), ""))
-    weights = counts.placement.achieved_percent
+    weights = allocation.placement.achieved_percent
     assert plan.policy.w_gpu_percent == pytest.approx(weights[0], abs=1e-9)
     assert plan.policy.w_cpu_percent == pytest.approx(weights[1], abs=1e-9)
-    total = sum(counts.kv_blocks.values())
-    assert plan.policy.cache_gpu_percent == pytest.approx(100 * counts.kv_blocks["gpu"] / total, abs=1e-9)
-    assert plan.policy.cache_cpu_percent == pytest.approx(100 * counts.kv_blocks["cpu"] / total, abs=1e-9)
+    total = sum(allocation.kv_pages.values())
+    assert plan.policy.cache_gpu_percent == pytest.approx(100 * allocation.kv_pages["gpu"] / total, abs=1e-9)
+    assert plan.policy.cache_cpu_percent == pytest.approx(100 * allocation.kv_pages["cpu"] / total, abs=1e-9)
     assert not plan.policy.compress_weight and not plan.policy.compress_cache
 
 
@@ -210,7 +211,7 @@ FIXED = [
 @pytest.mark.parametrize("fixed", FIXED, ids=str)
 def test_what_is_fixed_stays(fixed):
     policy = planned(Hardware.preset("t4"), fixed=fixed).policy
-    largest = 100 * max(unit.stored_bytes for unit in MIXTRAL.units()) / MIXTRAL.total_bytes
+    largest = 100 * max(unit.stored_bytes for unit in units_of(MIXTRAL)) / MIXTRAL.total_bytes
     for name, value in fixed.given.items():
         near = {"w": largest, "ca": 0.5, "ac": 0}.get(name[: name.find("_")][:2], 0) if name.endswith("percent") else 0
         assert getattr(policy, name) == pytest.approx(value, abs=near) if near else getattr(policy, name) == value
@@ -246,8 +247,8 @@ def test_kv_capacity_that_is_given_limits_the_rows():
 
 def test_wider_numbers_are_planned_for():
     hardware = Hardware.preset("a5000")
-    plan = planned(hardware, number_bytes=4)
-    assert plan.prediction == evaluate(MIXTRAL, hardware, JOB, plan.policy, number_bytes=4)
+    plan = planned(hardware, dtype_bytes=4)
+    assert plan.prediction == evaluate(MIXTRAL, hardware, JOB, plan.policy, dtype_bytes=4)
 
 
 # Why.
@@ -263,7 +264,7 @@ def test_what_binds_has_a_price(t4):
 
 def test_price_of_memory_is_what_a_little_more_of_it_gives():
     hardware = Hardware.preset("l4").with_budgets(cpu_mem=110, nvme_mem=0)
-    problem = Problem(arch=MIXTRAL, hardware=hardware, workload=Workload(prompt_len=64, gen_len=256), number_bytes=2)
+    problem = Problem(arch=MIXTRAL, hardware=hardware, workload=Workload(prompt_len=64, gen_len=256), dtype_bytes=2)
     choice = Choice(schedule="rolling", fill_sweeps=256, gpu_batch_size=64, modes=("gpu", "cpu"), rows=1000)
 
     def optimum(cpu_mem):
@@ -278,7 +279,7 @@ def test_price_of_memory_is_what_a_little_more_of_it_gives():
 def test_programme_agrees_with_evaluate_where_nothing_is_rounded():
     """One block that is resident: the optimum of its own choice is what `evaluate` predicts."""
     workload = Workload(prompt_len=128, gen_len=64, num_requests=64)
-    problem = Problem(arch=MIXTRAL, hardware=Hardware.preset("h200"), workload=workload, number_bytes=2)
+    problem = Problem(arch=MIXTRAL, hardware=Hardware.preset("h200"), workload=workload, dtype_bytes=2)
     choice = Choice(
         schedule="static", fill_sweeps=1, gpu_batch_size=64, modes=("gpu",), rows=64, most_rows=64, streams=False
     )
@@ -351,7 +352,7 @@ def test_machine_without_a_gpu_is_refused_by_its_memory():
     hardware = Hardware.preset("cpu").with_budgets(nvme_mem=20)
     with pytest.raises(InfeasibleError, match="host memory|disk"):
         planned(hardware)
-    problem = Problem(arch=MIXTRAL, hardware=hardware, workload=JOB, number_bytes=2)
+    problem = Problem(arch=MIXTRAL, hardware=hardware, workload=JOB, dtype_bytes=2)
     assert least_capacity(problem, Fixed(), "disk") > hardware.disk_bytes
 
 

@@ -9,6 +9,7 @@ import pytest
 from cost_model import Hardware, Workload, solve
 from cost_model.memory.allocation import residency
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import expert_groups, units_of
 from cost_model.routing.expert_usage import ExpertUsage
 from cost_model.simulation.simulate import simulate
 from cost_model.timing.evaluate import evaluate
@@ -113,10 +114,10 @@ def test_fewer_experts_are_reached_where_usage_is_uneven():
 def test_the_most_used_units_come_first_in_every_layer(arch):
     usage = skewed(arch)
     for layer, order in enumerate(usage.unit_order(arch)):
-        units = arch.expert_groups_in(layer)
+        units = expert_groups(arch, layer)
         used = [usage.counts[layer, units[number].start : units[number].stop].mean() for number in order]
         assert used == sorted(used, reverse=True) and sorted(order) == list(range(len(units)))
-    assert len(residency(arch, usage.unit_order(arch)).order) == len(arch.units())
+    assert len(residency(arch, usage.unit_order(arch)).order) == len(units_of(arch))
 
 
 @pytest.mark.parametrize("arch", [MIXTRAL, QWEN], ids=["mixtral", "qwen3"])

@@ -13,8 +13,8 @@ from cost_model.routing.on_demand import OnDemand, touched, uniform_shares
 MIXTRAL, QWEN = ModelArch.from_name("Mixtral-8x7B"), ModelArch.from_name("Qwen3-30B-A3B")
 
 
-def on_demand(arch, at_hand=4, gpu=0):
-    return OnDemand.of(arch, residency(arch).place(gpu, 50).tier_of, at_hand)
+def on_demand(arch, cached=4, gpu=0):
+    return OnDemand.of(arch, residency(arch).place(gpu, 50).tier_of, cached)
 
 
 def test_what_is_touched_is_what_is_drawn():
@@ -37,11 +37,11 @@ def test_only_experts_off_the_device_of_layers_with_experts_are_streamed():
 
 
 @pytest.mark.parametrize("arch", [MIXTRAL, QWEN], ids=["mixtral", "qwen3"])
-def test_missed_experts_are_those_touched_beyond_what_is_at_hand(arch):
+def test_missed_experts_are_those_touched_beyond_what_is_cached(arch):
     every, shares = arch.num_layers * arch.num_experts, uniform_shares(arch)
-    assert on_demand(arch, at_hand=0).missed(shares, 1) == pytest.approx(arch.num_layers * arch.top_k)
-    assert on_demand(arch, at_hand=every // 2).missed(shares, 1) == pytest.approx(arch.num_layers * arch.top_k / 2)
-    assert on_demand(arch, at_hand=every).missed(shares, 1) == 0
+    assert on_demand(arch, cached=0).missed(shares, 1) == pytest.approx(arch.num_layers * arch.top_k)
+    assert on_demand(arch, cached=every // 2).missed(shares, 1) == pytest.approx(arch.num_layers * arch.top_k / 2)
+    assert on_demand(arch, cached=every).missed(shares, 1) == 0
     skewed = shares * 0.5
     skewed[:, : arch.top_k] = 1.0  # always the same ones, which are at hand
     held = arch.num_layers * arch.top_k
@@ -55,7 +55,7 @@ def test_few_tokens_are_on_demand_and_many_are_not():
     assert [on_demand(QWEN).pays(shares, tokens) for tokens in (1, 8, 128, 1000)] == [True, True, False, False]
 
 
-def test_with_all_experts_at_hand_many_tokens_are_still_streamed():
+def test_with_all_experts_cached_many_tokens_are_still_streamed():
     every = MIXTRAL.num_layers * MIXTRAL.num_experts
     assert on_demand(MIXTRAL, every).pays(uniform_shares(MIXTRAL), 16)
     assert not on_demand(MIXTRAL, every).pays(uniform_shares(MIXTRAL), 64)
@@ -78,4 +78,4 @@ def test_small_experts_have_to_spare_more_loads_the_faster_their_link_is():
 
 
 def test_one_place_to_load_into_is_too_few():
-    assert not on_demand(MIXTRAL, at_hand=1).pays(uniform_shares(MIXTRAL), 1)
+    assert not on_demand(MIXTRAL, cached=1).pays(uniform_shares(MIXTRAL), 1)

@@ -1,4 +1,4 @@
-"""A job on paper: its rows go through the runtime's admission, its sweeps take what a walk says."""
+"""A job on paper: its rows go through the runtime's admission, its sweeps take what a replay says."""
 
 import json
 import time
@@ -29,7 +29,7 @@ def by_groups(monkeypatch):
 
     def call(row_sweeps):
         monkeypatch.setattr(job_sweeps_module, "ROW_SWEEPS", row_sweeps)
-        monkeypatch.setattr(simulate_module, "WALKED_OPS", 0)
+        monkeypatch.setattr(simulate_module, "REPLAYED_OPS", 0)
 
     return call
 
@@ -81,10 +81,10 @@ def test_an_endless_job_is_refused():
 
 
 def test_rows_that_no_tier_can_hold_are_refused(monkeypatch):
-    real = problem_module.sizes
+    real = problem_module.allocate
     monkeypatch.setattr(
-        problem_module, "sizes",
-        lambda *a, **k: replace(real(*a, **k), kv_blocks={"gpu": 0, "cpu": 3, "disk": 0}),
+        problem_module, "allocate",
+        lambda *a, **k: replace(real(*a, **k), kv_pages={"gpu": 0, "cpu": 3, "disk": 0}),
     )  # fmt: skip
     with pytest.raises(InfeasibleError, match="room for 48 tokens"):
         simulate(SMALL, MACHINE, job(4), policy_of(ON_HOST))
@@ -235,7 +235,7 @@ def test_simulated_operations_are_those_that_the_engine_runs(tiny, tmp_path, one
     finally:
         engine.close()
     found = simulate(
-        arch, Hardware.preset("cpu"), workload, policy, number_bytes=4, full=True, keep_trace_sweeps=len(sweeps)
+        arch, Hardware.preset("cpu"), workload, policy, dtype_bytes=4, full=True, keep_trace_sweeps=len(sweeps)
     )
     assert found.sweeps == len(sweeps)
     assert [round(v) for v in found.timeline.tokens] == [sweep.tokens for sweep in sweeps]

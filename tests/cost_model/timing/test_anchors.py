@@ -5,12 +5,13 @@ import pytest
 from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import Gpu, Hardware
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import units_of
 from cost_model.timing.evaluate import evaluate
 from policies.common.errors import InfeasibleError
+from policies.common.memory_units import GIB
 from policies.policy import Policy
 from policies.workload import Workload
 
-GIB = 1 << 30
 ARCH = ModelArch.from_name("mixtral-8x7b")
 JOB = Workload(prompt_len=512, gen_len=256)
 #: Rates that never decide.
@@ -54,8 +55,8 @@ def limit(name, schedule):
     kv_bytes = 0.95 * given[2] * 1e9 - (EXPERTS_GB - resident_gb) * 1e9
     context = JOB.prompt_len + JOB.gen_len / (1 if schedule == "static" else 2)
     rows = kv_bytes / (ARCH.kv_bytes_per_token() * context)
-    dense_bytes = sum(unit.stored_bytes for unit in ARCH.units() if unit.kind != "expert")
-    on_gpu = 100 * (dense_bytes + resident_gb * 1e9) / sum(unit.stored_bytes for unit in ARCH.units())
+    dense_bytes = sum(unit.stored_bytes for unit in units_of(ARCH) if unit.kind != "expert")
+    on_gpu = 100 * (dense_bytes + resident_gb * 1e9) / sum(unit.stored_bytes for unit in units_of(ARCH))
     policy = Policy.from_percent(
         (on_gpu, 100 - on_gpu, 0, 100, 100, 0), gpu_batch_size=int(rows) // 4, num_gpu_batches=4,
         prompt_len=JOB.prompt_len, gen_len=JOB.gen_len, schedule=schedule, cpu_attention_percent=100, weight_slots=64,

@@ -11,17 +11,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cost_model.memory.allocation import BLOCK_TOKENS, kv_blocks_per_tier, kv_tokens_wanted, sizes
+from cost_model.memory.allocation import PAGE_TOKENS, allocate, kv_pages_per_tier, kv_tokens_wanted
 from cost_model.memory.memory_plan import HOST_BUFFERS, MemoryPlan, plan_memory
 from cost_model.model.arch import ModelArch
-from cost_model.model.weight_units import unit_slack_bytes
+from cost_model.model.weight_units import unit_slack_bytes, units_of
 from flexmoe.checkpoint.unit_layout import UnitLayout
 from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine import Engine
 from flexmoe.models.loader import load_model
 from flexmoe.models.registry import family
-from flexmoe.system.device import PAGE_BYTES, Device
+from flexmoe.system.device import Device
 from policies.common.errors import InfeasibleError
+from policies.common.memory_units import SYSTEM_PAGE_BYTES as PAGE_BYTES
 from policies.placement import TIERS
 from policies.policy import Policy, Workload
 
@@ -123,10 +124,10 @@ def test_the_runtime_takes_what_was_planned(checkpoint, tmp_path, host_buffers, 
     engine = Engine(load_model(str(checkpoint)), config)
     try:
         taken, planned = allocated(engine, host_buffers), engine.plan.memory
-        units = len(engine.plan.sizes.placement.tier_of)
+        units = len(engine.plan.allocation.placement.tier_of)
         slack_bytes = unit_slack_bytes(engine.model.arch)
-        slack = {"weights": units * slack_bytes, "slots": engine.plan.sizes.slots * slack_bytes}
-        slack["load buffers"] = 4 * slack_bytes + 4 * max(u.stored_bytes for u in engine.model.arch.units())
+        slack = {"weights": units * slack_bytes, "slots": engine.plan.allocation.slots * slack_bytes}
+        slack["load buffers"] = 4 * slack_bytes + 4 * max(u.stored_bytes for u in units_of(engine.model.arch))
         for tier in ("gpu", "cpu"):
             for item, size in taken[tier].items():
                 asked = planned.parts[tier].get(item, 0)
@@ -138,7 +139,7 @@ def test_the_runtime_takes_what_was_planned(checkpoint, tmp_path, host_buffers, 
             )
             assert not forgotten, f"{tier}: planned, but nothing was allocated for {forgotten}"
             assert sum(taken[tier].values()) <= planned.total(tier), f"{tier} takes more than planned in all"
-        assert len(host_buffers.made) <= HOST_BUFFERS + len(engine.plan.sizes.activation_tiers)
+        assert len(host_buffers.made) <= HOST_BUFFERS + len(engine.plan.allocation.activation_tiers)
     finally:
         engine.close()
 
@@ -146,8 +147,8 @@ def test_the_runtime_takes_what_was_planned(checkpoint, tmp_path, host_buffers, 
 def test_unit_layouts_stay_within_the_planned_slack(checkpoint):
     model = load_model(str(checkpoint))
     source = model.source(Path("."))
-    for unit in model.arch.units():
-        layout: UnitLayout = source.layout(unit.name)
+    for unit in units_of(model.arch):
+        layout: UnitLayout = source.layout(unit.id)
         assert layout.stored_bytes == unit.stored_bytes
         assert unit.stored_bytes <= layout.device_bytes <= unit.stored_bytes + unit_slack_bytes(model.arch)
         assert unit.stored_bytes <= layout.host_bytes <= unit.stored_bytes + unit_slack_bytes(model.arch)
@@ -155,10 +156,10 @@ def test_unit_layouts_stay_within_the_planned_slack(checkpoint):
 
 def test_disk_tier_is_counted_as_written(checkpoint, tmp_path, arch):
     policy = policy_of((0, 0, 0, 0, 0, 0))
-    counts = sizes(arch, policy, WORKLOAD, device="cpu")
-    plan = plan_memory(arch, policy, counts, device="cpu", compute_bytes=4)
-    assert plan.parts["disk"]["weights"] == sum(u.stored_bytes for u in arch.units())
-    assert plan.parts["disk"]["kv"] == counts.kv_blocks["disk"] * BLOCK_TOKENS * arch.kv_bytes_per_token(4)
+    allocation = allocate(arch, policy, WORKLOAD, device="cpu")
+    plan = plan_memory(arch, policy, allocation, device="cpu", compute_bytes=4)
+    assert plan.parts["disk"]["weights"] == sum(u.stored_bytes for u in units_of(arch))
+    assert plan.parts["disk"]["kv"] == allocation.kv_pages["disk"] * PAGE_TOKENS * arch.kv_bytes_per_token(4)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -166,27 +167,27 @@ def test_disk_tier_is_counted_as_written(checkpoint, tmp_path, arch):
 def test_achieved_shares_are_near_the_asked_ones(arch, name, device):
     percent, rest = POLICIES[name]
     policy = policy_of(percent, **rest)
-    counts = sizes(arch, policy, WORKLOAD, device=device, kv_tokens=40 * BLOCK_TOKENS)
-    largest = 100 * max(u.stored_bytes for u in arch.units()) / sum(u.stored_bytes for u in arch.units())
+    allocation = allocate(arch, policy, WORKLOAD, device=device, kv_tokens=40 * PAGE_TOKENS)
+    largest = 100 * max(u.stored_bytes for u in units_of(arch)) / sum(u.stored_bytes for u in units_of(arch))
     weights, cache, act = percent[0:2], percent[2:4], percent[4:6]
-    for asked, achieved in zip(weights, counts.placement.achieved_percent):
+    for asked, achieved in zip(weights, allocation.placement.achieved_percent):
         assert abs(asked - achieved) <= largest
-    blocks = counts.kv_blocks
+    blocks = allocation.kv_pages
     assert sum(blocks.values()) == 40
     for asked, tier in zip(cache, TIERS):
         assert abs(asked / 100 * 40 - blocks[tier]) < 1
     for asked, tier in zip(act, TIERS):
-        assert abs(asked / 100 * 3 - counts.activation_tiers.count(tier)) < 1
-    assert (counts.tails > 0) == (blocks["disk"] > 0)
-    assert (counts.staging_slots == 0) == ("disk" not in counts.placement.tier_of.values())
+        assert abs(asked / 100 * 3 - allocation.activation_tiers.count(tier)) < 1
+    assert (allocation.tails > 0) == (blocks["disk"] > 0)
+    assert (allocation.staging_slots == 0) == ("disk" not in allocation.placement.tier_of.values())
 
 
 def test_kv_capacity_follows_the_ages_of_the_rows():
     rolling = policy_of((100, 0, 100, 0, 100, 0))
     assert kv_tokens_wanted(rolling, WORKLOAD) == 12 * (40 + (20 + 16) // 2)
-    assert kv_tokens_wanted(replace(rolling, schedule="static"), WORKLOAD) == 12 * 4 * BLOCK_TOKENS
+    assert kv_tokens_wanted(replace(rolling, schedule="static"), WORKLOAD) == 12 * 4 * PAGE_TOKENS
     mean_row = WORKLOAD.prompt_len + WORKLOAD.gen_len / 2
-    assert 12 * mean_row <= kv_tokens_wanted(rolling, WORKLOAD) <= 12 * (mean_row + BLOCK_TOKENS)
+    assert 12 * mean_row <= kv_tokens_wanted(rolling, WORKLOAD) <= 12 * (mean_row + PAGE_TOKENS)
 
 
 @pytest.mark.parametrize("gpu, cpu", [(0, 0), (1, 1), (34, 33), (50, 50), (0, 100), (99, 1)])
@@ -194,9 +195,9 @@ def test_kv_capacity_follows_the_ages_of_the_rows():
 @pytest.mark.parametrize("longest", [1, 16, 17, 500])
 def test_longest_row_always_fits_the_largest_tier(gpu, cpu, kv_tokens, longest):
     policy = policy_of((100, 0, gpu, cpu, 100, 0))
-    blocks = kv_blocks_per_tier(policy, kv_tokens, longest)
-    assert max(blocks.values()) * BLOCK_TOKENS >= longest
-    assert sum(blocks.values()) * BLOCK_TOKENS >= kv_tokens
+    blocks = kv_pages_per_tier(policy, kv_tokens, longest)
+    assert max(blocks.values()) * PAGE_TOKENS >= longest
+    assert sum(blocks.values()) * PAGE_TOKENS >= kv_tokens
     for share, tier in zip((gpu, cpu, 100 - gpu - cpu), TIERS):
         assert (share == 0) <= (blocks[tier] == 0)
 
@@ -205,22 +206,28 @@ def test_longest_row_always_fits_the_largest_tier(gpu, cpu, kv_tokens, longest):
 @pytest.mark.parametrize("rows", [1, 7, 12])
 def test_every_tier_holds_whole_rows_of_a_static_block(arch, gpu, cpu, rows):
     policy = replace(policy_of((100, 0, gpu, cpu, 100, 0)), schedule="static", gpu_batch_size=rows, num_gpu_batches=1)
-    counts = sizes(arch, policy, WORKLOAD, device="cpu", longest_row=60)
-    assert sum(counts.kv_blocks.values()) == rows * 4
-    assert all(blocks % 4 == 0 for blocks in counts.kv_blocks.values())
+    allocation = allocate(arch, policy, WORKLOAD, device="cpu", longest_row=60)
+    assert sum(allocation.kv_pages.values()) == rows * 4
+    assert all(blocks % 4 == 0 for blocks in allocation.kv_pages.values())
 
 
 def test_longest_row_is_the_workloads_where_none_is_given(arch):
     policy = policy_of((100, 0, 100, 0, 100, 0))
-    blocks = sizes(arch, policy, WORKLOAD, device="cpu", kv_tokens=1).kv_blocks
-    assert blocks["gpu"] * BLOCK_TOKENS >= 60
-    assert sizes(arch, policy, WORKLOAD, device="cpu", kv_tokens=1, longest_row=500).kv_blocks["gpu"] == 32
+    blocks = allocate(arch, policy, WORKLOAD, device="cpu", kv_tokens=1).kv_pages
+    assert blocks["gpu"] * PAGE_TOKENS >= 60
+    assert allocate(arch, policy, WORKLOAD, device="cpu", kv_tokens=1, longest_row=500).kv_pages["gpu"] == 32
 
 
 def test_no_buffer_is_planned_for_what_never_moves(arch):
     policy = policy_of((100, 0, 100, 0, 100, 0))
-    counts = sizes(arch, policy, WORKLOAD, device="cpu")
-    assert (counts.slots, counts.staging_slots, counts.tails, counts.fetch_blocks, counts.write_blocks) == (
+    allocation = allocate(arch, policy, WORKLOAD, device="cpu")
+    assert (
+        allocation.slots,
+        allocation.staging_slots,
+        allocation.tails,
+        allocation.fetch_pages,
+        allocation.write_pages,
+    ) == (
         0,
         0,
         0,
@@ -228,7 +235,7 @@ def test_no_buffer_is_planned_for_what_never_moves(arch):
         0,
     )
     all_on_cpu = policy_of((100, 0, 0, 100, 100, 0), cpu_attention_percent=100.0)
-    assert sizes(arch, all_on_cpu, WORKLOAD, device="cpu").fetch_blocks == 0
+    assert allocate(arch, all_on_cpu, WORKLOAD, device="cpu").fetch_pages == 0
 
 
 def plan_of(**gpu):

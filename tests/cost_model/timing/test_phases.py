@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from cost_model.memory.allocation import sizes
+from cost_model.memory.allocation import allocate
 from cost_model.simulation.job_sweeps import job_sweeps
 from cost_model.simulation.simulate import simulate
 from cost_model.timing.job_phases import course
@@ -30,11 +30,11 @@ def test_closed_course_of_a_job_agrees_with_its_sweeps(schedule, mixed):
         w_gpu, kv_gpu = rng.choice([0, 30, 100]), rng.choice([0, 37])
         shares = (w_gpu, 100 - w_gpu, kv_gpu, 100 - kv_gpu, 100, 0)
         policy = policy_of(shares, rows=32, batches=batches, prompt_len=s, gen_len=n, schedule=schedule)
-        counts = sizes(SMALL, policy, workload, device="cuda", longest_row=workload.longest_row)
-        form = SweepForm(Costs(SMALL, MACHINE, policy, counts, 2), 32)
-        followed = job_sweeps(policy, counts, workload, whole=True, seed=0)
+        allocation = allocate(SMALL, policy, workload, device="cuda", longest_row=workload.longest_row)
+        form = SweepForm(Costs(SMALL, MACHINE, policy, allocation, 2), 32)
+        followed = job_sweeps(policy, allocation, workload, whole=True, seed=0)
         whole_s = sum(form.time(followed.load(at)).total_s for at in range(len(followed.logits)))
-        closed_s = sum(p.sweeps * form.time(p.load).total_s for p in course(policy, counts, workload).phases)
+        closed_s = sum(p.sweeps * form.time(p.load).total_s for p in course(policy, allocation, workload).phases)
         apart.append(abs(closed_s / whole_s - 1))
     apart.sort()
     assert statistics.median(apart) <= 0.03
@@ -46,8 +46,10 @@ def test_a_static_block_ends_with_its_longest_row():
     lengths = tuple((64, n, 1) for n in [8] * 31 + [256])
     workload = Workload(prompt_len=64, gen_len=16, num_requests=96, lengths=lengths)
     policy = policy_of((100, 0, 100, 0, 100, 0), gen_len=16, schedule="static")
-    counts = sizes(SMALL, policy, workload, device="cuda", longest_row=320)
-    assert sum(phase.sweeps for phase in course(policy, counts, workload).phases) == pytest.approx(3 * 256, rel=0.02)
+    allocation = allocate(SMALL, policy, workload, device="cuda", longest_row=320)
+    assert sum(phase.sweeps for phase in course(policy, allocation, workload).phases) == pytest.approx(
+        3 * 256, rel=0.02
+    )
 
 
 def test_every_block_of_a_static_job_is_full_whatever_tiers_its_kv_lives_in():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from cost_model.hardware.hardware import Hardware
-from cost_model.memory.allocation import sizes
+from cost_model.memory.allocation import allocate
 from cost_model.model.arch import ModelArch
 from cost_model.timing.contention import USERS, Resources
 from cost_model.timing.op_costs import Costs
@@ -21,8 +21,8 @@ def resources(machine="rtx4090", gpu=None, **hardware):
     policy = Policy.from_percent(
         (10, 90, 0, 100, 100, 0), gpu_batch_size=8, num_gpu_batches=2, prompt_len=64, gen_len=32
     )
-    counts = sizes(ARCH, policy, workload, device=there.device)
-    return Resources(Costs(ARCH, there, policy, counts, 2))
+    allocation = allocate(ARCH, policy, workload, device=there.device)
+    return Resources(Costs(ARCH, there, policy, allocation, 2))
 
 
 LINK = {

@@ -8,7 +8,7 @@ import torch
 from flexmoe.checkpoint.safetensors import TensorInfo
 from flexmoe.checkpoint.unit_layout import DEVICE_ALIGNMENT, Part, pack, unit_layout, views
 from flexmoe.errors import DataError
-from flexmoe.system.device import PAGE_BYTES
+from policies.common.memory_units import SYSTEM_PAGE_BYTES as PAGE_BYTES
 
 
 def table(*entries):

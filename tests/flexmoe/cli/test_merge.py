@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from flexmoe.cli.merge import main, merge
+from flexmoe.batch.merge_shards import merge_shards
+from flexmoe.cli.merge import main
 from flexmoe.job.manifest import Finished, Manifest, work_directory
 from flexmoe.job.output_files import default_error_path, publish
 from flexmoe.job.shards import Shard
@@ -62,7 +63,7 @@ def test_every_row_is_there_once_in_input_order_whatever_failed_where(tmp_path, 
         directory.mkdir()
         paths = make(directory, total, count, failed)
         rng.shuffle(paths)
-        assert merge(out, paths, overwrite=True) == (total - len(failed), len(failed))
+        assert merge_shards(out, paths, overwrite=True) == (total - len(failed), len(failed))
         assert rows(out) == [row for row in range(total) if row not in failed]
         errors = default_error_path(out)
         assert (rows(errors) if errors.exists() else []) == sorted(failed)

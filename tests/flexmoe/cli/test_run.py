@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from flexmoe.cli import run as command
 from flexmoe.models.loader import load_model
 from policies.policy import Policy, PolicyFile
 from tests.support.command_lines import ROWS, THREE_TIERS, assert_one_sentence, body
@@ -261,7 +260,7 @@ def test_a_malformed_line_exits_65_and_is_named(job, main):
 
 @pytest.mark.parametrize("output", ["/proc/out.jsonl", "/no/such/directory/out.jsonl"])
 def test_an_output_that_cannot_be_written_exits_74_before_the_model_is_opened(output, job, main, monkeypatch):
-    monkeypatch.setattr(command, "load_model", lambda *_: pytest.fail("the model was opened"))
+    monkeypatch.setattr("flexmoe.batch.job_parts.load_model", lambda *_: pytest.fail("the model was opened"))
     job.output = Path(output)
     code, _, err = main(job.args())
     assert code == 74
@@ -414,7 +413,7 @@ def test_ctrl_c_exits_130_with_a_sentence_and_no_file_under_the_final_name(job, 
     assert process.returncode == 130
     stopping, told = err.splitlines()
     assert "stopping after this sweep" in stopping
-    assert_one_sentence(told, "interrupted", "of 400 rows are done", "the same command goes on")
+    assert_one_sentence(told, "interrupted", "of 400 rows are done", "the same command resumes")
     assert not job.output.exists()
 
 

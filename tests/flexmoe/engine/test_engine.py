@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 
+from cost_model.model.weight_units import units_of
 from flexmoe import LLM, EngineRequest, SamplingParams
 from flexmoe.errors import UsageError
 from policies import Policy, Workload
@@ -55,7 +56,7 @@ def ids(output):
 # Entering and leaving.
 
 
-def test_a_finished_row_frees_its_blocks_and_its_place_is_refilled_in_the_next_sweep(make, tiny):
+def test_a_finished_row_frees_its_pages_and_its_place_is_refilled_in_the_next_sweep(make, tiny):
     variant, llm = tiny(), make(rows=2)
     engine = llm.engine
     for row, length in ((1, 2), (2, 6), (5, 3)):
@@ -183,7 +184,7 @@ def test_a_request_that_can_never_run_is_refused_with_the_reason(prompt, reason,
 
 def test_a_row_longer_than_every_tiers_cache_is_refused_and_the_longest_that_fits_runs(make):
     llm = make(kv_tokens=64, longest_row=60)
-    room = llm.engine.scheduler.largest_row_tokens()
+    room = llm.largest_row_tokens
     params = SamplingParams(max_tokens=5, ignore_eos=True)
     fits = EngineRequest(request_id="0", prompt_token_ids=(7,) * (room - 4), params=params)
     too_long = EngineRequest(request_id="1", prompt_token_ids=(7,) * (room - 3), params=params)
@@ -291,9 +292,9 @@ def test_prompt_and_generated_tokens_add_up(pace, schedule, make, tiny):
 def test_lanes_count_the_bytes_of_every_streamed_unit_in_every_sweep(make, tiny):
     llm = make((0, 40, 100, 0, 100, 0), rows=8, expert_cache="off")
     llm.generate(tiny().prompts[:8], SamplingParams(max_tokens=4, ignore_eos=True))
-    placement, arch, metrics = llm.engine.plan.sizes.placement, llm.model.arch, llm.metrics()
-    on_host = sum(u.stored_bytes for u in arch.units() if placement.tier_of[u.name] == "cpu" and u.kind != "embed")
-    on_disk = sum(u.stored_bytes for u in arch.units() if placement.tier_of[u.name] == "disk" and u.kind != "embed")
+    placement, arch, metrics = llm.engine.plan.allocation.placement, llm.model.arch, llm.metrics()
+    on_host = sum(u.stored_bytes for u in units_of(arch) if placement.tier_of[u.id] == "cpu" and u.kind != "embed")
+    on_disk = sum(u.stored_bytes for u in units_of(arch) if placement.tier_of[u.id] == "disk" and u.kind != "embed")
     h2d = sum(v["bytes"] for k, v in metrics["lanes"].items() if k.split("/")[0] == "h2d")
     read = sum(v["bytes"] for k, v in metrics["lanes"].items() if k.split("/")[0] == "disk_read")
     assert h2d >= metrics["sweeps"] * on_host
@@ -351,7 +352,7 @@ def test_the_stream_is_ahead_by_no_more_than_its_slots(weights, make, tiny, monk
     monkeypatch.setattr(WeightStream, "release", counted_release)
     llm = make((*weights, 100, 0, 100, 0), rows=4, expert_cache="off")
     llm.generate(tiny().prompts[:4], SamplingParams(max_tokens=4, ignore_eos=True))
-    slots, units = llm.engine.plan.sizes.slots, len(llm.model.arch.units()) - 1
+    slots, units = llm.engine.plan.allocation.slots, len(units_of(llm.model.arch)) - 1
     assert 0 < most[0] <= slots < units
 
 

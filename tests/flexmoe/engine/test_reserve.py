@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from flexmoe.engine.length_estimate import FIRST_ROWS, Reserve
+from flexmoe.engine.length_estimate import FIRST_ROWS, LengthEstimate
 from flexmoe.engine.scheduler import Row
 from flexmoe.params import EngineRequest, SamplingParams
-from tests.support.scheduling import Simulation, blocks, policy
+from tests.support.scheduling import Simulation, pages, policy
 
 PROMPT, LIMIT = 30, 1000
 
@@ -17,10 +17,10 @@ def row(generated=0, limit=LIMIT, **params):
 
 
 def learned(lengths, running=(), limit=LIMIT):
-    reserve = Reserve(lambda: running)
+    estimate = LengthEstimate(lambda: running)
     for length in lengths:
-        reserve.ended(row(length, limit))
-    return reserve
+        estimate.add(row(length, limit))
+    return estimate
 
 
 def test_a_row_is_expected_at_its_limit_until_enough_rows_have_ended():
@@ -34,16 +34,16 @@ def test_a_row_is_expected_where_nineteen_of_twenty_have_ended():
 
 
 def test_a_row_that_has_come_far_is_judged_by_those_that_came_as_far():
-    reserve = learned([10] * 300 + list(range(201, 401)))
-    assert reserve.expected_end(row()) == PROMPT + 375
-    assert reserve.expected_end(row(generated=10)) == PROMPT + 390
-    assert reserve.expected_end(row(generated=300)) == PROMPT + 395
+    estimate = learned([10] * 300 + list(range(201, 401)))
+    assert estimate.expected_end(row()) == PROMPT + 375
+    assert estimate.expected_end(row(generated=10)) == PROMPT + 390
+    assert estimate.expected_end(row(generated=300)) == PROMPT + 395
 
 
 def test_too_few_rows_say_nothing_of_what_lies_beyond_them():
-    reserve = learned([10] * 300 + list(range(201, 401)))
-    assert reserve.expected_end(row(generated=385)) == PROMPT + LIMIT
-    assert reserve.expected_end(row(generated=700)) == PROMPT + LIMIT
+    estimate = learned([10] * 300 + list(range(201, 401)))
+    assert estimate.expected_end(row(generated=385)) == PROMPT + LIMIT
+    assert estimate.expected_end(row(generated=700)) == PROMPT + LIMIT
 
 
 def test_never_above_the_limit_of_the_row():
@@ -52,11 +52,11 @@ def test_never_above_the_limit_of_the_row():
 
 def test_rows_that_were_cut_at_their_limit_say_only_that_they_came_so_far():
     """Half of the rows may only generate 50 tokens; those that may generate more take 100."""
-    reserve = Reserve(list)
+    estimate = LengthEstimate(list)
     for _ in range(100):
-        reserve.ended(row(50, limit=50))
-        reserve.ended(row(100))
-    assert reserve.expected_end(row()) == PROMPT + 100
+        estimate.add(row(50, limit=50))
+        estimate.add(row(100))
+    assert estimate.expected_end(row()) == PROMPT + 100
 
 
 def test_rows_in_flight_count_as_long_as_they_have_come():
@@ -67,26 +67,26 @@ def test_rows_in_flight_count_as_long_as_they_have_come():
 
 
 def test_old_rows_are_forgotten():
-    reserve = learned([500] * 5000 + [20] * 5000)
-    assert reserve.expected_end(row()) == PROMPT + 20
+    estimate = learned([500] * 5000 + [20] * 5000)
+    assert estimate.expected_end(row()) == PROMPT + 20
 
 
 def test_rows_that_cannot_end_early_neither_teach_nor_learn():
-    reserve = learned([10] * 100)
-    assert reserve.expected_end(row(ignore_eos=True)) == PROMPT + LIMIT
-    assert reserve.expected_end(row(ignore_eos=True, stop="x")) == PROMPT + 10
-    untaught = Reserve(list)
+    estimate = learned([10] * 100)
+    assert estimate.expected_end(row(ignore_eos=True)) == PROMPT + LIMIT
+    assert estimate.expected_end(row(ignore_eos=True, stop="x")) == PROMPT + 10
+    untaught = LengthEstimate(list)
     for _ in range(200):
-        untaught.ended(row(10, ignore_eos=True))
+        untaught.add(row(10, ignore_eos=True))
     assert untaught.expected_end(row()) == PROMPT + LIMIT
 
 
 def sweeps_and_restarts(learns, real, most, *, rows=600):
     """A job where the KV cache limits the rows in flight."""
-    sim = Simulation(policy(rows=128, prefill_tokens=512), blocks(gpu=16 * 640 // 16))
+    sim = Simulation(policy(rows=128, prefill_tokens=512), pages(gpu=16 * 640 // 16))
     if learns:
-        reserve = Reserve(lambda: sim.scheduler.running)
-        sim.scheduler = type(sim.scheduler)(sim.policy, sim.cache, reserve.expected_end)
+        estimate = LengthEstimate(lambda: sim.scheduler.running)
+        sim.scheduler = type(sim.scheduler)(sim.policy, sim.cache, estimate.expected_end)
     lengths = np.broadcast_to(real, rows)
     for length in lengths:
         sim.submit(128, most, int(length))
@@ -94,7 +94,7 @@ def sweeps_and_restarts(learns, real, most, *, rows=600):
         before = len(sim.done)
         sim.sweep()
         for ended in sim.done[before:] if learns else ():
-            reserve.ended(ended)
+            estimate.add(ended)
     return len(sim.sweeps), sim.scheduler.restarts
 
 

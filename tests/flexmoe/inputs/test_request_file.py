@@ -16,7 +16,7 @@ from flexmoe.inputs.parsers import parser_of
 from flexmoe.inputs.raw_row import RawRow
 from flexmoe.inputs.request_file import MOST_FAULTS_TOLD, RequestFile
 from flexmoe.openai.json_line import MAX_LINE_BYTES
-from flexmoe.system import file_io
+from policies.common import file_io
 
 
 def write(tmp_path, *rows):

@@ -11,7 +11,7 @@ from flexmoe.job.job import Job
 from flexmoe.job.output_files import default_error_path
 from flexmoe.job.shards import Shard
 from flexmoe.preflight.prepare import Preparer
-from flexmoe.system import file_io
+from policies.common import file_io
 from tests.support.fake_engine import EOS, FakeEngine
 from tests.support.jobs import body, fault, make_setup
 from tests.support.tokenizers import build_tokenizer

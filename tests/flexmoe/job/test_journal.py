@@ -11,7 +11,7 @@ from flexmoe.errors import DataError, StorageError
 from flexmoe.job.journal import Journal
 from flexmoe.job.journal_records import HEAD_BYTES, SYNCED, TOKENS, Generated, Head, encode
 from flexmoe.params import InFlight, TokenLogprob
-from flexmoe.system import file_io
+from policies.common import file_io
 
 ROWS = 12
 

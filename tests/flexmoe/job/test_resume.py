@@ -14,8 +14,8 @@ from flexmoe.inputs.options import InputOptions
 from flexmoe.job.journal import Journal
 from flexmoe.params import InFlight
 from flexmoe.preflight.prepare import Preparer
-from flexmoe.system import file_io
 from flexmoe.system.interrupts import Interrupted, Interrupts, Terminated
+from policies.common import file_io
 from tests.support.fake_engine import FakeEngine
 from tests.support.jobs import Clock, Runner, make_setup
 

@@ -174,7 +174,7 @@ def test_overwrite_forgets_nothing_where_there_is_no_room_for_the_first_row(open
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("flexmoe.system.file_io.os.write", full)
+        patched.setattr("policies.common.file_io.os.write", full)
         with pytest.raises(StorageError):
             journal.finish(0, b"zero\n")
     space.close()

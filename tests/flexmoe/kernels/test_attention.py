@@ -8,31 +8,31 @@ import torch
 from flexmoe.kernels.native import library as native
 from flexmoe.kernels.paged_attention import Ragged, _buckets, paged_attention, torch_paged_attention
 
-BLOCK = 16
+PAGE = 16
 #: (queries, past tokens) of a row: decode, verification, chunks, whole prompts, and decodes of very unlike lengths.
 MIXED = [(1, 0), (1, 250), (4, 31), (33, 0), (17, 64), (1, 12), (2, 15), (1, 31), (48, 100)]
 
 
 class Rows:
-    """Ragged rows over a pool of permuted blocks; every slot that holds no token is NaN."""
+    """Ragged rows over a pool of permuted pages; every slot that holds no token is NaN."""
 
     def __init__(self, rows, *, heads=8, kv_heads=2, size=16, dtype=torch.float32, seed=0):
         generator = torch.Generator().manual_seed(seed)
         lengths = [q + past for q, past in rows]
-        blocks = [-(-n // BLOCK) for n in lengths]
-        order = torch.randperm(sum(blocks) + 3, generator=generator).tolist()
-        self.k_pool = torch.full((len(order), BLOCK, kv_heads, size), torch.nan, dtype=dtype)
+        pages = [-(-n // PAGE) for n in lengths]
+        order = torch.randperm(sum(pages) + 3, generator=generator).tolist()
+        self.k_pool = torch.full((len(order), PAGE, kv_heads, size), torch.nan, dtype=dtype)
         self.v_pool = self.k_pool.clone()
         self.runs, self.group = rows, heads // kv_heads
         self.k, self.v, tables = [], [], []
-        for length, count in zip(lengths, blocks):
+        for length, count in zip(lengths, pages):
             table, order = order[:count], order[count:]
             tables.append(table)
             for kept, pool in ((self.k, self.k_pool), (self.v, self.v_pool)):
                 values = torch.randn(length, kv_heads, size, generator=generator).to(dtype)
                 kept.append(values)
                 for t in range(length):
-                    pool[table[t // BLOCK], t % BLOCK] = values[t]
+                    pool[table[t // PAGE], t % PAGE] = values[t]
         self.q = torch.randn(sum(q for q, _ in rows), heads, size, generator=generator).to(dtype)
         self.ragged = Ragged.of([q for q, _ in rows], lengths, tables)
 

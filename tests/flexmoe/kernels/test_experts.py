@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from cost_model.model.arch import ModelArch
-from flexmoe.kernels import expert_dispatch
+from flexmoe.kernels import expert_dispatch, grouped_product
 from flexmoe.kernels.expert_dispatch import ExpertDispatch
+from flexmoe.kernels.expert_weights import ExpertWeights
 from flexmoe.kernels.native import library as native
 from flexmoe.kernels.native.products import grouped_products
 from flexmoe.models.registry import family
@@ -56,7 +57,7 @@ def test_dispatch_equals_a_loop_over_tokens(monkeypatch, kind, chunk, tokens):
     ids_TK, weights_TK = routing(kind, tokens, generator)
     x_TD = torch.randn(tokens, WIDTH, generator=generator, dtype=torch.float64)
     weights = torch.randn(EXPERTS, WIDTH, WIDTH, generator=generator, dtype=torch.float64)
-    dispatch = ExpertDispatch(Device("cpu"), EXPERTS, tokens, TOP_K)
+    dispatch = ExpertDispatch(Device("cpu"), EXPERTS)
     sizes, y_TD = run(dispatch, ids_TK, weights_TK, x_TD, weights)
     assert sizes == torch.bincount(ids_TK.flatten(), minlength=EXPERTS).tolist()
     torch.testing.assert_close(y_TD, naive(ids_TK, weights_TK.double(), x_TD, weights))
@@ -67,7 +68,7 @@ def test_order_of_the_experts_changes_nothing_but_rounding():
     ids_TK, weights_TK = routing("balanced", 40, generator)
     x_TD = torch.randn(40, WIDTH, generator=generator, dtype=torch.float64)
     weights = torch.randn(EXPERTS, WIDTH, WIDTH, generator=generator, dtype=torch.float64)
-    dispatch = ExpertDispatch(Device("cpu"), EXPERTS, 40, TOP_K)
+    dispatch = ExpertDispatch(Device("cpu"), EXPERTS)
     _, forward = run(dispatch, ids_TK, weights_TK, x_TD, weights)
     _, backward = run(dispatch, ids_TK, weights_TK, x_TD, weights, reversed(range(EXPERTS)))
     torch.testing.assert_close(forward, backward)
@@ -78,7 +79,7 @@ def test_expert_sees_each_of_its_tokens_once_and_in_order(monkeypatch):
     generator = torch.Generator().manual_seed(2)
     ids_TK, weights_TK = routing("skewed", 30, generator)
     x_TD = torch.arange(30.0)[:, None].expand(30, WIDTH).contiguous()
-    dispatch = ExpertDispatch(Device("cpu"), EXPERTS, 30, TOP_K)
+    dispatch = ExpertDispatch(Device("cpu"), EXPERTS)
     dispatch.route(ids_TK, weights_TK, torch.float32)
     for expert in range(EXPERTS):
         seen, y_TD = [], torch.zeros_like(x_TD)
@@ -115,7 +116,7 @@ def test_units_of_several_experts_equal_a_loop_over_tokens(monkeypatch, kind, ch
     ids_TK, weights_TK = routing(kind, 53, generator)
     x_TD = torch.randn(53, WIDTH, generator=generator, dtype=torch.float64)
     weights = torch.randn(EXPERTS, WIDTH, WIDTH, generator=generator, dtype=torch.float64)
-    dispatch, y_TD = ExpertDispatch(Device("cpu"), EXPERTS, 53, TOP_K), torch.zeros_like(x_TD)
+    dispatch, y_TD = ExpertDispatch(Device("cpu"), EXPERTS), torch.zeros_like(x_TD)
     dispatch.route(ids_TK, weights_TK, x_TD.dtype)
     for first in range(0, EXPERTS, group):
         own = weights[first : first + group]
@@ -128,7 +129,7 @@ def test_units_of_several_experts_equal_a_loop_over_tokens(monkeypatch, kind, ch
 def test_the_bounds_of_a_chunk_are_the_same_on_host_and_device(monkeypatch, chunk):
     monkeypatch.setitem(expert_dispatch.EXPERT_CHUNK_TOKENS, "cpu", chunk)
     ids_TK, weights_TK = routing("skewed", 40, torch.Generator().manual_seed(3))
-    dispatch = ExpertDispatch(Device("cpu"), EXPERTS, 40, TOP_K)
+    dispatch = ExpertDispatch(Device("cpu"), EXPERTS)
     sizes, seen = dispatch.route(ids_TK, weights_TK, torch.float32), [0] * EXPERTS
 
     def note(x, bounds):
@@ -152,16 +153,17 @@ def in_pieces(stacked):
 
 
 def test_a_grouped_product_serves_weights_of_experts_with_few_tokens_each(monkeypatch):
-    dispatch = ExpertDispatch(Device("cpu"), EXPERTS, 1000, TOP_K)
+    dispatch = ExpertDispatch(Device("cpu"), EXPERTS)
     stacked = {"gate_up": torch.zeros(4, 2 * WIDTH, WIDTH), "down": torch.zeros(4, WIDTH, WIDTH)}
     dispatch.route(torch.tensor([[0, 1]] * 100), torch.ones(100, 2), torch.float32)
-    assert dispatch.can_group(range(4), stacked)
+    of = ExpertWeights.of
+    assert dispatch.can_group(range(4), of(stacked))
     for available in (True, False):
         monkeypatch.setattr(native, "available", lambda: available)
-        assert dispatch.can_group(range(4), in_pieces(stacked)) == available, "torch's product wants them stacked"
-    assert not dispatch.can_group(range(4), {role: t[..., :3] for role, t in stacked.items()}), "rows of 12 bytes"
+        assert dispatch.can_group(range(4), of(in_pieces(stacked))) == available, "torch's product wants them stacked"
+    assert not dispatch.can_group(range(4), of({role: t[..., :3] for role, t in stacked.items()})), "rows of 12 bytes"
     dispatch.route(torch.tensor([[0, 1]] * 1000), torch.ones(1000, 2), torch.float32)
-    assert not dispatch.can_group(range(4), stacked) and not dispatch.can_group(range(4), in_pieces(stacked))
+    assert not dispatch.can_group(range(4), of(stacked)) and not dispatch.can_group(range(4), of(in_pieces(stacked)))
 
 
 @pytest.mark.parametrize(
@@ -172,8 +174,8 @@ def test_a_gpu_has_grouped_products_of_bf16_from_the_first_generation_that_compu
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     known = (torch.bfloat16, torch.float16, torch.float32)
-    assert {d for d in known if expert_dispatch.has_grouped_product(torch.device("cuda"), d)} == dtypes
-    assert all(expert_dispatch.has_grouped_product(torch.device("cpu"), d) for d in known)
+    assert {d for d in known if grouped_product.has_grouped_product(torch.device("cuda"), d)} == dtypes
+    assert all(grouped_product.has_grouped_product(torch.device("cpu"), d) for d in known)
 
 
 @pytest.mark.parametrize("in_native_code", [True, False])
@@ -187,20 +189,25 @@ def test_grouped_products_equal_those_of_one_expert_at_a_time(dtype, in_native_c
     gate_up, down = torch.randn(5, 48, 16, generator=generator), torch.randn(5, 16, 24, generator=generator)
     weights = {"gate_up": gate_up.mul(0.25).to(dtype), "down": down.mul(0.2).to(dtype)}
     x_nD, ends = torch.randn(40, 16, generator=generator).to(dtype), [0, 7, 7, 30, 40]
-    got = math.experts(x_nD, torch.tensor(ends, dtype=torch.int32), weights)
-    starts = [0, *ends[:-1]]
-    want = torch.cat([math.expert(x_nD[a:b], weights, number) for number, (a, b) in enumerate(zip(starts, ends))])
-    torch.testing.assert_close(got, want, atol=0.02 if dtype != torch.float32 else 1e-6, rtol=0.02)
+
+    def grouped(tensors):
+        return math.feed_forward(x_nD, ExpertWeights.of(tensors).grouped(torch.tensor(ends, dtype=torch.int32)))
+
+    def one(x_nD, tensors, number):
+        return math.feed_forward(x_nD, ExpertWeights.of(tensors).expert(number))
+
+    got, starts = grouped(weights), [0, *ends[:-1]]
+    want = torch.cat([one(x_nD[a:b], weights, number) for number, (a, b) in enumerate(zip(starts, ends))])
+    close = {"atol": 0.02 if dtype != torch.float32 else 1e-6, "rtol": 0.02}
+    torch.testing.assert_close(got, want, **close)
     if in_native_code:
-        close = {"atol": 0.02 if dtype != torch.float32 else 1e-6, "rtol": 0.02}
-        pieces = math.experts(x_nD, torch.tensor(ends, dtype=torch.int32), in_pieces(weights))
-        torch.testing.assert_close(pieces, got, **close)
+        torch.testing.assert_close(grouped(in_pieces(weights)), got, **close)
         whole = {f"gate_up.{e}": w for e, w in enumerate(weights["gate_up"])}
         whole |= {f"down.{e}": w for e, w in enumerate(weights["down"])}
-        torch.testing.assert_close(math.experts(x_nD, torch.tensor(ends, dtype=torch.int32), whole), got, **close)
-        assert torch.equal(math.expert(x_nD[:7], whole, 3), math.expert(x_nD[:7], weights, 3))
+        torch.testing.assert_close(grouped(whole), got, **close)
+        assert torch.equal(one(x_nD[:7], whole, 3), one(x_nD[:7], weights, 3))
         mixed = {"gate_up": weights["gate_up"]} | {k: w for k, w in in_pieces(weights).items() if k.startswith("down")}
-        torch.testing.assert_close(math.experts(x_nD, torch.tensor(ends, dtype=torch.int32), mixed), got, **close)
+        torch.testing.assert_close(grouped(mixed), got, **close)
 
 
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler")
@@ -238,11 +245,29 @@ def test_an_expert_is_the_same_whether_its_unit_lies_stacked_or_in_pieces():
     pieces |= {f"down.{i}": one for i, one in enumerate(stacked["down"])}
     x_nD = torch.randn(9, 16)
     for number in range(3):
-        torch.testing.assert_close(math.expert(x_nD, stacked, number), math.expert(x_nD, pieces, number))
+        one, same = (ExpertWeights.of(tensors).expert(number) for tensors in (stacked, pieces))
+        torch.testing.assert_close(math.feed_forward(x_nD, one), math.feed_forward(x_nD, same))
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("forms", [("stacked",), ("apart",), ("stacked", "apart")], ids="-".join)
+def test_single_experts_are_computed_together_however_each_lies(forms):
+    math = family(ModelArch.from_name("qwen3-30b-a3b"))
+    generator = torch.Generator().manual_seed(4)
+    shapes = {"gate_up": (1, 48, 16), "down": (1, 16, 24)}
+    stacked = [{r: 0.2 * torch.randn(shape, generator=generator) for r, shape in shapes.items()} for _ in range(4)]
+    each = [
+        ExpertWeights.of(tensors if forms[at % len(forms)] == "stacked" else in_pieces(tensors))
+        for at, tensors in enumerate(stacked)
+    ]
+    x_nD = torch.randn(9, 16, generator=generator)
+    together = ExpertWeights.together(each).grouped(torch.tensor([2, 3, 7, 9], dtype=torch.int32))
+    alone = [math.feed_forward(x, own.expert(0)) for x, own in zip(x_nD.split([2, 1, 4, 2]), each)]
+    torch.testing.assert_close(math.feed_forward(x_nD, together), torch.cat(alone))
 
 
 def test_expert_without_tokens_is_not_computed():
-    dispatch = ExpertDispatch(Device("cpu"), EXPERTS, 2, TOP_K)
+    dispatch = ExpertDispatch(Device("cpu"), EXPERTS)
     sizes = dispatch.route(torch.tensor([[0, 1], [0, 1]]), torch.ones(2, 2), torch.float32)
     assert sizes == [2, 2, 0, 0, 0, 0]
 
@@ -256,6 +281,6 @@ def test_expert_without_tokens_is_not_computed():
 
 def test_route_on_the_cpu_waits_for_no_device():
     device = Device("cpu")
-    dispatch = ExpertDispatch(device, EXPERTS, 2, TOP_K)
+    dispatch = ExpertDispatch(device, EXPERTS)
     dispatch.route(torch.tensor([[0, 1], [2, 3]]), torch.ones(2, 2), torch.float32)
     assert device.host_waits == 0

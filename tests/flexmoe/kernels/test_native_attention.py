@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from flexmoe.kernels.native import library as native
+from flexmoe.kernels.native.attention import paged_attention
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no native library on this machine")
 
@@ -20,28 +21,28 @@ MIXED = [(1, 0), (1, 333), (3, 40), (0, 7), (17, 0), (64, 100), (1, 500), (300, 
 
 
 class Case:
-    """Ragged rows over a pool of permuted blocks; whatever a query must not see is NaN."""
+    """Ragged rows over a pool of permuted pages; whatever a query must not see is NaN."""
 
-    def __init__(self, rows, *, heads=8, kv_heads=2, size=64, block_tokens=16, dtype=torch.float32, window=0):
-        generator = torch.Generator().manual_seed(len(rows) * 1000 + size + block_tokens)
+    def __init__(self, rows, *, heads=8, kv_heads=2, size=64, page_tokens=16, dtype=torch.float32, window=0):
+        generator = torch.Generator().manual_seed(len(rows) * 1000 + size + page_tokens)
         self.rows, self.window, self.scale, self.group = rows, window, size**-0.5, heads // kv_heads
         lengths = [queries + past for queries, past in rows]
-        blocks = [-(-length // block_tokens) for length in lengths]
-        free = torch.randperm(sum(blocks) + 3, generator=generator).int()
-        pool = torch.full((len(free), 2, block_tokens, kv_heads, size), torch.nan, dtype=dtype)
+        pages = [-(-length // page_tokens) for length in lengths]
+        free = torch.randperm(sum(pages) + 3, generator=generator).int()
+        pool = torch.full((len(free), 2, page_tokens, kv_heads, size), torch.nan, dtype=dtype)
         self.k_pool, self.v_pool = pool[:, 0], pool[:, 1]
-        self.tables = torch.full((len(rows), max(blocks) + 2), -1, dtype=torch.int32)
+        self.tables = torch.full((len(rows), max(pages) + 2), -1, dtype=torch.int32)
         self.k, self.v = [], []
         for row, (queries, past) in enumerate(rows):
-            used, free = free[: blocks[row]], free[blocks[row] :]
+            used, free = free[: pages[row]], free[pages[row] :]
             self.tables[row, : len(used)] = used
             for kept, target in ((self.k, self.k_pool), (self.v, self.v_pool)):
                 values = torch.randn(lengths[row], kv_heads, size, generator=generator).to(dtype)
                 kept.append(values)
                 for t in range(lengths[row]):
-                    target[used[t // block_tokens], t % block_tokens] = values[t]
+                    target[used[t // page_tokens], t % page_tokens] = values[t]
             if window:
-                unseen = max(0, past - window + 1) // block_tokens
+                unseen = max(0, past - window + 1) // page_tokens
                 pool[self.tables[row, :unseen].long()] = torch.nan
                 self.tables[row, :unseen] = -1
         starts = [0]
@@ -53,9 +54,7 @@ class Case:
 
     def run(self, **options):
         options = {"window": self.window, "scale": self.scale, "num_threads": 2} | options
-        return native.paged_attention(
-            self.q, self.k_pool, self.v_pool, self.tables, self.starts, self.lengths, **options
-        )
+        return paged_attention(self.q, self.k_pool, self.v_pool, self.tables, self.starts, self.lengths, **options)
 
     def expected(self):
         out = torch.empty(self.q.shape, dtype=torch.float64)
@@ -91,10 +90,10 @@ def test_every_group_size_agrees_with_float64(heads, kv_heads, size):
     assert_close(case.run(), case.expected())
 
 
-@pytest.mark.parametrize("block_tokens", [1, 4, 16, 32, 5])
+@pytest.mark.parametrize("page_tokens", [1, 4, 16, 32, 5])
 @pytest.mark.parametrize("window", [0, 1, 20, 70, 300, 10_000])
-def test_window_and_block_size_agree_with_float64_and_read_no_unseen_block(block_tokens, window):
-    case = Case(MIXED, block_tokens=block_tokens, window=window)
+def test_window_and_page_size_agree_with_float64_and_read_no_unseen_page(page_tokens, window):
+    case = Case(MIXED, page_tokens=page_tokens, window=window)
     assert_close(case.run(), case.expected())
 
 
@@ -116,7 +115,7 @@ def test_other_rows_do_not_change_a_bit():
     together = case.run()
     for row in range(len(MIXED)):
         begin, end = case.starts[row : row + 2].tolist()
-        alone = native.paged_attention(
+        alone = paged_attention(
             case.q[begin:end], case.k_pool, case.v_pool, case.tables[row : row + 1],
             torch.tensor([0, end - begin], dtype=torch.int32), case.lengths[row : row + 1], scale=case.scale,
         )  # fmt: skip
@@ -130,7 +129,7 @@ def test_chunked_prefill_is_close_to_whole_prefill(window, chunk):
     whole = case.run()
     for begin in range(0, 300, chunk):
         end = min(300, begin + chunk)
-        part = native.paged_attention(
+        part = paged_attention(
             case.q[begin:end], case.k_pool, case.v_pool, case.tables, torch.tensor([0, end - begin]).int(),
             torch.tensor([end]).int(), scale=case.scale, window=window,
         )  # fmt: skip
@@ -162,9 +161,9 @@ def test_storage_conversions_round_as_torch_does(dtype, size):
     case.v_pool[case.tables[0, 0].long(), 0, 0] = values
     assert torch.equal(case.run()[0, 0], values)
     case = Case([(1, 1)], heads=1, kv_heads=1, size=size, dtype=dtype)
-    block = case.tables[0, 0].long()
-    case.k_pool[block, :2, 0] = 1.0
-    pair = case.v_pool[block, :2, 0].float()
+    page = case.tables[0, 0].long()
+    case.k_pool[page, :2, 0] = 1.0
+    pair = case.v_pool[page, :2, 0].float()
     assert torch.equal(case.run()[0, 0], (pair.sum(0) / 2).to(dtype))
 
 
@@ -190,15 +189,15 @@ def broken(change):
         (lambda c: setattr(c, "q", c.q[..., :32]), "are not"),
         (lambda c: setattr(c, "q", c.q[:, :7]), "evenly"),
         (lambda c: setattr(c, "q", c.q.transpose(0, 1).contiguous().transpose(0, 1)), "contiguous"),
-        (lambda c: setattr(c, "v_pool", c.v_pool.contiguous()), "block stride"),
+        (lambda c: setattr(c, "v_pool", c.v_pool.contiguous()), "page stride"),
         (lambda c: setattr(c, "tables", c.tables.long()), "int32"),
-        (lambda c: setattr(c, "starts", c.starts[:-1]), "block_tables"),
+        (lambda c: setattr(c, "starts", c.starts[:-1]), "page_tables"),
         (lambda c: setattr(c, "window", -1), "window"),
         (lambda c: c.starts.__setitem__(1, 9), "q_starts"),
         (lambda c: c.lengths.__setitem__(0, 1), "context_lens"),
         (lambda c: c.lengths.__setitem__(0, 1000), "context_lens"),
-        (lambda c: c.tables.__setitem__((1, 1), -1), "block_tables"),
-        (lambda c: c.tables.__setitem__((1, 1), 99), "block_tables"),
+        (lambda c: c.tables.__setitem__((1, 1), -1), "page_tables"),
+        (lambda c: c.tables.__setitem__((1, 1), 99), "page_tables"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_with_a_sentence(change, sentence):
@@ -235,10 +234,10 @@ def test_a_missing_compiler_is_one_warning(tmp_path):
 def test_a_cache_directory_open_to_others_is_refused(tmp_path, monkeypatch, caplog):
     tmp_path.chmod(0o777)
     monkeypatch.setenv("FLEXMOE_CACHE", str(tmp_path))
-    native._library.cache_clear()
+    native.load.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert native.load() is None
-    native._library.cache_clear()
+    native.load.cache_clear()
     assert "writable by everyone" in caplog.text
 
 
@@ -249,4 +248,4 @@ def test_plain_threads_serve_where_there_is_no_openmp_runtime():
     try:
         assert torch.equal(case.run(), expected)
     finally:
-        library.flexmoe_set_parallel(native._gomp_parallel())
+        library.flexmoe_set_parallel(native.gomp_parallel())

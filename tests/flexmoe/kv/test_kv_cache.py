@@ -1,4 +1,4 @@
-"""Ragged KV in three tiers: blocks are counted exactly, shared by reference, and come back as they were written."""
+"""Ragged KV in three tiers: pages are counted exactly, shared by reference, and come back as they were written."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flexmoe.errors import StorageError
-from flexmoe.kv.cache import BlockAllocator, KVCache, KVExhausted
+from flexmoe.kv.cache import KVCache, KVExhausted, PageAllocator
 from flexmoe.system.device import Device
 from tests.support.kv_sweeps import LAYERS, SHAPE, Bench
 
@@ -24,7 +24,7 @@ def cache_of(tmp_path, gpu=0, cpu=0, disk=0, tails=4):
 
 
 def free(cache, tier):
-    return cache._allocators[tier].free
+    return cache.free(tier)
 
 
 def filled(cache, tier, tokens):
@@ -38,8 +38,8 @@ def filled(cache, tier, tokens):
 def bench(tmp_path):
     before, made = set(threading.enumerate()), []
 
-    def make(blocks, **options):
-        made.append(Bench(tmp_path, blocks, **options))
+    def make(pages, **options):
+        made.append(Bench(tmp_path, pages, **options))
         return made[-1]
 
     yield make
@@ -49,27 +49,27 @@ def bench(tmp_path):
     assert list(tmp_path.iterdir()) == [], "a killed run would leave the file behind"
 
 
-# Blocks.
+# Pages.
 
 
-def test_a_row_gets_neighbouring_blocks_and_the_next_one_those_that_it_leaves():
-    allocator = BlockAllocator(12)
+def test_a_row_gets_neighbouring_pages_and_the_next_one_those_that_it_leaves():
+    allocator = PageAllocator(12)
     first, second = [allocator.take()], [allocator.take()]
     for _ in range(3):
         second.append(allocator.take(after=second[-1]))
     assert second == list(range(second[0], second[0] + 4))
     first.append(allocator.take(after=first[-1]))  # its neighbour is taken
     assert first[1] not in second
-    for block in reversed(second):
-        allocator.drop(block)
+    for page in reversed(second):
+        allocator.drop(page)
     third = [allocator.take()]
     for _ in range(3):
         third.append(allocator.take(after=third[-1]))
     assert third == second
 
 
-def test_allocator_hands_out_every_block_once_and_takes_it_back():
-    allocator = BlockAllocator(5)
+def test_allocator_hands_out_every_page_once_and_takes_it_back():
+    allocator = PageAllocator(5)
     taken = [allocator.take() for _ in range(5)]
     assert sorted(taken) == list(range(5)) and allocator.free == 0
     with pytest.raises(KVExhausted):
@@ -78,64 +78,64 @@ def test_allocator_hands_out_every_block_once_and_takes_it_back():
     assert allocator.take() == taken[2]
 
 
-def test_shared_block_is_free_only_after_its_last_holder():
-    allocator = BlockAllocator(1)
-    block = allocator.take()
-    allocator.share(block)
-    allocator.drop(block)
+def test_shared_page_is_free_only_after_its_last_holder():
+    allocator = PageAllocator(1)
+    page = allocator.take()
+    allocator.share(page)
+    allocator.drop(page)
     assert allocator.free == 0
-    allocator.drop(block)
+    allocator.drop(page)
     assert allocator.free == 1
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_row_holds_the_blocks_that_its_tokens_need(tmp_path, tier):
+def test_row_holds_the_pages_that_its_tokens_need(tmp_path, tier):
     cache = cache_of(tmp_path, **{tier: 10})
     row = cache.open(tier)
-    for tokens, blocks in [(1, 1), (14, 1), (1, 1), (1, 2), (30, 3), (17, 4)]:
+    for tokens, pages in [(1, 1), (14, 1), (1, 1), (1, 2), (30, 3), (17, 4)]:
         cache.reserve(row, tokens)
         row.length += tokens
-        assert len(row.blocks) == blocks == cache.blocks_for(row.length)
-        assert free(cache, tier) == 10 - blocks
+        assert len(row.pages) == pages == cache.pages_for(row.length)
+        assert free(cache, tier) == 10 - pages
     cache.close(row)
-    assert free(cache, tier) == 10 and row.blocks == [] and row.length == 0
+    assert free(cache, tier) == 10 and row.pages == [] and row.length == 0
 
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_reserve_takes_all_or_nothing(tmp_path, tier):
     cache = cache_of(tmp_path, **{tier: 4})
     row, other = filled(cache, tier, 20), filled(cache, tier, 1)
-    held = list(row.blocks)
+    held = list(row.pages)
     with pytest.raises(KVExhausted):
         cache.reserve(row, 12 + 17)
-    assert row.blocks == held and free(cache, tier) == 1
+    assert row.pages == held and free(cache, tier) == 1
     cache.reserve(row, 12 + 16)
-    assert len(row.blocks) == 3 and free(cache, tier) == 0
+    assert len(row.pages) == 3 and free(cache, tier) == 0
     cache.close(other)
     assert free(cache, tier) == 1
 
 
 @pytest.mark.parametrize("tier", ["gpu", "cpu"])
-def test_truncate_frees_the_blocks_that_only_the_cut_tokens_needed(tmp_path, tier):
+def test_truncate_frees_the_pages_that_only_the_cut_tokens_needed(tmp_path, tier):
     cache = cache_of(tmp_path, **{tier: 6})
     row = filled(cache, tier, 70)
-    for length, blocks in [(70, 5), (65, 5), (64, 4), (33, 3), (1, 1), (0, 0)]:
+    for length, pages in [(70, 5), (65, 5), (64, 4), (33, 3), (1, 1), (0, 0)]:
         cache.truncate(row, length)
-        assert (row.length, len(row.blocks), free(cache, tier)) == (length, blocks, 6 - blocks)
+        assert (row.length, len(row.pages), free(cache, tier)) == (length, pages, 6 - pages)
     for wrong in (1, -1):
         with pytest.raises(ValueError, match="cannot truncate a row of 0 tokens"):
             cache.truncate(row, wrong)
 
 
-def test_disk_row_is_cut_in_its_tail_or_at_a_block_boundary_only(tmp_path):
+def test_disk_row_is_cut_in_its_tail_or_at_a_page_boundary_only(tmp_path):
     cache = cache_of(tmp_path, disk=6)
     row = filled(cache, "disk", 40)
     cache.truncate(row, 33)
     for inside in (31, 17, 1):
-        with pytest.raises(ValueError, match="block boundary"):
+        with pytest.raises(ValueError, match="page boundary"):
             cache.truncate(row, inside)
     cache.truncate(row, 32)
-    with pytest.raises(ValueError, match="block boundary"):
+    with pytest.raises(ValueError, match="page boundary"):
         cache.truncate(row, 20)
     cache.truncate(row, 16)
     cache.truncate(row, 0)
@@ -153,29 +153,29 @@ def test_disk_tier_takes_as_many_rows_as_it_has_tails(tmp_path):
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_fork_shares_full_blocks_and_copies_the_growing_one(tmp_path, tier):
+def test_fork_shares_full_pages_and_copies_the_growing_one(tmp_path, tier):
     cache = cache_of(tmp_path, **{tier: 8})
     row = filled(cache, tier, 2 * B + 3)
     pool = {"gpu": cache.gpu, "cpu": cache.cpu, "disk": cache.tail}[tier]
-    slot = row.tail if tier == "disk" else row.blocks[2]
+    slot = row.tail if tier == "disk" else row.pages[2]
     pool[:, :, slot] = torch.randn(pool[:, :, slot].shape)
     twin = cache.fork(row)
-    assert twin.blocks[:2] == row.blocks[:2] and twin.blocks[2] != row.blocks[2]
+    assert twin.pages[:2] == row.pages[:2] and twin.pages[2] != row.pages[2]
     assert twin.length == row.length and free(cache, tier) == 8 - 4
-    copy = twin.tail if tier == "disk" else twin.blocks[2]
+    copy = twin.tail if tier == "disk" else twin.pages[2]
     assert copy != slot and torch.equal(pool[:, :, copy], pool[:, :, slot])
     cache.close(row)
-    assert free(cache, tier) == 8 - 3, "the shared blocks stay while the twin holds them"
+    assert free(cache, tier) == 8 - 3, "the shared pages stay while the twin holds them"
     cache.close(twin)
     assert free(cache, tier) == 8
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_fork_at_a_block_boundary_takes_no_block(tmp_path, tier):
+def test_fork_at_a_page_boundary_takes_no_block(tmp_path, tier):
     cache = cache_of(tmp_path, **{tier: 2})
     row = filled(cache, tier, 2 * B)
     twin = cache.fork(row)
-    assert twin.blocks == row.blocks and free(cache, tier) == 0
+    assert twin.pages == row.pages and free(cache, tier) == 0
     with pytest.raises(KVExhausted):
         cache.reserve(twin, 1)
 
@@ -198,27 +198,27 @@ def test_shared_beginning_takes_nothing_and_outlives_the_row_it_came_from(tmp_pa
     row = filled(cache, tier, 2 * B + 3)
     tails = cache.free_tails
     beginning = cache.share(row, 2 * B)
-    assert (beginning.blocks, beginning.length) == (row.blocks[:2], 2 * B)
+    assert (beginning.pages, beginning.length) == (row.pages[:2], 2 * B)
     assert (free(cache, tier), cache.free_tails) == (8 - 3, tails)
     cache.close(row)
     assert free(cache, tier) == 8 - 2
     twins = [cache.fork(beginning)]
     cache.reserve(twins[0], 1)
-    assert twins[0].blocks[:2] == beginning.blocks and free(cache, tier) == 8 - 3
+    assert twins[0].pages[:2] == beginning.pages and free(cache, tier) == 8 - 3
     cache.close(beginning)
-    assert free(cache, tier) == 8 - 3, "the shared blocks stay while the twin holds them"
+    assert free(cache, tier) == 8 - 3, "the shared pages stay while the twin holds them"
     cache.close(twins[0])
-    assert free(cache, tier) == 8 and cache.free_tails == cache._tails.total
+    assert free(cache, tier) == 8 and cache.free_tails == cache.tails
 
 
-def test_row_that_shares_a_block_is_not_cut_inside_it(tmp_path):
+def test_row_that_shares_a_page_is_not_cut_inside_it(tmp_path):
     cache = cache_of(tmp_path, gpu=6)
     row = filled(cache, "gpu", 2 * B)
     twin = cache.fork(row)
     with pytest.raises(ValueError, match="shared"):
-        cache.truncate(twin, B + 3)  # the next token would be written into the other row's block
+        cache.truncate(twin, B + 3)  # the next token would be written into the other row's page
     cache.truncate(twin, B)
-    assert twin.blocks == row.blocks[:1]
+    assert twin.pages == row.pages[:1]
     cache.truncate(row, B + 3)  # nobody shares this one any more
     assert row.length == B + 3
 
@@ -245,7 +245,7 @@ def test_many_random_rows_never_leak_a_block(tmp_path):
         except KVExhausted:
             pass
         for tier in TIERS:
-            held = {b for r in rows if r.tier == tier for b in r.blocks}
+            held = {b for r in rows if r.tier == tier for b in r.pages}
             assert free(cache, tier) == 30 - len(held)
         assert cache.free_tails == 5 - sum(r.tier == "disk" for r in rows)
     for row in rows:
@@ -265,7 +265,7 @@ def test_kv_written_over_many_sweeps_comes_back_equal(bench, kind, window):
         b.sweep(rows, [rng.choice([1, 1, 2, 15, 16, 17, 40]) for _ in rows])
 
 
-def test_block_boundaries_are_crossed_one_token_at_a_time_on_disk(bench):
+def test_page_boundaries_are_crossed_one_token_at_a_time_on_disk(bench):
     b = bench((0, 0, 20))
     rows = [b.open("disk"), b.open("disk")]
     b.sweep(rows, [B - 2, 2 * B])
@@ -307,7 +307,7 @@ def test_forked_rows_grow_apart_and_both_come_back_equal(bench, kind):
 def test_truncated_row_continues_from_its_new_end(bench, kind):
     b = bench((60, 60, 60))
     row = b.open(kind)
-    for length in (30, 9, 5):  # 44: two full blocks and a tail of 12
+    for length in (30, 9, 5):  # 44: two full pages and a tail of 12
         b.sweep([row], [length])
     for length in (38, 32, 16):
         b.cache.truncate(row.kv, length)
@@ -332,7 +332,7 @@ def test_only_used_tokens_are_fetched_and_stored(bench):
     assert b.moved("disk_read") == b.moved("disk_write") == b.moved("cpu") == 0
 
 
-def test_disk_rows_read_their_full_blocks_and_write_only_what_became_full(bench):
+def test_disk_rows_read_their_full_pages_and_write_only_what_became_full(bench):
     b = bench((0, 0, 60))
     rows = [b.open("disk") for _ in range(3)]
     b.sweep(rows, [B - 1, 2 * B, 3 * B + 5])

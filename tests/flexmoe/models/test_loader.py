@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cost_model.model.known_shapes import SHAPES
+from cost_model.model.weight_units import units_of
 from flexmoe.errors import DataError
 from flexmoe.models.loader import load_model
 
@@ -36,8 +37,8 @@ def test_a_dummy_of_an_unknown_family_is_refused(tmp_path):
 def test_a_dummy_of_every_known_family_has_units_of_the_planned_bytes(name):
     model = load_model(name, "dummy")
     parts = model.family.parts(())
-    for unit in model.arch.units():
-        assert unit.stored_bytes == model.arch.dtype_bytes * sum(prod(p.shape) for p in parts[unit.name])
+    for unit in units_of(model.arch):
+        assert unit.stored_bytes == model.arch.dtype_bytes * sum(prod(p.shape) for p in parts[unit.id])
 
 
 def test_the_hub_is_asked_for_no_weights_of_an_unknown_family(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import torch
 from cost_model.model.arch import ModelArch
 from cost_model.model.families import SUPPORTED_MODEL_TYPES
 from cost_model.model.known_shapes import known_config
+from cost_model.model.weight_units import units_of
 from flexmoe.errors import DataError
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.registry import FAMILIES, family
@@ -36,8 +37,8 @@ def test_the_parts_of_a_unit_are_its_planned_bytes_in_both_layouts(name, packed)
     arch = ModelArch.from_name(name)
     on_disk = ("model.layers.0.mlp.experts.gate_up_proj",) if packed else ()
     parts = family(arch).parts(on_disk)
-    for unit in arch.units():
-        size = sum(torch.Size(p.shape).numel() for p in parts[unit.name])
+    for unit in units_of(arch):
+        size = sum(torch.Size(p.shape).numel() for p in parts[unit.id])
         assert unit.stored_bytes == size * arch.dtype_bytes
     expected = family(arch).expected_tensors(on_disk)
     assert sum(torch.Size(shape).numel() for shape in expected.values()) == arch.parameters

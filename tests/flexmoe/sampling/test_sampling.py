@@ -312,7 +312,7 @@ def test_tokens_of_a_row_are_drawn_with_one_key_after_the_other():
     x, tokens = logits(1, 1000, spread=0.1), []
     for _ in range(20):
         (token,) = sample(x, [state], workspace_bytes=ROOMY).tokens
-        state.took(token)
+        state.append_token(token)
         tokens.append(token)
     assert len(set(tokens)) > 15, "equal logits, new numbers"
     resumed = row(SamplingParams(temperature=1.0), generated=tokens[:8])

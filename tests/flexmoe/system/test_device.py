@@ -10,8 +10,9 @@ import torch
 
 from flexmoe.errors import InfeasibleError, UsageError
 from flexmoe.system import device as device_module
-from flexmoe.system.device import PAGE_BYTES, Device, NoEvent
+from flexmoe.system.device import Device, NoEvent
 from flexmoe.system.trace import Recorder
+from policies.common.memory_units import SYSTEM_PAGE_BYTES as PAGE_BYTES
 
 
 @pytest.fixture

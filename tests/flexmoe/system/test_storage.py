@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from flexmoe.errors import DataError, StorageError
-from flexmoe.system.device import PAGE_BYTES, Device
-from flexmoe.system.direct_io import PIECE_BYTES, DirectFile, DiskPool, Pending, Transfer, align_down, align_up
+from flexmoe.system.device import Device, align_down, align_up
+from flexmoe.system.direct_io import PIECE_BYTES, DirectFile, DiskPool, Pending, Transfer
 from flexmoe.system.trace import Recorder
+from policies.common.memory_units import SYSTEM_PAGE_BYTES as PAGE_BYTES
 
 REAL = {name: getattr(os, name) for name in ("open", "preadv", "pwritev", "fsync")}
 

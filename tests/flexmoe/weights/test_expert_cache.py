@@ -13,6 +13,7 @@ import torch
 
 from cost_model.memory.allocation import residency
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import units_of
 from cost_model.routing.expert_usage import ExpertUsage
 from cost_model.routing.on_demand import entry_bytes
 from flexmoe import LLM, SamplingParams
@@ -23,12 +24,13 @@ from flexmoe.system.trace import Recorder
 from flexmoe.weights import supply, transfers
 from flexmoe.weights.eviction import LFU, LRU, Usage
 from flexmoe.weights.expert_cache import ExpertCache
+from flexmoe.weights.slots import Fetch
 from flexmoe.weights.store import WeightStore
 from flexmoe.weights.stream import WeightStream
 from flexmoe.weights.supply import WeightFeed
-from flexmoe.weights.transfers import Fetch
-from flexmoe.weights.units import Units
 from policies import Policy, Workload
+from policies.schedule import SweepUnits
+from policies.units import UnitId, expert_unit
 from scripts.support.belady import belady, best_static
 from tests.support.tiny import GEN_LEN, assert_greedy, offload
 from tests.support.tiny_units import within
@@ -45,15 +47,18 @@ def fed(directory, percents=(0, 0), *, group=None, experts=6, staged=False, monk
     model = load_model(str(directory)).grouped(group)
     arch, device = model.arch, Device("cpu")
     source = model.source(directory)
-    resident = WeightStore(device, Recorder(), source, {u.name: "gpu" for u in arch.units()}, torch.float32)
+    resident = WeightStore(device, Recorder(), source, {u.id: "gpu" for u in units_of(arch)}, torch.float32)
+    resident.load()
     tier_of = residency(arch).place(*percents).tier_of
-    store, units = WeightStore(device, Recorder(), source, tier_of, torch.float32, pin), Units.of(arch, tier_of)
+    store, units = WeightStore(device, Recorder(), source, tier_of, torch.float32, pin), SweepUnits.of(tier_of)
+    store.load()
     feed = WeightFeed(store, arch, units, SimpleNamespace(slots=2, staging_slots=4, cache_experts=experts), **options)
+    feed.start()
     expected = {}
-    for unit, numbers in units.experts_of.items():
+    for unit in (step.unit for layer in units.experts for step in layer):
         tensors = resident.resident(unit)
-        for place, e in enumerate(numbers):
-            expected[int(unit.split(".")[1]), e] = tensors["gate_up"][place], tensors["down"][place]
+        for place, e in enumerate(unit.experts):
+            expected[unit.layer, e] = tensors["gate_up"][place], tensors["down"][place]
     try:
         yield SimpleNamespace(feed=feed, arch=arch, store=store, expected=expected, tier_of=tier_of)
     finally:
@@ -117,20 +122,20 @@ def test_unpinned_homes_pass_through_staging(variants, monkeypatch):
             assert within(10, lambda at=layer: ask(run, at, [1, 4, 5, 9])) is not None
 
 
-def test_experts_at_hand_come_first_and_cost_no_transfer(variants, monkeypatch):
+def test_cached_experts_come_first_and_cost_no_transfer(variants, monkeypatch):
     read, real = [], WeightStore.read_expert
 
-    def read_expert(self, name, buffer, on_done=None):
-        read.append((name, len(buffer)))
-        return real(self, name, buffer, on_done)
+    def read_expert(self, expert, buffer, on_done=None):
+        read.append((expert, len(buffer)))
+        return real(self, expert, buffer, on_done)
 
     monkeypatch.setattr(WeightStore, "read_expert", read_expert)
     with fed(variants("qwen3").directory, group=3) as run:
         run.feed.begin(1)
         assert ask(run, 0, [8, 3]) == ask(run, 0, [3, 8]) == [3, 8]
         assert ask(run, 0, [2, 8]) == [8, 2]
-        assert [name for name, _ in read] == [f"layers.0.expert.{e}" for e in (3, 8, 2)]
-        assert read[-1][1] < run.store.layouts["layers.0.expert.0-2"].host_bytes / 2
+        assert [expert for expert, _ in read] == [UnitId("expert", 0, e) for e in (3, 8, 2)]
+        assert read[-1][1] < run.store.layouts[expert_unit(0, range(3))].host_bytes / 2
 
 
 def test_more_experts_than_there_is_room_for_take_turns(variants):
@@ -144,7 +149,7 @@ class AtOnce:
     """A loader whose experts are there as soon as they are asked for."""
 
     def fetch(self, layer, expert, slot):
-        return Fetch(f"{layer}.{expert}", slot)
+        return Fetch(UnitId("expert", layer, expert), slot)
 
     def load(self, layer, expert, fetch):
         fetch.done()
@@ -176,10 +181,10 @@ def hits_on(shape, tokens, sweeps, topics, kind="lfu"):
     """Hits of a policy in the runtime's cache, and the trace, and how many experts can stay."""
     name, layers, room = SHAPES[shape]
     arch = replace(ModelArch.from_name(name), num_layers=layers)
-    usage, passing = Usage(arch), 4
+    usage, transient = Usage(arch), 4
     policy = LFU(usage) if kind == "lfu" else LRU(usage)
-    memory = torch.empty(room + passing, dtype=torch.uint8)
-    cache = ExpertCache(Device("cpu"), AtOnce(), memory, 1, policy, passing, torch.float32)
+    memory = torch.empty(room + transient, dtype=torch.uint8)
+    cache = ExpertCache(Device("cpu"), AtOnce(), memory, 1, policy, transient, torch.float32)
     trace = []
     for layer, counts in zipf_trace(arch, tokens, sweeps, topics):
         usage.add(layer, counts, tokens)
@@ -252,7 +257,7 @@ def test_a_static_cache_never_lets_go_of_what_it_keeps(variants):
 def test_while_all_are_streamed_only_the_room_beyond_the_slots_keeps_its_experts(variants):
     with fed(variants("qwen3").directory, group=3, experts=5) as run:
         feed = run.feed
-        assert feed._lent == 0, "two slots are kept for the stream"
+        assert feed._borrowed_bytes == 0, "two slots are kept for the stream"
         layers = sorted(feed.begin(1))
         ask(run, layers[0], [1, 2, 3])
         assert feed.begin(100_000) == frozenset()
@@ -265,11 +270,11 @@ def test_while_all_are_streamed_only_the_room_beyond_the_slots_keeps_its_experts
         assert feed.metrics()["hits"] == before + 3
 
 
-def test_what_was_lent_by_the_stream_is_forgotten_when_it_takes_its_slots_back(variants, monkeypatch):
+def test_experts_in_borrowed_slots_are_dropped_when_the_stream_reclaims_them(variants, monkeypatch):
     monkeypatch.setattr(supply, "KEPT_SLOTS", 0)
     with fed(variants("qwen3").directory, group=8, experts=2) as run:
         feed = run.feed
-        assert feed._lent > 0 and len(feed._cache._entries) > 4
+        assert feed._borrowed_bytes > 0 and len(feed._cache._entries) > 4
         feed._always = []  # nothing else is streamed, so the stream needs no slot
         layers = sorted(feed.begin(1))
         wanted = list(range(len(feed._cache._entries)))
@@ -283,20 +288,20 @@ def test_what_was_lent_by_the_stream_is_forgotten_when_it_takes_its_slots_back(v
         assert 0 < feed.metrics()["hits"] <= 2 * 3
 
 
-def test_a_static_cache_keeps_its_experts_even_when_its_passing_places_are_needed(variants):
+def test_a_static_cache_keeps_its_experts_even_when_its_transient_slots_are_needed(variants):
     known = np.tile(np.linspace(1, 0, 16), (4, 1))
     with fed(variants("qwen3").directory, experts=8, kind="static", known=known) as run:
         layer = min(run.feed.begin(1))
         kept = [e for at, e in np.argwhere(np.isinf(run.feed._cache._eviction.scores)).tolist() if at == layer]
         assert kept and run.feed.metrics()["experts"] == 4
-        passing = [10, 11, 12, 13]
-        for wanted in (kept, passing, [*passing, 14], kept):  # the passing places are full of what the layer needs
+        others = [10, 11, 12, 13]
+        for wanted in (kept, others, [*others, 14], kept):  # the transient slots are full of what the layer needs
             before = run.feed.metrics()["hits"]
             assert sorted(within(5, lambda w=wanted: ask(run, layer, w))) == wanted
         assert run.feed.metrics()["hits"] == before + len(kept)
 
 
-def test_loads_of_a_sweep_that_was_broken_off_do_not_reach_what_comes_after(variants, monkeypatch):
+def test_loads_of_an_interrupted_sweep_do_not_reach_what_comes_after(variants, monkeypatch):
     monkeypatch.setattr(supply, "KEPT_SLOTS", 0)
     real = os.preadv
 
@@ -314,14 +319,14 @@ def test_loads_of_a_sweep_that_was_broken_off_do_not_reach_what_comes_after(vari
         assert feed.begin(100_000) == frozenset()
         for unit in feed._all:
             got = within(5, lambda u=unit: feed.get(u))
-            if unit.startswith(f"layers.{layer}.expert"):
+            if (unit.kind, unit.layer) == ("expert", layer):
                 for place, e in enumerate(range(8)[: len(got) // 3]):
                     assert torch.equal(got[f"down.{place}"] if f"down.{place}" in got else got["down"][place],
-                                       run.expected[layer, e + int(unit.rsplit(".", 1)[1].split("-")[0])][1])  # fmt: skip
+                                       run.expected[layer, e + unit.first][1])  # fmt: skip
             feed.release(unit)
 
 
-def test_a_feeder_that_is_stopped_between_taking_a_slot_and_its_copy_ends(variants, monkeypatch):
+def test_a_transfer_thread_that_is_stopped_between_taking_a_slot_and_its_copy_ends(variants, monkeypatch):
     real = transfers.Fetch
 
     def late(*arguments, **named):
@@ -388,7 +393,7 @@ def test_experts_that_no_token_was_routed_to_are_not_moved(make, variants):
         arch.top_k * sparse
     )
     read = sum(v["bytes"] for k, v in metrics["lanes"].items() if k.startswith("disk_read")) - loaded
-    everything = sum(u.stored_bytes for u in arch.units() if u.kind != "embed")
+    everything = sum(u.stored_bytes for u in units_of(arch) if u.kind != "embed")
     assert read < 0.7 * metrics["sweeps"] * everything
     assert cache["hits"] > 0 < cache["mean_load_s"]
 
@@ -423,7 +428,7 @@ def test_a_budget_for_the_device_becomes_room_for_experts(make, variants):
     planned = small.engine.plan.memory.total("gpu")
     budget = (planned + 10.5 * entry_bytes(small.engine.model.arch)) / 2**30
     large = make(rows=1, gpu_mem=budget)
-    assert large.engine.plan.sizes.cache_experts == 10
+    assert large.engine.plan.allocation.cache_experts == 10
     assert large.engine.plan.memory.parts["gpu"]["expert cache"] == 10 * entry_bytes(small.engine.model.arch)
     assert large.engine.plan.memory.total("gpu") <= budget * 2**30
     caches = [run_rows(llm, variants("qwen3"), 1)["expert_cache"] for llm in (small, large)]
@@ -433,13 +438,13 @@ def test_a_budget_for_the_device_becomes_room_for_experts(make, variants):
 
 def test_the_cache_takes_no_more_than_there_are_streamed_experts(make):
     llm = make(percent=(50, 0, 100, 0, 100, 0), gpu_mem=4)
-    arch, tier_of = llm.engine.model.arch, llm.engine.plan.sizes.placement.tier_of
+    arch, tier_of = llm.engine.model.arch, llm.engine.plan.allocation.placement.tier_of
     streamed = sum(
-        len(experts)
-        for unit, experts in Units.of(arch, tier_of).experts_of.items()
-        if tier_of[unit] != "gpu" and not arch.is_dense(int(unit.split(".")[1]))
+        unit.count
+        for unit, tier in tier_of.items()
+        if unit.kind == "expert" and tier != "gpu" and not arch.is_dense(unit.layer)
     )
-    assert llm.engine.plan.sizes.cache_experts == streamed
+    assert llm.engine.plan.allocation.cache_experts == streamed
 
 
 def test_a_block_of_many_tokens_streams_everything(make, variants):

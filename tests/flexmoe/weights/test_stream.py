@@ -9,11 +9,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from flexmoe.errors import StorageError
+from flexmoe.errors import DataError, StorageError
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
 from flexmoe.weights.store import EmbeddingTable, WeightStore, as_compute
 from flexmoe.weights.stream import WeightStream
+from policies.units import EMBEDDING
 from tests.support.tiny_units import UNITS, tiny_units, within
 
 PLACEMENTS = {
@@ -22,6 +23,7 @@ PLACEMENTS = {
     "disk": dict.fromkeys(UNITS, "disk"),
     "mixed": dict(zip(UNITS, ["cpu", "gpu", "disk", "disk", "cpu", "disk", "gpu"])),
 }
+A0, E0, E1, _, _, E3, HEAD = UNITS
 SETTLE_S = 0.1
 
 
@@ -30,9 +32,10 @@ def streamed(source, tiers, slots=2, *, dtype=torch.float32, overlap=True, stage
     """A store and its stream; asserts that closing them leaves no thread."""
     before = set(threading.enumerate())
     store = WeightStore(Device("cpu"), Recorder(), source, tiers, dtype, pin)
-    stream = WeightStream(
-        store, [u for u in UNITS if tiers[u] != "gpu"], slots, staging_slots, overlap=overlap, staged=staged
-    )
+    store.load()
+    order = [u for u in UNITS if tiers[u] != "gpu"]
+    stream = WeightStream(store, order, slots, staging_slots, overlap=overlap, staged=staged)
+    stream.start(order)
     try:
         yield store, stream
     finally:
@@ -85,10 +88,10 @@ def test_unpinned_homes_pass_through_staging(tmp_path, overlap):
 def test_resident_unit_needs_no_order_and_no_slot(tmp_path):
     source, expected = tiny_units(tmp_path)
     with streamed(source, PLACEMENTS["mixed"], 1) as (store, stream):
-        assert torch.equal(stream.get("head")["head"], expected["head"]["head"])
-        assert torch.equal(stream.get("e0")["up"], expected["e0"]["up"])
-        stream.release("head")
-        assert within(5, lambda: stream.get("a0")) is not None
+        assert torch.equal(stream.get(HEAD)["head"], expected[HEAD]["head"])
+        assert torch.equal(stream.get(E0)["up"], expected[E0]["up"])
+        stream.release(HEAD)
+        assert within(5, lambda: stream.get(A0)) is not None
 
 
 def test_cast_leaves_tensors_of_the_compute_dtype_alone():
@@ -136,8 +139,8 @@ def test_staged_look_ahead_reads_no_more_than_slots_and_staging_hold(tmp_path, m
     started = counted_reads(monkeypatch)
     with streamed(source, PLACEMENTS["disk"], 2, staged=True, staging_slots=2) as (_, stream):
         settle(started, 4)
-        within(5, lambda: stream.get("a0"))
-        stream.release("a0")
+        within(5, lambda: stream.get(A0))
+        stream.release(A0)
         settle(started, 5)
 
 
@@ -148,21 +151,21 @@ def test_serial_stream_starts_nothing_before_it_is_asked(tmp_path, monkeypatch, 
     with streamed(source, PLACEMENTS["disk"], 3, overlap=False, staged=staged) as (_, stream):
         time.sleep(SETTLE_S)
         assert started == []
-        within(5, lambda: stream.get("a0"))
+        within(5, lambda: stream.get(A0))
         time.sleep(SETTLE_S)
-        assert started == ["a0"]
-        stream.release("a0")
+        assert started == [A0]
+        stream.release(A0)
 
 
 @pytest.mark.parametrize("staged", [False, True], ids=["direct", "staged"])
 def test_slot_keeps_its_numbers_until_it_is_released(tmp_path, staged):
     source, expected = tiny_units(tmp_path)
     with streamed(source, PLACEMENTS["disk"], 2, staged=staged) as (_, stream):
-        held = within(5, lambda: stream.get("a0"))
-        within(5, lambda: stream.get("e0"))
-        stream.release("e0")
+        held = within(5, lambda: stream.get(A0))
+        within(5, lambda: stream.get(E0))
+        stream.release(E0)
         time.sleep(SETTLE_S)
-        assert all(torch.equal(held[role], t) for role, t in expected["a0"].items())
+        assert all(torch.equal(held[role], t) for role, t in expected[A0].items())
 
 
 def failing_preadv(fd, buffers, offset):
@@ -176,7 +179,7 @@ def test_read_error_reaches_whoever_asks_first_and_again(tmp_path, monkeypatch, 
     source, _ = tiny_units(tmp_path)
     monkeypatch.setattr(os, "preadv", failing_preadv)
     with streamed(source, PLACEMENTS["disk"], slots, overlap=overlap, staged=staged) as (_, stream):
-        for unit in ("a0", "a0", "e0"):
+        for unit in (A0, A0, E0):
             with pytest.raises(StorageError, match="Input/output error"):
                 within(5, lambda u=unit: stream.get(u))
 
@@ -190,7 +193,7 @@ def test_read_error_of_a_later_sweep_surfaces_at_its_unit(tmp_path, monkeypatch,
         with pytest.raises(StorageError):
             within(10, lambda: check_sweeps(stream, expected, torch.float32, sweeps=2))
         with pytest.raises(StorageError):
-            within(5, lambda: stream.get("e3"))
+            within(5, lambda: stream.get(E3))
 
 
 @pytest.mark.parametrize("staged", [False, True], ids=["direct", "staged"])
@@ -200,14 +203,16 @@ def test_shard_that_can_no_longer_be_opened_is_an_error_not_a_hang(tmp_path, sta
     with streamed(source, PLACEMENTS["disk"], 2, staged=staged) as (_, stream):
         for _ in range(2):
             with pytest.raises(StorageError, match="cannot open .*model.safetensors"):
-                within(5, lambda: stream.get("a0"))
+                within(5, lambda: stream.get(A0))
 
 
 def test_wrong_order_is_refused(tmp_path):
     source, _ = tiny_units(tmp_path)
     with streamed(source, PLACEMENTS["disk"]) as (_, stream):
-        with pytest.raises(RuntimeError, match="at a0, but e1 was asked for: wrong order"):
-            within(5, lambda: stream.get("e1"))
+        with pytest.raises(
+            RuntimeError, match="at layers.0.attention, but layers.0.expert.1 was asked for: wrong order"
+        ):
+            within(5, lambda: stream.get(E1))
 
 
 @pytest.mark.parametrize("staged", [False, True], ids=["direct", "staged"])
@@ -225,6 +230,40 @@ def test_close_with_transfers_under_way_ends_the_threads(tmp_path, monkeypatch, 
             pass  # the context asserts that no thread is left
 
 
+@pytest.mark.parametrize("staged", [False, True], ids=["direct", "staged"])
+def test_stream_of_which_a_thread_cannot_be_started_leaves_none(tmp_path, monkeypatch, staged):
+    source, expected = tiny_units(tmp_path)
+    with streamed(source, PLACEMENTS["cpu"], staged=staged, pin=False) as (_, stream):
+        stream.close()
+        before, real, left = set(threading.enumerate()), threading.Thread.start, [1]
+
+        def start(thread):
+            if not left[0]:
+                raise RuntimeError("can't start new thread")
+            left[0] -= 1
+            real(thread)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            with pytest.raises(RuntimeError, match="can't start"):
+                stream.start(UNITS)
+        assert set(threading.enumerate()) == before
+        stream.start(UNITS)
+        within(10, lambda: check_sweeps(stream, expected, torch.float32, sweeps=1))
+
+
+def test_store_that_cannot_be_loaded_leaves_no_thread_once_it_is_closed(tmp_path):
+    source, _ = tiny_units(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", 5000)
+    before = set(threading.enumerate())
+    store = WeightStore(Device("cpu"), Recorder(), source, PLACEMENTS["cpu"], torch.float32)
+    assert set(threading.enumerate()) == before, "nothing runs before it is loaded"
+    with pytest.raises(DataError, match="ends at byte 5000"):
+        store.load()
+    store.close()
+    assert set(threading.enumerate()) == before
+
+
 def test_bytes_are_counted_once_per_lane(tmp_path):
     source, expected = tiny_units(tmp_path)
     with streamed(source, PLACEMENTS["cpu"], 1, overlap=False) as (store, stream):
@@ -239,9 +278,10 @@ def test_bytes_are_counted_once_per_lane(tmp_path):
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
 def test_embedding_rows_are_the_tables_whatever_its_home(tmp_path, tier, compute):
     source, expected = tiny_units(tmp_path)
-    table = expected["embed"]["embed"]
-    store = WeightStore(Device("cpu"), Recorder(), source, {"embed": tier}, compute)
-    embed = EmbeddingTable(store, source, "embed", max_tokens=8)
+    table = expected[EMBEDDING]["embed"]
+    store = WeightStore(Device("cpu"), Recorder(), source, {EMBEDDING: tier}, compute)
+    store.load()
+    embed = EmbeddingTable(store, source, EMBEDDING, max_tokens=8)
     ids = torch.tensor([3, 0, 39, 3, 17])
     first = embed(ids)
     second = embed(ids.flip(0))

@@ -5,10 +5,11 @@ import json
 import pytest
 
 from cost_model.model.arch import ModelArch
-from flexmoe.cli import run_plan as run_plan_module
-from flexmoe.cli.run_plan import RunPlan, _last
+from flexmoe.batch import plan as plan_module
+from flexmoe.batch.plan import RunPlan, last_that_holds
 from flexmoe.preflight.lengths import Lengths, RowLength
 from policies.policy import Policy
+from policies.units import UnitId
 from tests.support.command_lines import assert_one_sentence, body
 from tests.support.usage import skewed
 
@@ -96,7 +97,7 @@ def test_lengths_are_measured_without_the_longest_rows():
 @pytest.mark.parametrize("holds", range(6))
 def test_the_last_value_that_holds_is_found(holds):
     values = [2, 3, 5, 7, 11]
-    assert _last(values, lambda value: value in values[:holds]) == (values[holds - 1] if holds else None)
+    assert last_that_holds(values, lambda value: value in values[:holds]) == (values[holds - 1] if holds else None)
 
 
 # Usage of experts.
@@ -114,16 +115,16 @@ def usage(tiny, tmp_path):
 def test_experts_that_another_run_used_most_are_on_the_device(job, main, machine, usage, tmp_path, flags, monkeypatch):
     known, arch = usage
     plans = []
-    monkeypatch.setattr(run_plan_module, "RunPlan", lambda **about: plans.append(RunPlan(**about)) or plans[-1])
+    monkeypatch.setattr(plan_module, "RunPlan", lambda **about: plans.append(RunPlan(**about)) or plans[-1])
     job.write([SHORT])
     flags = [*flags, "--hardware", str(machine), "--expert-usage", str(tmp_path / "usage.json")]
     code, out, err = main(job.args(*flags, "--metrics-json", str(tmp_path / "metrics.json")))
     assert (code, err) == (0, "") and "most used experts first" in out
     policy = Policy(**json.loads((tmp_path / "metrics.json").read_text())["policy"])
     assert policy.expert_order == known.unit_order(arch.grouped(policy.experts_per_unit))
-    tiers = plans[0].engine.sizes.placement.tier_of
+    tiers = plans[0].engine.allocation.placement.tier_of
     for layer, order in enumerate(policy.expert_order):
-        on_gpu = [tiers[f"layers.{layer}.expert.{number}"] == "gpu" for number in order]
+        on_gpu = [tiers[UnitId("expert", layer, number)] == "gpu" for number in order]
         assert on_gpu == sorted(on_gpu, reverse=True)
 
 

@@ -10,8 +10,9 @@ import torch
 from cost_model import Hardware, ModelArch, Workload
 from cost_model.timing.evaluate import evaluate
 from flexmoe.cli import run as command
-from flexmoe.cli.forecast import Forecaster, comparison_lines
+from flexmoe.cli.report import comparison_lines
 from flexmoe.engine.router_counter import coactivation_bytes
+from flexmoe.planning.forecast import Forecaster
 from policies.common.errors import InfeasibleError
 from policies.policy import Policy, PolicyFile
 from tests.support.tiny import assert_greedy
@@ -127,7 +128,7 @@ def test_plan_leaves_room_for_the_router_statistics(run, tiny, monkeypatch, tmp_
         made.append(of_machine(*args, **options))
         raise InfeasibleError("far enough")
 
-    monkeypatch.setattr("flexmoe.cli.run_plan.Forecaster.of_machine", stop)
+    monkeypatch.setattr("flexmoe.batch.plan.Forecaster.of_machine", stop)
     for flags in ([], ["--router-stats", str(tmp_path / "stats.json")]):
         assert run("--policy", "auto", *BUDGETS, *flags)[0] == 4
     without, with_them = (forecaster.hardware.gpu.memory_bytes for forecaster in made)

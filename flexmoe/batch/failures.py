@@ -1,0 +1,45 @@
+"""What a run can meet on its way, as the errors that a user sees: memory that runs out, and a disk that is full."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+
+import torch
+
+from flexmoe.errors import InfeasibleError, StorageError
+
+#: torch's allocator for the CPU has no error class of its own.
+_CPU_MESSAGE = "can't allocate memory"
+_DISK_ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def as_user_errors() -> Iterator[None]:
+    """Turns an allocation that failed, and a failure of a disk, into errors with a sentence.
+
+    Raises:
+        InfeasibleError: the device or the host has no memory left.
+        StorageError: the disk is full, read-only or broken.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _infeasible(error) from error
+    except RuntimeError as error:
+        if _CPU_MESSAGE not in str(error):
+            raise
+        raise _infeasible(error) from error
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise StorageError(str(error)) from error
+
+
+def _infeasible(error: Exception) -> InfeasibleError:
+    reason = (str(error).strip().splitlines() or ["no memory"])[0]
+    return InfeasibleError(
+        f"memory ran out ({reason}); what a job has done is kept: run the same command with a smaller --gpu-batch-size, "
+        "--prefill-tokens or --gpu-mem, and it resumes from there"
+    )

@@ -1,0 +1,49 @@
+"""The console command `flexmoe`: one word for each program, which is the same as its `python -m` form."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from flexmoe import __version__
+from flexmoe.system.interrupts import exit_at_signals
+from policies.common.command_line import complain, open_standard_streams, say
+
+#: Each command, its module (which is imported when it is asked for), and what it does.
+_COMMANDS = {
+    "run": ("flexmoe.cli.run", "a file of requests to a JSONL of completions"),
+    "plan": ("cost_model.cli.plan", "find the policy with the most tokens per second for a model, a machine and a job"),
+    "probe": ("flexmoe.cli.probe", "measure this machine's rates for the planner"),
+    "merge": ("flexmoe.cli.merge", "put the outputs of shards together"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `flexmoe COMMAND …`; the result is the exit code."""
+    name, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
+    if name in ("", "-h", "--help"):
+        say(*_help())
+        return 0 if name else 2
+    if name == "--version":
+        say(f"flexmoe {__version__}")
+        return 0
+    if name not in _COMMANDS:
+        complain(f"flexmoe: there is no command {name!r}; choose one of {', '.join(_COMMANDS)}")
+        return 2
+    if argv is None and name == "run":  # a batch system may stop the process in the seconds of its imports
+        open_standard_streams()
+        exit_at_signals()
+    command: Callable[[Sequence[str]], int] = import_module(_COMMANDS[name][0]).main
+    return command(rest[:-1])
+
+
+def _help() -> list[str]:
+    commands = [f"  {name:<6} {what}" for name, (_, what) in _COMMANDS.items()]
+    return [
+        "usage: flexmoe COMMAND [flags]",
+        "",
+        *commands,
+        "",
+        "flexmoe COMMAND --help tells the flags; flexmoe --version the version.",
+    ]

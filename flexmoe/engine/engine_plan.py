@@ -1,0 +1,176 @@
+"""The plan of an engine: what it would allocate, checked against what may be taken, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cost_model.memory.allocation import PAGE_TOKENS, Allocation, allocate, entry_bytes
+from cost_model.memory.memory_plan import MemoryPlan, plan_memory
+from cost_model.model.arch import ModelArch
+from cost_model.routing.on_demand import OnDemand
+from flexmoe.engine.config import EngineConfig
+from flexmoe.engine.router_counter import coactivation_bytes
+from flexmoe.errors import InfeasibleError
+from flexmoe.models.loader import Model, compute_dtype
+from flexmoe.system.device import Device
+from flexmoe.system.machine import available_host_bytes, free_disk_bytes
+from policies.common.memory_units import GIB
+from policies.placement import TIERS, describe
+from policies.policy import Policy
+
+#: Part of a GPU, and of the host's memory, that the cache leaves alone: the allocator cuts the one into pieces, and others
+#: use the other.
+_SPARED_SHARE = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnginePlan:
+    """What an engine allocates.
+
+    Attributes:
+        device: the compute device.
+        dtype: compute dtype.
+        allocation: numbers of all that is allocated: units, pages, slots, buffers.
+        memory: bytes per tier, item by item.
+        budgets: bytes that may be taken per tier; None without a limit.
+        written_bytes: bytes that are written to the offload directory.
+        policy: of the engine.
+        largest_row_tokens: tokens of the longest prompt and completion that the KV cache and its buffers hold.
+    """
+
+    device: Device
+    dtype: torch.dtype
+    allocation: Allocation
+    memory: MemoryPlan
+    budgets: Mapping[str, int | None]
+    written_bytes: int
+    policy: Policy
+    largest_row_tokens: int
+
+    @classmethod
+    def of(cls, model: Model, config: EngineConfig) -> EnginePlan:
+        """Plan an engine and check that it fits.
+
+        Raises:
+            InfeasibleError: a tier has too few bytes; the sentence says how many are missing.
+            UsageError: no such device or dtype.
+        """
+        device, arch = Device(config.device), model.arch.grouped(config.policy.experts_per_unit)
+        dtype = compute_dtype(config.dtype, model, device.torch)
+        kind = device.torch.type
+        allocation = allocate(
+            arch,
+            config.policy,
+            config.workload,
+            device=kind,
+            kv_tokens=config.kv_tokens,
+            longest_row=config.longest_row or 0,
+        )
+        if config.known_usage is not None:
+            config.known_usage.check_model(arch)
+        memory = _memory(arch, allocation, config, kind, dtype)
+        stored = ("weights",) if model.checkpoint is not None else ()  # a checkpoint's weights are on disk already
+        written = sum(size for item, size in memory.parts["disk"].items() if item not in stored)
+        budgets = _budgets(config, device)
+        memory.check(budgets)
+        _check_disk(config.offload_dir, written)
+        if config.expert_cache != "off":
+            allocation = replace(allocation, cache_experts=_cache_experts(arch, allocation, memory, budgets, config))
+            memory = _memory(arch, allocation, config, kind, dtype)
+        return cls(
+            device=device,
+            dtype=dtype,
+            allocation=allocation,
+            memory=memory,
+            budgets=budgets,
+            written_bytes=written,
+            policy=config.policy,
+            largest_row_tokens=_largest_row_tokens(allocation, config.longest_row),
+        )
+
+    def describe_weights(self) -> str:
+        """Asked and achieved shares of the weights."""
+        p = self.policy
+        asked = (p.w_gpu_percent, p.w_cpu_percent, 100 - p.w_gpu_percent - p.w_cpu_percent)
+        return describe(asked, self.allocation.placement.achieved_percent)
+
+    def describe_cache(self) -> str:
+        """Asked and achieved shares of the KV cache."""
+        p, pages = self.policy, self.allocation.kv_pages
+        asked = (p.cache_gpu_percent, p.cache_cpu_percent, 100 - p.cache_gpu_percent - p.cache_cpu_percent)
+        total = sum(pages.values())
+        return describe(asked, tuple(100 * pages[t] / total for t in TIERS), "KV cache")
+
+    def memory_lines(self) -> list[str]:
+        """Bytes per tier beside the budget, largest items first."""
+        lines = []
+        for tier, items in self.memory.parts.items():
+            budget = self.budgets.get(tier)
+            limit = f" of {budget / GIB:.3f} GiB allowed" if budget is not None else ""
+            largest = sorted(items.items(), key=lambda item: -item[1])
+            detail = ", ".join(f"{name} {size / GIB:.3f}" for name, size in largest if size >= GIB / 2000)
+            lines.append(f"memory {tier:>4}: {self.memory.total(tier) / GIB:.3f} GiB{limit} ({detail})")
+        return lines
+
+
+def _largest_row_tokens(allocation: Allocation, longest_row: int | None) -> int:
+    held = max(allocation.kv_pages.values()) * PAGE_TOKENS
+    if allocation.fetch_pages and longest_row:  # the buffers of fetched KV are made for rows of this length
+        return min(held, -(-longest_row // PAGE_TOKENS) * PAGE_TOKENS)
+    return held
+
+
+def _budgets(config: EngineConfig, device: Device) -> dict[str, int | None]:
+    asked = {"gpu": config.gpu_mem, "cpu": config.cpu_mem, "disk": config.nvme_mem}
+    budgets = {tier: None if gib is None else int(gib * GIB) for tier, gib in asked.items()}
+    host = available_host_bytes()
+    if not device.is_cuda:
+        return {**budgets, "gpu+cpu": host}
+    if (gpu := budgets["gpu"]) is not None:
+        budgets["gpu"] = device.room(gpu)
+    free = torch.cuda.mem_get_info(device.torch)[0]
+    for tier, has in (("gpu", free), ("cpu", host)):
+        asked_bytes = budgets[tier]
+        budgets[tier] = has if asked_bytes is None else min(has, asked_bytes)
+    return budgets
+
+
+def _memory(
+    arch: ModelArch, allocation: Allocation, config: EngineConfig, device: str, dtype: torch.dtype
+) -> MemoryPlan:
+    memory = plan_memory(arch, config.policy, allocation, device=device, compute_bytes=dtype.itemsize)
+    if not config.router_stats:
+        return memory
+    return MemoryPlan(
+        parts={**memory.parts, "gpu": {**memory.parts["gpu"], "router statistics": coactivation_bytes(arch)}}
+    )
+
+
+def _cache_experts(
+    arch: ModelArch, allocation: Allocation, memory: MemoryPlan, budgets: Mapping[str, int | None], config: EngineConfig
+) -> int:
+    """Experts that fit the device memory which the plan leaves; on device cpu, what it leaves of a given budget."""
+    budget, host = budgets["gpu"], budgets.get("gpu+cpu")
+    if budget is None:
+        return 0
+    left = budget - memory.total("gpu")
+    if host is not None:  # a budget in RAM is met to the byte, and what the machine has is not
+        left = min(left, int((1 - _SPARED_SHARE) * host) - memory.total("gpu") - memory.total("cpu"))
+    else:
+        left -= int(_SPARED_SHARE * budget)
+    streamed = np.count_nonzero(OnDemand.of(arch, allocation.placement.tier_of, 0).streamed)
+    return max(0, min(left // entry_bytes(arch), int(streamed)))
+
+
+def _check_disk(directory: Path, written_bytes: int) -> None:
+    free = free_disk_bytes(directory)
+    if written_bytes > free:
+        raise InfeasibleError(
+            f"the disk tier writes {written_bytes / GIB:.3f} GiB to {directory}, which has {free / GIB:.3f} GiB free: "
+            f"{written_bytes - free} bytes are missing; choose another --offload-dir or lower the disk shares"
+        )

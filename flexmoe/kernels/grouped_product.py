@@ -1,0 +1,53 @@
+"""One product of several experts, each over its own tokens, in a single call.
+
+torch has one for weights that lie stacked. Ours, on the CPU, is faster for few tokens per expert and takes the weights of
+each expert wherever they lie.
+
+Legend: n tokens, C columns and R rows of a weight, e experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from cost_model.model.weight_units import ROW_BYTES
+from flexmoe.kernels.native import library as native
+from flexmoe.kernels.native.products import grouped_products
+
+#: Mean tokens of an expert up to which our own grouped product is faster on the CPU than torch's.
+_NATIVE_TOKENS = 32
+
+#: One matrix of each expert: stacked ``[e, R, C]``, or a ``[R, C]`` for each.
+Matrices = torch.Tensor | Sequence[torch.Tensor]
+
+
+def has_grouped_product(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device has a grouped product for numbers of this dtype."""
+    if device.type != "cuda":
+        return True
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def can_group(matrices: Sequence[Matrices]) -> bool:
+    """Whether `grouped_product` takes each of these.
+
+    Torch's product wants a stack whose rows begin at multiples of 16 bytes, and a device that has it.
+    """
+    stacked = [m for m in matrices if isinstance(m, torch.Tensor)]
+    if len(stacked) < len(matrices):
+        return matrices[-1][0].device.type == "cpu" and native.available()
+    if not has_grouped_product(stacked[0].device, stacked[0].dtype):
+        return False
+    return all(m.shape[-1] * m.element_size() % ROW_BYTES == 0 and m.data_ptr() % ROW_BYTES == 0 for m in stacked)
+
+
+def grouped_product(x_nC: torch.Tensor, matrices: Matrices, ends_e: torch.Tensor) -> torch.Tensor:
+    """``x · matrices[e]^T`` for the tokens ``x_nC[ends_e[e - 1] : ends_e[e]]`` of each expert e: ``[n, R]``."""
+    few = len(x_nC) <= _NATIVE_TOKENS * len(matrices)
+    if not isinstance(matrices, torch.Tensor) or (few and x_nC.device.type == "cpu" and native.available()):
+        return grouped_products(x_nC, matrices, ends_e)
+    product: torch.Tensor = F.grouped_mm(x_nC, matrices.transpose(1, 2), offs=ends_e)
+    return product

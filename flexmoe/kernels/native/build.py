@@ -1,0 +1,92 @@
+"""Compiles the native library and keeps it in a private cache, one for each set of sources, compiler, flags and CPU.
+
+The library is one translation unit without torch headers behind a C ABI: `attention.cpp` and the headers beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+_SOURCE = Path(__file__).with_name("attention.cpp")
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread", "-w")
+
+
+class BuildError(Exception):
+    """Why there is no library; becomes one warning."""
+
+
+def _cache_directory() -> Path:
+    """Return the directory for compiled libraries, created private; refuse one that others could write to."""
+    chosen = os.environ.get("FLEXMOE_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    directory = Path(chosen) if chosen else Path(base) / "flexmoe"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = directory.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & stat.S_IWOTH:
+        raise BuildError(
+            f"{directory} belongs to another user or is writable by everyone; set FLEXMOE_CACHE to a private directory"
+        )
+    return directory
+
+
+def _compiler() -> str:
+    for name in filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")):
+        if found := shutil.which(name):
+            return found
+    raise BuildError("no C++ compiler was found; install g++ or clang++, or set CXX")
+
+
+def _cpu_flags() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    found = re.search(r"^(flags|Features)\s*:.*$", text, re.MULTILINE)
+    return found.group(0) if found else ""
+
+
+def _machine_flag() -> str:
+    return "-mcpu=native" if os.uname().machine == "aarch64" else "-march=native"
+
+
+def _cache_key(*circumstances: str) -> str:
+    digest = hashlib.sha256("\0".join(circumstances).encode())
+    # attention.cpp includes the headers beside it, so a change in any of them is another library.
+    for path in sorted((*_SOURCE.parent.glob("*.cpp"), *_SOURCE.parent.glob("*.h"))):
+        content = path.read_bytes()
+        digest.update(f"\0{path.name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:24]
+
+
+def build() -> Path:
+    """Compile the library unless the cache has it for these sources, compiler, flags and CPU; return its path.
+
+    Raises:
+        BuildError: no compiler, a failed compilation, or no safe cache directory.
+    """
+    compiler, flags = _compiler(), (*_FLAGS, _machine_flag())
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    target = _cache_directory() / f"attention-{_cache_key(version, *flags, _cpu_flags())}.so"
+    if target.exists():
+        return target
+    # Several processes may race: each compiles under its own name, the last rename wins, all are equal.
+    handle, temporary = tempfile.mkstemp(prefix=".building-", suffix=".so", dir=target.parent)
+    os.close(handle)
+    try:
+        result = subprocess.run(
+            [compiler, *flags, str(_SOURCE), "-o", temporary], capture_output=True, text=True, check=False
+        )
+        if result.returncode:
+            raise BuildError(f"{compiler} failed: {result.stderr.strip()[:1000]}")
+        os.chmod(temporary, 0o700)
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return target

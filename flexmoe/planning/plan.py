@@ -1,0 +1,87 @@
+"""`plan`: the best policy for a model, a machine and a job, from Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cost_model.hardware.hardware import Hardware
+from cost_model.model.arch import ModelArch
+from cost_model.planner.constraints import Fixed
+from cost_model.planner.solve import Plan, solve
+from flexmoe.errors import UsageError
+from flexmoe.planning.machine import this_machine
+from policies.workload import Workload
+
+_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_USUAL = Workload(prompt_len=512, gen_len=128)
+
+
+def plan(
+    model: str | Path | ModelArch,
+    hardware: Hardware | str | Path | None = None,
+    workload: Workload | None = None,
+    *,
+    gpu_mem: float | None = None,
+    cpu_mem: float | None = None,
+    nvme_mem: float | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    offload_dir: str | Path | None = None,
+    fixed: Fixed | None = None,
+    kv_tokens: int | None = None,
+    advice: bool = True,
+) -> Plan:
+    """The policy with the most tokens per second, what it will do, and why it is that one; nothing is loaded or run.
+
+    Args:
+        model: a directory with a `config.json`, the name of a known shape, its hub id, or a `ModelArch`.
+        hardware: a `Hardware`, the name of a preset (``"rtx4090"``), or a file of `python -m flexmoe.probe`. None: this machine,
+            measured now (about a minute) or before, with nine tenths of what is free of its memory.
+        workload: prompt and completion lengths, and the rows of the job; default: 512 and 128 tokens, without end.
+        gpu_mem, cpu_mem, nvme_mem: most GiB of each tier; None: what the machine has.
+        dtype: compute dtype; ``auto`` is as stored.
+        device: of this machine: ``auto``, ``cuda`` or ``cpu``.
+        offload_dir: on the disk that this machine's disk tier lives on; default: the working directory.
+        fixed: fields of the policy that are decided already.
+        kv_tokens: KV capacity over all tiers; default: what keeps the block in flight.
+        advice: find out what would help most, too, which takes about as long again.
+
+    Returns:
+        Plan: ``policy``, ``prediction`` and ``explanation``.
+
+    Raises:
+        InfeasibleError: nothing fits; the sentence names what binds and the cheapest way out.
+        FlexMoEError: the model or the machine is not known or cannot be measured.
+
+    Example:
+        >>> found = plan("mixtral-8x7b", "rtx4090", Workload(prompt_len=512, gen_len=256), cpu_mem=120)
+        >>> found.policy.block_size, found.prediction.tokens_per_s, found.prediction.bottleneck
+    """
+    if dtype != "auto" and dtype not in _DTYPE_BYTES:
+        raise UsageError(f"unknown dtype {dtype!r}: choose auto, {', '.join(_DTYPE_BYTES)}")
+    arch = model if isinstance(model, ModelArch) else _shape(model)
+    budgets = {"gpu_mem": gpu_mem, "cpu_mem": cpu_mem, "nvme_mem": nvme_mem}
+    if hardware is None:
+        machine = this_machine(device=device, directory=Path(offload_dir or "."), budgets=budgets)
+    else:
+        machine = _machine(hardware).with_budgets(**budgets)
+    return solve(
+        arch,
+        machine,
+        workload or _USUAL,
+        fixed=fixed,
+        dtype_bytes=_DTYPE_BYTES.get(dtype),
+        kv_tokens=kv_tokens,
+        advice=advice,
+    )
+
+
+def _shape(model: str | Path) -> ModelArch:
+    return ModelArch.from_dir(model) if Path(model).is_dir() else ModelArch.from_name(str(model))
+
+
+def _machine(hardware: Hardware | str | Path) -> Hardware:
+    if isinstance(hardware, Hardware):
+        return hardware
+    is_file = Path(hardware).suffix == ".json" or Path(hardware).is_file()
+    return Hardware.load(hardware) if is_file else Hardware.preset(str(hardware))
