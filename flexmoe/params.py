@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from flexmoe.errors import UsageError
 
@@ -63,7 +63,7 @@ class SamplingParams:
         frequency_penalty: subtracted once for every time a token was generated.
         repetition_penalty: divides positive and multiplies negative logits of tokens of the prompt or generated.
         logit_bias: token id to what is added to its logit; kept as pairs sorted by id.
-        ignore_eos: go on to `max_tokens` although the model ends the sequence (for benchmarks).
+        ignore_eos: generate `max_tokens` although the model ends the sequence (for benchmarks).
         echo: the caller will put the prompt before the completion; with `logprobs`, the prompt gets them too.
 
     Raises:
@@ -106,6 +106,11 @@ class SamplingParams:
             raise UsageError("max_tokens is 0: nothing would be generated; give at least 1, or ask for echo")
 
     @property
+    def biased_tokens(self) -> tuple[tuple[int, float], ...]:
+        """`logit_bias` as it is kept: token ids, each once and in order, with what is added to their logits."""
+        return cast("tuple[tuple[int, float], ...]", self.logit_bias)
+
+    @property
     def greedy(self) -> bool:
         """Whether the most probable token is taken, so that nothing is drawn."""
         return self.temperature < GREEDY_BELOW or self.top_k == 1
@@ -121,14 +126,15 @@ class SamplingParams:
         return self.logprobs if self.prompt_logprobs is None and self.echo else self.prompt_logprobs
 
     def _check_counts(self) -> None:
-        bounds = {
-            "n": (1, MAX_SAMPLES), "top_k": (-1, MAX_TOKENS), "max_tokens": (0, MAX_TOKENS),
-            "seed": (-(2**63), 2**63 - 1), "logprobs": (0, MAX_LOGPROBS), "prompt_logprobs": (0, MAX_LOGPROBS),
-        }  # fmt: skip
-        for name, (least, most) in bounds.items():
-            value, optional = getattr(self, name), name not in ("n", "top_k")
-            if not (value is None and optional or _is_int(value) and least <= value <= most):
-                raise self._wrong(name, f"a whole number from {least} to {most}" + ", or None" * optional)
+        required = {"n": (1, MAX_SAMPLES), "top_k": (-1, MAX_TOKENS)}
+        optional = {"max_tokens": (0, MAX_TOKENS), "seed": (-(2**63), 2**63 - 1)}
+        optional.update(dict.fromkeys(("logprobs", "prompt_logprobs"), (0, MAX_LOGPROBS)))
+        for name, (least, most) in {**required, **optional}.items():
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if not (_is_int(value) and least <= value <= most):
+                raise self._wrong(name, f"a whole number from {least} to {most}" + ", or None" * (name in optional))
 
     def _number(self, name: str, least: float, most: float, wanted: str, *, above: bool = False) -> None:
         value = _finite(getattr(self, name))
@@ -266,7 +272,7 @@ class InFlight:
 
     Args:
         token_ids: the ids; a copy.
-        logprobs: theirs, None where none are asked; the engine's own list, which goes on growing.
+        logprobs: theirs, None where none are asked; the engine's own list, which keeps growing.
     """
 
     request_id: str

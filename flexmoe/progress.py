@@ -31,7 +31,7 @@ class Left:
 
 
 class Rates:
-    """Tokens per second since the beginning and of late.
+    """Tokens per second, since the beginning and recently.
 
     Args:
         clock: seconds; only differences count.
@@ -62,17 +62,17 @@ class Rates:
         return self._since(*self._marks[0])
 
     def seconds_left(self, left: Left) -> float | None:
-        """Seconds that the rest takes at the rates of late; None while there is none to go by.
+        """Seconds that the rest takes at the recent rates; None while there are none.
 
-        Prompts and completions go on side by side, so that the one that takes longer decides.
+        Prompts and completions are computed side by side, so that the one that takes longer decides.
         """
-        times = []
+        times: list[float] = []
         for tokens, recent, whole in zip((left.prompt_tokens, left.generated_tokens), self.recent(), self.whole()):
             rate = recent or whole
+            if tokens > 0 and not rate:
+                return None
             if tokens > 0:
-                times.append(tokens / rate if rate else None)
-        if None in times:
-            return None
+                times.append(tokens / rate)
         return max(times, default=0.0)
 
     def _since(self, start: float, prompt_tokens: int, generated_tokens: int) -> tuple[float, float]:
@@ -117,7 +117,7 @@ class Progress:
             log.info("%d of %d rows, %s", self._done, self._rows, self.describe())
 
     def describe(self) -> str:
-        """How long the rest will take, which a narrow terminal must not cut off, and the rates (of late, and in all)."""
+        """How long the rest will take, which a narrow terminal must not cut off, and the rates (recent ones, and overall)."""
         (prompt, generated), (all_prompt, all_generated) = self.rates.recent(), self.rates.whole()
         seconds = self.rates.seconds_left(self._left())
         return (

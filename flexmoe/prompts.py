@@ -7,7 +7,7 @@ from numbers import Integral
 from typing import Any
 
 from flexmoe.errors import DataError, UsageError
-from flexmoe.openai.messages import read_messages
+from flexmoe.openai.batch_line import read_messages
 
 #: A text, or token ids.
 Prompt = str | Sequence[int]

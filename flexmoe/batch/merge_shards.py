@@ -100,7 +100,7 @@ def _part(output: Path) -> Part:
     if manifest.shard is None:
         raise UsageError(f"{output} is the output of a whole job, not of a shard; there is nothing to merge it with")
     if manifest.finished is None:
-        raise DataError(f"{output} is not finished: run shard {_name(manifest)} again, it goes on where it stopped")
+        raise DataError(f"{output} is not finished: run shard {_name(manifest)} again, it resumes where it stopped")
     index, count = manifest.shard
     shard = Shard(index=index, count=count)
     errors = default_error_path(output)

@@ -18,8 +18,7 @@ from flexmoe.errors import InfeasibleError
 from flexmoe.models.loader import Model, compute_dtype
 from flexmoe.planning.configure import RESIDENT
 from flexmoe.planning.forecast import Forecaster
-from flexmoe.preflight.lengths import Lengths
-from flexmoe.preflight.workload import Measured
+from flexmoe.preflight.lengths import Lengths, Measured
 from flexmoe.system.device import Device
 from policies.policy import Policy, PolicyFile
 

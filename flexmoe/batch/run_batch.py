@@ -24,7 +24,7 @@ from flexmoe.job.job import Job
 from flexmoe.job.result import JobResult
 from flexmoe.llm import LLM
 from flexmoe.models.loader import Model
-from flexmoe.preflight.workload import Measured
+from flexmoe.preflight.lengths import Measured
 from flexmoe.system.interrupts import Interrupts
 from policies.common import json_files
 from policies.policy import Policy

@@ -21,16 +21,16 @@ _EPILOG = """\
   1, 2   weights on the GPU, weights in CPU memory
   3, 4   KV cache on the GPU, KV cache in CPU memory
   5, 6   activations on the GPU, activations in CPU memory
-Shares are rounded to whole units (an attention module, an expert), KV blocks and GPU batches; the run prints what was
+Shares are rounded to whole units (an attention module, an expert), KV pages and GPU batches; the run prints what was
 achieved. On --device cpu the GPU tier is a budget in RAM too.
 
-A job that was stopped, by whatever, goes on when the same command is run again: it is kept in <output>.flexmoe. Another
-policy, budget or device may be given then; another input, model or way of sampling is refused. --overwrite forgets what is
-there once there is work to keep instead; the same command with --overwrite goes on with what it began itself.
+The state of a job is kept in <output>.flexmoe. Whatever stopped it, the same command resumes it; policy, budgets and device
+may then differ, input, model and sampling may not. --overwrite starts a new job and keeps the old output until the new job has
+made progress; the same command with --overwrite resumes the job that it began itself.
 
 exit codes: 0 all rows ok, 1 internal, 2 usage, 3 finished but some rows failed, 4 does not fit or other model,
 65 bad input or checkpoint, 66 input missing, 74 I/O error or disk full, 75 stopped by SIGTERM or SIGHUP, 130 by Ctrl-C; after 4,
-74, 75 and 130 the same command goes on
+74, 75 and 130 the same command resumes the job
 """
 _DESCRIPTION = """\
 Complete a JSONL of requests with a Mixture-of-Experts model that does not fit on the GPU.
@@ -125,23 +125,23 @@ def _job_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--gen-len", type=count, help="tokens per completion for rows without max_tokens (default 32)")
     g.add_argument("--cut-gen-len", type=count, help="benchmark: stop after so many tokens and project to --gen-len")
     g.add_argument("--num-prompts", type=count, help="benchmark: prompts (default: one block)")
-    g.add_argument("--seed", type=int, help="of rows without one, and of the benchmark's prompts (default 0)")
+    g.add_argument("--seed", type=int, help="seed of rows without one, and of the benchmark's prompts (default 0)")
     g.add_argument(
         "--dry-run",
         action="store_true",
         help="check every row, print counts, the plan and the predicted hours; load no weights, touch no output; exit code 3 where "
         "rows cannot run",
     )
-    g.add_argument("--metrics-json", type=Path, help="write what was measured as JSON")
+    g.add_argument("--metrics-json", type=Path, help="write the measured values as JSON")
     g.add_argument(
         "--router-stats",
         type=Path,
         metavar="FILE",
-        help="count which experts are chosen, how evenly and which ones together, in the tokens that this start computes, and write "
-        "it as JSON for scripts.analyze_expert_usage",
+        help="count which experts the routers choose, and which ones together, in the tokens that this start computes; written as "
+        "JSON for scripts.analyze_expert_usage",
     )
     g.add_argument("--trace", type=Path, help="write a Chrome trace (chrome://tracing, Perfetto), one track per lane")
-    g.add_argument("-v", "--verbose", action="store_true", help="log what is done, to stderr")
+    g.add_argument("-v", "--verbose", action="store_true", help="log to stderr")
 
 
 def _policy_flags(p: argparse.ArgumentParser) -> None:
@@ -149,15 +149,15 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--policy",
         type=Path,
-        help="policy file, or auto: measure this machine (once, cached) and plan for the job's own lengths; instead of the "
-        "flags of this group",
+        help="policy file, or auto: measure this machine (once, cached) and plan for the lengths of the job's rows; replaces the "
+        "other flags of this group",
     )
     g.add_argument(
         "--expert-usage",
         type=Path,
         metavar="FILE",
-        help="how often each expert was chosen in another run: the planner and the flags of this group place the most used first, "
-        "and a static expert cache keeps them",
+        help="how often each expert was chosen in another run (scripts.analyze_expert_usage --usage): those used most are placed on "
+        "the fastest tier, and a static expert cache keeps them",
     )
     g.add_argument("--force-policy", action="store_true", help="run a policy file that was made for another model")
     g.add_argument(
@@ -169,11 +169,13 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--schedule",
         choices=SCHEDULES,
-        help="refill finished rows at once, or march in blocks (default rolling)",
+        help="rolling: a waiting row takes the place of a finished one; static: whole blocks of rows (default rolling)",
     )
-    g.add_argument("--cpu-cache-compute", action="store_true", help="attend all KV in CPU memory on the CPU")
     g.add_argument(
-        "--overlap", type=flag, nargs="?", const=True, help="run transfers beside computation (default true)"
+        "--cpu-cache-compute", action="store_true", help="compute attention over KV in CPU memory on the CPU"
+    )
+    g.add_argument(
+        "--overlap", type=flag, nargs="?", const=True, help="overlap transfers with computation (default true)"
     )
     g.add_argument(
         "--pin-weight", type=flag, nargs="?", const=True, help="CUDA: keep CPU weights pinned (default true)"
@@ -186,30 +188,30 @@ def _machine_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--hardware",
         type=Path,
-        help="this machine's rates, for --policy auto and for predicted beside measured: a file of python -m flexmoe.probe, "
-        "or auto (measured once, cached; what --policy auto and a job's --dry-run take by themselves)",
+        help="this machine's rates, to plan with and to print a prediction beside the measurement: a file of python -m "
+        "flexmoe.probe, or auto (measured once, cached), which is the default of --policy auto and of a job's --dry-run",
     )
     g.add_argument("--dtype", help="auto (the checkpoint's), bfloat16, float16 or float32")
     g.add_argument(
         "--expert-cache",
         choices=EXPERT_CACHES,
-        help="with few rows in flight only experts that were routed to are moved, and stay in the device memory that the plan "
-        "leaves: who makes room there (default lfu: the least frequently used of late; static keeps what --expert-usage "
-        "counts most); off moves all experts in every sweep",
+        help="with few rows in flight only experts that were routed to are transferred, and cached in free GPU memory: lfu (default; "
+        "recent uses count more) and lru say which expert is evicted, static keeps those used most in --expert-usage; off transfers "
+        "all experts in every sweep",
     )
     g.add_argument(
         "--gpu-mem",
         type=float,
         metavar="GIB",
-        help="GPU memory to stay under; what the plan leaves of it holds experts",
+        help="GPU memory budget; what the plan leaves of it caches experts",
     )
-    g.add_argument("--cpu-mem", type=float, metavar="GIB", help="CPU memory to stay under")
-    g.add_argument("--nvme-mem", type=float, metavar="GIB", help="disk space to stay under, weights on disk included")
+    g.add_argument("--cpu-mem", type=float, metavar="GIB", help="CPU memory budget")
+    g.add_argument("--nvme-mem", type=float, metavar="GIB", help="disk budget, weights on disk included")
     g.add_argument(
         "--offload-dir", type=Path, default=OFFLOAD_DIR, help="directory of the disk tier (default %(default)s)"
     )
     g.add_argument(
         "--kv-tokens",
         type=count,
-        help="KV capacity in tokens, and at least what the longest row needs (default: from the block and the rows' lengths)",
+        help="KV cache capacity in tokens, at least the longest row (default: from the batch sizes and the rows' lengths)",
     )

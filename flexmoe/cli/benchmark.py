@@ -15,7 +15,7 @@ from flexmoe.cli.report import cache_and_weight_lines, engine_file_lines, flexll
 from flexmoe.errors import UsageError
 from flexmoe.llm import LLM
 from flexmoe.params import EngineRequest, SamplingParams
-from flexmoe.preflight.workload import Measured
+from flexmoe.preflight.lengths import Measured
 from policies.common.command_line import say
 from policies.workload import Workload
 

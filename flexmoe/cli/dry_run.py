@@ -10,17 +10,17 @@ from flexmoe.batch.options import RunOptions
 from flexmoe.batch.plan import plan_run
 from flexmoe.cli.report import EXIT_ROWS_FAILED, dry_run_lines, plan_lines, row_lines
 from flexmoe.inputs.options import open_requests
-from flexmoe.inputs.rows import Rows
+from flexmoe.inputs.request_file import Rows
 from flexmoe.job.job import warn_of_other_model
 from flexmoe.models.loader import Model
 from flexmoe.openai.response import creation_time_s
+from flexmoe.preflight.lengths import Measured
 from flexmoe.preflight.preflight import Preflight, preflight
-from flexmoe.preflight.workload import Measured
 from policies.common.command_line import say
 
 
 def dry_run(options: RunOptions, benchmark_rows: Measured | None) -> int:
-    """Tells what a run would do.
+    """Prints what a run would do.
 
     Args:
         benchmark_rows: rows of the benchmark; None for a job, which has its own.
@@ -43,7 +43,7 @@ def dry_run(options: RunOptions, benchmark_rows: Measured | None) -> int:
 
 
 def _look(options: RunOptions, model: Model) -> Preflight:
-    """Checks every row, and tells what was found."""
+    """Checks every row, and prints what was found."""
     files = options.job_files()
     output, _ = files.outputs()
     setup = preparer_setup(options, model).at(creation_time_s())
@@ -56,7 +56,7 @@ def _look(options: RunOptions, model: Model) -> Preflight:
 
 
 def _plan(options: RunOptions, model: Model, measured: Measured, found: Preflight | None) -> int:
-    """Plans for the rows and tells of the plan; returns how many rows it leaves out."""
+    """Plans for the rows and prints the plan; returns how many rows it leaves out."""
     plan = plan_run(options, model, measured, None if found is None else found.lengths, predict=found is not None)
     say(*plan_lines(plan), *dry_run_lines(plan))
     return plan.rows_without_room

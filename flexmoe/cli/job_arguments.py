@@ -34,46 +34,46 @@ def add_job_flags(p: argparse.ArgumentParser) -> None:
     rows = p.add_argument_group("rows (with -i)")
     rows.add_argument("--input-format", choices=FORMATS, help="default auto: by the input's name, else jsonl")
     rows.add_argument("--prompt-column", metavar="NAME", help="the column of a table that is the prompt")
-    rows.add_argument("--prompt-template", metavar="TEXT", help="makes the prompt of columns: 'Translate: {text}'")
-    rows.add_argument("--dataset-split", metavar="NAME", help="of a dataset that has several (default train)")
+    rows.add_argument("--prompt-template", metavar="TEXT", help="makes the prompt from columns: 'Translate: {text}'")
+    rows.add_argument("--dataset-split", metavar="NAME", help="split of a dataset that has several (default train)")
     rows.add_argument(
         "--on-invalid",
         choices=("fail", "record"),
-        help="a line that cannot be understood fails the job, or becomes an error row (default fail)",
+        help="whether an invalid line fails the job or becomes an error row (default fail)",
     )
-    rows.add_argument("--chat-template", metavar="FILE", help="instead of the tokenizer's own")
+    rows.add_argument("--chat-template", metavar="FILE", help="replaces the tokenizer's own chat template")
     rows.add_argument(
         "--generation-config",
         metavar="DIR",
         help="sampling defaults: auto (the model's generation_config.json), none, or a directory (default auto)",
     )
-    rows.add_argument("--strict-model", action="store_true", default=None, help="a row that names another model fails")
-    kept = p.add_argument_group("going on (with -i)")
+    rows.add_argument("--strict-model", action="store_true", default=None, help="fail rows that name another model")
+    kept = p.add_argument_group("resuming (with -i)")
     kept.add_argument(
         "--overwrite",
         action="store_true",
         default=None,
-        help="start anew, and replace what is there once there is work to keep instead; the same command again goes on "
-        "with what it began",
+        help="start a new job, and keep the old output until the new job has made progress; the same command again resumes the "
+        "new job",
     )
     kept.add_argument(
         "--checkpoint-interval",
         type=seconds,
         dest="checkpoint_interval_s",
         metavar="S",
-        help=f"seconds between two writes of the tokens of the rows in flight (default {CHECKPOINT_INTERVAL_S:.0f})",
+        help=f"seconds between two checkpoints of the tokens of rows in flight (default {CHECKPOINT_INTERVAL_S:.0f})",
     )
     kept.add_argument(
         "--shard",
         nargs="?",
         const=SLURM,
         metavar="I/N",
-        help="do every N-th row, from row I on (0 is the first); without a value, as Slurm's job array says",
+        help="process every N-th row, starting with row I (from 0); without a value: from Slurm's job array",
     )
     kept.add_argument(
         "--reserve",
         choices=RESERVES,
-        help="KV kept for a row: up to its max_tokens, or what the job's rows have needed so far (default p95)",
+        help="KV reserved for a row: up to its max_tokens (max), or the 95th percentile of the job's rows so far (p95, default)",
     )
 
 

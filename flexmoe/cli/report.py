@@ -1,4 +1,4 @@
-"""What a run tells a person, line by line."""
+"""The lines that a run prints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flexmoe.batch.options import RunOptions
 from flexmoe.batch.plan import RunPlan
 from flexmoe.engine.engine import Engine
 from flexmoe.engine.engine_plan import EnginePlan
-from flexmoe.inputs.rows import Rows
+from flexmoe.inputs.request_file import Rows
 from flexmoe.job.result import JobResult
 from flexmoe.preflight.preflight import Preflight
 from policies.common.memory_units import GIB
@@ -83,8 +83,8 @@ def engine_file_lines(options: RunOptions, engine: Engine) -> list[str]:
     lines = []
     if options.router_stats is not None:
         no_tokens = engine.router_counter.is_empty  # no row could run
-        told = "no token was routed, so there are no router statistics"
-        lines.append(told if no_tokens else f"router statistics: {options.router_stats}")
+        nothing = "no token was routed, so there are no router statistics"
+        lines.append(nothing if no_tokens else f"router statistics: {options.router_stats}")
     return lines + ([f"trace: {options.trace}"] if options.trace is not None else [])
 
 
@@ -138,7 +138,7 @@ def cache_lines(metrics: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"experts on demand in {cache['on_demand_sweeps']} of {metrics['sweeps']} sweeps: {cache['lookups']} asked for, "
-        f"{100 * cache['hit_rate']:.1f} % at hand ({cache['policy']}, room for {cache['experts']}), {cache['loads']} loads of "
+        f"{100 * cache['hit_rate']:.1f} % cached ({cache['policy']}, room for {cache['experts']}), {cache['loads']} loads of "
         f"{1e3 * cache['mean_load_s']:.1f} ms, {cache['evictions']} evictions"
     ]
 

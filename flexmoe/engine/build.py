@@ -183,7 +183,6 @@ class _Builder:
             embed=EmbeddingTable(store, self._source, EMBEDDING, allocation.max_tokens),
             kv=kv,
             activations=activations,
-            activation_tiers=allocation.activation_tiers,
             router_counter=router_counter,
             max_tokens=allocation.max_tokens,
             score_bytes=sampling_bytes(self._model.arch, policy),

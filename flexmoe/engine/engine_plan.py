@@ -76,7 +76,7 @@ class EnginePlan:
         memory = _memory(arch, allocation, config, kind, dtype)
         stored = ("weights",) if model.checkpoint is not None else ()  # a checkpoint's weights are on disk already
         written = sum(size for item, size in memory.parts["disk"].items() if item not in stored)
-        budgets = _budgets(config, device)
+        budgets = budgets_of(config, device)
         memory.check(budgets)
         _check_disk(config.offload_dir, written)
         if config.expert_cache != "off":
@@ -125,7 +125,11 @@ def _largest_row_tokens(allocation: Allocation, longest_row: int | None) -> int:
     return held
 
 
-def _budgets(config: EngineConfig, device: Device) -> dict[str, int | None]:
+def budgets_of(config: EngineConfig, device: Device) -> dict[str, int | None]:
+    """Bytes that may be taken per tier: what was asked for, and no more than the machine has. None is no limit.
+
+    On device cpu the tiers ``gpu`` and ``cpu`` have a common budget too, ``gpu+cpu``.
+    """
     asked = {"gpu": config.gpu_mem, "cpu": config.cpu_mem, "disk": config.nvme_mem}
     budgets = {tier: None if gib is None else int(gib * GIB) for tier, gib in asked.items()}
     host = available_host_bytes()

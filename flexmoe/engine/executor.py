@@ -1,8 +1,12 @@
 """Runs one sweep: walks the schedule's operations and hands each to the lane that does it.
 
-The executor knows no model (that is ``family``) and no homes (that are the stream, the KV lanes and the activations);
-it knows the order, and what waits for what. An operation on another lane leaves a future; whoever depends on it waits
-for that future, and on CUDA for the event it carries, never for the device.
+`Executor.run` is the loop. `policies.schedule.sweep` gives the operations in issue order, and each kind has a method,
+``_op_<kind>``; those are below in the order of a layer. An operation of the GPU is done in this thread. One of another
+lane leaves a future; whoever depends on it waits for that future, and on CUDA for the event it carries, never for the
+device.
+
+The executor knows no model (that is ``family``) and no homes (those are the weight feed's, the KV lanes' and the
+activations').
 
 The residual stream is kept per GPU batch, by the activations; `attend` adds what attention gives. The experts run over the
 whole block, when a batch may be away in its tier: their output waits in a buffer of the block, and is added when the next
@@ -13,7 +17,10 @@ Legend: T tokens of the block, D hidden, E experts, R rows of logits.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any
 
 import torch
 
@@ -24,28 +31,29 @@ from flexmoe.engine.router_counter import RouterCounter
 from flexmoe.kernels.expert_dispatch import ExpertDispatch
 from flexmoe.kernels.expert_weights import ExpertWeights
 from flexmoe.kernels.family import Family
-from flexmoe.kv.batch import Batch, Block
-from flexmoe.kv.transfers import Arrived, KVLanes
-from flexmoe.system.device import Device
+from flexmoe.kv.batch import Arrived, Batch, Block, Group, begun
+from flexmoe.kv.transfers import KVLanes
+from flexmoe.system.device import Device, Event
 from flexmoe.system.trace import Recorder
 from flexmoe.weights.store import EmbeddingTable
 from flexmoe.weights.supply import WeightFeed
 from policies.admission.row_state import AttentionMode
 from policies.schedule import Op, SweepShape, SweepUnits, sweep
 
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 class Executor:
     """Executes sweeps.
 
     Args:
-        device, recorder: as everywhere.
+        device, recorder: compute device, and where the times of its work go.
         family: the model's mathematics.
         units: its weight units.
-        feed: brings them.
+        feed: brings their weights to the device.
         embed: the embedding table.
-        kv: brings and stores KV.
-        activations: keeps hidden states.
-        activation_tiers: home of each GPU batch's hidden states.
+        kv: moves KV, and attends to it.
+        activations: keeps hidden states between the modules.
         router_counter: counts what the routers choose.
         max_tokens: most tokens of a sweep.
         score_bytes: memory that the logits of scored positions may take at a time.
@@ -64,7 +72,6 @@ class Executor:
         embed: EmbeddingTable,
         kv: KVLanes,
         activations: Activations,
-        activation_tiers: tuple[str, ...],
         router_counter: RouterCounter,
         max_tokens: int,
         score_bytes: int,
@@ -73,14 +80,16 @@ class Executor:
     ):
         self._device, self._recorder, self._family, self._units = device, recorder, family, units
         self._feed, self._embedding, self._kv, self._hidden = feed, embed, kv, activations
-        self._tiers, self._overlap, self._router_counter = activation_tiers, overlap, router_counter
+        self._overlap, self._router_counter = overlap, router_counter
         arch = family.arch
         self._experts = ExpertDispatch(device, arch.num_experts)
-        new = {"dtype": dtype, "device": device.torch}
-        self._x_TD = torch.empty(max_tokens, arch.hidden, **new)
-        self._y_TD = torch.empty(max_tokens, arch.hidden, **new)
-        self._router_TE = torch.empty(max_tokens, arch.num_experts, **new)
+        # Of the whole block, since the experts run over all of it: their inputs, their outputs, the router's logits.
+        self._x_TD = torch.empty(max_tokens, arch.hidden, dtype=dtype, device=device.torch)
+        self._y_TD = torch.empty(max_tokens, arch.hidden, dtype=dtype, device=device.torch)
+        self._router_TE = torch.empty(max_tokens, arch.num_experts, dtype=dtype, device=device.torch)
         self._dtype, self._logits = dtype, Logits(device, family, score_bytes, dtype)
+        self._pending: dict[int, Future[Any]] = {}  # by the id of the operation, of lanes other than the GPU
+        self._qkv: dict[int, QKV] = {}  # by GPU batch, of the layer under way
 
     @torch.inference_mode()
     def run(self, block: Block) -> torch.Tensor:
@@ -90,37 +99,40 @@ class Executor:
             torch.Tensor: logits ``[R, vocab]`` on the compute device, one row per requested position, in block order.
                 The targets' log-probabilities are in ``block.scores``.
         """
-        self._block, self._pending, self._qkv = block, {}, {}
+        self._block = block
+        self._pending.clear()
+        self._qkv.clear()
         self._kv.begin(block)
         for batch in block.batches:
             batch.positions_T = batch.positions_T.to(self._device.torch)
             batch.rope = self._family.rope(batch.positions_T, batch.lengths_T.to(self._device.torch), self._dtype)
         for op in sweep(self._shape(block), overlap=self._overlap):
-            self._dispatch(op)
+            self._issue(op)
+            if not self._overlap:
+                self._wait(op.id)
         self._kv.drain()
         self._feed.end()
         self._recorder.resolve()
         return self._logits.take()
 
-    def _dispatch(self, op: Op) -> None:
-        handler = getattr(self, f"_op_{op.kind}")
-        if op.lane == "gpu":  # the other lanes wait for each other themselves, not in this thread
-            for dep in op.deps:
-                self._wait(dep)
-            self._await_weights(op)
-            if op.kind == "routed":  # times its experts one by one, because between them it waits
-                result = handler(op)
-            else:
-                with self._timed(f"{op.kind} {op.unit or op.layer}"):
-                    result = handler(op)
+    def _issue(self, op: Op) -> None:
+        """Do an operation of the GPU, or hand it to its lane; the lanes wait for each other, not this thread."""
+        handler: Callable[[Op], Future[Any] | None] = getattr(self, f"_op_{op.kind}")
+        if op.lane != "gpu":
+            future = handler(op)
+            if future is not None:
+                self._pending[op.id] = future
+            return
+        for dep in op.deps:
+            self._wait(dep)
+        self._await_weights(op)
+        if op.kind == "routed":  # times its experts one by one, because between them it waits
+            handler(op)
         else:
-            result = handler(op)
-        if isinstance(result, Future):
-            self._pending[op.id] = result
-        if not self._overlap:
-            self._wait(op.id)
+            with self._timed(f"{op.kind} {op.unit or op.layer}"):
+                handler(op)
 
-    def _timed(self, name: str):
+    def _timed(self, name: str) -> contextlib.AbstractContextManager[None]:
         return self._device.timed(self._recorder, "gpu", name)
 
     def _await_weights(self, op: Op) -> None:
@@ -129,24 +141,23 @@ class Executor:
         if unit:
             self._feed.get(unit)
 
-    def _wait(self, op_id: int):
-        """The result of an operation on another lane; the compute stream waits for its event."""
+    def _wait(self, op_id: int) -> None:
+        """Wait for an operation of another lane, and let the compute stream wait for the event that it left."""
         future = self._pending.get(op_id)
         if future is None:
-            return None
-        result = future.result()
+            return
+        result: Arrived | Event | None = future.result()
         event = result.event if isinstance(result, Arrived) else result
         if event is not None:
             event.wait()
-        return result
 
     def _shape(self, block: Block) -> SweepShape:
-        def having(test) -> frozenset[int]:
+        def having(test: Callable[[Group], bool]) -> frozenset[int]:
             return frozenset(b.index for b in block.batches if any(test(g) for g in b.groups))
 
         return SweepShape(
             units=self._units,
-            activation_tiers=self._tiers[: len(block.batches)],
+            activation_tiers=self._hidden.tiers[: len(block.batches)],
             fetched_batches=having(lambda g: g.mode is AttentionMode.FETCH),
             cpu_batches=having(lambda g: g.mode is AttentionMode.CPU),
             stored_batches=having(lambda g: g.mode is not AttentionMode.GPU),
@@ -157,38 +168,36 @@ class Executor:
     def _batch(self, op: Op) -> Batch:
         return self._block.batches[op.batch]
 
-    # Weights.
-
     def _op_read(self, op: Op) -> None:
-        """The stream is already ahead of this; in the serial variant the copy asks for both."""
+        """The weight stream has read ahead; without overlap the copy asks for the read too."""
 
     def _op_copy(self, op: Op) -> None:
+        """The weight stream has copied ahead; without overlap it does so now."""
         if not self._overlap:
             self._feed.get(op.unit)
 
     def _op_read_routed(self, op: Op) -> None:
-        """The copy asks for both."""
+        """The copy asks for the read too."""
 
     def _op_copy_routed(self, op: Op) -> None:
+        """Ask for the experts that were routed to."""
         self._feed.request(op.layer)
-
-    # Attention of one GPU batch.
 
     def _op_embed(self, op: Op) -> None:
         batch = self._batch(op)
         ids_T = self._block.token_ids[batch.start : batch.stop]
         self._hidden.put(batch.index, self._embedding(ids_T, batch.start))
 
-    def _op_load_act(self, op: Op) -> Future:
+    def _op_load_act(self, op: Op) -> Future[Event]:
         return self._hidden.load(op.batch)
 
-    def _op_store_act(self, op: Op) -> Future:
+    def _op_store_act(self, op: Op) -> Future[None]:
         return self._hidden.store(op.batch)
 
-    def _op_load_kv(self, op: Op) -> Future:
-        future = self._kv.load(op.layer, self._batch(op))
-        self._batch(op).futures["loaded"] = future
-        return future
+    def _op_load_kv(self, op: Op) -> Future[Event]:
+        batch = self._batch(op)
+        batch.loaded = self._kv.load(op.layer, batch)
+        return batch.loaded
 
     def _op_project(self, op: Op) -> None:
         batch = self._batch(op)
@@ -199,24 +208,23 @@ class Executor:
         self._kv.append(op.layer, batch, k, v)
         self._qkv[batch.index] = (q, k, v)
 
-    def _op_store_kv(self, op: Op) -> Future:
+    def _op_store_kv(self, op: Op) -> Future[None]:
         batch = self._batch(op)
-        loaded = batch.futures.get("loaded")
-        batch.futures["stored"] = self._kv.store(op.layer, batch, *self._qkv[batch.index], loaded)
-        return batch.futures["stored"]
+        batch.stored = self._kv.store(op.layer, batch, *self._qkv[batch.index], batch.loaded)
+        return batch.stored
 
-    def _op_write_kv(self, op: Op) -> Future:
+    def _op_write_kv(self, op: Op) -> Future[None]:
         return self._kv.write(op.layer, self._batch(op))
 
-    def _op_cpu_attend(self, op: Op) -> Future:
+    def _op_cpu_attend(self, op: Op) -> Future[Arrived]:
         batch = self._batch(op)
-        batch.futures["attended"] = self._kv.cpu_attend(op.layer, batch, batch.futures["stored"])
-        return batch.futures["attended"]
+        batch.attended = self._kv.cpu_attend(op.layer, batch, begun(batch.stored))
+        return batch.attended
 
     def _op_attend(self, op: Op) -> None:
         batch = self._batch(op)
-        q, k, v = self._qkv.pop(batch.index)
-        pieces = [self._attend_group(op.layer, batch, group.mode, q, k, v) for group in batch.groups]
+        qkv = self._qkv.pop(batch.index)
+        pieces = [self._attend_group(op.layer, batch, group.mode, qkv) for group in batch.groups]
         attended = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         unit = self._units.attention[op.layer].unit
         here = slice(batch.start, batch.stop)
@@ -228,14 +236,12 @@ class Executor:
         if batch is self._block.batches[-1]:
             self._feed.release(unit)
 
-    def _attend_group(self, layer: int, batch: Batch, mode: AttentionMode, q, k, v) -> torch.Tensor:
+    def _attend_group(self, layer: int, batch: Batch, mode: AttentionMode, qkv: QKV) -> torch.Tensor:
         if mode is AttentionMode.GPU:
-            return self._kv.attend_gpu(layer, batch, q)
+            return self._kv.attend_gpu(layer, batch, qkv[0])
         if mode is AttentionMode.FETCH:
-            return self._kv.attend_fetched(layer, batch, q, k, v, batch.futures["loaded"].result())
-        return self._device.use_here(batch.futures["attended"].result().tensor)
-
-    # Experts over the whole block.
+            return self._kv.attend_fetched(layer, batch, *qkv, begun(batch.loaded).result())
+        return self._device.use_here(begun(batch.attended).result().tensor)
 
     def _expert_output(self, batch: Batch) -> torch.Tensor:
         """What the experts of the layer before gave for a batch, not yet part of its residual stream."""
@@ -266,8 +272,6 @@ class Executor:
             with self._timed(f"experts {op.layer}.{','.join(map(str, weights))}"):
                 self._experts.add_some(weights, x_TD, y_TD, self._family)
             del tensors, weights  # casts are made for the next ones
-
-    # Logits.
 
     def _op_collect(self, op: Op) -> None:
         # The experts are done with their inputs, so the buffer of those takes what may be nearly as large.

@@ -6,6 +6,7 @@ Legend: T tokens of the block, D hidden, R rows of logits, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -16,6 +17,16 @@ from flexmoe.system.device import Device
 
 #: Bytes per vocabulary entry of a scored position at a time: its logits, in float32 too, and what `PromptScores` makes of them.
 SCORE_BYTES = 24
+
+
+@dataclass(slots=True, kw_only=True)
+class _Sweep:
+    """The head's inputs in a sweep, and its logits as far as they are computed."""
+
+    rows_RD: torch.Tensor
+    logits_RV: torch.Tensor
+    scores: PromptScores | None
+    scored_TD: torch.Tensor
 
 
 class Logits:
@@ -31,8 +42,11 @@ class Logits:
     def __init__(self, device: Device, family: Family, score_bytes: int, dtype: torch.dtype):
         self._device, self._family = device, family
         self._score_bytes, self._dtype = score_bytes, dtype
+        self._sweep: _Sweep | None = None
 
-    def collect(self, block: Block, final_hidden: Callable[[Batch, torch.Tensor], torch.Tensor], room_TD: torch.Tensor):
+    def collect(
+        self, block: Block, final_hidden: Callable[[Batch, torch.Tensor], torch.Tensor], room_TD: torch.Tensor
+    ) -> None:
         """Take the hidden states that the head needs.
 
         Args:
@@ -49,26 +63,31 @@ class Logits:
         if scored:
             targets = torch.tensor([t for run in block.scored for t in run.targets])
             block.scores = PromptScores(targets.to(self._device.torch), max(run.top for run in block.scored))
-        self._scores, self._scored_TD, self._rows_RD = block.scores, room_TD, torch.cat(rows)
-        vocab = self._family.arch.vocab_size
-        self._logits_RV = torch.empty(len(self._rows_RD), vocab, dtype=self._dtype, device=self._device.torch)
+        rows_RD, vocab = torch.cat(rows), self._family.arch.vocab_size
+        logits_RV = torch.empty(len(rows_RD), vocab, dtype=self._dtype, device=self._device.torch)
+        self._sweep = _Sweep(rows_RD=rows_RD, logits_RV=logits_RV, scores=block.scores, scored_TD=room_TD)
 
     def add(self, piece: tuple[int, int], weights: Weights) -> None:
         """The logits of a piece of the vocabulary, from its first entry up to its last."""
+        sweep = self._collected()
         if "norm" in weights:
-            self._rows_RD = self._family.final_norm(self._rows_RD, weights)
-        self._logits_RV[:, slice(*piece)] = self._family.head(self._rows_RD, weights)
-        if self._scores is not None:
-            self._score(piece[0], weights)
+            sweep.rows_RD = self._family.final_norm(sweep.rows_RD, weights)
+        sweep.logits_RV[:, slice(*piece)] = self._family.head(sweep.rows_RD, weights)
+        if sweep.scores is not None:
+            self._score(sweep.scores, sweep.scored_TD, piece[0], weights)
 
     def take(self) -> torch.Tensor:
         """``[R, V]``, one row per requested position, in block order; nothing of it is kept."""
-        logits_RV, self._logits_RV, self._rows_RD, self._scores = self._logits_RV, None, None, None
-        return logits_RV
+        sweep, self._sweep = self._collected(), None
+        return sweep.logits_RV
 
-    def _score(self, first: int, weights: Weights) -> None:
+    def _collected(self) -> _Sweep:
+        if self._sweep is None:
+            raise RuntimeError("no hidden states have been collected in this sweep")
+        return self._sweep
+
+    def _score(self, scores: PromptScores, scored_TD: torch.Tensor, first: int, weights: Weights) -> None:
         """A piece of the head over the scored positions, as many of them at a time as the memory takes."""
-        scores, scored_TD = self._scores, self._scored_TD
         step = max(1, self._score_bytes // (SCORE_BYTES * len(weights["head"])))
         for at in range(0, len(scores), step):
             rows = slice(at, min(at + step, len(scores)))

@@ -4,25 +4,53 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from flexmoe.system.device import Device, align_up
+from flexmoe.system.device import Device, Event, align_up
 from flexmoe.system.direct_io import DirectFile
 from flexmoe.system.trace import Recorder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskHome:
+    """The disk tier of hidden states: a file with a place for each GPU batch, and a buffer for each direction.
+
+    Attributes:
+        batch_bytes: of a place, whole pages.
+    """
+
+    file: DirectFile
+    batch_bytes: int
+    write_buffer: torch.Tensor
+    read_buffer: torch.Tensor
+
+    @classmethod
+    def create(cls, path: Path, device: Device, batch_bytes: int) -> DiskHome:
+        """With a file that only its descriptor keeps: a killed run leaves nothing behind."""
+        write_buffer, read_buffer = device.host_buffer(batch_bytes), device.host_buffer(batch_bytes)
+        file = DirectFile(path, writable=True)
+        os.unlink(path)
+        return cls(file=file, batch_bytes=batch_bytes, write_buffer=write_buffer, read_buffer=read_buffer)
 
 
 class Activations:
     """Keeps the residual stream ``[tokens, D]`` of every GPU batch in its tier.
 
     Args:
-        device, recorder: as everywhere.
+        device: compute device.
+        recorder: gets the bytes and times of the transfers.
         tiers: home tier of each GPU batch.
         max_tokens: most tokens of a GPU batch.
         hidden: D.
         dtype: compute dtype.
         offload_dir: directory for the disk tier's file.
+
+    Attributes:
+        tiers: as given.
+        disk: the disk tier; None where no batch is at home there.
     """
 
     def __init__(
@@ -35,7 +63,7 @@ class Activations:
         dtype: torch.dtype,
         offload_dir: Path,
     ):
-        self._device, self._recorder, self._tiers = device, recorder, tiers
+        self._device, self._recorder, self.tiers = device, recorder, tiers
         self._on_device: dict[int, torch.Tensor] = {}
         self._tokens: dict[int, int] = {}
         self._lane = ThreadPoolExecutor(1, thread_name_prefix="act")
@@ -43,12 +71,10 @@ class Activations:
         self._bytes = max_tokens * hidden * dtype.itemsize
         self._shape, self._dtype = (-1, hidden), dtype
         self._host = {j: device.host_buffer(self._bytes) for j, tier in enumerate(tiers) if tier == "cpu"}
-        self._file: DirectFile | None = None
+        self.disk: DiskHome | None = None
         if "disk" in tiers:
-            self._buffers = device.host_buffer(align_up(self._bytes)), device.host_buffer(align_up(self._bytes))
             path = Path(offload_dir) / f"activations-{os.getpid()}-{id(self)}.bin"
-            self._file = DirectFile(path, writable=True)
-            os.unlink(path)  # the descriptor keeps it; a killed run leaves nothing behind
+            self.disk = DiskHome.create(path, device, align_up(self._bytes))
 
     def __getitem__(self, batch: int) -> torch.Tensor:
         """The hidden states of a batch that are on the device now; a load made them on a stream of its own."""
@@ -66,45 +92,42 @@ class Activations:
         """Forget what is on the device: the sweep is over."""
         self._on_device.clear()
 
-    def store(self, batch: int) -> Future:
+    def store(self, batch: int) -> Future[None]:
         """Send a batch's hidden states home and forget them on the device."""
         return self._lane.submit(self._store, batch, self._on_device.pop(batch), self._device.record())
 
-    def load(self, batch: int) -> Future:
+    def load(self, batch: int) -> Future[Event]:
         """Bring a batch's hidden states to the device. The future gives the event to wait for."""
         return self._lane.submit(self._load, batch)
 
     def close(self) -> None:
         """End the lane."""
         self._lane.shutdown(wait=True)
-        if self._file is not None:
-            self._file.close()
+        if self.disk is not None:
+            self.disk.file.close()
 
-    def _store(self, batch: int, h_TD: torch.Tensor, produced) -> None:
+    def _store(self, batch: int, h_TD: torch.Tensor, produced: Event) -> None:
         nbytes = h_TD.numel() * h_TD.element_size()
-        buffer = self._host[batch] if self._tiers[batch] == "cpu" else self._buffers[0]
+        disk = self.disk if self.tiers[batch] == "disk" else None
+        buffer = self._host[batch] if disk is None else disk.write_buffer
         self._tokens[batch] = len(h_TD)
         with self._recorder.span("d2h/act", f"act {batch}", nbytes):
             with self._device.on(self._stream):
                 produced.wait()
                 buffer[:nbytes].view(self._dtype).view(self._shape).copy_(h_TD, non_blocking=True)
                 self._device.record().synchronize()  # on this lane's own thread
-        if self._tiers[batch] == "disk":
-            size = align_up(nbytes)
+        if disk is not None:
             with self._recorder.span("disk_write/act", f"act {batch}", nbytes):
-                self._file.write_from(memoryview(buffer.numpy())[:size], batch * align_up(self._bytes))
+                disk.file.write_from(buffer.numpy().data[: align_up(nbytes)], batch * disk.batch_bytes)
 
-    def _load(self, batch: int):
+    def _load(self, batch: int) -> Event:
         row_bytes = self._shape[1] * self._dtype.itemsize
         nbytes = self._tokens[batch] * row_bytes
-        if self._tiers[batch] == "disk":
-            buffer = self._buffers[1]
+        disk = self.disk if self.tiers[batch] == "disk" else None
+        buffer = self._host[batch] if disk is None else disk.read_buffer
+        if disk is not None:
             with self._recorder.span("disk_read/act", f"act {batch}", nbytes):
-                self._file.read_into(
-                    memoryview(buffer.numpy())[: align_up(nbytes)], batch * align_up(self._bytes), nbytes
-                )
-        else:
-            buffer = self._host[batch]
+                disk.file.read_into(buffer.numpy().data[: align_up(nbytes)], batch * disk.batch_bytes, nbytes)
         with self._recorder.span("h2d/act", f"act {batch}", nbytes), self._device.on(self._stream):
             host = buffer[:nbytes].view(self._dtype).view(self._shape)
             h_TD = host.to(self._device.torch, non_blocking=True, copy=True)

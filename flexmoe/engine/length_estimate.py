@@ -6,7 +6,8 @@ ones while the long ones still run; so the lengths are estimated as lifetimes ar
 those that were cut at their own limit) counted as long as they were there: Kaplan and Meier, "Nonparametric estimation
 from incomplete observations", J. Am. Stat. Assoc. 53 (1958).
 
-A row that becomes longer than expected may find its tier full; then the youngest row is sent back (`policies.admission.admission`).
+A row that becomes longer than expected may find its tier full; then the youngest row is preempted
+(`policies.admission.admission`).
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class LengthEstimate:
         self._running = running
         self._ended: deque[tuple[int, bool]] = deque(maxlen=LATEST_ROWS)
         self._fresh = 0
-        self._lengths = self._later = self._beyond = np.empty(0)
+        self._lengths: np.ndarray = np.empty(0)
+        self._later: np.ndarray = np.empty(0)
+        self._beyond: np.ndarray = np.empty(0)
 
     def add(self, row: Row) -> None:
         """Learn from a row that has ended."""

@@ -81,8 +81,10 @@ class RequestRules:
 
     def _refused_params(self, request: EngineRequest) -> str | None:
         params, vocab = request.params, self.vocab_size
-        if params.logit_bias and params.logit_bias[-1][0] >= vocab:
-            return f"logit_bias names token id {params.logit_bias[-1][0]}, which is outside the vocabulary of {vocab}"
+        if params.biased_tokens and params.biased_tokens[-1][0] >= vocab:
+            return (
+                f"logit_bias names token id {params.biased_tokens[-1][0]}, which is outside the vocabulary of {vocab}"
+            )
         if params.stop and self.detokenize is None:
             return "stop strings need the model's tokenizer, and there is none; use stop_token_ids"
         return None

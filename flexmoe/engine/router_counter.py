@@ -78,7 +78,8 @@ class RouterCounter:
         self._counts_LE[layer] += tokens_of_expert
         if layer in self._together:
             chunk = max(1, _CHUNK_BYTES // (4 * self._arch.num_experts))
-            for ids_nK in ids_TK.split(chunk):
+            for first in range(0, len(ids_TK), chunk):
+                ids_nK = ids_TK[first : first + chunk]
                 chosen_nE = torch.zeros(len(ids_nK), self._arch.num_experts, device=ids_nK.device).scatter_(
                     1, ids_nK, 1.0
                 )

@@ -1,6 +1,6 @@
-"""Rows with their token ids and their KV. `policies.admission.admission` decides from lengths alone; this keeps what is real.
+"""Rows with their token ids and their KV: carries out what `policies.admission.admission` decides from lengths alone.
 
-A row's restart state is its token ids: sent back, it re-enters as one run of prompt + tokens. Rows of one prompt share its
+A row's restart state is its token ids: preempted, it re-enters as one run of prompt + tokens. Rows of one prompt share its
 full pages: the first computes them, and the others are forked from there, so that none is copied.
 """
 
@@ -14,14 +14,13 @@ from flexmoe.kv.batch import Run
 from flexmoe.kv.cache import KVCache, KVExhausted, RowKV
 from flexmoe.params import EngineRequest
 from policies.admission.admission import Admission
-from policies.admission.row_state import RowLengths
-from policies.admission.shared_prefix import Prefix
+from policies.admission.row_state import Prefix, RowLengths
 from policies.placement import TIERS
 from policies.policy import Policy
 
 
 class Row(RowLengths):
-    """A request in the engine.
+    """A row in the engine: one completion of a request.
 
     Args:
         request: what was asked.
@@ -30,9 +29,11 @@ class Row(RowLengths):
 
     Attributes:
         kv: its cache while in flight.
+        prefix: the beginning of the prompt that it computes for others, or will begin after.
     """
 
     __slots__ = ("kv", "request", "tokens")
+    prefix: SharedPrompt | None
 
     def __init__(self, request: EngineRequest, tokens: list[int], limit: int):
         prompt = len(request.prompt_token_ids)
@@ -45,27 +46,37 @@ class Row(RowLengths):
         """Token ids generated so far."""
         return self.tokens[self.prompt :]
 
+    def held_kv(self) -> RowKV:
+        """Its cache.
+
+        Raises:
+            RuntimeError: it waits, and so it has none.
+        """
+        if self.kv is None:
+            raise RuntimeError("a row that waits holds no KV")
+        return self.kv
+
     def next_run(self) -> Run:
         """What it contributes to the sweep that has been planned."""
         tokens = self.tokens[self.cached : self.cached + self.run]
-        return Run(self.kv, tokens, self.mode, int(self.logits), self, row_tokens=self.length)
+        return Run(self.held_kv(), tokens, self.mode, int(self.logits), self, row_tokens=self.length)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class SharedPrompt(Prefix):
+class SharedPrompt(Prefix[Row]):
     """A prefix with its KV, once that is computed and while rows still wait for it."""
 
     kv: RowKV | None = None
 
 
 class Scheduler:
-    """Carries each sweep's admission over to the KV cache, and makes its runs.
+    """Plans each sweep: reserves in the KV cache what admission has decided, and makes the runs.
 
     Args:
         policy: block size, pace, shares, rolling or static.
-        cache: the KV pools, empty now and then held by these rows alone.
+        cache: the KV pools; empty now, and from now on only these rows hold KV in them.
         expected_end: length that a row is expected to reach; default its limit. A row that outgrows it may find its
-            tier full; then the youngest row of the tier is sent back.
+            tier full; then the youngest row of the tier is preempted.
         recompute_past: length beyond which a row's KV is computed anew (`ModelArch.rope_switch`).
     """
 
@@ -78,7 +89,7 @@ class Scheduler:
     ):
         self._cache, self._recompute_past = cache, recompute_past
         self._behind = 0
-        self.admission = Admission(
+        self.admission: Admission[Row] = Admission(
             policy,
             pages={tier: cache.total(tier) for tier in TIERS},
             tails=cache.free_tails,
@@ -109,7 +120,7 @@ class Scheduler:
 
     @property
     def restarts(self) -> int:
-        """Rows sent back so far."""
+        """Rows preempted so far."""
         return self.admission.restarts
 
     def submit(self, rows: Sequence[Row]) -> None:
@@ -138,10 +149,10 @@ class Scheduler:
             RuntimeError: the cache has less room than admission counts.
         """
         rows = self.admission.plan_sweep()
-        for row in self.admission.sent_back:
+        for row in self.admission.preempted:
             self._close(row)
         for row in rows:
-            if row.kv is None and row.shares:
+            if row.kv is None and row.shares and row.prefix is not None and row.prefix.kv is not None:
                 row.kv = self._cache.fork(row.prefix.kv)
         self._close_prefixes()  # what they held is counted as free already
         for row in rows:
@@ -158,14 +169,15 @@ class Scheduler:
         if token is not None:
             row.tokens.append(token)
         first_computed = self.admission.commit(row, generated=token is not None)
-        row.kv.length = row.cached
-        if row.shares and row.prefix.tier and row.prefix.kv is None:
-            row.prefix.kv = self._cache.share(row.kv, row.prefix.tokens)
-            self._behind -= len(row.prefix.waiting)
+        kv, prefix = row.held_kv(), row.prefix
+        kv.length = row.cached
+        if prefix is not None and row.shares and prefix.tier and prefix.kv is None:
+            prefix.kv = self._cache.share(kv, prefix.tokens)
+            self._behind -= len(prefix.waiting)
         return first_computed
 
     def end_sweep(self) -> None:
-        """The sweep is over: the projections move on."""
+        """The sweep is over: the projections advance by one sweep."""
         self.admission.end_sweep()
 
     def finish(self, row: Row) -> None:
@@ -175,8 +187,8 @@ class Scheduler:
         self._close_prefixes()
 
     def drop(self, row: Row) -> None:
-        """The row is not wanted any more, whether it is in flight, waits, or waits for its prompt to be computed. Who
-        drops the row that computes a prompt drops those that wait for it."""
+        """Remove a row, whether it is in flight, waits, or waits for its prompt to be computed. Who drops the row that
+        computes a prompt has to drop those that wait for it too."""
         prefix = row.prefix
         if prefix is not None and not row.shares and row not in prefix.waiting:
             self._behind -= len(prefix.waiting)  # they are dropped too: nobody computes their prompt now
@@ -191,16 +203,16 @@ class Scheduler:
         for row in [*self.running, *self.waiting]:
             self.drop(row)
 
-    def send_back(self, row: Row) -> None:
+    def preempt(self, row: Row) -> None:
         """Take a row out of flight; it re-enters first, as one run of all its tokens."""
-        self.admission.send_back(row)
+        self.admission.preempt(row)
         self._close(row)
         self._close_prefixes()
 
     def enter_aged(self, row: Row) -> None:
         """Put a row in flight as if all its tokens but the last were in the cache; its KV is whatever the pages hold.
 
-        A benchmark's way into the steady state, where rows of all ages are in flight.
+        For benchmarks of the steady state, in which rows of all ages are in flight.
 
         Raises:
             KVExhausted: no tier has room for the row's future.
@@ -208,7 +220,7 @@ class Scheduler:
         if not self.admission.enter_aged(row):
             raise KVExhausted
         self._reserve(row, row.cached)
-        row.kv.length = row.cached
+        row.held_kv().length = row.cached
 
     def _reserve(self, row: Row, tokens: int) -> None:
         """Give the row in the cache what admission has counted for it."""
@@ -224,13 +236,13 @@ class Scheduler:
             ) from e
 
     def _close(self, row: Row) -> None:
-        self._cache.close(row.kv)
+        self._cache.close(row.held_kv())
         row.kv = None
 
     def _close_prefixes(self) -> None:
         closed = self.admission.prefixes.closed
         while closed:
             prefix = closed.pop()
-            if prefix.kv is not None:
+            if isinstance(prefix, SharedPrompt) and prefix.kv is not None:
                 self._cache.close(prefix.kv)
                 prefix.kv = None

@@ -14,7 +14,7 @@ class CustomIds:
 
     def __init__(self) -> None:
         self._hashes = array("Q")
-        self._sorted: np.ndarray | None = None
+        self._sorted = np.empty(0, dtype=np.uint64)
 
     def add(self, custom_id: str | None) -> None:
         """The next row; None for one whose id could not be read."""
@@ -54,7 +54,7 @@ class CustomIds:
     def _is_taken(self, name: str) -> bool:
         wanted = np.uint64(_hash(name))
         place = int(np.searchsorted(self._sorted, wanted))
-        return place < len(self._sorted) and self._sorted[place] == wanted
+        return place < len(self._sorted) and bool(self._sorted[place] == wanted)
 
 
 def _hash(custom_id: str) -> int:

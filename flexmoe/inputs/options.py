@@ -55,7 +55,7 @@ class InputOptions:
         return None if self.prompt_template is None else PromptTemplate(self.prompt_template)
 
     def identity(self, path: str | os.PathLike[str]) -> dict[str, Any]:
-        """What, beside the content of the input at `path`, decides what its rows say: for a job that is gone on with."""
+        """What, beside the content of the input at `path`, decides what its rows say: for a job that is resumed."""
         return {
             "input_format": self.format_of(path),
             "prompt_column": self.prompt_column,

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from flexmoe.errors import UsageError
 from flexmoe.inputs.prompt_template import PromptTemplate, column, named
-from flexmoe.openai.batch_line import Request, parse_line, request_of
+from flexmoe.openai.batch_line import Request, parse_line, read_custom_id, request_of
 from flexmoe.openai.json_line import InvalidLine, parse_json, show
 
 #: The column that a line of text is, for a template.
@@ -22,7 +22,9 @@ _DEFAULT_COLUMNS = ("prompt", "messages")
 class Parser(Protocol):
     """From the data of a line to a request."""
 
-    unit: str  # what a line is called
+    @property
+    def unit(self) -> str:
+        """What a line is called."""
 
     def parse(self, data: bytes, number: int) -> Request:
         """The request of the line with this 1-based number.
@@ -42,7 +44,9 @@ def parser_of(setup: Setup) -> Parser:
     if kind == "json":
         return JsonLines()
     template = None if text is None else PromptTemplate(text)
-    return TextLines(template=template) if kind == "text" else DataRows(template=template, **values)
+    if kind == "text":
+        return TextLines(template=template)
+    return DataRows(template=template, prompt_column=values["prompt_column"], unit=values["unit"] or "row")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +74,7 @@ class TextLines:
     unit: str = "line"
 
     def setup(self) -> Setup:
-        return {"kind": "text", "template": self.template and self.template.text}
+        return {"kind": "text", "template": None if self.template is None else self.template.text}
 
     def parse(self, data: bytes, number: int) -> Request:
         if b"\0" in data:
@@ -120,10 +124,12 @@ class DataRows:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that make the prompt."""
-        return (self.prompt_column,) if self.template is None else self.template.columns
+        if self.template is not None:
+            return self.template.columns
+        return () if self.prompt_column is None else (self.prompt_column,)
 
     def setup(self) -> Setup:
-        template = self.template and self.template.text
+        template = None if self.template is None else self.template.text
         return {"kind": "rows", "prompt_column": self.prompt_column, "template": template, "unit": self.unit}
 
     def parse(self, data: bytes, number: int) -> Request:
@@ -134,16 +140,17 @@ class DataRows:
         if isinstance(custom_id, int) and not isinstance(custom_id, bool):
             custom_id = str(custom_id)
         # The id comes first: a row whose prompt is at fault has one all the same.
-        named = request_of({ID_COLUMN: custom_id, "prompt": "-"}, number)
+        known_id = read_custom_id({ID_COLUMN: custom_id}, number)
         try:
             return request_of({ID_COLUMN: custom_id} | self._prompt(row), number)
         except InvalidLine as error:
-            error.custom_id = named.custom_id
+            error.custom_id = known_id
             raise
 
     def _prompt(self, row: dict[str, Any]) -> dict[str, Any]:
         if self.template is not None:
             return {"prompt": self.template.fill(row)}
-        value = column(row, self.prompt_column)
+        [name] = self.columns
+        value = column(row, name)
         is_chat = isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
         return {"messages" if is_chat else "prompt": value}

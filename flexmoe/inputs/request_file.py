@@ -10,23 +10,23 @@ import os
 import stat
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
 from flexmoe.errors import DataError, InputMissingError, StorageError
 from flexmoe.inputs.custom_ids import CustomIds
-from flexmoe.inputs.lines import Line, lines
+from flexmoe.inputs.lines import INVALID_LINE, Line, RawRow, lines
 from flexmoe.inputs.parsers import JsonLines, Parser
-from flexmoe.inputs.raw_row import INVALID_LINE, RawRow
 from flexmoe.openai.batch_line import Request
 from flexmoe.openai.json_line import MAX_LINE_BYTES, InvalidLine
 from policies.common import file_io
 
 OnInvalid = Literal["fail", "record"]
 
-#: Faults that are told at once; a file with more is probably no requests file at all.
-MOST_FAULTS_TOLD = 10
+#: Faults that are listed at once; a file with more is probably no requests file at all.
+MOST_FAULTS_LISTED = 10
 #: One job asks for one model, as a rule; a file with a name for every row is not worth its memory.
 MOST_MODELS_KEPT, MOST_MODEL_CHARACTERS = 20, 1000
 _TOO_LONG = -1
@@ -185,14 +185,14 @@ class RequestFile:
 
     def _refuse(self, faults: Iterable[str | None]) -> None:
         """Goes through all faults, None for none, and fails the job with the first of them."""
-        told: list[str] = []
+        listed: list[str] = []
         for fault in faults:
-            told += [f"{self.name}: {fault}"] if fault is not None else []
-            if len(told) == MOST_FAULTS_TOLD:
-                told.append("and perhaps more")
+            listed += [f"{self.name}: {fault}"] if fault is not None else []
+            if len(listed) == MOST_FAULTS_LISTED:
+                listed.append("and perhaps more")
                 break
-        if told:
-            raise DataError("\n".join((*told, "(--on-invalid record makes error rows of them)")))
+        if listed:
+            raise DataError("\n".join((*listed, "(--on-invalid record makes error rows of them)")))
 
     def _data(self, row: int) -> bytes | None:
         """The bytes of a row; None when it is too long.
@@ -237,3 +237,27 @@ def _open_regular(path: Path) -> IO[bytes]:
         raise InputMissingError(f"the input file {path} does not exist; check --input-file") from None
     except OSError as error:
         raise InputMissingError(f"the input file {path} cannot be read: {error.strerror}") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """A job's rows, numbered from 0.
+
+    Args:
+        requests: the file.
+        numbers: the number in the file of each row of the job.
+    """
+
+    requests: RequestFile
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, row: int) -> Request:
+        """Reads a row again; errors are those of `RequestFile`."""
+        return self.requests[self.numbers[row]]
+
+    def raw(self, row: int) -> RawRow:
+        """A row as it lies in the file."""
+        return self.requests.raw(self.numbers[row])

@@ -105,13 +105,13 @@ def _written(batches: Iterator[Any], scratch: Path) -> IO[bytes]:
 
 def _line(names: list[str], values: tuple[Any, ...]) -> bytes:
     text = json.dumps(dict(zip(names, values, strict=True)), ensure_ascii=False, default=_plain)
-    # Bytes that are not UTF-8 go on as they are, for the parser to find.
+    # Bytes that are not UTF-8 stay as they are, for the parser to find.
     return text.encode("utf-8", "surrogateescape") + b"\n"
 
 
 def _values(column: Any) -> list[Any]:
     try:
-        return column.to_pylist()
+        return list(column.to_pylist())
     except UnicodeDecodeError:  # Parquet promises UTF-8 and nobody checks
         return [_value(item) for item in column]
 

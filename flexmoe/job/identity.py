@@ -49,11 +49,11 @@ def tokenizer_identity(directory: Path | None) -> str:
         DataError, StorageError: a file cannot be read.
     """
     found = {}
-    for name in TOKENIZER_FILES if directory else ():
-        path = Path(directory) / name
+    paths = [] if directory is None else [Path(directory) / name for name in TOKENIZER_FILES]
+    for path in paths:
         if path.is_file() and path.stat().st_size:
             with open_file(path) as (descriptor, size):
-                found[name] = hashlib.sha256(read_bytes(descriptor, size)).hexdigest()
+                found[path.name] = hashlib.sha256(read_bytes(descriptor, size)).hexdigest()
     return digest(found)
 
 

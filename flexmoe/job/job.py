@@ -6,7 +6,7 @@
             job.run(llm)                        # or the part of it that is left
             report = job.publish()
 
-Whatever ends it in between, the same again goes on from there (`workspace`, `journal`).
+Whatever ends it in between, the same calls resume it (`workspace`, `journal`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from typing import Any
 
 from flexmoe.errors import UsageError
 from flexmoe.inputs.options import InputOptions, open_requests
-from flexmoe.inputs.request_file import RequestFile
-from flexmoe.inputs.rows import Rows
+from flexmoe.inputs.request_file import RequestFile, Rows
 from flexmoe.job.identity import versions
 from flexmoe.job.manifest import Finished, Manifest
 from flexmoe.job.output_files import PathLike, publish, remove, resolve_outputs
@@ -32,11 +31,10 @@ from flexmoe.job.runner import Engine, RowStream, StreamOptions
 from flexmoe.job.shards import Shard
 from flexmoe.job.workspace import Workspace
 from flexmoe.openai.response import ResponseEncoder, creation_time_s
-from flexmoe.preflight.lengths import Lengths
+from flexmoe.preflight.lengths import Lengths, Measured
 from flexmoe.preflight.preflight import Preflight, preflight
 from flexmoe.preflight.prepare import Preparer
 from flexmoe.preflight.prepare_setup import PreparerSetup
-from flexmoe.preflight.workload import Measured
 from flexmoe.system.interrupts import Interrupts
 
 log = logging.getLogger(__name__)
@@ -53,7 +51,7 @@ class JobFiles:
         errors: rows that failed; None means beside the output.
         shard: the part of the input that is this job's.
         options: how the input is read.
-        overwrite: replace files that are there, and forget what was begun otherwise, once there is work to keep instead.
+        overwrite: start a new job where files or another job are; the old output is kept until the new job has made progress.
     """
 
     input: PathLike
@@ -83,8 +81,7 @@ class Job:
     Args:
         files: its files.
         setup: how requests are made of rows.
-        identity: what decides the completions, beside the input: a job that was begun with another one is not gone on
-            with.
+        identity: what decides the completions, beside the input: a job that was begun with another one is not resumed.
         model_name: reported for rows that name no model.
         choices: values of flags behind the identity, for the message of a refusal (`Manifest.choices`).
         stream: how it is run.
@@ -260,6 +257,6 @@ class Job:
 
 def warn_of_other_model(setup: PreparerSetup, requests: RequestFile) -> None:
     """Warns, once, where rows ask for a model that is not the one that runs."""
-    told = setup.served().warning(requests.models)
-    if told is not None:
-        log.warning("%s: %s", requests.name, told)
+    warning = setup.served().warning(requests.models)
+    if warning is not None:
+        log.warning("%s: %s", requests.name, warning)

@@ -2,8 +2,8 @@
 
 A finished row is given to the operating system at once, so that the end of the process costs nothing; `checkpoint`
 makes all of it durable, so that the end of the machine costs what came since. What was cut off at the end by either is
-forgotten when the journal is opened again. Damage before a place that had been made durable is no such end: it is an
-error, because rows would be lost that the user was told are safe.
+left out when the journal is opened again. Damage before a place that had been made durable is no such end: it is an
+error, because rows would be lost that were reported as safe.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class Journal:
 
     def _append(self, kind: Kind, row: int, payload: bytes) -> None:
         if not self._intact:
-            raise RuntimeError(f"{self.path} took a part of a record and cannot be gone on with")
+            raise RuntimeError(f"{self.path} took a part of a record and cannot be appended to")
         record = encode(kind, row, payload)
         with storage_errors(self.path):
             try:
@@ -180,7 +180,7 @@ class Journal:
             self._after_work()
 
     def _cut(self) -> None:
-        """Takes back a part of a record; where even that fails, the next start does it."""
+        """Cuts off a part of a record; where even that fails, the next start does it."""
         try:
             os.ftruncate(self._descriptor, self._end)
         except OSError:
@@ -206,7 +206,7 @@ class Journal:
         return data[HEAD_BYTES:]
 
     def _recover(self, job: str) -> None:
-        """Reads all records that are there, and forgets what follows the last whole one."""
+        """Reads all records that are there, and cuts off what follows the last whole one."""
         size = os.fstat(self._descriptor).st_size
         while self._end < size and (record := self._read_record(self._end, size)):
             head, payload = record

@@ -91,7 +91,7 @@ class Generated:
     prompt: int
     sample: int
     start: int = 0
-    token_ids: array = field(default_factory=lambda: array("I"))
+    token_ids: array[int] = field(default_factory=lambda: array("I"))
     logprobs: list[TokenLogprob] | None = None
 
     def encode(self) -> bytes:
@@ -137,7 +137,7 @@ class Generated:
         return Resumed(token_ids=tuple(self.token_ids), logprobs=logprobs)
 
 
-def _little_endian(ids: array) -> array:
+def _little_endian(ids: array[int]) -> array[int]:
     if sys.byteorder == "big":
         ids = array("I", ids)
         ids.byteswap()
@@ -149,7 +149,7 @@ def _encode_logprob(entry: TokenLogprob) -> bytes:
     return b"".join((_LOGPROB.pack(entry.logprob, len(entry.top)), *tops))
 
 
-def _decode_logprobs(payload: bytes, at: int, ids: array) -> list[TokenLogprob]:
+def _decode_logprobs(payload: bytes, at: int, ids: array[int]) -> list[TokenLogprob]:
     entries = []
     for token in ids:
         logprob, tops = _LOGPROB.unpack_from(payload, at)

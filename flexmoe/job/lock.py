@@ -37,7 +37,7 @@ class Lock:
             self._descriptor = self._take()
 
     def release(self) -> None:
-        """Removes the file and lets go; a second call does nothing."""
+        """Removes the file and releases the lock; a second call does nothing."""
         if self._descriptor < 0:
             return
         with contextlib.suppress(OSError):

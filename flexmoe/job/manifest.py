@@ -20,7 +20,7 @@ from policies.common import json_files
 KIND, SCHEMA_VERSION = "flexmoe.job", 1
 WHAT = "the manifest"
 
-# How a difference is told. The first kind is what is in files, the others are flags: their values can be shown.
+# How a difference is described. The first kind is what is in files, the others are flags: their values can be shown.
 _FILES = {
     "input": "the input file has changed",
     "model": "the model is another one",
@@ -116,7 +116,7 @@ class Manifest:
         publish(path, [json.dumps(document, indent=1, allow_nan=False).encode() + b"\n"])
 
     def check_same(self, wanted: Manifest, directory: Path) -> None:
-        """Shows that `wanted` is this job, so that it may be gone on with.
+        """Shows that `wanted` is this job, so that it may be resumed.
 
         Raises:
             DataError: a file that decides the completions is another one.
@@ -128,12 +128,12 @@ class Manifest:
         flags = {name: values for name, values in flags.items() if name in differences and values[0] != values[1]}
         differences |= {name: _flag(name, *values) for name, values in flags.items()}
         kind = DataError if any(name in _FILES and name not in flags for name in differences) else UsageError
-        told = list(differences.values())
+        phrases = list(differences.values())
         if self.shard != wanted.shard:
-            told.append(f"--shard was {_shard(self.shard)} and is {_shard(wanted.shard)}")
-        if told:
+            phrases.append(f"--shard was {_shard(self.shard)} and is {_shard(wanted.shard)}")
+        if phrases:
             raise kind(
-                f"{directory} holds another job: {'; '.join(told)}. Undo that to go on with it, choose another output, or "
+                f"{directory} holds another job: {'; '.join(phrases)}. Undo that to resume it, choose another output, or "
                 f"give --overwrite to start anew"
             )
 
@@ -152,13 +152,13 @@ def _finished(values: dict[str, Any]) -> Finished:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
-    """What differs, by name, each told in words."""
-    told = {}
+    """What differs, by name, each as a phrase."""
+    phrases = {}
     for name in dict.fromkeys((*old, *new)):
         was, now = old.get(name), new.get(name)
         if was != now:
-            told[name] = _FILES.get(name) or _flag(name, was, now)
-    return told
+            phrases[name] = _FILES.get(name) or _flag(name, was, now)
+    return phrases
 
 
 def _flag(name: str, was: Any, now: Any) -> str:

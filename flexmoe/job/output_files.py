@@ -20,7 +20,7 @@ _READ_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """A file as it was written, to tell later whether it is still the same."""
+    """Size and hash of a file as it was written, to check later that it is still the same."""
 
     size_bytes: int
     sha256: str

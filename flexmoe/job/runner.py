@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from flexmoe.inputs.rows import Rows
+from flexmoe.inputs.request_file import Rows
 from flexmoe.job.journal import Journal
 from flexmoe.job.remaining import Remaining
-from flexmoe.openai.batch_line import Request, RowError
+from flexmoe.openai.batch_line import Request
+from flexmoe.openai.fields import RowError
 from flexmoe.openai.response import ResponseEncoder, count_tokens
 from flexmoe.params import EngineRequest, InFlight, RequestOutput, Resumed
-from flexmoe.preflight.order import WINDOW_BLOCKS, longest_first
+from flexmoe.preflight.lengths import WINDOW_BLOCKS, longest_first
 from flexmoe.preflight.preflight import Preflight
 from flexmoe.preflight.prepare import Preparer
 from flexmoe.progress import Left, Progress
@@ -261,7 +262,7 @@ class RowStream:
         """On the way out of a failure: it spares the tokens since the last checkpoint, where that can be done."""
         try:
             self.checkpoint(engine)
-        except Exception as error:  # noqa: BLE001 - the failure that led here is the one to tell
+        except Exception as error:  # noqa: BLE001 - the failure that led here is the one to report
             log.warning("what the rows in flight have generated could not be kept: %s", error)
 
 

@@ -85,7 +85,7 @@ class Shard:
             if found is not None and int(found[2]) != self.count:
                 raise UsageError(
                     f"this Slurm array stands for shard {self.index}/{self.count}, and {output.with_name(name)} is of a job "
-                    f"divided by {found[2]}. To go on with a part of that one give --shard i/{found[2]}, where i is the "
+                    f"divided by {found[2]}. To resume a part of that one give --shard i/{found[2]}, where i is the "
                     f"part's number from 0; to divide anew remove what is there, or choose another output"
                 )
 

@@ -1,7 +1,7 @@
 """The work directory beside an output: `manifest.json`, which stays, and while the job is unfinished a journal and a lock.
 
 Whatever moment a process dies at, what it leaves is one of: nothing, a manifest without a journal (begun), both
-(unfinished: the next start goes on), or a finished manifest beside a whole output. A job that replaces another one keeps
+(unfinished: the next start resumes), or a finished manifest beside a whole output. A job that replaces another one keeps
 its own apart (`journal.new`) until it has work to keep, so that what cannot run costs nothing that is there.
 """
 
@@ -29,8 +29,8 @@ class Workspace:
     Args:
         output, errors: the final files.
         wanted: the job that is asked for.
-        overwrite: forget what is there, finished or not, once there is work to keep instead; only a job that was itself
-            begun so, and is unfinished, is gone on with: the same command again is no wish to start anew.
+        overwrite: start a new job, whatever is there; the old output is kept until the new job has made progress. An unfinished
+            job that was itself begun with ``overwrite`` is resumed: the same command again is no wish to start anew.
 
     Attributes:
         manifest: that of the job; its creation time is that of the first start.
@@ -81,7 +81,7 @@ class Workspace:
         return self._journal
 
     def begin(self) -> None:
-        """Forgets what the job replaces; the journal has it done once it keeps work. A second call does nothing.
+        """Removes what the job replaces; the journal calls it once work has been kept. A second call does nothing.
 
         Raises:
             StorageError: the disk is full or failed.
@@ -96,7 +96,7 @@ class Workspace:
         self._is_begun = True
 
     def finish(self, finished: Finished) -> None:
-        """Writes down that the output of a job that has begun has its name, and lets the journal go.
+        """Writes down that the output of a job that has begun has its name, and removes the journal.
 
         Raises:
             StorageError: the disk is full or failed; the next start publishes the same files again.
@@ -107,13 +107,13 @@ class Workspace:
         remove(self._journal_path)
 
     def close(self) -> None:
-        """Lets go of the directory. A job in which nothing was done leaves nothing: its flags may be others next time."""
+        """Releases the directory. A job in which nothing was done leaves nothing: its flags may be others next time."""
         untouched = self._is_new if self._journal is None else self._journal.is_untouched
         self._close_journal()
         with contextlib.suppress(StorageError):
             remove(self._apart_path)
             if untouched and self._is_begun and self.finished is None:
-                self._forget()
+                self._remove_job()
         self._lock.release()
         with contextlib.suppress(OSError):  # it is not empty, as a rule
             self.directory.rmdir()
@@ -130,10 +130,10 @@ class Workspace:
             held = Manifest.load(self._manifest_path)
             if held is not None and held.replaces and held.finished is None and held.part == wanted.part:
                 log.warning(
-                    "going on with what --overwrite began here before; remove %s to start anew once more",
+                    "resuming what --overwrite began here before; remove %s to start anew once more",
                     self.directory,
                 )
-                self._tell_other_versions(held, wanted)
+                self._warn_of_other_versions(held, wanted)
                 return held
         self._is_new, self._is_begun = True, False
         return replace(wanted, replaces=True)
@@ -141,18 +141,18 @@ class Workspace:
     def _same_or_new(self, wanted: Manifest) -> Manifest:
         held = Manifest.load(self._manifest_path)
         if held is not None and held.part != wanted.part and self._is_untouched(held):
-            self._forget()
+            self._remove_job()
             held = None
         if held is not None:
             held.check_same(wanted, self.directory)
             if held.finished is None:
-                self._tell_other_versions(held, wanted)
+                self._warn_of_other_versions(held, wanted)
                 return held
             if self._is_whole(held.finished):
                 remove(self._journal_path)  # there still, where the process was killed in between
                 return held
             log.warning("%s is gone, so its job, which was finished, is done again", self._output)
-            self._forget()
+            self._remove_job()
         else:
             self._refuse_files_of_others()
         self._is_new = True
@@ -166,18 +166,18 @@ class Workspace:
         with contextlib.closing(Journal(self._journal_path, held.rows, held.part)) as journal:
             return journal.is_untouched
 
-    def _tell_other_versions(self, held: Manifest, wanted: Manifest) -> None:
+    def _warn_of_other_versions(self, held: Manifest, wanted: Manifest) -> None:
         """They may round otherwise, or draw otherwise; a job is not lost for that."""
         names = [name for name, version in wanted.versions.items() if held.versions.get(name) != version]
         if names:
-            told = ", ".join(f"{name} {held.versions.get(name)} (now {wanted.versions[name]})" for name in names)
+            changed = ", ".join(f"{name} {held.versions.get(name)} (now {wanted.versions[name]})" for name in names)
             log.warning(
                 "%s was begun with %s; the rows that are left may differ from what they would have been",
                 self._output,
-                told,
+                changed,
             )
 
-    def _forget(self) -> None:
+    def _remove_job(self) -> None:
         remove(self._journal_path)
         remove(self._manifest_path)
 

@@ -7,17 +7,21 @@ Nothing else distinguishes prefill from decode.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 
 from flexmoe.kernels.paged_attention import Ragged
 from flexmoe.kv.cache import RowKV
 from flexmoe.sampling.logprobs import PromptScores
+from flexmoe.system.device import Event
 from policies.admission.row_state import AttentionMode
 
 #: Rows of one mode lie together in a block, so that most GPU batches have one group.
 _MODES = list(AttentionMode)
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ class Run:
     tokens: Sequence[int]
     mode: AttentionMode
     logits: int
-    owner: object = None
+    owner: Any = None
     row_tokens: int | None = None
     targets: Sequence[int] = ()
     score_from: int = 0
@@ -50,7 +54,7 @@ class Run:
 
 @dataclass(slots=True)
 class Group:
-    """The runs of a GPU batch that are attended in one way; tokens ``[start, stop)`` of the batch."""
+    """The runs of a GPU batch that are attended in one place; tokens ``[start, stop)`` of the batch."""
 
     mode: AttentionMode
     runs: list[Run]
@@ -63,12 +67,23 @@ class Group:
         return Ragged.of(lengths, [r.kv.length + n for r, n in zip(self.runs, lengths)], tables)
 
 
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A result on the device: wait for ``event`` on the stream that reads it."""
+
+    tensor: torch.Tensor
+    event: Event
+
+
 @dataclass(slots=True)
 class Batch:
     """A GPU batch: tokens ``[start, stop)`` of the block.
 
-    ``positions_T`` and ``lengths_T`` are each token's place in its row and that row's length. ``kv`` (index tensors per
-    mode) and ``rope`` are derived once per sweep; ``futures`` are the operations under way.
+    Attributes:
+        positions_T, lengths_T: each token's place in its row, and that row's length.
+        logit_rows, score_rows: places of the batch whose hidden states the head wants.
+        kv: where the KV of each group lies (`flexmoe.kv.group_index`); like ``rope``, derived once per sweep.
+        loaded, stored, attended: transfers and CPU attention of the current layer.
     """
 
     index: int
@@ -79,9 +94,22 @@ class Batch:
     lengths_T: torch.Tensor
     logit_rows: torch.Tensor
     score_rows: torch.Tensor
-    kv: dict = field(default_factory=dict)
-    futures: dict = field(default_factory=dict)
-    rope: object = None
+    kv: dict[AttentionMode, Any] = field(default_factory=dict)
+    rope: Any = None
+    loaded: Future[Event] | None = None
+    stored: Future[None] | None = None
+    attended: Future[Arrived] | None = None
+
+
+def begun(future: Future[_Result] | None) -> Future[_Result]:
+    """A transfer of a batch that the schedule has begun earlier in the layer.
+
+    Raises:
+        RuntimeError: it has not.
+    """
+    if future is None:
+        raise RuntimeError("the schedule waits for a transfer that it has not begun")
+    return future
 
 
 class Block:
@@ -92,7 +120,7 @@ class Block:
         gpu_batch_size: rows per GPU batch.
 
     Attributes:
-        runs: the runs in block order: rows attended in one way together, so that most GPU batches hold one group.
+        runs: the runs in block order: rows attended in one place together, so that most GPU batches hold one group.
         token_ids: int64 ``[T]`` on the host.
         batches: the GPU batches.
         logit_owners: owner of each row of the sweep's logits, in order.
@@ -121,7 +149,12 @@ class Block:
 
 
 def _batch(index: int, start: int, runs: list[Run]) -> Batch:
-    positions, lengths, wanted, scored, groups, stop = [], [], [], [], [], 0
+    positions: list[int] = []
+    lengths: list[int] = []
+    wanted: list[int] = []
+    scored: list[int] = []
+    groups: list[Group] = []
+    stop = 0
     for run in runs:
         if not groups or groups[-1].mode != run.mode:
             groups.append(Group(run.mode, [], stop, stop))
@@ -135,5 +168,13 @@ def _batch(index: int, start: int, runs: list[Run]) -> Batch:
         stop += length
         wanted += range(stop - run.logits, stop)
         groups[-1].stop = stop
-    rows = [torch.tensor(places, dtype=torch.int64) for places in (wanted, scored)]
-    return Batch(index, start, start + stop, groups, torch.tensor(positions), torch.tensor(lengths), *rows)
+    return Batch(
+        index=index,
+        start=start,
+        stop=start + stop,
+        groups=groups,
+        positions_T=torch.tensor(positions),
+        lengths_T=torch.tensor(lengths),
+        logit_rows=torch.tensor(wanted, dtype=torch.int64),
+        score_rows=torch.tensor(scored, dtype=torch.int64),
+    )

@@ -2,7 +2,7 @@
 
 A pool holds, per layer, K and V of its pages: ``[L, 2, pages, page_tokens, G, Dh]``. A row lives in one tier. On the
 disk tier only full pages are on disk; the growing tail page of a row stays in host memory. This file knows
-where bytes live; `kv_lanes` moves them.
+where bytes live; `flexmoe.kv.transfers` moves them.
 
 Legend: L layers, G KV heads, Dh head size.
 """
@@ -13,17 +13,11 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from cost_model.memory.allocation import PAGE_TOKENS
 from flexmoe.system.device import Device
 from flexmoe.system.direct_io import DirectFile
-
-
-def token_slots(pages: np.ndarray, tokens: np.ndarray, page_tokens: int) -> np.ndarray:
-    """Flat pool slots of a row's ``tokens`` (positions) under its page table."""
-    return pages[tokens // page_tokens] * page_tokens + tokens % page_tokens
 
 
 class KVExhausted(Exception):
@@ -187,8 +181,8 @@ class KVCache:
         """Forget the tokens from ``length`` on and free the pages that only they needed.
 
         Raises:
-            ValueError: the row has fewer tokens; or it would go on writing into a page that it shares or, on disk,
-                that has been written already.
+            ValueError: the row has fewer tokens; or its next token would be written into a page that it shares or, on
+                disk, that has been written already.
         """
         if not 0 <= length <= row.length:
             raise ValueError(f"cannot truncate a row of {row.length} tokens to {length}")

@@ -2,43 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from flexmoe.kv.batch import Run
-from flexmoe.kv.cache import KVCache, RowKV
+from flexmoe.kv.cache import KVCache
 from flexmoe.system.device import Device
 from flexmoe.system.direct_io import DiskPool, Pending, Transfer
 from flexmoe.system.trace import Recorder
 
 
-@dataclass(slots=True)
-class DiskPlan:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskIndex:
     """Index tensors of the disk rows of one group for one sweep.
 
-    Reading: ``pages`` are the full pages to read, in order; ``full_slots`` their tokens in the read buffer and
-    ``tail_slots`` those in the tails, merged by ``order`` into the rows' token order. Writing: the runs' tokens are
-    assembled in ``touched`` pages; ``begun`` (pages, tails) continue a tail, ``left`` (pages, tails) become the tail,
-    ``filled`` are the (page, page id) that are full then.
+    A layer's past is read from the file and the tails: ``full_slots`` are the tokens of full pages in the read buffer,
+    ``tail_slots`` those in the tails. Its new tokens are assembled in the write buffer, in pages numbered from 0.
+
+    Attributes:
+        pages: the full pages to read, in order.
+        full_slots, tail_slots: merged by ``order`` into the rows' token order.
+        new_slots: where the new tokens go in the write buffer.
+        begun: (pages of the write buffer, tails) whose tokens are in the tails already.
+        left: (pages of the write buffer, tails) that do not become full, and are tails again.
+        filled: (page of the write buffer, page of the file) that become full.
+        sides: which of the two write buffers a layer under way has.
     """
 
-    pages: list[int] = field(default_factory=list)
-    full_slots: torch.Tensor | None = None
-    tail_slots: torch.Tensor | None = None
-    order: torch.Tensor | None = None
-    new_slots: torch.Tensor | None = None
-    touched: int = 0
-    begun: tuple[torch.Tensor, torch.Tensor] | None = None
-    left: tuple[torch.Tensor, torch.Tensor] | None = None
-    filled: list[tuple[int, int]] = field(default_factory=list)
-    side: dict[int, int] = field(default_factory=dict)
+    pages: list[int]
+    full_slots: torch.Tensor
+    tail_slots: torch.Tensor
+    order: torch.Tensor
+    new_slots: torch.Tensor
+    begun: tuple[torch.Tensor, torch.Tensor]
+    left: tuple[torch.Tensor, torch.Tensor]
+    filled: list[tuple[int, int]]
+    sides: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], page_tokens: int) -> DiskIndex:
+        """Of runs of disk rows, each of at least one token."""
+        size, touched = page_tokens, 0  # pages of the write buffer that the runs so far touch
+        pages: list[int] = []
+        filled: list[tuple[int, int]] = []
+        full, tails, order, new, begun, left = [], [], [], [], [], []
+        for run in runs:
+            kv, past, end = run.kv, run.kv.length, run.kv.length + len(run.tokens)
+            first, last, whole = past // size, (end - 1) // size, past // size * size
+            full.append(_slots(len(pages), np.arange(whole), size))
+            tails.append(kv.tail * size + np.arange(past - whole))
+            order += [(0, whole), (1, past - whole)]
+            pages += kv.pages[:first]
+            if past % size:
+                begun.append((touched, kv.tail))
+            new.append(_slots(touched - first, np.arange(past, end), size))
+            filled += [(touched + page - first, kv.pages[page]) for page in range(first, end // size)]
+            touched += last - first + 1
+            if end % size:
+                left.append((touched - 1, kv.tail))
+        full_slots = _index(full)
+        return cls(
+            pages=pages,
+            full_slots=full_slots,
+            tail_slots=_index(tails),
+            order=_interleave(order, len(full_slots)),
+            new_slots=_index(new),
+            begun=_pairs(begun),
+            left=_pairs(left),
+            filled=filled,
+        )
 
 
 def _slots(first_page: int, tokens: np.ndarray, size: int) -> np.ndarray:
     """Flat slots of K in a buffer of ``[2, page_tokens]`` pages; V lies ``page_tokens`` further."""
-    return (first_page + tokens // size) * 2 * size + tokens % size
+    slots: np.ndarray = (first_page + tokens // size) * 2 * size + tokens % size
+    return slots
 
 
 def _index(pieces: list[np.ndarray]) -> torch.Tensor:
@@ -68,115 +109,83 @@ class DiskKV:
         device, recorder, cache: as in `KVLanes`.
         read_pages: most pages that one group reads in one layer.
         write_pages: most pages that the runs of one group touch in one layer.
+
+    Raises:
+        ValueError: the cache has no disk tier.
     """
 
     def __init__(self, device: Device, recorder: Recorder, cache: KVCache, read_pages: int, write_pages: int):
-        self._cache, self._active = cache, cache.file is not None
-        if not self._active:
-            return
-        self._reader = DiskPool(recorder, "disk_read", threads=2, worker="kv")
-        self._writer = DiskPool(recorder, "disk_write", threads=2, worker="kv")
-        s = cache.shape
+        if cache.file is None:
+            raise ValueError("this KV cache has no disk tier")
+        self._cache, self._file, s = cache, cache.file, cache.shape
         self._tokens = (s.kv_heads, s.head_dim)
         self._read_buffers = [device.host_buffer(read_pages * cache.page_bytes) for _ in range(2)]
         self._write_buffers = [device.host_buffer(write_pages * cache.page_bytes) for _ in range(2)]
         self._writing: list[Pending | None] = [None, None]
         self._stored = 0
+        self._reader = DiskPool(recorder, "disk_read", threads=2, worker="kv")  # last, since it starts threads
+        self._writer = DiskPool(recorder, "disk_write", threads=2, worker="kv")
 
-    def plan(self, runs: list[Run]) -> DiskPlan:
-        """Index tensors for the disk rows of a group."""
-        size = self._cache.page_tokens
-        full, tails, order, new = [], [], [], []
-        plan, begun, left = DiskPlan(), [], []
-        for run in runs:
-            past, kv = run.kv.length, run.kv
-            whole = past // size * size
-            order += [(0, whole), (1, past - whole)]
-            full.append(_slots(len(plan.pages), np.arange(whole), size))
-            tails.append(kv.tail * size + np.arange(past - whole))
-            plan.pages += kv.pages[: past // size]
-            if past % size:
-                begun.append((plan.touched, kv.tail))
-            new.append(self._plan_write(plan, kv, past, len(run.tokens)))
-            if (past + len(run.tokens)) % size:
-                left.append((plan.touched - 1, kv.tail))
-        plan.full_slots, plan.tail_slots, plan.new_slots = _index(full), _index(tails), _index(new)
-        plan.order = _interleave(order, len(plan.full_slots))
-        plan.begun, plan.left = _pairs(begun), _pairs(left)
-        return plan
-
-    def _plan_write(self, plan: DiskPlan, kv: RowKV, past: int, count: int) -> np.ndarray:
-        """Where a run's new tokens go in the write buffer; notes which pages they touch and which they fill."""
-        size, base = self._cache.page_tokens, plan.touched
-        first, last = past // size, (past + count - 1) // size
-        plan.touched += last - first + 1
-        complete = (past + count) // size
-        plan.filled += [(base + b - first, kv.pages[b]) for b in range(first, min(last + 1, complete))]
-        return _slots(base - first, np.arange(past, past + count), size)
-
-    def read(self, layer: int, plan: DiskPlan, side: int) -> torch.Tensor:
-        """Read the plan's full pages; returns them as flat token slots ``[pages * 2 * page_tokens, G, Dh]``."""
+    def read(self, layer: int, index: DiskIndex, side: int) -> torch.Tensor:
+        """Read the full pages of the index; returns them as flat token slots ``[pages * 2 * page_tokens, G, Dh]``."""
         size, buffer = self._cache.page_bytes, self._read_buffers[side]
-        bytes_, transfers, i = memoryview(buffer.numpy()), [], 0
-        while i < len(plan.pages):
+        bytes_, transfers, i = buffer.numpy().data, [], 0
+        while i < len(index.pages):
             stop = i + 1
-            while stop < len(plan.pages) and plan.pages[stop] == plan.pages[stop - 1] + 1:
+            while stop < len(index.pages) and index.pages[stop] == index.pages[stop - 1] + 1:
                 stop += 1
             piece = bytes_[i * size : stop * size]
-            transfers.append(
-                Transfer(self._cache.file, self._cache.disk_offset(layer, plan.pages[i]), piece, len(piece))
-            )
+            transfers.append(Transfer(self._file, self._cache.disk_offset(layer, index.pages[i]), piece, len(piece)))
             i = stop
         self._reader.submit(transfers, f"kv {layer}").wait()
-        return self._flat(buffer, len(plan.pages))
+        return self._flat(buffer, len(index.pages))
 
-    def gather(self, layer: int, which: int, plan: DiskPlan, raw: torch.Tensor, out: torch.Tensor) -> None:
+    def gather(self, layer: int, which: int, index: DiskIndex, raw: torch.Tensor, out: torch.Tensor) -> None:
         """Past K (``which`` 0) or V (1) of the disk rows into ``out`` ``[tokens, G, Dh]``, in row order."""
         shift = which * self._cache.page_tokens
-        full = raw.index_select(0, plan.full_slots + shift)
-        tails = self._cache.tail[layer, which].flatten(0, 1).index_select(0, plan.tail_slots)
-        torch.index_select(torch.cat([full, tails]), 0, plan.order, out=out)
+        full = raw.index_select(0, index.full_slots + shift)
+        tails = self._cache.tail[layer, which].flatten(0, 1).index_select(0, index.tail_slots)
+        torch.index_select(torch.cat([full, tails]), 0, index.order, out=out)
 
-    def store(self, layer: int, plan: DiskPlan, k: torch.Tensor, v: torch.Tensor) -> None:
+    def store(self, layer: int, index: DiskIndex, k: torch.Tensor, v: torch.Tensor) -> None:
         """Assemble the touched pages from the tails and the new tokens, and put what is not full back into tails."""
         side = self._stored % 2
         self._stored += 1
-        if self._writing[side] is not None:
-            self._writing[side].wait()
+        if (pending := self._writing[side]) is not None:
+            pending.wait()
             self._writing[side] = None
-        plan.side[layer] = side
+        index.sides[layer] = side
         size = self._cache.page_tokens
         flat = self._flat(self._write_buffers[side], len(self._write_buffers[side]) // self._cache.page_bytes)
         pages = flat.view(-1, 2, size, *self._tokens)
-        (begun, begun_tails), (left, left_tails) = plan.begun, plan.left
+        (begun, begun_tails), (left, left_tails) = index.begun, index.left
         for which, new in enumerate((k, v)):
             tail = self._cache.tail[layer, which]
             pages[:, which].index_copy_(0, begun, tail.index_select(0, begun_tails))
-            flat.index_copy_(0, plan.new_slots + which * size, new)
+            flat.index_copy_(0, index.new_slots + which * size, new)
             tail.index_copy_(0, left_tails, pages[:, which].index_select(0, left))
 
-    def write(self, layer: int, plan: DiskPlan) -> None:
+    def write(self, layer: int, index: DiskIndex) -> None:
         """Start writing the pages that are full; `drain` or the buffer's next use waits for them."""
-        side = plan.side.pop(layer)
+        side = index.sides.pop(layer)
         size = self._cache.page_bytes
-        bytes_ = memoryview(self._write_buffers[side].numpy())
+        bytes_ = self._write_buffers[side].numpy().data
         transfers = []
-        for at, page in plan.filled:
+        for at, page in index.filled:
             piece = bytes_[at * size : (at + 1) * size]
-            transfers.append(Transfer(self._cache.file, self._cache.disk_offset(layer, page), piece, size))
+            transfers.append(Transfer(self._file, self._cache.disk_offset(layer, page), piece, size))
         self._writing[side] = self._writer.submit(transfers, f"kv {layer}")
 
     def drain(self) -> None:
         """Wait for the writes under way."""
-        for pending in self._writing if self._active else ():
+        for pending in self._writing:
             if pending is not None:
                 pending.wait()
 
     def close(self) -> None:
         """End the threads."""
-        if self._active:
-            self._reader.close()
-            self._writer.close()
+        self._reader.close()
+        self._writer.close()
 
     def _flat(self, buffer: torch.Tensor, pages: int) -> torch.Tensor:
         used = buffer[: pages * self._cache.page_bytes].view(self._cache.shape.dtype)

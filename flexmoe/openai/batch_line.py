@@ -1,6 +1,6 @@
 """One line of a requests file to one `Request`: OpenAI Batch lines and plain rows, strictly read.
 
-Two kinds of fault are told apart. **Structural**: the line cannot be understood as a request at all. It is not JSON or
+There are two kinds of fault. **Structural**: the line cannot be understood as a request at all. It is not JSON or
 not UTF-8, holds NaN, a key twice, or is too deep or too long; its method or url is another; its prompt or messages are
 missing; a field has the wrong type; its `custom_id` is invalid or used twice. Such a line raises `InvalidLine`, so that
 the job fails before it starts (or, where the user wants that, it becomes an error row). **Per row**: the line is
@@ -16,12 +16,13 @@ from typing import Any
 
 from flexmoe.openai.fields import Fields, Kind, RowError, read_fields
 from flexmoe.openai.json_line import InvalidLine, parse_json, show, token_ids
-from flexmoe.openai.messages import Message, read_messages
-
-__all__ = ["InvalidLine", "Kind", "Prompt", "Request", "RowError", "parse_line", "show"]
 
 Prompt = str | tuple[int, ...]
+Message = dict[str, str]
 
+ROLES = ("system", "user", "assistant")
+#: OpenAI's newer name for the system's role; chat templates know the older one.
+ALIASES = {"developer": "system"}
 MAX_CUSTOM_ID_CHARACTERS = 512
 URLS: dict[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
 BATCH_KEYS = ("custom_id", "method", "url", "body")
@@ -84,7 +85,7 @@ def request_of(line: Any, line_number: int) -> Request:
     """
     if not isinstance(line, dict):
         raise InvalidLine(f"the line holds {show(line)}; write one JSON object per line")
-    custom_id = _custom_id(line, line_number)
+    custom_id = read_custom_id(line, line_number)
     try:
         return _request(line, line_number, custom_id)
     except InvalidLine as error:
@@ -92,7 +93,12 @@ def request_of(line: Any, line_number: int) -> Request:
         raise
 
 
-def _custom_id(line: dict[str, Any], line_number: int) -> str:
+def read_custom_id(line: Mapping[str, Any], line_number: int) -> str:
+    """The id that a line gives itself, or the one that its number gives it.
+
+    Raises:
+        InvalidLine: its id is no text, or too long.
+    """
     custom_id = line.get("custom_id")
     if custom_id is None:
         return f"row-{line_number}"
@@ -114,7 +120,8 @@ def _request(line: dict[str, Any], line_number: int, custom_id: str) -> Request:
     ]
     fields: Fields = read_fields(body, kind)
     errors += fields.errors
-    messages, prompts = None, ()
+    messages: tuple[Message, ...] | None = None
+    prompts: tuple[Prompt, ...] = ()
     if kind == "chat":
         messages, refused = read_messages(body["messages"])
         errors += refused
@@ -187,3 +194,51 @@ def _model(body: dict[str, Any]) -> str | None:
     if model is not None and not isinstance(model, str):
         raise InvalidLine(f"model is {show(model)}; give a string", param="model")
     return model
+
+
+def read_messages(messages: Any) -> tuple[tuple[Message, ...], list[RowError]]:
+    """The chat with its contents as plain text, and why it cannot run.
+
+    Raises:
+        InvalidLine: it is no list of messages.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise InvalidLine(f"messages is {show(messages)}; give a list of at least one message", param="messages")
+    result: list[Message] = []
+    errors: list[RowError] = []
+    for index, message in enumerate(messages):
+        name = f"messages[{index}]"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise InvalidLine(
+                f'{name} is {show(message)}; give an object like {{"role": "user", "content": "…"}}', param=name
+            )
+        given: str = message["role"]
+        role = ALIASES.get(given, given)
+        if role not in ROLES:
+            problem = f"{name}.role = {show(role)} is not supported; use one of {', '.join((*ROLES, *ALIASES))}"
+            errors.append(RowError.unsupported(f"{name}.role", problem))
+        extra = [key for key, value in message.items() if key not in ("role", "content") and value not in (None, [])]
+        errors += [RowError.unsupported(f"{name}.{key}", f"{name}.{key} is not supported; remove it") for key in extra]
+        text, error = _content(message.get("content"), f"{name}.content", optional=bool(extra))
+        errors += [error] if error else []
+        result.append({"role": role, "content": text})
+    return tuple(result), errors
+
+
+def _content(content: Any, name: str, *, optional: bool) -> tuple[str, RowError | None]:
+    """Text of a message; a list of text parts is joined by line breaks, as vLLM does."""
+    if isinstance(content, str):
+        return content, None
+    if content is None and optional:
+        return "", None
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise InvalidLine(f"{name} is {show(content)}; give a string or a list of text parts", param=name)
+    texts = []
+    for part in content:
+        if part.get("type") != "text":
+            problem = f"{name} has a part of type {show(part.get('type'))}; only text is supported"
+            return "", RowError.unsupported(name, problem)
+        if not isinstance(part.get("text"), str):
+            raise InvalidLine(f"{name} has a text part without text; give its text as a string", param=name)
+        texts.append(part["text"])
+    return "\n".join(texts), None

@@ -101,7 +101,8 @@ def read_fields(body: Mapping[str, Any], kind: Kind) -> Fields:
         InvalidLine: a field has the wrong type.
     """
     errors = _unsupported(body)
-    sampling = {name: _number(body, name) for name in NUMBERS} | {name: _integer(body, name) for name in INTEGERS}
+    sampling: dict[str, Any] = {name: _number(body, name) for name in NUMBERS}
+    sampling |= {name: _integer(body, name) for name in INTEGERS}
     sampling |= {"stop": _stop(body), "stop_token_ids": _stop_token_ids(body), "logit_bias": _logit_bias(body, errors)}
     sampling |= {"max_tokens": _limit(body, errors), "logprobs": _logprobs(body, kind, errors)}
     sampling |= {name: _flag(body, name) or None for name in ("ignore_eos", "echo")}
@@ -206,8 +207,8 @@ def _logprobs(body: Mapping[str, Any], kind: Kind, errors: list[RowError]) -> in
         return None if body.get("logprobs") is False else _integer(body, "logprobs")
     wanted, top = _flag(body, "logprobs"), _integer(body, "top_logprobs")
     if top is not None and not 0 <= top <= MAX_LOGPROBS:
-        told = f"top_logprobs is {show(top)}; give a whole number from 0 to {MAX_LOGPROBS}"
-        errors.append(RowError.invalid("top_logprobs", told))
+        message = f"top_logprobs is {show(top)}; give a whole number from 0 to {MAX_LOGPROBS}"
+        errors.append(RowError.invalid("top_logprobs", message))
         return None
     if top and not wanted:
         errors.append(RowError.invalid("top_logprobs", "top_logprobs needs logprobs to be true; add it"))
@@ -237,8 +238,8 @@ def _logit_bias(body: Mapping[str, Any], errors: list[RowError]) -> dict[int, fl
     bias: dict[int, float] = {}
     for key, value in given.items():
         if not _INTEGER_TEXT.fullmatch(key) or not isinstance(value, (int, float)) or isinstance(value, bool):
-            told = f"logit_bias holds {show({key: value})}; its keys are token ids and its values numbers"
-            raise InvalidLine(told, param="logit_bias")
+            message = f"logit_bias holds {show({key: value})}; its keys are token ids and its values numbers"
+            raise InvalidLine(message, param="logit_bias")
         if int(key) in bias:
             errors.append(RowError.invalid("logit_bias", f"logit_bias names the token {int(key)} twice; keep one"))
         bias[int(key)] = value

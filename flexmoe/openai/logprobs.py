@@ -68,11 +68,11 @@ def completion_logprobs(
 
 
 def _chat_token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    told = tokenizer.token_text(token)
+    shown = tokenizer.token_text(token)
     return {
-        "token": told.text,
+        "token": shown.text,
         "logprob": _finite(logprob),
-        "bytes": None if told.bytes is None else list(told.bytes),
+        "bytes": None if shown.bytes is None else list(shown.bytes),
     }
 
 
@@ -93,16 +93,16 @@ def _offsets(tokenizer: Tokenizer, token_ids: Sequence[int], start: int, text: s
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     offsets, characters, visible = [], 0, []
     for token in token_ids:
-        told = tokenizer.token_text(token)
-        readable = told.visible and bool(told.bytes)
-        if readable and decoder.getstate()[0] and not _continues(told.bytes):
+        shown = tokenizer.token_text(token)
+        piece_bytes = shown.bytes if shown.visible and shown.bytes else b""
+        if piece_bytes and decoder.getstate()[0] and not _continues(piece_bytes):
             # The character that was begun is none: its place is that of the tokens before.
             piece = decoder.decode(b"", final=True)
             visible.append(piece)
             characters += len(piece)
         offsets.append(characters)
-        if readable:
-            piece = decoder.decode(told.bytes)
+        if piece_bytes:
+            piece = decoder.decode(piece_bytes)
             visible.append(piece)
             characters += len(piece)
     joined = "".join(visible)
@@ -112,5 +112,5 @@ def _offsets(tokenizer: Tokenizer, token_ids: Sequence[int], start: int, text: s
 
 
 def _continues(piece: bytes) -> bool:
-    """Whether bytes go on with a character of UTF-8 that was begun before."""
+    """Whether bytes continue a character of UTF-8 that was begun before."""
     return piece[0] & 0xC0 == 0x80

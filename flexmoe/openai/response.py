@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from flexmoe.errors import UsageError
-from flexmoe.openai.batch_line import Prompt, Request, RowError
+from flexmoe.openai.batch_line import Prompt, Request
+from flexmoe.openai.fields import RowError
 from flexmoe.openai.logprobs import Alignment, chat_logprobs, completion_logprobs
 from flexmoe.params import CompletionOutput, RequestOutput
 from flexmoe.text.tokenizer import Tokenizer
@@ -62,12 +63,12 @@ class ResponseEncoder:
         key = self._key(request)
         if status is None:
             return _line(key, request, None, {"code": error.code, "message": error.message})
-        told = {"message": error.message, "type": "invalid_request_error", "param": error.param, "code": error.code}
-        return _line(key, request, {"status_code": status, "request_id": f"req_{key}", "body": {"error": told}}, None)
+        body = {"message": error.message, "type": "invalid_request_error", "param": error.param, "code": error.code}
+        return _line(key, request, {"status_code": status, "request_id": f"req_{key}", "body": {"error": body}}, None)
 
     def _choices(self, request: Request, results: Sequence[RequestOutput]) -> list[dict[str, Any]]:
         """All completions of the first prompt, then those of the second, and so on, as OpenAI numbers them."""
-        choices = []
+        choices: list[dict[str, Any]] = []
         for number, result in enumerate(results):
             prompt = request.prompts[number] if request.echo and request.prompts else None
             for output in result.outputs:
@@ -80,7 +81,7 @@ class ResponseEncoder:
         text = self._text(output)
         if request.kind == "chat":
             message = {"role": "assistant", "content": text, "refusal": None}
-            choice = {"message": message, "logprobs": chat_logprobs(self._tokenizer, output)}
+            choice: dict[str, Any] = {"message": message, "logprobs": chat_logprobs(self._tokenizer, output)}
         else:
             before = self._prompt_text(prompt, result) if request.echo else ""
             scored = result if request.echo else None

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import astuple
 
 from flexmoe.errors import DataError
-from flexmoe.inputs.rows import Rows
-from flexmoe.openai.batch_line import RowError
+from flexmoe.inputs.request_file import Rows
+from flexmoe.openai.fields import RowError
 from flexmoe.preflight.lengths import Lengths, RowLength
 from flexmoe.preflight.prepare import Preparer
 from flexmoe.preflight.prepare_setup import PreparerSetup

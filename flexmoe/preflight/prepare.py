@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from flexmoe.checkpoint.generation_config import SamplingDefaults
 from flexmoe.errors import DataError
-from flexmoe.openai.batch_line import Request, RowError
+from flexmoe.openai.batch_line import Request
+from flexmoe.openai.fields import RowError
 from flexmoe.params import EngineRequest, SamplingParams
 from flexmoe.preflight.served_model import ServedModel
 from flexmoe.text.chat_template import ENDLESS
@@ -104,9 +105,8 @@ class Preparer:
         """Token ids of each part, or why it has none."""
         results: list[tuple[int, ...] | DataError] = [() if isinstance(part, _Text) else part for part in parts]
         for rendered in (False, True):
-            places = [i for i, part in enumerate(parts) if isinstance(part, _Text) and part.rendered == rendered]
-            texts = [parts[i].text for i in places]
-            for place, ids in zip(places, self._encoded(texts, rendered), strict=True):
+            texts = {i: p.text for i, p in enumerate(parts) if isinstance(p, _Text) and p.rendered == rendered}
+            for place, ids in zip(texts, self._encoded(list(texts.values()), rendered), strict=True):
                 results[place] = ids
         return results
 
@@ -152,12 +152,13 @@ class Preparer:
             return [ids for text in texts for ids in self._encoded_at_once([text], rendered)]
 
     def _finished(
-        self, request: Request, row: int, prompts: Sequence[tuple[int, ...] | DataError]
+        self, request: Request, row: int, tokenized: Sequence[tuple[int, ...] | DataError]
     ) -> list[EngineRequest] | RowError:
-        failed = next((ids for ids in prompts if isinstance(ids, DataError)), None)
+        failed = next((ids for ids in tokenized if isinstance(ids, DataError)), None)
         if failed is not None:
             code = "context_length_exceeded" if isinstance(failed, _TooLongError) else "invalid_prompt"
             return RowError(code=code, message=str(failed), param=_prompt_field(request))
+        prompts = [ids for ids in tokenized if not isinstance(ids, DataError)]
         params = self.defaults.params(request.sampling, self.default_max_tokens)
         refused = self._refused_params(params, request, len(prompts))
         refused = refused or next(filter(None, (self._refused_prompt(request, ids, params) for ids in prompts)), None)
@@ -176,15 +177,15 @@ class Preparer:
     def _refused_params(self, params: SamplingParams, request: Request, prompts: int) -> RowError | None:
         vocab, context = self.limits.vocab_size, self.limits.context
         if prompts * params.n > MAX_CHOICES:
-            told = (
+            message = (
                 f"{prompts} prompts with n = {params.n} make {prompts * params.n} choices; at most {MAX_CHOICES} may be"
             )
-            return RowError.invalid("n", f"{told} in one row: divide it")
+            return RowError.invalid("n", f"{message} in one row: divide it")
         if params.stop and not self.tokenizer.is_available:
             return RowError.invalid(
                 "stop", "stop strings need the model's tokenizer, and there is none; use stop_token_ids"
             )
-        outside = [id for id, _ in params.logit_bias if id >= vocab]
+        outside = [id for id in dict(params.logit_bias) if id >= vocab]
         if outside:
             return RowError.invalid(
                 "logit_bias", f"logit_bias names token {outside[0]}, outside the vocabulary of {vocab}"
@@ -203,12 +204,12 @@ class Preparer:
         if not ids:
             return _invalid_prompt(request, "the prompt has no tokens; give one that is not empty")
         if max(ids) >= self.limits.vocab_size:
-            told = f"token {max(ids)} of the prompt is outside the vocabulary of {self.limits.vocab_size}"
-            return _invalid_prompt(request, told)
+            message = f"token {max(ids)} of the prompt is outside the vocabulary of {self.limits.vocab_size}"
+            return _invalid_prompt(request, message)
         room = self.limits.context - len(ids)
         if room < (0 if params.max_tokens == 0 else 1):
-            told = self._too_long(str(len(ids)))
-            return RowError(code="context_length_exceeded", message=told, param=_prompt_field(request))
+            message = self._too_long(str(len(ids)))
+            return RowError(code="context_length_exceeded", message=message, param=_prompt_field(request))
         return None
 
     def _too_long(self, tokens: str) -> str:

@@ -55,7 +55,7 @@ class PreparerSetup:
         Raises:
             DataError: the tokenizer's files or the chat template cannot be used.
         """
-        options = {"chat_template": self.chat_template, "created_s": self.created_s}
+        options: dict[str, Any] = {"chat_template": self.chat_template, "created_s": self.created_s}
         if self.directory is None:
             tokenizer = Tokenizer(None, "the model", **options)
         else:

@@ -37,13 +37,13 @@ class ServedModel:
         return f"the row asks for the model {show(asked)}, and the one that runs is {min(self.names, key=len)}"
 
     def warning(self, models: Mapping[str, int]) -> str | None:
-        """What a job tells once where rows ask for another model and do not fail; None where there is nothing to tell.
+        """The warning of a job in which rows ask for another model and do not fail; None where none do.
 
         Args:
             models: the names that rows give, each with the number of the first line that does.
         """
-        told = {line: self.mismatch(name) for name, line in models.items()}
-        line = next((line for line, mismatch in told.items() if mismatch), None)
+        mismatches = {line: self.mismatch(name) for name, line in models.items()}
+        line = next((line for line, mismatch in mismatches.items() if mismatch), None)
         if line is None or self.strict:
             return None
-        return f"line {line}: {told[line]}; such rows run all the same (--strict-model makes error rows of them)"
+        return f"line {line}: {mismatches[line]}; such rows run all the same (--strict-model makes error rows of them)"

@@ -9,10 +9,10 @@ from dataclasses import astuple
 from typing import Any
 
 from flexmoe.errors import DataError
+from flexmoe.inputs.lines import RawRow
 from flexmoe.inputs.parsers import Parser, parser_of
-from flexmoe.inputs.raw_row import RawRow
-from flexmoe.inputs.rows import Rows
-from flexmoe.openai.batch_line import RowError
+from flexmoe.inputs.request_file import Rows
+from flexmoe.openai.fields import RowError
 from flexmoe.preflight.lengths import RowLength
 from flexmoe.preflight.prepare import Preparer
 from flexmoe.preflight.prepare_setup import PreparerSetup
@@ -32,7 +32,7 @@ WORKER = "flexmoe.preflight.worker"
 def look(preparer: Preparer, parser: Parser, chunk: Chunk) -> Iterator[Found]:
     """The size of each row of a chunk, or why it cannot run."""
     context = preparer.limits.context
-    requests = [(row, raw.parse(parser)) for row, raw in chunk]
+    requests = [(row, request) for row, raw in chunk if (request := raw.parse(parser)) is not None]
     for (row, _), result in zip(requests, preparer.prepare_each(requests), strict=True):
         yield row, result if isinstance(result, RowError) else RowLength.of(result, context)
 

@@ -47,7 +47,7 @@ class Answer:
 class _Worker:
     """One process, and the task that it has."""
 
-    def __init__(self, module: str, setup: Any) -> None:
+    def __init__(self, module: str, setup: Any, task: Task) -> None:
         root = str(Path(__file__).parents[2])
         paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
@@ -57,7 +57,10 @@ class _Worker:
             env={**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"},
             start_new_session=True,  # Ctrl-C is for the parent, who then ends its workers
         )
-        self.task: Task | None = None
+        if self.process.stdin is None or self.process.stdout is None:
+            raise RuntimeError("a worker was started without pipes")
+        self._questions, self.answers = self.process.stdin, self.process.stdout
+        self.task, self.is_busy = task, True
         self.ready = False
         self._parts: list[bytes] = []
         self.deadline = time.monotonic() + START_LIMIT_S
@@ -65,13 +68,13 @@ class _Worker:
 
     def give(self, task: Task) -> None:
         """Hands over a task; its clock starts now."""
-        self.task = task
+        self.task, self.is_busy = task, True
         self.deadline = time.monotonic() + task.limit_s
         self._send(task.work)
 
     def read(self) -> tuple[bool, Any]:
         """(whether it lives, its answer where one is complete)."""
-        piece = os.read(self.process.stdout.fileno(), _READ_BYTES)
+        piece = os.read(self.answers.fileno(), _READ_BYTES)
         self._parts.append(piece)
         if not piece.endswith(b"\n"):  # one answer at a time: nothing follows its line end
             return bool(piece), None
@@ -82,14 +85,14 @@ class _Worker:
         """Ends the process; returns its exit status."""
         self.process.kill()
         with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        self.process.stdout.close()
+            self._questions.close()
+        self.answers.close()
         return self.process.wait()
 
     def _send(self, message: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it is dead, and reading from it will tell
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")
-            self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it is dead, and the next read from it shows that
+            self._questions.write(json.dumps(message).encode() + b"\n")
+            self._questions.flush()
 
 
 class WorkerPool:
@@ -136,10 +139,9 @@ class WorkerPool:
         self.close()
 
     def _start(self, task: Task) -> None:
-        worker = _Worker(self._module, self._setup)
-        worker.task = task
+        worker = _Worker(self._module, self._setup, task)
         self._workers.append(worker)
-        self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+        self._selector.register(worker.answers, selectors.EVENT_READ, worker)
 
     def _wait(self, next_task: Callable[[], Task | None]) -> Iterator[Answer]:
         """Waits for something to happen, and deals with it."""
@@ -161,13 +163,13 @@ class WorkerPool:
             raise RuntimeError(f"a worker failed: {message['failed']}")
         if worker.ready:
             yield Answer(task=worker.task, result=message["result"])
-            worker.task = None
+            worker.is_busy = False
         else:
             worker.ready = True
             worker.give(worker.task)
 
     def _next(self, worker: _Worker, next_task: Callable[[], Task | None]) -> None:
-        if worker.task is not None:
+        if worker.is_busy:
             return
         task = next_task()
         if task is None:
@@ -183,7 +185,7 @@ class WorkerPool:
         return Answer(task=task, lost=why)
 
     def _end(self, worker: _Worker) -> int:
-        self._selector.unregister(worker.process.stdout)
+        self._selector.unregister(worker.answers)
         self._workers.remove(worker)
         return worker.end()
 

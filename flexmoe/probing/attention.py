@@ -14,9 +14,8 @@ import torch
 
 from cost_model.memory.allocation import PAGE_TOKENS
 from flexmoe.kernels.paged_attention import Ragged, paged_attention
-from flexmoe.probing.buffers import fill_with_noise
 from flexmoe.probing.effort import Effort
-from flexmoe.probing.timing import repeat_s
+from flexmoe.probing.timing import fill_with_noise, repeat_s
 from flexmoe.system.device import Device
 
 #: (H, G, Dh): grouped 4 to 1, with the two common head sizes.

@@ -144,7 +144,7 @@ def _thread_rates(lanes: Sequence[Lane], seconds: float) -> list[float]:
 
 
 def _stream_rates(device: Device, lanes: Sequence[Lane], seconds: float) -> list[float]:
-    """Counted only while every lane copies: the slower one would else go on alone."""
+    """Counted only while every lane copies: the slower one would else continue alone."""
     once_s = max(max(ends) for ends in _ends_s(device, lanes, 2)) / 2
     ends_s = _ends_s(device, lanes, max(3, int(seconds / max(once_s, 1e-6))))
     window_s = min(ends[-1] for ends in ends_s)

@@ -70,9 +70,9 @@ def disk_rates(device: Device, directory: Path, effort: Effort) -> DiskRates:
         size = file_bytes(directory, effort)
         unit = min(_UNIT_BYTES, max(SYSTEM_PAGE_BYTES, align_down(min(effort.buffer_bytes // 2, size) // _IN_FLIGHT)))
         buffers = random_buffers(device, unit, _IN_FLIGHT)
-        with _nameless_file(directory) as (file, forget):
+        with _nameless_file(directory) as (file, drop_cache):
             write = transfer("disk_write", file, buffers, size, effort.disk_s)
-            forget()
+            drop_cache()
             read = transfer("disk_read", file, buffers, write.nbytes, effort.disk_s)
             curve = _read_curve(file, buffers, write.nbytes, effort)
             return DiskRates(read=read, write=write, direct=file.direct, curve=curve)
@@ -176,7 +176,7 @@ def file_bytes(directory: Path, effort: Effort) -> int:
 
 @contextlib.contextmanager
 def _nameless_file(directory: Path) -> Iterator[tuple[DirectFile, object]]:
-    """A file without a name, and what makes the kernel forget its cached pages (O_DIRECT leaves none)."""
+    """A file without a name, and what makes the kernel drop its cached pages (O_DIRECT leaves none)."""
     path = directory / f"probe-{os.getpid()}-{time.monotonic_ns()}.bin"
     file = DirectFile(path, writable=True)
     try:

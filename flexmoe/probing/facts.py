@@ -1,9 +1,11 @@
-"""What the machine is and has, and which limits bind: nothing here is timed."""
+"""What the machine is and has, which limits bind, and whether other processes use it: nothing here is timed."""
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
+import time
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from flexmoe.errors import InfeasibleError
 from flexmoe.system.device import Device, process_gpu_bytes
 from flexmoe.system.machine import (
     available_host_bytes,
+    busy_core_s,
     cpu_name,
     filesystem,
     free_disk_bytes,
@@ -19,7 +22,10 @@ from flexmoe.system.machine import (
     usable_cores,
 )
 
+log = logging.getLogger(__name__)
 _TRIED_BYTES = 32 << 20
+#: Other processes may use so much of the cores without a word.
+_IDLE = 0.1
 
 
 def compute_dtypes(device: Device) -> dict[int, torch.dtype]:
@@ -106,3 +112,26 @@ def _gpu_bytes(device: Device) -> tuple[int, int]:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device.torch)
     return free + (process_gpu_bytes(device.torch) or total - free), reserved
+
+
+class Others:
+    """How busy other processes keep the cores from now on: rates that were measured beside them are too low."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    def sentence(self) -> str:
+        """A sentence about it, also logged as a warning; empty when the machine was idle or that cannot be known."""
+        before, now = self._before, self._now()
+        if before is None or now is None:
+            return ""
+        used = (now[0] - before[0]) / max(1e-3, now[1] - before[1])
+        if used < _IDLE * usable_cores():
+            return ""
+        sentence = f"other processes kept {used:.1f} of {usable_cores()} cores busy meanwhile"
+        log.warning("%s: measure again on an idle machine for better numbers", sentence)
+        return f"; {sentence}"
+
+    def _now(self) -> tuple[float, float] | None:
+        busy_s = busy_core_s()
+        return None if busy_s is None else (busy_s - time.process_time(), time.perf_counter())

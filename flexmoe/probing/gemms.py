@@ -26,9 +26,8 @@ from flexmoe.kv.batch import Batch, Block, Run
 from flexmoe.kv.cache import KVCache, KVShape
 from flexmoe.kv.transfers import KVBuffers, KVLanes
 from flexmoe.models.registry import family
-from flexmoe.probing.buffers import WeightArena, noise
 from flexmoe.probing.effort import Effort, Heads
-from flexmoe.probing.timing import repeat_s
+from flexmoe.probing.timing import WeightArena, noise, repeat_s
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
 from policies.admission.row_state import AttentionMode

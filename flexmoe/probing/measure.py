@@ -18,18 +18,15 @@ from cost_model.model.weight_units import GROUPED_TOKENS
 from flexmoe.errors import InfeasibleError
 from flexmoe.kernels.native import library as native
 from flexmoe.probing.attention import attention_rates
-from flexmoe.probing.buffers import WeightArena
 from flexmoe.probing.copies import copy_curve, copy_rates, memory_rate
 from flexmoe.probing.disk import DiskRates, disk_rates
 from flexmoe.probing.effort import Effort
-from flexmoe.probing.facts import capacities, compute_dtypes, device_name, gpu_details, pinned_limit_bytes
+from flexmoe.probing.facts import Others, capacities, compute_dtypes, device_name, gpu_details, pinned_limit_bytes
 from flexmoe.probing.gemms import UNIT_EXPERTS, dense_rates, expert_rates, grouped_expert_rates
-from flexmoe.probing.kv import kv_rates
-from flexmoe.probing.kv_blocks import SHAPES, kv_block_costs
-from flexmoe.probing.latency import disk_latency
-from flexmoe.probing.others import Others
-from flexmoe.probing.streaming import handoff_s, streaming_arch, streaming_core_s_per_byte
+from flexmoe.probing.kv import SHAPES, kv_block_costs, kv_rates
+from flexmoe.probing.latency import disk_latency, handoff_s, streaming_arch, streaming_core_s_per_byte
 from flexmoe.probing.sweeps import overheads
+from flexmoe.probing.timing import WeightArena
 from flexmoe.system.device import Device, keep_freed_memory
 from flexmoe.system.direct_io import PIECE_BYTES, READ_THREADS
 from flexmoe.system.machine import cpu_name, filesystem

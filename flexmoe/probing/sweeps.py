@@ -26,9 +26,9 @@ from flexmoe.models.loader import Model
 from flexmoe.models.registry import family
 from flexmoe.params import EngineRequest, SamplingParams
 from flexmoe.probing.attention import AttentionCase
-from flexmoe.probing.buffers import WeightArena
 from flexmoe.probing.effort import Effort, Heads
 from flexmoe.probing.gemms import bench_arch, dense_bench, expert_bench
+from flexmoe.probing.timing import WeightArena
 from flexmoe.system.device import Device
 from flexmoe.weights.sources import DummySource
 from policies.policy import Policy, Workload

@@ -59,7 +59,7 @@ class TokenCounts:
 
 def add_bias(x_CV: torch.Tensor, params: Sequence[SamplingParams]) -> None:
     """Add each row's logit bias, in place."""
-    rows = [(at, p.logit_bias) for at, p in enumerate(params) if p.logit_bias]
+    rows = [(at, p.biased_tokens) for at, p in enumerate(params) if p.biased_tokens]
     if not rows:
         return
     place = np.repeat([at for at, _ in rows], [len(bias) for _, bias in rows])
@@ -79,7 +79,7 @@ def penalize(x_CV: torch.Tensor, params: Sequence[SamplingParams], counts: Seque
         return
     sizes = [len(c.ids) for _, _, c in rows]
 
-    def spread(values: list, dtype: type) -> torch.Tensor:
+    def spread(values: list[int] | list[float], dtype: type) -> torch.Tensor:
         return _to(x_CV, np.repeat(np.array(values, dtype), sizes))
 
     where = spread([at for at, _, _ in rows], np.int64), _to(x_CV, np.concatenate([c.ids for _, _, c in rows]))

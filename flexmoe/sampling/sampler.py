@@ -61,7 +61,7 @@ class RowSampler:
         Args:
             seed: the job's, for rows without one.
             key: what the draws depend on beside the seed, `EngineRequest.stream_key`.
-            prompt, generated: token ids; the row goes on after ``generated``.
+            prompt, generated: token ids; the row resumes after ``generated``.
         """
         counts = None
         if params.penalized:
@@ -145,7 +145,7 @@ class _Reported:
         self._at = [at for at, row in enumerate(rows) if row.params.logprobs is not None]
         if not self._at:
             return
-        self._ks = [rows[at].params.logprobs for at in self._at]
+        self._ks = [rows[at].params.logprobs or 0 for at in self._at]
         self._rows = torch.tensor(self._at, device=x_CV.device)
         self._x = x_CV[self._rows]
         self._total = self._x.logsumexp(-1)
@@ -173,14 +173,14 @@ def draw(x_CV: torch.Tensor, params: Sequence[SamplingParams], keys: np.ndarray)
     Returns:
         torch.Tensor: int64 ``[C]``.
     """
-    keep(x_CV, params)
+    filter_logits(x_CV, params)
     return x_CV.sub_(log_arrivals(keys, x_CV.shape[-1], x_CV.device)).argmax(dim=-1)
 
 
-def keep(x_CV: torch.Tensor, params: Sequence[SamplingParams]) -> None:
+def filter_logits(x_CV: torch.Tensor, params: Sequence[SamplingParams]) -> None:
     """Divide logits by the temperature and put those that min_p, top_k and top_p leave out to minus infinity, in place."""
 
-    def column(values: list[float]) -> torch.Tensor:
+    def column(values: Sequence[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=x_CV.device)[:, None]
 
     x_CV /= column([p.temperature for p in params])

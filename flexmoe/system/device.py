@@ -55,6 +55,10 @@ class NoEvent:
         return True
 
 
+Event = torch.cuda.Event | NoEvent
+Stream = torch.cuda.Stream
+
+
 class Device:
     """A compute device with its streams, events and host buffers.
 

@@ -28,7 +28,7 @@ class Interrupted(FlexMoEError):
     """
 
     def __init__(self, signal_number: int, done: str) -> None:
-        super().__init__(f"interrupted: {done}; the same command resumes from here")
+        super().__init__(f"interrupted: {done}; the same command resumes it")
         self.exit_code = EXIT_CODES[signal.Signals(signal_number)]
 
 

@@ -2,7 +2,7 @@
 
 The environment is that of transformers (a test holds that texts are equal), with three differences. Loops and macros are
 counted, so that a rendering ends when it has used its seconds of CPU time; texts that outgrow a bound end it too. And
-`strftime_now` tells the time at which the job was created, in UTC: a job that is resumed on another day must see the same
+`strftime_now` is the time at which the job was created, in UTC: a job that is resumed on another day must see the same
 prompts.
 """
 
@@ -131,7 +131,7 @@ def first_line(error: BaseException) -> str:
 
 
 class _Budget(threading.local):
-    """CPU seconds of this thread that the rendering at hand may still use."""
+    """CPU seconds of this thread that the current rendering may still use."""
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s

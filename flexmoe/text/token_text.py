@@ -28,7 +28,7 @@ class TokenText:
 
     @classmethod
     def unknown(cls, token_id: int) -> TokenText:
-        """A token that no tokenizer tells of; the text is vLLM's."""
+        """A token that the tokenizer does not know; the text is vLLM's."""
         return cls(text=f"token_id:{token_id}", bytes=None, visible=False)
 
 

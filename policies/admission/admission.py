@@ -2,24 +2,25 @@
 
 Admission is paced (at most ``prefill_tokens`` prompt tokens a sweep, because rows that enter together leave together
 and cost their full length) and looks ahead (a row enters a tier when the projected peak of all its rows fits). A row
-that is sent back re-enters as one run of its prompt and what it has generated. Samples of one prompt share its
-computation (`policies.admission.shared_prefix`). The runtime's scheduler and the planner's simulator walk this same admission, so what is
-predicted is what runs.
+that is preempted re-enters as one run of its prompt and what it has generated. Samples of one prompt share its
+computation (`policies.admission.shared_prefix`). The runtime's scheduler and the planner's simulator use this same
+admission, so what is predicted is what runs.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from typing import Generic
 
 from policies.admission.kv_projection import Projection, growth
-from policies.admission.row_state import AttentionMode, RowLengths
+from policies.admission.row_state import AttentionMode, RowT
 from policies.admission.shared_prefix import Prefixes
 from policies.placement import TIERS
 from policies.policy import Policy
 
 
-class Admission:
+class Admission(Generic[RowT]):
     """Decides each sweep's runs: ``plan_sweep``, then ``commit`` each row, ``finish`` those that have ended, ``end_sweep``.
 
     A row of c tokens holds ceil(c / page_tokens) pages of its tier; a row of the disk tier also holds a tail, the
@@ -31,14 +32,14 @@ class Admission:
         tails: rows that the disk tier can hold at once.
         page_tokens: tokens per page.
         expected_end: length that a row is expected to reach; default its limit. A row that outgrows it may find its
-            tier full; then the youngest row of the tier is sent back.
-        recompute_past: a row that grows past this length is sent back, so that all of it is computed as one run: its
+            tier full; then the youngest row of the tier is preempted.
+        recompute_past: a row that grows past this length is preempted, so that all of it is computed as one run: its
             keys are stored rotated, and beyond that length they are rotated otherwise.
 
     Attributes:
         waiting: rows that are not in flight, the next to enter first.
-        restarts: rows sent back so far.
-        sent_back: rows sent back since the last `plan_sweep` began; one of them may have entered again since.
+        restarts: rows preempted so far.
+        preempted: rows preempted since the last `plan_sweep` began; one of them may have entered again since.
         free_tails: rows that the disk tier can still take.
         prefixes: what rows share.
     """
@@ -50,7 +51,7 @@ class Admission:
         pages: Mapping[str, int],
         tails: int,
         page_tokens: int,
-        expected_end: Callable[[RowLengths], int] | None = None,
+        expected_end: Callable[[RowT], int] | None = None,
         recompute_past: int | None = None,
     ):
         self._policy, self._page_tokens = policy, page_tokens
@@ -66,16 +67,16 @@ class Admission:
         self._rows = dict.fromkeys(TIERS, 0)
         self._rows_on_cpu_attention = 0
         # In the order of entry; a row leaves in constant time.
-        self._running: dict[RowLengths, None] = {}
+        self._running: dict[RowT, None] = {}
         self._block_open = True
         self.free_tails = tails
-        self.waiting: deque[RowLengths] = deque()
+        self.waiting: deque[RowT] = deque()
         self.restarts = 0
-        self.sent_back: list[RowLengths] = []
-        self.prefixes = Prefixes(self._free, self._projections)
+        self.preempted: list[RowT] = []
+        self.prefixes: Prefixes[RowT] = Prefixes(self._free, self._projections)
 
     @property
-    def running(self) -> list[RowLengths]:
+    def running(self) -> list[RowT]:
         """The rows in flight, the oldest first."""
         return list(self._running)
 
@@ -100,22 +101,22 @@ class Admission:
         """Tokens of the longest row that an empty tier can hold."""
         return max(self._pages.values()) * self._page_tokens
 
-    def plan_sweep(self) -> list[RowLengths]:
+    def plan_sweep(self) -> list[RowT]:
         """Choose the runs of the next sweep and take the pages they need; returns the rows that have one."""
-        self.sent_back = []
+        self.preempted = []
         budget, page_tokens = self._policy.prefill_tokens, self._page_tokens
         for row in self.running:
             cached = row.cached
             if row.stale:
-                self.send_back(row)
+                self.preempt(row)
             elif row.generated and row.prompt + row.generated == cached + 1 and cached < row.pages * page_tokens:
                 row.run, row.logits = 1, True  # nearly every row: one token, into a page that it holds already
-            elif row.tier:  # else it was sent back while an older row was served
+            elif row.tier:  # else it was preempted while an older row was served
                 budget -= self._give_run(row, budget)
         self._admit(budget)
         return [row for row in self._running if row.run]
 
-    def commit(self, row: RowLengths, generated: bool) -> int:
+    def commit(self, row: RowT, generated: bool) -> int:
         """The row's run is in the cache; ``generated`` says whether it ended with a new token.
 
         Returns:
@@ -130,34 +131,34 @@ class Admission:
             return 0
         row.prompt_done = max(before, min(row.cached, row.prompt))
         if row.prefix is not None:
-            self._queue_next(self.prefixes.computed(row))
+            self._queue_next(self.prefixes.computed(row, row.prefix))
         return row.prompt_done - before
 
     def end_sweep(self) -> None:
-        """The sweep is over: the projections move on."""
+        """The sweep is over: the projections advance by one sweep."""
         for tier in self._usable:
             self._projections[tier].advance()
 
-    def finish(self, row: RowLengths) -> None:
+    def finish(self, row: RowT) -> None:
         """The row is done: its place and its pages are free. A static block takes no more rows then."""
         self._leave(row)
         self._block_open = False
 
-    def drop(self, row: RowLengths) -> None:
+    def drop(self, row: RowT) -> None:
         """The row no longer waits."""
         self.waiting.remove(row)
         if row.prefix is not None:
-            self.prefixes.drop(row)
+            self.prefixes.drop(row, row.prefix)
 
-    def send_back(self, row: RowLengths) -> None:
+    def preempt(self, row: RowT) -> None:
         """Take a row out of flight; it re-enters first, as one run of all its tokens."""
         self._leave(row)
         self.restarts += 1
-        self.sent_back.append(row)
+        self.preempted.append(row)
         self.waiting.appendleft(row)
 
-    def enter_aged(self, row: RowLengths) -> bool:
-        """Put a row in flight as if all its tokens but the last were in the cache: a way into the steady state.
+    def enter_aged(self, row: RowT) -> bool:
+        """Put a row in flight as if all its tokens but the last were in the cache (benchmarks of the steady state).
 
         Returns:
             bool: False when no tier has room for the row's future; it has not entered then.
@@ -172,7 +173,7 @@ class Admission:
         row.prompt_done = min(row.cached, row.prompt)
         return True
 
-    def _give_run(self, row: RowLengths, budget: int) -> int:
+    def _give_run(self, row: RowT, budget: int) -> int:
         """Give a row in flight its run; returns the prompt tokens it takes of the sweep's budget."""
         left = row.length - row.cached
         decodes = left == 1 and row.generated > 0  # the last token of a prompt's last chunk is a prompt token still
@@ -180,14 +181,14 @@ class Admission:
         if run == 0:
             return 0
         while not self._hold(row, row.cached + run):
-            if not self.prefixes.forget(row.tier):
-                self._send_back_youngest(row.tier)
+            if not self.prefixes.evict(row.tier):
+                self._preempt_youngest(row.tier)
             if not row.tier:
                 return 0
         row.run, row.logits = run, run == left
         return 0 if decodes else run
 
-    def _hold(self, row: RowLengths, tokens: int) -> bool:
+    def _hold(self, row: RowT, tokens: int) -> bool:
         """Take the pages that the row lacks to store ``tokens`` tokens: all of them, or none and return False."""
         missing = -(-tokens // self._page_tokens) - row.pages
         if missing <= 0:
@@ -198,8 +199,8 @@ class Admission:
         row.pages += missing
         return True
 
-    def _send_back_youngest(self, tier: str) -> None:
-        self.send_back(next(row for row in reversed(self._running) if row.tier == tier))
+    def _preempt_youngest(self, tier: str) -> None:
+        self.preempt(next(row for row in reversed(self._running) if row.tier == tier))
 
     def _admit(self, budget: int) -> None:
         if not self._running:
@@ -213,21 +214,21 @@ class Admission:
                 self.waiting.popleft()
                 self._enter(row, tier, curve, shares)
                 budget -= self._give_run(row, budget)
-            elif self._running or not self.prefixes.forget():
+            elif self._running or not self.prefixes.evict():
                 return
 
-    def _queue_next(self, rows: Iterable[RowLengths]) -> None:
+    def _queue_next(self, rows: Iterable[RowT]) -> None:
         """Let rows wait before all that have not begun."""
         begun = next((at for at, row in enumerate(self.waiting) if not row.prompt_done), len(self.waiting))
         for at, row in enumerate(rows, begun):
             self.waiting.insert(at, row)
 
-    def _has_place(self, row: RowLengths) -> bool:
-        """Rows that begin something new leave the places that others have been promised."""
+    def _has_place(self, row: RowT) -> bool:
+        """Whether the block has a place for it; rows that begin a new prompt leave the reserved places free."""
         new = row.prompt_done == row.generated == 0 and self._running
-        return len(self._running) + (self.prefixes.promised if new else 0) < self._policy.block_size
+        return len(self._running) + (self.prefixes.reserved_places if new else 0) < self._policy.block_size
 
-    def _future(self, row: RowLengths, budget: int) -> tuple[str | None, list[int], bool]:
+    def _future(self, row: RowT, budget: int) -> tuple[str | None, list[int], bool]:
         """The tier that the row enters now, its future there, and whether it begins after its prefix."""
         prefix = row.prefix
         if prefix is not None and prefix.tier:
@@ -238,7 +239,7 @@ class Admission:
         curve = self._curve(row, budget)
         return self._choose_tier(curve), curve, False
 
-    def _curve(self, row: RowLengths, budget: int, cached: int = 0) -> list[int]:
+    def _curve(self, row: RowT, budget: int, cached: int = 0) -> list[int]:
         """The row's future if it enters now, with ``budget`` prompt tokens left in this sweep."""
         tokens = row.length
         chunks = 1 + -(-max(0, tokens - cached - budget) // self._policy.prefill_tokens)
@@ -258,7 +259,7 @@ class Admission:
         """Rows that have outgrown their expected end hold pages that no projection knows of."""
         return self._free[tier] >= pages and (tier != "disk" or self.free_tails > 0)
 
-    def _enter(self, row: RowLengths, tier: str, curve: list[int], shares: bool) -> None:
+    def _enter(self, row: RowT, tier: str, curve: list[int], shares: bool) -> None:
         row.tier, row.mode = tier, self._mode(tier)
         self._rows[tier] += 1
         self._rows_on_cpu_attention += row.mode is AttentionMode.CPU
@@ -266,7 +267,7 @@ class Admission:
         self._projections[tier].add(row, curve)
         self._running[row] = None
         if row.prefix is not None:
-            self.prefixes.enter(row, shares)
+            self.prefixes.enter(row, row.prefix, shares)
 
     def _mode(self, tier: str) -> AttentionMode:
         if tier != "cpu":
@@ -274,7 +275,7 @@ class Admission:
         wanted = self._policy.cpu_attention_percent / 100 * (self._rows["cpu"] + 1)
         return AttentionMode.CPU if self._rows_on_cpu_attention + 0.5 <= wanted else AttentionMode.FETCH
 
-    def _leave(self, row: RowLengths) -> None:
+    def _leave(self, row: RowT) -> None:
         del self._running[row]
         self._projections[row.tier].remove(row)
         self._rows[row.tier] -= 1
@@ -282,5 +283,5 @@ class Admission:
         self.free_tails += row.tier == "disk"
         self._free[row.tier] += row.pages
         if row.prefix is not None:
-            self.prefixes.leave(row)
+            self.prefixes.leave(row, row.prefix)
         row.tier, row.cached, row.pages, row.run, row.stale = "", 0, 0, 0, False

@@ -72,7 +72,7 @@ class Projection:
         self._rows[row] = (self._now, curve)
 
     def remove(self, row: Hashable) -> None:
-        """Take back what is left of a row's future."""
+        """Subtract what is left of a row's future."""
         start, curve = self._rows.pop(row)
         left = curve[self._now - start :]
         self._usage[: len(left)] = map(sub, self._usage, left)

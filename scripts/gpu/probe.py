@@ -16,13 +16,12 @@ from cost_model.model.arch import ModelArch
 from flexmoe.kernels.expert_weights import ExpertWeights
 from flexmoe.models.registry import family
 from flexmoe.probing.attention import AttentionCase
-from flexmoe.probing.buffers import noise
 from flexmoe.probing.copies import Lane, copy_rates, lane_rates, memory_rate
 from flexmoe.probing.disk import random_buffers, transfer
 from flexmoe.probing.effort import Effort, Heads
 from flexmoe.probing.facts import device_name, gpu_details
 from flexmoe.probing.measure import probe
-from flexmoe.probing.timing import best_s, repeat_s
+from flexmoe.probing.timing import best_s, noise, repeat_s
 from flexmoe.system.device import Device, align_down
 from flexmoe.system.direct_io import DirectFile
 from policies.common.memory_units import MIB

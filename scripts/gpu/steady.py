@@ -19,8 +19,8 @@ from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine import Engine
 from flexmoe.models.loader import load_model
 from flexmoe.params import EngineRequest, SamplingParams
-from flexmoe.probing.buffers import fill_with_noise
 from flexmoe.probing.disk import transfer
+from flexmoe.probing.timing import fill_with_noise
 from flexmoe.system.device import Device, process_gpu_bytes
 from flexmoe.system.machine import available_host_bytes
 from flexmoe.system.trace import LaneTotals

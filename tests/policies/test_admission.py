@@ -16,9 +16,14 @@ BLOCK = 16
 
 def policy_of(kv=GPU, rows=8, prefill_tokens=64, **rest):
     return Policy.from_percent(
-        (100, 0, *kv, 100, 0), gpu_batch_size=rows, num_gpu_batches=1, prompt_len=32, gen_len=16,
-        prefill_tokens=prefill_tokens, **rest,
-    )  # fmt: skip
+        (100, 0, *kv, 100, 0),
+        gpu_batch_size=rows,
+        num_gpu_batches=1,
+        prompt_len=32,
+        gen_len=16,
+        prefill_tokens=prefill_tokens,
+        **rest,
+    )
 
 
 def admission_of(kv=GPU, *, gpu=0, cpu=0, disk=0, tails=0, expected_end=None, recompute_past=None, **policy):
@@ -146,7 +151,7 @@ def test_every_prompt_token_counts_once_although_a_restart_computes_it_again(res
         (planned,) = admission.plan_sweep()
         counted.append(admission.commit(planned, generated=planned.logits))
         if number == restart_after:
-            admission.send_back(row)
+            admission.preempt(row)
         admission.end_sweep()
     assert counted == counts
 
@@ -155,7 +160,7 @@ def test_run_of_one_token_that_completes_a_restarted_row_ends_with_a_token():
     admission = admission_of(gpu=20, prefill_tokens=40)
     (row,) = wait(admission, (40, 9))
     sweep(admission)
-    admission.send_back(row)
+    admission.preempt(row)
     assert row.length == 41
     assert [sweep(admission)[row] for _ in range(3)] == [(40, False), (1, True), (1, True)]
 
@@ -234,15 +239,15 @@ def test_expected_end_below_the_limit_lets_more_rows_in():
     assert (entered(None), entered(lambda row: 32), entered(lambda row: 0)) == (3, 6, 8)
 
 
-# Who is sent back.
+# Who is preempted.
 
 
-def test_youngest_row_of_a_full_tier_is_sent_back_and_enters_again_first():
+def test_youngest_row_of_a_full_tier_is_preempted_and_enters_again_first():
     admission = admission_of(gpu=3, rows=2, expected_end=lambda row: 0)
     old, young, later = wait(admission, (16, 20), (16, 20), (16, 20))
     sweep(admission)
     (row,) = admission.plan_sweep()  # both want a second page, and there is one
-    assert row is old and admission.sent_back == [young] and admission.restarts == 1
+    assert row is old and admission.preempted == [young] and admission.restarts == 1
     assert list(admission.waiting) == [young, later]
     assert (young.tier, young.cached, young.pages, young.run, young.length) == ("", 0, 0, 0, 17)
     assert held(admission, "gpu") == old.pages == 2
@@ -256,17 +261,17 @@ def test_row_that_is_itself_the_youngest_of_its_tier_leaves():
     admission.commit(row, generated=True)
     admission.end_sweep()
     assert admission.plan_sweep() == [row], "the tier that is too small for it now sent it to the other one"
-    assert (row.tier, row.run, admission.sent_back) == ("cpu", 17, [row])
+    assert (row.tier, row.run, admission.preempted) == ("cpu", 17, [row])
 
 
-def test_row_of_another_tier_is_not_sent_back():
+def test_row_of_another_tier_is_not_preempted():
     admission = admission_of((50, 50), gpu=3, cpu=4, expected_end=lambda row: 0, prefill_tokens=100)
     rows = wait(admission, *[(16, 20)] * 5)
     sweep(admission)
     assert [row.tier for row in rows] == ["gpu", "cpu", "gpu", "cpu", "gpu"]
     admission.plan_sweep()
     assert [row.tier for row in rows] == ["gpu", "cpu", "", "cpu", ""]
-    assert admission.sent_back == [rows[4], rows[2]]
+    assert admission.preempted == [rows[4], rows[2]]
 
 
 # The steady state.
@@ -297,9 +302,12 @@ def random_job(seed):
     gpu = rng.choice((0, 100, rng.randint(0, 100)))
     kv = gpu, rng.choice((0, 100 - gpu, rng.randint(0, 100 - gpu)))
     policy = policy_of(
-        kv, rows=rng.randint(1, 14), prefill_tokens=rng.choice((7, 16, 17, 60, 500)),
-        schedule=rng.choice(("rolling", "static")), cpu_attention_percent=rng.choice((0, 40, 75, 100)),
-    )  # fmt: skip
+        kv,
+        rows=rng.randint(1, 14),
+        prefill_tokens=rng.choice((7, 16, 17, 60, 500)),
+        schedule=rng.choice(("rolling", "static")),
+        cpu_attention_percent=rng.choice((0, 40, 75, 100)),
+    )
     pages = {tier: rng.choice((0, rng.randint(3, 30))) for tier in TIERS}
     if not any(pages.values()) or seed % 4 == 0:
         pages = {tier: rng.randint(3, 30) for tier in TIERS}

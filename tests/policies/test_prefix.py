@@ -33,14 +33,14 @@ class Samples(Simulation):
             assert 0 <= admission.free(tier) <= self.cache.free(tier), "what is counted free is free"
             assert [row.kv.tier for row in rows] == [tier] * len(rows)
         assert admission.free_tails == self.cache.free_tails
-        assert admission.prefixes.promised >= 0
+        assert admission.prefixes.reserved_places >= 0
         return runs
 
     def run(self, most=20_000):
         super().run(most)
         admission = self.scheduler.admission
         assert all(admission.free(t) == self.cache.total(t) and admission.projected_peak(t) == 0 for t in TIERS)
-        assert admission.prefixes.promised == self.scheduler.rows_waiting == 0
+        assert admission.prefixes.reserved_places == self.scheduler.rows_waiting == 0
         return self
 
 
@@ -142,12 +142,12 @@ def test_prefixes_that_only_wait_give_way_when_nothing_can_run_beside_them():
     assert sim.scheduler.restarts == 0
 
 
-def test_row_that_is_sent_back_begins_its_prompt_again():
+def test_row_that_is_preempted_begins_its_prompt_again():
     sim = Samples(policy(rows=4, prefill_tokens=100), pages(gpu=40))
     first, second = sim.submit(40, 9, ends=(None,) * 2)
     sim.sweep()
     sim.sweep()
-    sim.scheduler.send_back(second)
+    sim.scheduler.preempt(second)
     assert second.prefix is None and not second.shares
     runs = {run.owner: run for run in sim.sweep()}
     assert len(runs[second].tokens) == 41 and len(runs[first].tokens) == 1
@@ -155,13 +155,13 @@ def test_row_that_is_sent_back_begins_its_prompt_again():
     assert sum(s["prompt"] for s in sim.sweeps) == 40
 
 
-def test_row_that_computes_the_prompt_may_be_sent_back_before_it_is_there():
+def test_row_that_computes_the_prompt_may_be_preempted_before_it_is_there():
     sim = Samples(policy(rows=4, prefill_tokens=20), pages(gpu=40))
     first, second = sim.submit(70, 4, ends=(None,) * 2)
     sim.sweep()
     sim.sweep()
-    sim.scheduler.send_back(first)
-    assert sim.scheduler.admission.prefixes.promised == 0 and sim.scheduler.rows_waiting == 2
+    sim.scheduler.preempt(first)
+    assert sim.scheduler.admission.prefixes.reserved_places == 0 and sim.scheduler.rows_waiting == 2
     sim.run()
     assert len(first.tokens) == len(second.tokens) == 74
 
@@ -180,18 +180,29 @@ def test_dropped_request_leaves_nothing(after):
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_random_jobs_finish_whatever_is_shared_sent_back_or_forgotten(seed, tmp_path):
+def test_random_jobs_finish_whatever_is_shared_preempted_or_evicted(seed, tmp_path):
     rng = random.Random(seed)
-    percent, tiers = rng.choice([
-        (GPU_KV, pages(gpu=rng.randint(8, 60))), (CPU_KV, pages(cpu=rng.randint(8, 60))), (DISK_KV, pages(disk=rng.randint(8, 60))),
-        (MIXED_KV, pages(gpu=rng.randint(6, 20), cpu=rng.randint(8, 24), disk=rng.randint(6, 26))),
-    ])  # fmt: skip
+    percent, tiers = rng.choice(
+        [
+            (GPU_KV, pages(gpu=rng.randint(8, 60))),
+            (CPU_KV, pages(cpu=rng.randint(8, 60))),
+            (DISK_KV, pages(disk=rng.randint(8, 60))),
+            (MIXED_KV, pages(gpu=rng.randint(6, 20), cpu=rng.randint(8, 24), disk=rng.randint(6, 26))),
+        ]
+    )
     far_sighted = rng.choice((0.0, 0.4, 1.0))
     sim = Samples(
-        policy(percent, rows=rng.randint(1, 12), prefill_tokens=rng.choice((7, 33, 200)), schedule=rng.choice(("rolling", "static"))),
-        tiers, tails=rng.randint(1, 6), tmp_path=tmp_path,
+        policy(
+            percent,
+            rows=rng.randint(1, 12),
+            prefill_tokens=rng.choice((7, 33, 200)),
+            schedule=rng.choice(("rolling", "static")),
+        ),
+        tiers,
+        tails=rng.randint(1, 6),
+        tmp_path=tmp_path,
         expected_end=lambda row: row.prompt + int(far_sighted * (row.limit - row.prompt)),
-    )  # fmt: skip
+    )
     longest, prompts = max(tiers.values()) * B, 0
     for _ in range(rng.randint(1, 14)):
         prompt = min(rng.choice((1, 16, 17, 33, rng.randint(1, 120))), longest - 1)
@@ -202,7 +213,7 @@ def test_random_jobs_finish_whatever_is_shared_sent_back_or_forgotten(seed, tmp_
         if not sim.scheduler.unfinished:
             break
         if rng.random() < 0.05 and sim.scheduler.running:
-            sim.scheduler.send_back(rng.choice(sim.scheduler.running))
+            sim.scheduler.preempt(rng.choice(sim.scheduler.running))
         sim.sweep()
     sim.run()
     assert len(sim.done) == len(sim.ends) and all(row.generated == sim.ends[row] for row in sim.done)

@@ -100,7 +100,7 @@ def _send_rows_back(engine, times=6):
     def disturbed_step():
         if left[0] and len(engine.sweeps) % 3 == 2 and engine.scheduler.running:
             left[0] -= 1
-            engine.scheduler.send_back(rng.choice(engine.scheduler.running))
+            engine.scheduler.preempt(rng.choice(engine.scheduler.running))
         return step()
 
     engine.step = disturbed_step

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from flexmoe.engine import config
+from flexmoe.engine import engine_plan
 from flexmoe.system.device import Device
 
 
@@ -77,7 +77,7 @@ class PretendCuda(Device):
 
 @pytest.fixture
 def pretend(monkeypatch):
-    monkeypatch.setattr(config, "Device", PretendCuda)
+    monkeypatch.setattr(engine_plan, "Device", PretendCuda)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (1 << 40, 1 << 40))

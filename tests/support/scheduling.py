@@ -38,7 +38,7 @@ class Simulation:
     def sweep(self):
         """One sweep; returns its runs."""
         scheduler = self.scheduler
-        runs = scheduler.plan()
+        runs = scheduler.plan_sweep()
         assert runs or not (scheduler.running or scheduler.waiting), "rows wait although nothing is in flight"
         prompt = sum(scheduler.commit(run.owner, 2 if run.logits else None) for run in runs)
         ended = [run.owner for run in runs if run.logits and run.owner.generated >= self.ends[run.owner]]

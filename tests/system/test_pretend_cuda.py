@@ -5,7 +5,7 @@ Streams and events do nothing, so nothing here says that work on the GPU is orde
 
 import pytest
 
-from flexmoe.engine import config
+from flexmoe.engine import engine_plan
 from tests.support.exactness import Case, check
 from tests.support.pretend_cuda import PretendCuda
 
@@ -31,7 +31,7 @@ def test_cuda_branches_give_the_same_ids(case, pretend, tiny, tmp_path, monkeypa
 
 def test_at_most_one_host_wait_per_moe_layer(pretend, tiny, tmp_path, monkeypatch):
     devices = []
-    monkeypatch.setattr(config, "Device", lambda name: devices.append(PretendCuda(name)) or devices[-1])
+    monkeypatch.setattr(engine_plan, "Device", lambda name: devices.append(PretendCuda(name)) or devices[-1])
     variant = tiny("gqa-8-to-2")
     metrics = check(variant, CASES[0], "cuda", tmp_path, monkeypatch)
     assert devices[0].host_waits == metrics["sweeps"] * variant.model.config.num_hidden_layers

@@ -8,7 +8,8 @@ import pytest
 import cost_model
 from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import MACHINES, Gpu, Hardware
-from flexmoe.engine import config as engine_config
+from flexmoe.engine import engine_plan
+from flexmoe.engine.config import EngineConfig
 from flexmoe.system.device import Device
 from policies.common.errors import DataError, InputMissingError, StorageError, UsageError
 from policies.common.memory_units import GIB
@@ -46,12 +47,10 @@ def test_on_device_cpu_both_tiers_share_the_host_memory():
 
 @pytest.mark.parametrize("asked", [{}, {"gpu_mem": 4.0}, {"gpu_mem": 4, "cpu_mem": 0.5, "nvme_mem": 0.0}])
 def test_budgets_on_device_cpu_are_those_that_the_runtime_checks(monkeypatch, asked):
-    monkeypatch.setattr(engine_config, "available_host_bytes", lambda: 32 * GIB)
+    monkeypatch.setattr(engine_plan, "available_host_bytes", lambda: 32 * GIB)
     policy = Policy.from_percent([0, 100, 0, 100, 0, 100], gpu_batch_size=1, num_gpu_batches=1, prompt_len=1, gen_len=1)
-    config = engine_config.EngineConfig(
-        policy=policy, workload=Workload(prompt_len=1, gen_len=1), device="cpu", **asked
-    )
-    checked = engine_config._budgets(config, Device("cpu"))
+    config = EngineConfig(policy=policy, workload=Workload(prompt_len=1, gen_len=1), device="cpu", **asked)
+    checked = engine_plan.budgets_of(config, Device("cpu"))
     planned = Hardware.preset("cpu").with_budgets(**asked).budgets()
     if "nvme_mem" not in asked:
         planned["disk"] = None  # the runtime asks the file system instead

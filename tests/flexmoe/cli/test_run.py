@@ -413,7 +413,7 @@ def test_ctrl_c_exits_130_with_a_sentence_and_no_file_under_the_final_name(job, 
     assert process.returncode == 130
     stopping, told = err.splitlines()
     assert "stopping after this sweep" in stopping
-    assert_one_sentence(told, "interrupted", "of 400 rows are done", "the same command resumes")
+    assert_one_sentence(told, "interrupted", "of 400 rows are done", "the same command resumes it")
     assert not job.output.exists()
 
 

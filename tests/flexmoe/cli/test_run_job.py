@@ -177,7 +177,7 @@ def test_the_same_command_with_overwrite_goes_on_with_what_it_began(job, main, i
     command = job.args("--overwrite", *SMALL, "--metrics-json", str(metrics))
     interrupt(12, signal.SIGTERM)
     code, _, err = main(command)
-    assert code == 75 and "the same command resumes" in err and job.output.read_text() == "mine"
+    assert code == 75 and "the same command resumes it" in err and job.output.read_text() == "mine"
     monkeypatch.undo()
     assert main(command)[0] == 0 and json.loads(metrics.read_text())["rows_resumed"] > 0
     assert "--overwrite began" in caplog.text and len(job.lines()) == len(ROWS)

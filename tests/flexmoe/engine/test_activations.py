@@ -45,8 +45,8 @@ def test_what_went_home_is_no_longer_on_the_device(kept):
 
 
 def test_largest_batch_still_bypasses_the_page_cache(kept):
-    direct = kept._file.direct
+    direct = kept.disk.file.direct
     kept.put(2, torch.ones(MOST, WIDTH))
     kept.store(2).result()
     kept.load(2).result()
-    assert kept._file.direct == direct
+    assert kept.disk.file.direct == direct

@@ -37,9 +37,15 @@ def make(tiny, tmp_path):
     def call(home="gpu", *, directory=None, rows=4, batches=1, prefill_tokens=1000, **options):
         percent, on_cpu = HOMES[home]
         policy = Policy.from_percent(
-            percent, gpu_batch_size=rows, num_gpu_batches=batches, prompt_len=60, gen_len=12,
-            prefill_tokens=prefill_tokens, cpu_attention_percent=on_cpu, schedule=options.pop("schedule", "rolling"),
-        )  # fmt: skip
+            percent,
+            gpu_batch_size=rows,
+            num_gpu_batches=batches,
+            prompt_len=60,
+            gen_len=12,
+            prefill_tokens=prefill_tokens,
+            cpu_attention_percent=on_cpu,
+            schedule=options.pop("schedule", "rolling"),
+        )
         options = offload(tmp_path) | {"workload": Workload(prompt_len=60, gen_len=12)} | options
         made.append(LLM(directory or tiny().directory, policy=policy, **options))
         return made[-1]
@@ -52,11 +58,17 @@ def make(tiny, tmp_path):
 # Draws.
 
 
-@pytest.mark.parametrize("asked", [
-    {"temperature": 0.8}, {"temperature": 1.3, "top_k": 12, "top_p": 0.9, "seed": 7}, {"temperature": 1.0, "min_p": 0.05},
-    {"temperature": 1.0, "presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
-    {"repetition_penalty": 1.5, "logit_bias": {5: 2.0, 9: -100.0}},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"temperature": 0.8},
+        {"temperature": 1.3, "top_k": 12, "top_p": 0.9, "seed": 7},
+        {"temperature": 1.0, "min_p": 0.05},
+        {"temperature": 1.0, "presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
+        {"repetition_penalty": 1.5, "logit_bias": {5: 2.0, 9: -100.0}},
+    ],
+    ids=str,
+)
 def test_tokens_are_those_of_the_sampler_on_transformers_logits(asked, make, tiny):
     variant, llm = tiny(), make(rows=8)
     rows = (1, 3, 5)
@@ -97,7 +109,7 @@ def test_a_restart_changes_no_draw_and_no_logprob(make, tiny):
     outputs, scheduler = {}, llm.engine.scheduler
     for sweep in range(100):
         if sweep in (2, 4, 5, 8) and scheduler.running:
-            scheduler.send_back(scheduler.running[sweep % len(scheduler.running)])
+            scheduler.preempt(scheduler.running[sweep % len(scheduler.running)])
         outputs |= {out.request_id: out.outputs[0] for out in llm.engine.step()}
     for r in (2, 3, 4):
         expected, records = reference(variant, variant.prompts[r], 9, key=f"k{r}", **asked)
@@ -110,9 +122,11 @@ def test_seed_of_the_job_serves_rows_without_one_and_the_key_defaults_to_the_req
     prompt = tiny().prompts[3]
     llm = make(seed=5)
     outputs = run(
-        llm, request(prompt, "", request_id="a", max_tokens=8, **DRAWN), request(prompt, "a", request_id="b", max_tokens=8, **DRAWN),
+        llm,
+        request(prompt, "", request_id="a", max_tokens=8, **DRAWN),
+        request(prompt, "a", request_id="b", max_tokens=8, **DRAWN),
         request(prompt, "a", request_id="c", max_tokens=8, seed=6, **DRAWN),
-    )  # fmt: skip
+    )
     ids = {i: list(out.outputs[0].token_ids) for i, out in outputs.items()}
     assert ids["a"] == ids["b"] == reference(tiny(), prompt, 8, key="a", seed=5, **DRAWN)[0] != ids["c"]
 
@@ -135,10 +149,12 @@ def test_logprobs_of_generated_tokens_are_those_of_transformers(k, make, tiny):
 
 @pytest.mark.parametrize("home", HOMES)
 @pytest.mark.parametrize("pace, score_bytes", [(1000, None), (13, 1)])
-def test_prompts_are_scored_as_by_transformers_and_nothing_is_generated(home, pace, score_bytes, make, tiny):
-    variant, llm = tiny(), make(home, rows=5, batches=2, prefill_tokens=pace)
+def test_prompts_are_scored_as_by_transformers_and_nothing_is_generated(
+    home, pace, score_bytes, make, tiny, monkeypatch
+):
     if score_bytes is not None:
-        llm.engine.executor._logits._score_bytes = score_bytes  # one position at a time
+        monkeypatch.setattr("flexmoe.engine.build.sampling_bytes", lambda *_: score_bytes)  # one position at a time
+    variant, llm = tiny(), make(home, rows=5, batches=2, prefill_tokens=pace)
     rows = (0, 1, 3, 6, 7, 8)
     outputs = run(
         llm, *(request(variant.prompts[r], request_id=str(r), max_tokens=0, echo=True, logprobs=r % 4) for r in rows)
@@ -166,7 +182,7 @@ def test_scoring_goes_on_after_a_restart(make, tiny):
     llm.engine.submit(request(prompt, max_tokens=2, prompt_logprobs=1, ignore_eos=True))
     llm.engine.step()
     llm.engine.step()
-    llm.engine.scheduler.send_back(llm.engine.scheduler.running[0])
+    llm.engine.scheduler.preempt(llm.engine.scheduler.running[0])
     outputs = [out for _ in range(9) for out in llm.engine.step()]
     assert_records(outputs[0].prompt_logprobs, prompt[1:], prompt_reference(variant, prompt), 1)
 
@@ -239,7 +255,7 @@ def test_samples_of_many_prompts_survive_restarts_and_little_memory(schedule, ma
     while llm.engine.unfinished:
         sweep += 1
         if sweep % 5 == 0 and scheduler.running:
-            scheduler.send_back(scheduler.running[sweep % len(scheduler.running)])
+            scheduler.preempt(scheduler.running[sweep % len(scheduler.running)])
         outputs |= {out.request_id: out.outputs for out in llm.engine.step()}
     for r in rows:
         expected = [reference(variant, variant.prompts[r], 3 + r, key=f"k{r}", index=i, **DRAWN)[0] for i in range(4)]
@@ -373,13 +389,19 @@ def test_a_row_that_was_at_its_end_is_finished_without_a_sweep(make, tiny):
     variant, llm = tiny(), make()
     ended = {
         "length": request(variant.prompts[3], request_id="length", max_tokens=2, resumed=(Resumed(token_ids=(5, 6)),)),
-        "eos": request(variant.prompts[3], request_id="eos", max_tokens=9, resumed=(Resumed(token_ids=(5, variant.eos_ids[0])),)),
-        "stop": request(variant.prompts[3], request_id="stop", max_tokens=9, stop_token_ids=(9,), resumed=(Resumed(token_ids=(9,)),)),
-    }  # fmt: skip
+        "eos": request(
+            variant.prompts[3], request_id="eos", max_tokens=9, resumed=(Resumed(token_ids=(5, variant.eos_ids[0])),)
+        ),
+        "stop": request(
+            variant.prompts[3], request_id="stop", max_tokens=9, stop_token_ids=(9,), resumed=(Resumed(token_ids=(9,)),)
+        ),
+    }
     outputs = run(llm, *ended.values())
     assert {i: (out.outputs[0].finish_reason, out.outputs[0].stop_reason) for i, out in outputs.items()} == {
-        "length": ("length", None), "eos": ("stop", None), "stop": ("stop", 9),
-    }  # fmt: skip
+        "length": ("length", None),
+        "eos": ("stop", None),
+        "stop": ("stop", 9),
+    }
     assert llm.metrics()["sweeps"] == 0
 
 
@@ -400,10 +422,14 @@ def test_prompt_of_a_row_that_had_ended_is_scored_all_the_same(make, tiny):
     assert out.outputs[0].token_ids == (5, 6) and llm.metrics()["generated_tokens"] == 0
 
 
-@pytest.mark.parametrize("resumed, asked, reason", [
-    ((Resumed(token_ids=(1,)),), {"n": 2}, "resumes 1 samples"), ((Resumed(token_ids=(300,)),), {}, "outside the vocabulary"),
-    ((Resumed(token_ids=(3,)),), {"logprobs": 1}, "without the log-probabilities"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "resumed, asked, reason",
+    [
+        ((Resumed(token_ids=(1,)),), {"n": 2}, "resumes 1 samples"),
+        ((Resumed(token_ids=(300,)),), {}, "outside the vocabulary"),
+        ((Resumed(token_ids=(3,)),), {"logprobs": 1}, "without the log-probabilities"),
+    ],
+)
 def test_what_cannot_be_resumed_is_refused(resumed, asked, reason, make):
     assert reason in make().check(request([5], resumed=resumed, **asked))
 
@@ -457,9 +483,12 @@ def test_a_job_that_stops_after_a_sweep_and_is_resumed_from_in_flight_gives_what
 def resumed(interrupted, states):
     """The request with what its samples had generated."""
     found = [states.get((interrupted.request_id, index)) for index in range(interrupted.params.n)]
-    return replace(interrupted, resumed=tuple(
-        Resumed(token_ids=tuple(s.token_ids), logprobs=tuple(s.logprobs)) if s else Resumed() for s in found
-    ))  # fmt: skip
+    return replace(
+        interrupted,
+        resumed=tuple(
+            Resumed(token_ids=tuple(s.token_ids), logprobs=tuple(s.logprobs)) if s else Resumed() for s in found
+        ),
+    )
 
 
 def test_in_flight_ids_are_copies(make, tiny):

@@ -113,7 +113,7 @@ def test_a_restart_loses_no_token_and_counts_none_twice(make, tiny):
         if not engine.unfinished:
             break
         if sweep in (1, 3, 5, 9) and scheduler.running:
-            scheduler.send_back(scheduler.running[-1])
+            scheduler.preempt(scheduler.running[-1])
         outputs |= {int(out.request_id): ids(out) for out in engine.step()}
     for row in rows:
         assert_greedy(variant, row, outputs[row], variant.expected(row))

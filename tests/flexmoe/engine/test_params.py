@@ -35,16 +35,53 @@ def test_count_that_is_none_or_out_of_bounds_is_refused_by_name(name, value):
         SamplingParams(**{name: value})
 
 
-@pytest.mark.parametrize("wrong", [
-    {"n": 0}, {"n": 129}, {"n": 10**9}, {"n": None}, {"top_k": -2}, {"top_k": 2**31}, {"top_p": 0}, {"top_p": 1.01}, {"min_p": 1.5},
-    {"max_tokens": -1}, {"max_tokens": 2**31}, {"seed": 2**63}, {"logprobs": -1}, {"logprobs": 21}, {"logprobs": 10**9},
-    {"prompt_logprobs": 21}, {"presence_penalty": 2.1}, {"frequency_penalty": -2.1}, {"repetition_penalty": 0},
-    {"ignore_eos": 1}, {"echo": None}, {"stop": 5}, {"stop": [""]}, {"stop": ""}, {"stop": ["a", 1]}, {"stop": ["x" * 1025]},
-    {"stop": ["a"] * 65}, {"stop_token_ids": (-1,)}, {"stop_token_ids": (1.5,)}, {"stop_token_ids": 3},
-    {"stop_token_ids": (True,)}, {"stop_token_ids": (1,) * 1025}, {"logit_bias": {1: math.nan}}, {"logit_bias": {1: 101}},
-    {"logit_bias": {-1: 1}}, {"logit_bias": {"1": 1}}, {"logit_bias": {True: 1}}, {"logit_bias": [(1, 1), (1, 2)]},
-    {"logit_bias": [1, 2]}, {"logit_bias": 7}, {"logit_bias": dict.fromkeys(range(1025), 0)},
-], ids=lambda wrong: repr(wrong)[:40])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"n": 0},
+        {"n": 129},
+        {"n": 10**9},
+        {"n": None},
+        {"top_k": -2},
+        {"top_k": 2**31},
+        {"top_p": 0},
+        {"top_p": 1.01},
+        {"min_p": 1.5},
+        {"max_tokens": -1},
+        {"max_tokens": 2**31},
+        {"seed": 2**63},
+        {"logprobs": -1},
+        {"logprobs": 21},
+        {"logprobs": 10**9},
+        {"prompt_logprobs": 21},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": -2.1},
+        {"repetition_penalty": 0},
+        {"ignore_eos": 1},
+        {"echo": None},
+        {"stop": 5},
+        {"stop": [""]},
+        {"stop": ""},
+        {"stop": ["a", 1]},
+        {"stop": ["x" * 1025]},
+        {"stop": ["a"] * 65},
+        {"stop_token_ids": (-1,)},
+        {"stop_token_ids": (1.5,)},
+        {"stop_token_ids": 3},
+        {"stop_token_ids": (True,)},
+        {"stop_token_ids": (1,) * 1025},
+        {"logit_bias": {1: math.nan}},
+        {"logit_bias": {1: 101}},
+        {"logit_bias": {-1: 1}},
+        {"logit_bias": {"1": 1}},
+        {"logit_bias": {True: 1}},
+        {"logit_bias": [(1, 1), (1, 2)]},
+        {"logit_bias": [1, 2]},
+        {"logit_bias": 7},
+        {"logit_bias": dict.fromkeys(range(1025), 0)},
+    ],
+    ids=lambda wrong: repr(wrong)[:40],
+)
 def test_hostile_value_is_refused_in_a_sentence_that_names_it(wrong):
     (name,) = wrong
     with pytest.raises(UsageError, match=f"^{name} is ") as error:

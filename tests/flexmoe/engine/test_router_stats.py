@@ -288,7 +288,7 @@ def test_a_start_that_routes_nothing_writes_no_statistics_and_says_so(job, main)
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_loaded(job, main, monkeypatch):
-    monkeypatch.setattr("flexmoe.cli.run.load_model", lambda *_: pytest.fail("the model was opened"))
+    monkeypatch.setattr("flexmoe.batch.job_parts.load_model", lambda *_: pytest.fail("the model was opened"))
     code, _, err = main(job.args("--router-stats", "/no/such/stats.json"))
     assert code == 74 and "/no/such" in err
     code, _, err = main(job.args("--router-stats", str(job.directory / "in.jsonl")))

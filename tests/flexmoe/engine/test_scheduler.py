@@ -66,13 +66,24 @@ def test_a_static_block_takes_no_new_rows_once_a_row_has_ended():
 
 
 @pytest.mark.parametrize("schedule", ("rolling", "static"))
-@pytest.mark.parametrize("percent, tiers", [(GPU_KV, pages(gpu=60)), (CPU_KV, pages(cpu=60)), (DISK_KV, pages(disk=60)),
-                                            (MIXED_KV, pages(gpu=20, cpu=24, disk=26))])  # fmt: skip
+@pytest.mark.parametrize(
+    "percent, tiers",
+    [
+        (GPU_KV, pages(gpu=60)),
+        (CPU_KV, pages(cpu=60)),
+        (DISK_KV, pages(disk=60)),
+        (MIXED_KV, pages(gpu=20, cpu=24, disk=26)),
+    ],
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_known_ends_never_exhaust_a_tier_nor_exceed_the_projected_peak(percent, tiers, schedule, seed, tmp_path):
     rng = random.Random(seed)
-    sim = Simulation(policy(percent, rows=12, schedule=schedule, prefill_tokens=rng.choice((17, 48, 300))), tiers,
-                     tails=5, tmp_path=tmp_path)  # fmt: skip
+    sim = Simulation(
+        policy(percent, rows=12, schedule=schedule, prefill_tokens=rng.choice((17, 48, 300))),
+        tiers,
+        tails=5,
+        tmp_path=tmp_path,
+    )
     longest = max(tiers.values()) * PAGE_TOKENS
     for _ in range(120):
         prompt = rng.choice((1, 2, 15, 16, 17, rng.randint(1, 150)))
@@ -97,8 +108,13 @@ def test_known_ends_never_exhaust_a_tier_nor_exceed_the_projected_peak(percent, 
 @pytest.mark.parametrize("seed", range(4))
 def test_rows_that_outgrow_their_expected_end_all_finish_and_keep_their_tokens(seed, tmp_path):
     rng = random.Random(seed)
-    sim = Simulation(policy(MIXED_KV, rows=10, prefill_tokens=60), pages(gpu=9, cpu=10, disk=11), tails=4,
-                     expected_end=lambda row: 0, tmp_path=tmp_path)  # fmt: skip
+    sim = Simulation(
+        policy(MIXED_KV, rows=10, prefill_tokens=60),
+        pages(gpu=9, cpu=10, disk=11),
+        tails=4,
+        expected_end=lambda row: 0,
+        tmp_path=tmp_path,
+    )
     rows = [sim.submit(rng.randint(1, 100), rng.randint(1, 70)) for _ in range(40)]
     sim.run()
     assert sim.scheduler.restarts > 0
@@ -107,7 +123,7 @@ def test_rows_that_outgrow_their_expected_end_all_finish_and_keep_their_tokens(s
     assert sum(s["prompt"] for s in sim.sweeps) == sum(len(r.request.prompt_token_ids) for r in rows)
 
 
-def test_a_row_sent_back_for_want_of_room_does_not_bounce_within_the_sweep():
+def test_a_row_preempted_for_want_of_room_does_not_bounce_within_the_sweep():
     sim = Simulation(policy(rows=2, prefill_tokens=64), pages(gpu=3), expected_end=lambda row: 0)
     sim.submit(16, 32)
     sim.submit(16, 32)
@@ -131,7 +147,7 @@ def test_the_youngest_row_goes_back_and_comes_in_again_first_with_its_tokens():
     sim.sweep()
     sim.sweep()
     assert young.generated_ids == [2, 2]
-    sim.scheduler.send_back(young)
+    sim.scheduler.preempt(young)
     assert young.kv is None and sim.scheduler.waiting[0] is young
     runs = {run.owner: run for run in sim.sweep()}
     assert len(runs[young].tokens) == 18 and runs[young].logits == 1

@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from flexmoe.errors import DataError, InputMissingError, StorageError, UsageError
+from flexmoe.inputs.lines import RawRow
 from flexmoe.inputs.options import InputOptions, open_requests
 from flexmoe.inputs.parsers import parser_of
-from flexmoe.inputs.raw_row import RawRow
 
 CHAT = [{"role": "user", "content": "hi"}]
 

@@ -11,10 +11,9 @@ from flexmoe.errors import DataError, InputMissingError, StorageError
 from flexmoe.inputs import lines as lines_module
 from flexmoe.inputs import request_file
 from flexmoe.inputs.custom_ids import CustomIds
-from flexmoe.inputs.lines import lines
+from flexmoe.inputs.lines import RawRow, lines
 from flexmoe.inputs.parsers import parser_of
-from flexmoe.inputs.raw_row import RawRow
-from flexmoe.inputs.request_file import MOST_FAULTS_TOLD, RequestFile
+from flexmoe.inputs.request_file import MOST_FAULTS_LISTED, RequestFile
 from flexmoe.openai.json_line import MAX_LINE_BYTES
 from policies.common import file_io
 
@@ -123,8 +122,8 @@ def test_first_faults_are_told_together(tmp_path):
     with pytest.raises(DataError) as caught:
         RequestFile.open(path)
     told = str(caught.value).split("\n")
-    assert [line.split(":")[1].strip() for line in told[:MOST_FAULTS_TOLD]] == [f"line {n}" for n in range(1, 20, 2)]
-    assert told[MOST_FAULTS_TOLD] == "and perhaps more" and "--on-invalid record" in told[-1]
+    assert [line.split(":")[1].strip() for line in told[:MOST_FAULTS_LISTED]] == [f"line {n}" for n in range(1, 20, 2)]
+    assert told[MOST_FAULTS_LISTED] == "and perhaps more" and "--on-invalid record" in told[-1]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n \r\n", b"\xef\xbb\xbf"])

@@ -144,7 +144,7 @@ def test_a_row_that_is_refused_only_the_second_time_is_an_error_row(runner, monk
 def with_error(request):
     from dataclasses import replace
 
-    from flexmoe.openai.batch_line import RowError
+    from flexmoe.openai.fields import RowError
 
     return replace(request, error=RowError(code="invalid_prompt", message="not today"))
 

@@ -4,7 +4,7 @@ import pytest
 
 from flexmoe.errors import UsageError
 from flexmoe.job.shards import Shard
-from flexmoe.preflight.order import longest_first
+from flexmoe.preflight.lengths import longest_first
 
 
 def test_shards_take_every_row_once():

@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 
-from flexmoe.openai.batch_line import InvalidLine, parse_line
+from flexmoe.openai.batch_line import parse_line
 from flexmoe.openai.fields import HARMLESS, KNOWN, NEUTRAL
+from flexmoe.openai.json_line import InvalidLine
 from flexmoe.params import MAX_STOPS, SamplingParams
 
 MESSAGES = [{"role": "user", "content": "hi"}]

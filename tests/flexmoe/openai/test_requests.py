@@ -5,8 +5,8 @@ import json
 import pytest
 
 from flexmoe.errors import DataError
-from flexmoe.openai.batch_line import InvalidLine, parse_line
-from flexmoe.openai.json_line import MAX_DEPTH, MAX_LINE_BYTES
+from flexmoe.openai.batch_line import parse_line
+from flexmoe.openai.json_line import MAX_DEPTH, MAX_LINE_BYTES, InvalidLine
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 

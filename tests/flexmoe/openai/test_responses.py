@@ -8,7 +8,8 @@ from openai.types import BatchError, Completion, ErrorObject
 from openai.types.chat import ChatCompletion
 
 from flexmoe.errors import UsageError
-from flexmoe.openai.batch_line import RowError, parse_line
+from flexmoe.openai.batch_line import parse_line
+from flexmoe.openai.fields import RowError
 from flexmoe.openai.response import ResponseEncoder, count_tokens, creation_time_s
 from flexmoe.params import CompletionOutput, RequestOutput, TokenLogprob
 from flexmoe.text.tokenizer import Tokenizer

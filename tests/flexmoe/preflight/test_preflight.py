@@ -9,7 +9,7 @@ import pytest
 
 from flexmoe.errors import DataError
 from flexmoe.inputs.options import InputOptions, open_requests
-from flexmoe.inputs.rows import Rows
+from flexmoe.inputs.request_file import Rows
 from flexmoe.params import EngineRequest, SamplingParams
 from flexmoe.preflight import worker
 from flexmoe.preflight.lengths import Lengths, RowLength

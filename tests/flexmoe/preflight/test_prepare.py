@@ -6,11 +6,12 @@ import pytest
 
 from flexmoe.checkpoint.generation_config import SamplingDefaults
 from flexmoe.errors import DataError
-from flexmoe.openai.batch_line import RowError, parse_line
+from flexmoe.openai.batch_line import parse_line
+from flexmoe.openai.fields import RowError
 from flexmoe.params import SamplingParams
+from flexmoe.preflight.lengths import Measured
 from flexmoe.preflight.prepare import MAX_CHOICES, Limits, Preparer
 from flexmoe.preflight.served_model import ServedModel
-from flexmoe.preflight.workload import Measured
 from flexmoe.text.tokenizer import Tokenizer
 from tests.support.tokenizers import build_tokenizer
 

@@ -30,18 +30,14 @@ from flexmoe.probing import (
     facts,
     gemms,
     kv,
-    kv_blocks,
     latency,
     measure,
-    others,
-    streaming,
     sweeps,
 )
-from flexmoe.probing.buffers import WeightArena
 from flexmoe.probing.cache import cached_probe
 from flexmoe.probing.effort import Effort, Heads
 from flexmoe.probing.measure import probe
-from flexmoe.probing.timing import best_of_rounds
+from flexmoe.probing.timing import WeightArena, best_of_rounds
 from flexmoe.system import device as device_module
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
@@ -277,7 +273,7 @@ def fixed_rates(nbytes_per_s, core_s_per_byte):
     return disk.DiskRates(read=each, write=each, direct=True)
 
 
-@pytest.mark.parametrize("heads", kv_blocks.SHAPES)
+@pytest.mark.parametrize("heads", kv.SHAPES)
 def test_every_kv_block_is_read_and_written_on_its_own(heads, tmp_path, monkeypatch):
     moved = {"read_into": [], "write_from": []}
     for name, sizes in moved.items():
@@ -285,7 +281,7 @@ def test_every_kv_block_is_read_and_written_on_its_own(heads, tmp_path, monkeypa
         monkeypatch.setattr(
             disk.DirectFile, name, lambda self, b, *at, w=way, s=sizes: s.append((at[0], len(b))) or w(self, b, *at)
         )
-    bench = kv_blocks.BlockBench(CPU, torch.bfloat16, heads, tmp_path, replace(TINY, disk_bytes=32 * MIB))
+    bench = kv.BlockBench(CPU, torch.bfloat16, heads, tmp_path, replace(TINY, disk_bytes=32 * MIB))
     try:
         bench.fill(60.0)
         assert bench.block_bytes == 16 * 2 * heads[0] * heads[1] * 2
@@ -300,10 +296,10 @@ def test_every_kv_block_is_read_and_written_on_its_own(heads, tmp_path, monkeypa
 
 
 def test_what_the_bytes_take_is_no_cost_of_a_kv_block(tmp_path, monkeypatch):
-    monkeypatch.setattr(kv_blocks.BlockBench, "read_costs", lambda self, seconds: (1e-3, 5e-4))
-    monkeypatch.setattr(kv_blocks.BlockBench, "write_s", lambda self, seconds: 1e-5)
+    monkeypatch.setattr(kv.BlockBench, "read_costs", lambda self, seconds: (1e-3, 5e-4))
+    monkeypatch.setattr(kv.BlockBench, "write_s", lambda self, seconds: 1e-5)
     mean_bytes = (8192 + 65536) / 2
-    found = kv_blocks.kv_block_costs(CPU, torch.bfloat16, tmp_path, TINY, fixed_rates(10**9, 1e-10))
+    found = kv.kv_block_costs(CPU, torch.bfloat16, tmp_path, TINY, fixed_rates(10**9, 1e-10))
     assert found.read_s == pytest.approx(1e-3 - mean_bytes / 1e9)
     assert found.read_core_s == pytest.approx(5e-4 - mean_bytes * 1e-10)
     assert found.write_s == 0.0 and list(tmp_path.iterdir()) == []
@@ -359,31 +355,31 @@ def test_streamed_byte_costs_the_core_seconds_by_which_sweeps_are_longer(
         seconds = {100: 1.0, 0: cpu_s}.get(weights[0], disk_s)
         return sweeps.Timed(sweep_s=seconds, lanes_s={})
 
-    monkeypatch.setattr(streaming, "timed_sweeps", timed)
-    monkeypatch.setattr(streaming, "usable_cores", lambda: 8)
-    found = streaming.streaming_core_s_per_byte(CPU, torch.bfloat16, tmp_path, TINY, 1e12)
-    arch = streaming.streaming_arch(torch.bfloat16, TINY)
+    monkeypatch.setattr(latency, "timed_sweeps", timed)
+    monkeypatch.setattr(latency, "usable_cores", lambda: 8)
+    found = latency.streaming_core_s_per_byte(CPU, torch.bfloat16, tmp_path, TINY, 1e12)
+    arch = latency.streaming_arch(torch.bfloat16, TINY)
     assert percents[:4] == [(100, 0), (0, 100), (50, 0), (100, 0)]
     assert found["cpu"] == pytest.approx(8 * expected["cpu"] / arch.total_bytes, rel=0.02)
     assert found["disk"] == pytest.approx(8 * expected["disk"] / (arch.total_bytes / 2), rel=0.1)
 
 
 def test_slow_disk_gets_no_more_than_it_can_read_beside_computing(tmp_path, monkeypatch):
-    percents, arch = [], streaming.streaming_arch(torch.bfloat16, TINY)
+    percents, arch = [], latency.streaming_arch(torch.bfloat16, TINY)
     monkeypatch.setattr(
-        streaming,
+        latency,
         "timed_sweeps",
         lambda *arguments, weights: percents.append(weights) or sweeps.Timed(sweep_s=1.0, lanes_s={}),
     )
-    streaming.streaming_core_s_per_byte(CPU, torch.bfloat16, tmp_path, TINY, 0.1 * arch.total_bytes)
+    latency.streaming_core_s_per_byte(CPU, torch.bfloat16, tmp_path, TINY, 0.1 * arch.total_bytes)
     assert percents[2] == (pytest.approx(94.0), 0.0)
 
 
 def test_weights_of_the_streamed_model_are_where_they_should_be(tmp_path):
-    arch = streaming.streaming_arch(torch.bfloat16, TINY)
+    arch = latency.streaming_arch(torch.bfloat16, TINY)
     lanes = sweeps.timed_sweeps(CPU, arch, torch.bfloat16, 2, 2, tmp_path, 1, weights=(50, 25)).lanes_s
     assert lanes["h2d"] > 0 and lanes["disk_read"] > 0
-    assert streaming.handoff_s(CPU, torch.bfloat16, tmp_path, TINY) > 0
+    assert latency.handoff_s(CPU, torch.bfloat16, tmp_path, TINY) > 0
 
 
 def test_attention_counts_kv_bytes_and_flops_of_real_tokens():
@@ -530,10 +526,10 @@ def test_memory_lock_limit_counts_only_where_the_driver_counts_it(monkeypatch):
 
 def test_busy_neighbours_are_reported(monkeypatch, caplog):
     busy = iter([100.0, 1000.0])
-    monkeypatch.setattr(others, "busy_core_s", lambda: next(busy))
-    assert "other processes kept" in others.Others().sentence() and "measure again" in caplog.text
-    monkeypatch.setattr(others, "busy_core_s", lambda: None)
-    assert others.Others().sentence() == ""
+    monkeypatch.setattr(facts, "busy_core_s", lambda: next(busy))
+    assert "other processes kept" in facts.Others().sentence() and "measure again" in caplog.text
+    monkeypatch.setattr(facts, "busy_core_s", lambda: None)
+    assert facts.Others().sentence() == ""
 
 
 # The cache.

@@ -20,7 +20,7 @@ from flexmoe.params import SamplingParams
 from flexmoe.sampling.logprobs import top_tokens
 from flexmoe.sampling.penalties import TokenCounts, add_bias, penalize
 from flexmoe.sampling.random_draws import draw_keys, log_exponentials, philox, stream_of, token_words
-from flexmoe.sampling.sampler import NUCLEUS_TOKENS, RowSampler, draw, keep, sample
+from flexmoe.sampling.sampler import NUCLEUS_TOKENS, RowSampler, draw, filter_logits, sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOMY = 1 << 24
@@ -37,11 +37,18 @@ def logits(rows, vocab, seed=0, spread=2.0):
 # Random numbers.
 
 
-@pytest.mark.parametrize("counter, key, words", [
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "counter, key, words",
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
 def test_philox_gives_the_known_answers_of_random123(counter, key, words):
     columns = [[np.array([word], dtype=np.uint64) for word in part] for part in (counter, key)]
     assert tuple(int(word[0]) for word in philox(*columns)) == words
@@ -115,16 +122,24 @@ def chi_square_is_usual(counts, probabilities):
     return statistic < degrees + 4 * (2 * degrees) ** 0.5 + 4
 
 
-@pytest.mark.parametrize("asked", [
-    {"temperature": 1.0}, {"temperature": 0.3}, {"temperature": 2.5}, {"temperature": 1.0, "top_k": 7},
-    {"temperature": 1.0, "top_p": 0.8}, {"temperature": 1.0, "min_p": 0.1},
-    {"temperature": 1.4, "min_p": 0.02, "top_k": 20, "top_p": 0.9},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.3},
+        {"temperature": 2.5},
+        {"temperature": 1.0, "top_k": 7},
+        {"temperature": 1.0, "top_p": 0.8},
+        {"temperature": 1.0, "min_p": 0.1},
+        {"temperature": 1.4, "min_p": 0.02, "top_k": 20, "top_p": 0.9},
+    ],
+    ids=str,
+)
 def test_draws_follow_the_softmax_of_what_is_kept(asked):
     params, count, vocab = SamplingParams(**asked), 20_000, 60
     x = logits(1, vocab, seed=3)
     kept = x.clone()
-    keep(kept, [params])
+    filter_logits(kept, [params])
     probabilities = kept.double().softmax(-1)[0].numpy()
     tokens = draw(x.expand(count, vocab).clone(), [params] * count, keys_of(count, "chi", 5))
     assert chi_square_is_usual(np.bincount(tokens.numpy(), minlength=vocab), probabilities)
@@ -158,21 +173,21 @@ def test_kept_logits_are_those_of_transformers_warpers(vocab, seed):
     ]
     x = logits(len(params), vocab, seed=seed)
     expected = torch.cat([warped(x[i : i + 1].clone(), p) for i, p in enumerate(params)])
-    keep(x, params)
+    filter_logits(x, params)
     torch.testing.assert_close(x, expected)
 
 
 def test_set_of_top_p_may_be_larger_than_what_is_sorted_at_first():
     x, params = logits(3, 4 * NUCLEUS_TOKENS[-1], spread=0.1), SamplingParams(temperature=1.0, top_p=0.9)
     expected = TopPLogitsWarper(0.9)(None, x.clone())
-    keep(x, [params] * 3)
+    filter_logits(x, [params] * 3)
     assert ((x > -torch.inf).sum(-1) > NUCLEUS_TOKENS[-1]).all()
     torch.testing.assert_close(x, expected)
 
 
 def test_equal_logits_at_the_edge_stay_together():
     x = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]] * 2)
-    keep(x, [SamplingParams(temperature=1.0, top_k=2), SamplingParams(temperature=1.0, top_p=0.6)])
+    filter_logits(x, [SamplingParams(temperature=1.0, top_k=2), SamplingParams(temperature=1.0, top_p=0.6)])
     assert (x > -torch.inf).tolist() == [[True] * 4 + [False]] * 2
 
 
@@ -275,10 +290,16 @@ def test_a_bias_of_a_hundred_bans_and_forces_tokens():
 
 def mixed_rows(count=40, vocab=120):
     kinds = [
-        {}, {"temperature": 0.8}, {"temperature": 1.5, "top_k": 9}, {"temperature": 1.0, "top_p": 0.7}, {"logprobs": 3},
-        {"temperature": 1.0, "min_p": 0.2, "logprobs": 0}, {"presence_penalty": 1.5, "frequency_penalty": 0.3},
-        {"repetition_penalty": 1.4, "temperature": 0.9, "seed": 11, "logprobs": 5}, {"logit_bias": {3: 5.0}},
-    ]  # fmt: skip
+        {},
+        {"temperature": 0.8},
+        {"temperature": 1.5, "top_k": 9},
+        {"temperature": 1.0, "top_p": 0.7},
+        {"logprobs": 3},
+        {"temperature": 1.0, "min_p": 0.2, "logprobs": 0},
+        {"presence_penalty": 1.5, "frequency_penalty": 0.3},
+        {"repetition_penalty": 1.4, "temperature": 0.9, "seed": 11, "logprobs": 5},
+        {"logit_bias": {3: 5.0}},
+    ]
     generator = np.random.default_rng(0)
     rows = [
         row(
