@@ -190,9 +190,6 @@ def test_the_plot_is_a_picture(main, tmp_path):
 # A plan.
 
 
-of_one_plan = pytest.mark.xdist_group("plan on the command line")
-
-
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     """(exit code, stdout, stderr, directory with all output files) of one plan with a fixed share and batch size."""
@@ -204,7 +201,6 @@ def planned(tmp_path_factory):
     return code, out.getvalue(), err.getvalue(), directory
 
 
-@of_one_plan
 def test_a_plan_is_shown_with_what_would_help_most(planned):
     code, out, err, _ = planned
     assert (code, err) == (0, "")
@@ -219,7 +215,6 @@ def test_a_plan_is_shown_with_what_would_help_most(planned):
     assert len(out.splitlines()) <= 40 and max(map(len, out.splitlines())) <= 100
 
 
-@of_one_plan
 def test_a_plan_keeps_what_was_fixed_and_fits(planned, judged):
     policy = PolicyFile.load(planned[3] / "policy.json").policy
     assert (policy.w_gpu_percent, policy.act_gpu_percent, policy.gpu_batch_size) == (0, 100, 64)
@@ -230,14 +225,12 @@ def test_a_plan_keeps_what_was_fixed_and_fits(planned, judged):
         assert size <= again["budgets_bytes"][tier]
 
 
-@of_one_plan
 def test_a_plan_is_better_than_what_a_person_would_try(planned, judged):
     best = PolicyFile.load(planned[3] / "policy.json").predicted["tokens_per_s"]
     hand = ["--gbs", "64", "--num-gb", "4", "--percent", *six("0 100 0 100 100 0"), "--num-requests", "2000"]
     assert best > judged(*SHAPE, *MACHINE, *hand)["policy_file"]["predicted"]["tokens_per_s"]
 
 
-@of_one_plan
 def test_the_trace_has_the_lanes_of_a_run(planned):
     events = json.loads((planned[3] / "trace.json").read_text())["traceEvents"]
     lanes = {each["args"]["name"].split("/")[0] for each in events if each["ph"] == "M"}

@@ -31,7 +31,6 @@ JOB = Workload(prompt_len=512, gen_len=32)
 QUICK = 0.05
 #: Seeds of `random_problem` that are quick to judge.
 SEEDS = (0, pytest.param(3, marks=pytest.mark.slow))
-of_one_plan = pytest.mark.xdist_group("plan for the T4")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +102,6 @@ def test_no_rival_of_many_beats_the_planned_policy_by_two_percent(seed):
     assert max(map(rivals.tokens_per_s, (best, *climbed))) <= 1.02 * plan.prediction.tokens_per_s
 
 
-@of_one_plan
 def test_planning_takes_a_few_hundred_programmes_at_most(t4):
     assert 10 < t4.explanation.programmes < 300
     assert t4.explanation.evaluations < 10_000
@@ -163,7 +161,6 @@ def test_planned_policy_fits_and_its_shares_are_achieved_ones(seed):
     assert not plan.policy.compress_weight and not plan.policy.compress_cache
 
 
-@of_one_plan
 def test_planned_policy_survives_its_file(tmp_path, t4):
     PolicyFile(t4.policy).save(tmp_path / "policy.json")
     assert PolicyFile.load(tmp_path / "policy.json").policy == t4.policy
@@ -259,7 +256,6 @@ def test_wider_numbers_are_planned_for():
 # Why.
 
 
-@of_one_plan
 def test_what_binds_has_a_price(t4):
     prices = {price.name: price.tokens_per_s for price in t4.explanation.prices}
     assert prices and all(price > 0 for price in prices.values())
@@ -295,7 +291,6 @@ def test_programme_agrees_with_evaluate_where_nothing_is_rounded():
     assert found.tokens_per_s == pytest.approx(predicted, rel=0.05)
 
 
-@of_one_plan
 def test_advice_is_solved_again_and_tells_what_the_runtime_lacks(t4):
     advice = t4.explanation.advice
     assert advice and all(each.gain > 0 for each in advice)
@@ -313,7 +308,6 @@ def test_host_memory_helps_where_it_binds():
     assert changes["+16 GiB host memory"] > 0.05
 
 
-@of_one_plan
 def test_explanation_is_json(t4):
     document = json.loads(json.dumps(t4.explanation.to_json()))
     assert document["programmes"] == t4.explanation.programmes
@@ -389,7 +383,6 @@ def test_no_warning_of_the_library_reaches_the_user():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@of_one_plan
 def test_policies_of_the_planner_are_policies(t4):
     assert isinstance(t4.policy, Policy) and t4.policy.overlap and t4.policy.pin_weight
 

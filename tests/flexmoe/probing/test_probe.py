@@ -44,7 +44,7 @@ from flexmoe.system.trace import Recorder
 from policies.common.memory_units import MIB
 from tests.support.pretend_cuda import PretendCuda
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("measurements")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENS = (1, 4, 16)
 TINY = Effort(
