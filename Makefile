@@ -13,8 +13,9 @@ SETUP := $(VENV)/.setup
 BENCH := $(VENV)/.setup-bench
 RECORD := benchmarks/test-all.txt
 # Processes of the tests: one more than cores, for some tests wait, and eight at most, for each has torch in memory.
+# Each begins with tests that lie together, which share what is made once for a file, and takes others' when it is done.
 WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores + 1 : 8)))
-PYTEST := $(RUN) -m pytest -q -n $(WORKERS) --dist loadgroup
+PYTEST := $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -56,9 +56,19 @@ def loads_cost_their_bytes(monkeypatch):
 @pytest.fixture
 def one_thread():
     """Tiny operations on busy cores: several threads would spend most of their time waiting for each other."""
+    yield from _threads(1)
+
+
+@pytest.fixture
+def two_threads():
+    """What is divided among threads is so wherever the tests run."""
+    yield from _threads(2)
+
+
+def _threads(count):
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     yield
     torch.set_num_threads(before)

@@ -151,6 +151,14 @@ def test_modules_import_public_names_only():
     )
 
 
+def test_tests_import_public_names_and_nothing_from_each_other():
+    found = [i for i in all_imports("tests") if is_module(i.target) and i.module != i.target]
+    none_of(
+        "What tests share is in tests.support, and what they import is public",
+        (i for i in found if (i.name or "").startswith("_") or i.target.split(".")[-1].startswith("test_")),
+    )
+
+
 def test_policies_know_the_standard_library_only():
     known = STDLIB | {"policies"}
     none_of("policies imports the standard library only", (i for i in all_imports("policies") if not {i.top} <= known))

@@ -29,7 +29,8 @@ _LARGEST_ITEMS = 2
 _LEAST_SHARE = 0.001
 _BUSY = 0.95
 _EXAMPLE_ROWS = 10_000
-_BOUND = {
+#: What a job is bound by, in words, by the lane that takes longest.
+BOUND_BY = {
     "gpu": "compute-bound: attention and experts on the compute device take the longest",
     "cpu": "bound by attention on the CPU",
     "h2d": "PCIe-bound: weights on their way to the GPU",
@@ -211,7 +212,7 @@ class Report:
         name = self.prediction.bottleneck
         if name == "schedule" and self.lane_shares()["gpu"] >= _BUSY:
             name = "gpu"
-        return _BOUND.get(name, f"bound by {name}")
+        return BOUND_BY.get(name, f"bound by {name}")
 
 
 def _by_tier(share: Callable[[str], float]) -> tuple[float, float, float]:

@@ -94,13 +94,13 @@ def torch_paged_attention(
     out_THD = torch.empty_like(q_THD) if out is None else out
     key = (q_THD.device, k_pool.shape[1])
     if key not in rows._plans:
-        rows._plans[key] = [_Bucket.of(rows, b, k_pool.shape[1], window, q_THD.device) for b in _buckets(rows)]
+        rows._plans[key] = [_Bucket.of(rows, b, k_pool.shape[1], window, q_THD.device) for b in buckets_of(rows)]
     for bucket in rows._plans[key]:
         bucket.attend(q_THD, k_pool, v_pool, out_THD)
     return out_THD
 
 
-def _buckets(rows: Ragged) -> list[list[int]]:
+def buckets_of(rows: Ragged) -> list[list[int]]:
     """Rows with equal run lengths and contexts within `_BUCKET_WASTE` of each other."""
     lengths = (rows.q_starts[1:] - rows.q_starts[:-1]).tolist()
     contexts = rows.contexts.tolist()

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         make_checkpoint(checkpoint, SIZES["tiny"])
     runs = [run(checkpoint, directory, rows) for rows in args.rows]
     shutil.rmtree(directory)
-    figures = _figures(runs)
+    figures = figures_of(runs)
     print("\n".join(figure_table(figures)))
     if args.out:
         about = {"machine": machine(), "versions": versions(), "model": "tiny"}
@@ -115,7 +115,8 @@ def write_rows(path: Path, rows: int) -> None:
             file.write(json.dumps(line | {"metadata": {"note": note[: _ROW_BYTES - len(str(line))]}}) + "\n")
 
 
-def _figures(runs: list[Run]) -> list[Figure]:
+def figures_of(runs: list[Run]) -> list[Figure]:
+    """Each larger file against the smallest one."""
     small, *larger = runs
     figures = []
     for each in larger:

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     kept, learned = (run(model, rows, reserve) for reserve in ("max", "p95"))
     if kept.tokens != learned.tokens:
         raise ValueError("the two rules gave other tokens")
-    figures = _figures(kept, learned)
+    figures = figures_of(kept, learned)
     print("\n".join(figure_table(figures)))
     if args.out:
         about = {"machine": machine(), "versions": versions(), "model": args.size}
@@ -97,7 +97,8 @@ def run(model: Model, rows: list[EngineRequest], reserve: str) -> Run:
     )
 
 
-def _figures(kept: Run, learned: Run) -> list[Figure]:
+def figures_of(kept: Run, learned: Run) -> list[Figure]:
+    """The job that learns lengths against the one that keeps room for the limit."""
     lengths = [len(tokens) for tokens in kept.tokens.values()]
     what = (
         f"{len(lengths)} rows that ask for {_MOST_TOKENS} tokens and take {sum(lengths) / len(lengths):.0f} on average"

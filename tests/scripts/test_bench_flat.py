@@ -6,9 +6,9 @@ import pytest
 
 from flexmoe.openai.batch_line import parse_line
 from scripts.runner.flat import LIMIT_BYTES, Run, custom_id, write_rows
-from scripts.runner.flat import _figures as flat_figures
+from scripts.runner.flat import figures_of as flat_figures
 from scripts.runner.reserve import Run as Reserved
-from scripts.runner.reserve import _figures as reserve_figures
+from scripts.runner.reserve import figures_of as reserve_figures
 from scripts.runner.reserve import requests
 
 

@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 
 from cost_model.cli.block_size_curve import block_sizes, curve, wall, with_rows
-from cost_model.cli.report import _BOUND, Report, bar
+from cost_model.cli.report import BOUND_BY, Report, bar
 from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
 from cost_model.planner.solve import Explanation
@@ -133,12 +133,12 @@ def test_lane_is_at_work_all_of_the_time_at_most():
     assert replace(found, prediction=crowded).lane_shares() == {"h2d": 1.0, "gpu": 0.5}
 
 
-@pytest.mark.parametrize("bottleneck", _BOUND)
+@pytest.mark.parametrize("bottleneck", BOUND_BY)
 def test_every_bottleneck_has_words(bottleneck):
     found = report()
     idle = replace(found.prediction, bottleneck=bottleneck, lanes_s={"gpu": 0.0})
     text = "\n".join(replace(found, prediction=idle).lines())
-    assert _BOUND[bottleneck].split(",")[0] in text
+    assert BOUND_BY[bottleneck].split(",")[0] in text
 
 
 def test_the_names_of_all_bounds_of_a_sweep_have_words():
@@ -148,7 +148,7 @@ def test_the_names_of_all_bounds_of_a_sweep_have_words():
             for weights in (0, 5):
                 policy = replace(POLICY, overlap=overlap, w_gpu_percent=float(weights), weight_slots=2)
                 found.add(report(preset, policy).prediction.bottleneck)
-    assert len(found) >= 3 and found <= set(_BOUND)
+    assert len(found) >= 3 and found <= set(BOUND_BY)
 
 
 def test_a_job_with_an_end_says_when_and_one_without_says_what_ten_thousand_rows_take():

@@ -30,7 +30,7 @@ MIXTRAL = ModelArch.from_name("mixtral-8x7b")
 JOB = Workload(prompt_len=512, gen_len=32)
 QUICK = 0.05
 #: Seeds of `random_problem` that are quick to judge.
-SEEDS = (0, 3)
+SEEDS = (0, pytest.param(3, marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,12 @@ def test_no_rival_beats_the_planned_policy_by_two_percent(seed):
     "seed, percents, shape",
     [
         # Weights in host memory alone need no buffers to load them; on device cpu it is the same memory.
-        (87, (0, 47.2, 100, 0, 100, 0), {"gpu_batch_size": 15, "prefill_tokens": 163}),
+        pytest.param(
+            87,
+            (0, 47.2, 100, 0, 100, 0),
+            {"gpu_batch_size": 15, "prefill_tokens": 163},
+            marks=pytest.mark.slow,
+        ),
         # One row more than two batches hold, at a pace that goes with it; it fits in slots of one expert.
         (
             108,
@@ -139,7 +144,7 @@ def test_lengths_of_the_rows_are_planned_for():
 # It fits, and it runs.
 
 
-@pytest.mark.parametrize("seed", range(20, 24))
+@pytest.mark.parametrize("seed", (20, 21, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (22, 23))))
 def test_planned_policy_fits_and_its_shares_are_achieved_ones(seed):
     problem = random_problem(seed)
     arch, hardware, workload = problem.arch, problem.hardware, problem.workload

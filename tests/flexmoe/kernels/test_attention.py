@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flexmoe.kernels.native import library as native
-from flexmoe.kernels.paged_attention import Ragged, _buckets, paged_attention, torch_paged_attention
+from flexmoe.kernels.paged_attention import Ragged, buckets_of, paged_attention, torch_paged_attention
 
 PAGE = 16
 #: (queries, past tokens) of a row: decode, verification, chunks, whole prompts, and decodes of very unlike lengths.
@@ -110,7 +110,7 @@ def test_index_tensors_serve_every_layer_of_a_sweep():
 
 def test_bucket_holds_equal_runs_of_like_contexts():
     ragged = Ragged.of([1, 1, 1, 5, 1, 5, 0], [10, 300, 40, 20, 310, 25, 9], [[0]] * 7)
-    assert sorted(map(sorted, _buckets(ragged))) == [[0, 2], [1, 4], [3, 5]]
+    assert sorted(map(sorted, buckets_of(ragged))) == [[0, 2], [1, 4], [3, 5]]
 
 
 def test_ragged_counts_the_context_tokens():

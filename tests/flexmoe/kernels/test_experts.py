@@ -180,7 +180,7 @@ def test_a_gpu_has_grouped_products_of_bf16_from_the_first_generation_that_compu
 
 @pytest.mark.parametrize("in_native_code", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_grouped_products_equal_those_of_one_expert_at_a_time(dtype, in_native_code, monkeypatch):
+def test_grouped_products_equal_those_of_one_expert_at_a_time(dtype, in_native_code, monkeypatch, two_threads):
     if in_native_code and not native.available():
         pytest.skip("no C++ compiler")
     monkeypatch.setattr(native, "available", lambda: in_native_code)
@@ -214,7 +214,7 @@ def test_grouped_products_equal_those_of_one_expert_at_a_time(dtype, in_native_c
 @pytest.mark.parametrize("depth", [1, 15, 16, 33, 64, 200])
 @pytest.mark.parametrize("rows", [1, 3, 64, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_native_products_of_any_shape_are_those_of_torch(depth, rows, dtype):
+def test_native_products_of_any_shape_are_those_of_torch(depth, rows, dtype, two_threads):
     generator = torch.Generator().manual_seed(depth)
     counts = [0, 1, 2, 3, 4, 5, 9, 0]
     x_nD = torch.randn(sum(counts), depth + 5, generator=generator).to(dtype)[:, :depth]

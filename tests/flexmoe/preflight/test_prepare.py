@@ -19,10 +19,8 @@ CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokenizer")
-    build_tokenizer(directory)
-    return Tokenizer.load(directory)
+def tokenizer(tokenizer_directory):
+    return Tokenizer.load(tokenizer_directory)
 
 
 @pytest.fixture
@@ -51,14 +49,14 @@ def test_draws_depend_on_the_row_and_not_on_its_place(preparer):
     assert preparer().prepare(row, 0)[0].stream_key == preparer().prepare(row, 99)[0].stream_key
 
 
-def test_chat_is_rendered_with_its_variables(tokenizer, preparer):
+def test_chat_is_rendered_with_its_variables(tokenizer, preparer, tokenizer_directory):
     chat = request(**CHAT)
     assert (
         preparer().prepare(chat, 0)[0].prompt_token_ids
         == tokenizer.encode_all([tokenizer.render(chat.messages)], rendered=True)[0]
     )
     template = "{{ messages[0].content }}{{ mood }}"
-    loud = Tokenizer(tokenizer._backend, "here", chat_template=template)
+    loud = Tokenizer.load(tokenizer_directory, chat_template=template)
     [part] = preparer(tokenizer=loud).prepare(request(**CHAT, chat_template_kwargs={"mood": "!"}), 0)
     assert tokenizer.decode(part.prompt_token_ids) == "hello!"
 
@@ -102,8 +100,8 @@ class Recorder(Tokenizer):
         return [(5,) * (len(text) // self.characters) for text in texts]
 
 
-def test_of_a_text_that_is_far_too_long_only_a_beginning_is_tokenized(preparer, tokenizer):
-    recorder = Recorder(tokenizer._backend, "here")
+def test_of_a_text_that_is_far_too_long_only_a_beginning_is_tokenized(preparer, tokenizer_directory):
+    recorder = Recorder.load(tokenizer_directory)
     for row in ({"prompt": "a " * 10**6}, {"prompt": ["b", "a " * 10**6]}):
         error = preparer(tokenizer=recorder).prepare(request(**row), 0)
         assert (error.code, error.param) == ("context_length_exceeded", "prompt")
@@ -111,29 +109,29 @@ def test_of_a_text_that_is_far_too_long_only_a_beginning_is_tokenized(preparer, 
     assert max(recorder.given) < 2000
 
 
-def test_a_long_text_of_few_tokens_is_tokenized_as_a_whole(preparer, tokenizer):
-    recorder = Recorder(tokenizer._backend, "here")
+def test_a_long_text_of_few_tokens_is_tokenized_as_a_whole(preparer, tokenizer_directory):
+    recorder = Recorder.load(tokenizer_directory)
     recorder.characters = 5000
     [part] = preparer(tokenizer=recorder).prepare(request(prompt="a" * 200_000), 0)
     assert len(part.prompt_token_ids) == 40 and max(recorder.given) == 200_000
 
 
-def test_texts_are_tokenized_a_few_at_a_time(preparer, tokenizer):
-    recorder = Recorder(tokenizer._backend, "here")
+def test_texts_are_tokenized_a_few_at_a_time(preparer, tokenizer_directory):
+    recorder = Recorder.load(tokenizer_directory)
     recorder.characters = 100_000
     large = preparer(tokenizer=recorder, limits=Limits(vocab_size=320, context=100_000))
     parts = large.prepare(request(prompt=[str(1 + i) * 300_000 for i in range(9)]), 0)
     assert [len(part.prompt_token_ids) for part in parts] == [3] * 9 and 600_000 <= max(recorder.given) <= 2**20
 
 
-def test_text_that_the_tokenizer_refuses_fails_only_its_row(preparer, tokenizer):
+def test_text_that_the_tokenizer_refuses_fails_only_its_row(preparer, tokenizer, tokenizer_directory):
     class Picky(Tokenizer):
         def encode_all(self, texts, *, rendered=False):
             if "bad" in texts:
                 raise DataError("the tokenizer cannot encode this text")
             return super().encode_all(texts, rendered=rendered)
 
-    picky = Picky(tokenizer._backend, "here")
+    picky = Picky.load(tokenizer_directory)
     rows = [request(prompt="good"), request(prompt=["good", "bad"]), request(prompt="fine")]
     results = preparer(tokenizer=picky).prepare_all(list(enumerate(rows)))
     assert [isinstance(parts, RowError) for parts in results] == [False, True, False]
@@ -168,12 +166,12 @@ def test_prompt_may_fill_the_context_where_nothing_is_generated(preparer):
     assert part.params.max_tokens == 64
 
 
-def test_prompt_without_tokens_is_refused(preparer, tokenizer):
+def test_prompt_without_tokens_is_refused(preparer, tokenizer_directory):
     class Silent(Tokenizer):
         def encode_all(self, texts, *, rendered=False):
             return [()] * len(texts)
 
-    error = preparer(tokenizer=Silent(tokenizer._backend, "here")).prepare(request(prompt=""), 0)
+    error = preparer(tokenizer=Silent.load(tokenizer_directory)).prepare(request(prompt=""), 0)
     assert "no tokens" in error.message
 
 
