@@ -14,6 +14,7 @@ import torch
 from cost_model.model.arch import ModelArch
 from flexmoe.checkpoint.unit_layout import Part
 from flexmoe.kernels.expert_weights import ExpertProducts
+from policies.units import UnitId
 
 #: Tensors of a unit by their role.
 Weights = Mapping[str, torch.Tensor]
@@ -28,11 +29,11 @@ class Family(Protocol):
     def arch(self) -> ModelArch:
         """The shape."""
 
-    def parts(self, on_disk: Iterable[str]) -> dict[str, list[Part]]:
+    def parts(self, on_disk: Iterable[str]) -> dict[UnitId, list[Part]]:
         """Parts of every unit, given the names in the checkpoint."""
 
-    def expert_parts(self, on_disk: Iterable[str]) -> dict[str, list[Part]]:
-        """Parts of every single expert that belongs to a unit of several, by the name that it has as a unit of its own."""
+    def expert_parts(self, on_disk: Iterable[str]) -> dict[UnitId, list[Part]]:
+        """Parts of every single expert that belongs to a unit of several, by what it is as a unit of its own."""
 
     def expected_tensors(self, on_disk: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Names and shapes that a complete checkpoint in the layout of ``on_disk`` must have."""
