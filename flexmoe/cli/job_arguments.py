@@ -31,6 +31,11 @@ _NAMES = (
 
 def add_job_flags(p: argparse.ArgumentParser) -> None:
     """Adds the flags; without -i each of them is refused (`refuse_job_flags`)."""
+    _add_row_flags(p)
+    _add_resuming_flags(p)
+
+
+def _add_row_flags(p: argparse.ArgumentParser) -> None:
     rows = p.add_argument_group("rows (with -i)")
     rows.add_argument("--input-format", choices=FORMATS, help="default auto: by the input's name, else jsonl")
     rows.add_argument("--prompt-column", metavar="NAME", help="the column of a table that is the prompt")
@@ -48,6 +53,9 @@ def add_job_flags(p: argparse.ArgumentParser) -> None:
         help="sampling defaults: auto (the model's generation_config.json), none, or a directory (default auto)",
     )
     rows.add_argument("--strict-model", action="store_true", default=None, help="fail rows that name another model")
+
+
+def _add_resuming_flags(p: argparse.ArgumentParser) -> None:
     kept = p.add_argument_group("resuming (with -i)")
     kept.add_argument(
         "--overwrite",

@@ -171,7 +171,8 @@ class _Counted(NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
         self.generic_visit(node)
         call = nodes.Call(nodes.EnvironmentAttribute("joined"), node.nodes, [], None, None)
-        return call.set_lineno(node.lineno).set_environment(self._environment)
+        call.set_lineno(node.lineno).set_environment(self._environment)
+        return call
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -217,24 +218,26 @@ def _size(operator: str, left: Any, right: Any) -> float:
 class _Generation(Extension):
     """``{% generation %}`` marks what the assistant says, for training; here its body is written as it is."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}
 
     def parse(self, parser: Any) -> nodes.CallBlock:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+        block = nodes.CallBlock(self.call_method("_body"), [], [], body)
+        block.set_lineno(line)
+        return block
 
     def _body(self, caller: Any) -> str:
-        return caller()
+        return str(caller())
 
 
 class _Dict:
     """`dict`, without the attributes of a class."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> dict:
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
 
-    def fromkeys(self, *args: Any) -> dict:
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
         return dict.fromkeys(*args)
 
 
@@ -258,7 +261,13 @@ def _check_name(name: Any) -> None:
         raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}: names may not begin with _")
 
 
-def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # jinja2's own filter escapes HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 

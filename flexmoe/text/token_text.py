@@ -48,7 +48,7 @@ class TokenTexts:
 
     def beginning(self, token_ids: Sequence[int]) -> str:
         """Text of ids with which a text begins."""
-        return self._backend.decode(list(token_ids), skip_special_tokens=True)
+        return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
 
     def continuation(self, token_ids: Sequence[int]) -> str:
         """Text that ids add to a text before them."""

@@ -50,12 +50,12 @@ class Tokenizer:
     ) -> None:
         self._backend, self._source = backend, source
         self._texts = None if backend is None else TokenTexts(backend)
-        self._times = {"created_s": created_s, "timeout_s": render_timeout_s}
+        self._created_s, self._timeout_s = created_s, render_timeout_s
         self._template: ChatTemplate | None = None
         self._no_template: str | None = None
         if chat_template is not None:
             variables = {} if backend is None else backend.special_tokens_map
-            self._template = ChatTemplate(chat_template, variables, **self._times)
+            self._template = self._compiled(chat_template, variables)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], **options: Any) -> Tokenizer:
@@ -102,9 +102,12 @@ class Tokenizer:
         Raises:
             DataError: it is no template.
         """
-        created_s, timeout_s = self._times["created_s"], self._times["timeout_s"]
         return Tokenizer(
-            self._backend, self._source, chat_template=source, created_s=created_s, render_timeout_s=timeout_s
+            self._backend,
+            self._source,
+            chat_template=source,
+            created_s=self._created_s,
+            render_timeout_s=self._timeout_s,
         )
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -182,6 +185,9 @@ class Tokenizer:
     def eos_token_id(self) -> int | None:
         return None if self._backend is None else self._backend.eos_token_id
 
+    def _compiled(self, source: str, variables: Mapping[str, Any]) -> ChatTemplate:
+        return ChatTemplate(source, variables, created_s=self._created_s, timeout_s=self._timeout_s)
+
     def _compile(self) -> None:
         """Compiles the checkpoint's template when the first chat asks for it: other rows do without."""
         backend = self._require()
@@ -191,7 +197,7 @@ class Tokenizer:
             if source is None:
                 self._no_template = _NO_TEMPLATE.format(self._source)
             else:
-                self._template = ChatTemplate(source, backend.special_tokens_map, **self._times)
+                self._template = self._compiled(source, backend.special_tokens_map)
         except (DataError, ValueError) as error:
             self._no_template = f"{first_line(error)}; repair it, or name one with --chat-template"
 
