@@ -35,11 +35,12 @@ $(BENCH): $(SETUP)
 demo: $(SETUP) ## a small model across all three tiers, from requests to completions
 	@$(RUN) -m scripts.demo
 
-lint: $(SETUP) ## the form of the sources
+lint: $(SETUP) ## form and types of the sources
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m ruff check .
+	@$(RUN) -m mypy
 
-test: lint ## the form of the sources and the tests, in minutes
+test: lint ## lint and the tests, in minutes
 	@$(PYTEST) -m "not slow and not gpu"
 
 test-all: lint ## every test that needs no GPU, and its record in benchmarks/

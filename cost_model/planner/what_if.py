@@ -13,7 +13,6 @@ from cost_model.planner.constraints import Fixed
 from cost_model.planner.search import Optimum, improved
 from cost_model.timing.problem import Problem
 from policies.common.memory_units import GIB
-from policies.placement import Unit
 
 #: So many changes are shown that the runtime could use at once, and so many that it could not.
 _MOST_OF_MACHINE, _MOST_OF_MODEL = 3, 2
@@ -173,17 +172,11 @@ class Packed(ModelArch):
     weight_bits: int = 0
     kv_bits: int = 0
 
-    def units(self) -> tuple[Unit, ...]:
-        """All units with fewer bytes, embedding and head as they are."""
-        units = ModelArch.units(self)
-        if not self.weight_bits:
-            return units
+    def unit_bytes(self, params: int) -> int:
+        """Stored bytes of an attention or expert unit; embedding and head are as they are."""
+        full = ModelArch.unit_bytes(self, params)
         part = self.weight_bits / (8 * self.dtype_bytes)
-        small = ("attention", "expert")
-        return tuple(
-            replace(unit, stored_bytes=max(1, round(unit.stored_bytes * part))) if unit.kind in small else unit
-            for unit in units
-        )
+        return max(1, round(full * part)) if self.weight_bits else full
 
     def kv_bytes_per_token_layer(self, dtype_bytes: int = 2) -> int:
         """Bytes of K and V that one token keeps in one layer."""
