@@ -33,8 +33,8 @@ _SHRINKS = 10
 _SEED, _PER_KICK = 0, 150
 #: Moves of a kick, their step sizes, and those of the climb after it; how often a kick starts at the best policy.
 _KICKS, _KICK_STEPS, _STEPS_AFTER, _FROM_BEST = (2, 3, 4), (1.0, 0.5, 0.25, 0.1), (0.3, 0.1, 0.03), 0.7
-#: What a simpler policy may give away: less than any prediction is worth.
-_SIMPLER_LOSS = 0.003
+#: What a simpler policy may give away: less than any prediction is worth; and steps to it, as fitting may undo one.
+_SIMPLER_LOSS, _MOST_SIMPLER = 0.003, 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,15 +172,14 @@ class Climb:
 
     def simplified(self, policy: Policy) -> Policy:
         """A policy that gives nearly as much with less (`moves.simpler`)."""
-        least = self.objective.tokens_per_s(policy) * (1 - _SIMPLER_LOSS)
-        best, found = policy, True
-        while found:
-            found = False
-            for simple in simpler(best, self.objective.problem.workload):
-                tried = self.objective.fitted(simple)
-                if tried is not None and tried != best and self.objective.tokens_per_s(tried) >= least:
-                    best, found = tried, True
-                    break
+        least, best = self.objective.tokens_per_s(policy) * (1 - _SIMPLER_LOSS), policy
+        for _ in range(_MOST_SIMPLER):
+            fitted = map(self.objective.fitted, simpler(best, self.objective.problem.workload))
+            others = (tried for tried in fitted if tried is not None and tried != best)
+            found = next((tried for tried in others if self.objective.tokens_per_s(tried) >= least), None)
+            if found is None:
+                break
+            best = found
         return best
 
     def _gains(self, tried: Policy, best: Policy, ratio: float = _GAIN) -> bool:

@@ -198,7 +198,7 @@ def _shifted(pair: str, gpu: int, cpu: int, policy: Policy, stride: int) -> Poli
 
 
 def _resized(name: str, sign: int, paced: bool, policy: Policy, stride: int) -> Policy | None:
-    """``paced``: prompts go on entering as fast per row."""
+    """``paced``: prompts enter as fast per row as before."""
     count = getattr(policy, name) + sign * stride
     if count < 1:
         return None
