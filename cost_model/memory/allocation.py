@@ -13,7 +13,7 @@ from math import ceil
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import expert_units, unit_slack_bytes, units_of
 from policies.common.errors import InfeasibleError, UsageError
-from policies.common.memory_units import GIB, SYSTEM_PAGE_BYTES
+from policies.common.memory_units import GIB, align_up
 from policies.placement import Placement, Residency, place_batches, place_pieces
 from policies.policy import Policy, Workload
 
@@ -168,7 +168,7 @@ def single_expert_bytes(arch: ModelArch) -> float:
 @lru_cache(maxsize=16)
 def entry_bytes(arch: ModelArch) -> int:
     """Room that a single expert takes where experts come on demand."""
-    return ceil((single_expert_bytes(arch) + unit_slack_bytes(arch.grouped(1))) / SYSTEM_PAGE_BYTES) * SYSTEM_PAGE_BYTES
+    return align_up(ceil(single_expert_bytes(arch) + unit_slack_bytes(arch.grouped(1))))
 
 
 def _look_ahead(arch: ModelArch, placement: Placement) -> int:

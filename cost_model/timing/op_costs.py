@@ -29,7 +29,7 @@ class Demanded:
     Attributes:
         read_s: from disk; of a layer that has experts there.
         copy_s, copy_last_s: to the device, while others are read, and the last one of the disk's afterwards.
-        ahead_s, last_s: computation of those that are at hand or come earlier, and of the last one.
+        ahead_s, last_s: computation of those that are cached or arrive earlier, and of the last one.
         unit_s: of a unit that lives on the device.
     """
 

@@ -15,7 +15,7 @@ import torch
 
 from flexmoe.checkpoint.safetensors import TensorInfo
 from flexmoe.errors import DataError
-from flexmoe.system.device import align_down, align_up
+from policies.common.memory_units import align_down, align_up
 
 DEVICE_ALIGNMENT = 256
 

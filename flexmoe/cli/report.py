@@ -137,8 +137,8 @@ def cache_lines(metrics: Mapping[str, Any]) -> list[str]:
     if not cache["on_demand_sweeps"]:
         return []
     return [
-        f"experts on demand in {cache['on_demand_sweeps']} of {metrics['sweeps']} sweeps: {cache['lookups']} asked for, "
-        f"{100 * cache['hit_rate']:.1f} % at hand ({cache['policy']}, room for {cache['experts']}), {cache['loads']} loads of "
+        f"experts on demand in {cache['on_demand_sweeps']} of {metrics['sweeps']} sweeps: {cache['lookups']} requested, "
+        f"{100 * cache['hit_rate']:.1f} % cached ({cache['policy']}, room for {cache['experts']}), {cache['loads']} loads of "
         f"{1e3 * cache['mean_load_s']:.1f} ms, {cache['evictions']} evictions"
     ]
 

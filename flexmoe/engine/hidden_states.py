@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from flexmoe.system.device import Device, align_up
+from flexmoe.system.device import Device
 from flexmoe.system.direct_io import DirectFile
 from flexmoe.system.trace import Recorder
+from policies.common.memory_units import align_up
 
 
 class Activations:

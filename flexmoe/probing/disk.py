@@ -16,11 +16,11 @@ from cost_model.hardware.link_curves import LinkCurve
 from flexmoe.errors import StorageError
 from flexmoe.probing.effort import Effort
 from flexmoe.probing.timing import best_of_rounds
-from flexmoe.system.device import Device, align_down
+from flexmoe.system.device import Device
 from flexmoe.system.direct_io import PIECE_BYTES, DirectFile, DiskPool, Transfer
 from flexmoe.system.machine import free_disk_bytes
 from flexmoe.system.trace import Recorder
-from policies.common.memory_units import SYSTEM_PAGE_BYTES
+from policies.common.memory_units import SYSTEM_PAGE_BYTES, align_down
 
 _UNIT_BYTES = 64 << 20
 _IN_FLIGHT = 8

@@ -14,9 +14,10 @@ import torch
 
 from flexmoe.probing.disk import probe_directory, random_buffers
 from flexmoe.probing.effort import Effort
-from flexmoe.system.device import Device, align_down
+from flexmoe.system.device import Device
 from flexmoe.system.direct_io import PIECE_BYTES, READ_THREADS, DirectFile, DiskPool, Transfer
 from flexmoe.system.trace import Recorder
+from policies.common.memory_units import align_down
 
 _SMALL_BYTES, _SMALL_TRANSFERS = 64 << 10, 128
 #: Pieces of the file that is read meanwhile; as many are under way as keep every thread busy.

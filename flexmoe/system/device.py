@@ -19,23 +19,13 @@ import torch
 
 from flexmoe.errors import InfeasibleError, UsageError
 from flexmoe.system.trace import Recorder
-from policies.common.memory_units import SYSTEM_PAGE_BYTES
+from policies.common.memory_units import SYSTEM_PAGE_BYTES, align_up
 
 _MADV_POPULATE_WRITE = 23
 Stream: TypeAlias = "torch.cuda.Stream"
 Event: TypeAlias = "torch.cuda.Event | NoEvent"
 #: Kernels are loaded when they are first used; NVML counts them and torch does not.
 _LATER_KERNELS_BYTES = 192 << 20
-
-
-def align_down(value: int) -> int:
-    """The page boundary at or below ``value``."""
-    return value // SYSTEM_PAGE_BYTES * SYSTEM_PAGE_BYTES
-
-
-def align_up(value: int) -> int:
-    """The page boundary at or above ``value``."""
-    return -(-value // SYSTEM_PAGE_BYTES) * SYSTEM_PAGE_BYTES
 
 
 class NoEvent:

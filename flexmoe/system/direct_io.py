@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from flexmoe.errors import DataError, StorageError
-from flexmoe.system.device import align_down, align_up
 from flexmoe.system.trace import Recorder
+from policies.common.memory_units import align_down, align_up
 
 PIECE_BYTES = 4 << 20
 READ_THREADS = 4

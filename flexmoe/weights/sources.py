@@ -19,9 +19,8 @@ from flexmoe.checkpoint.checkpoint import Checkpoint
 from flexmoe.checkpoint.safetensors import TensorInfo
 from flexmoe.checkpoint.unit_layout import Part, UnitLayout, unit_layout, views
 from flexmoe.errors import StorageError
-from flexmoe.system.device import align_up
 from flexmoe.system.direct_io import DirectFile, OnDone, Pending, Transfer, TransferQueue
-from policies.common.memory_units import SYSTEM_PAGE_BYTES
+from policies.common.memory_units import SYSTEM_PAGE_BYTES, align_up
 from policies.units import UnitId
 
 _WRITERS = 4

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 
 from flexmoe.checkpoint.unit_layout import views
-from flexmoe.system.device import align_up
 from flexmoe.weights.slots import Fetch, Slot, StagingSlot, needs_staging
 from flexmoe.weights.store import WeightStore, as_compute
 from flexmoe.weights.transfers import DirectTransfers, StagedTransfers, TransferThreads
+from policies.common.memory_units import align_up
 from policies.units import UnitId
 
 

@@ -37,7 +37,7 @@ class WeightFeed:
         store: homes of the units.
         arch: the shape, in the units of the run.
         units: the same units as the schedule wants them.
-        counts: slots and room of the cache.
+        allocation: slots and room of the cache.
         kind: one of `eviction.EXPERT_CACHES`.
         known: shares ``[layers, E]`` of another run, or None; a static cache needs them.
         overlap: False starts a transfer only when it is requested.
@@ -51,18 +51,18 @@ class WeightFeed:
         store: WeightStore,
         arch: ModelArch,
         units: SweepUnits,
-        counts: Allocation,
+        allocation: Allocation,
         *,
         kind: str = "lfu",
         known: np.ndarray | None = None,
         overlap: bool = True,
     ):
-        self._kind, own_bytes = kind, counts.cache_experts * entry_bytes(arch)
+        self._kind, own_bytes = kind, allocation.cache_experts * entry_bytes(arch)
         self._all = [step.unit for step in units.streamed()]
         self._stream = WeightStream(
-            store, self._all, counts.slots, counts.staging_slots, overlap=overlap, room_bytes=own_bytes
+            store, self._all, allocation.slots, allocation.staging_slots, overlap=overlap, room_bytes=own_bytes
         )
-        self._borrowed_bytes = max(0, counts.slots - KEPT_SLOTS) * self._stream.slot_bytes
+        self._borrowed_bytes = max(0, allocation.slots - KEPT_SLOTS) * self._stream.slot_bytes
         capacity = (self._borrowed_bytes + own_bytes) // entry_bytes(arch) if kind != "off" else 0
         self._rule, self._usage = OnDemand.of(arch, store.tier_of, capacity), Usage(arch, known)
         self._always = [step.unit for step in units.streamed(self._rule.layers)]
@@ -70,7 +70,7 @@ class WeightFeed:
         self._kept_staging = min(KEPT_SLOTS, staged, max(0, len(self._stream.staging) - 1))
         self._cache: ExpertCache | None = None
         if capacity >= FEWEST_CACHED and self._rule.layers:
-            self._cache = self._make_cache(store, units, counts.slots, capacity, entry_bytes(arch), known, overlap)
+            self._cache = self._make_cache(store, units, allocation.slots, capacity, entry_bytes(arch), known, overlap)
         self._counts: Sequence[int] = ()
         self._on_demand, self._in_sweep, self._on_demand_sweeps = False, False, 0
         self.trace: list[tuple[int, list[int]]] | None = None

@@ -23,9 +23,9 @@ from flexmoe.probing.effort import Effort, Heads
 from flexmoe.probing.facts import device_name, gpu_details
 from flexmoe.probing.measure import probe
 from flexmoe.probing.timing import best_s, repeat_s
-from flexmoe.system.device import Device, align_down
+from flexmoe.system.device import Device
 from flexmoe.system.direct_io import DirectFile
-from policies.common.memory_units import MIB
+from policies.common.memory_units import MIB, align_down
 from scripts.benchmark.probes import disk_rate
 from scripts.benchmark.worker import serve
 

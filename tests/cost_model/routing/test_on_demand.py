@@ -43,7 +43,7 @@ def test_missed_experts_are_those_touched_beyond_what_is_cached(arch):
     assert on_demand(arch, cached=every // 2).missed(shares, 1) == pytest.approx(arch.num_layers * arch.top_k / 2)
     assert on_demand(arch, cached=every).missed(shares, 1) == 0
     skewed = shares * 0.5
-    skewed[:, : arch.top_k] = 1.0  # always the same ones, which are at hand
+    skewed[:, : arch.top_k] = 1.0  # always the same ones, which are cached
     held = arch.num_layers * arch.top_k
     assert on_demand(arch, held).missed(skewed, 1) < 0.6 * on_demand(arch, held).missed(shares, 1)
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from flexmoe.errors import DataError, StorageError
-from flexmoe.system.device import Device, align_down, align_up
+from flexmoe.system.device import Device
 from flexmoe.system.direct_io import PIECE_BYTES, DirectFile, DiskPool, Pending, Transfer
 from flexmoe.system.trace import Recorder
 from policies.common.memory_units import SYSTEM_PAGE_BYTES as PAGE_BYTES
+from policies.common.memory_units import align_down, align_up
 
 REAL = {name: getattr(os, name) for name in ("open", "preadv", "pwritev", "fsync")}
 
