@@ -9,6 +9,7 @@ import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -106,7 +107,7 @@ def decode_rows(dtype: torch.dtype, effort: Effort) -> int:
     return max(1, min(effort.decode_rows, effort.buffer_bytes // 2 // row_bytes))
 
 
-def _rate(cases: list[tuple], amount: Callable[[AttentionCase], float], effort: Effort) -> float:
+def _rate(cases: list[tuple[Any, ...]], amount: Callable[[AttentionCase], float], effort: Effort) -> float:
     total, total_s = 0.0, 0.0
     for arguments in cases:
         case = AttentionCase(*arguments)

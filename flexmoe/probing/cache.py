@@ -10,6 +10,7 @@ import sys
 import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from cost_model.hardware.cache import PATTERN, cache_directory
 from cost_model.hardware.hardware import Gpu, Hardware
@@ -65,7 +66,7 @@ def _measured_apart(device: str, directory: Path) -> Hardware:
         with subprocess.Popen(
             command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
         ) as child:
-            for line in child.stderr:
+            for line in child.stderr or ():
                 last = line.strip() or last
                 log.info("%s", last)
         if child.returncode != 0:
@@ -77,8 +78,9 @@ def _measured_apart(device: str, directory: Path) -> Hardware:
 def _with_capacities(hardware: Hardware, device: Device, directory: Path) -> Hardware:
     now = capacities(device, directory)
     of_gpu = {each.name for each in fields(Gpu)}
-    gpu = replace(hardware.gpu, **{name: value for name, value in now.items() if name in of_gpu})
-    return replace(hardware, gpus=(gpu,), **{name: value for name, value in now.items() if name not in of_gpu})
+    of_the_gpu: dict[str, Any] = {name: value for name, value in now.items() if name in of_gpu}
+    of_the_host: dict[str, Any] = {name: value for name, value in now.items() if name not in of_gpu}
+    return replace(hardware, gpus=(replace(hardware.gpu, **of_the_gpu),), **of_the_host)
 
 
 def _load(path: Path) -> Hardware | None:

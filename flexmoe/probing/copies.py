@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from cost_model.hardware.link_curves import LinkCurve
-from flexmoe.probing.timing import best_of_rounds, best_s, repeat_s
-from flexmoe.system.device import Device
+from flexmoe.probing.timing import best_of_rounds, best_s, elapsed_s, repeat_s
+from flexmoe.system.device import Device, Event, Stream
 
 PIECES = 3  # a unit is copied tensor by tensor; an expert has three
 
@@ -24,7 +25,7 @@ class Lane:
 
     target: torch.Tensor
     source: torch.Tensor
-    stream: object = None
+    stream: Stream | None = None
 
     def pieces(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(target, source) of each tensor of the unit."""
@@ -91,7 +92,9 @@ def copy_curve(device: Device, nbytes: int, sizes: Sequence[int], seconds: float
         starts = range(0, nbytes - size + 1, size)
         lanes = [Lane(on_device[at : at + size], host[at : at + size], stream) for at in starts]
         pieces = (lane.pieces() for lane in lanes)
-        units = itertools.cycle([[(t, s) if device.is_cuda else (t.numpy(), s.numpy()) for t, s in p] for p in pieces])
+        units: Iterator[list[tuple[Any, Any]]] = itertools.cycle(
+            [[(t, s) if device.is_cuda else (t.numpy(), s.numpy()) for t, s in p] for p in pieces]
+        )
 
         def copy() -> None:
             for target, source in next(units):
@@ -159,9 +162,9 @@ def _ends_s(device: Device, lanes: Sequence[Lane], units: int) -> list[list[floa
     """When each unit of each lane had arrived, in seconds after the start they have in common."""
     start = device.event(timing=True)
     start.record()
-    marks: list[list] = [[] for _ in lanes]
+    marks: list[list[Event]] = [[] for _ in lanes]
     for lane in lanes:
-        lane.stream.wait_event(start)
+        cast(Stream, lane.stream).wait_event(cast("torch.cuda.Event", start))
     for _ in range(units):
         for lane, ends in zip(lanes, marks, strict=True):
             with device.on(lane.stream):
@@ -171,4 +174,4 @@ def _ends_s(device: Device, lanes: Sequence[Lane], units: int) -> list[list[floa
                 ends[-1].record(lane.stream)
     for ends in marks:
         ends[-1].synchronize()
-    return [[start.elapsed_time(end) / 1e3 for end in ends] for ends in marks]
+    return [[elapsed_s(start, end) for end in ends] for ends in marks]

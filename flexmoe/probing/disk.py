@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from flexmoe.errors import StorageError
 from flexmoe.probing.effort import Effort
 from flexmoe.probing.timing import best_of_rounds
 from flexmoe.system.device import Device
-from flexmoe.system.direct_io import PIECE_BYTES, DirectFile, DiskPool, Transfer
+from flexmoe.system.direct_io import PIECE_BYTES, DirectFile, DiskPool, Pending, Transfer
 from flexmoe.system.machine import free_disk_bytes
 from flexmoe.system.trace import Recorder
 from policies.common.memory_units import SYSTEM_PAGE_BYTES, align_down
@@ -108,14 +108,14 @@ def transfer(
     """
     pool, size = DiskPool(Recorder(), lane), buffers[0].numel()
     begin_s, begin_core_s = time.perf_counter(), time.process_time()
-    pending: list = []
+    pending: list[Pending] = []
     try:
         for i in range(max(1, nbytes // size)):
             if i >= len(buffers):
                 pending[i - len(buffers)].wait()
                 if time.perf_counter() - begin_s > seconds:
                     break
-            piece = Transfer(file, start + i * size, memoryview(buffers[i % len(buffers)].numpy()), size)
+            piece = Transfer(file, start + i * size, buffers[i % len(buffers)].numpy().data, size)
             pending.append(pool.submit([piece], lane))
         for each in pending:
             each.wait()
@@ -175,7 +175,7 @@ def file_bytes(directory: Path, effort: Effort) -> int:
 
 
 @contextlib.contextmanager
-def _nameless_file(directory: Path) -> Iterator[tuple[DirectFile, object]]:
+def _nameless_file(directory: Path) -> Iterator[tuple[DirectFile, Callable[[], None]]]:
     """A file without a name, and what makes the kernel drop its cached pages (O_DIRECT leaves none)."""
     path = directory / f"probe-{os.getpid()}-{time.monotonic_ns()}.bin"
     file = DirectFile(path, writable=True)

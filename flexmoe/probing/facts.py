@@ -43,7 +43,10 @@ def gpu_details(device: Device) -> dict[str, str | int]:
     """Memory, driver and link of the GPU; empty on cpu."""
     if not device.is_cuda:
         return {}
-    found = {"cuda": str(torch.version.cuda), "gpu_bytes": torch.cuda.mem_get_info(device.torch)[1]}
+    found: dict[str, str | int] = {
+        "cuda": str(torch.version.cuda),
+        "gpu_bytes": torch.cuda.mem_get_info(device.torch)[1],
+    }
     try:
         import pynvml as nvml
 

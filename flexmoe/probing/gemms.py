@@ -63,7 +63,7 @@ class Case:
     how many experts a call computes."""
 
     arch: ModelArch
-    bench: Callable
+    bench: Callable[..., contextlib.AbstractContextManager[Seconds]]
     elements: int
     work_bytes: int
     experts: int = 1
@@ -134,7 +134,9 @@ def _rates(
     tokens: tuple[int, ...] = (),
 ) -> GemmRates:
     """Curves of those sizes, from the smallest on, that fit the memory and the time; default tokens: the effort's."""
-    tokens, sizes, curves = tokens or effort.tokens[device.torch.type], [], []
+    tokens = tokens or effort.tokens[device.torch.type]
+    sizes: list[int] = []
+    curves: list[tuple[float, ...]] = []
     for case in cases:
         expected_s = sum(2 * n * case.elements / rate for n, rate in zip(tokens, curves[-1])) if curves else 0.0
         fits = case.elements * dtype.itemsize <= 0.99 * arena.nbytes and case.work_bytes <= _room(device, arena)
@@ -264,7 +266,15 @@ def dense_bench(
         lanes.close()
 
 
-def _dense_work(device, arch, dtype, lanes: KVLanes, cache: KVCache, sets, count: int) -> Callable[[], None]:
+def _dense_work(
+    device: Device,
+    arch: ModelArch,
+    dtype: torch.dtype,
+    lanes: KVLanes,
+    cache: KVCache,
+    sets: Iterator[dict[str, torch.Tensor]],
+    count: int,
+) -> Callable[[], None]:
     """What the executor's `project`, `attend` and `route` do for a batch of ``count`` tokens, attention left out."""
     math, (batch,) = family(arch), _batches(lanes, cache, count)
     rope = math.rope(batch.positions_T.to(device.torch), batch.lengths_T.to(device.torch), dtype)
@@ -279,7 +289,9 @@ def _dense_work(device, arch, dtype, lanes: KVLanes, cache: KVCache, sets, count
         h_TD.add_(y_TD)  # the output of the layer before's experts
         _, k, v = math.project(h_TD, weights, rope)
         lanes.append(0, batch, k, v)
-        _, x_TD[:], router_TE[:] = math.output(h_TD, attended_THd, weights)
+        _, x_TD[:], logits_TE = math.output(h_TD, attended_THd, weights)
+        if logits_TE is not None:
+            router_TE[:] = logits_TE
         ids_TK, weights_TK = math.route(router_TE)
         dispatch.route(ids_TK, weights_TK, dtype)
         y_TD.zero_()

@@ -11,9 +11,10 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -26,6 +27,7 @@ from flexmoe.probing.disk import DiskRates, file_bytes, probe_directory
 from flexmoe.probing.effort import Effort
 from flexmoe.probing.timing import fill_with_noise, noise, repeat_s
 from flexmoe.system.device import Device
+from flexmoe.system.direct_io import DirectFile
 from flexmoe.system.trace import Recorder
 from policies.admission.row_state import AttentionMode
 
@@ -69,7 +71,8 @@ class KVBench:
         self._batch = self._plan(contexts)
         self._past_bytes, self._new_bytes = (n * self._shape.token_bytes for n in (sum(contexts), new_tokens))
         q = noise(device, dtype, new_tokens, _QUERY_HEADS, _HEAD_DIM)
-        self._new = q, *(noise(device, dtype, new_tokens, _KV_HEADS, _HEAD_DIM) for _ in range(2))
+        k, v = (noise(device, dtype, new_tokens, _KV_HEADS, _HEAD_DIM) for _ in range(2))
+        self._new = q, k, v
         self._layer = 0
 
     def rates(self, seconds: float) -> KVRates:
@@ -85,7 +88,7 @@ class KVBench:
         """End the lanes' threads."""
         self._lanes.close()
 
-    def _each_s(self, work, seconds: float) -> float:
+    def _each_s(self, work: Callable[[], None], seconds: float) -> float:
         """A lane hands over results when they have arrived, so the host's clock is right on CUDA too."""
         return repeat_s(self._device, work, seconds, warm=_LAYERS)
 
@@ -164,7 +167,7 @@ class BlockBench:
         self._group = max(1, min(_GROUP, blocks, effort.buffer_bytes // 4 // self.block_bytes))
         count = blocks // self._group
         cache = KVCache(device, shape, {"gpu": 0, "cpu": 0, "disk": count * self._group}, 1, directory)
-        self._cache, self._file = cache, cache.file
+        self._cache, self._file = cache, cast(DirectFile, cache.file)  # it has disk pages
         self._disk = DiskKV(device, Recorder(), cache, self._group, self._group)
         self._new = tuple(torch.randn(self._group * PAGE_TOKENS, *heads).to(dtype) for _ in range(2))
         ids = iter(_scattered(count * self._group))
@@ -176,7 +179,8 @@ class BlockBench:
 
     def read_costs(self, seconds: float) -> tuple[float, float]:
         """Seconds and core-seconds of a block, read for about ``seconds``."""
-        took_s, groups, begin_core_s = [], itertools.cycle(self._groups), time.process_time()
+        took_s: list[float] = []
+        groups, begin_core_s = itertools.cycle(self._groups), time.process_time()
         while sum(took_s) < seconds or not took_s:
             index, begin_s = next(groups).read, time.perf_counter()
             self._disk.read(0, index, len(took_s) % 2)

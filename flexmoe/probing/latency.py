@@ -63,9 +63,9 @@ def disk_latency(device: Device, directory: Path, effort: Effort) -> Latency:
     with probe_directory(directory), contextlib.closing(DirectFile(path, writable=True)) as file:
         os.unlink(path)
         for number, buffer in enumerate(buffers):
-            file.write_from(memoryview(buffer.numpy()), number * piece)
+            file.write_from(buffer.numpy().data, number * piece)
         file.sync()
-        start, view = _PIECES * piece, memoryview(small.numpy())
+        start, view = _PIECES * piece, small.numpy().data
         alone_s = statistics.median(_small_transfers_s(file, view, start))
         with contextlib.closing(Reading(file, buffers, start)):
             return Latency(alone_s=alone_s, busy_s=statistics.fmean(_small_transfers_s(file, view, start)))
@@ -98,7 +98,7 @@ class Reading:
         self._piece_bytes = min(PIECE_BYTES, len(buffers[0]))
         self._pieces = nbytes // self._piece_bytes
         starts = range(0, len(buffers[0]) // self._piece_bytes * self._piece_bytes, self._piece_bytes)
-        memory = [memoryview(buffer.numpy()) for buffer in buffers]
+        memory = [buffer.numpy().data for buffer in buffers]
         self._views = [each[start : start + self._piece_bytes] for each in memory for start in starts]
         self._depth = min(2 * READ_THREADS, len(self._views))
         self._error: BaseException | None = None

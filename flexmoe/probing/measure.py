@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import Gpu, Hardware
 from cost_model.memory.allocation import PAGE_TOKENS
 from cost_model.model.weight_units import GROUPED_TOKENS
@@ -39,15 +41,15 @@ log = logging.getLogger(__name__)
 class Found:
     """Values by field of `Hardware` or `Gpu`, and where each comes from."""
 
-    values: dict = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
 
-    def put(self, source: str, **values) -> None:
+    def put(self, source: str, **values: Any) -> None:
         """Values that were measured in one way."""
         self.values |= values
         self.sources |= dict.fromkeys(values, source)
 
-    def of(self, kind: type) -> dict:
+    def of(self, kind: type[Gpu] | type[Hardware]) -> dict[str, Any]:
         """The values that are fields of ``kind``."""
         return {each.name: self.values[each.name] for each in fields(kind) if each.name in self.values}
 
@@ -213,7 +215,9 @@ def _attention(s: Setting, found: Found) -> None:
 
 
 def _linear(s: Setting, found: Found) -> None:
-    experts, grouped, dense = {}, {}, {}
+    experts: dict[int, GemmRates] = {}
+    grouped: dict[int, GemmRates] = {}
+    dense: dict[int, GemmRates] = {}
     room = min(s.effort.buffer_bytes, found.values["memory_bytes"] // 8) * 3 // 4
     for size, dtype in s.dtypes.items():
         arena = WeightArena(s.device, dtype, room)

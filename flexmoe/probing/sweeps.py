@@ -31,8 +31,9 @@ from flexmoe.probing.gemms import bench_arch, dense_bench, expert_bench
 from flexmoe.probing.timing import WeightArena
 from flexmoe.system.device import Device
 from flexmoe.weights.sources import DummySource
-from policies.policy import Policy, Workload
+from policies.policy import Policy
 from policies.schedule import SweepShape, SweepUnits, sweep
+from policies.workload import Workload
 
 _HEADS, _FFN, _EXPERTS, _VOCAB = Heads(hidden=64, heads=4, kv_heads=1, head_dim=16), 96, 4, 256
 _CONTEXT = 256

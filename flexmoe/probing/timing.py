@@ -7,12 +7,13 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
 
 from cost_model.hardware.link_curves import LinkCurve
-from flexmoe.checkpoint.unit_layout import pack, views
-from flexmoe.system.device import Device
+from flexmoe.checkpoint.unit_layout import Part, pack, views
+from flexmoe.system.device import Device, Event
 
 _MOST_CALLS = 1000
 _CURVE_ROUNDS = 3
@@ -27,6 +28,12 @@ def repeat_s(device: Device, work: Callable[[], object], seconds: float, *, warm
     for _ in range(warm):
         work()
     return _device_s(device, work, seconds) if device.is_cuda else _host_s(work, seconds, least)
+
+
+def elapsed_s(start: Event, end: Event) -> float:
+    """Seconds of the device between two events that were made with timing."""
+    milliseconds: float = cast("torch.cuda.Event", start).elapsed_time(cast("torch.cuda.Event", end))
+    return milliseconds / 1e3
 
 
 def best_s(work: Callable[[], object], rounds: int) -> float:
@@ -61,7 +68,7 @@ def _device_s(device: Device, work: Callable[[], object], seconds: float) -> flo
             work()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / count
+        return elapsed_s(start, end) / count
 
     estimate_s = run(3)
     calls = min(_MOST_CALLS, int(seconds / max(1e-6, estimate_s)))
@@ -104,7 +111,7 @@ class WeightArena:
         fill_with_noise(numbers, 1 << 22)
         numbers.mul_(scale)
 
-    def sets(self, parts, cycle_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
+    def sets(self, parts: Sequence[Part], cycle_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
         """The weights of one unit after another, for ever, from the first ``cycle_bytes``; at least one fits.
 
         Args:

@@ -45,10 +45,6 @@ class NoEvent:
         return True
 
 
-Event = torch.cuda.Event | NoEvent
-Stream = torch.cuda.Stream
-
-
 class Device:
     """A compute device with its streams, events and host buffers.
 
@@ -85,7 +81,7 @@ class Device:
 
     def stream(self) -> Stream | None:
         """A new CUDA stream; None on cpu."""
-        return torch.cuda.Stream(self.torch) if self.is_cuda else None  # type: ignore[no-untyped-call]
+        return torch.cuda.Stream(self.torch) if self.is_cuda else None
 
     def on(self, stream: Stream | None) -> contextlib.AbstractContextManager[object]:
         """Context in which kernels and copies go to ``stream`` (None: the current one)."""
@@ -93,7 +89,7 @@ class Device:
 
     def event(self, timing: bool = False) -> Event:
         """A new, unrecorded event. Who waits for it sleeps: a core that spins is one less for attention on the CPU."""
-        return torch.cuda.Event(enable_timing=timing, blocking=True) if self.is_cuda else NoEvent()  # type: ignore[no-untyped-call]
+        return torch.cuda.Event(enable_timing=timing, blocking=True) if self.is_cuda else NoEvent()
 
     def record(self, stream: Stream | None = None) -> Event:
         """An event recorded now on ``stream`` (None: the current one)."""
@@ -150,7 +146,7 @@ class Device:
         buffer = torch.frombuffer(pages, dtype=torch.uint8)
         if pinned and self.is_cuda:
             _populate(buffer.data_ptr(), size)
-            code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))  # type: ignore[no-untyped-call]
+            code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
             if code != 0:
                 raise InfeasibleError(
                     f"the CUDA driver cannot lock {size / 2**30:.2f} GiB of host memory (error {code}); "
@@ -205,7 +201,7 @@ class _Pages(mmap.mmap):
     def __del__(self) -> None:
         if self.registered_at:
             with contextlib.suppress(Exception):  # at the interpreter's end torch may be gone already
-                torch.cuda.cudart().cudaHostUnregister(self.registered_at)  # type: ignore[no-untyped-call]
+                torch.cuda.cudart().cudaHostUnregister(self.registered_at)
 
 
 def _map_pages(size: int, shared: bool) -> _Pages:
