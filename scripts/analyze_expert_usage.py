@@ -65,12 +65,27 @@ def balance_table(stats: RouterStats, top: int) -> list[str]:
     Args:
         top: experts and pairs to name.
     """
-    head = ["layer", "max/mean", "cv", "variance", "entropy", "of even", "unused", "/".join(f"{100 * c:.0f}%" for c in CARRIED)]  # fmt: skip
+    head = [
+        "layer",
+        "max/mean",
+        "cv",
+        "variance",
+        "entropy",
+        "of even",
+        "unused",
+        "/".join(f"{100 * c:.0f}%" for c in CARRIED),
+    ]
     rows = [[*head, "chosen most", "chosen together most"]]
     for layer in stats.layers:
         b, counts_E = stats.balance(layer), stats.counts[layer]
-        numbers = [f"{b.max_over_mean:.2f}", f"{b.variation:.2f}", f"{b.variance:.4g}", f"{b.entropy_bits:.2f}",
-                   f"{100 * b.relative_entropy:.1f}%", str(len(b.unused_experts))]  # fmt: skip
+        numbers = [
+            f"{b.max_over_mean:.2f}",
+            f"{b.variation:.2f}",
+            f"{b.variance:.4g}",
+            f"{b.entropy_bits:.2f}",
+            f"{100 * b.relative_entropy:.1f}%",
+            str(len(b.unused_experts)),
+        ]
         few = "/".join(str(carriers(counts_E, part)) for part in CARRIED)
         hottest = np.argsort(-counts_E, kind="stable")[:top].tolist()
         named = " ".join(f"{e}:{100 * counts_E[e] / stats.tokens:.1f}%" for e in hottest)

@@ -31,9 +31,15 @@ from scripts.benchmark.worker import WorkerError
 
 Section = Callable[[Bench], tuple[list[Figure], dict]]
 SECTIONS: dict[str, Section] = {
-    "check": check, "memory": memory, "steady": steady, "limit": limit, "rows": rows, "resident": resident,
-    "ragged": ragged, "offload": offload,
-}  # fmt: skip
+    "check": check,
+    "memory": memory,
+    "steady": steady,
+    "limit": limit,
+    "rows": rows,
+    "resident": resident,
+    "ragged": ragged,
+    "offload": offload,
+}
 
 
 def _parser() -> argparse.ArgumentParser:

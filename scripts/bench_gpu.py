@@ -34,9 +34,13 @@ from scripts.gpu.validate import DESCRIPTION, validate
 
 Stage = Callable[[Context], tuple[list[Figure], dict]]
 STAGES: dict[str, Stage] = {
-    "parity": parity, "probe": probe, "16": lambda run: capped(run, 16), "24": lambda run: capped(run, 24),
-    "validate": validate, "peer": peer,
-}  # fmt: skip
+    "parity": parity,
+    "probe": probe,
+    "16": lambda run: capped(run, 16),
+    "24": lambda run: capped(run, 24),
+    "validate": validate,
+    "peer": peer,
+}
 
 
 def _parser() -> argparse.ArgumentParser:

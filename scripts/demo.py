@@ -73,8 +73,13 @@ def main(argv: list[str]) -> int:
 
 def command(setting: Setting, checkpoint: Path, home: Path) -> list[str]:
     """The arguments of ``python -m flexmoe.run``."""
-    files = {"-i": "requests.jsonl", "-o": "completions.jsonl", "--trace": "trace.json", "--metrics-json": "metrics.json",
-             "--offload-dir": "offload"}  # fmt: skip
+    files = {
+        "-i": "requests.jsonl",
+        "-o": "completions.jsonl",
+        "--trace": "trace.json",
+        "--metrics-json": "metrics.json",
+        "--offload-dir": "offload",
+    }
     args = [
         "--model",
         str(checkpoint),

@@ -185,11 +185,18 @@ def _exponent(text: str) -> float:
 
 
 _SHAPE_FLAGS = {
-    "--hidden": "hidden_size", "--ffn": "intermediate_size", "--layers": "num_hidden_layers",
-    "--experts": "num_local_experts", "--top-k": "num_experts_per_tok", "--heads": "num_attention_heads",
-    "--kv-heads": "num_key_value_heads", "--vocab": "vocab_size", "--head-dim": "head_dim",
-    "--sliding-window": "sliding_window", "--max-position": "max_position_embeddings",
-}  # fmt: skip
+    "--hidden": "hidden_size",
+    "--ffn": "intermediate_size",
+    "--layers": "num_hidden_layers",
+    "--experts": "num_local_experts",
+    "--top-k": "num_experts_per_tok",
+    "--heads": "num_attention_heads",
+    "--kv-heads": "num_key_value_heads",
+    "--vocab": "vocab_size",
+    "--head-dim": "head_dim",
+    "--sliding-window": "sliding_window",
+    "--max-position": "max_position_embeddings",
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -210,13 +217,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shard-size", type=_size_bytes, default=DEFAULT_SHARD_BYTES, help="default: 200MB")
     parser.add_argument("--seed", type=_count(0), default=0)
     parser.add_argument(
-        "--router-skew", type=_exponent, default=0.0, metavar="S",
+        "--router-skew",
+        type=_exponent,
+        default=0.0,
+        metavar="S",
         help="routers choose experts by about a Zipf law of this exponent, in another order in every layer (default: 0, alike)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--router-topics", type=_count(1), default=1, metavar="N",
+        "--router-topics",
+        type=_count(1),
+        default=1,
+        metavar="N",
         help="the vocabulary falls into N contiguous parts with favourites of their own; a text stays in its part (default: 1)",
-    )  # fmt: skip
+    )
     parser.add_argument("--tokenizer", action=argparse.BooleanOptionalAction, default=True)
     return parser
 

@@ -11,9 +11,18 @@ from cost_model.model.known_shapes import known_config, read_config
 from policies.common.errors import DataError
 
 _COUNTS = (
-    "num_layers", "hidden", "ffn", "num_experts", "top_k", "num_heads", "num_kv_heads", "head_dim",
-    "vocab_size", "max_position", "dtype_bytes",
-)  # fmt: skip
+    "num_layers",
+    "hidden",
+    "ffn",
+    "num_experts",
+    "top_k",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position",
+    "dtype_bytes",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,13 +256,23 @@ class ModelArch:
     def fingerprint(self) -> dict[str, str | int | list[int]]:
         """What must agree between the model of a policy and the given model; what a model lacks is left out."""
         fields = (
-            "model_type", "hidden", "num_layers", "num_experts", "top_k", "num_heads", "num_kv_heads", "head_dim",
-            "ffn", "vocab_size",
-        )  # fmt: skip
+            "model_type",
+            "hidden",
+            "num_layers",
+            "num_experts",
+            "top_k",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "ffn",
+            "vocab_size",
+        )
         optional = {
-            "attention_bias": self.attention_bias, "head_bias": self.head_bias,
-            "dense_layers": list(self.dense_layers), "dense_ffn": self.dense_ffn,
-        }  # fmt: skip
+            "attention_bias": self.attention_bias,
+            "head_bias": self.head_bias,
+            "dense_layers": list(self.dense_layers),
+            "dense_ffn": self.dense_ffn,
+        }
         return {f: getattr(self, f) for f in fields} | {f: value for f, value in optional.items() if value}
 
     @property

@@ -15,14 +15,36 @@ from flexmoe.job.identity import versions
 
 # What a start that found nothing to run has to say, by kind.
 _NUMBERS = (
-    "elapsed_time", "num_requests", "total_num_tokens", "requests_per_second", "tokens_per_second", "sweeps", "wall_s",
-    "prompt_tokens", "generated_tokens", "run_tokens", "computed_tokens", "prefill_s", "decode_s", "decode_only_tokens",
-    "mean_rows_in_flight", "most_rows_in_flight", "restarts", "weights_stall_s", "prefill_tokens", "decode_tokens",
-    "padding_fraction", "peak_gpu_bytes",
-)  # fmt: skip
+    "elapsed_time",
+    "num_requests",
+    "total_num_tokens",
+    "requests_per_second",
+    "tokens_per_second",
+    "sweeps",
+    "wall_s",
+    "prompt_tokens",
+    "generated_tokens",
+    "run_tokens",
+    "computed_tokens",
+    "prefill_s",
+    "decode_s",
+    "decode_only_tokens",
+    "mean_rows_in_flight",
+    "most_rows_in_flight",
+    "restarts",
+    "weights_stall_s",
+    "prefill_tokens",
+    "decode_tokens",
+    "padding_fraction",
+    "peak_gpu_bytes",
+)
 _OF_SWEEPS = (
-    "rows_in_flight", "tokens_per_sweep", "generated_tokens_per_sweep", "prompt_tokens_per_sweep", "sweep_s",
-)  # fmt: skip
+    "rows_in_flight",
+    "tokens_per_sweep",
+    "generated_tokens_per_sweep",
+    "prompt_tokens_per_sweep",
+    "sweep_s",
+)
 _OF_PARTS = ("lanes", "memory", "moved_bytes", "peak_bytes", "expert_cache")
 _OF_ENGINE = ("predicted", "achieved_weight_percent", "policy", "workload", "device", "dtype")
 

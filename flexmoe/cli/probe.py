@@ -28,8 +28,14 @@ _EPILOG = """\
 exit codes: 0 ok, 1 internal, 2 usage, 4 too little memory, 74 I/O error or disk full, 130 interrupted
 """
 #: Field endings, what they are shown in, and how many of them make one of that.
-_UNITS = {"_core_s_per_byte": ("core-s/GB", 1e-9), "flops_per_s": ("GFLOP/s", 1e9), "bytes_per_s": ("GB/s", 1e9),
-          "_bytes": ("GB", 1e9), "_core_s": ("core-us", 1e-6), "_s": ("us", 1e-6)}  # fmt: skip
+_UNITS = {
+    "_core_s_per_byte": ("core-s/GB", 1e-9),
+    "flops_per_s": ("GFLOP/s", 1e9),
+    "bytes_per_s": ("GB/s", 1e9),
+    "_bytes": ("GB", 1e9),
+    "_core_s": ("core-us", 1e-6),
+    "_s": ("us", 1e-6),
+}
 _SHOWN_TOKENS = (1, 8, 64, 512, 4096)
 
 

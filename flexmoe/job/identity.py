@@ -25,9 +25,19 @@ _SAMPLED_TENSORS, _SAMPLE_BYTES = 512, 4096
 _NOTES = ("_name_or_path", "transformers_version")
 _PACKAGES = ("flexmoe", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 def model_identity(model: Model) -> dict[str, str]:

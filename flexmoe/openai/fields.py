@@ -22,25 +22,63 @@ INTEGERS = ("n", "top_k", "seed")
 #: Two names of one limit; the second is OpenAI's newer one.
 LIMITS = ("max_tokens", "max_completion_tokens")
 OTHERS = (
-    "logprobs", "top_logprobs", "stop", "stop_token_ids", "logit_bias", "ignore_eos", "echo", "best_of",
-    "return_token_ids", "chat_template_kwargs", "model", "prompt", "messages",
-)  # fmt: skip
+    "logprobs",
+    "top_logprobs",
+    "stop",
+    "stop_token_ids",
+    "logit_bias",
+    "ignore_eos",
+    "echo",
+    "best_of",
+    "return_token_ids",
+    "chat_template_kwargs",
+    "model",
+    "prompt",
+    "messages",
+)
 #: They are OpenAI's housekeeping and change no completion.
-HARMLESS = frozenset({
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prompt_cache_options", "parallel_tool_calls",
-})  # fmt: skip
+HARMLESS = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "prompt_cache_options",
+        "parallel_tool_calls",
+    }
+)
 #: Fields whose listed values ask for nothing; any other value is refused for the row.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "stream": (None, False), "stream_options": (None,), "tools": (None, []), "tool_choice": (None, "none", "auto"),
-    "functions": (None, []), "function_call": (None, "none", "auto"), "response_format": (None, {"type": "text"}),
-    "suffix": (None, ""), "modalities": (None, ["text"]), "audio": (None,), "prediction": (None,),
-    "web_search_options": (None,), "moderation": (None,), "reasoning_effort": (None,), "verbosity": (None,),
-    "add_generation_prompt": (None, True), "continue_final_message": (None, False), "add_special_tokens": (None,),
-    "skip_special_tokens": (None, True), "spaces_between_special_tokens": (None, True), "min_tokens": (None, 0),
-    "include_stop_str_in_output": (None, False), "use_beam_search": (None, False), "length_penalty": (None, 1),
-    "prompt_logprobs": (None,), "priority": (None, 0),
-}  # fmt: skip
+    "stream": (None, False),
+    "stream_options": (None,),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "suffix": (None, ""),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "web_search_options": (None,),
+    "moderation": (None,),
+    "reasoning_effort": (None,),
+    "verbosity": (None,),
+    "add_generation_prompt": (None, True),
+    "continue_final_message": (None, False),
+    "add_special_tokens": (None,),
+    "skip_special_tokens": (None, True),
+    "spaces_between_special_tokens": (None, True),
+    "min_tokens": (None, 0),
+    "include_stop_str_in_output": (None, False),
+    "use_beam_search": (None, False),
+    "length_penalty": (None, 1),
+    "prompt_logprobs": (None,),
+    "priority": (None, 0),
+}
 KNOWN = frozenset((*NUMBERS, *INTEGERS, *LIMITS, *OTHERS))
 #: Variables that the chat template gets from elsewhere.
 _TEMPLATE_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")

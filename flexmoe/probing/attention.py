@@ -47,8 +47,14 @@ class AttentionCase:
     """
 
     def __init__(
-        self, device: Device, on_host: bool, dtype: torch.dtype, heads: tuple[int, int, int], runs: list[int], contexts: list[int]
-    ):  # fmt: skip
+        self,
+        device: Device,
+        on_host: bool,
+        dtype: torch.dtype,
+        heads: tuple[int, int, int],
+        runs: list[int],
+        contexts: list[int],
+    ):
         query_heads, kv_heads, size = heads
         per_row = [-(-n // PAGE_TOKENS) for n in contexts]
         shape = (_LAYERS, 2, sum(per_row), PAGE_TOKENS, kv_heads, size)

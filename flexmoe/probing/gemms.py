@@ -51,10 +51,25 @@ def bench_arch(
 ) -> ModelArch:
     """A shape of the first family with one given attention module and expert width."""
     return ModelArch(
-        name="probe", model_type="mixtral", num_layers=layers, hidden=heads.hidden, ffn=ffn, num_experts=experts,
-        top_k=_TOP_K, num_heads=heads.heads, num_kv_heads=heads.kv_heads, head_dim=heads.head_dim, vocab_size=vocab,
-        max_position=4096, sliding_window=None, tied=False, dtype_bytes=2, norm_eps=1e-5, rope_theta=1e6, group=group,
-    )  # fmt: skip
+        name="probe",
+        model_type="mixtral",
+        num_layers=layers,
+        hidden=heads.hidden,
+        ffn=ffn,
+        num_experts=experts,
+        top_k=_TOP_K,
+        num_heads=heads.heads,
+        num_kv_heads=heads.kv_heads,
+        head_dim=heads.head_dim,
+        vocab_size=vocab,
+        max_position=4096,
+        sliding_window=None,
+        tied=False,
+        dtype_bytes=2,
+        norm_eps=1e-5,
+        rope_theta=1e6,
+        group=group,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -134,16 +134,31 @@ def timed_sweeps(
     """
     last = context + _WARM + sweeps + 2
     policy = Policy.from_percent(
-        (*weights, *cache, 100, 0), gpu_batch_size=batch_rows, num_gpu_batches=len(gpu_batches(rows, batch_rows)), prompt_len=context,
-        gen_len=last - context, prefill_tokens=1,
-    )  # fmt: skip
+        (*weights, *cache, 100, 0),
+        gpu_batch_size=batch_rows,
+        num_gpu_batches=len(gpu_batches(rows, batch_rows)),
+        prompt_len=context,
+        gen_len=last - context,
+        prefill_tokens=1,
+    )
     config = EngineConfig(
-        policy=policy, workload=Workload(prompt_len=context, gen_len=last - context), kv_tokens=rows * (last + 16),
-        device=str(device.torch), dtype=str(dtype).removeprefix("torch."), offload_dir=directory, longest_row=last,
-    )  # fmt: skip
+        policy=policy,
+        workload=Workload(prompt_len=context, gen_len=last - context),
+        kv_tokens=rows * (last + 16),
+        device=str(device.torch),
+        dtype=str(dtype).removeprefix("torch."),
+        offload_dir=directory,
+        longest_row=last,
+    )
     model = _TinyModel(
-        arch=arch, family=family(arch), stored_dtype=dtype, config={}, generation_config={}, directory=None, checkpoint=None
-    )  # fmt: skip
+        arch=arch,
+        family=family(arch),
+        stored_dtype=dtype,
+        config={},
+        generation_config={},
+        directory=None,
+        checkpoint=None,
+    )
     engine = Engine(model, config)
     try:
         params = SamplingParams(max_tokens=last - context, ignore_eos=True)

@@ -96,9 +96,12 @@ def ragged_load(bench: Bench) -> Job:
     """The ragged load of the comparisons: always the same prompts."""
     scale = bench.scale
     return loads.ragged_job(
-        rows=scale.ragged_rows, vocab=bench.arch.vocab_size, seed=3, longest_prompt=scale.ragged_prompt,
+        rows=scale.ragged_rows,
+        vocab=bench.arch.vocab_size,
+        seed=3,
+        longest_prompt=scale.ragged_prompt,
         longest_new=scale.ragged_new,
-    )  # fmt: skip
+    )
 
 
 def _ragged(bench: Bench, engine: Worker, peer: Worker) -> tuple[list[Figure], dict]:

@@ -36,9 +36,19 @@ class Scale:
 
 
 QUICK = Scale(
-    repeats=1, run_s=2.0, probe_bytes=200 << 20, gemm_s=0.2, sizes=(1, 8), prompt_rows=8, ragged_rows=16,
-    ragged_prompt=32, ragged_new=8, peer_batches=(4, 8, 16), resident_bytes=120 << 20, steady_rows=64,
-)  # fmt: skip
+    repeats=1,
+    run_s=2.0,
+    probe_bytes=200 << 20,
+    gemm_s=0.2,
+    sizes=(1, 8),
+    prompt_rows=8,
+    ragged_rows=16,
+    ragged_prompt=32,
+    ragged_new=8,
+    peer_batches=(4, 8, 16),
+    resident_bytes=120 << 20,
+    steady_rows=64,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +124,14 @@ class Bench:
         mean = [max(1, job.prompt_tokens // job.rows), max(1, job.new_tokens // job.rows)]
         options = {"kv_tokens": job.kv_tokens, "model": str(self.model), "offload_dir": self.offload} | options
         return engine.ask(
-            "open", name=name, weights=weights, rows=rows or job.rows, prefill_tokens=job.prefill_tokens, lengths=mean,
+            "open",
+            name=name,
+            weights=weights,
+            rows=rows or job.rows,
+            prefill_tokens=job.prefill_tokens,
+            lengths=mean,
             **options,
-        )  # fmt: skip
+        )
 
     def run(self, engine: Worker, name: str, job: Job, **options) -> dict:
         """Run the job on an open `LLM`."""

@@ -49,7 +49,7 @@ def _pair(
         sweep_s = bench.expert_bytes / disk_rate
         job = loads.size_job(
             kind, disk_s=sweep_s, compute=compute, run_s=bench.scale.run_s, vocab=bench.arch.vocab_size, seed=seed
-        )  # fmt: skip
+        )
         bench.open(engine, "disk", job, EXPERTS_ON_DISK)
         before = bench.probe()
         disk_rate = before["best"]
@@ -109,10 +109,16 @@ def _bare(bench: Bench, kind: str, pairs: list[dict]) -> dict | None:
     with Worker("scripts.benchmark.bare") as bare:
         before = bench.probe()
         result = bare.ask(
-            "run", paths=bench.shards, hidden=arch.hidden, ffn=arch.ffn, units=arch.num_layers * arch.num_experts,
-            sweeps=last["fewest_sweeps"], threads=before["threads"], compute_s=last["compute_s"],
+            "run",
+            paths=bench.shards,
+            hidden=arch.hidden,
+            ffn=arch.ffn,
+            units=arch.num_layers * arch.num_experts,
+            sweeps=last["fewest_sweeps"],
+            threads=before["threads"],
+            compute_s=last["compute_s"],
             calibrate_s=bench.scale.gemm_s,
-        )  # fmt: skip
+        )
         after = bench.probe()
     rate = (before["best"] + after["best"]) / 2
     result |= {"before": before, "after": after, "disk_s": result["disk_bytes"] / rate}
@@ -176,11 +182,17 @@ def rows(bench: Bench) -> tuple[list[Figure], dict]:
             compute_s = bench.resident_run(engine, job)["wall_s"]
             points.append(
                 {
-                    "rows": count, "tokens_per_s": job.new_tokens / result["wall_s"], "wall_s": result["wall_s"],
-                    "disk_s": disk_s, "compute_s": compute_s, "limit": job.new_tokens / max(disk_s, compute_s),
-                    "read_bytes": result["disk_bytes"], "before": before, "after": after,
+                    "rows": count,
+                    "tokens_per_s": job.new_tokens / result["wall_s"],
+                    "wall_s": result["wall_s"],
+                    "disk_s": disk_s,
+                    "compute_s": compute_s,
+                    "limit": job.new_tokens / max(disk_s, compute_s),
+                    "read_bytes": result["disk_bytes"],
+                    "before": before,
+                    "after": after,
                 }
-            )  # fmt: skip
+            )
             bench.say(f"{count} rows: {points[-1]['tokens_per_s']:.2f} tokens/s, limit {points[-1]['limit']:.2f}")
     _plot(bench, points)
     return [_row_figure(point) for point in points], {"points": points}

@@ -38,9 +38,14 @@ def _balanced(bench: Bench, engine: Worker, peer: Worker, drop: tuple[str, ...])
     engine.ask("close", name="few")
     first = bench.probe()
     job = loads.size_job(
-        "balanced", disk_s=disk_bytes / first["best"], compute=compute, run_s=bench.scale.run_s,
-        vocab=bench.arch.vocab_size, seed=6, ragged=False,
-    )  # fmt: skip
+        "balanced",
+        disk_s=disk_bytes / first["best"],
+        compute=compute,
+        run_s=bench.scale.run_s,
+        vocab=bench.arch.vocab_size,
+        seed=6,
+        ragged=False,
+    )
     bench.open(engine, "few", job, bench.scale.resident_bytes)
     ours = []
     for _ in range(min(3, bench.scale.repeats)):
@@ -55,9 +60,14 @@ def _balanced(bench: Bench, engine: Worker, peer: Worker, drop: tuple[str, ...])
     theirs_s = _batch(peer, job.prompts, job.fewest_sweeps, drop)
     bench.say(f"balanced: accelerate {theirs_s:.1f} s for one batch of {job.rows}; C {compute_s:.1f} s")
     return _balanced_figure(bench, job, ours, theirs_s, compute_s), {
-        "ours": ours, "theirs_s": theirs_s, "compute_s": compute_s, "rows": job.rows, "new_tokens": job.new_tokens,
-        "steps": job.fewest_sweeps, "prompt_tokens": job.prompt_tokens,
-    }  # fmt: skip
+        "ours": ours,
+        "theirs_s": theirs_s,
+        "compute_s": compute_s,
+        "rows": job.rows,
+        "new_tokens": job.new_tokens,
+        "steps": job.fewest_sweeps,
+        "prompt_tokens": job.prompt_tokens,
+    }
 
 
 def _balanced_figure(bench: Bench, job: Job, ours: list[dict], theirs_s: float, compute_s: float) -> Figure:
@@ -135,9 +145,13 @@ def _project(bench: Bench, peer: Worker, job: Job, drop: tuple[str, ...]) -> dic
     }
     bench.say(f"ragged: accelerate projected at {', '.join(f'{size}: {s:.0f} s' for size, s in projected.items())}")
     return {
-        "projected_s": projected, "steps_s": steps_s, "prefills_s": prefills_s, "long_prefill_s": long_s,
-        "prefill_fixed_s": fixed_s, "prefill_token_s": token_s,
-    }  # fmt: skip
+        "projected_s": projected,
+        "steps_s": steps_s,
+        "prefills_s": prefills_s,
+        "long_prefill_s": long_s,
+        "prefill_fixed_s": fixed_s,
+        "prefill_token_s": token_s,
+    }
 
 
 def _all_batches(bench: Bench, peer: Worker, job: Job, size: int, drop: tuple[str, ...]) -> float:

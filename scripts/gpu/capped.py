@@ -35,9 +35,14 @@ def capped(run: Context, cap_gb: int) -> tuple[list[Figure], dict]:
             run.say(f"{name}: {chosen.policy}; {_expected(chosen)}")
             trace = run.out / f"gpu-{cap_gb}-{name.replace('/', '-')}.trace.json"
             measured = worker.ask(
-                "steady", **engine_arguments(run, run.model, chosen.policy, workload, cap, run.host_bytes), warm=WARM,
-                timed=TIMED, rows=chosen.rows, deadline_s=run.left_s() / (len(run.workloads) - place), trace=str(trace),
-            )  # fmt: skip
+                "steady",
+                **engine_arguments(run, run.model, chosen.policy, workload, cap, run.host_bytes),
+                warm=WARM,
+                timed=TIMED,
+                rows=chosen.rows,
+                deadline_s=run.left_s() / (len(run.workloads) - place),
+                trace=str(trace),
+            )
         raw[name] = {
             "policy": asdict(chosen.policy),
             "budget": asdict(budget),
@@ -62,9 +67,13 @@ def engine_arguments(
     """What a worker needs to open the engine."""
     budgets = {"gpu_mem": cap / GIB, "cpu_mem": host_bytes / GIB, "nvme_mem": run.disk_bytes / GIB}
     return {
-        "model": model, "policy": asdict(policy), "lengths": [workload.prompt_len, workload.gen_len],
-        "budgets": budgets, "device": run.device, "offload_dir": str(run.workdir / "offload"),
-    }  # fmt: skip
+        "model": model,
+        "policy": asdict(policy),
+        "lengths": [workload.prompt_len, workload.gen_len],
+        "budgets": budgets,
+        "device": run.device,
+        "offload_dir": str(run.workdir / "offload"),
+    }
 
 
 def tokens_figure(what: str, value: float, beside: str, against: float, target: float | None = None) -> Figure:
@@ -129,11 +138,21 @@ def _predicted(name: str, prediction: Prediction, measured: Mapping) -> list[Fig
     rate, sweeps = _rate(measured), measured["sweeps"]
     error = prediction.tokens_per_s / rate - 1
     figures = [
-        tokens_figure(f"{name}: measured against predicted", rate, f"predicted: {prediction.tokens_per_s:.2f} tok/s",
-                      prediction.tokens_per_s),
-        Figure(what=f"{name}: error of the prediction", value=f"{100 * error:+.1f} %", beside="what was measured",
-               ratio=abs(error), target=WORST_TARGET, at_most=True),
-    ]  # fmt: skip
+        tokens_figure(
+            f"{name}: measured against predicted",
+            rate,
+            f"predicted: {prediction.tokens_per_s:.2f} tok/s",
+            prediction.tokens_per_s,
+        ),
+        Figure(
+            what=f"{name}: error of the prediction",
+            value=f"{100 * error:+.1f} %",
+            beside="what was measured",
+            ratio=abs(error),
+            target=WORST_TARGET,
+            at_most=True,
+        ),
+    ]
     for lane in sorted({*prediction.lanes_s, *measured["lanes"]}):
         did = measured["lanes"].get(lane, {"active_s": 0.0, "busy_s": 0.0, "bytes": 0})
         expected_s = prediction.lanes_s.get(lane, 0.0) * prediction.sweep_s / prediction.wall_s

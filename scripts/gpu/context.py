@@ -19,8 +19,14 @@ from scripts.gpu.limit import Rates
 
 WORKLOADS = (Workload(prompt_len=512, gen_len=256), Workload(prompt_len=77, gen_len=128))
 REHEARSED = (Workload(prompt_len=24, gen_len=8),)
-TINY = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8,
-        "num_key_value_heads": 2, "vocab_size": 1000}  # fmt: skip
+TINY = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+}
 GEMM_TOKENS = [1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
 
 

@@ -23,8 +23,15 @@ from flexmoe.system.trace import Recorder
 from scripts.benchmark.worker import serve
 
 PAD = 0
-ATTENTION = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
-             "input_norm": "input_layernorm", "post_norm": "post_attention_layernorm", "router": "mlp.gate"}  # fmt: skip
+ATTENTION = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "input_norm": "input_layernorm",
+    "post_norm": "post_attention_layernorm",
+    "router": "mlp.gate",
+}
 
 
 class Peer:

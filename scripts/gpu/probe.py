@@ -109,9 +109,13 @@ def host(device: str, model: str, scale: float = 1.0) -> dict:
     )
     under, copied = _under_copies(dev, case, lane)
     return {
-        "read": max(best.values()), "reads": best, "attention": alone, "attention_under_copies": under,
-        "copies_under_attention": copied, "threads": torch.get_num_threads(),
-    }  # fmt: skip
+        "read": max(best.values()),
+        "reads": best,
+        "attention": alone,
+        "attention_under_copies": under,
+        "copies_under_attention": copied,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def disk(directory: str, nbytes: int, device: str) -> dict:

@@ -140,27 +140,40 @@ def peer(run: Context) -> tuple[list[Figure], dict]:
             at_most=True,
         ),
         tokens_figure(
-            f"{name}, whole job of {rows} rows, generated e2e ({scale})", our_rate,
-            f"transformers + accelerate, {theirs['rows']} rows (its largest batch): {their_rate:.2f} tok/s", their_rate,
+            f"{name}, whole job of {rows} rows, generated e2e ({scale})",
+            our_rate,
+            f"transformers + accelerate, {theirs['rows']} rows (its largest batch): {their_rate:.2f} tok/s",
+            their_rate,
         ),
         tokens_figure(
             f"{name}: the same", our_rate, f"predicted: {predicted.tokens_per_s:.2f} tok/s", predicted.tokens_per_s
         ),
         tokens_figure(
-            f"{name}: the same", our_rate,
-            f"limit of the policy's own bytes, steady state: {choice.limit.tokens_per_s:.1f} tok/s", choice.limit.tokens_per_s,
+            f"{name}: the same",
+            our_rate,
+            f"limit of the policy's own bytes, steady state: {choice.limit.tokens_per_s:.1f} tok/s",
+            choice.limit.tokens_per_s,
         ),
-    ], {"ours": ours, "theirs": theirs, "policy": asdict(choice.policy), "predicted": choice.prediction.to_json(),
-        "own_limit": choice.limit.to_json(), "hardware": hardware.to_json(),
-        "scaling": "time and bytes of a sweep are proportional to the layers"}  # fmt: skip
+    ], {
+        "ours": ours,
+        "theirs": theirs,
+        "policy": asdict(choice.policy),
+        "predicted": choice.prediction.to_json(),
+        "own_limit": choice.limit.to_json(),
+        "hardware": hardware.to_json(),
+        "scaling": "time and bytes of a sweep are proportional to the layers",
+    }
 
 
 def _accelerate(run: Context, model: str, workload: Workload, cap: int, prompt: list[int], path: str) -> dict:
     """The peer at the largest batch that its memory admits: a pass moves the same weights for any batch."""
     options = {
-        "model": model, "device": run.device, "gpu_bytes": cap, "spare_bytes": PEER_SPARE_BYTES,
+        "model": model,
+        "device": run.device,
+        "gpu_bytes": cap,
+        "spare_bytes": PEER_SPARE_BYTES,
         "offload_dir": str(run.workdir / "offload"),
-    }  # fmt: skip
+    }
     sizes = (2,) if run.rehearse else PEER_BATCHES
     tried, short = {}, {"prompt_len": workload.prompt_len, "new_tokens": 2}
     with Worker("scripts.gpu.peer") as worker:

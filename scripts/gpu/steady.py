@@ -81,9 +81,19 @@ def _host_room(wanted: int) -> int:
 
 
 def steady(
-    model: str, policy: dict, lengths: list[int], budgets: dict, device: str, offload_dir: str, rows: int, warm: int,
-    timed: int, deadline_s: float, trace: str | None = None, seed: int = 0,
-) -> dict:  # fmt: skip
+    model: str,
+    policy: dict,
+    lengths: list[int],
+    budgets: dict,
+    device: str,
+    offload_dir: str,
+    rows: int,
+    warm: int,
+    timed: int,
+    deadline_s: float,
+    trace: str | None = None,
+    seed: int = 0,
+) -> dict:
     """Load, enter the steady state, and time it.
 
     Args:
@@ -135,20 +145,30 @@ def steady(
         sweeps(TRACED_SWEEPS)
         engine.recorder.write_chrome_trace(trace, since_s=start)
     result = {
-        "load_s": load_s, "enter_s": enter_s, "wall_s": wall_s, "sweeps": len(done),
-        "sweep_s": [sweep.wall_s for sweep in done], "rows": [sweep.rows for sweep in done],
-        "generated": sum(sweep.generated_tokens for sweep in done), "prompt": sum(sweep.prompt_tokens for sweep in done),
-        "restarts": engine.scheduler.restarts, "stall_s": stalled, "host_waits_per_sweep": waits / len(done),
+        "load_s": load_s,
+        "enter_s": enter_s,
+        "wall_s": wall_s,
+        "sweeps": len(done),
+        "sweep_s": [sweep.wall_s for sweep in done],
+        "rows": [sweep.rows for sweep in done],
+        "generated": sum(sweep.generated_tokens for sweep in done),
+        "prompt": sum(sweep.prompt_tokens for sweep in done),
+        "restarts": engine.scheduler.restarts,
+        "stall_s": stalled,
+        "host_waits_per_sweep": waits / len(done),
         "lanes": {
             lane: {
-                "busy_s": t.busy_s - _of(before, lane).busy_s, "active_s": t.active_s - _of(before, lane).active_s,
+                "busy_s": t.busy_s - _of(before, lane).busy_s,
+                "active_s": t.active_s - _of(before, lane).active_s,
                 "bytes": t.nbytes - _of(before, lane).nbytes,
             }
             for lane, t in after.items()
         },
         "planned": {tier: dict(items) for tier, items in engine.plan.memory.parts.items()},
-        "weights": engine.plan.describe_weights(), "host_peak_bytes": memory.stop(), **gpu.stop(),
-    }  # fmt: skip
+        "weights": engine.plan.describe_weights(),
+        "host_peak_bytes": memory.stop(),
+        **gpu.stop(),
+    }
     engine.clear()
     engine.close()
     return result
@@ -169,9 +189,16 @@ def _fill_cache(engine: Engine) -> None:
 
 
 def job(
-    model: str, policy: dict, lengths: list[int], budgets: dict, device: str, offload_dir: str, rows: int,
-    probe: list[int], path: str,
-) -> dict:  # fmt: skip
+    model: str,
+    policy: dict,
+    lengths: list[int],
+    budgets: dict,
+    device: str,
+    offload_dir: str,
+    rows: int,
+    probe: list[int],
+    path: str,
+) -> dict:
     """Run a whole job of equal rows from an empty engine to an empty engine, and write the logits of one prompt."""
     s, n = lengths
     engine, gpu, load_s = _open(model, policy, lengths, budgets, device, offload_dir)
@@ -188,8 +215,12 @@ def job(
         raise ValueError(f"{generated} tokens were generated, and {rows * n} were asked for")
     engine.close()
     return {
-        "wall_s": wall_s, "generated": generated, "sweeps": len(engine.sweeps) - first, "load_s": load_s, **gpu.stop()
-    }  # fmt: skip
+        "wall_s": wall_s,
+        "generated": generated,
+        "sweeps": len(engine.sweeps) - first,
+        "load_s": load_s,
+        **gpu.stop(),
+    }
 
 
 def _open(
@@ -197,9 +228,15 @@ def _open(
 ) -> tuple[Engine, PeakGpu, float]:
     begin, gpu = time.perf_counter(), PeakGpu(Device(device))
     config = EngineConfig(
-        policy=Policy(**policy), workload=Workload(prompt_len=lengths[0], gen_len=lengths[1]), device=device,
-        offload_dir=offload_dir, gen_len=lengths[1], longest_row=sum(lengths), keep_spans=keep_spans, **budgets,
-    )  # fmt: skip
+        policy=Policy(**policy),
+        workload=Workload(prompt_len=lengths[0], gen_len=lengths[1]),
+        device=device,
+        offload_dir=offload_dir,
+        gen_len=lengths[1],
+        longest_row=sum(lengths),
+        keep_spans=keep_spans,
+        **budgets,
+    )
     return Engine(load_model(model, "dummy"), config), gpu, time.perf_counter() - begin
 
 

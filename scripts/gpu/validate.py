@@ -59,8 +59,11 @@ def validate(run: Context) -> tuple[list[Figure], dict]:
     total = summary(results)
     run.say(total["text"])
     return [*map(_figure, results), *_summary_figures(total)], {
-        "hardware": hardware.to_json(), "seed": run.seed, "results": results, "summary": total
-    }  # fmt: skip
+        "hardware": hardware.to_json(),
+        "seed": run.seed,
+        "results": results,
+        "summary": total,
+    }
 
 
 def _results(run: Context, subjects: dict[str, Subject], hardware: Hardware, cpu_then: float) -> list[dict]:
@@ -142,8 +145,20 @@ def _figure(result: dict) -> Figure:
 def _summary_figures(total: dict) -> list[Figure]:
     mean, worst = total["mean_abs_error"], total["worst_abs_error"]
     return [
-        Figure(what="mean absolute error of whole-job time", value=f"{100 * mean:.1f} %", beside="what was measured",
-               ratio=mean, target=MEAN_TARGET, at_most=True),
-        Figure(what="worst error of whole-job time", value=f"{100 * worst:.1f} %", beside="what was measured",
-               ratio=worst, target=WORST_TARGET, at_most=True),
-    ]  # fmt: skip
+        Figure(
+            what="mean absolute error of whole-job time",
+            value=f"{100 * mean:.1f} %",
+            beside="what was measured",
+            ratio=mean,
+            target=MEAN_TARGET,
+            at_most=True,
+        ),
+        Figure(
+            what="worst error of whole-job time",
+            value=f"{100 * worst:.1f} %",
+            beside="what was measured",
+            ratio=worst,
+            target=WORST_TARGET,
+            at_most=True,
+        ),
+    ]

@@ -27,7 +27,7 @@ from cost_model.planner import (
     lp_sweep,
     moves,
     search,
-)  # fmt: skip
+)
 from policies.common.errors import InfeasibleError
 from policies.workload import Workload
 from scripts.optimality.random_machines import random_problem

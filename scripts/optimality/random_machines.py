@@ -11,14 +11,30 @@ from cost_model.hardware.gemm_rates import GemmRates
 
 _MODELS = ("mixtral-8x7b", "mixtral-8x22b", "phi-3.5-moe", "qwen3-30b-a3b", "qwen3-235b-a22b")
 _GPU_RATES = (
-    "memory_bytes_per_s", "h2d_bytes_per_s", "d2h_bytes_per_s", "kv_load_bytes_per_s", "kv_store_bytes_per_s",
-    "attention_bytes_per_s", "attention_flops_per_s", "op_s",
-)  # fmt: skip
+    "memory_bytes_per_s",
+    "h2d_bytes_per_s",
+    "d2h_bytes_per_s",
+    "kv_load_bytes_per_s",
+    "kv_store_bytes_per_s",
+    "attention_bytes_per_s",
+    "attention_flops_per_s",
+    "op_s",
+)
 _HOST_RATES = (
-    "host_bytes_per_s", "disk_read_bytes_per_s", "disk_write_bytes_per_s", "cpu_attention_bytes_per_s",
-    "cpu_attention_flops_per_s", "row_s", "sweep_s", "kv_block_read_s", "kv_block_core_s", "kv_block_write_s",
-    "disk_latency_s", "disk_busy_latency_s", "handoff_s",
-)  # fmt: skip
+    "host_bytes_per_s",
+    "disk_read_bytes_per_s",
+    "disk_write_bytes_per_s",
+    "cpu_attention_bytes_per_s",
+    "cpu_attention_flops_per_s",
+    "row_s",
+    "sweep_s",
+    "kv_block_read_s",
+    "kv_block_core_s",
+    "kv_block_write_s",
+    "disk_latency_s",
+    "disk_busy_latency_s",
+    "handoff_s",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,8 +81,13 @@ def requests(rows: int, mean_tokens: int, vocab: int) -> list[EngineRequest]:
 def run(model: Model, rows: list[EngineRequest], reserve: str) -> Run:
     """Runs all rows under one rule."""
     shape = {"prompt_len": _PROMPT_TOKENS, "gen_len": _MOST_TOKENS}
-    policy = Policy.from_percent((100, 0, 100, 0, 100, 0), gpu_batch_size=_BLOCK_ROWS, num_gpu_batches=1, **shape,
-                                 prefill_tokens=8 * _PROMPT_TOKENS)  # fmt: skip
+    policy = Policy.from_percent(
+        (100, 0, 100, 0, 100, 0),
+        gpu_batch_size=_BLOCK_ROWS,
+        num_gpu_batches=1,
+        **shape,
+        prefill_tokens=8 * _PROMPT_TOKENS,
+    )
     options = {"kv_tokens": _FULL_ROWS * (_PROMPT_TOKENS + _MOST_TOKENS), "device": "cpu", "dtype": "float32"}
     workload = Workload(**shape)
     with contextlib.closing(LLM(model, policy=policy, workload=workload, reserve=reserve, **options)) as llm:

@@ -140,8 +140,11 @@ def test_part_of_the_nominal_host_memory_is_left_to_the_system(machine):
     assert hardware.host_memory_bytes == int(HOST_SHARE * nominal) < 0.95 * nominal
     if hardware.device == "cpu":
         assert hardware.budgets() == {
-            "gpu": None, "cpu": None, "gpu+cpu": hardware.host_memory_bytes, "disk": hardware.disk_bytes
-        }  # fmt: skip
+            "gpu": None,
+            "cpu": None,
+            "gpu+cpu": hardware.host_memory_bytes,
+            "disk": hardware.disk_bytes,
+        }
 
 
 @pytest.mark.slow

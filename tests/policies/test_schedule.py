@@ -256,9 +256,10 @@ def run_on_lanes(ops, slots, rng):
     done, free, attention_slot = set(), slots, {}
     while any(lanes.values()):
         ready = [
-            queue for queue in lanes.values()
+            queue
+            for queue in lanes.values()
             if queue and done.issuperset(queue[0].deps) and (queue[0].kind != "copy" or free > 0)
-        ]  # fmt: skip
+        ]
         if not ready:
             return done
         op = rng.choice(ready).pop(0)

@@ -44,8 +44,19 @@ def test_a_line_tells_balance_hot_experts_and_hot_pairs():
     stats.coactivation[:] = [[[4, 2, 2, 0], [2, 2, 0, 0], [2, 0, 2, 0], [0, 0, 0, 0]]]
     _, line = balance_table(stats, 2)
     assert line.split() == [
-        "0", "2.00", "0.71", "2", "1.50", "75.0%", "1", "1/3/3", "0:100.0%", "1:50.0%", "0+1:50.0%,1.50x", "0+2:50.0%,1.50x",
-    ]  # fmt: skip
+        "0",
+        "2.00",
+        "0.71",
+        "2",
+        "1.50",
+        "75.0%",
+        "1",
+        "1/3/3",
+        "0:100.0%",
+        "1:50.0%",
+        "0+1:50.0%,1.50x",
+        "0+2:50.0%,1.50x",
+    ]
 
 
 def test_few_experts_carry_a_skewed_layer():

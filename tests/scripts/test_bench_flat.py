@@ -19,11 +19,16 @@ def test_rows_of_the_flat_files_take_a_kilobyte_each_and_run(tmp_path):
     assert all(950 < len(line) < 1100 and parse_line(line, 1).error is None for line in lines)
 
 
-@pytest.mark.parametrize("beyond, slower, met", [(0, 1.0, [True] * 3), (2 * LIMIT_BYTES, 1.0, [True, False, True]),
-                                                 (0, 1.5, [True, True, False])])  # fmt: skip
+@pytest.mark.parametrize(
+    "beyond, slower, met",
+    [(0, 1.0, [True] * 3), (2 * LIMIT_BYTES, 1.0, [True, False, True]), (0, 1.5, [True, True, False])],
+)
 def test_a_large_file_may_cost_neither_memory_nor_time_by_the_row(beyond, slower, met):
-    runs = [Run(rows=100, wall_s=9, cpu_s=3, peak_bytes=500), Run(rows=200, wall_s=9, cpu_s=4, peak_bytes=600),
-            Run(rows=400, wall_s=9, cpu_s=4 + 2 * slower, peak_bytes=700 + beyond)]  # fmt: skip
+    runs = [
+        Run(rows=100, wall_s=9, cpu_s=3, peak_bytes=500),
+        Run(rows=200, wall_s=9, cpu_s=4, peak_bytes=600),
+        Run(rows=400, wall_s=9, cpu_s=4 + 2 * slower, peak_bytes=700 + beyond),
+    ]
     assert [figure.met for figure in flat_figures(runs)] == met
 
 

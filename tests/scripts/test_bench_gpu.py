@@ -131,9 +131,17 @@ def test_steady_state_is_entered_with_kv_on_disk_too(tmp_path):
     )
     budgets = {"gpu_mem": None, "cpu_mem": None, "nvme_mem": None}
     measured = gpu_steady.steady(
-        reduced_model(tmp_path / "tiny", TINY), asdict(policy), [24, 8], budgets, "cpu", str(tmp_path / "offload"),
-        rows=16, warm=1, timed=8, deadline_s=60.0,
-    )  # fmt: skip
+        reduced_model(tmp_path / "tiny", TINY),
+        asdict(policy),
+        [24, 8],
+        budgets,
+        "cpu",
+        str(tmp_path / "offload"),
+        rows=16,
+        warm=1,
+        timed=8,
+        deadline_s=60.0,
+    )
     assert measured["generated"] == pytest.approx(16 * 8, rel=0.1) and measured["restarts"] == 0
     assert measured["planned"]["disk"]["kv"] > 0
     read = measured["lanes"]["disk_read"]
@@ -157,9 +165,13 @@ def test_rehearsal_prints_predicted_beside_measured(tmp_path, capsys, stage, exp
 
 def _aged_scheduler(rows, prompt, gen):
     chosen = Policy.from_percent(
-        (10, 90, 0, 100, 100, 0), gpu_batch_size=rows // 2, num_gpu_batches=2, prompt_len=prompt, gen_len=gen,
+        (10, 90, 0, 100, 100, 0),
+        gpu_batch_size=rows // 2,
+        num_gpu_batches=2,
+        prompt_len=prompt,
+        gen_len=gen,
         cpu_attention_percent=100,
-    )  # fmt: skip
+    )
     workload = Workload(prompt_len=prompt, gen_len=gen)
     blocks = kv_pages_per_tier(chosen, kv_tokens_wanted(chosen, workload), prompt + gen)
     shape = KVShape(layers=1, kv_heads=1, head_dim=2, dtype=torch.bfloat16)

@@ -10,9 +10,21 @@ ABOUT = {"command": "python -m scripts.check_optimal", "tolerance": 0.02, "code"
 
 def result(seed, planned, best):
     return Result(
-        seed=seed, problem="a machine", planned=planned, best=best, by="climb", lp=planned, programmes=100, evaluations=2000,
-        seconds=2.0, cpu_s=2.0, candidates=5000, judged=9000, policy={}, rival={},
-    )  # fmt: skip
+        seed=seed,
+        problem="a machine",
+        planned=planned,
+        best=best,
+        by="climb",
+        lp=planned,
+        programmes=100,
+        evaluations=2000,
+        seconds=2.0,
+        cpu_s=2.0,
+        candidates=5000,
+        judged=9000,
+        policy={},
+        rival={},
+    )
 
 
 def test_a_run_goes_on_with_the_results_of_the_same_command_and_code(tmp_path):

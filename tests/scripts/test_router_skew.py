@@ -21,15 +21,23 @@ COMMON = {
 }
 MODELS = {
     "mixtral": COMMON | {"intermediate_size": 128, "num_local_experts": 8, "num_experts_per_tok": 2},
-    "qwen3_moe": COMMON | {
-        "model_type": "qwen3_moe", "moe_intermediate_size": 32, "num_experts": 64, "num_experts_per_tok": 8,
+    "qwen3_moe": COMMON
+    | {
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 32,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
         "norm_topk_prob": True,
     },
-    "phimoe": COMMON | {
-        "model_type": "phimoe", "intermediate_size": 64, "num_local_experts": 16, "num_experts_per_tok": 2,
+    "phimoe": COMMON
+    | {
+        "model_type": "phimoe",
+        "intermediate_size": 64,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 2,
         "attention_bias": True,
     },
-}  # fmt: skip
+}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -47,9 +55,9 @@ def frequencies(model, ids):
     """Share of the tokens ``[layers, E]`` that transformers' routers send to each expert."""
     logits = model(ids, output_router_logits=True).router_logits
     k = model.config.num_experts_per_tok
-    return np.array([
-        np.bincount(layer.topk(k).indices.flatten(), minlength=layer.shape[-1]) / len(layer) for layer in logits
-    ])  # fmt: skip
+    return np.array(
+        [np.bincount(layer.topk(k).indices.flatten(), minlength=layer.shape[-1]) / len(layer) for layer in logits]
+    )
 
 
 def prompts(rows, length, words=range(3, 800)):

@@ -20,10 +20,19 @@ DEVICES = [
 ]
 # Weights GPU/CPU, KV GPU/CPU, activations GPU/CPU; the rest is on disk.
 PLACEMENTS = (
-    (100, 0, 100, 0, 100, 0), (0, 100, 100, 0, 100, 0), (0, 0, 100, 0, 100, 0),
-    (100, 0, 0, 100, 100, 0), (100, 0, 0, 0, 100, 0), (100, 0, 100, 0, 0, 100), (100, 0, 100, 0, 0, 0),
-    (0, 0, 0, 0, 0, 0), (0, 100, 0, 100, 0, 100), (30, 30, 30, 30, 30, 30), (10, 20, 50, 0, 0, 50), (60, 0, 0, 60, 50, 0),
-)  # fmt: skip
+    (100, 0, 100, 0, 100, 0),
+    (0, 100, 100, 0, 100, 0),
+    (0, 0, 100, 0, 100, 0),
+    (100, 0, 0, 100, 100, 0),
+    (100, 0, 0, 0, 100, 0),
+    (100, 0, 100, 0, 0, 100),
+    (100, 0, 100, 0, 0, 0),
+    (0, 0, 0, 0, 0, 0),
+    (0, 100, 0, 100, 0, 100),
+    (30, 30, 30, 30, 30, 30),
+    (10, 20, 50, 0, 0, 50),
+    (60, 0, 0, 60, 50, 0),
+)
 
 
 @dataclass(frozen=True)
@@ -75,10 +84,16 @@ def make_llm(variant, case, device, tmp_path, monkeypatch, **options):
         monkeypatch.setattr(native, "available", lambda: False)
     workload = Workload(prompt_len=60, gen_len=GEN_LEN)
     policy = Policy.from_percent(
-        case.placement, gpu_batch_size=case.batches[0], num_gpu_batches=case.batches[1], prompt_len=workload.prompt_len,
-        gen_len=workload.gen_len, schedule=case.schedule, prefill_tokens=case.prefill_tokens, overlap=case.overlap,
+        case.placement,
+        gpu_batch_size=case.batches[0],
+        num_gpu_batches=case.batches[1],
+        prompt_len=workload.prompt_len,
+        gen_len=workload.gen_len,
+        schedule=case.schedule,
+        prefill_tokens=case.prefill_tokens,
+        overlap=case.overlap,
         cpu_attention_percent=case.cpu_attention,
-    )  # fmt: skip
+    )
     options = offload(tmp_path) | {"device": device, "kv_tokens": case.kv_tokens, "workload": workload} | options
     llm = LLM(variant.directory, policy=policy, **options)
     if case.disturbed == "sent-back":

@@ -137,12 +137,19 @@ class _Running:
         error = "the device was lost" if request.prompt_token_ids[-1] in fail else None
         outputs = [
             CompletionOutput(
-                index=index, text=None, token_ids=ids, finish_reason=reason,
+                index=index,
+                text=None,
+                token_ids=ids,
+                finish_reason=reason,
                 logprobs=None if request.params.logprobs is None else tuple(map(logprob, ids)),
             )
             for index, (ids, reason) in enumerate(self.answers)
-        ]  # fmt: skip
+        ]
         return RequestOutput(
-            request_id=request.request_id, prompt=None, prompt_token_ids=request.prompt_token_ids,
-            outputs=[] if error else outputs, finished=True, error=error,
-        )  # fmt: skip
+            request_id=request.request_id,
+            prompt=None,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[] if error else outputs,
+            finished=True,
+            error=error,
+        )

@@ -8,8 +8,13 @@ from flexmoe.sampling.sampler import RowSampler, sample
 from tests.support.engines import RESIDENT, STREAMED
 
 #: Where KV lives and how it is attended: (percents, percent attended on the CPU).
-HOMES = {"gpu": (RESIDENT, 0), "fetch": ((100, 0, 0, 100, 100, 0), 0), "cpu": ((100, 0, 0, 100, 100, 0), 100),
-         "disk": ((100, 0, 0, 0, 100, 0), 0), "all": (STREAMED, 50)}  # fmt: skip
+HOMES = {
+    "gpu": (RESIDENT, 0),
+    "fetch": ((100, 0, 0, 100, 100, 0), 0),
+    "cpu": ((100, 0, 0, 100, 100, 0), 100),
+    "disk": ((100, 0, 0, 0, 100, 0), 0),
+    "all": (STREAMED, 50),
+}
 DRAWN = {"temperature": 1.0, "ignore_eos": True}
 
 

@@ -8,9 +8,16 @@ from policies import Policy, Workload
 
 MIXTRAL = ModelArch.from_name("mixtral-8x7b")
 SMALL = replace(
-    MIXTRAL, num_layers=2, num_experts=4, hidden=1024, ffn=3584, num_heads=16, num_kv_heads=4, head_dim=64,
+    MIXTRAL,
+    num_layers=2,
+    num_experts=4,
+    hidden=1024,
+    ffn=3584,
+    num_heads=16,
+    num_kv_heads=4,
+    head_dim=64,
     vocab_size=16000,
-)  # fmt: skip
+)
 MACHINE = Hardware.preset("rtx4090")
 
 

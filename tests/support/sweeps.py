@@ -51,10 +51,15 @@ def random_case(rng, device=None, arch=None):
     w_gpu, kv_gpu = rng.choice([0, 5, 10, 30, 60, 100]), rng.choice([0, 0, 5, 100])
     w_cpu, kv_cpu = rng.choice([0.3, 0.7, 1, 1]) * (100 - w_gpu), rng.choice([1, 1, 1, 0.5]) * (100 - kv_gpu)
     policy = Policy.from_percent(
-        (w_gpu, w_cpu, kv_gpu, kv_cpu, 100, 0), gpu_batch_size=rng.choice([32, 64, 128, 256]),
-        num_gpu_batches=rng.choice([1, 2, 4, 8]), prompt_len=s, gen_len=n, weight_slots=rng.choice([None, None, 8, 16]),
-        cpu_attention_percent=rng.choice([0, 0, 100, 100, 100]), schedule=rng.choice(["rolling", "rolling", "static"]),
-    )  # fmt: skip
+        (w_gpu, w_cpu, kv_gpu, kv_cpu, 100, 0),
+        gpu_batch_size=rng.choice([32, 64, 128, 256]),
+        num_gpu_batches=rng.choice([1, 2, 4, 8]),
+        prompt_len=s,
+        gen_len=n,
+        weight_slots=rng.choice([None, None, 8, 16]),
+        cpu_attention_percent=rng.choice([0, 0, 100, 100, 100]),
+        schedule=rng.choice(["rolling", "rolling", "static"]),
+    )
     workload = Workload(prompt_len=s, gen_len=n)
     allocation = allocate(arch, policy, workload, device=hardware.device, longest_row=workload.longest_row)
     return Costs(arch, hardware, policy, allocation, arch.dtype_bytes), policy, workload

@@ -13,10 +13,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM, P
 from transformers.models.phimoe.modeling_phimoe import PhimoeForCausalLM
 
 BASE = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_local_experts": 4, "num_experts_per_tok": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 512,
     "initializer_range": 0.15,
-}  # fmt: skip
+}
 GEN_LEN = 12
 PROMPT_LENGTHS = (1, 5, 17, 64, 300, 33, 2, 120, 15, 16, 31, 80, 9, 48, 3, 150)
 LONGEST_ROW = max(PROMPT_LENGTHS) + GEN_LEN
@@ -59,10 +66,18 @@ RECIPES = {
     "skewed": Recipe({}, SHARDED, _favour_two_experts),
     "all-experts": Recipe({"num_experts_per_tok": 4}, PACKED),
     "odd": Recipe(
-        {"hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 3, "num_key_value_heads": 3,
-         "num_local_experts": 5, "num_experts_per_tok": 1, "vocab_size": 307}, PACKED,
+        {
+            "hidden_size": 48,
+            "intermediate_size": 40,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 1,
+            "vocab_size": 307,
+        },
+        PACKED,
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -123,10 +138,14 @@ def _kept(path: Path | None, compute: Callable[[], list[list[int]]]) -> list[lis
 @torch.no_grad()
 def transformers_greedy(model, prompt: list[int], *, eos_token_id, max_new_tokens: int = GEN_LEN) -> list[int]:
     ids = model.generate(
-        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos_token_id, pad_token_id=0,
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=eos_token_id,
+        pad_token_id=0,
         use_cache=not isinstance(model, PhimoeForCausalLM),  # it keeps keys turned by the factors of shorter rows
-    )  # fmt: skip
+    )
     return ids[0, len(prompt) :].tolist()
 
 

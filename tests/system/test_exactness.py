@@ -76,8 +76,13 @@ def test_skewed_routers_leave_experts_without_tokens(tiny):
     assert counts[1] + counts[3] < 0.1 * counts.sum()
 
 
-@pytest.mark.parametrize("name, tensor", [("tied", "model.layers.0.block_sparse_moe.experts.0.w1.weight"),
-                                          ("gqa-8-to-2", "model.layers.0.mlp.experts.gate_up_proj")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, tensor",
+    [
+        ("tied", "model.layers.0.block_sparse_moe.experts.0.w1.weight"),
+        ("gqa-8-to-2", "model.layers.0.mlp.experts.gate_up_proj"),
+    ],
+)
 def test_both_checkpoint_layouts_are_what_lies_on_disk(name, tensor, tiny):
     with safe_open(tiny(name).directory / "model.safetensors", "pt") as file:
         assert tensor in file.keys()

@@ -9,9 +9,13 @@ from policies.common.errors import DataError
 
 SHAPE_OF_FAMILY = {"mixtral": "mixtral-8x7b", "phimoe": "phi-3.5-moe", "qwen3_moe": "qwen3-30b-a3b"}
 LONGROPE = {
-    "type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64, "short_mscale": 1.2, "long_mscale": 1.2,
+    "type": "longrope",
+    "short_factor": [1.0] * 64,
+    "long_factor": [2.0] * 64,
+    "short_mscale": 1.2,
+    "long_mscale": 1.2,
     "original_max_position_embeddings": 4096,
-}  # fmt: skip
+}
 
 
 def config(family="mixtral", **changes):
@@ -90,8 +94,14 @@ def test_an_unknown_family_is_refused_with_the_supported_ones():
 @families
 @pytest.mark.parametrize("value", [None, 0, -1, 2.5, math.nan, "8", True])
 def test_a_bad_size_is_named(family, value):
-    sizes = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok", "vocab_size",
-             "max_position_embeddings"]  # fmt: skip
+    sizes = [
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_experts_per_tok",
+        "vocab_size",
+        "max_position_embeddings",
+    ]
     qwen = family == "qwen3_moe"
     sizes += ["moe_intermediate_size", "num_experts"] if qwen else ["intermediate_size", "num_local_experts"]
     for field in sizes:

@@ -34,9 +34,14 @@ def serve(tmp_path):
     def call(variant, home="gpu", *, rows=4, prefill_tokens=1000, **options):
         percent, on_cpu = HOMES[home]
         policy = Policy.from_percent(
-            percent, gpu_batch_size=rows, num_gpu_batches=1, prompt_len=SWITCH, gen_len=GEN,
-            prefill_tokens=prefill_tokens, cpu_attention_percent=on_cpu,
-        )  # fmt: skip
+            percent,
+            gpu_batch_size=rows,
+            num_gpu_batches=1,
+            prompt_len=SWITCH,
+            gen_len=GEN,
+            prefill_tokens=prefill_tokens,
+            cpu_attention_percent=on_cpu,
+        )
         workload = Workload(prompt_len=SWITCH, gen_len=GEN)
         made.append(LLM(variant.directory, policy=policy, workload=workload, **offload(tmp_path) | options))
         return made[-1]
@@ -79,9 +84,14 @@ def test_resumed_samples_on_both_sides_of_the_switch_are_those_of_rows_on_their_
 
 @pytest.mark.parametrize(
     "had, scored, order",
-    [((7, 0, 2), False, [1, 2, 0]), ((7, 0, 2), True, [1, 2, 0]), ((7, 9, 5), False, [0, 1, 2]), ((7, 9, 5), True, [-1, 0, 1, 2])],
+    [
+        ((7, 0, 2), False, [1, 2, 0]),
+        ((7, 0, 2), True, [1, 2, 0]),
+        ((7, 9, 5), False, [0, 1, 2]),
+        ((7, 9, 5), True, [-1, 0, 1, 2]),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_the_row_that_computes_the_prompt_for_others_is_as_short_where_one_is(had, scored, order):
     rules = RequestRules(
         vocab_size=10_000,

@@ -72,8 +72,15 @@ def assert_one_sentence(result, code, *parts):
 def test_a_given_policy_is_judged_on_a_screen(main):
     code, out, err = main(*SHAPE, *MACHINE, *GIVEN)
     assert (code, err) == (0, "")
-    for words in ("NVIDIA T4", "46.70 G parameters, 87 GiB", "prompt 512, completion 32", "2 GPU batches of 16 = 32 rows",
-                  "tokens/s generated", "of 200.00 GiB", "PCIe-bound"):  # fmt: skip
+    for words in (
+        "NVIDIA T4",
+        "46.70 G parameters, 87 GiB",
+        "prompt 512, completion 32",
+        "2 GPU batches of 16 = 32 rows",
+        "tokens/s generated",
+        "of 200.00 GiB",
+        "PCIe-bound",
+    ):
         assert words in out
     assert len(out.splitlines()) <= 40 and max(map(len, out.splitlines())) <= 100
 
@@ -376,9 +383,14 @@ def test_help_opens_with_an_example_and_loads_no_library():
 def test_as_a_program_it_exits_with_the_code_and_a_sentence():
     arguments = [*SHAPE, *SIZES, "--percent", *six("90 20 0 100 100 0")]
     done = subprocess.run(
-        [sys.executable, "-m", "cost_model", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60,
-        env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "cost_model", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert "110" in done.stderr and "Traceback" not in done.stderr
 

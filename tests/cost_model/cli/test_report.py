@@ -40,9 +40,16 @@ def report(preset="t4", policy=POLICY, workload=JOB, arch=ARCH, explanation=None
     hardware = Hardware.preset(preset)
     prediction = evaluate(arch, hardware, workload, policy, ignore_memory=True)
     return Report(
-        arch=arch, hardware=hardware, workload=workload, dtype_bytes=2, origin="rates from machine.json",
-        policy=policy, prediction=prediction, explanation=explanation, simulation=simulation,
-    )  # fmt: skip
+        arch=arch,
+        hardware=hardware,
+        workload=workload,
+        dtype_bytes=2,
+        origin="rates from machine.json",
+        policy=policy,
+        prediction=prediction,
+        explanation=explanation,
+        simulation=simulation,
+    )
 
 
 @cache

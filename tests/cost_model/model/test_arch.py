@@ -166,9 +166,15 @@ def test_a_tied_table_is_one_set_of_parameters_and_two_units():
 # Transformers.
 
 SIZES = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 512, "num_local_experts": 6, "dtype": "bfloat16",
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "num_local_experts": 6,
+    "dtype": "bfloat16",
+}
 QWEN_SIZES = SIZES | {"moe_intermediate_size": 40, "num_experts_per_tok": 3, "head_dim": 32}
 
 
@@ -277,9 +283,17 @@ def test_a_config_that_readers_disagree_about_is_refused(tmp_path, addition, fau
 
 def test_fingerprint_holds_the_shape_and_nothing_else():
     assert MIXTRAL.fingerprint() == {
-        "model_type": "mixtral", "hidden": 4096, "num_layers": 32, "num_experts": 8, "top_k": 2, "num_heads": 32,
-        "num_kv_heads": 8, "head_dim": 128, "ffn": 14336, "vocab_size": 32000,
-    }  # fmt: skip
+        "model_type": "mixtral",
+        "hidden": 4096,
+        "num_layers": 32,
+        "num_experts": 8,
+        "top_k": 2,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "ffn": 14336,
+        "vocab_size": 32000,
+    }
     assert replace(MIXTRAL, name="copy", dtype_bytes=4).fingerprint() == MIXTRAL.fingerprint()
 
 

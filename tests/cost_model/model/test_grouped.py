@@ -116,9 +116,14 @@ def test_the_programme_agrees_with_the_closed_form_on_grouped_units(percent):
     for hardware in (replace(each, **FAST_LINKS) for each in machine("cpu")):
         problem = Problem(arch=MANY_EXPERTS, hardware=hardware, workload=job, dtype_bytes=2)
         choice = Choice(
-            schedule="static", fill_sweeps=1, gpu_batch_size=64, modes=("gpu",), rows=64, most_rows=64,
+            schedule="static",
+            fill_sweeps=1,
+            gpu_batch_size=64,
+            modes=("gpu",),
+            rows=64,
+            most_rows=64,
             streams=percent is DISK,
-        )  # fmt: skip
+        )
         fixed = Fixed(w_gpu_percent=percent[0], w_cpu_percent=0)
         found.append(Programme(problem, choice, fixed).solve().tokens_per_s)
         policy = replace(choice.policy(job, 64, "gpu"), w_gpu_percent=percent[0], w_cpu_percent=0)

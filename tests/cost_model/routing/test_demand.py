@@ -47,10 +47,15 @@ def few_rows(rng, device, overlap=True):
         w_gpu = rng.choice([0, 0, 5, 10, 30, 60])
         percent = (w_gpu, rng.choice([0, 0.3, 0.7, 1, 1]) * (100 - w_gpu), *rng.choice([(100, 0), (0, 100)]), 100, 0)
         costs, policy = costs_of(
-            percent, arch=arch, machine=rng.choice(machines), rows=rng.choice([1, 2, 4, 8, 16]),
-            batches=rng.choice([1, 1, 2]), weight_slots=rng.choice([None, None, 6, 12, 24]), overlap=overlap,
+            percent,
+            arch=arch,
+            machine=rng.choice(machines),
+            rows=rng.choice([1, 2, 4, 8, 16]),
+            batches=rng.choice([1, 1, 2]),
+            weight_slots=rng.choice([None, None, 6, 12, 24]),
+            overlap=overlap,
             cpu_attention_percent=rng.choice([0, 100]),
-        )  # fmt: skip
+        )
         job = Workload(prompt_len=64, gen_len=32, num_requests=policy.block_size)
         load = rng.choice([p.load for p in job_phases(policy, costs.allocation, job).phases if p.sweeps > 0])
         if costs.routing.on_demand(load.tokens):

@@ -17,9 +17,13 @@ from tests.support.router_stats import MODEL, made
 def test_even_use_is_balanced():
     even = Balance.of(np.full(8, 30))
     assert asdict(even) == {
-        "max_over_mean": 1.0, "variance": 0.0, "variation": 0.0, "entropy_bits": 3.0, "relative_entropy": 1.0,
+        "max_over_mean": 1.0,
+        "variance": 0.0,
+        "variation": 0.0,
+        "entropy_bits": 3.0,
+        "relative_entropy": 1.0,
         "unused_experts": (),
-    }  # fmt: skip
+    }
 
 
 def test_two_experts_for_every_token_are_as_uneven_as_top_2_can_be():

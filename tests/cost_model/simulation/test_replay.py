@@ -14,9 +14,19 @@ from tests.support.sweeps import RESIDENT, SMALL, costs_of, decoding, random_swe
 
 #: Users of `Resources` that the recorder has no track for are not in the spans either.
 TRACKS = {
-    "gpu", "cpu", "h2d", "h2d/kv", "h2d/act", "d2h", "d2h/act", "disk_read/0", "disk_read/kv0", "disk_read/act",
-    "disk_write/kv0", "disk_write/act",
-}  # fmt: skip
+    "gpu",
+    "cpu",
+    "h2d",
+    "h2d/kv",
+    "h2d/act",
+    "d2h",
+    "d2h/act",
+    "disk_read/0",
+    "disk_read/kv0",
+    "disk_read/act",
+    "disk_write/kv0",
+    "disk_write/act",
+}
 
 
 # How long.

@@ -83,9 +83,10 @@ def test_an_endless_job_is_refused():
 def test_rows_that_no_tier_can_hold_are_refused(monkeypatch):
     real = problem_module.allocate
     monkeypatch.setattr(
-        problem_module, "allocate",
+        problem_module,
+        "allocate",
         lambda *a, **k: replace(real(*a, **k), kv_pages={"gpu": 0, "cpu": 3, "disk": 0}),
-    )  # fmt: skip
+    )
     with pytest.raises(InfeasibleError, match="room for 48 tokens"):
         simulate(SMALL, MACHINE, job(4), policy_of(ON_HOST))
 
@@ -129,9 +130,11 @@ JOBS = {
     "large block": (ON_HOST, {"rows": 64, "batches": 8}, job(4000)),
     "long prompts in chunks": (ON_HOST, {"prefill_tokens": 100, "prompt_len": 300}, job(600, prompt_len=300)),
     "mixed lengths": (
-        ON_HOST, {}, job(5000, lengths=tuple((s, n, 1) for s in (20, 50, 120) for n in (10, 30, 60))),
+        ON_HOST,
+        {},
+        job(5000, lengths=tuple((s, n, 1) for s in (20, 50, 120) for n in (10, 30, 60))),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", JOBS)

@@ -32,20 +32,46 @@ def machine(gpu_gb, pcie_gb_per_s, host_gb, tflops, dram_gb_per_s):
     """A machine with zero overhead whose only limits are the five that are given."""
     rates = GemmRates(tokens=(1.0,), weight_elements=(1e8,), flops_per_s=((tflops * 1e12,),))
     gpu = Gpu(
-        name="limit", memory_bytes=int(gpu_gb * 1e9), reserved_bytes=0, op_s=0.0,
-        experts={2: rates, 4: rates}, dense={2: rates, 4: rates},
-        h2d_bytes_per_s=pcie_gb_per_s * 1e9, d2h_bytes_per_s=pcie_gb_per_s * 1e9,
-        h2d_duplex_bytes_per_s=pcie_gb_per_s * 1e9, d2h_duplex_bytes_per_s=pcie_gb_per_s * 1e9,
-        memory_bytes_per_s=BYTES_PER_S, kv_load_bytes_per_s=BYTES_PER_S, kv_store_bytes_per_s=BYTES_PER_S,
-        attention_bytes_per_s=BYTES_PER_S, attention_flops_per_s=FLOPS_PER_S,
-    )  # fmt: skip
+        name="limit",
+        memory_bytes=int(gpu_gb * 1e9),
+        reserved_bytes=0,
+        op_s=0.0,
+        experts={2: rates, 4: rates},
+        dense={2: rates, 4: rates},
+        h2d_bytes_per_s=pcie_gb_per_s * 1e9,
+        d2h_bytes_per_s=pcie_gb_per_s * 1e9,
+        h2d_duplex_bytes_per_s=pcie_gb_per_s * 1e9,
+        d2h_duplex_bytes_per_s=pcie_gb_per_s * 1e9,
+        memory_bytes_per_s=BYTES_PER_S,
+        kv_load_bytes_per_s=BYTES_PER_S,
+        kv_store_bytes_per_s=BYTES_PER_S,
+        attention_bytes_per_s=BYTES_PER_S,
+        attention_flops_per_s=FLOPS_PER_S,
+    )
     return Hardware(
-        name="limit", device="cuda", gpus=(gpu,), cores=16, host_memory_bytes=int(host_gb * 1e9),
-        host_bytes_per_s=dram_gb_per_s * 1e9, disk_bytes=0, disk_read_bytes_per_s=BYTES_PER_S,
-        disk_write_bytes_per_s=BYTES_PER_S, h2d_core_s_per_byte=0.0, disk_read_core_s_per_byte=0.0, disk_write_core_s_per_byte=0.0,
-        kv_block_read_s=0.0, kv_block_core_s=0.0, kv_block_write_s=0.0, disk_latency_s=0.0, disk_busy_latency_s=0.0, handoff_s=0.0,
-        cpu_attention_bytes_per_s=BYTES_PER_S, cpu_attention_flops_per_s=FLOPS_PER_S, row_s=0.0, sweep_s=0.0,
-    )  # fmt: skip
+        name="limit",
+        device="cuda",
+        gpus=(gpu,),
+        cores=16,
+        host_memory_bytes=int(host_gb * 1e9),
+        host_bytes_per_s=dram_gb_per_s * 1e9,
+        disk_bytes=0,
+        disk_read_bytes_per_s=BYTES_PER_S,
+        disk_write_bytes_per_s=BYTES_PER_S,
+        h2d_core_s_per_byte=0.0,
+        disk_read_core_s_per_byte=0.0,
+        disk_write_core_s_per_byte=0.0,
+        kv_block_read_s=0.0,
+        kv_block_core_s=0.0,
+        kv_block_write_s=0.0,
+        disk_latency_s=0.0,
+        disk_busy_latency_s=0.0,
+        handoff_s=0.0,
+        cpu_attention_bytes_per_s=BYTES_PER_S,
+        cpu_attention_flops_per_s=FLOPS_PER_S,
+        row_s=0.0,
+        sweep_s=0.0,
+    )
 
 
 def limit(name, schedule):
@@ -58,9 +84,15 @@ def limit(name, schedule):
     dense_bytes = sum(unit.stored_bytes for unit in units_of(ARCH) if unit.kind != "expert")
     on_gpu = 100 * (dense_bytes + resident_gb * 1e9) / sum(unit.stored_bytes for unit in units_of(ARCH))
     policy = Policy.from_percent(
-        (on_gpu, 100 - on_gpu, 0, 100, 100, 0), gpu_batch_size=int(rows) // 4, num_gpu_batches=4,
-        prompt_len=JOB.prompt_len, gen_len=JOB.gen_len, schedule=schedule, cpu_attention_percent=100, weight_slots=64,
-    )  # fmt: skip
+        (on_gpu, 100 - on_gpu, 0, 100, 100, 0),
+        gpu_batch_size=int(rows) // 4,
+        num_gpu_batches=4,
+        prompt_len=JOB.prompt_len,
+        gen_len=JOB.gen_len,
+        schedule=schedule,
+        cpu_attention_percent=100,
+        weight_slots=64,
+    )
     return evaluate(ARCH, machine(*given), JOB, policy, ignore_memory=True)
 
 
@@ -90,9 +122,13 @@ def t4(preset):
 )
 def test_flexllmgens_fitted_t4_reads_disk_and_attends_on_the_cpu_more_slowly(percent, cpu_attention_percent):
     policy = Policy.from_percent(
-        percent, gpu_batch_size=64, num_gpu_batches=9, prompt_len=512, gen_len=32,
+        percent,
+        gpu_batch_size=64,
+        num_gpu_batches=9,
+        prompt_len=512,
+        gen_len=32,
         cpu_attention_percent=cpu_attention_percent,
-    )  # fmt: skip
+    )
     job = Workload(prompt_len=512, gen_len=32)
     fitted, real = (evaluate(ARCH, t4(name), job, policy) for name in ("t4-flexllmgen", "t4"))
     assert fitted.tokens_per_s < real.tokens_per_s / 3

@@ -27,11 +27,21 @@ from policies.placement import TIERS
 from policies.policy import Policy, Workload
 
 CONFIG = {
-    "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_local_experts": 4,
-    "num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 401,
-    "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "tie_word_embeddings": False,
+    "model_type": "mixtral",
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 401,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
     "torch_dtype": "float32",
-}  # fmt: skip
+}
 WORKLOAD = Workload(prompt_len=40, gen_len=20)
 #: Weights, cache and activations (GPU, CPU; the rest is disk), and further fields of the policy.
 POLICIES = {

@@ -26,9 +26,13 @@ def resources(machine="rtx4090", gpu=None, **hardware):
 
 
 LINK = {
-    "h2d_bytes_per_s": 10e9, "d2h_bytes_per_s": 10e9, "h2d_duplex_bytes_per_s": 8e9, "d2h_duplex_bytes_per_s": 8e9,
-    "kv_load_bytes_per_s": 5e9, "kv_store_bytes_per_s": 5e9,
-}  # fmt: skip
+    "h2d_bytes_per_s": 10e9,
+    "d2h_bytes_per_s": 10e9,
+    "h2d_duplex_bytes_per_s": 8e9,
+    "d2h_duplex_bytes_per_s": 8e9,
+    "kv_load_bytes_per_s": 5e9,
+    "kv_store_bytes_per_s": 5e9,
+}
 WIDE = {"gpu": LINK, "host_bytes_per_s": 1e15}
 
 

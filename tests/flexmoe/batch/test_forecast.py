@@ -112,9 +112,14 @@ def test_plan_leaves_a_tenth_of_what_is_free_to_others(tmp_path):
     machine.save(path)
     arch = ModelArch.from_name("mixtral-8x7b")
     forecaster = Forecaster.of_machine(
-        arch, Workload(prompt_len=64, gen_len=16, num_requests=100), torch.bfloat16, hardware=path, device="cpu",
-        directory=tmp_path, budgets={"gpu_mem": None, "cpu_mem": None, "nvme_mem": None},
-    )  # fmt: skip
+        arch,
+        Workload(prompt_len=64, gen_len=16, num_requests=100),
+        torch.bfloat16,
+        hardware=path,
+        device="cpu",
+        directory=tmp_path,
+        budgets={"gpu_mem": None, "cpu_mem": None, "nvme_mem": None},
+    )
     policy = forecaster.plan()
     smaller = replace(machine, host_memory_bytes=int(0.9 * machine.host_memory_bytes))
     assert evaluate(arch, smaller, forecaster.workload, policy).job_s > 0
@@ -151,9 +156,12 @@ def test_policy_file_with_the_planners_sections_runs_as_any_other(run, tiny, tmp
     policy = Policy.from_percent((20, 30, 30, 30, 50, 0), gpu_batch_size=3, num_gpu_batches=2, prompt_len=20, gen_len=6)
     prediction = evaluate(arch, Hardware.preset("cpu"), workload, policy)
     file = PolicyFile(
-        policy, model=arch.fingerprint(), workload=workload.to_json(), predicted=prediction.to_json(),
+        policy,
+        model=arch.fingerprint(),
+        workload=workload.to_json(),
+        predicted=prediction.to_json(),
         hardware=Hardware.preset("cpu").fingerprint(),
-    )  # fmt: skip
+    )
     file.save(tmp_path / "p.json")
     code, out, err = run("--policy", str(tmp_path / "p.json"))
     assert code == 0, err

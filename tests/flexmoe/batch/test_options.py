@@ -15,15 +15,25 @@ FILES = {"model": "m", "input_file": "in.jsonl", "output_file": "out.jsonl"}
 POLICY = Policy.from_percent((100, 0, 100, 0, 100, 0), gpu_batch_size=4, num_gpu_batches=1, prompt_len=9, gen_len=4)
 
 
-@pytest.mark.parametrize("given, words", [
-    ({"output_file": None}, "give both"), ({"schedule": "lockstep"}, "--schedule is 'lockstep'; choose rolling, static"),
-    ({"reserve": "p50"}, "--reserve is 'p50'"), ({"expert_cache": "fifo"}, "--expert-cache"), ({"load_format": "pt"}, "pt"),
-    ({"gpu_batch_size": 0}, "--gpu-batch-size is 0"), ({"gen_len": 1.5}, "--gen-len"), ({"shard": "3/2"}, "--shard is 3/2"),
-    ({"checkpoint_interval_s": -1}, "--checkpoint-interval"), ({"on_invalid": "skip"}, "--on-invalid"),
-    ({"prompt_column": "a", "prompt_template": "{a}"}, "exclude each other"), ({"prompt_template": "none"}, "no column"),
-    ({"policy": POLICY, "cpu_cache_compute": True}, "--policy already says what --cpu-cache-compute would"),
-    ({"policy": "auto", "overlap": False, "percent": [100, 0] * 3}, "--percent, --overlap"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"output_file": None}, "give both"),
+        ({"schedule": "lockstep"}, "--schedule is 'lockstep'; choose rolling, static"),
+        ({"reserve": "p50"}, "--reserve is 'p50'"),
+        ({"expert_cache": "fifo"}, "--expert-cache"),
+        ({"load_format": "pt"}, "pt"),
+        ({"gpu_batch_size": 0}, "--gpu-batch-size is 0"),
+        ({"gen_len": 1.5}, "--gen-len"),
+        ({"shard": "3/2"}, "--shard is 3/2"),
+        ({"checkpoint_interval_s": -1}, "--checkpoint-interval"),
+        ({"on_invalid": "skip"}, "--on-invalid"),
+        ({"prompt_column": "a", "prompt_template": "{a}"}, "exclude each other"),
+        ({"prompt_template": "none"}, "no column"),
+        ({"policy": POLICY, "cpu_cache_compute": True}, "--policy already says what --cpu-cache-compute would"),
+        ({"policy": "auto", "overlap": False, "percent": [100, 0] * 3}, "--percent, --overlap"),
+    ],
+)
 def test_what_cannot_be_used_is_refused_with_a_sentence(given, words):
     with pytest.raises(UsageError, match=words):
         RunOptions(**FILES | given)

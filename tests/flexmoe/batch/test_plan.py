@@ -71,7 +71,10 @@ def test_rows_that_fit_by_themselves_are_not_left_out_for_a_block_that_does_not(
     assert refusals(caplog) == []
 
 
-@pytest.mark.parametrize("rows, code", [([{"prompt": [5], "tools": [{}]}] * 3, 3), ([{"prompt": [5], "tools": [{}]}, SHORT], 3), ([SHORT], 0)])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows, code",
+    [([{"prompt": [5], "tools": [{}]}] * 3, 3), ([{"prompt": [5], "tools": [{}]}, SHORT], 3), ([SHORT], 0)],
+)
 def test_a_dry_run_says_3_where_rows_cannot_run_and_plans_for_none(job, main, machine, rows, code):
     job.write(rows)
     got, out, err = main(job.args("--dry-run", "--hardware", str(machine)))

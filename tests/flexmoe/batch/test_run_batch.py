@@ -81,10 +81,15 @@ def test_a_policy_is_planned_for_the_job_by_default(job, batch, machine):
     assert result.metrics["memory"]["gpu"]["planned_bytes"] <= 0.004 * 2**30
 
 
-@pytest.mark.parametrize("stop, raised", [
-    (KeyboardInterrupt(), KeyboardInterrupt), (torch.OutOfMemoryError("CUDA out of memory"), InfeasibleError),
-    (OSError(28, "No space left on device"), StorageError),
-], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
+@pytest.mark.parametrize(
+    "stop, raised",
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (torch.OutOfMemoryError("CUDA out of memory"), InfeasibleError),
+        (OSError(28, "No space left on device"), StorageError),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
 def test_a_call_that_was_stopped_is_resumed_by_the_same_call(job, batch, fails_at, stop, raised):
     assert main(job.args("-o", str(job.directory / "whole.jsonl"))) == 0
     repair = fails_at(12, stop)
@@ -112,16 +117,19 @@ def test_signals_are_left_to_the_caller(batch):
     assert {number: signal.getsignal(number) for number in before} == before
 
 
-@pytest.mark.parametrize("options, error, words", [
-    ({"model": "/no/such/model"}, InputMissingError, "/no/such/model"),
-    ({"gpu_mem": 0.0001}, InfeasibleError, "bytes are missing"),
-    ({"policy": "/no/such/policy.json"}, InputMissingError, "/no/such/policy.json"),
-    ({"trace": "/no/such/t.json"}, StorageError, "/no/such"),
-    ({"chat_template": "{% for %}"}, DataError, "chat template"),
-    ({"device": "tpu"}, UsageError, "tpu"),
-    ({"no_such_option": 1}, UsageError, "no_such_option"),
-    ({"policy": "auto", "gpu_batch_size": 4}, UsageError, "--gpu-batch-size"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        ({"model": "/no/such/model"}, InputMissingError, "/no/such/model"),
+        ({"gpu_mem": 0.0001}, InfeasibleError, "bytes are missing"),
+        ({"policy": "/no/such/policy.json"}, InputMissingError, "/no/such/policy.json"),
+        ({"trace": "/no/such/t.json"}, StorageError, "/no/such"),
+        ({"chat_template": "{% for %}"}, DataError, "chat template"),
+        ({"device": "tpu"}, UsageError, "tpu"),
+        ({"no_such_option": 1}, UsageError, "no_such_option"),
+        ({"policy": "auto", "gpu_batch_size": 4}, UsageError, "--gpu-batch-size"),
+    ],
+)
 def test_errors_are_raised_and_leave_nothing(job, batch, capfd, options, error, words):
     with pytest.raises(error, match=words) as caught:
         batch(**options)

@@ -45,10 +45,17 @@ def test_row_comes_before_the_config():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("do_sample", "yes"), ("do_sample", 1), ("temperature", "hot"), ("temperature", -1), ("top_p", 0), ("top_p", [1]),
-        ("top_k", 1.5), ("min_p", 2), ("repetition_penalty", 0),
+        ("do_sample", "yes"),
+        ("do_sample", 1),
+        ("temperature", "hot"),
+        ("temperature", -1),
+        ("top_p", 0),
+        ("top_p", [1]),
+        ("top_k", 1.5),
+        ("min_p", 2),
+        ("repetition_penalty", 0),
     ],
-)  # fmt: skip
+)
 def test_value_that_cannot_be_used_names_file_and_field(field, value):
     with pytest.raises(DataError, match=rf"model/generation_config\.json: {field} is"):
         SamplingDefaults.of({field: value}, "model/generation_config.json")

@@ -23,13 +23,21 @@ def make(directory, total=11, count=3, failed=(), identity=None, only=None):
         bad = [place for place, row in enumerate(rows) if row in failed]
         errors = publish(default_error_path(path), [b'{"bad": %d}\n' % rows[place] for place in bad]) if bad else None
         finished = Finished(
-            rows_ok=len(rows) - len(bad), prompt_tokens=1, generated_tokens=1, output=output, errors=errors,
+            rows_ok=len(rows) - len(bad),
+            prompt_tokens=1,
+            generated_tokens=1,
+            output=output,
+            errors=errors,
             failed_rows=tuple(bad),
-        )  # fmt: skip
+        )
         manifest = Manifest(
-            identity=identity or {"input": "x"}, rows=len(rows), shard=(index, count), created_s=index, model_name="m",
+            identity=identity or {"input": "x"},
+            rows=len(rows),
+            shard=(index, count),
+            created_s=index,
+            model_name="m",
             finished=finished,
-        )  # fmt: skip
+        )
         work_directory(path).mkdir(exist_ok=True)
         manifest.save(work_directory(path) / "manifest.json")
         paths.append(path)
@@ -133,8 +141,10 @@ def test_an_output_of_a_whole_job_is_no_shard(tmp_path, out, capsys):
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-3], lambda b: b.replace(b"4", b"5"), lambda b: b + b"{}\n"])
 def test_a_file_that_is_not_as_its_run_left_it_is_named(tmp_path, out, capsys, damage):
-    for failed, path in (((), Shard(index=1, count=3).path(tmp_path / "out.jsonl")),
-                         ((4, 7), default_error_path(Shard(index=1, count=3).path(tmp_path / "out.jsonl")))):  # fmt: skip
+    for failed, path in (
+        ((), Shard(index=1, count=3).path(tmp_path / "out.jsonl")),
+        ((4, 7), default_error_path(Shard(index=1, count=3).path(tmp_path / "out.jsonl"))),
+    ):
         paths = make(tmp_path, failed=failed)
         path.write_bytes(damage(path.read_bytes()))
         fault(capsys, out, paths, 65, path, "not as its run left it")

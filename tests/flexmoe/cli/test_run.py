@@ -25,8 +25,16 @@ pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
 # Jobs.
 
 
-@pytest.mark.parametrize("more", [[], THREE_TIERS, [*THREE_TIERS, "--schedule", "static", "--overlap", "false"],
-                                  [*THREE_TIERS, "--cpu-cache-compute", "--prefill-tokens", "20"]], ids=len)  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        THREE_TIERS,
+        [*THREE_TIERS, "--schedule", "static", "--overlap", "false"],
+        [*THREE_TIERS, "--cpu-cache-compute", "--prefill-tokens", "20"],
+    ],
+    ids=len,
+)
 def test_a_job_exits_0_with_transformers_tokens_in_input_order(more, job, tiny, main):
     code, out, err = main(job.args(*more))
     assert (code, err) == (0, "")
@@ -112,13 +120,18 @@ def test_metrics_json_adds_up(job, main):
 @pytest.mark.parametrize("placement", [(0, 0, 0, 0, 0, 0), (0, 50, 30, 30, 30, 30), (20, 30, 0, 100, 0, 100)], ids=str)
 def test_the_trace_has_a_track_per_lane_in_which_nothing_overlaps_and_disk_reads_under_compute(placement, job, main):
     path = job.directory / "trace.json"
-    code, out, err = main(job.args("--percent", *map(str, placement), "--gpu-batch-size", "2", "--num-gpu-batches", "3",
-                                   "--trace", str(path)))  # fmt: skip
+    code, out, err = main(
+        job.args(
+            "--percent", *map(str, placement), "--gpu-batch-size", "2", "--num-gpu-batches", "3", "--trace", str(path)
+        )
+    )
     assert (code, err) == (0, "") and f"trace: {path}" in out
     events = json.loads(path.read_text())["traceEvents"]
     names = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
-    tracks = {name: sorted((e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e["ph"] == "X" and e["tid"] == tid)
-              for tid, name in names.items()}  # fmt: skip
+    tracks = {
+        name: sorted((e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e["ph"] == "X" and e["tid"] == tid)
+        for tid, name in names.items()
+    }
     assert {"gpu", "h2d", "d2h", "disk_read"} <= {name.split("/")[0] for name in tracks}
     for name, spans in tracks.items():
         for one, other in zip(spans, spans[1:]):
@@ -160,9 +173,18 @@ def test_without_an_input_it_prints_flexllmgens_summary(job, main):
     path = job.directory / "metrics.json"
     code, out, err = main(benchmark(job, "--metrics-json", str(path)))
     assert (code, err) == (0, "")
-    for words in ("model size: ", "cache size: ", "hidden size (prefill): ", "peak gpu mem: ", "prefill latency: ",
-                  "prefill throughput: ", "decode latency: ", "decode throughput: ", "total latency: ",
-                  "total throughput: "):  # fmt: skip
+    for words in (
+        "model size: ",
+        "cache size: ",
+        "hidden size (prefill): ",
+        "peak gpu mem: ",
+        "prefill latency: ",
+        "prefill throughput: ",
+        "decode latency: ",
+        "decode throughput: ",
+        "total latency: ",
+        "total throughput: ",
+    ):
         assert words in out
     record = json.loads(path.read_text())
     assert (record["num_requests"], record["prompt_tokens"], record["generated_tokens"]) == (4, 4 * 20, 4 * 6)
@@ -210,7 +232,11 @@ def replace_model(job, model):
 # Faults: code and sentence; all before anything is loaded.
 
 FLAG_FAULTS = {
-    "percents that do not add up": (["--percent", "80", "30", "0", "100", "100", "0"], 2, ["80", "30", "110", "at most 100"]),
+    "percents that do not add up": (
+        ["--percent", "80", "30", "0", "100", "100", "0"],
+        2,
+        ["80", "30", "110", "at most 100"],
+    ),
     "five percents": (["--percent", "80", "20", "0", "100", "100"], 2, ["--percent"]),
     "an unknown flag": (["--no-such-flag"], 2, ["--no-such-flag"]),
     "a count of zero": (["--gen-len", "0"], 2, ["--gen-len", "0"]),
@@ -220,14 +246,20 @@ FLAG_FAULTS = {
     "a negative budget": (["--gpu-mem", "-1"], 2, ["--gpu-mem", "-1"]),
     "cut-gen-len of a job": (["--cut-gen-len", "2"], 2, ["--cut-gen-len"]),
     "a GPU budget that is too small": (["--gpu-mem", "0.0001"], 4, ["gpu", "bytes are missing", "--gpu-mem"]),
-    "a CPU budget that is too small": (["--percent", "0", "100", "0", "100", "100", "0", "--cpu-mem", "0.0001"], 4,
-                                       ["cpu", "bytes are missing", "--cpu-mem"]),
-    "a disk budget that is too small": (["--percent", "0", "0", "0", "0", "0", "0", "--nvme-mem", "0"], 4,
-                                        ["disk", "bytes are missing", "--nvme-mem"]),
+    "a CPU budget that is too small": (
+        ["--percent", "0", "100", "0", "100", "100", "0", "--cpu-mem", "0.0001"],
+        4,
+        ["cpu", "bytes are missing", "--cpu-mem"],
+    ),
+    "a disk budget that is too small": (
+        ["--percent", "0", "0", "0", "0", "0", "0", "--nvme-mem", "0"],
+        4,
+        ["disk", "bytes are missing", "--nvme-mem"],
+    ),
     "a missing policy file": (["--policy", "/no/such/policy.json"], 66, ["/no/such/policy.json"]),
     "a trace where nothing can be written": (["--trace", "/proc/trace.json"], 74, ["/proc/trace.json"]),
     "metrics in no directory": (["--metrics-json", "/no/such/m.json"], 74, ["/no/such"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("flags, code, parts", FLAG_FAULTS.values(), ids=FLAG_FAULTS)
@@ -314,8 +346,16 @@ def test_a_policy_for_another_model_exits_4_with_what_differs_and_can_be_forced(
     assert len(job.lines()) == len(ROWS)
 
 
-@pytest.mark.parametrize("flags", [["--percent", *"100 0 100 0 100 0".split()], ["--gpu-batch-size", "3"],
-                                   ["--overlap", "false"], ["--cpu-cache-compute"]], ids=lambda f: f[0])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--percent", *"100 0 100 0 100 0".split()],
+        ["--gpu-batch-size", "3"],
+        ["--overlap", "false"],
+        ["--cpu-cache-compute"],
+    ],
+    ids=lambda f: f[0],
+)
 def test_a_policy_file_and_a_flag_that_it_already_answers_do_not_go_together(flags, job, main):
     code, _, err = main(job.args("--policy", str(other_policy(job)), *flags))
     assert code == 2

@@ -58,11 +58,26 @@ def sampled_by_default(job, **values):
 def sampled(job, tiny):
     """Rows of all kinds: greedy ones, and such as draw."""
     kinds = [{}, {"temperature": 0.8}, {"temperature": 1.2, "top_p": 0.9, "seed": 5}, {"n": 2, "temperature": 1.0}]
-    job.write([{"prompt": tiny().prompts[row], "max_tokens": 5, "return_token_ids": True, **kinds[i % 4]} for i, row in enumerate(ROWS)])  # fmt: skip
+    job.write(
+        [
+            {"prompt": tiny().prompts[row], "max_tokens": 5, "return_token_ids": True, **kinds[i % 4]}
+            for i, row in enumerate(ROWS)
+        ]
+    )
 
 
-@pytest.mark.parametrize("end, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75), (torch.OutOfMemoryError("CUDA out of memory"), 4),
-                                       (OSError(28, "No space left on device"), 74), (RuntimeError("a fault"), 1)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "end, code",
+    [
+        (signal.SIGTERM, 75),
+        (signal.SIGINT, 130),
+        (signal.SIGHUP, 75),
+        (torch.OutOfMemoryError("CUDA out of memory"), 4),
+        (OSError(28, "No space left on device"), 74),
+        (RuntimeError("a fault"), 1),
+    ],
+    ids=str,
+)
 def test_a_job_that_was_stopped_goes_on_under_another_policy_and_ends_as_if_nothing_had_been(
     job, main, tiny, interrupt, monkeypatch, end, code
 ):
@@ -127,11 +142,18 @@ def test_rows_for_another_model_run_with_one_warning_or_fail(job, main, caplog, 
     assert 'line 2: the row asks for the model "gpt-4o"' in warning and "llama" not in warning
 
 
-@pytest.mark.parametrize("flags, told", [
-    (["--gen-len", "7"], "--gen-len was 32 and is 7"), (["--seed", "3"], "--seed was 0 and is 3"),
-    (["--dtype", "bfloat16"], "--dtype was float32 and is bfloat16"), (["--strict-model"], "--strict-model was False and is"),
-    (["--prompt-column", "prompt"], "--prompt-column was not given"), (["--generation-config", "none"], "--generation-config was auto and is none"), (["--chat-template", "{{ messages }}"], "--chat-template was not given"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--gen-len", "7"], "--gen-len was 32 and is 7"),
+        (["--seed", "3"], "--seed was 0 and is 3"),
+        (["--dtype", "bfloat16"], "--dtype was float32 and is bfloat16"),
+        (["--strict-model"], "--strict-model was False and is"),
+        (["--prompt-column", "prompt"], "--prompt-column was not given"),
+        (["--generation-config", "none"], "--generation-config was auto and is none"),
+        (["--chat-template", "{{ messages }}"], "--chat-template was not given"),
+    ],
+)
 def test_other_flags_are_refused_with_what_differs(job, main, flags, told):
     sampled_by_default(job)
     assert main(job.args())[0] == 0
@@ -235,22 +257,41 @@ def slurm(monkeypatch, task, first, last):
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
 
 
-@pytest.mark.parametrize("flags", [["--overwrite"], ["--shard", "0/2"], ["--on-invalid", "record"], ["--reserve", "max"],
-                                   ["--checkpoint-interval", "5"], ["--chat-template", "x{"], ["--strict-model"]], ids=lambda f: f[0])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--overwrite"],
+        ["--shard", "0/2"],
+        ["--on-invalid", "record"],
+        ["--reserve", "max"],
+        ["--checkpoint-interval", "5"],
+        ["--chat-template", "x{"],
+        ["--strict-model"],
+    ],
+    ids=lambda f: f[0],
+)
 def test_flags_of_a_job_are_refused_where_there_is_none(job, main, flags):
     code, _, err = main(job.args(*flags, files=False))
     assert code == 2
     assert_one_sentence(err, flags[0], "only with -i")
 
 
-@pytest.mark.parametrize("flags, code, parts", [
-    (["--shard", "2/2"], 2, ["--shard", "2/2"]), (["--shard"], 2, ["SLURM_ARRAY_TASK_"]),
-    (["--checkpoint-interval", "-1"], 2, ["--checkpoint-interval"]), (["--checkpoint-interval", "nan"], 2, ["nan"]),
-    (["--reserve", "p50"], 2, ["p50"]), (["--generation-config", "/no/such"], 66, ["/no/such"]),
-    (["--chat-template", "/no/such"], 2, ["/no/such"]), (["--chat-template", "{% for %}"], 65, ["chat template"]),
-    (["--prompt-template", "no column"], 2, ["names no column"]), (["--input-format", "xml"], 2, ["xml"]),
-    (["--seed", str(2**64)], 2, ["seed"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, code, parts",
+    [
+        (["--shard", "2/2"], 2, ["--shard", "2/2"]),
+        (["--shard"], 2, ["SLURM_ARRAY_TASK_"]),
+        (["--checkpoint-interval", "-1"], 2, ["--checkpoint-interval"]),
+        (["--checkpoint-interval", "nan"], 2, ["nan"]),
+        (["--reserve", "p50"], 2, ["p50"]),
+        (["--generation-config", "/no/such"], 66, ["/no/such"]),
+        (["--chat-template", "/no/such"], 2, ["/no/such"]),
+        (["--chat-template", "{% for %}"], 65, ["chat template"]),
+        (["--prompt-template", "no column"], 2, ["names no column"]),
+        (["--input-format", "xml"], 2, ["xml"]),
+        (["--seed", str(2**64)], 2, ["seed"]),
+    ],
+)
 def test_a_fault_of_a_jobs_flags_is_one_sentence(job, main, flags, code, parts):
     got, out, err = main(job.args(*flags))
     assert (got, out) == (code, "")
@@ -357,9 +398,17 @@ def test_rows_that_ask_for_what_cannot_be_are_error_rows(job, main):
     assert [line["custom_id"] for line in failures(job)] == list(PER_ROW)
 
 
-@pytest.mark.parametrize("data, code", [
-    ("", 65), ("\n\n \n", 65), (b"\xef\xbb\xbf" + GOOD.encode(), 0), (GOOD.replace("\n", "\r\n") * 2, 0), (GOOD.strip(), 0),
-], ids=["empty", "blank lines", "BOM", "CRLF", "no final newline"])  # fmt: skip
+@pytest.mark.parametrize(
+    "data, code",
+    [
+        ("", 65),
+        ("\n\n \n", 65),
+        (b"\xef\xbb\xbf" + GOOD.encode(), 0),
+        (GOOD.replace("\n", "\r\n") * 2, 0),
+        (GOOD.strip(), 0),
+    ],
+    ids=["empty", "blank lines", "BOM", "CRLF", "no final newline"],
+)
 def test_odd_files(job, main, data, code):
     write(job, data)
     got, _, err = main(job.args())

@@ -28,9 +28,15 @@ def make(tiny, tmp_path):
     ):
         policy_options = {k: options.pop(k) for k in ("overlap", "cpu_attention_percent") if k in options}
         policy = Policy.from_percent(
-            percent, gpu_batch_size=rows, num_gpu_batches=batches, prompt_len=60, gen_len=GEN_LEN,
-            prefill_tokens=prefill_tokens, schedule=schedule, **policy_options,
-        )  # fmt: skip
+            percent,
+            gpu_batch_size=rows,
+            num_gpu_batches=batches,
+            prompt_len=60,
+            gen_len=GEN_LEN,
+            prefill_tokens=prefill_tokens,
+            schedule=schedule,
+            **policy_options,
+        )
         options = offload(tmp_path) | {"workload": Workload(prompt_len=60, gen_len=GEN_LEN)} | options
         made.append(LLM(tiny(name).directory, policy=policy, **options))
         return made[-1]
@@ -172,8 +178,10 @@ def test_a_row_ends_where_the_context_of_the_model_ends(make, tiny):
     assert out.outputs[0].finish_reason == "length"
 
 
-@pytest.mark.parametrize("prompt, reason", [([], "no tokens"), ([1, 300], "outside the vocabulary of 300"), ([-1], "outside"),
-                                            ([5] * 512, "leaves no room")])  # fmt: skip
+@pytest.mark.parametrize(
+    "prompt, reason",
+    [([], "no tokens"), ([1, 300], "outside the vocabulary of 300"), ([-1], "outside"), ([5] * 512, "leaves no room")],
+)
 def test_a_request_that_can_never_run_is_refused_with_the_reason(prompt, reason, make):
     llm = make()
     refused = EngineRequest(request_id="0", prompt_token_ids=tuple(prompt), params=SamplingParams(max_tokens=4))

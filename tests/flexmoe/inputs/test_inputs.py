@@ -46,8 +46,11 @@ def parquet(tmp_path, columns, **options):
 def test_every_line_of_text_is_a_prompt(tmp_path, read):
     path = text(tmp_path, b'\xef\xbb\xbfone\r\n\r\n  two \n{"prompt": "x"}\n\nl\xc3\xa4st')
     assert read(path) == [
-        ("row-1", ("one",)), ("row-3", ("  two ",)), ("row-4", ('{"prompt": "x"}',)), ("row-6", ("läst",)),
-    ]  # fmt: skip
+        ("row-1", ("one",)),
+        ("row-3", ("  two ",)),
+        ("row-4", ('{"prompt": "x"}',)),
+        ("row-6", ("läst",)),
+    ]
 
 
 def test_format_may_be_named(tmp_path, read):
@@ -77,8 +80,9 @@ def test_bytes_that_are_no_text_are_refused_with_their_place(tmp_path, read, con
 
 def test_bad_lines_of_text_may_be_recorded(tmp_path, read):
     assert read(text(tmp_path, b"one\n\xff\n"), on_invalid="record") == [
-        ("row-1", ("one",)), ("row-2", "byte 1 is not UTF-8; save the file as UTF-8"),
-    ]  # fmt: skip
+        ("row-1", ("one",)),
+        ("row-2", "byte 1 is not UTF-8; save the file as UTF-8"),
+    ]
 
 
 def test_jsonl_rows_are_those_of_a_table_where_columns_are_asked_for(tmp_path, read):
@@ -146,11 +150,14 @@ def test_lines_of_text_have_no_columns(tmp_path, read):
 def test_parquet_column_holds_texts_ids_or_chats(tmp_path, read):
     ids = ["a", None, "c"]
     assert read(parquet(tmp_path, {"prompt": ["x", "ÿ", "z"], "custom_id": ids})) == [
-        ("a", ("x",)), ("row-2", ("ÿ",)), ("c", ("z",)),
-    ]  # fmt: skip
+        ("a", ("x",)),
+        ("row-2", ("ÿ",)),
+        ("c", ("z",)),
+    ]
     assert read(parquet(tmp_path, {"ids": [[1, 2], [3]]}), prompt_column="ids") == [
-        ("row-1", ((1, 2),)), ("row-2", ((3,),)),
-    ]  # fmt: skip
+        ("row-1", ((1, 2),)),
+        ("row-2", ((3,),)),
+    ]
     assert read(parquet(tmp_path, {"messages": [CHAT], "custom_id": [5]})) == [("5", tuple(CHAT))]
 
 

@@ -35,8 +35,10 @@ def test_bom_crlf_and_blank_lines_are_skipped(tmp_path):
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n  \n\n{"prompt": "b"}\r\n{"prompt": "c"}')
     with RequestFile.open(path) as requests:
         assert [(r.custom_id, r.prompts) for r in requests] == [
-            ("row-1", ("a",)), ("row-5", ("b",)), ("row-6", ("c",)),
-        ]  # fmt: skip
+            ("row-1", ("a",)),
+            ("row-5", ("b",)),
+            ("row-6", ("c",)),
+        ]
         assert list(requests.custom_ids()) == ["row-1", "row-5", "row-6"]
 
 
@@ -147,8 +149,13 @@ def test_faults_that_are_recorded_become_error_rows_with_the_ids_that_could_be_r
     )
     bad = "invalid_line"
     assert recorded(path) == [
-        ("a", None), ("row-2", bad), ("b", bad), ("row-4", bad), ("row-5", bad), ("row-6", "invalid_value"),
-    ]  # fmt: skip
+        ("a", None),
+        ("row-2", bad),
+        ("b", bad),
+        ("row-4", bad),
+        ("row-5", bad),
+        ("row-6", "invalid_value"),
+    ]
     with RequestFile.open(path, on_invalid="record") as requests:
         assert requests.rows_invalid == 4
         assert requests[2].error.param == "prompt" and "prompt is 5" in requests[2].error.message
@@ -167,9 +174,14 @@ def test_recorded_rows_never_share_an_id(tmp_path):
     )
     bad = "invalid_line"
     assert recorded(path) == [
-        ("row-4", None), ("row-5", None), ("row-5-2", None), ("row-4-2", bad), ("row-5-3", bad), ("row-6", None),
+        ("row-4", None),
+        ("row-5", None),
+        ("row-5-2", None),
+        ("row-4-2", bad),
+        ("row-5-3", bad),
+        ("row-6", None),
         ("row-7", bad),
-    ]  # fmt: skip
+    ]
     with RequestFile.open(path, on_invalid="record") as requests:
         assert 'custom_id "row-4" is already the id of line 1' in requests[4].error.message
         assert requests.rows_invalid == 3

@@ -219,8 +219,11 @@ def test_a_finished_job_is_not_done_again(runner):
     again = runner.run(engine)
     assert again.was_finished and engine.pulled == [] and runner.output.stat().st_ino == before
     assert (again.rows_ok, again.rows_failed, again.generated_tokens, again.error_path) == (
-        first.rows_ok, first.rows_failed, first.generated_tokens, first.error_path,
-    )  # fmt: skip
+        first.rows_ok,
+        first.rows_failed,
+        first.generated_tokens,
+        first.error_path,
+    )
 
 
 def test_an_output_that_is_not_the_jobs_is_kept_until_overwrite_is_given(runner):

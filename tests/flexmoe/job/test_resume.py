@@ -176,10 +176,13 @@ def test_a_job_whose_rows_are_all_done_is_published_without_an_engine(bare, monk
     assert engine.pulled == [] and (report.rows_ok, report.rows_resumed) == (1, 1) and len(bare.lines()) == 1
 
 
-@pytest.mark.parametrize("files, rows, kind, told", [
-    ({}, [{"prompt": [8]}], DataError, "the input file has changed"),
-    ({"options": InputOptions(on_invalid="record")}, None, UsageError, "--on-invalid was fail and is record"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "files, rows, kind, told",
+    [
+        ({}, [{"prompt": [8]}], DataError, "the input file has changed"),
+        ({"options": InputOptions(on_invalid="record")}, None, UsageError, "--on-invalid was fail and is record"),
+    ],
+)
 def test_another_job_is_refused_and_overwrite_starts_it(bare, files, rows, kind, told):
     bare.write([{"prompt": [9]}])
     with pytest.raises(RuntimeError):

@@ -24,9 +24,16 @@ def slurm(task, first, last, count):
     return {f"SLURM_ARRAY_TASK_{n}": str(v) for n, v in zip(("ID", "MIN", "MAX", "COUNT"), (task, first, last, count))}
 
 
-@pytest.mark.parametrize("variables, shard", [
-    ((0, 0, 7, 8), (0, 8)), ((7, 0, 7, 8), (7, 8)), ((3, 1, 4, 4), (2, 4)), ((10, 5, 15, 3), (1, 3)), ((4, 4, 4, 1), (0, 1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "variables, shard",
+    [
+        ((0, 0, 7, 8), (0, 8)),
+        ((7, 0, 7, 8), (7, 8)),
+        ((3, 1, 4, 4), (2, 4)),
+        ((10, 5, 15, 3), (1, 3)),
+        ((4, 4, 4, 1), (0, 1)),
+    ],
+)
 def test_slurms_array_gives_the_shard(variables, shard):
     assert Shard.of_slurm(slurm(*variables)) == Shard(index=shard[0], count=shard[1])
 

@@ -69,15 +69,19 @@ def test_a_second_start_goes_on_with_the_rows_and_the_time_of_the_first(opened):
     assert again.manifest.created_s == 1000 and 1 in again.journal
 
 
-@pytest.mark.parametrize("change, kind, told", [
-    ({"input": "zz"}, DataError, "the input file has changed"),
-    ({"weights": "zz"}, DataError, "weights are others"),
-    ({"tokenizer": "zz", "gen_len": 64}, DataError, "--gen-len was 32 and is 64"),
-    ({"gen_len": 64}, UsageError, "--gen-len was 32 and is 64"),
-    ({"seed": 7}, UsageError, "--seed was 0 and is 7"),
-    ({"chat_template": "t.jinja"}, UsageError, "--chat-template was not given and is t.jinja"),
-    ({"shard": (0, 2)}, UsageError, "--shard was not given and is 0/2"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "change, kind, told",
+    [
+        ({"input": "zz"}, DataError, "the input file has changed"),
+        ({"weights": "zz"}, DataError, "weights are others"),
+        ({"tokenizer": "zz", "gen_len": 64}, DataError, "--gen-len was 32 and is 64"),
+        ({"gen_len": 64}, UsageError, "--gen-len was 32 and is 64"),
+        ({"seed": 7}, UsageError, "--seed was 0 and is 7"),
+        ({"chat_template": "t.jinja"}, UsageError, "--chat-template was not given and is t.jinja"),
+        ({"shard": (0, 2)}, UsageError, "--shard was not given and is 0/2"),
+    ],
+    ids=str,
+)
 def test_another_job_is_refused_with_what_differs(opened, change, kind, told):
     begun(opened())
     with pytest.raises(kind, match="holds another job") as caught:
@@ -239,8 +243,18 @@ def test_a_file_that_is_not_the_jobs_is_not_replaced_without_being_told(opened, 
     assert opened(overwrite=True).finished is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"kind": "flexmoe.job"}', '{"kind": "flexmoe.job", "schema_version": 99}',
-                                  '{"kind": "flexmoe.job", "schema_version": 1, "identity": 3}', "\x00" * 50])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"kind": "flexmoe.job"}',
+        '{"kind": "flexmoe.job", "schema_version": 99}',
+        '{"kind": "flexmoe.job", "schema_version": 1, "identity": 3}',
+        "\x00" * 50,
+    ],
+)
 def test_a_damaged_manifest_is_an_error_that_names_the_way_out(opened, output, text):
     work_directory(output).mkdir()
     (work_directory(output) / "manifest.json").write_text(text)

@@ -230,10 +230,19 @@ def test_native_products_refuse_what_does_not_fit():
     x, weight, ends = torch.ones(4, 8), torch.ones(2, 3, 8), torch.tensor([1, 4], dtype=torch.int32)
     assert grouped_products(x, weight, ends).shape == (4, 3)
     for bad in (
-        (x[:, :7], weight, ends), (x.T.contiguous().T, weight, ends), (x.bfloat16(), weight, ends), (x, weight[:, :, :8:2], ends),
-        (x, [weight[0], weight[1, :2]], ends), (x, list(weight.mT.contiguous().mT), ends), (x, [weight[0], weight[1].double()], ends),
-        (x, weight, ends.long()), (x, weight, ends[:1]), (x, weight, ends.flip(0)), (x, weight, ends - 2), (x, weight, ends + 1),
-    ):  # fmt: skip
+        (x[:, :7], weight, ends),
+        (x.T.contiguous().T, weight, ends),
+        (x.bfloat16(), weight, ends),
+        (x, weight[:, :, :8:2], ends),
+        (x, [weight[0], weight[1, :2]], ends),
+        (x, list(weight.mT.contiguous().mT), ends),
+        (x, [weight[0], weight[1].double()], ends),
+        (x, weight, ends.long()),
+        (x, weight, ends[:1]),
+        (x, weight, ends.flip(0)),
+        (x, weight, ends - 2),
+        (x, weight, ends + 1),
+    ):
         with pytest.raises(ValueError):
             grouped_products(*bad)
 

@@ -116,9 +116,14 @@ def test_other_rows_do_not_change_a_bit():
     for row in range(len(MIXED)):
         begin, end = case.starts[row : row + 2].tolist()
         alone = paged_attention(
-            case.q[begin:end], case.k_pool, case.v_pool, case.tables[row : row + 1],
-            torch.tensor([0, end - begin], dtype=torch.int32), case.lengths[row : row + 1], scale=case.scale,
-        )  # fmt: skip
+            case.q[begin:end],
+            case.k_pool,
+            case.v_pool,
+            case.tables[row : row + 1],
+            torch.tensor([0, end - begin], dtype=torch.int32),
+            case.lengths[row : row + 1],
+            scale=case.scale,
+        )
         assert torch.equal(alone, together[begin:end])
 
 
@@ -130,9 +135,15 @@ def test_chunked_prefill_is_close_to_whole_prefill(window, chunk):
     for begin in range(0, 300, chunk):
         end = min(300, begin + chunk)
         part = paged_attention(
-            case.q[begin:end], case.k_pool, case.v_pool, case.tables, torch.tensor([0, end - begin]).int(),
-            torch.tensor([end]).int(), scale=case.scale, window=window,
-        )  # fmt: skip
+            case.q[begin:end],
+            case.k_pool,
+            case.v_pool,
+            case.tables,
+            torch.tensor([0, end - begin]).int(),
+            torch.tensor([end]).int(),
+            scale=case.scale,
+            window=window,
+        )
         torch.testing.assert_close(part, whole[begin:end], rtol=1e-5, atol=2e-6)
 
 

@@ -73,13 +73,32 @@ def test_chat_template_kwargs_are_kept():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 10**9), ("n", 0), ("n", -1), ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 10**10),
-        ("max_completion_tokens", 10**30), ("temperature", -0.1), ("temperature", 10**400), ("top_p", 0), ("top_p", 1.5),
-        ("top_k", -2), ("min_p", 2), ("seed", 2**64), ("presence_penalty", 3), ("frequency_penalty", -2.5),
-        ("repetition_penalty", 0), ("logit_bias", {"5": 101}), ("logit_bias", {"-5": 1}), ("logit_bias", {"5": 1, "05": 1}),
-        ("stop", ""), ("stop", ["a", ""]), ("stop", ["x"] * (MAX_STOPS + 1)), ("stop", "x" * 10_000),
+        ("n", 10**9),
+        ("n", 0),
+        ("n", -1),
+        ("max_tokens", 0),
+        ("max_tokens", -1),
+        ("max_tokens", 10**10),
+        ("max_completion_tokens", 10**30),
+        ("temperature", -0.1),
+        ("temperature", 10**400),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("top_k", -2),
+        ("min_p", 2),
+        ("seed", 2**64),
+        ("presence_penalty", 3),
+        ("frequency_penalty", -2.5),
+        ("repetition_penalty", 0),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"-5": 1}),
+        ("logit_bias", {"5": 1, "05": 1}),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", ["x"] * (MAX_STOPS + 1)),
+        ("stop", "x" * 10_000),
     ],
-)  # fmt: skip
+)
 def test_value_out_of_range_fails_only_its_row_and_is_named(field, value):
     for request in (completion(**{field: value}), chat(**{field: value})):
         assert (request.error.code, request.error.param) == ("invalid_value", field)
@@ -122,13 +141,34 @@ def test_contradictions_fail_only_their_row():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("temperature", "0"), ("temperature", True), ("top_p", [1]), ("n", 1.5), ("n", "2"), ("n", True), ("seed", 1.0),
-        ("max_tokens", 1.5), ("max_tokens", "9"), ("max_tokens", True), ("max_completion_tokens", {}), ("top_k", 1.5),
-        ("stop", 5), ("stop", ["a", 1]), ("stop_token_ids", 2), ("stop_token_ids", [-1]), ("logit_bias", [1]),
-        ("logit_bias", {"a": 1}), ("logit_bias", {"1.5": 1}), ("logit_bias", {"5": "1"}), ("logit_bias", {"5": None}),
-        ("ignore_eos", 1), ("echo", "yes"), ("return_token_ids", "yes"), ("chat_template_kwargs", []), ("best_of", "2"),
+        ("temperature", "0"),
+        ("temperature", True),
+        ("top_p", [1]),
+        ("n", 1.5),
+        ("n", "2"),
+        ("n", True),
+        ("seed", 1.0),
+        ("max_tokens", 1.5),
+        ("max_tokens", "9"),
+        ("max_tokens", True),
+        ("max_completion_tokens", {}),
+        ("top_k", 1.5),
+        ("stop", 5),
+        ("stop", ["a", 1]),
+        ("stop_token_ids", 2),
+        ("stop_token_ids", [-1]),
+        ("logit_bias", [1]),
+        ("logit_bias", {"a": 1}),
+        ("logit_bias", {"1.5": 1}),
+        ("logit_bias", {"5": "1"}),
+        ("logit_bias", {"5": None}),
+        ("ignore_eos", 1),
+        ("echo", "yes"),
+        ("return_token_ids", "yes"),
+        ("chat_template_kwargs", []),
+        ("best_of", "2"),
     ],
-)  # fmt: skip
+)
 def test_field_of_the_wrong_type_fails_the_job_and_is_named(field, value):
     with pytest.raises(InvalidLine, match=field) as caught:
         completion(**{field: value})
@@ -146,12 +186,23 @@ def test_logprobs_of_the_wrong_type_fail_the_job(value):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("stream", True), ("tools", [{"type": "function"}]), ("tools", "yes"), ("tool_choice", "required"),
-        ("functions", [{}]), ("response_format", {"type": "json_object"}), ("best_of", 2), ("suffix", "s"),
-        ("temprature", 0), ("min_tokens", 5), ("guided_json", {}), ("chat_template", "x"), ("reasoning_effort", "low"),
-        ("stream_options", {"include_usage": True}), ("modalities", ["audio"]),
+        ("stream", True),
+        ("tools", [{"type": "function"}]),
+        ("tools", "yes"),
+        ("tool_choice", "required"),
+        ("functions", [{}]),
+        ("response_format", {"type": "json_object"}),
+        ("best_of", 2),
+        ("suffix", "s"),
+        ("temprature", 0),
+        ("min_tokens", 5),
+        ("guided_json", {}),
+        ("chat_template", "x"),
+        ("reasoning_effort", "low"),
+        ("stream_options", {"include_usage": True}),
+        ("modalities", ["audio"]),
     ],
-)  # fmt: skip
+)
 def test_unsupported_field_fails_only_its_row_and_is_named(field, value):
     for request in (completion(**{field: value}), chat(**{field: value})):
         assert (request.error.code, request.error.param) == ("unsupported_field", field)
@@ -168,11 +219,22 @@ def test_field_of_the_other_endpoint_fails_only_its_row():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("stream", False), ("tools", []), ("response_format", {"type": "text"}), ("stop", []), ("user", "u"),
-        ("metadata", {"a": "b"}), ("store", True), ("service_tier", "flex"), ("parallel_tool_calls", True),
-        ("best_of", 1), ("tool_choice", "none"), ("modalities", ["text"]), ("safety_identifier", "x"), ("echo", False),
+        ("stream", False),
+        ("tools", []),
+        ("response_format", {"type": "text"}),
+        ("stop", []),
+        ("user", "u"),
+        ("metadata", {"a": "b"}),
+        ("store", True),
+        ("service_tier", "flex"),
+        ("parallel_tool_calls", True),
+        ("best_of", 1),
+        ("tool_choice", "none"),
+        ("modalities", ["text"]),
+        ("safety_identifier", "x"),
+        ("echo", False),
     ],
-)  # fmt: skip
+)
 def test_field_that_asks_for_nothing_is_accepted(field, value):
     assert completion(**{field: value}).error is None
 
@@ -184,9 +246,34 @@ def test_everything_that_is_wrong_with_a_row_is_told():
 
 
 VALUES = [
-    None, True, False, 0, 1, -1, 10**9, 10**30, 1.5, -0.0, 1e308, "", "x", "5", "\ud83d\ude42", [], [1], ["a"], [None], [[]],
-    [[1]], {}, {"5": 1}, {"a": None}, [{"role": "user", "content": "x"}], [{"role": 5}], {"type": "text"},
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    10**9,
+    10**30,
+    1.5,
+    -0.0,
+    1e308,
+    "",
+    "x",
+    "5",
+    "\ud83d\ude42",
+    [],
+    [1],
+    ["a"],
+    [None],
+    [[]],
+    [[1]],
+    {},
+    {"5": 1},
+    {"a": None},
+    [{"role": "user", "content": "x"}],
+    [{"role": 5}],
+    {"type": "text"},
+]
 
 
 def test_any_value_of_any_field_is_taken_refused_for_the_row_or_a_fault():

@@ -60,9 +60,13 @@ def output(ids, *, index=0, reason="length", tops=None, **more):
 
 def result(prompt, *outputs, prompt_logprobs=None):
     return RequestOutput(
-        request_id="0/0", prompt=None, prompt_token_ids=tuple(prompt), outputs=list(outputs), finished=True,
+        request_id="0/0",
+        prompt=None,
+        prompt_token_ids=tuple(prompt),
+        outputs=list(outputs),
+        finished=True,
         prompt_logprobs=prompt_logprobs,
-    )  # fmt: skip
+    )
 
 
 def body(line):
@@ -92,8 +96,10 @@ def test_chat_is_a_chat_completion(encoder, tokenizer):
     assert (choice.message.role, choice.message.content) == ("assistant", "hello world")
     assert (choice.finish_reason, choice.logprobs) == ("stop", None)
     assert (chat.usage.prompt_tokens, chat.usage.completion_tokens, chat.usage.total_tokens) == (
-        2, len(ids) + 1, len(ids) + 3,
-    )  # fmt: skip
+        2,
+        len(ids) + 1,
+        len(ids) + 3,
+    )
 
 
 def test_completion_is_a_text_completion(encoder, tokenizer):
@@ -219,9 +225,13 @@ def test_echo_of_text_is_the_text_that_was_given(encoder, tokenizer):
 def test_text_ends_before_what_stopped_it(encoder, tokenizer):
     ids = tokenizer.encode("hello. more")[1:]
     by_string = CompletionOutput(
-        index=0, text="hello", token_ids=ids, finish_reason="stop", stop_reason=".",
+        index=0,
+        text="hello",
+        token_ids=ids,
+        finish_reason="stop",
+        stop_reason=".",
         logprobs=tuple(TokenLogprob(token_id=i, logprob=-1.0) for i in ids),
-    )  # fmt: skip
+    )
     line = encoder().success(request(prompt="p", stop=".", logprobs=0), [result([1], by_string)])
     [choice] = strict(Completion, body(line)).choices
     assert (choice.text, choice.finish_reason, choice.stop_reason) == ("hello", "stop", ".")

@@ -53,11 +53,17 @@ def found(rows, setup, **options):
 
 def mixed(count):
     kinds = [
-        {"prompt": "hello world"}, {"prompt": [5, 6, 7], "n": 3, "max_tokens": 9}, {"prompt": ["a", "bc"]},
-        {"messages": [{"role": "user", "content": "größe 日本"}]}, {"prompt": "x", "tools": [{}]},
-        {"prompt": [9] * (CONTEXT + 1)}, {"prompt": "x", "max_tokens": 10**9}, {"prompt": [10**6]},
-        b"{broken", b'{"prompt": "\xff"}',
-    ]  # fmt: skip
+        {"prompt": "hello world"},
+        {"prompt": [5, 6, 7], "n": 3, "max_tokens": 9},
+        {"prompt": ["a", "bc"]},
+        {"messages": [{"role": "user", "content": "größe 日本"}]},
+        {"prompt": "x", "tools": [{}]},
+        {"prompt": [9] * (CONTEXT + 1)},
+        {"prompt": "x", "max_tokens": 10**9},
+        {"prompt": [10**6]},
+        b"{broken",
+        b'{"prompt": "\xff"}',
+    ]
     return [kinds[i % len(kinds)] for i in range(count)]
 
 

@@ -71,10 +71,16 @@ def test_row_is_sampled_as_it_says_else_as_the_model_likes_else_greedily(prepare
 
 def test_rows_prepared_together_are_as_one_by_one(preparer):
     rows = [
-        request(prompt=["a", "b"]), request(prompt=[5, 6]), request(**CHAT), request(prompt="x", n=10**9),
-        request(prompt=[[7], [8]]), request(prompt="a" * 500), request(messages=[{"role": "system", "content": "a"}] * 2),
-        request(**CHAT, max_tokens=3), request(prompt=["c"]),
-    ]  # fmt: skip
+        request(prompt=["a", "b"]),
+        request(prompt=[5, 6]),
+        request(**CHAT),
+        request(prompt="x", n=10**9),
+        request(prompt=[[7], [8]]),
+        request(prompt="a" * 500),
+        request(messages=[{"role": "system", "content": "a"}] * 2),
+        request(**CHAT, max_tokens=3),
+        request(prompt=["c"]),
+    ]
     together = preparer().prepare_all(list(enumerate(rows)))
     assert together == [preparer().prepare(row, number) for number, row in enumerate(rows)]
     assert [isinstance(parts, RowError) for parts in together] == [

@@ -50,10 +50,16 @@ def test_json_reads_back_to_the_same_workload(seed):
 @pytest.mark.parametrize(
     "bad",
     [
-        {"prompt_len": 0}, {"gen_len": 1.5}, {"num_requests": 0}, {"num_requests": True}, {"lengths": [[1, 2]]},
-        {"lengths": "abc"}, {"lengths": [[1, 2, -1]]}, {"longest_row": -1},
+        {"prompt_len": 0},
+        {"gen_len": 1.5},
+        {"num_requests": 0},
+        {"num_requests": True},
+        {"lengths": [[1, 2]]},
+        {"lengths": "abc"},
+        {"lengths": [[1, 2, -1]]},
+        {"longest_row": -1},
     ],
-)  # fmt: skip
+)
 def test_a_value_that_is_none_is_refused_with_its_name(bad):
     with pytest.raises(UsageError, match=next(iter(bad))):
         Workload(**({"prompt_len": 4, "gen_len": 2} | bad))

@@ -321,8 +321,10 @@ def test_loads_of_an_interrupted_sweep_do_not_reach_what_comes_after(variants, m
             got = within(5, lambda u=unit: feed.get(u))
             if (unit.kind, unit.layer) == ("expert", layer):
                 for place, e in enumerate(range(8)[: len(got) // 3]):
-                    assert torch.equal(got[f"down.{place}"] if f"down.{place}" in got else got["down"][place],
-                                       run.expected[layer, e + unit.first][1])  # fmt: skip
+                    assert torch.equal(
+                        got[f"down.{place}"] if f"down.{place}" in got else got["down"][place],
+                        run.expected[layer, e + unit.first][1],
+                    )
             feed.release(unit)
 
 
@@ -363,9 +365,15 @@ def make(variants, tmp_path):
 
     def call(percent=(0, 0, 100, 0, 100, 0), *, name="qwen3", rows=2, group=3, overlap=True, **options):
         policy = Policy.from_percent(
-            percent, gpu_batch_size=rows, num_gpu_batches=1, prompt_len=60, gen_len=GEN_LEN, prefill_tokens=1000,
-            experts_per_unit=group, overlap=overlap,
-        )  # fmt: skip
+            percent,
+            gpu_batch_size=rows,
+            num_gpu_batches=1,
+            prompt_len=60,
+            gen_len=GEN_LEN,
+            prefill_tokens=1000,
+            experts_per_unit=group,
+            overlap=overlap,
+        )
         options = offload(tmp_path) | {"workload": Workload(prompt_len=60, gen_len=GEN_LEN)} | options
         made.append(LLM(variants(name).directory, policy=policy, **options))
         return made[-1]
