@@ -112,11 +112,10 @@ class Activations:
         disk = self.disk if self.tiers[batch] == "disk" else None
         buffer = self._host[batch] if disk is None else disk.write_buffer
         self._tokens[batch] = len(h_TD)
-        with self._recorder.span("d2h/act", f"act {batch}", nbytes):
-            with self._device.on(self._stream):
-                produced.wait()
-                buffer[:nbytes].view(self._dtype).view(self._shape).copy_(h_TD, non_blocking=True)
-                self._device.record().synchronize()  # on this lane's own thread
+        with self._recorder.span("d2h/act", f"act {batch}", nbytes), self._device.on(self._stream):
+            produced.wait()
+            buffer[:nbytes].view(self._dtype).view(self._shape).copy_(h_TD, non_blocking=True)
+            self._device.record().synchronize()  # on this lane's own thread
         if disk is not None:
             with self._recorder.span("disk_write/act", f"act {batch}", nbytes):
                 disk.file.write_from(buffer.numpy().data[: align_up(nbytes)], batch * disk.batch_bytes)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from policies.common.checks import check_count, check_number, check_percent
@@ -111,7 +111,7 @@ def rules(kind: type) -> Mapping[str, Rule]:
     return _rules(kind)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _rules(kind: type) -> Mapping[str, Rule]:
     hints = get_type_hints(kind, vars(sys.modules[kind.__module__]), include_extras=True)
     found = {}
@@ -133,7 +133,7 @@ def has_default(field: Field[Any]) -> bool:
     return field.default is not MISSING or field.default_factory is not MISSING
 
 
-@lru_cache(maxsize=None)
+@cache
 def _checks(kind: type) -> tuple[tuple[str, Check], ...]:
     return tuple((name, rule.check) for name, rule in rules(kind).items())
 

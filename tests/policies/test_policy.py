@@ -152,7 +152,7 @@ def test_schema_and_dataclass_have_the_same_fields_and_defaults():
     required = [field.name for field in fields(Policy) if field.name in described["required"]]
     assert set(described["properties"]) == {field.name for field in fields(Policy)}
     assert set(required) == set(described["required"])
-    minimal = Policy(**{name: 1 for name in required})
+    minimal = Policy(**dict.fromkeys(required, 1))
     for name, entry in described["properties"].items():
         assert name in required or getattr(minimal, name) == entry["default"]
 

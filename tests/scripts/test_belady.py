@@ -111,7 +111,7 @@ def test_a_policy_of_scores_is_replayed_like_the_runtimes():
 
     found = replay(trace, 5, LeastScore(counts, seen))
     assert counts.sum() == found.lookups and 0 < found.hits <= belady(trace, 5).hits
-    assert Counter(key for step in trace for key in step) == {key: n for key, n in np.ndenumerate(counts)}
+    assert Counter(key for step in trace for key in step) == dict(np.ndenumerate(counts))
 
 
 def test_favourites_that_change_cost_the_static_set_half_and_min_little():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from tests.support.paths import ROOT
@@ -60,7 +60,7 @@ def path_of(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-@lru_cache(maxsize=None)
+@cache
 def is_module(name: str) -> bool:
     """Whether the project has a module of that dotted name."""
     return name.split(".")[0] in (*WITH_SCRIPTS, "tests") and path_of(name).exists()
@@ -71,7 +71,7 @@ def folders(*packages: str) -> list[Path]:
     return sorted({path.parent.relative_to(ROOT) for path in paths(*packages)})
 
 
-@lru_cache(maxsize=None)
+@cache
 def tree(module: str) -> ast.Module:
     """The parsed source."""
     return ast.parse(path_of(module).read_text("utf-8"))
@@ -82,7 +82,7 @@ def nodes(module: str, *kinds: type[ast.AST]) -> Iterator[ast.AST]:
     return (node for node in ast.walk(tree(module)) if isinstance(node, kinds))
 
 
-@lru_cache(maxsize=None)
+@cache
 def imports(module: str) -> tuple[Import, ...]:
     """All imports of a module: those within functions and under `TYPE_CHECKING` too."""
     typed = {

@@ -349,7 +349,7 @@ def test_a_policy_for_another_model_exits_4_with_what_differs_and_can_be_forced(
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--percent", *"100 0 100 0 100 0".split()],
+        ["--percent", *["100", "0", "100", "0", "100", "0"]],
         ["--gpu-batch-size", "3"],
         ["--overlap", "false"],
         ["--cpu-cache-compute"],
@@ -374,7 +374,9 @@ def test_a_policy_that_asks_for_what_the_runtime_has_not_is_refused(job, main):
 def test_an_offload_directory_that_cannot_be_made_exits_74(job, main):
     in_the_way = job.directory / "file"
     in_the_way.write_text("")
-    code, _, err = main(job.args("--percent", *"0 0 0 0 0 0".split(), "--offload-dir", str(in_the_way / "below")))
+    code, _, err = main(
+        job.args("--percent", *["0", "0", "0", "0", "0", "0"], "--offload-dir", str(in_the_way / "below"))
+    )
     assert code == 74
     assert_one_sentence(err, str(in_the_way))
     assert not job.output.exists()
@@ -433,7 +435,7 @@ def test_help_opens_with_an_example_and_explains_the_six_numbers():
 
 
 def test_as_a_program_it_exits_with_the_code_and_a_sentence(job):
-    process = start(job.args("--percent", *"90 20 0 100 100 0".split()))
+    process = start(job.args("--percent", *["90", "20", "0", "100", "100", "0"]))
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (2, "")
     assert_one_sentence(err, "90", "20", "110")

@@ -33,9 +33,8 @@ def test_totals_given_out_do_not_change_later():
 
 def test_span_is_recorded_even_when_its_body_fails():
     recorder = Recorder()
-    with pytest.raises(KeyError):
-        with recorder.span("cpu", "x", 7):
-            raise KeyError
+    with pytest.raises(KeyError), recorder.span("cpu", "x", 7):
+        raise KeyError
     assert recorder.totals()["cpu"].nbytes == 7
 
 

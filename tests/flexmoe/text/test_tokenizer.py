@@ -1,3 +1,4 @@
+import contextlib
 import json
 import shutil
 import subprocess
@@ -172,10 +173,8 @@ def test_code_in_a_checkpoint_is_not_run(directory, tmp_path):
     (copy / "tokenizer_config.json").write_text(json.dumps(config))
     marker = tmp_path / "ran"
     (copy / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
-    try:
+    with contextlib.suppress(DataError):
         Tokenizer.load(copy)
-    except DataError:
-        pass
     assert not marker.exists()
 
 
