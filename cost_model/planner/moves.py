@@ -49,6 +49,7 @@ def moves(workload: Workload) -> tuple[Move, ...]:
         # Elsewhere than on device cpu, where both tiers are one memory, the fastest tiers are filled anyway.
         *(_shifted("w", *shift) for shift in shifts[:2]),
         lambda p, step: replace(p, schedule=SCHEDULES[1 - SCHEDULES.index(p.schedule)]),
+        _at_even_pace(workload),
     )
 
 
@@ -216,6 +217,16 @@ def _attended(change: float) -> Move:
 
 def _with_slots(change: _Change) -> Move:
     return lambda p, step: replace(p, weight_slots=max(_LEAST_SLOTS, change(p.weight_slots or _DEFAULT_SLOTS, step)))
+
+
+def _at_even_pace(workload: Workload) -> Move:
+    """Prompt tokens per sweep with which all sweeps are alike; all of a static block's at once."""
+
+    def apply(policy: Policy, step: float) -> Policy | None:
+        sweeps = workload.gen_len if policy.schedule == "rolling" else 1
+        return replace(policy, prefill_tokens=max(1, ceil(policy.block_size * workload.prompt_len / sweeps)))
+
+    return apply
 
 
 def _pace_moves(workload: Workload) -> Iterator[Move]:
