@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from policies.common.command_line import Parser, count, flag, fraction, percent, size_gib
+from policies.common.command_line import Parser, count, flag, fraction, percent, program_name, size_gib
 from policies.common.errors import UsageError
 from policies.policy import SCHEDULES
 
@@ -47,9 +47,10 @@ exit codes: 0 ok, 1 internal, 2 usage, 4 no policy fits, 65 bad input data, 66 i
 
 def parser() -> argparse.ArgumentParser:
     """The argument parser of ``python -m cost_model``."""
+    program = program_name("plan", "cost_model")
     p = Parser(
-        prog="python -m cost_model",
-        usage="python -m cost_model --model NAME|DIR [--hardware PRESET|FILE|auto] [flags] [-o policy.json]",
+        prog=program,
+        usage=f"{program} --model NAME|DIR [--hardware PRESET|FILE|auto] [flags] [-o policy.json]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

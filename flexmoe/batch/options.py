@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from flexmoe.engine.config import RESERVES
+from flexmoe.engine.config import OFFLOAD_DIR, RESERVES
 from flexmoe.errors import UsageError
 from flexmoe.inputs.options import Format, InputOptions
 from flexmoe.inputs.request_file import OnInvalid
@@ -25,7 +25,6 @@ AUTO: Literal["auto"] = "auto"
 SCHEDULES = ("rolling", "static")
 #: Rows whose attention runs together, and GPU batches, where neither a policy nor an option names them.
 GPU_BATCH_SIZE, NUM_GPU_BATCHES = 16, 1
-OFFLOAD_DIR = Path("~/flexmoe_offload_dir")
 
 _PATHS = ("input_file", "output_file", "policy", "hardware", "expert_usage", "metrics_json", "router_stats", "trace")
 _COUNTS = ("gen_len", "gpu_batch_size", "num_gpu_batches", "prefill_tokens", "kv_tokens")

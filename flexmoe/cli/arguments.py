@@ -8,13 +8,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from flexmoe.batch.options import OFFLOAD_DIR, SCHEDULES, RunOptions
+from flexmoe.batch.options import SCHEDULES, RunOptions
 from flexmoe.cli.benchmark import Benchmark
 from flexmoe.cli.job_arguments import add_job_flags, refuse_job_flags, shard
+from flexmoe.engine.config import OFFLOAD_DIR
 from flexmoe.errors import UsageError
 from flexmoe.models.loader import LOAD_FORMATS
 from flexmoe.weights.eviction import EXPERT_CACHES
-from policies.common.command_line import Parser, count, flag
+from policies.common.command_line import Parser, count, flag, program_name
 
 _EPILOG = """\
 --percent W W C C A A: six numbers, in percent; what is left of each pair is on disk
@@ -88,9 +89,10 @@ def _given(args: argparse.Namespace, kind: type) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     """The argument parser of ``python -m flexmoe.run``."""
+    program = program_name("run", "flexmoe.run")
     p = Parser(
-        prog="python -m flexmoe.run",
-        usage="python -m flexmoe.run --model DIR [-i requests.jsonl -o out.jsonl] [flags]",
+        prog=program,
+        usage=f"{program} --model DIR [-i requests.jsonl -o out.jsonl] [flags]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -149,8 +151,8 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--policy",
         type=Path,
-        help="policy file, or auto: measure this machine (once, cached) and plan for the lengths of the job's rows; replaces the "
-        "other flags of this group",
+        help="policy file, or auto: measure this machine (once, cached) and plan for the lengths of the job's rows; "
+        "it decides what the other flags of this group would, but --expert-usage and --force-policy",
     )
     g.add_argument(
         "--expert-usage",

@@ -8,7 +8,7 @@ import sys
 from flexmoe.batch.job_parts import check_files, open_model, preparer_setup
 from flexmoe.batch.options import RunOptions
 from flexmoe.batch.plan import plan_run
-from flexmoe.cli.report import EXIT_ROWS_FAILED, dry_run_lines, plan_lines, row_lines
+from flexmoe.cli.report import dry_run_lines, plan_lines, row_lines
 from flexmoe.inputs.options import open_requests
 from flexmoe.inputs.request_file import Rows
 from flexmoe.job.job import warn_of_other_model
@@ -17,6 +17,7 @@ from flexmoe.openai.response import creation_time_s
 from flexmoe.preflight.lengths import Measured
 from flexmoe.preflight.preflight import Preflight, preflight
 from policies.common.command_line import say
+from policies.common.errors import EXIT_ROWS_FAILED
 
 
 def dry_run(options: RunOptions, benchmark_rows: Measured | None) -> int:

@@ -9,6 +9,7 @@ from importlib import import_module
 from flexmoe import __version__
 from flexmoe.system.interrupts import exit_at_signals
 from policies.common.command_line import complain, open_standard_streams, say
+from policies.common.errors import EXIT_USAGE
 
 #: Each command, its module (which is imported when it is asked for), and what it does.
 _COMMANDS = {
@@ -24,13 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
     if name in ("", "-h", "--help"):
         say(*_help())
-        return 0 if name else 2
+        return 0 if name else EXIT_USAGE
     if name == "--version":
         say(f"flexmoe {__version__}")
         return 0
     if name not in _COMMANDS:
         complain(f"flexmoe: there is no command {name!r}; choose one of {', '.join(_COMMANDS)}")
-        return 2
+        return EXIT_USAGE
     if argv is None and name == "run":  # a batch system may stop the process in the seconds of its imports
         open_standard_streams()
         exit_at_signals()

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flexmoe.batch.merge_shards import merge_shards
-from flexmoe.cli.report import EXIT_ROWS_FAILED
 from flexmoe.job.output_files import default_error_path
-from policies.common.command_line import Parser, guarded, say
+from policies.common.command_line import Parser, guarded, program_name, say
+from policies.common.errors import EXIT_ROWS_FAILED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     p = Parser(
-        prog="python -m flexmoe.merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program_name("merge", "flexmoe.merge"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("-o", "--output-file", type=Path, required=True, help="the merged completions")
     p.add_argument("--overwrite", action="store_true", help="replace the merged files where they are there already")

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cost_model.hardware.hardware import Gpu, Hardware
-from flexmoe.batch.options import OFFLOAD_DIR
+from flexmoe.engine.config import OFFLOAD_DIR
 from flexmoe.job.output_files import check_writable
 from flexmoe.probing.measure import probe
-from policies.common.command_line import Parser, guarded, say
+from policies.common.command_line import Parser, guarded, program_name, say
 from policies.common.memory_units import MIB
 
 _DESCRIPTION = """\
@@ -42,7 +42,7 @@ _SHOWN_TOKENS = (1, 8, 64, 512, 4096)
 def parser() -> argparse.ArgumentParser:
     """The argument parser of ``python -m flexmoe.probe``."""
     p = Parser(
-        prog="python -m flexmoe.probe",
+        prog=program_name("probe", "flexmoe.probe"),
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        int: the exit code of DESIGN's contract.
+        int: the exit code, one of `policies.common.errors`.
     """
     return guarded("flexmoe", lambda: _run(parser().parse_args(argv)))
 

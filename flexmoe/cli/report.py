@@ -17,8 +17,6 @@ from flexmoe.preflight.preflight import Preflight
 from policies.common.memory_units import GIB
 from policies.policy import Policy
 
-#: Of all command lines that run a job or merge its parts: it is finished, and some rows failed.
-EXIT_ROWS_FAILED = 3
 #: Refused rows that a dry run lists.
 _ROWS_LISTED = 5
 

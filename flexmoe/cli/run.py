@@ -14,7 +14,6 @@ from flexmoe.cli.arguments import Command, read_command
 from flexmoe.cli.benchmark import run_benchmark
 from flexmoe.cli.dry_run import dry_run
 from flexmoe.cli.report import (
-    EXIT_ROWS_FAILED,
     cache_and_weight_lines,
     engine_file_lines,
     measured_lines,
@@ -26,15 +25,14 @@ from flexmoe.engine.engine import Engine
 from flexmoe.job.result import JobResult
 from flexmoe.system.interrupts import Interrupts, Terminated
 from policies.common.command_line import complain, guarded, say
-
-EXIT_TERMINATED = 75
+from policies.common.errors import EXIT_ROWS_FAILED, EXIT_TERMINATED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        int: the exit code of DESIGN's contract.
+        int: the exit code, one of `policies.common.errors`.
     """
     return guarded("flexmoe", lambda: _interruptible(read_command(argv)))
 

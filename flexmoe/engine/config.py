@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +14,8 @@ from policies.policy import Policy
 from policies.workload import Workload
 
 RESERVES = ("max", "p95")
+#: Where the disk tier's files go, and the disk whose rate is measured.
+OFFLOAD_DIR = Path("~/flexmoe_offload_dir")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +57,7 @@ class EngineConfig:
     gpu_mem: float | None = None
     cpu_mem: float | None = None
     nvme_mem: float | None = None
-    offload_dir: Path = field(default_factory=lambda: Path.home() / "flexmoe_offload_dir")
+    offload_dir: Path = OFFLOAD_DIR
     gen_len: int = 32
     keep_spans: bool = False
     eos_ids: tuple[int, ...] = ()

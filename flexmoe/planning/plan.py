@@ -8,6 +8,7 @@ from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.solve import Plan, solve
+from flexmoe.engine.config import OFFLOAD_DIR
 from flexmoe.errors import UsageError
 from flexmoe.planning.machine import this_machine
 from policies.workload import Workload
@@ -26,7 +27,7 @@ def plan(
     nvme_mem: float | None = None,
     dtype: str = "auto",
     device: str = "auto",
-    offload_dir: str | Path | None = None,
+    offload_dir: str | Path = OFFLOAD_DIR,
     fixed: Fixed | None = None,
     kv_tokens: int | None = None,
     advice: bool = True,
@@ -41,7 +42,7 @@ def plan(
         gpu_mem, cpu_mem, nvme_mem: most GiB of each tier; None: what the machine has.
         dtype: compute dtype; ``auto`` is as stored.
         device: of this machine: ``auto``, ``cuda`` or ``cpu``.
-        offload_dir: on the disk that this machine's disk tier lives on; default: the working directory.
+        offload_dir: on the disk that this machine's disk tier lives on.
         fixed: fields of the policy that are decided already.
         kv_tokens: KV capacity over all tiers; default: what keeps the block in flight.
         advice: find out what would help most, too, which takes about as long again.
@@ -62,7 +63,7 @@ def plan(
     arch = model if isinstance(model, ModelArch) else _shape(model)
     budgets = {"gpu_mem": gpu_mem, "cpu_mem": cpu_mem, "nvme_mem": nvme_mem}
     if hardware is None:
-        machine = this_machine(device=device, directory=Path(offload_dir or "."), budgets=budgets)
+        machine = this_machine(device=device, directory=Path(offload_dir), budgets=budgets)
     else:
         machine = _machine(hardware).with_budgets(**budgets)
     return solve(

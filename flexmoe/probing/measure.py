@@ -17,6 +17,7 @@ from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import Gpu, Hardware
 from cost_model.memory.allocation import PAGE_TOKENS
 from cost_model.model.weight_units import GROUPED_TOKENS
+from flexmoe.engine.config import OFFLOAD_DIR
 from flexmoe.errors import InfeasibleError
 from flexmoe.kernels.native import library as native
 from flexmoe.probing.attention import attention_rates
@@ -64,12 +65,13 @@ class Setting:
     dtypes: dict[int, torch.dtype]
 
 
-def probe(device: str = "auto", directory: str | Path = ".", effort: Effort | None = None) -> Hardware:
+def probe(device: str = "auto", directory: str | Path = OFFLOAD_DIR, effort: Effort | None = None) -> Hardware:
     """Measure this machine.
 
     Args:
         device: ``auto``, ``cuda`` or ``cpu``.
-        directory: on the disk whose rate counts; a file is written there that has no name and is gone afterwards.
+        directory: on the disk whose rate counts, default where the disk tier writes; a file is written there that has no
+            name and is gone afterwards.
         effort: how much to measure.
 
     Raises:

@@ -15,8 +15,13 @@ from collections.abc import Iterator
 from types import FrameType
 
 from flexmoe.errors import FlexMoEError
+from policies.common.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGHUP: 75}
+EXIT_CODES = {
+    signal.SIGINT: EXIT_INTERRUPTED,
+    signal.SIGTERM: EXIT_TERMINATED,
+    signal.SIGHUP: EXIT_TERMINATED,
+}
 
 
 class Interrupted(FlexMoEError):

@@ -11,9 +11,8 @@ from collections.abc import Callable
 from typing import Literal, NoReturn, TextIO
 
 from policies.common.checks import check_number, check_percent
-from policies.common.errors import FlexMoEError, UsageError
+from policies.common.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_IO, FlexMoEError, UsageError
 
-EXIT_INTERNAL, EXIT_IO, EXIT_INTERRUPTED = 1, 74, 130
 #: A pipe whose reader is gone, a terminal that is.
 _NO_READER = (errno.EPIPE, errno.EIO)
 _DISK_ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT)
@@ -24,6 +23,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see --help)")
+
+
+def program_name(command: str, module: str) -> str:
+    """What was typed to get here: ``flexmoe run`` or ``python -m flexmoe.run``.
+
+    Args:
+        command: the word after ``flexmoe``.
+        module: the one that ``python -m`` runs.
+    """
+    return f"flexmoe {command}" if os.path.basename(sys.argv[0]) == "flexmoe" else f"python -m {module}"
 
 
 def flag(text: str) -> bool:

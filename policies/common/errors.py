@@ -1,37 +1,47 @@
-"""The one family of errors a user sees; the command lines map it to exit codes and to a single sentence."""
+"""The one family of errors a user sees, and every exit code; the command lines map an error to its code and a single sentence."""
+
+EXIT_INTERNAL = 1  #: a fault of the program
+EXIT_USAGE = 2  #: a flag or its value
+EXIT_ROWS_FAILED = 3  #: finished, and some rows failed
+EXIT_INFEASIBLE = 4  #: no policy fits, another model, memory ran out
+EXIT_DATA = 65  #: input data or a checkpoint is malformed
+EXIT_INPUT_MISSING = 66  #: an input is missing
+EXIT_IO = 74  #: an I/O error, a full disk
+EXIT_TERMINATED = 75  #: stopped by SIGTERM or SIGHUP, and resumable
+EXIT_INTERRUPTED = 130  #: stopped by Ctrl-C, and resumable
 
 
 class FlexMoEError(Exception):
     """Base of every error that is meant for a user: its text is a sentence, its class an exit code."""
 
-    exit_code = 1
+    exit_code = EXIT_INTERNAL
 
 
 class UsageError(FlexMoEError):
     """A flag or an argument has a value that cannot be used."""
 
-    exit_code = 2
+    exit_code = EXIT_USAGE
 
 
 class InfeasibleError(FlexMoEError):
     """The policy does not fit: another model, a smaller machine, or no room in a tier."""
 
-    exit_code = 4
+    exit_code = EXIT_INFEASIBLE
 
 
 class DataError(FlexMoEError):
     """Input data or a checkpoint is malformed."""
 
-    exit_code = 65
+    exit_code = EXIT_DATA
 
 
 class InputMissingError(FlexMoEError):
     """An input file or directory does not exist or cannot be read."""
 
-    exit_code = 66
+    exit_code = EXIT_INPUT_MISSING
 
 
 class StorageError(FlexMoEError):
     """Reading or writing failed: an I/O error, or a full or read-only disk."""
 
-    exit_code = 74
+    exit_code = EXIT_IO
