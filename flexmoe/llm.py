@@ -41,7 +41,7 @@ class LLM:
         device: ``auto``, ``cuda`` or ``cpu``.
         seed: of the draws of requests without one.
         **options: further fields of `flexmoe.engine.config.EngineConfig`: ``offload_dir``, ``kv_tokens``, ``longest_row``,
-            ``gen_len``, ``keep_spans``, ``reserve``, ``expert_cache``, ``expert_usage``, ``router_stats``.
+            ``gen_len``, ``eos_ids``, ``keep_spans``, ``reserve``, ``expert_cache``, ``expert_usage``, ``router_stats``.
 
     Raises:
         FlexMoEError: the model is missing or broken, or the policy does not fit; before any weight is loaded.

@@ -1,4 +1,4 @@
-"""Writes the machines that ship with the planner, `cost_model/machines/*.json`, each value with its source.
+"""Writes the machines that ship with the planner, `cost_model/hardware/machines/*.json`, each value with its source.
 
     python -m scripts.make_machines
 

@@ -1,8 +1,8 @@
-"""Writes the policies that ship with the package: `policies/<machine>/<model>-<prompt>-<completion>.json`.
+"""Writes the policies that ship with the package: `policies/presets/<machine>/<model>-<prompt>-<completion>.json`.
 
     python -m scripts.make_policies
 
-They are planned with the rates of `cost_model/machines` (datasheets and estimates), for jobs without end whose rows are
+They are planned with the rates of `cost_model/hardware/machines` (datasheets and estimates), for jobs without end whose rows are
 all alike. No machine has all of its nominal memory free: of host memory `HOST_SHARE` is planned with, and the file's
 section "hardware" holds what that leaves; of GPU memory what the context takes and what the allocator cannot give back
 is left alone. A plan for a measured machine and the job's own rows (`--policy auto`) knows better.

@@ -30,7 +30,7 @@ may then differ, input, model and sampling may not. --overwrite starts a new job
 made progress; the same command with --overwrite resumes the job that it began itself.
 
 exit codes: 0 all rows ok, 1 internal, 2 usage, 3 finished but some rows failed, 4 does not fit or other model,
-65 bad input or checkpoint, 66 input missing, 74 I/O error or disk full, 75 stopped by SIGTERM or SIGHUP, 130 by Ctrl-C; after 4,
+65 bad input or checkpoint, 66 input missing, 74 I/O error or disk full, 75 stopped by SIGTERM or SIGHUP, 130 by Ctrl-C; after 1, 4,
 74, 75 and 130 the same command resumes the job
 """
 _DESCRIPTION = """\
