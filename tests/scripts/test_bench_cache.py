@@ -10,6 +10,7 @@ from scripts.checkpoints.shapes import SIZES
 pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
 
 
+@pytest.mark.slow
 def test_the_record_has_hits_beside_the_optimum_and_speeds_beside_no_cache(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SIZES, "tiny", SIZES["tiny"] | {"num_local_experts": 8, "vocab_size": 600})
     monkeypatch.setattr(bench_cache, "_NEW", {1: 40})

@@ -321,7 +321,7 @@ def test_explanation_is_json(t4):
     "budgets, names",
     [
         ({"gpu_mem": 2}, ["gpu"]),
-        ({"cpu_mem": 60, "nvme_mem": 0}, ["gpu", "cpu", "disk"]),
+        pytest.param({"cpu_mem": 60, "nvme_mem": 0}, ["gpu", "cpu", "disk"], marks=pytest.mark.slow),
         ({"cpu_mem": 0}, ["cpu"]),
     ],
 )

@@ -25,7 +25,9 @@ def refusals(caplog):
     return [record.getMessage() for record in caplog.records if "no memory has room for" in record.getMessage()]
 
 
-@pytest.mark.parametrize("flags", [FLAGS, AUTO], ids=["flags", "auto"])
+@pytest.mark.parametrize(
+    "flags", [pytest.param(FLAGS, id="flags"), pytest.param(AUTO, id="auto", marks=pytest.mark.slow)]
+)
 def test_a_row_that_no_memory_has_room_for_is_an_error_row_and_the_others_run(job, main, machine, flags, caplog):
     job.write([SHORT, LONG, SHORT, SHORT])
     code, _, err = main(job.args(*flags, "--hardware", str(machine)))
