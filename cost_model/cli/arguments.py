@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from cost_model.model.families import DTYPE_BYTES
 from policies.common.command_line import Parser, count, flag, fraction, percent, program_name, size_gib
 from policies.common.errors import UsageError
 from policies.policy import SCHEDULES
@@ -19,7 +20,6 @@ SHARES = {
     "hg": "act_gpu_percent",
     "hc": "act_cpu_percent",
 }
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 DEFAULT_MACHINE = "t4"
 DEFAULT_PROMPT_LEN = 512
 
@@ -84,7 +84,9 @@ def _job_flags(p: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="how often each expert was chosen in a run: how many are reached, and which deserve the GPU (default: all alike)",
     )
-    g.add_argument("--dtype", choices=("auto", *DTYPE_BYTES), default="auto", help="compute in it (auto: as stored)")
+    g.add_argument(
+        "--dtype", choices=("auto", *sorted(DTYPE_BYTES)), default="auto", help="compute in it (auto: as stored)"
+    )
 
 
 def _machine_flags(p: argparse.ArgumentParser) -> None:

@@ -10,11 +10,12 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cost_model.cli.arguments import DEFAULT_MACHINE, DEFAULT_PROMPT_LEN, DTYPE_BYTES, SHARES, check, parser
+from cost_model.cli.arguments import DEFAULT_MACHINE, DEFAULT_PROMPT_LEN, SHARES, check, parser
 from cost_model.cli.report import Report
 from cost_model.hardware.cache import last_measured
 from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
+from cost_model.model.families import DTYPE_BYTES
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.solve import Plan, solve
 from cost_model.timing.evaluate import Prediction, evaluate

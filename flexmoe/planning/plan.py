@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
+from cost_model.model.families import DTYPE_BYTES
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.solve import Plan, solve
 from flexmoe.engine.config import OFFLOAD_DIR
@@ -13,7 +14,6 @@ from flexmoe.errors import UsageError
 from flexmoe.planning.machine import this_machine
 from policies.workload import Workload
 
-_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _USUAL = Workload(prompt_len=512, gen_len=128)
 
 
@@ -58,8 +58,8 @@ def plan(
         >>> found = plan("mixtral-8x7b", "rtx4090", Workload(prompt_len=512, gen_len=256), cpu_mem=120)
         >>> found.policy.block_size, found.prediction.tokens_per_s, found.prediction.bottleneck
     """
-    if dtype != "auto" and dtype not in _DTYPE_BYTES:
-        raise UsageError(f"unknown dtype {dtype!r}: choose auto, {', '.join(_DTYPE_BYTES)}")
+    if dtype != "auto" and dtype not in DTYPE_BYTES:
+        raise UsageError(f"unknown dtype {dtype!r}: choose auto, {', '.join(sorted(DTYPE_BYTES))}")
     arch = model if isinstance(model, ModelArch) else _shape(model)
     budgets = {"gpu_mem": gpu_mem, "cpu_mem": cpu_mem, "nvme_mem": nvme_mem}
     if hardware is None:
@@ -71,7 +71,7 @@ def plan(
         machine,
         workload or _USUAL,
         fixed=fixed,
-        dtype_bytes=_DTYPE_BYTES.get(dtype),
+        dtype_bytes=DTYPE_BYTES.get(dtype),
         kv_tokens=kv_tokens,
         advice=advice,
     )
