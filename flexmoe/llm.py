@@ -16,7 +16,7 @@ from flexmoe.engine.requests import RefusedError
 from flexmoe.engine.router_counter import LayerStats
 from flexmoe.errors import UsageError
 from flexmoe.models.loader import Model, load_model
-from flexmoe.params import CompletionOutput, EngineRequest, InFlight, RequestOutput, SamplingParams
+from flexmoe.params import EngineRequest, InFlight, RequestOutput, SamplingParams
 from flexmoe.planning.configure import configure
 from flexmoe.progress import bar
 from flexmoe.prompts import Conversation, Prompt, read_conversations, read_prompts
@@ -290,7 +290,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        """Runs prompts of token ids, the longest rows first, and adds the texts."""
+        """Runs prompts of token ids, the longest rows first, and adds the texts of the prompts."""
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
         if len(sampling_params) != len(prompts):
@@ -311,16 +311,7 @@ class LLM:
             for output in self.stream(longest_first):
                 outputs[int(output.request_id)] = output
                 advance(1)
-        return [self._with_text(outputs[i], texts[i]) for i in range(len(prompts))]
-
-    def _with_text(self, output: RequestOutput, prompt: str | None) -> RequestOutput:
-        return replace(output, prompt=prompt, outputs=[replace(c, text=self._text(c)) for c in output.outputs])
-
-    def _text(self, completion: CompletionOutput) -> str | None:
-        if completion.text is not None:
-            return completion.text
-        ended = completion.finish_reason == "stop"
-        return self.tokenizer.decode(completion.token_ids[:-1] if ended else completion.token_ids)
+        return [replace(outputs[i], prompt=texts[i]) for i in range(len(prompts))]
 
 
 def _failed(request: EngineRequest, problem: str) -> RequestOutput:

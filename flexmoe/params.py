@@ -53,6 +53,8 @@ class SamplingParams:
         min_p: keep the tokens at least this probable, relative to the most probable one; 0 keeps all.
         max_tokens: most tokens to generate, the end-of-sequence token included; None means the engine's default
             (`--gen-len`); 0 generates nothing, for `echo` or `prompt_logprobs`.
+        min_tokens: an end-of-sequence id and the ids of `stop_token_ids` are never chosen before so many were generated;
+            stop strings count only where they end in the text of a later token. At most `max_tokens`.
         stop: strings that end the completion; the text is cut before the first of them.
         stop_token_ids: ids that end the completion as an end-of-sequence id does, even when `ignore_eos` is set.
         seed: of the random draws; None means the job's. A draw depends on it, the request's `stream_key`, the sample's
@@ -64,6 +66,9 @@ class SamplingParams:
         repetition_penalty: divides positive and multiplies negative logits of tokens of the prompt or generated.
         logit_bias: token id to what is added to its logit; kept as pairs sorted by id.
         ignore_eos: generate `max_tokens` although the model ends the sequence (for benchmarks).
+        include_stop_str_in_output: keep in the text what ended it: the stop string, or the text of the id.
+        detokenize: make the text; without it there is none, and no stop strings.
+        skip_special_tokens: leave special tokens out of the text; stop strings see the text as it is made.
         echo: the caller will put the prompt before the completion; with `logprobs`, the prompt gets them too.
 
     Raises:
@@ -76,6 +81,7 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     max_tokens: int | None = None
+    min_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
@@ -86,6 +92,9 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] | Mapping[int, float] = ()
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    detokenize: bool = True
+    skip_special_tokens: bool = True
     echo: bool = False
 
     def __post_init__(self) -> None:
@@ -96,7 +105,7 @@ class SamplingParams:
         self._number("repetition_penalty", 0, math.inf, "a finite number above 0", above=True)
         for name in ("presence_penalty", "frequency_penalty"):
             self._number(name, -MAX_PENALTY, MAX_PENALTY, f"a number from {-MAX_PENALTY:g} to {MAX_PENALTY:g}")
-        for name in ("ignore_eos", "echo"):
+        for name in ("ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens", "echo"):
             if not isinstance(getattr(self, name), bool):
                 raise self._wrong(name, "True or False")
         self._set("stop", self._stops())
@@ -104,6 +113,10 @@ class SamplingParams:
         self._set("logit_bias", self._bias())
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise UsageError("max_tokens is 0: nothing would be generated; give at least 1, or ask for echo")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise self._wrong("min_tokens", f"at most max_tokens, which is {self.max_tokens}")
+        if self.stop and not self.detokenize:
+            raise UsageError("stop needs the text, and detokenize is False; set it to True, or give stop_token_ids")
 
     @property
     def biased_tokens(self) -> tuple[tuple[int, float], ...]:
@@ -126,7 +139,7 @@ class SamplingParams:
         return self.logprobs if self.prompt_logprobs is None and self.echo else self.prompt_logprobs
 
     def _check_counts(self) -> None:
-        required = {"n": (1, MAX_SAMPLES), "top_k": (-1, MAX_TOKENS)}
+        required = {"n": (1, MAX_SAMPLES), "top_k": (-1, MAX_TOKENS), "min_tokens": (0, MAX_TOKENS)}
         optional = {"max_tokens": (0, MAX_TOKENS), "seed": (-(2**63), 2**63 - 1)}
         optional.update(dict.fromkeys(("logprobs", "prompt_logprobs"), (0, MAX_LOGPROBS)))
         for name, (least, most) in {**required, **optional}.items():
@@ -143,7 +156,8 @@ class SamplingParams:
         self._set(name, value)
 
     def _stops(self) -> tuple[str, ...]:
-        stops = (self.stop,) if isinstance(self.stop, str) else self.stop
+        stops = _or_empty(self.stop)
+        stops = (stops,) if isinstance(stops, str) else stops
         if not isinstance(stops, (tuple, list)) or not all(isinstance(s, str) and s for s in stops):
             raise self._wrong("stop", "strings, none of them empty")
         if len(stops) > MAX_STOPS or any(len(s) > MAX_STOP_CHARACTERS for s in stops):
@@ -151,7 +165,7 @@ class SamplingParams:
         return tuple(stops)
 
     def _stop_token_ids(self) -> tuple[int, ...]:
-        stops = self.stop_token_ids
+        stops = _or_empty(self.stop_token_ids)
         if not isinstance(stops, (tuple, list)) or not all(_is_int(i) and i >= 0 for i in stops):
             raise self._wrong("stop_token_ids", "token ids, none of them negative")
         if len(stops) > MAX_STOP_TOKENS:
@@ -159,11 +173,12 @@ class SamplingParams:
         return tuple(stops)
 
     def _bias(self) -> tuple[tuple[int, float], ...]:
-        given = self.logit_bias
+        given: Any = _or_empty(self.logit_bias)
         pairs = list(given.items()) if isinstance(given, Mapping) else given
         if not isinstance(pairs, (tuple, list)) or len(pairs) > MAX_BIASED_TOKENS:
             raise self._wrong("logit_bias", f"at most {MAX_BIASED_TOKENS} token ids with their numbers")
-        bias = {}
+        bias: dict[int, float] = {}
+        token: Any
         for pair in pairs:
             token, value = pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (None, None)
             number = _finite(value)
@@ -233,7 +248,8 @@ class CompletionOutput:
 
     Args:
         index: place among the completions of its prompt.
-        text: the decoded completion without the token or the string that ended it; None when nothing decoded it.
+        text: the decoded completion, without the token or the string that ended it unless they are asked for; None when
+            nothing decoded it.
         token_ids: every generated id, those that ended the completion included.
         finish_reason: "stop" when an end-of-sequence id, a stop id or a stop string ended it, else "length".
         stop_reason: the stop string or the stop id that ended it; None for an end-of-sequence id and for length.
@@ -279,6 +295,11 @@ class InFlight:
     index: int
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None
+
+
+def _or_empty(value: Any) -> Any:
+    """vLLM's None for a list of nothing."""
+    return () if value is None else value
 
 
 def _is_int(value: object) -> bool:

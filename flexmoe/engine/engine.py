@@ -13,14 +13,13 @@ from cost_model.memory.memory_plan import sampling_bytes
 from flexmoe.engine.build import EngineParts
 from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine_plan import EnginePlan
-from flexmoe.engine.requests import RefusedError, RequestRules, RequestState
+from flexmoe.engine.requests import Detokenizer, RefusedError, RequestRules, RequestState
 from flexmoe.engine.sweep_log import Sweep, SweepLog
 from flexmoe.errors import UsageError
 from flexmoe.kv.batch import Block, Run
 from flexmoe.models.loader import Model
 from flexmoe.params import EngineRequest, InFlight, RequestOutput, Resumed
 from flexmoe.sampling.sampler import Chosen, sample
-from flexmoe.sampling.stop_strings import Detokenize
 from policies.admission.row_state import AttentionMode
 from policies.placement import TIERS
 
@@ -33,7 +32,8 @@ class Engine:
     Args:
         model: from `loader.load_model`.
         config: how to run it.
-        detokenize: text of token ids, for requests with stop strings.
+        detokenize: text of token ids, without special tokens unless ``skip_special_tokens=False`` is given; None: there are
+            no texts and no stop strings.
 
     Attributes:
         config: as given.
@@ -47,7 +47,7 @@ class Engine:
         StorageError: the offload directory cannot be written.
     """
 
-    def __init__(self, model: Model, config: EngineConfig, detokenize: Detokenize | None = None):
+    def __init__(self, model: Model, config: EngineConfig, detokenize: Detokenizer | None = None):
         self.config, self.model = config, model.grouped(config.policy.experts_per_unit)
         self.plan = EnginePlan.of(self.model, config)
         self.device = self.plan.device
@@ -237,7 +237,7 @@ class Engine:
         return complete
 
 
-def _rules(model: Model, config: EngineConfig, plan: EnginePlan, detokenize: Detokenize | None) -> RequestRules:
+def _rules(model: Model, config: EngineConfig, plan: EnginePlan, detokenize: Detokenizer | None) -> RequestRules:
     return RequestRules(
         vocab_size=model.arch.vocab_size,
         context=model.arch.max_position,

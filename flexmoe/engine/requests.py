@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from flexmoe.engine.scheduler import Row
 from flexmoe.errors import UsageError
 from flexmoe.kv.batch import Run
 from flexmoe.params import CompletionOutput, EngineRequest, FinishReason, InFlight, RequestOutput, Resumed, TokenLogprob
 from flexmoe.sampling.sampler import RowSampler
-from flexmoe.sampling.stop_strings import Detokenize, StopStrings
+from flexmoe.sampling.stop_strings import StopStrings
+
+#: Text of token ids; takes ``skip_special_tokens`` too, which is True otherwise.
+Detokenizer = Callable[..., str]
 
 
 class RefusedError(UsageError):
@@ -36,7 +41,7 @@ class RequestRules:
         default_max_tokens: ``max_tokens`` of requests without one.
         eos_ids: ids that end a completion.
         seed: of the draws of requests without one.
-        detokenize: text of token ids, for stop strings; None where there is no tokenizer.
+        detokenize: text of token ids; None where there is no tokenizer.
         recompute_past: length beyond which a row is computed otherwise (`ModelArch.rope_switch`); None: none.
     """
 
@@ -46,7 +51,7 @@ class RequestRules:
     default_max_tokens: int
     eos_ids: frozenset[int]
     seed: int
-    detokenize: Detokenize | None
+    detokenize: Detokenizer | None
     recompute_past: int | None = None
 
     def limit(self, request: EngineRequest) -> int:
@@ -115,7 +120,7 @@ class Sample(Row):
         logprobs: of the generated tokens; None where none are asked.
     """
 
-    __slots__ = ("_stops", "index", "logprobs", "sampler", "state")
+    __slots__ = ("_detokenize", "_stops", "index", "logprobs", "sampler", "state")
 
     def __init__(self, state: RequestState, index: int, limit: int, before: Resumed):
         request, rules = state.request, state.rules
@@ -129,11 +134,16 @@ class Sample(Row):
             index=index,
             prompt=request.prompt_token_ids,
             generated=generated,
+            eos_ids=rules.eos_ids,
         )
         self.logprobs = None if params.logprobs is None else list(before.logprobs or ())
+        self._detokenize: Detokenizer | None = None
         self._stops: StopStrings | None = None
-        if params.stop and rules.detokenize is not None:
-            self._stops = StopStrings(params.stop, rules.detokenize)
+        if rules.detokenize is not None and params.detokenize:
+            self._detokenize = partial(rules.detokenize, skip_special_tokens=params.skip_special_tokens)
+        if params.stop and self._detokenize is not None:
+            included, after = params.include_stop_str_in_output, params.min_tokens
+            self._stops = StopStrings(params.stop, self._detokenize, after=after, included=included)
 
     def next_run(self) -> Run:
         """What it contributes to the sweep that has been planned, with the tokens that it scores."""
@@ -166,6 +176,9 @@ class Sample(Row):
         return self._ended("length") if len(self.tokens) >= self.limit else None
 
     def _ended(self, reason: FinishReason, stop: str | int | None = None, text: str | None = None) -> CompletionOutput:
+        if text is None and self._detokenize is not None:
+            cut = reason == "stop" and not self.request.params.include_stop_str_in_output
+            text = self._detokenize(self.generated_ids[:-1] if cut else self.generated_ids)
         return CompletionOutput(
             index=self.index,
             text=text,

@@ -1,4 +1,4 @@
-"""Logit bias and penalties: what changes a row's logits because the request says so, or because of earlier tokens.
+"""Logit bias, barred ids and penalties: what changes a row's logits because the request or earlier tokens say so.
 
 Kept per row as the ids that occur and how often, never as a vector over the vocabulary; applied to a chunk of rows by
 one gather and one scatter.
@@ -66,6 +66,14 @@ def add_bias(x_CV: torch.Tensor, params: Sequence[SamplingParams]) -> None:
     pairs = [pair for _, bias in rows for pair in bias]
     where = _to(x_CV, place), _to(x_CV, np.array([token for token, _ in pairs]))
     x_CV[where] += _to(x_CV, np.array([value for _, value in pairs], np.float32))
+
+
+def bar_tokens(x_CV: torch.Tensor, barred: Sequence[Sequence[int]]) -> None:
+    """Make it impossible that a row gets one of its ``barred`` ids, in place; ids outside the vocabulary are no matter."""
+    pairs = [(at, token) for at, ids in enumerate(barred) for token in ids if token < x_CV.shape[-1]]
+    if pairs:
+        place, tokens = np.array(pairs).T.copy()
+        x_CV[_to(x_CV, place), _to(x_CV, tokens)] = -torch.inf
 
 
 def penalize(x_CV: torch.Tensor, params: Sequence[SamplingParams], counts: Sequence[TokenCounts | None]) -> None:

@@ -1,6 +1,6 @@
 """Chooses a token for every row of a sweep, as the row's `SamplingParams` say, on the device that holds the logits.
 
-The order is vLLM's: logit bias, penalties, temperature, min_p, top_k, top_p. What is left is drawn from by a race: every
+The order is vLLM's: logit bias, ids that may not end the row yet, penalties, temperature, min_p, top_k, top_p. What is left is drawn from by a race: every
 token has an exponential random number of its own (`random_draws`), is late by that divided by its weight, and the first
 one wins (the same as Gumbel noise: Maddison, Tarlow and Minka, "A* sampling", NeurIPS 2014). Equal logits give equal
 tokens whatever the block, and logits that differ by rounding, as those of two policies or devices do, give another token
@@ -17,7 +17,7 @@ Legend: R rows of logits, C of them in a chunk, V vocabulary, K most probable to
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ import torch
 
 from flexmoe.params import SamplingParams, TokenLogprob
 from flexmoe.sampling.logprobs import records, top_tokens
-from flexmoe.sampling.penalties import TokenCounts, add_bias, penalize
+from flexmoe.sampling.penalties import TokenCounts, add_bias, bar_tokens, penalize
 from flexmoe.sampling.random_draws import draw_keys, log_arrivals, stream_of
 
 #: Bytes per vocabulary entry that a row of a chunk takes at most: float32 logits, copies of them for log-probabilities
@@ -40,21 +40,31 @@ class RowSampler:
     """What the sampler knows of one row: its parameters, its random stream, and what it has generated.
 
     Attributes:
-        params: as asked; ``plain`` when only the most probable token is wanted and nothing else.
+        params: as asked; ``takes_best`` when only the most probable token is wanted and nothing else.
         stream: names the row's random numbers.
         drawn: tokens generated so far; the next one's random numbers are those of that place of the stream.
         counts: ids that the penalties look at; None where there are none.
+        ends: ids that end the row, which are not chosen before `min_tokens`.
     """
 
     params: SamplingParams
     stream: int
     drawn: int
     counts: TokenCounts | None
-    plain: bool
+    takes_best: bool
+    ends: tuple[int, ...]
 
     @classmethod
     def of(
-        cls, params: SamplingParams, *, seed: int, key: str, index: int, prompt: Sequence[int], generated: Sequence[int]
+        cls,
+        params: SamplingParams,
+        *,
+        seed: int,
+        key: str,
+        index: int,
+        prompt: Sequence[int],
+        generated: Sequence[int],
+        eos_ids: Collection[int] = (),
     ) -> RowSampler:
         """Of the sample ``index`` of a request.
 
@@ -62,13 +72,30 @@ class RowSampler:
             seed: the job's, for rows without one.
             key: what the draws depend on beside the seed, `EngineRequest.stream_key`.
             prompt, generated: token ids; the row resumes after ``generated``.
+            eos_ids: ids that end a sequence.
         """
         counts = None
         if params.penalized:
             counts = TokenCounts(prompt if params.repetition_penalty != 1 else (), generated)
-        plain = params.greedy and not (params.penalized or params.logit_bias) and params.logprobs is None
         stream = 0 if params.greedy else stream_of(seed if params.seed is None else params.seed, key, index)
-        return cls(params=params, stream=stream, drawn=len(generated), counts=counts, plain=plain)
+        return cls(
+            params=params,
+            stream=stream,
+            drawn=len(generated),
+            counts=counts,
+            takes_best=params.greedy and not (params.penalized or params.logit_bias) and params.logprobs is None,
+            ends=tuple(sorted({*eos_ids, *params.stop_token_ids})) if params.min_tokens else (),
+        )
+
+    @property
+    def barred(self) -> tuple[int, ...]:
+        """Ids that the next token may not be."""
+        return self.ends if self.drawn < self.params.min_tokens else ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether the next token is the most probable one, whatever it is, and nothing else is wanted."""
+        return self.takes_best and not self.barred
 
     def append_token(self, token: int) -> None:
         """Count a token that was chosen for the row."""
@@ -126,6 +153,7 @@ def _sample_chunk(
     reported = _Reported(x_CV, rows)
     params = [row.params for row in rows]
     add_bias(x_CV, params)
+    bar_tokens(x_CV, [row.barred for row in rows])
     penalize(x_CV, params, [row.counts for row in rows])
     tokens_C = x_CV.argmax(dim=-1)
     drawn = [at for at, p in enumerate(params) if not p.greedy]

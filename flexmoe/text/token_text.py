@@ -46,15 +46,17 @@ class TokenTexts:
         self._anchor, self._anchor_text = self._find_anchor()
         self._tokens: dict[int, TokenText] = {}
 
-    def beginning(self, token_ids: Sequence[int]) -> str:
+    def beginning(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ids with which a text begins."""
-        return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
+        return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
-    def continuation(self, token_ids: Sequence[int]) -> str:
+    def continuation(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text that ids add to a text before them."""
-        text = self.beginning((*self._anchor, *token_ids))
+        text = self.beginning((*self._anchor, *token_ids), skip_special_tokens=skip_special_tokens)
+        if text.startswith(self._anchor_text):
+            return text[len(self._anchor_text) :]
         # Where a decoder rewrites what came before, there is no such text: then they are read by themselves.
-        return text[len(self._anchor_text) :] if text.startswith(self._anchor_text) else self.beginning(token_ids)
+        return self.beginning(token_ids, skip_special_tokens=skip_special_tokens)
 
     def token(self, token_id: int) -> TokenText:
         """One token by itself."""

@@ -169,8 +169,8 @@ class Tokenizer:
         return None if self._texts is None else self._texts.continuation(token_ids)
 
     @property
-    def detokenize(self) -> Callable[[Sequence[int]], str] | None:
-        """`decode` as a function; None without a tokenizer."""
+    def detokenize(self) -> Callable[..., str] | None:
+        """`decode` as a function, which also takes ``skip_special_tokens=False``; None without a tokenizer."""
         return None if self._texts is None else self._texts.continuation
 
     def decode_prompt(self, token_ids: Sequence[int]) -> str | None:

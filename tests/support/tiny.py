@@ -136,7 +136,7 @@ def _kept(path: Path | None, compute: Callable[[], list[list[int]]]) -> list[lis
 
 
 @torch.no_grad()
-def transformers_greedy(model, prompt: list[int], *, eos_token_id, max_new_tokens: int = GEN_LEN) -> list[int]:
+def transformers_greedy(model, prompt: list[int], *, eos_token_id, max_new_tokens: int = GEN_LEN, **more) -> list[int]:
     ids = model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -144,6 +144,7 @@ def transformers_greedy(model, prompt: list[int], *, eos_token_id, max_new_token
         do_sample=False,
         eos_token_id=eos_token_id,
         pad_token_id=0,
+        **more,
         use_cache=not isinstance(model, PhimoeForCausalLM),  # it keeps keys turned by the factors of shorter rows
     )
     return ids[0, len(prompt) :].tolist()

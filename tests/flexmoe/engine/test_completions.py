@@ -15,7 +15,7 @@ from flexmoe.params import Resumed
 from policies import Policy, Workload
 from tests.support.engines import is_clean
 from tests.support.references import DRAWN, HOMES, assert_records, prompt_reference, reference, request, run
-from tests.support.tiny import offload
+from tests.support.tiny import offload, transformers_greedy
 from tests.support.tokenizers import build_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
@@ -347,6 +347,88 @@ def test_stop_strings_without_a_tokenizer_are_refused(make):
 def test_bias_outside_the_vocabulary_is_refused(make):
     assert "token id 300, which is outside the vocabulary of 300" in make().check(request([5], logit_bias={300: 1}))
     assert make().check(request([5], logit_bias={299: 1})) is None
+
+
+def test_no_stop_string_counts_among_the_first_tokens(make, spoken):
+    llm = make(directory=spoken)
+    asked = {"max_tokens": 30, "ignore_eos": True, "repetition_penalty": 1.5}
+    (free,) = llm.generate("hello", SamplingParams(**asked))[0].outputs
+    growing = texts(llm, free.token_ids)
+    stop = growing[9][-1]
+    for least in (0, 5, 10, 20):
+        (out,) = llm.generate("hello", SamplingParams(stop=stop, min_tokens=least, **asked))[0].outputs
+        passed = len(growing[least - 1].rstrip("\ufffd")) if least else 0
+        ends = next((i for i in range(least, 30) if growing[i].find(stop, passed) >= 0), None)
+        if ends is None:
+            assert (out.token_ids, out.finish_reason) == (free.token_ids, "length")
+        else:
+            assert out.token_ids == free.token_ids[: ends + 1] and out.stop_reason == stop
+            assert out.text == growing[ends][: growing[ends].find(stop, passed)]
+
+
+def test_text_keeps_what_ended_it_and_special_tokens_where_they_are_asked_for(make, spoken):
+    llm = make(directory=spoken, eos_ids=(9,))
+    ids = llm.tokenizer.encode("the fox")
+    end, resumed = 2, (Resumed(token_ids=(*ids, 2)),)  # 1 and 2 are special
+    asked = {"max_tokens": 40, "stop_token_ids": (end,)}
+    wanted = {
+        "the fox": {},
+        "<s>the fox": {"skip_special_tokens": False},
+        "<s>the fox</s>": {"skip_special_tokens": False, "include_stop_str_in_output": True},
+        None: {"detokenize": False},
+    }
+    for text, more in wanted.items():
+        (out,) = run(llm, request([5, 6], resumed=resumed, **asked, **more)).values()
+        assert (out.outputs[0].text, out.outputs[0].stop_reason) == (text, end)
+    (out,) = run(llm, request([5, 6], resumed=resumed, **asked, include_stop_str_in_output=True)).values()
+    assert out.outputs[0].text == "the fox"
+    spelled = {"max_tokens": 40, "stop": "<s>", "skip_special_tokens": False, "include_stop_str_in_output": True}
+    for said, more in ((None, {"skip_special_tokens": True}), ("<s>", {})):
+        asked = spelled | more | {"max_tokens": len(ids)}
+        (out,) = run(llm, request([5, 6], resumed=(Resumed(token_ids=ids),), **asked)).values()
+        assert out.outputs[0].stop_reason == said
+        assert out.outputs[0].text == (said or "the fox")
+
+
+# A least length.
+
+
+@pytest.mark.parametrize("least", [1, 5, 9, 12])
+def test_greedy_tokens_of_a_least_length_are_those_of_transformers(least, make, tiny):
+    variant, llm = tiny(), make("all", rows=3, prefill_tokens=40)
+    rows = (1, 3, 5, 7)
+    asked = {"max_tokens": 12, "min_tokens": least, "logprobs": 2}
+    outputs = run(llm, *(request(variant.prompts[r], request_id=str(r), **asked) for r in rows))
+    for r in rows:
+        expected = transformers_greedy(
+            variant.model, variant.prompts[r], eos_token_id=list(variant.eos_ids), min_new_tokens=least
+        )
+        (out,) = outputs[str(r)].outputs
+        assert list(out.token_ids) == expected
+        assert len(out.token_ids) >= least and not {*out.token_ids[:least]} & {*variant.eos_ids}
+    changed = [r for r in rows if list(outputs[str(r)].outputs[0].token_ids) != variant.expected(r, eos=True)]
+    assert changed, "without it, some of them end earlier"
+
+
+@pytest.mark.parametrize("asked", [{}, DRAWN | {"ignore_eos": False}], ids=str)
+def test_a_row_of_a_least_length_is_resumed_after_any_token(asked, make, tiny):
+    llm, prompt = make("all", rows=3, prefill_tokens=40), tiny().prompts[1]
+    asked = {"max_tokens": 9, "min_tokens": 6, "logprobs": 1, "stop_token_ids": tuple(range(3, 150)), **asked}
+    (whole,) = run(llm, request(prompt, **asked)).values()
+    (completion,) = whole.outputs
+    assert len(completion.token_ids) > 6 and not {*completion.token_ids[:6]} & {*range(3, 150), *tiny().eos_ids}
+    requests = [
+        request(
+            prompt,
+            request_id=str(cut),
+            resumed=(Resumed(token_ids=completion.token_ids[:cut], logprobs=completion.logprobs[:cut]),),
+            **asked,
+        )
+        for cut in range(len(completion.token_ids) + 1)
+    ]
+    for out in run(llm, *requests).values():
+        assert out.outputs[0].token_ids == completion.token_ids
+        assert out.outputs[0].finish_reason == completion.finish_reason
 
 
 # After a crash.

@@ -8,7 +8,7 @@ from flexmoe.errors import UsageError
 from flexmoe.params import SamplingParams
 
 NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-COUNTS = ("n", "top_k", "max_tokens", "seed", "logprobs", "prompt_logprobs")
+COUNTS = ("n", "top_k", "max_tokens", "min_tokens", "seed", "logprobs", "prompt_logprobs")
 
 
 def test_defaults_are_greedy_and_ask_for_nothing():
@@ -57,7 +57,12 @@ def test_count_that_is_none_or_out_of_bounds_is_refused_by_name(name, value):
         {"presence_penalty": 2.1},
         {"frequency_penalty": -2.1},
         {"repetition_penalty": 0},
+        {"min_tokens": -1},
+        {"min_tokens": None},
         {"ignore_eos": 1},
+        {"skip_special_tokens": 0},
+        {"detokenize": None},
+        {"include_stop_str_in_output": "yes"},
         {"echo": None},
         {"stop": 5},
         {"stop": [""]},
@@ -95,6 +100,19 @@ def test_nothing_to_generate_is_refused_unless_the_prompt_is_wanted():
     assert SamplingParams(max_tokens=0, echo=True).scores_prompt is None
     assert SamplingParams(max_tokens=0, echo=True, logprobs=3).scores_prompt == 3
     assert SamplingParams(max_tokens=0, prompt_logprobs=0).scores_prompt == 0
+
+
+def test_parameters_that_contradict_each_other_are_refused():
+    with pytest.raises(UsageError, match="^min_tokens is 9; give at most max_tokens, which is 8$"):
+        SamplingParams(min_tokens=9, max_tokens=8)
+    assert SamplingParams(min_tokens=8, max_tokens=8).min_tokens == 8
+    with pytest.raises(UsageError, match="stop needs the text"):
+        SamplingParams(stop="x", detokenize=False)
+
+
+def test_none_is_no_list_as_in_vllm():
+    params = SamplingParams(stop=None, stop_token_ids=None, logit_bias=None)
+    assert params == SamplingParams()
 
 
 def test_prompt_is_scored_when_it_is_echoed_with_logprobs_or_asked_for():

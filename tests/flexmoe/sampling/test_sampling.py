@@ -26,8 +26,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOMY = 1 << 24
 
 
-def row(params, *, index=0, key="row", seed=0, prompt=(), generated=()):
-    return RowSampler.of(params, seed=seed, key=key, index=index, prompt=prompt, generated=generated)
+def row(params, *, index=0, key="row", seed=0, prompt=(), generated=(), eos_ids=()):
+    return RowSampler.of(params, seed=seed, key=key, index=index, prompt=prompt, generated=generated, eos_ids=eos_ids)
 
 
 def logits(rows, vocab, seed=0, spread=2.0):
@@ -457,3 +457,35 @@ def test_the_gpu_chooses_what_the_cpu_chooses():
         assert (a is None) == (b is None)
         if a is not None:
             assert [t for t, _ in a.top] == [t for t, _ in b.top] and a.logprob == pytest.approx(b.logprob, abs=1e-5)
+
+
+# What may not end a row yet.
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{}, {"logprobs": 3}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 1}, {"logit_bias": {4: 100.0}}],
+    ids=str,
+)
+def test_ids_that_end_a_row_are_not_chosen_before_its_min_tokens(asked):
+    x = logits(3, 20)
+    x[:, 4], x[:, 9] = 12.0, 11.0
+    params = SamplingParams(min_tokens=2, stop_token_ids=(9, 10**6), **asked)
+    rows = [row(params, generated=ids, eos_ids={4}) for ids in ((), (5,), (5, 6))]
+    chosen = sample(x, rows, workspace_bytes=ROOMY)
+    assert not {4, 9} & set(chosen.tokens[:2]) and chosen.tokens[2] == 4
+    if "logprobs" in asked:  # they are those of the model's own distribution
+        expected = x.log_softmax(-1)
+        for at, record in enumerate(chosen.logprobs):
+            assert record.top[0] == (4, pytest.approx(expected[at, 4].item(), abs=1e-5))
+            assert record.logprob == pytest.approx(expected[at, record.token_id].item(), abs=1e-5)
+
+
+def test_rows_without_min_tokens_beside_one_with_it_keep_their_tokens():
+    x = logits(4, 50, seed=3)
+    eos = set(x.argmax(-1).tolist())
+    rows = [row(SamplingParams(min_tokens=at % 2), eos_ids=eos) for at in range(4)]
+    chosen = sample(x, rows, workspace_bytes=ROOMY).tokens
+    barred = x.clone()
+    barred[:, list(eos)] = -torch.inf
+    assert chosen == [(barred if at % 2 else x)[at].argmax().item() for at in range(4)]

@@ -84,19 +84,25 @@ def backend(request):
     return TOKENIZERS[request.param]()
 
 
-def by_definition(stops, detokenize, ids):
-    """(ids, text, stop string) at the first token after which the whole text holds one."""
-    for count in range(1, len(ids) + 1):
+def by_definition(stops, detokenize, ids, after=0):
+    """(ids, text, stop string) at the first token after which the whole text holds one that ends behind the first ids."""
+    passed = detokenize(ids[:after]).rstrip("\ufffd") if after else ""
+    for count in range(after + 1, len(ids) + 1):
         text = detokenize(ids[:count])
-        found = [(text.find(stop), number) for number, stop in enumerate(stops) if stop in text]
+        found = [
+            (at, number)
+            for number, stop in enumerate(stops)
+            for at in range(len(text))
+            if text.startswith(stop, at) and at + len(stop) > len(passed)
+        ]
         if found:
             at, number = min(found)
             return count, text[:at], stops[number]
     return None
 
 
-def incrementally(stops, detokenize, ids):
-    watch = StopStrings(stops, detokenize)
+def incrementally(stops, detokenize, ids, **options):
+    watch = StopStrings(stops, detokenize, **options)
     for count in range(1, len(ids) + 1):
         found = watch.find(ids[:count])
         if found:
@@ -119,6 +125,18 @@ def test_what_is_found_is_what_the_whole_text_says(backend, seed):
     if rng.random() < 0.3:
         stops = ["not there", *stops]
     assert incrementally(tuple(stops), backend.decode, ids) == by_definition(stops, backend.decode, ids)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_ends_among_the_first_tokens_is_no_stop_string(backend, seed):
+    rng = random.Random(seed)
+    words = [rng.choice(WORDS) for _ in range(rng.choice((5, 40, 120)))]
+    ids = backend.encode(" ".join(words)).ids
+    stops, after = (rng.choice(words), rng.choice(words)[:2]), rng.randrange(1, len(ids))
+    expected = by_definition(stops, backend.decode, ids, after)
+    assert incrementally(stops, backend.decode, ids, after=after) == expected
+    included = incrementally(stops, backend.decode, ids, after=after, included=True)
+    assert included == (expected and (expected[0], expected[1] + expected[2], expected[2]))
 
 
 def test_stop_string_is_found_across_tokens_and_in_the_middle_of_one():
