@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from flexmoe.checkpoint.unit_layout import tensors_of
 from flexmoe.kernels.grouped_product import Matrices, can_group, grouped_product
+from flexmoe.kernels.linear import linear
 
 
 class ExpertProducts:
@@ -81,7 +81,7 @@ class ExpertWeights:
         Args:
             number: its place in the unit.
         """
-        return ExpertProducts([m[number] for m in self._gate_up], self._down[number], F.linear)
+        return ExpertProducts([m[number] for m in self._gate_up], self._down[number], linear)
 
     def grouped(self, ends_e: torch.Tensor) -> ExpertProducts:
         """The products of all experts at once, where `can_group`.

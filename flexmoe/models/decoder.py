@@ -22,6 +22,7 @@ from cost_model.model.weight_units import experts_per_unit, units_of
 from flexmoe.checkpoint.unit_layout import Part
 from flexmoe.kernels.expert_weights import ExpertProducts
 from flexmoe.kernels.family import Rope, Weights
+from flexmoe.kernels.linear import linear
 from flexmoe.models.names import Names, unit_parts
 from policies.units import UnitId
 
@@ -82,7 +83,7 @@ class Decoder(ABC):
         """Queries ``[T, H, Dh]``, keys and values ``[T, G, Dh]`` of hidden states; queries and keys are rotated."""
         x_TD = self.norm(h_TD, w, "input_norm")
         heads = (-1, self.arch.head_dim)
-        q, k, v = (F.linear(x_TD, w[r], w.get(f"{r}_bias")).unflatten(-1, heads) for r in ("q", "k", "v"))
+        q, k, v = (linear(x_TD, w[r], w.get(f"{r}_bias")).unflatten(-1, heads) for r in ("q", "k", "v"))
         if "q_norm" in w:
             q, k = self.norm(q, w, "q_norm"), self.norm(k, w, "k_norm")
         return _rotate(q, *rope), _rotate(k, *rope), v
@@ -94,9 +95,9 @@ class Decoder(ABC):
 
         A dense layer has no router; its logits are None.
         """
-        h_TD = h_TD + F.linear(attended_THd.flatten(1), w["o"], w.get("o_bias"))
+        h_TD = h_TD + linear(attended_THd.flatten(1), w["o"], w.get("o_bias"))
         x_TD = self.norm(h_TD, w, "post_norm")
-        return h_TD, x_TD, F.linear(x_TD, w["router"]) if "router" in w else None
+        return h_TD, x_TD, linear(x_TD, w["router"]) if "router" in w else None
 
     def feed_forward(self, x_nD: torch.Tensor, w: ExpertProducts) -> torch.Tensor:
         """Output ``[n, D]`` of an expert (or the MLP of a dense layer), or of several experts at once."""
@@ -109,7 +110,7 @@ class Decoder(ABC):
 
     def head(self, x_RD: torch.Tensor, w: Weights) -> torch.Tensor:
         """Logits of the vocabulary rows of a head unit."""
-        return F.linear(x_RD, w["head"], w.get("head_bias"))
+        return linear(x_RD, w["head"], w.get("head_bias"))
 
     def norm(self, x: torch.Tensor, w: Weights, role: str) -> torch.Tensor:
         """RMSNorm over the last dimension in float32 (Zhang and Sennrich 2019); the weight is applied after rounding."""

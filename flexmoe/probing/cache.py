@@ -21,7 +21,7 @@ from flexmoe.system.device import Device
 log = logging.getLogger(__name__)
 
 #: What is measured, and how; another number makes what was kept before worthless.
-_EDITION = "5"
+_EDITION = "6"
 _COMMAND = (sys.executable, "-m", "flexmoe.probe")
 _ERRORS = {kind.exit_code: kind for kind in (UsageError, InfeasibleError, StorageError)}
 

@@ -51,6 +51,15 @@ def busy_core_s() -> float | None:
     return (user + nice + system + irq + softirq + stolen) / os.sysconf("SC_CLK_TCK")
 
 
+def cpu_flags() -> frozenset[str]:
+    """The processor's features, by the kernel's names (``avx2``, ``amx_bf16``); empty where it tells none."""
+    for line in _lines(Path("/proc/cpuinfo")):
+        name, _, values = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(values.split())
+    return frozenset()
+
+
 def cpu_name() -> str:
     """The processor's name for people."""
     for line in _lines(Path("/proc/cpuinfo")):

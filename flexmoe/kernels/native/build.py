@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import stat
 import subprocess
 import tempfile
 from pathlib import Path
+
+from flexmoe.system.machine import cpu_flags
 
 _SOURCE = Path(__file__).with_name("attention.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread", "-w")
@@ -43,15 +44,6 @@ def _compiler() -> str:
     raise BuildError("no C++ compiler was found; install g++ or clang++, or set CXX")
 
 
-def _cpu_flags() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-    found = re.search(r"^(flags|Features)\s*:.*$", text, re.MULTILINE)
-    return found.group(0) if found else ""
-
-
 def _machine_flag() -> str:
     return "-mcpu=native" if os.uname().machine == "aarch64" else "-march=native"
 
@@ -73,7 +65,7 @@ def build() -> Path:
     """
     compiler, flags = _compiler(), (*_FLAGS, _machine_flag())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    target = _cache_directory() / f"attention-{_cache_key(version, *flags, _cpu_flags())}.so"
+    target = _cache_directory() / f"attention-{_cache_key(version, *flags, *sorted(cpu_flags()))}.so"
     if target.exists():
         return target
     # Several processes may race: each compiles under its own name, the last rename wins, all are equal.

@@ -1,0 +1,69 @@
+"""Products of 16-bit numbers on a CPU that has no instructions for them."""
+
+import pytest
+import torch
+
+from flexmoe.kernels import grouped_product as grouped
+from flexmoe.kernels import linear as products
+from flexmoe.kernels.linear import linear
+from flexmoe.system import machine
+
+ROWS, COLUMNS = 200, 96
+
+
+@pytest.fixture
+def without_instructions(monkeypatch):
+    monkeypatch.setattr(products, "multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(grouped, "multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(products, "_PIECE", 50 * COLUMNS)  # several pieces, the last one smaller
+
+
+def numbers(*shape, dtype=torch.bfloat16, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.usefixtures("without_instructions")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [0, 1, 12, 13, 70])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_product_is_rounded_once(dtype, tokens, biased):
+    x, weight = numbers(tokens, COLUMNS, dtype=dtype), numbers(ROWS, COLUMNS, dtype=dtype, seed=1)
+    bias = numbers(ROWS, dtype=dtype, seed=2) if biased else None
+    exact = x.double() @ weight.double().T + (bias.double() if biased else 0)
+    found = linear(x, weight, bias)
+    assert found.dtype == dtype and found.shape == (tokens, ROWS)
+    half_a_step = torch.finfo(dtype).eps / 2 * exact.abs()
+    assert bool(((found.double() - exact).abs() <= 1.01 * half_a_step + 1e-5).all())
+
+
+@pytest.mark.usefixtures("without_instructions")
+@pytest.mark.parametrize("counts", [[40, 0, 60], [100, 200, 1]])
+def test_the_grouped_product_of_many_tokens_is_taken_expert_by_expert(counts):
+    x, stack = numbers(sum(counts), COLUMNS), numbers(len(counts), ROWS, COLUMNS, seed=1)
+    found = grouped.grouped_product(x, stack, torch.tensor(counts).cumsum(0).to(torch.int32))
+    wanted = [linear(part, weight) for part, weight in zip(x.split(counts), stack)]
+    assert torch.equal(found, torch.cat(wanted))
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast"),
+    [
+        ("fma avx avx2 f16c", set()),
+        ("avx2 avx512bw", {torch.bfloat16}),
+        ("avx2 avx512bw amx_bf16 avx512_fp16", {torch.bfloat16, torch.float16}),
+        ("asimd asimdhp", {torch.float16}),
+    ],
+)
+def test_what_a_cpu_multiplies_follows_from_its_features(monkeypatch, flags, fast):
+    monkeypatch.setattr(products, "cpu_flags", lambda: frozenset(flags.split()))
+    products.multiplies.cache_clear()
+    try:
+        assert {d for d in (torch.bfloat16, torch.float16) if products.multiplies(d)} == fast
+        assert products.multiplies(torch.float32)
+    finally:
+        products.multiplies.cache_clear()
+
+
+def test_features_are_read_from_the_kernels_list(monkeypatch):
+    monkeypatch.setattr(machine, "_lines", lambda _: ["model name : x", "flags\t\t: fpu avx2", "bugs : none"])
+    assert machine.cpu_flags() == {"fpu", "avx2"}
