@@ -26,7 +26,12 @@ def check_files(options: RunOptions) -> None:
         UsageError: two files are the same, or one is no regular file.
         StorageError: a directory is missing or cannot be written.
     """
-    written = {"trace": options.trace, "metrics": options.metrics_json, "router statistics": options.router_stats}
+    written = {
+        "trace": options.trace,
+        "metrics": options.metrics_json,
+        "router statistics": options.router_stats,
+        "saved policy": options.save_policy,
+    }
     files: dict[str, Path | None] = {"input": options.input_file, **written, "expert usage": options.expert_usage}
     files["policy"] = options.policy_file
     files["hardware"] = None if is_auto(options.hardware) else options.hardware

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from cost_model.planner.constraints import Fixed
 from flexmoe.engine.config import OFFLOAD_DIR, RESERVES
 from flexmoe.errors import UsageError
 from flexmoe.inputs.options import Format, InputOptions
@@ -26,7 +27,17 @@ SCHEDULES = ("rolling", "static")
 #: Rows whose attention runs together, and GPU batches, where neither a policy nor an option names them.
 GPU_BATCH_SIZE, NUM_GPU_BATCHES = 16, 1
 
-_PATHS = ("input_file", "output_file", "policy", "hardware", "expert_usage", "metrics_json", "router_stats", "trace")
+_PATHS = (
+    "input_file",
+    "output_file",
+    "policy",
+    "save_policy",
+    "hardware",
+    "expert_usage",
+    "metrics_json",
+    "router_stats",
+    "trace",
+)
 _COUNTS = ("gen_len", "gpu_batch_size", "num_gpu_batches", "prefill_tokens", "kv_tokens")
 _CHOICES = {
     "load_format": LOAD_FORMATS,
@@ -35,16 +46,8 @@ _CHOICES = {
     "reserve": RESERVES,
 }
 #: What a policy says already.
-_OF_A_POLICY = (
-    "percent",
-    "gpu_batch_size",
-    "num_gpu_batches",
-    "prefill_tokens",
-    "schedule",
-    "overlap",
-    "pin_weight",
-    "cpu_cache_compute",
-)
+_FIXABLE = ("gpu_batch_size", "num_gpu_batches", "prefill_tokens", "schedule", "overlap", "pin_weight")
+_OF_A_POLICY = ("percent", *_FIXABLE, "cpu_cache_compute")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,13 +74,15 @@ class RunOptions:
         checkpoint_interval_s: seconds between two writes of the tokens of the rows in flight.
         shard: do every n-th row only: a `Shard` or ``i/n``.
         reserve: KV kept for a row: ``max``, up to its ``max_tokens``, or ``p95``, what the job's rows have needed so far.
-        policy: a `Policy`, a policy file, or ``auto``, which plans for the job's own lengths on this machine; None makes one of
-            the options that follow.
+        policy: a `Policy`, a policy file, or ``auto``, which plans for the job's own lengths on this machine. None plans too,
+            unless there are percents. What the options that follow fix, the planner keeps to.
+        save_policy: file to write the policy to.
         force_policy: run a policy file that was made for another model.
-        percent: FlexLLMGen's six numbers: weights, KV cache and activations, each on the GPU and in CPU memory.
+        percent: FlexLLMGen's six numbers: weights, KV cache and activations, each on the GPU and in CPU memory. With them
+            nothing is planned, and the options below have the defaults in brackets.
         gpu_batch_size, num_gpu_batches: rows whose attention runs together (16), and how many such batches are in flight (1).
-        prefill_tokens: most prompt tokens that enter a sweep; None: an even pace.
-        schedule: ``rolling`` or ``static``; None is ``rolling``.
+        prefill_tokens: most prompt tokens that enter a sweep (an even pace).
+        schedule: ``rolling`` or ``static`` (``rolling``).
         cpu_cache_compute: attend all KV in CPU memory on the CPU.
         overlap, pin_weight: run transfers beside computation, keep CPU weights pinned; None is true.
         expert_usage: file that says how often each expert was chosen in another run.
@@ -113,6 +118,7 @@ class RunOptions:
     shard: Shard | None = None
     reserve: str = "p95"
     policy: Policy | Path | None = None
+    save_policy: Path | None = None
     force_policy: bool = False
     percent: tuple[float, ...] | None = None
     gpu_batch_size: int | None = None
@@ -150,6 +156,8 @@ class RunOptions:
                 raise UsageError(f"{_flag(name)} is {value!r}; choose {', '.join(choices)}")
         defaults = {each.name: each.default for each in fields(self)}
         given = [name for name in _OF_A_POLICY if getattr(self, name) != defaults[name]]
+        if is_auto(self.policy):
+            given = [name for name in given if name == "percent"]
         if self.policy is not None and given:
             flags = ", ".join(map(_flag, given))
             raise UsageError(f"--policy already says what {flags} would; give one or the other")
@@ -158,12 +166,18 @@ class RunOptions:
     @property
     def plans_itself(self) -> bool:
         """Whether the policy is to be planned for the job's rows."""
-        return is_auto(self.policy)
+        return is_auto(self.policy) or (self.policy is None and self.percent is None)
+
+    @property
+    def fixed(self) -> Fixed:
+        """What the planner is to keep to."""
+        given = {name: getattr(self, name) for name in _FIXABLE if getattr(self, name) is not None}
+        return Fixed(**given, cpu_attention_percent=100.0 if self.cpu_cache_compute else None)
 
     @property
     def policy_file(self) -> Path | None:
         """The policy's file, where it is one."""
-        return self.policy if isinstance(self.policy, Path) and not self.plans_itself else None
+        return self.policy if isinstance(self.policy, Path) and not is_auto(self.policy) else None
 
     @property
     def block_size(self) -> int:

@@ -82,6 +82,24 @@ def plan_run(
     return replace(planner.plan(others), rows_without_room=without)
 
 
+def save_policy(options: RunOptions, model: Model, plan: RunPlan) -> None:
+    """Writes the policy of a plan to a file, where the options ask for it.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    if options.save_policy is None:
+        return
+    predicted = plan.predicted
+    said = {} if predicted is None else {"tokens_per_s": predicted.tokens_per_s, "job_s": predicted.job_s}
+    PolicyFile(
+        policy=plan.policy,
+        model=model.arch.fingerprint(),
+        workload=plan.measured.workload.to_json(),
+        predicted=said,
+    ).save(options.save_policy)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Planner:
     """Plans one run for different sets of its rows.
@@ -138,7 +156,7 @@ class _Planner:
     def _policy(self, measured: Measured, forecaster: Forecaster | None) -> Policy:
         options = self.options
         if forecaster is not None and options.plans_itself:
-            return forecaster.plan(options.kv_tokens)
+            return forecaster.plan(options.kv_tokens, options.fixed)
         if isinstance(options.policy, Policy):
             return options.policy
         if options.policy_file is not None:

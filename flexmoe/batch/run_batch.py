@@ -16,8 +16,8 @@ from typing import Any
 from flexmoe.batch.failures import as_user_errors
 from flexmoe.batch.job_parts import check_files, open_job, open_model
 from flexmoe.batch.metrics import finished_record, metrics_record
-from flexmoe.batch.options import AUTO, PathLike, RunOptions
-from flexmoe.batch.plan import RunPlan, plan_run
+from flexmoe.batch.options import PathLike, RunOptions
+from flexmoe.batch.plan import RunPlan, plan_run, save_policy
 from flexmoe.engine.engine import Engine
 from flexmoe.errors import UsageError
 from flexmoe.job.job import Job
@@ -48,7 +48,7 @@ def run_batch(
     output_file: PathLike,
     *,
     model: PathLike,
-    policy: Policy | PathLike | None = AUTO,
+    policy: Policy | PathLike | None = None,
     use_tqdm: bool = False,
     **options: Any,
 ) -> JobResult:
@@ -61,8 +61,8 @@ def run_batch(
         input_file: requests: OpenAI Batch lines, plain ``{"prompt": …}`` rows, text (.txt), Parquet, or a dataset.
         output_file: completions as OpenAI Batch lines, in input order; failed rows go to ``<output>.errors.jsonl``.
         model: checkpoint directory, hub id, or with ``load_format="dummy"`` a known shape.
-        policy: ``auto`` measures this machine (about a minute, once) and plans for the job; or a `Policy`, the path of a policy
-            file, or None for the options ``percent``, ``gpu_batch_size`` and so on.
+        policy: a `Policy`, or the path of a policy file. None, or ``"auto"``, measures this machine (about a minute, once) and
+            plans for the job; with ``percent`` among the options nothing is planned.
         use_tqdm: draw progress bars on stderr.
         **options: the other fields of `RunOptions`: ``dtype``, ``seed``, ``gen_len``, ``gpu_mem`` (GiB), ``overwrite`` …
 
@@ -145,6 +145,7 @@ def write_files(options: RunOptions, metrics: Mapping[str, Any], engine: Engine 
 
 def _run(options: RunOptions, model: Model, job: Job, measured: Measured, listener: Listener) -> JobResult:
     plan = plan_run(options, model, measured, job.lengths)
+    save_policy(options, model, plan)
     listener.planned(plan)
     llm = LLM(model, policy=plan.policy, workload=plan.measured.workload, **plan.options)
     with contextlib.closing(llm):

@@ -36,10 +36,10 @@ exit codes: 0 all rows ok, 1 internal, 2 usage, 3 finished but some rows failed,
 _DESCRIPTION = """\
 Complete a JSONL of requests with a Mixture-of-Experts model that does not fit on the GPU.
 
-  python -m flexmoe.run --model DIR -i requests.jsonl -o out.jsonl \\
-         --percent 10 20 0 100 100 0 --gpu-batch-size 16 --num-gpu-batches 4 --gen-len 32
+  python -m flexmoe.run --model DIR -i requests.jsonl -o out.jsonl --gpu-mem 16
 
-Without -i it is a benchmark: synthetic prompts of --prompt-len tokens, --gen-len tokens generated for each.
+Where weights, KV cache and activations live and how many rows are in flight is planned for this machine, which is measured
+once; --policy or --percent decide it instead. Without -i it is a benchmark: synthetic prompts of --prompt-len tokens, --gen-len tokens generated for each.
 """
 
 
@@ -151,8 +151,12 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--policy",
         type=Path,
-        help="policy file, or auto: measure this machine (once, cached) and plan for the lengths of the job's rows; "
-        "it decides what the other flags of this group would, but --expert-usage and --force-policy",
+        help="policy file, which decides what the other flags of this group would, but --expert-usage and --force-policy; or auto, "
+        "the default without --percent: measure this machine (once, cached), and plan for the lengths of the job's rows and what "
+        "other flags fix; the plan is kept and used again for the same job",
+    )
+    g.add_argument(
+        "--save-policy", type=Path, metavar="FILE", help="write the policy that is run to a file for --policy"
     )
     g.add_argument(
         "--expert-usage",
@@ -163,7 +167,11 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
     )
     g.add_argument("--force-policy", action="store_true", help="run a policy file that was made for another model")
     g.add_argument(
-        "--percent", nargs=6, type=float, metavar=("W", "W", "C", "C", "A", "A"), help="placement; see below"
+        "--percent",
+        nargs=6,
+        type=float,
+        metavar=("W", "W", "C", "C", "A", "A"),
+        help="placement, see below; nothing is planned, and the flags below have the defaults that they name",
     )
     g.add_argument("--gpu-batch-size", type=count, help="rows whose attention runs together (default 16)")
     g.add_argument("--num-gpu-batches", type=count, help="GPU batches in flight (default 1)")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flexmoe.batch.job_parts import check_files, open_model
 from flexmoe.batch.metrics import metrics_record
 from flexmoe.batch.options import RunOptions
-from flexmoe.batch.plan import plan_run
+from flexmoe.batch.plan import plan_run, save_policy
 from flexmoe.batch.run_batch import write_files
 from flexmoe.cli.report import cache_and_weight_lines, engine_file_lines, flexllmgen_lines, measured_lines, plan_lines
 from flexmoe.errors import UsageError
@@ -41,14 +41,18 @@ class Benchmark:
             UsageError: it does.
         """
         if self.cut_gen_len and (options.hardware or options.plans_itself):
-            raise UsageError("--cut-gen-len stops early, so there is nothing to plan for or to predict; leave one out")
+            raise UsageError(
+                "--cut-gen-len stops early, so there is nothing to predict or to plan for: give --percent or a policy file"
+            )
         if options.plans_itself and not self.num_prompts:
-            raise UsageError("--policy auto plans for the job's rows: give -i, or --num-prompts for the benchmark")
+            raise UsageError(
+                "the planner plans for the job's rows: give -i, or --num-prompts for the benchmark, or --percent"
+            )
         if self.cut_gen_len and self.cut_gen_len > options.gen_len:
             raise UsageError("--cut-gen-len is for the benchmark and at most --gen-len")
         if self.cut_gen_len == 1 and options.gen_len > 1:
             raise UsageError("--cut-gen-len 1 has no decode step to project from; give at least 2")
-        if self.cut_gen_len and not options.policy and (self.num_prompts or 0) > options.block_size:
+        if self.cut_gen_len and options.percent is not None and (self.num_prompts or 0) > options.block_size:
             raise UsageError(f"--cut-gen-len projects one block; give at most {options.block_size} --num-prompts")
 
     def rows(self, options: RunOptions) -> Measured:
@@ -67,6 +71,7 @@ def run_benchmark(options: RunOptions, benchmark: Benchmark) -> int:
     check_files(options)
     model = open_model(options)
     plan = plan_run(options, model, benchmark.rows(options))
+    save_policy(options, model, plan)
     say(*plan_lines(plan))
     with contextlib.closing(LLM(model, policy=plan.policy, workload=plan.measured.workload, **plan.options)) as llm:
         say(*cache_and_weight_lines(llm.engine.plan))

@@ -7,7 +7,7 @@ import sys
 
 from flexmoe.batch.job_parts import check_files, open_model, preparer_setup
 from flexmoe.batch.options import RunOptions
-from flexmoe.batch.plan import plan_run
+from flexmoe.batch.plan import plan_run, save_policy
 from flexmoe.cli.report import dry_run_lines, plan_lines, row_lines
 from flexmoe.inputs.options import open_requests
 from flexmoe.inputs.request_file import Rows
@@ -59,5 +59,6 @@ def _look(options: RunOptions, model: Model) -> Preflight:
 def _plan(options: RunOptions, model: Model, measured: Measured, found: Preflight | None) -> int:
     """Plans for the rows and prints the plan; returns how many rows it leaves out."""
     plan = plan_run(options, model, measured, None if found is None else found.lengths, predict=found is not None)
+    save_policy(options, model, plan)
     say(*plan_lines(plan), *dry_run_lines(plan))
     return plan.rows_without_room

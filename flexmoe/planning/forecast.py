@@ -1,19 +1,23 @@
-"""`--policy auto`: measure the machine (once), and plan for the job's own lengths."""
+"""The planner for one job on this machine, which is measured once: what it will do under a policy, and the best policy."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cost_model import Hardware, ModelArch, Workload
+from cost_model.planner.constraints import Fixed
 from cost_model.routing.expert_usage import ExpertUsage
 from cost_model.simulation.simulate import Simulation, simulate
+from cost_model.timing.evaluate import evaluate
+from flexmoe.errors import InfeasibleError
+from flexmoe.planning import kept_plans
 from flexmoe.planning.machine import this_machine
-from policies.policy import Policy
+from policies.policy import Policy, PolicyFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,18 +74,36 @@ class Forecaster:
             on_demand=on_demand,
         )
 
-    def plan(self, kv_tokens: int | None = None) -> Policy:
-        """The best policy for the job.
+    def plan(self, kv_tokens: int | None = None, fixed: Fixed | None = None) -> Policy:
+        """The best policy for the job, which is kept: the same job on the same machine is planned once.
 
         Args:
             kv_tokens: KV capacity over all tiers; default: what keeps the block in flight.
+            fixed: fields of the policy that are decided already.
 
         Raises:
             InfeasibleError: none fits; the sentence names what binds and the cheapest way out.
         """
+        fixed = fixed or Fixed()
+        capacities = {tier: size for tier, size in self.hardware.budgets().items() if size is not None}
+        key = kept_plans.key_of(self._circumstances(kv_tokens, fixed))
+        kept = kept_plans.find(key, capacities)
+        if kept is not None and self._fits(kept.policy, kv_tokens):
+            return kept.policy
         from cost_model import solve
 
-        return solve(self.arch, self.hardware, self.workload, advice=False, **self._about(kv_tokens)).policy
+        policy = solve(self.arch, self.hardware, self.workload, fixed=fixed, **self._about(kv_tokens)).policy
+        kept_plans.keep(key, self.policy_file(policy), capacities)
+        return policy
+
+    def policy_file(self, policy: Policy) -> PolicyFile:
+        """A policy with what it was made for."""
+        return PolicyFile(
+            policy=policy,
+            model=self.arch.fingerprint(),
+            hardware=self.hardware.fingerprint(),
+            workload=self.workload.to_json(),
+        )
 
     def predict(self, policy: Policy, kv_tokens: int | None = None, cache_experts: int = 0) -> Simulation:
         """What the job will do under a policy.
@@ -91,6 +113,28 @@ class Forecaster:
         """
         about = self._about(kv_tokens) | {"cache_experts": cache_experts}
         return simulate(self.arch, self.hardware, self.workload, policy, **about)
+
+    def _fits(self, policy: Policy, kv_tokens: int | None) -> bool:
+        try:
+            evaluate(self.arch, self.hardware, self.workload, policy, **self._about(kv_tokens))
+        except InfeasibleError:
+            return False
+        return True
+
+    def _circumstances(self, kv_tokens: int | None, fixed: Fixed) -> dict[str, Any]:
+        """What a plan follows from, as JSON values; capacities are left out, which change from start to start."""
+        machine = self.hardware.to_json()
+        for name in ("host_memory_bytes", "disk_bytes", "cpu_budget_bytes", "sources"):
+            machine.pop(name)
+        rates = [{**asdict(gpu), "memory_bytes": None} for gpu in self.hardware.gpus]
+        usage = self.usage and {"tokens": self.usage.tokens, "counts": self.usage.counts.tolist()}
+        return {
+            "model": asdict(self.arch),
+            "machine": machine | {"gpus": repr(rates)},
+            "job": self.workload.to_json(),
+            "fixed": fixed.given,
+            "about": self._about(kv_tokens) | {"usage": usage},
+        }
 
     def _about(self, kv_tokens: int | None) -> dict[str, Any]:
         return {

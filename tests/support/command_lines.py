@@ -9,6 +9,7 @@ import pytest
 from cost_model import Hardware
 from flexmoe.cli import run as command
 
+RESIDENT = ["--percent", "100", "0", "100", "0", "100", "0"]
 THREE_TIERS = ["--percent", "20", "30", "30", "30", "50", "0", "--gpu-batch-size", "3", "--num-gpu-batches", "2"]
 ROWS = (0, 1, 2, 3, 5, 6, 8)
 
@@ -42,6 +43,7 @@ class Job:
         (self.directory / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def args(self, *more, model=None, files=True):
+        """Everything is resident where nothing else is asked for; planning needs the rates of the machine."""
         args = [
             "--model",
             str(model or self.model),
@@ -51,7 +53,7 @@ class Job:
             str(self.directory / "offload"),
         ]
         args += ["-i", str(self.directory / "in.jsonl"), "-o", str(self.output)] if files else []
-        return [*args, *more]
+        return [*args, *more, *([] if {"--percent", "--policy"} & set(more) else RESIDENT)]
 
     def lines(self):
         return [json.loads(line) for line in self.output.read_text().splitlines()]
