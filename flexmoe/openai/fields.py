@@ -14,6 +14,7 @@ from typing import Any, Literal
 from flexmoe.errors import UsageError
 from flexmoe.openai.json_line import InvalidLine, show, token_ids
 from flexmoe.params import MAX_LOGPROBS, SamplingParams, WrongValueError
+from policies.common.reading import whole
 
 Kind = Literal["chat", "completion"]
 
@@ -32,11 +33,14 @@ OTHERS = (
     "best_of",
     "return_token_ids",
     "chat_template_kwargs",
+    "add_generation_prompt",
+    "continue_final_message",
+    "add_special_tokens",
     "model",
     "prompt",
     "messages",
 )
-#: They are OpenAI's housekeeping and change no completion.
+#: They are OpenAI's and vLLM's housekeeping and change no completion.
 HARMLESS = frozenset(
     {
         "user",
@@ -48,41 +52,43 @@ HARMLESS = frozenset(
         "prompt_cache_retention",
         "prompt_cache_options",
         "parallel_tool_calls",
+        "request_id",
+        "cache_salt",
     }
 )
 #: Fields whose listed values ask for nothing; any other value is refused for the row.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "stream": (None, False),
-    "stream_options": (None,),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "suffix": (None, ""),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "web_search_options": (None,),
-    "moderation": (None,),
-    "reasoning_effort": (None,),
-    "verbosity": (None,),
-    "add_generation_prompt": (None, True),
-    "continue_final_message": (None, False),
-    "add_special_tokens": (None,),
-    "skip_special_tokens": (None, True),
-    "spaces_between_special_tokens": (None, True),
-    "min_tokens": (None, 0),
-    "include_stop_str_in_output": (None, False),
-    "use_beam_search": (None, False),
-    "length_penalty": (None, 1),
-    "prompt_logprobs": (None,),
-    "priority": (None, 0),
+    "stream": (False,),
+    "stream_options": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"}, {}),
+    "suffix": ("",),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "moderation": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "documents": ([],),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "min_tokens": (0,),
+    "include_stop_str_in_output": (False,),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "prompt_logprobs": (),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "truncate_prompt_tokens": (),
+    "return_tokens_as_token_ids": (False,),
+    "priority": (0,),
 }
 KNOWN = frozenset((*NUMBERS, *INTEGERS, *LIMITS, *OTHERS))
-#: Variables that the chat template gets from elsewhere.
-_TEMPLATE_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
-_INTEGER_TEXT = re.compile(r"-?[0-9]{1,18}")
+_ID_TEXT = re.compile(r"-?[0-9]{1,18}(\.[0-9]{1,18})?([eE][+-]?[0-9]{1,3})?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +125,7 @@ class RowError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fields:
-    """What a body says beside its prompt.
+    """How a body wants its completions.
 
     Args:
         sampling: fields of `SamplingParams`, only those that are given.
@@ -128,12 +134,13 @@ class Fields:
 
     sampling: dict[str, Any]
     return_token_ids: bool
-    chat_template_kwargs: dict[str, Any]
     errors: list[RowError]
 
 
 def read_fields(body: Mapping[str, Any], kind: Kind) -> Fields:
-    """Reads every field of a body but its prompt, messages and model.
+    """Reads the fields that say how to complete a prompt, and refuses those that are not known.
+
+    A body holds no null: it is read by `without_nulls` before.
 
     Raises:
         InvalidLine: a field has the wrong type.
@@ -143,19 +150,16 @@ def read_fields(body: Mapping[str, Any], kind: Kind) -> Fields:
     sampling |= {name: _integer(body, name) for name in INTEGERS}
     sampling |= {"stop": _stop(body), "stop_token_ids": _stop_token_ids(body), "logit_bias": _logit_bias(body, errors)}
     sampling |= {"max_tokens": _limit(body, errors), "logprobs": _logprobs(body, kind, errors)}
-    sampling |= {name: _flag(body, name) or None for name in ("ignore_eos", "echo")}
+    flags = ("ignore_eos", "echo") if kind == "completion" else ("ignore_eos",)
+    sampling |= {name: flag(body, name) or None for name in flags}
     sampling = {name: value for name, value in sampling.items() if value is not None}
-    if kind == "chat" and "echo" in sampling:
-        del sampling["echo"]
-        errors.append(RowError.unsupported("echo", "echo is for /v1/completions only; leave it out"))
     best_of = _integer(body, "best_of")
     if best_of is not None and best_of != sampling.get("n", 1):
         errors.append(RowError.unsupported("best_of", f"best_of = {show(best_of)} is not supported; ask for n instead"))
     errors += _out_of_range(sampling, body)
     return Fields(
         sampling=sampling,
-        return_token_ids=_flag(body, "return_token_ids"),
-        chat_template_kwargs=_template_kwargs(body, kind, errors),
+        return_token_ids=flag(body, "return_token_ids"),
         errors=errors,
     )
 
@@ -218,16 +222,22 @@ def _number(body: Mapping[str, Any], name: str) -> float | None:
 
 def _integer(body: Mapping[str, Any], name: str) -> int | None:
     value = body.get(name)
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+    number = whole(value)
+    if value is not None and number is None:
         raise InvalidLine(f"{name} is {show(value)}; give a whole number", param=name)
-    return value
+    return number
 
 
-def _flag(body: Mapping[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
+def flag(body: Mapping[str, Any], name: str, *, default: bool = False) -> bool:
+    """A field that is true or false.
+
+    Raises:
+        InvalidLine: it is neither.
+    """
+    value = body.get(name, default)
+    if not isinstance(value, bool):
         raise InvalidLine(f"{name} is {show(value)}; give true or false", param=name)
-    return bool(value)
+    return value
 
 
 def _limit(body: Mapping[str, Any], errors: list[RowError]) -> int | None:
@@ -243,7 +253,7 @@ def _logprobs(body: Mapping[str, Any], kind: Kind, errors: list[RowError]) -> in
         if body.get("top_logprobs") not in (None, 0):
             errors.append(RowError.unsupported("top_logprobs", "top_logprobs is for chats; give logprobs a number"))
         return None if body.get("logprobs") is False else _integer(body, "logprobs")
-    wanted, top = _flag(body, "logprobs"), _integer(body, "top_logprobs")
+    wanted, top = flag(body, "logprobs"), _integer(body, "top_logprobs")
     if top is not None and not 0 <= top <= MAX_LOGPROBS:
         message = f"top_logprobs is {show(top)}; give a whole number from 0 to {MAX_LOGPROBS}"
         errors.append(RowError.invalid("top_logprobs", message))
@@ -275,24 +285,17 @@ def _logit_bias(body: Mapping[str, Any], errors: list[RowError]) -> dict[int, fl
         raise InvalidLine(f"logit_bias is {show(given)}; give an object of token ids and numbers", param="logit_bias")
     bias: dict[int, float] = {}
     for key, value in given.items():
-        if not _INTEGER_TEXT.fullmatch(key) or not isinstance(value, (int, float)) or isinstance(value, bool):
+        token = _token_id(key)
+        if token is None or not isinstance(value, (int, float)) or isinstance(value, bool):
             message = f"logit_bias holds {show({key: value})}; its keys are token ids and its values numbers"
             raise InvalidLine(message, param="logit_bias")
-        if int(key) in bias:
-            errors.append(RowError.invalid("logit_bias", f"logit_bias names the token {int(key)} twice; keep one"))
-        bias[int(key)] = value
+        if token in bias:
+            errors.append(RowError.invalid("logit_bias", f"logit_bias names the token {token} twice; keep one"))
+        bias[token] = value
     return bias
 
 
-def _template_kwargs(body: Mapping[str, Any], kind: Kind, errors: list[RowError]) -> dict[str, Any]:
-    kwargs = body.get("chat_template_kwargs")
-    if kwargs is None:
-        return {}
-    name = "chat_template_kwargs"
-    if not isinstance(kwargs, dict):
-        raise InvalidLine(f"{name} is {show(kwargs)}; give an object", param=name)
-    if kind != "chat":
-        errors.append(RowError.unsupported(name, f"{name} is for chats only; leave it out"))
-    taken = [key for key in kwargs if key in _TEMPLATE_NAMES]
-    errors += [RowError.unsupported(f"{name}.{key}", f"{name}.{key} is not supported; leave it out") for key in taken]
-    return kwargs
+def _token_id(key: str) -> int | None:
+    """The whole number that a key spells, as a number of JSON would; None for another text."""
+    spelled = _ID_TEXT.fullmatch(key)
+    return None if spelled is None else whole(float(key) if spelled[1] or spelled[2] else int(key))

@@ -7,6 +7,7 @@ from typing import Any
 
 from flexmoe.errors import DataError
 from policies.common import json_files
+from policies.common.reading import whole
 
 MAX_LINE_BYTES = 16 * 2**20
 #: A request needs five levels; a JSON schema among its fields may need a few dozen.
@@ -91,12 +92,15 @@ def token_ids(items: Any, name: str) -> tuple[int, ...]:
     """
     if not isinstance(items, list):
         raise InvalidLine(f"{name} is {show(items)}; give a list of token ids", param=name)
+    ids = []
     for item in items:
-        if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item <= MAX_INT:
+        number = whole(item)
+        if number is None or not 0 <= number <= MAX_INT:
             raise InvalidLine(
                 f"{name} holds {show(item)}, which is no token id; ids are whole numbers from 0", param=name
             )
-    return tuple(items)
+        ids.append(number)
+    return tuple(ids)
 
 
 def show(value: Any) -> str:

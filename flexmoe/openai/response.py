@@ -80,7 +80,7 @@ class ResponseEncoder:
     ) -> dict[str, Any]:
         text = self._text(output)
         if request.kind == "chat":
-            message = {"role": "assistant", "content": text, "refusal": None}
+            message = {"role": "assistant", "content": request.prefix + text, "refusal": None}
             choice: dict[str, Any] = {"message": message, "logprobs": chat_logprobs(self._tokenizer, output)}
         else:
             before = self._prompt_text(prompt, result) if request.echo else ""

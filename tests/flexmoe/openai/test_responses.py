@@ -102,6 +102,14 @@ def test_chat_is_a_chat_completion(encoder, tokenizer):
     )
 
 
+def test_chat_with_echo_begins_with_the_message_that_it_continues(encoder, tokenizer):
+    chat = [*MESSAGES, {"role": "assistant", "content": "Once "}]
+    how = {"echo": True, "add_generation_prompt": False, "continue_final_message": True}
+    row = request(messages=chat, **how).without_prompt()
+    line = encoder().success(row, [result([1, 5], output(tokenizer.encode("hello")[1:]))])
+    assert strict(ChatCompletion, body(line)).choices[0].message.content == "Once hello"
+
+
 def test_completion_is_a_text_completion(encoder, tokenizer):
     ids = tokenizer.encode("hello")[1:]
     completion = strict(Completion, body(encoder().success(request(prompt="p", model="m"), [result([1], output(ids))])))
@@ -200,6 +208,8 @@ def test_echo_puts_the_prompt_before_the_completion(encoder, name, request):
     # The client's own parsing takes the null of the first token, as OpenAI sends it; the declared type does not.
     parsed = Completion.construct(**made)
     assert parsed.choices[0].logprobs.token_logprobs[0] is None
+    with pytest.raises(ValueError, match="token_logprobs.0"):
+        Completion.model_validate(made)
     told["token_logprobs"][0], told["top_logprobs"][0] = 0.0, {}
     strict(Completion, made)
 
