@@ -6,20 +6,21 @@ Bounds are those of `SamplingParams`, which states them in one place.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from flexmoe.errors import UsageError
-from flexmoe.openai.json_line import InvalidLine, show, token_ids
+from flexmoe.openai.json_line import InvalidLine, show, token_id_of, token_ids
 from flexmoe.params import MAX_LOGPROBS, SamplingParams, WrongValueError
 from policies.common.reading import whole
 
 Kind = Literal["chat", "completion"]
 
 NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-INTEGERS = ("n", "top_k", "seed")
+INTEGERS = ("n", "top_k", "seed", "min_tokens")
+#: True or false, with what they are where a row does not say.
+FLAGS = {"ignore_eos": False, "include_stop_str_in_output": False, "skip_special_tokens": True, "echo": False}
 #: Two names of one limit; the second is OpenAI's newer one.
 LIMITS = ("max_tokens", "max_completion_tokens")
 OTHERS = (
@@ -28,8 +29,6 @@ OTHERS = (
     "stop",
     "stop_token_ids",
     "logit_bias",
-    "ignore_eos",
-    "echo",
     "best_of",
     "return_token_ids",
     "chat_template_kwargs",
@@ -67,28 +66,20 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"}, {}),
     "suffix": ("",),
     "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    "moderation": (),
-    "reasoning_effort": (),
-    "verbosity": (),
     "documents": ([],),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "min_tokens": (0,),
-    "include_stop_str_in_output": (False,),
     "use_beam_search": (False,),
     "length_penalty": (1,),
-    "prompt_logprobs": (),
     "bad_words": ([],),
-    "allowed_token_ids": (),
-    "truncate_prompt_tokens": (),
     "return_tokens_as_token_ids": (False,),
     "priority": (0,),
 }
-KNOWN = frozenset((*NUMBERS, *INTEGERS, *LIMITS, *OTHERS))
-_ID_TEXT = re.compile(r"-?[0-9]{1,18}(\.[0-9]{1,18})?([eE][+-]?[0-9]{1,3})?")
+#: Those of which every value is refused.
+NEUTRAL |= dict.fromkeys(
+    ("audio", "prediction", "web_search_options", "moderation", "reasoning_effort", "verbosity"), ()
+)
+NEUTRAL |= dict.fromkeys(("prompt_logprobs", "allowed_token_ids", "truncate_prompt_tokens"), ())
+KNOWN = frozenset((*NUMBERS, *INTEGERS, *FLAGS, *LIMITS, *OTHERS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +105,11 @@ class RowError:
     def invalid(cls, param: str, message: str) -> RowError:
         """A value out of range."""
         return cls(code="invalid_value", message=message, param=param)
+
+    @classmethod
+    def refused(cls, error: UsageError) -> RowError:
+        """Values that `SamplingParams` refuses, each of which it may have by itself."""
+        return cls(code="invalid_value", message=str(error), param=getattr(error, "name", None))
 
     @classmethod
     def joined(cls, errors: Sequence[RowError]) -> RowError | None:
@@ -150,9 +146,12 @@ def read_fields(body: Mapping[str, Any], kind: Kind) -> Fields:
     sampling |= {name: _integer(body, name) for name in INTEGERS}
     sampling |= {"stop": _stop(body), "stop_token_ids": _stop_token_ids(body), "logit_bias": _logit_bias(body, errors)}
     sampling |= {"max_tokens": _limit(body, errors), "logprobs": _logprobs(body, kind, errors)}
-    flags = ("ignore_eos", "echo") if kind == "completion" else ("ignore_eos",)
-    sampling |= {name: flag(body, name) or None for name in flags}
     sampling = {name: value for name, value in sampling.items() if value is not None}
+    flags = {name: flag(body, name, default=default) for name, default in FLAGS.items()}
+    # A chat is echoed in its answer alone: its prompt is not scored.
+    sampling |= {
+        name: on for name, on in flags.items() if on != FLAGS[name] and not (name == "echo" and kind == "chat")
+    }
     best_of = _integer(body, "best_of")
     if best_of is not None and best_of != sampling.get("n", 1):
         errors.append(RowError.unsupported("best_of", f"best_of = {show(best_of)} is not supported; ask for n instead"))
@@ -188,7 +187,7 @@ def _out_of_range(sampling: dict[str, Any], body: Mapping[str, Any]) -> list[Row
         SamplingParams(**sampling)
         return []
     except UsageError as error:
-        first = str(error)
+        first = error
     errors = []
     for name, value in sampling.items():
         alone = {name: value} | ({"echo": True} if name == "max_tokens" and sampling.get("echo") else {})
@@ -197,7 +196,7 @@ def _out_of_range(sampling: dict[str, Any], body: Mapping[str, Any]) -> list[Row
         except UsageError as error:
             given = _given_as(name, body)
             errors.append(RowError.invalid(given, _in_json(error, name, given, body)))
-    return errors or [RowError(code="invalid_value", message=first)]
+    return errors or [RowError.refused(first)]
 
 
 def _in_json(error: UsageError, name: str, given: str, body: Mapping[str, Any]) -> str:
@@ -285,7 +284,7 @@ def _logit_bias(body: Mapping[str, Any], errors: list[RowError]) -> dict[int, fl
         raise InvalidLine(f"logit_bias is {show(given)}; give an object of token ids and numbers", param="logit_bias")
     bias: dict[int, float] = {}
     for key, value in given.items():
-        token = _token_id(key)
+        token = token_id_of(key)
         if token is None or not isinstance(value, (int, float)) or isinstance(value, bool):
             message = f"logit_bias holds {show({key: value})}; its keys are token ids and its values numbers"
             raise InvalidLine(message, param="logit_bias")
@@ -293,9 +292,3 @@ def _logit_bias(body: Mapping[str, Any], errors: list[RowError]) -> dict[int, fl
             errors.append(RowError.invalid("logit_bias", f"logit_bias names the token {token} twice; keep one"))
         bias[token] = value
     return bias
-
-
-def _token_id(key: str) -> int | None:
-    """The whole number that a key spells, as a number of JSON would; None for another text."""
-    spelled = _ID_TEXT.fullmatch(key)
-    return None if spelled is None else whole(float(key) if spelled[1] or spelled[2] else int(key))

@@ -40,7 +40,7 @@ def read_rendering(body: Mapping[str, Any], kind: Kind, errors: list[RowError]) 
     opened = flag(body, "add_generation_prompt", default=True)
     continued = flag(body, "continue_final_message")
     if kind == "chat" and opened and continued:
-        message = "continue_final_message needs add_generation_prompt to be false, and its default is true; add it"
+        message = "continue_final_message and add_generation_prompt (default true) exclude each other; give the latter as false"
         errors.append(RowError.invalid("continue_final_message", message))
     if kind != "chat":
         asked = {"add_generation_prompt": not opened, "continue_final_message": continued}

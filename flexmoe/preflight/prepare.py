@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from flexmoe.checkpoint.generation_config import SamplingDefaults
-from flexmoe.errors import DataError
+from flexmoe.errors import DataError, UsageError
 from flexmoe.openai.batch_line import Request
 from flexmoe.openai.fields import RowError
 from flexmoe.params import EngineRequest, SamplingParams
@@ -167,7 +167,10 @@ class Preparer:
             code = "context_length_exceeded" if isinstance(failed, _TooLongError) else "invalid_prompt"
             return RowError(code=code, message=str(failed), param=_prompt_field(request))
         prompts = [ids for ids in tokenized if not isinstance(ids, DataError)]
-        params = self.defaults.params(request.sampling, self.default_max_tokens)
+        try:
+            params = self.defaults.params(request.sampling, self.default_max_tokens)
+        except UsageError as error:  # what the row says and what it leaves open may contradict each other
+            return RowError.refused(error)
         refused = self._refused_params(params, request, len(prompts))
         refused = refused or next(filter(None, (self._refused_prompt(request, ids, params) for ids in prompts)), None)
         if refused is not None:

@@ -98,7 +98,7 @@ def as_floats(value):
 
 def whole_numbers(request):
     """Everything of a request that must be an int."""
-    for name in ("n", "top_k", "seed", "max_tokens", "logprobs"):
+    for name in (*INTEGERS, "max_tokens", "logprobs"):
         yield from [request.sampling[name]] if name in request.sampling else []
     yield from request.sampling.get("stop_token_ids", ())
     yield from request.sampling.get("logit_bias", {})

@@ -42,6 +42,12 @@ def chat(**fields):
         ({"logit_bias": {"5": 1, "0": -100}}, {"logit_bias": {5: 1, 0: -100}}),
         ({"ignore_eos": True}, {"ignore_eos": True}),
         ({"ignore_eos": False}, {}),
+        ({"min_tokens": 3, "max_tokens": 3}, {"min_tokens": 3, "max_tokens": 3}),
+        (
+            {"skip_special_tokens": False, "include_stop_str_in_output": True},
+            {"skip_special_tokens": False, "include_stop_str_in_output": True},
+        ),
+        ({"skip_special_tokens": True, "include_stop_str_in_output": False}, {}),
         ({"temperature": None, "stop": None, "n": None, "logit_bias": None, "max_tokens": None}, {}),
     ],
 )
@@ -87,6 +93,7 @@ def test_chat_template_kwargs_are_kept():
         ("top_k", -2),
         ("min_p", 2),
         ("seed", 2**64),
+        ("min_tokens", -1),
         ("presence_penalty", 3),
         ("frequency_penalty", -2.5),
         ("repetition_penalty", 0),
@@ -135,6 +142,8 @@ def test_too_many_logprobs_fail_only_their_row(value):
 
 def test_contradictions_fail_only_their_row():
     assert "differ" in completion(max_tokens=1, max_completion_tokens=2).error.message
+    error = completion(min_tokens=3, max_completion_tokens=2).error
+    assert error.param == "min_tokens" and error.message == "min_tokens is 3; give at most max_tokens, which is 2"
     assert "logprobs to be true" in chat(top_logprobs=2).error.message
 
 
@@ -194,7 +203,6 @@ def test_logprobs_of_the_wrong_type_fail_the_job(value):
         ("best_of", 2),
         ("suffix", "s"),
         ("temprature", 0),
-        ("min_tokens", 5),
         ("guided_json", {}),
         ("chat_template", "x"),
         ("reasoning_effort", "low"),

@@ -158,6 +158,21 @@ def test_logprobs_of_a_completion(encoder, tokenizer):
         assert top[token] == -0.5 and len(top) == 3
 
 
+def test_special_tokens_that_are_kept_have_their_place_in_the_text(encoder, tokenizer):
+    ids = [*tokenizer.encode("hi")[1:], EOS, *tokenizer.encode("yo")[1:]]
+    made = CompletionOutput(
+        index=0,
+        text="hi</s>yo",
+        token_ids=tuple(ids),
+        finish_reason="length",
+        logprobs=tuple(TokenLogprob(token_id=i, logprob=-1.0) for i in ids),
+    )
+    row = request(prompt="p", logprobs=0, skip_special_tokens=False)
+    [choice] = body(encoder().success(row, [result([1], made)]))["choices"]
+    told = choice["logprobs"]
+    assert all(choice["text"].startswith(token, at) for token, at in zip(told["tokens"], told["text_offset"]))
+
+
 def test_a_token_after_a_broken_character_begins_behind_it(encoder, tokenizer):
     by_bytes = {told.bytes: i for i in range(3, 300) if (told := tokenizer.token_text(i)).visible}
     ids = [by_bytes[piece] for piece in (b"h", b"\xe6", b"i", b"\xe6", b"\x97", b"!", b"\xe6")]

@@ -86,6 +86,12 @@ def test_row_is_sampled_as_it_says_else_as_the_model_likes_else_greedily(prepare
     assert part.params == SamplingParams(max_tokens=9)
 
 
+def test_row_that_wants_more_tokens_than_it_may_have_is_refused(preparer):
+    error = preparer().prepare(request(prompt="a", min_tokens=10), 0)
+    assert (error.code, error.param) == ("invalid_value", "min_tokens")
+    assert "at most max_tokens, which is 9" in error.message
+
+
 def test_rows_prepared_together_are_as_one_by_one(preparer):
     rows = [
         request(prompt=["a", "b"]),
