@@ -145,7 +145,9 @@ class LLM:
             tokenizer.render(chat, chat_template_kwargs, add_generation_prompt=add_generation_prompt)
             for chat in read_conversations(messages)
         ]
-        return self._complete(tokenizer.encode_all(rendered, rendered=True), rendered, sampling_params, use_tqdm)
+        return self._complete(
+            tokenizer.encode_all(rendered, add_special_tokens=False), rendered, sampling_params, use_tqdm
+        )
 
     def get_tokenizer(self) -> Any:
         """The checkpoint's tokenizer, as transformers' `AutoTokenizer` loads it.

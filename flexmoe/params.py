@@ -35,7 +35,7 @@ class WrongValueError(UsageError):
 
     def __init__(self, name: str, shown: str, wanted: str) -> None:
         super().__init__(f"{name} is {shown}; give {wanted}")
-        self.wanted = wanted
+        self.name, self.wanted = name, wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

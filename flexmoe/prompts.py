@@ -8,6 +8,7 @@ from typing import Any
 
 from flexmoe.errors import DataError, UsageError
 from flexmoe.openai.batch_line import read_messages
+from policies.common.reading import without_nulls
 
 #: A text, or token ids.
 Prompt = str | Sequence[int]
@@ -41,7 +42,7 @@ def read_conversations(messages: Conversation | Sequence[Conversation]) -> list[
     chats = []
     for index, chat in enumerate(several):
         try:
-            read, errors = read_messages(list(chat) if isinstance(chat, (list, tuple)) else chat)
+            read, errors = read_messages(without_nulls(list(chat) if isinstance(chat, (list, tuple)) else chat))
         except DataError as error:
             raise UsageError(f"conversation {index}: {error}") from None
         if errors:

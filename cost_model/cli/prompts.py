@@ -14,6 +14,7 @@ from typing import Any
 
 from policies.common import json_files
 from policies.common.errors import DataError, InputMissingError
+from policies.common.reading import whole, without_bom, without_nulls
 from policies.workload import Workload
 
 #: Text of which no tokenizer is known: about four bytes make a token of English in vocabularies of 32 K and more.
@@ -87,7 +88,7 @@ class _Reader:
                 yield self._tokens(line), self._gen_len
                 continue
             try:
-                yield from self._row(json_files.parse(line))
+                yield from self._row(without_nulls(json_files.parse(line)))
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}: line {number}: {error}.") from error
 
@@ -99,7 +100,7 @@ class _Reader:
             raise ValueError("body must be a JSON object")  # noqa: TRY004 - a fault of the file
         completion = self._gen_len
         for name in ("max_tokens", "max_completion_tokens"):
-            if body.get(name) is not None:
+            if name in body:
                 completion = _count(name, body[name])
         return ((self._prompt(prompt), completion) for prompt in _prompts_of(body))
 
@@ -131,7 +132,7 @@ def _prompts_of(body: dict[str, Any]) -> Iterable[Any]:
         return (prompt,)
     if not isinstance(prompt, list) or not prompt:
         raise ValueError("it needs a prompt (text or token ids), messages, or prompt_tokens")
-    if all(isinstance(item, dict) for item in prompt) or all(type(item) is int for item in prompt):
+    if all(isinstance(item, dict) for item in prompt) or all(whole(item) is not None for item in prompt):
         return (prompt,)
     if all(isinstance(item, str) for item in prompt) or all(isinstance(item, list) and item for item in prompt):
         return prompt
@@ -146,15 +147,16 @@ def _content(message: dict[str, Any]) -> str:
 
 
 def _count(name: str, value: Any) -> int:
-    if type(value) is not int or value < 1:
+    number = whole(value)
+    if number is None or number < 1:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-    return value
+    return number
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(map(without_bom, file), start=1):
                 if line.strip():
                     yield number, line.rstrip("\n")
     except OSError as error:

@@ -13,11 +13,11 @@ from flexmoe.openai.batch_line import Request
 from flexmoe.openai.fields import RowError
 from flexmoe.openai.json_line import InvalidLine, show, too_long
 from policies.common import file_io
+from policies.common.reading import without_bom
 
 _CHUNK_BYTES = 1 << 20
 #: The code of a row whose structural fault was recorded.
 INVALID_LINE = "invalid_line"
-_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +109,7 @@ class RawRow:
     def _parse(self, parser: Parser) -> Request | None:
         if self.data is None:
             raise too_long()
-        data = self.data.removeprefix(_BOM) if self.number == 1 else self.data
+        data = without_bom(self.data)  # of any line: files that were joined have it in the middle
         if not data.strip():
             return None
         request = parser.parse(data, self.number)

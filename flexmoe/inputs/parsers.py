@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flexmoe.errors import UsageError
 from flexmoe.inputs.prompt_template import PromptTemplate, column, named
-from flexmoe.openai.batch_line import Request, parse_line, read_custom_id, request_of
-from flexmoe.openai.json_line import InvalidLine, parse_json, show
+from flexmoe.openai.batch_line import Request, parse_line, read_custom_id, read_object, request_of
+from flexmoe.openai.json_line import InvalidLine
 
 #: The column that a line of text is, for a template.
 TEXT_COLUMN = "text"
@@ -133,18 +133,18 @@ class DataRows:
         return {"kind": "rows", "prompt_column": self.prompt_column, "template": template, "unit": self.unit}
 
     def parse(self, data: bytes, number: int) -> Request:
-        row = parse_json(data)
-        if not isinstance(row, dict):
-            raise InvalidLine(f"the line holds {show(row)}; write one JSON object per line")
-        custom_id = row.get(ID_COLUMN)
-        if isinstance(custom_id, int) and not isinstance(custom_id, bool):
-            custom_id = str(custom_id)
+        def id_of(row: Mapping[str, Any]) -> str:
+            custom_id = row.get(ID_COLUMN)
+            is_number = isinstance(custom_id, int) and not isinstance(custom_id, bool)
+            return read_custom_id({ID_COLUMN: str(custom_id) if is_number else custom_id}, number)
+
+        row = read_object(data, id_of)
         # The id comes first: a row whose prompt is at fault has one all the same.
-        known_id = read_custom_id({ID_COLUMN: custom_id}, number)
+        custom_id = id_of(row)
         try:
             return request_of({ID_COLUMN: custom_id} | self._prompt(row), number)
         except InvalidLine as error:
-            error.custom_id = known_id
+            error.custom_id = custom_id
             raise
 
     def _prompt(self, row: dict[str, Any]) -> dict[str, Any]:

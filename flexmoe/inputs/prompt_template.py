@@ -8,6 +8,7 @@ from typing import Any
 
 from flexmoe.errors import UsageError
 from flexmoe.openai.json_line import InvalidLine, show
+from policies.common.reading import without_bom
 
 
 class PromptTemplate:
@@ -22,10 +23,10 @@ class PromptTemplate:
     """
 
     def __init__(self, text: str) -> None:
-        self.text = text
+        self.text = without_bom(text)
         self._parts: list[tuple[str, str | None]] = []
         try:
-            parts = list(Formatter().parse(text))
+            parts = list(Formatter().parse(self.text))
         except ValueError as error:
             raise UsageError(f"--prompt-template: {error}; write {{{{ and }}}} for braces themselves") from None
         for literal, name, spec, conversion in parts:
@@ -66,10 +67,12 @@ def column(row: Mapping[str, Any], name: str) -> Any:
     """A column's value.
 
     Raises:
-        InvalidLine: the row has no such column.
+        InvalidLine: the row has no such column, or nothing in it.
     """
     if name not in row:
         raise InvalidLine(f"there is no column {show(name)} but {named(row)}; name one of these", param=name)
+    if row[name] is None:
+        raise InvalidLine(f"the column {name} is null; a prompt needs its value", param=name)
     return row[name]
 
 

@@ -10,12 +10,16 @@ chat template refuses. The reason is a `RowError`; it becomes an error row, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from flexmoe.openai.fields import Fields, Kind, RowError, read_fields
+from flexmoe.openai.fields import Fields, Kind, RowError, flag, read_fields
 from flexmoe.openai.json_line import InvalidLine, parse_json, show, token_ids
+from flexmoe.openai.rendering import Rendering, read_rendering
+from flexmoe.openai.shown_id import shown_id
+from policies.common.reading import without_nulls
 
 Prompt = str | tuple[int, ...]
 Message = dict[str, str]
@@ -38,7 +42,8 @@ class Request:
         messages: the chat; None for completions.
         sampling: fields of `SamplingParams` that the row gives; the others are the job's.
         return_token_ids: put the ids beside the texts.
-        chat_template_kwargs: more variables for the chat template.
+        rendering: how the prompt is written.
+        prefix: text of a chat that comes before its completion.
         model: as the row names it; None when it names none.
         error: why this row cannot run; None when it can.
     """
@@ -50,7 +55,8 @@ class Request:
     messages: tuple[Message, ...] | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     return_token_ids: bool = False
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    rendering: Rendering = field(default_factory=Rendering)
+    prefix: str = ""
     model: str | None = None
     error: RowError | None = None
 
@@ -61,7 +67,7 @@ class Request:
 
     def without_prompt(self) -> Request:
         """What the row's output line needs; the prompts are kept only where they are echoed."""
-        return replace(self, prompts=self.prompts if self.echo else (), messages=None, chat_template_kwargs={})
+        return replace(self, prompts=self.prompts if self.echo else (), messages=None, rendering=Rendering())
 
 
 def parse_line(line: bytes, line_number: int) -> Request:
@@ -74,17 +80,38 @@ def parse_line(line: bytes, line_number: int) -> Request:
     Raises:
         InvalidLine: the fault is structural; the sentence says what to change.
     """
-    return request_of(parse_json(line), line_number)
+    return request_of(read_object(line, lambda row: read_custom_id(row, line_number)), line_number)
 
 
-def request_of(line: Any, line_number: int) -> Request:
-    """The request that the JSON value of a line stands for.
+def read_object(line: bytes, id_of: Callable[[Mapping[str, Any]], str]) -> dict[str, Any]:
+    """The object of a line.
+
+    Args:
+        id_of: the id that an object gives itself, or `InvalidLine`.
+
+    Raises:
+        InvalidLine: there is no object that can be read; it carries the id that the line shows all the same.
+    """
+    try:
+        value = parse_json(line)
+    except InvalidLine as error:
+        shown = shown_id(line)
+        if shown is not None:
+            with suppress(InvalidLine):
+                error.custom_id = id_of({"custom_id": shown})
+        raise
+    if not isinstance(value, dict):
+        raise InvalidLine(f"the line holds {show(value)}; write one JSON object per line")
+    return value
+
+
+def request_of(line: dict[str, Any], line_number: int) -> Request:
+    """The request that the object of a line stands for. A field that is null is absent, here and in all that follows.
 
     Raises:
         InvalidLine: the fault is structural.
     """
-    if not isinstance(line, dict):
-        raise InvalidLine(f"the line holds {show(line)}; write one JSON object per line")
+    line = without_nulls(line)
     custom_id = read_custom_id(line, line_number)
     try:
         return _request(line, line_number, custom_id)
@@ -120,11 +147,14 @@ def _request(line: dict[str, Any], line_number: int, custom_id: str) -> Request:
     ]
     fields: Fields = read_fields(body, kind)
     errors += fields.errors
+    rendering = read_rendering(body, kind, errors)
     messages: tuple[Message, ...] | None = None
     prompts: tuple[Prompt, ...] = ()
+    prefix = ""
     if kind == "chat":
         messages, refused = read_messages(body["messages"])
         errors += refused
+        prefix = _echoed(messages, rendering) if flag(body, "echo") else ""
     else:
         prompts = read_prompts(body["prompt"])
     return Request(
@@ -135,7 +165,8 @@ def _request(line: dict[str, Any], line_number: int, custom_id: str) -> Request:
         messages=messages,
         sampling=fields.sampling,
         return_token_ids=fields.return_token_ids,
-        chat_template_kwargs=fields.chat_template_kwargs,
+        rendering=rendering,
+        prefix=prefix,
         model=_model(body),
         error=RowError.joined(errors),
     )
@@ -189,6 +220,12 @@ def read_prompts(prompt: Any) -> tuple[Prompt, ...]:
     )
 
 
+def _echoed(messages: tuple[Message, ...], rendering: Rendering) -> str:
+    """What a chat with `echo` puts before its completion, as vLLM does: the last message, if the answer is of its role."""
+    last = messages[-1]
+    return last["content"] if last["role"] == "assistant" or not rendering.add_generation_prompt else ""
+
+
 def _model(body: dict[str, Any]) -> str | None:
     model = body.get("model")
     if model is not None and not isinstance(model, str):
@@ -217,11 +254,14 @@ def read_messages(messages: Any) -> tuple[tuple[Message, ...], list[RowError]]:
         if role not in ROLES:
             problem = f"{name}.role = {show(role)} is not supported; use one of {', '.join((*ROLES, *ALIASES))}"
             errors.append(RowError.unsupported(f"{name}.role", problem))
-        extra = [key for key, value in message.items() if key not in ("role", "content") and value not in (None, [])]
+        sender = message.get("name", "")
+        if not isinstance(sender, str):
+            raise InvalidLine(f"{name}.name is {show(sender)}; give a string", param=f"{name}.name")
+        extra = [key for key, value in message.items() if key not in ("role", "content", "name") and value != []]
         errors += [RowError.unsupported(f"{name}.{key}", f"{name}.{key} is not supported; remove it") for key in extra]
         text, error = _content(message.get("content"), f"{name}.content", optional=bool(extra))
         errors += [error] if error else []
-        result.append({"role": role, "content": text})
+        result.append({"role": role, "content": text} | ({"name": sender} if "name" in message else {}))
     return tuple(result), errors
 
 

@@ -6,19 +6,21 @@ Bounds are those of `SamplingParams`, which states them in one place.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from flexmoe.errors import UsageError
-from flexmoe.openai.json_line import InvalidLine, show, token_ids
+from flexmoe.openai.json_line import InvalidLine, show, token_id_of, token_ids
 from flexmoe.params import MAX_LOGPROBS, SamplingParams, WrongValueError
+from policies.common.reading import whole
 
 Kind = Literal["chat", "completion"]
 
 NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-INTEGERS = ("n", "top_k", "seed")
+INTEGERS = ("n", "top_k", "seed", "min_tokens")
+#: True or false, with what they are where a row does not say.
+FLAGS = {"ignore_eos": False, "include_stop_str_in_output": False, "skip_special_tokens": True, "echo": False}
 #: Two names of one limit; the second is OpenAI's newer one.
 LIMITS = ("max_tokens", "max_completion_tokens")
 OTHERS = (
@@ -27,16 +29,17 @@ OTHERS = (
     "stop",
     "stop_token_ids",
     "logit_bias",
-    "ignore_eos",
-    "echo",
     "best_of",
     "return_token_ids",
     "chat_template_kwargs",
+    "add_generation_prompt",
+    "continue_final_message",
+    "add_special_tokens",
     "model",
     "prompt",
     "messages",
 )
-#: They are OpenAI's housekeeping and change no completion.
+#: They are OpenAI's and vLLM's housekeeping and change no completion.
 HARMLESS = frozenset(
     {
         "user",
@@ -48,41 +51,35 @@ HARMLESS = frozenset(
         "prompt_cache_retention",
         "prompt_cache_options",
         "parallel_tool_calls",
+        "request_id",
+        "cache_salt",
     }
 )
 #: Fields whose listed values ask for nothing; any other value is refused for the row.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "stream": (None, False),
-    "stream_options": (None,),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "suffix": (None, ""),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "web_search_options": (None,),
-    "moderation": (None,),
-    "reasoning_effort": (None,),
-    "verbosity": (None,),
-    "add_generation_prompt": (None, True),
-    "continue_final_message": (None, False),
-    "add_special_tokens": (None,),
-    "skip_special_tokens": (None, True),
-    "spaces_between_special_tokens": (None, True),
-    "min_tokens": (None, 0),
-    "include_stop_str_in_output": (None, False),
-    "use_beam_search": (None, False),
-    "length_penalty": (None, 1),
-    "prompt_logprobs": (None,),
-    "priority": (None, 0),
+    "stream": (False,),
+    "stream_options": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"}, {}),
+    "suffix": ("",),
+    "modalities": (["text"],),
+    "documents": ([],),
+    "spaces_between_special_tokens": (True,),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "bad_words": ([],),
+    "return_tokens_as_token_ids": (False,),
+    "priority": (0,),
 }
-KNOWN = frozenset((*NUMBERS, *INTEGERS, *LIMITS, *OTHERS))
-#: Variables that the chat template gets from elsewhere.
-_TEMPLATE_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
-_INTEGER_TEXT = re.compile(r"-?[0-9]{1,18}")
+#: Those of which every value is refused.
+NEUTRAL |= dict.fromkeys(
+    ("audio", "prediction", "web_search_options", "moderation", "reasoning_effort", "verbosity"), ()
+)
+NEUTRAL |= dict.fromkeys(("prompt_logprobs", "allowed_token_ids", "truncate_prompt_tokens"), ())
+KNOWN = frozenset((*NUMBERS, *INTEGERS, *FLAGS, *LIMITS, *OTHERS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +107,11 @@ class RowError:
         return cls(code="invalid_value", message=message, param=param)
 
     @classmethod
+    def refused(cls, error: UsageError) -> RowError:
+        """Values that `SamplingParams` refuses, each of which it may have by itself."""
+        return cls(code="invalid_value", message=str(error), param=getattr(error, "name", None))
+
+    @classmethod
     def joined(cls, errors: Sequence[RowError]) -> RowError | None:
         """All that is wrong with a row as one error, under the code and field of the first; None for nothing."""
         if not errors:
@@ -119,7 +121,7 @@ class RowError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fields:
-    """What a body says beside its prompt.
+    """How a body wants its completions.
 
     Args:
         sampling: fields of `SamplingParams`, only those that are given.
@@ -128,12 +130,13 @@ class Fields:
 
     sampling: dict[str, Any]
     return_token_ids: bool
-    chat_template_kwargs: dict[str, Any]
     errors: list[RowError]
 
 
 def read_fields(body: Mapping[str, Any], kind: Kind) -> Fields:
-    """Reads every field of a body but its prompt, messages and model.
+    """Reads the fields that say how to complete a prompt, and refuses those that are not known.
+
+    A body holds no null: it is read by `without_nulls` before.
 
     Raises:
         InvalidLine: a field has the wrong type.
@@ -143,19 +146,19 @@ def read_fields(body: Mapping[str, Any], kind: Kind) -> Fields:
     sampling |= {name: _integer(body, name) for name in INTEGERS}
     sampling |= {"stop": _stop(body), "stop_token_ids": _stop_token_ids(body), "logit_bias": _logit_bias(body, errors)}
     sampling |= {"max_tokens": _limit(body, errors), "logprobs": _logprobs(body, kind, errors)}
-    sampling |= {name: _flag(body, name) or None for name in ("ignore_eos", "echo")}
     sampling = {name: value for name, value in sampling.items() if value is not None}
-    if kind == "chat" and "echo" in sampling:
-        del sampling["echo"]
-        errors.append(RowError.unsupported("echo", "echo is for /v1/completions only; leave it out"))
+    flags = {name: flag(body, name, default=default) for name, default in FLAGS.items()}
+    # A chat is echoed in its answer alone: its prompt is not scored.
+    sampling |= {
+        name: on for name, on in flags.items() if on != FLAGS[name] and not (name == "echo" and kind == "chat")
+    }
     best_of = _integer(body, "best_of")
     if best_of is not None and best_of != sampling.get("n", 1):
         errors.append(RowError.unsupported("best_of", f"best_of = {show(best_of)} is not supported; ask for n instead"))
     errors += _out_of_range(sampling, body)
     return Fields(
         sampling=sampling,
-        return_token_ids=_flag(body, "return_token_ids"),
-        chat_template_kwargs=_template_kwargs(body, kind, errors),
+        return_token_ids=flag(body, "return_token_ids"),
         errors=errors,
     )
 
@@ -184,7 +187,7 @@ def _out_of_range(sampling: dict[str, Any], body: Mapping[str, Any]) -> list[Row
         SamplingParams(**sampling)
         return []
     except UsageError as error:
-        first = str(error)
+        first = error
     errors = []
     for name, value in sampling.items():
         alone = {name: value} | ({"echo": True} if name == "max_tokens" and sampling.get("echo") else {})
@@ -193,7 +196,7 @@ def _out_of_range(sampling: dict[str, Any], body: Mapping[str, Any]) -> list[Row
         except UsageError as error:
             given = _given_as(name, body)
             errors.append(RowError.invalid(given, _in_json(error, name, given, body)))
-    return errors or [RowError(code="invalid_value", message=first)]
+    return errors or [RowError.refused(first)]
 
 
 def _in_json(error: UsageError, name: str, given: str, body: Mapping[str, Any]) -> str:
@@ -218,16 +221,22 @@ def _number(body: Mapping[str, Any], name: str) -> float | None:
 
 def _integer(body: Mapping[str, Any], name: str) -> int | None:
     value = body.get(name)
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+    number = whole(value)
+    if value is not None and number is None:
         raise InvalidLine(f"{name} is {show(value)}; give a whole number", param=name)
-    return value
+    return number
 
 
-def _flag(body: Mapping[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
+def flag(body: Mapping[str, Any], name: str, *, default: bool = False) -> bool:
+    """A field that is true or false.
+
+    Raises:
+        InvalidLine: it is neither.
+    """
+    value = body.get(name, default)
+    if not isinstance(value, bool):
         raise InvalidLine(f"{name} is {show(value)}; give true or false", param=name)
-    return bool(value)
+    return value
 
 
 def _limit(body: Mapping[str, Any], errors: list[RowError]) -> int | None:
@@ -243,7 +252,7 @@ def _logprobs(body: Mapping[str, Any], kind: Kind, errors: list[RowError]) -> in
         if body.get("top_logprobs") not in (None, 0):
             errors.append(RowError.unsupported("top_logprobs", "top_logprobs is for chats; give logprobs a number"))
         return None if body.get("logprobs") is False else _integer(body, "logprobs")
-    wanted, top = _flag(body, "logprobs"), _integer(body, "top_logprobs")
+    wanted, top = flag(body, "logprobs"), _integer(body, "top_logprobs")
     if top is not None and not 0 <= top <= MAX_LOGPROBS:
         message = f"top_logprobs is {show(top)}; give a whole number from 0 to {MAX_LOGPROBS}"
         errors.append(RowError.invalid("top_logprobs", message))
@@ -275,24 +284,11 @@ def _logit_bias(body: Mapping[str, Any], errors: list[RowError]) -> dict[int, fl
         raise InvalidLine(f"logit_bias is {show(given)}; give an object of token ids and numbers", param="logit_bias")
     bias: dict[int, float] = {}
     for key, value in given.items():
-        if not _INTEGER_TEXT.fullmatch(key) or not isinstance(value, (int, float)) or isinstance(value, bool):
+        token = token_id_of(key)
+        if token is None or not isinstance(value, (int, float)) or isinstance(value, bool):
             message = f"logit_bias holds {show({key: value})}; its keys are token ids and its values numbers"
             raise InvalidLine(message, param="logit_bias")
-        if int(key) in bias:
-            errors.append(RowError.invalid("logit_bias", f"logit_bias names the token {int(key)} twice; keep one"))
-        bias[int(key)] = value
+        if token in bias:
+            errors.append(RowError.invalid("logit_bias", f"logit_bias names the token {token} twice; keep one"))
+        bias[token] = value
     return bias
-
-
-def _template_kwargs(body: Mapping[str, Any], kind: Kind, errors: list[RowError]) -> dict[str, Any]:
-    kwargs = body.get("chat_template_kwargs")
-    if kwargs is None:
-        return {}
-    name = "chat_template_kwargs"
-    if not isinstance(kwargs, dict):
-        raise InvalidLine(f"{name} is {show(kwargs)}; give an object", param=name)
-    if kind != "chat":
-        errors.append(RowError.unsupported(name, f"{name} is for chats only; leave it out"))
-    taken = [key for key in kwargs if key in _TEMPLATE_NAMES]
-    errors += [RowError.unsupported(f"{name}.{key}", f"{name}.{key} is not supported; leave it out") for key in taken]
-    return kwargs

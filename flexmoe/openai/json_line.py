@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from flexmoe.errors import DataError
 from policies.common import json_files
+from policies.common.reading import whole
 
 MAX_LINE_BYTES = 16 * 2**20
 #: A request needs five levels; a JSON schema among its fields may need a few dozen.
 MAX_DEPTH = 100
 MAX_INT = 2**31 - 1
+_ID_TEXT = re.compile(r"-?[0-9]{1,18}(\.[0-9]{1,18})?([eE][+-]?[0-9]{1,3})?")
 _LONGEST_SHOWN = 80
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
@@ -91,12 +94,21 @@ def token_ids(items: Any, name: str) -> tuple[int, ...]:
     """
     if not isinstance(items, list):
         raise InvalidLine(f"{name} is {show(items)}; give a list of token ids", param=name)
+    ids = []
     for item in items:
-        if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item <= MAX_INT:
+        number = whole(item)
+        if number is None or not 0 <= number <= MAX_INT:
             raise InvalidLine(
                 f"{name} holds {show(item)}, which is no token id; ids are whole numbers from 0", param=name
             )
-    return tuple(items)
+        ids.append(number)
+    return tuple(ids)
+
+
+def token_id_of(key: str) -> int | None:
+    """The token id that a key of an object spells, as a number of JSON would; negative ones too, None for another text."""
+    spelled = _ID_TEXT.fullmatch(key)
+    return None if spelled is None else whole(float(key) if spelled[1] or spelled[2] else int(key))
 
 
 def show(value: Any) -> str:

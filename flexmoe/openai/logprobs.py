@@ -23,11 +23,13 @@ class Alignment:
 
     Args:
         prompt: what is echoed before the completion; "" for nothing.
-        text: the completion, without what ended it.
+        text: the completion.
+        special: special tokens are part of it.
     """
 
     prompt: str
     text: str
+    special: bool = False
 
 
 def chat_logprobs(tokenizer: Tokenizer, output: CompletionOutput) -> dict[str, Any] | None:
@@ -53,7 +55,8 @@ def completion_logprobs(
     if output.logprobs is None:
         return None
     entries: list[TokenLogprob | None] = list(output.logprobs)
-    ids, offsets = list(output.token_ids), _offsets(tokenizer, output.token_ids, len(alignment.prompt), alignment.text)
+    ids, text = list(output.token_ids), alignment.text
+    offsets = _offsets(tokenizer, ids, len(alignment.prompt), text, special=alignment.special)
     if echoed is not None:
         prompt_ids = echoed.prompt_token_ids
         entries = [None, *(echoed.prompt_logprobs or ()), *entries]
@@ -88,13 +91,15 @@ def _finite(logprob: float) -> float:
     return max(logprob, LEAST)
 
 
-def _offsets(tokenizer: Tokenizer, token_ids: Sequence[int], start: int, text: str) -> list[int]:
+def _offsets(
+    tokenizer: Tokenizer, token_ids: Sequence[int], start: int, text: str, *, special: bool = False
+) -> list[int]:
     """Where in the choice's text each token begins, in characters; `text` is theirs, and begins at `start`."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     offsets, characters, visible = [], 0, []
     for token in token_ids:
         shown = tokenizer.token_text(token)
-        piece_bytes = shown.bytes if shown.visible and shown.bytes else b""
+        piece_bytes = shown.bytes if (shown.visible or special) and shown.bytes else b""
         if piece_bytes and decoder.getstate()[0] and not _continues(piece_bytes):
             # The character that was begun is none: its place is that of the tokens before.
             piece = decoder.decode(b"", final=True)

@@ -80,12 +80,14 @@ class ResponseEncoder:
     ) -> dict[str, Any]:
         text = self._text(output)
         if request.kind == "chat":
-            message = {"role": "assistant", "content": text, "refusal": None}
+            message = {"role": "assistant", "content": request.prefix + text, "refusal": None}
             choice: dict[str, Any] = {"message": message, "logprobs": chat_logprobs(self._tokenizer, output)}
         else:
             before = self._prompt_text(prompt, result) if request.echo else ""
             scored = result if request.echo else None
-            logprobs = completion_logprobs(self._tokenizer, output, Alignment(prompt=before, text=text), scored)
+            special = request.sampling.get("skip_special_tokens") is False
+            aligned = Alignment(prompt=before, text=text, special=special)
+            logprobs = completion_logprobs(self._tokenizer, output, aligned, scored)
             choice = {"text": before + text, "logprobs": logprobs}
         choice |= {"finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
         if request.return_token_ids or not self._tokenizer.is_available:

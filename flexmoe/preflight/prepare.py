@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from flexmoe.checkpoint.generation_config import SamplingDefaults
-from flexmoe.errors import DataError
+from flexmoe.errors import DataError, UsageError
 from flexmoe.openai.batch_line import Request
 from flexmoe.openai.fields import RowError
 from flexmoe.params import EngineRequest, SamplingParams
@@ -94,62 +94,70 @@ class Preparer:
             return RowError(
                 code="model_not_found", message=f"{mismatch}; change the row or leave its model out", param="model"
             )
+        how = request.rendering
         if request.messages is None:
-            return [_Text(prompt, rendered=False) if isinstance(prompt, str) else prompt for prompt in request.prompts]
+            special = how.add_special_tokens is not False
+            return [_Text(prompt, special) if isinstance(prompt, str) else prompt for prompt in request.prompts]
         try:
-            return [_Text(self.tokenizer.render(request.messages, request.chat_template_kwargs), rendered=True)]
+            text = self.tokenizer.render(
+                request.messages,
+                how.template_kwargs,
+                add_generation_prompt=how.add_generation_prompt,
+                continue_final_message=how.continue_final_message,
+            )
         except DataError as error:
             return _invalid_prompt(request, str(error))
+        return [_Text(text, how.add_special_tokens is True)]
 
     def _tokenized(self, parts: Sequence[_Text | tuple[int, ...]]) -> list[tuple[int, ...] | DataError]:
         """Token ids of each part, or why it has none."""
         results: list[tuple[int, ...] | DataError] = [() if isinstance(part, _Text) else part for part in parts]
-        for rendered in (False, True):
-            texts = {i: p.text for i, p in enumerate(parts) if isinstance(p, _Text) and p.rendered == rendered}
-            for place, ids in zip(texts, self._encoded(list(texts.values()), rendered), strict=True):
+        for special in (True, False):
+            texts = {i: p.text for i, p in enumerate(parts) if isinstance(p, _Text) and p.special == special}
+            for place, ids in zip(texts, self._encoded(list(texts.values()), special), strict=True):
                 results[place] = ids
         return results
 
-    def _encoded(self, texts: list[str], rendered: bool) -> Iterator[tuple[int, ...] | DataError]:
+    def _encoded(self, texts: list[str], special: bool) -> Iterator[tuple[int, ...] | DataError]:
         """Token ids of each text, or why it has none; few enough at once that their memory is small."""
         together: list[str] = []
         for text in texts:
             if together and sum(map(len, together)) + len(text) > _CHARACTERS_TOGETHER:
-                yield from self._encoded_at_once(together, rendered)
+                yield from self._encoded_at_once(together, special)
                 together = []
             if len(text) <= _CHARACTERS_PER_TOKEN * self._too_many:
                 together.append(text)
             else:
-                yield from self._encoded_at_once(together, rendered)
-                yield self._encoded_long(text, rendered)
+                yield from self._encoded_at_once(together, special)
+                yield self._encoded_long(text, special)
                 together = []
-        yield from self._encoded_at_once(together, rendered)
+        yield from self._encoded_at_once(together, special)
 
     @property
     def _too_many(self) -> int:
         """Tokens of a beginning that say of a text that it does not fit the context."""
         return self.limits.context + _SPARE_TOKENS
 
-    def _encoded_long(self, text: str, rendered: bool) -> tuple[int, ...] | DataError:
+    def _encoded_long(self, text: str, special: bool) -> tuple[int, ...] | DataError:
         length = _CHARACTERS_PER_TOKEN * self._too_many
         while length < len(text):
-            [ids] = self._encoded_at_once([text[:length]], rendered)
+            [ids] = self._encoded_at_once([text[:length]], special)
             if isinstance(ids, DataError):
                 return ids
             if len(ids) > self._too_many:
                 return _TooLongError(self._too_long(f"more than {self.limits.context}"))
             length *= _GROWTH
-        [ids] = self._encoded_at_once([text], rendered)
+        [ids] = self._encoded_at_once([text], special)
         return ids
 
-    def _encoded_at_once(self, texts: list[str], rendered: bool) -> Iterable[tuple[int, ...] | DataError]:
+    def _encoded_at_once(self, texts: list[str], special: bool) -> Iterable[tuple[int, ...] | DataError]:
         try:
-            return self.tokenizer.encode_all(texts, rendered=rendered)
+            return self.tokenizer.encode_all(texts, add_special_tokens=special)
         except DataError as error:
             if len(texts) == 1:
                 return [error]
             # One of them is at fault, and the others are not: take them by themselves.
-            return [ids for text in texts for ids in self._encoded_at_once([text], rendered)]
+            return [ids for text in texts for ids in self._encoded_at_once([text], special)]
 
     def _finished(
         self, request: Request, row: int, tokenized: Sequence[tuple[int, ...] | DataError]
@@ -159,7 +167,10 @@ class Preparer:
             code = "context_length_exceeded" if isinstance(failed, _TooLongError) else "invalid_prompt"
             return RowError(code=code, message=str(failed), param=_prompt_field(request))
         prompts = [ids for ids in tokenized if not isinstance(ids, DataError)]
-        params = self.defaults.params(request.sampling, self.default_max_tokens)
+        try:
+            params = self.defaults.params(request.sampling, self.default_max_tokens)
+        except UsageError as error:  # what the row says and what it leaves open may contradict each other
+            return RowError.refused(error)
         refused = self._refused_params(params, request, len(prompts))
         refused = refused or next(filter(None, (self._refused_prompt(request, ids, params) for ids in prompts)), None)
         if refused is not None:
@@ -222,10 +233,10 @@ class _TooLongError(DataError):
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """A prompt that is to be tokenized; `rendered` by a chat template, which wrote its special tokens."""
+    """A prompt that is to be tokenized, with the `special` tokens that the tokenizer adds or without them."""
 
     text: str
-    rendered: bool
+    special: bool
 
 
 def _prompt_field(request: Request) -> str:

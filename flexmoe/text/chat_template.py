@@ -24,6 +24,7 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from flexmoe.errors import DataError, UsageError
+from policies.common.reading import without_bom
 
 DEFAULT_TIMEOUT_S = 5.0
 #: How the sentence about a rendering that was ended begins.
@@ -31,6 +32,8 @@ ENDLESS = "the chat template does not come to an end"
 #: Characters of a rendered chat, and of any text or list that an operator of the template makes.
 MAX_CHARACTERS = 64 * 2**20
 _TICKS_PER_CLOCK = 64
+#: Transformers' mark for the end of a message that is continued.
+_OPEN_END = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 class TemplateLimitError(Exception):
@@ -61,7 +64,7 @@ class ChatTemplate:
         self._variables, self._budget = dict(variables), _Budget(timeout_s)
         environment = _Environment(self._budget, created_s)
         try:
-            tree = _Counted(environment).visit(environment.parse(source))
+            tree = _Counted(environment).visit(environment.parse(without_bom(source)))
             code = environment.compile(tree)
             self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
         except (jinja2.TemplateError, RecursionError) as error:
@@ -73,26 +76,32 @@ class ChatTemplate:
         more: Mapping[str, Any] | None = None,
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> str:
-        """The text of a chat, up to where the assistant's answer begins.
+        """The text of a chat, up to where the assistant's answer begins or goes on.
 
         Args:
             messages: roles and contents.
             more: variables of this rendering, before those of every rendering.
             add_generation_prompt: what the template's variable of that name says: end with what begins the answer.
+            continue_final_message: end with the content of the last message instead, as transformers does.
 
         Raises:
             DataError: the template refuses the messages, or exceeds its time or size; a sentence in each case.
         """
+        chat = [dict(message) for message in messages]
+        if continue_final_message:
+            chat[-1]["content"] += _OPEN_END
         variables = self._variables | {"tools": None, "documents": None} | dict(more or {})
-        variables |= {
-            "messages": [dict(message) for message in messages],
-            "add_generation_prompt": add_generation_prompt,
-        }
+        variables |= {"messages": chat, "add_generation_prompt": add_generation_prompt}
+        text = self._rendered(variables)
+        return _up_to_open_end(text, messages[-1]["content"]) if continue_final_message else text
+
+    def _rendered(self, variables: Mapping[str, Any]) -> str:
         pieces, characters = [], 0
         self._budget.begin()
         try:
-            for piece in self._template.generate(**variables):
+            for piece in self._template.generate(variables):
                 characters += len(piece)
                 if characters > MAX_CHARACTERS:
                     raise _too_large()
@@ -116,12 +125,32 @@ def read_template(argument: str) -> str:
     path = Path(argument)
     try:
         if "\n" not in argument and len(argument) < 4096 and path.is_file():
-            return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+            return _checked(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UsageError(f"--chat-template: {argument} cannot be read as text: {first_line(error)}") from None
     if "{" not in argument:
         raise UsageError(f"--chat-template: {argument!r} is neither a file nor a template; check the path")
     return argument
+
+
+def _checked(text: str) -> str:
+    """The text of a file, unless it is UTF-16 or no text at all, which UTF-8 may read without complaint."""
+    if "\0" in text:
+        raise ValueError("it holds NUL; save it as UTF-8")
+    return without_bom(text)
+
+
+def _up_to_open_end(text: str, content: str) -> str:
+    """A chat up to the end of its last message, where the mark stands.
+
+    Raises:
+        DataError: the template wrote that message otherwise, or not at all.
+    """
+    end = text.rfind(_OPEN_END.strip())
+    if end < 0 or content.strip() not in text:
+        raise DataError("the chat template does not write the final message as it is, so it cannot be continued")
+    # A template that trims contents trims the mark too: then the spaces before it would have been trimmed.
+    return text[:end] if text[end:].startswith(_OPEN_END) else text[:end].rstrip()
 
 
 def first_line(error: BaseException) -> str:

@@ -118,11 +118,11 @@ class Tokenizer:
         """
         return self.encode_all([text])[0]
 
-    def encode_all(self, texts: Sequence[str], *, rendered: bool = False) -> list[tuple[int, ...]]:
+    def encode_all(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[tuple[int, ...]]:
         """What `encode` gives for each text, several at a time.
 
         Args:
-            rendered: they are what a chat template wrote, which writes the special tokens itself: none is added.
+            add_special_tokens: False for what a chat template wrote, which writes them itself.
 
         Raises:
             DataError: as `encode`, for any of them.
@@ -132,7 +132,7 @@ class Tokenizer:
         backend = self._require()
         try:
             # verbose=False: what is too long is the engine's to judge, not tokenizer_config.json's.
-            encoded = backend(list(texts), add_special_tokens=not rendered, truncation=False, verbose=False)
+            encoded = backend(list(texts), add_special_tokens=add_special_tokens, truncation=False, verbose=False)
         except Exception as error:
             raise DataError(f"the tokenizer cannot encode this text ({first_line(error)})") from error
         return [tuple(ids) for ids in encoded["input_ids"]]
@@ -143,12 +143,14 @@ class Tokenizer:
         variables: Mapping[str, Any] | None = None,
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> str:
         """The text of a chat under the checkpoint's template.
 
         Args:
             variables: more of the template's variables.
             add_generation_prompt: end with what begins the assistant's answer.
+            continue_final_message: end with the content of the last message.
 
         Raises:
             DataError: there are no tokenizer files or no chat template, or the template refuses the messages or does
@@ -159,7 +161,12 @@ class Tokenizer:
             self._compile()
         if self._template is None:
             raise DataError(self._no_template)
-        return self._template.render(messages, variables, add_generation_prompt=add_generation_prompt)
+        return self._template.render(
+            messages,
+            variables,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str | None:
         """The text that token ids add to a text before them, without special tokens; None without a tokenizer.

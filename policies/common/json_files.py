@@ -18,6 +18,7 @@ from policies.common import file_io
 from policies.common.checks import check_count
 from policies.common.errors import DataError, InputMissingError, StorageError, UsageError
 from policies.common.fields import required, rules
+from policies.common.reading import without_bom
 
 _Class = TypeVar("_Class")
 
@@ -47,7 +48,7 @@ class NotFiniteError(ValueError):
 
 
 def parse(data: str | bytes) -> Any:
-    """The value of a JSON text; bytes must be UTF-8.
+    """The value of a JSON text, which may begin with a byte order mark; bytes must be UTF-8.
 
     Raises:
         RepeatedKeyError, NotFiniteError: as above; both are `ValueError`.
@@ -55,7 +56,7 @@ def parse(data: str | bytes) -> Any:
         RecursionError: it is nested deeper than Python can follow.
     """
     text = data.decode("utf-8") if isinstance(data, bytes) else data
-    return json.loads(text, object_pairs_hook=_unique_keys, parse_float=_finite, parse_constant=_finite)
+    return json.loads(without_bom(text), object_pairs_hook=_unique_keys, parse_float=_finite, parse_constant=_finite)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def read_json(path: str | os.PathLike[str], what: str) -> Any:
         DataError: it is not UTF-8, not JSON, gives a key twice or holds a number that is none.
     """
     try:
-        return parse(Path(path).read_bytes().decode("utf-8"))
+        return parse(Path(path).read_bytes())
     except OSError as error:
         raise InputMissingError(f"{what} {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

@@ -92,3 +92,17 @@ def test_a_missing_an_empty_and_a_binary_file_are_refused(read, tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="not UTF-8"):
         read_prompts(tmp_path / "binary", gen_len=1, context=10)
+
+
+def test_null_is_absent_and_8_0_is_8_as_in_a_run(read):
+    plain = read({"prompt": [1, 2, 3], "max_tokens": 8}, {"messages": [{"role": "user", "content": "four"}]})
+    nulls = {"messages": None, "method": None, "url": None, "body": None, "max_completion_tokens": None}
+    assert (
+        plain.workload
+        == read(
+            {"prompt": [1.0, 2, 3.0], "max_tokens": 8.0} | nulls,
+            {"prompt": None, "max_tokens": None, "messages": [{"role": "user", "content": "four", "name": None}]},
+        ).workload
+    )
+    with pytest.raises(DataError, match="max_tokens is 8.5; it must be a whole number"):
+        read({"prompt": [1], "max_tokens": 8.5})

@@ -68,7 +68,8 @@ def test_line_of_text_goes_into_a_template(tmp_path, read):
     [
         (b"one\ntw\x00o\n", "line 2: byte 3 is NUL"),
         (b"one\n\xfftwo\n", "line 2: byte 1 is not UTF-8"),
-        ("one\n".encode("utf-16"), "line 1: byte"),
+        ("one\n".encode("utf-16"), "line 1: byte 4 is NUL; save the file as UTF-8"),
+        ("one\n".encode("utf-16-le"), "line 1: byte 2 is NUL; save the file as UTF-8"),
         (b"", "no requests"),
         (b"\n \n", "no requests"),
     ],
@@ -89,6 +90,10 @@ def test_jsonl_rows_are_those_of_a_table_where_columns_are_asked_for(tmp_path, r
     path = tmp_path / "in.jsonl"
     path.write_text('{"q": "one", "n": 5, "custom_id": 7}\n{"q": "two"}\n')
     assert read(path, prompt_column="q") == [("7", ("one",)), ("row-2", ("two",))]
+    with path.open("a") as file:
+        file.write('{"q": "three", "n": NaN, "custom_id": 9}\n{"q": NaN, "custom_id": 9.0}\n')
+    assert [name for name, _ in read(path, prompt_column="q", on_invalid="record")] == ["7", "row-2", "9", "row-4"]
+    path.write_text('{"q": "one", "n": 5, "custom_id": 7}\n{"q": "two"}\n')
     path.write_text('{"q": "one", "n": 5, "custom_id": "a"}\n{"q": "two", "n": 1.5}\n')
     assert read(path, prompt_template="{n}x {q}") == [("a", ("5x one",)), ("row-2", ("1.5x two",))]
 
@@ -179,7 +184,7 @@ def test_rows_of_a_table_that_cannot_be_understood_are_named_or_recorded(tmp_pat
     with pytest.raises(DataError, match=r"row 2: byte \d+ is not UTF-8"):
         read(path)
     rows = read(path, on_invalid="record")
-    assert rows[0] == ("a", ("one",)) and rows[1][0] == "row-2" and rows[2][0] == "c"
+    assert rows[0] == ("a", ("one",)) and rows[1][0] == "b" and rows[2][0] == "c"
     assert "not UTF-8" in rows[1][1] and "prompt is null" in rows[2][1]
 
 

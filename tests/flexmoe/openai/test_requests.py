@@ -66,6 +66,31 @@ def test_developer_is_the_system():
     assert request.error is None and request.messages[0] == {"role": "system", "content": "be brief"}
 
 
+def test_name_of_a_message_is_kept_for_the_template():
+    chat = [{"role": "user", "content": "x", "name": "bob"}, {"role": "user", "content": "y"}]
+    assert parse({"messages": chat}).messages == tuple(chat)
+
+
+def test_chat_may_go_on_with_its_last_message():
+    request = parse(CHAT | {"add_generation_prompt": False, "continue_final_message": True})
+    assert request.error is None
+    assert not request.rendering.add_generation_prompt and request.rendering.continue_final_message
+    for both in ({}, {"add_generation_prompt": True}):
+        error = parse(CHAT | both | {"continue_final_message": True}).error
+        assert (error.code, error.param) == ("invalid_value", "continue_final_message")
+        assert "exclude each other" in error.message
+
+
+@pytest.mark.parametrize(
+    ("last", "opened", "prefix"),
+    [("assistant", True, "Once"), ("assistant", False, "Once"), ("user", True, ""), ("user", False, "Once")],
+)
+def test_echo_of_a_chat_is_its_last_message_where_the_answer_has_its_role(last, opened, prefix):
+    chat = {"messages": [*CHAT["messages"], {"role": last, "content": "Once"}], "add_generation_prompt": opened}
+    assert parse(chat | {"echo": True}).without_prompt().prefix == prefix
+    assert parse(chat).prefix == "" and "echo" not in parse(chat | {"echo": True}).sampling
+
+
 def test_row_in_flight_holds_a_prompt_only_where_it_is_echoed():
     assert parse({"prompt": "p"}).without_prompt().prompts == ()
     assert parse({"prompt": "p", "echo": True}).without_prompt().prompts == ("p",)
@@ -100,7 +125,7 @@ def test_row_in_flight_holds_a_prompt_only_where_it_is_echoed():
         (batch({"prompt": "p"} | CHAT), "messages"),
         (batch({"prompt": "p"}, "/v1/chat/completions"), "no messages"),
         (batch({"prompt": "p"} | CHAT, "/v1/chat/completions"), "prompt"),
-        ({"prompt": None}, "prompt is null"),
+        ({"prompt": None}, "neither prompt nor messages"),
         ({"prompt": 3}, "prompt is 3"),
         ({"prompt": []}, "empty"),
         ({"prompt": [[]]}, "empty"),
@@ -108,7 +133,7 @@ def test_row_in_flight_holds_a_prompt_only_where_it_is_echoed():
         ({"prompt": [[1], "a"]}, "prompt is"),
         ({"prompt": [1, -1]}, "-1"),
         ({"prompt": [True]}, "true"),
-        ({"prompt": [1.0]}, "1.0"),
+        ({"prompt": [8.5]}, "8.5"),
         ({"prompt": [[1, None]]}, "null"),
         ({"prompt": [2**31]}, "2147483648"),
         ({"prompt": "p", "custom_id": 5}, "custom_id is 5"),
@@ -120,6 +145,7 @@ def test_row_in_flight_holds_a_prompt_only_where_it_is_echoed():
         ({"messages": ["hi"]}, "messages[0]"),
         ({"messages": [{"content": "hi"}]}, "messages[0]"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages[0].name is 5"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "without text"),
     ],
 )
@@ -178,7 +204,7 @@ def test_unknown_key_beside_body_fails_its_row():
     [
         ({"role": "tool", "content": "x"}, "messages[0].role"),
         ({"role": "assistant", "content": None, "tool_calls": [{}]}, "messages[0].tool_calls"),
-        ({"role": "user", "content": "x", "name": "bob"}, "messages[0].name"),
+        ({"role": "user", "content": "x", "audio": {}}, "messages[0].audio"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "messages[0].content"),
     ],
 )

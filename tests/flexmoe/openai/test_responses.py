@@ -102,6 +102,14 @@ def test_chat_is_a_chat_completion(encoder, tokenizer):
     )
 
 
+def test_chat_with_echo_begins_with_the_message_that_it_continues(encoder, tokenizer):
+    chat = [*MESSAGES, {"role": "assistant", "content": "Once "}]
+    how = {"echo": True, "add_generation_prompt": False, "continue_final_message": True}
+    row = request(messages=chat, **how).without_prompt()
+    line = encoder().success(row, [result([1, 5], output(tokenizer.encode("hello")[1:]))])
+    assert strict(ChatCompletion, body(line)).choices[0].message.content == "Once hello"
+
+
 def test_completion_is_a_text_completion(encoder, tokenizer):
     ids = tokenizer.encode("hello")[1:]
     completion = strict(Completion, body(encoder().success(request(prompt="p", model="m"), [result([1], output(ids))])))
@@ -148,6 +156,21 @@ def test_logprobs_of_a_completion(encoder, tokenizer):
     assert [choice.text[at] for token, at in zip(told.tokens, told.text_offset) if len(token) == 1] == ["h", " ", "!"]
     for token, top in zip(told.tokens, told.top_logprobs):
         assert top[token] == -0.5 and len(top) == 3
+
+
+def test_special_tokens_that_are_kept_have_their_place_in_the_text(encoder, tokenizer):
+    ids = [*tokenizer.encode("hi")[1:], EOS, *tokenizer.encode("yo")[1:]]
+    made = CompletionOutput(
+        index=0,
+        text="hi</s>yo",
+        token_ids=tuple(ids),
+        finish_reason="length",
+        logprobs=tuple(TokenLogprob(token_id=i, logprob=-1.0) for i in ids),
+    )
+    row = request(prompt="p", logprobs=0, skip_special_tokens=False)
+    [choice] = body(encoder().success(row, [result([1], made)]))["choices"]
+    told = choice["logprobs"]
+    assert all(choice["text"].startswith(token, at) for token, at in zip(told["tokens"], told["text_offset"]))
 
 
 def test_a_token_after_a_broken_character_begins_behind_it(encoder, tokenizer):
@@ -200,6 +223,8 @@ def test_echo_puts_the_prompt_before_the_completion(encoder, name, request):
     # The client's own parsing takes the null of the first token, as OpenAI sends it; the declared type does not.
     parsed = Completion.construct(**made)
     assert parsed.choices[0].logprobs.token_logprobs[0] is None
+    with pytest.raises(ValueError, match="token_logprobs.0"):
+        Completion.model_validate(made)
     told["token_logprobs"][0], told["top_logprobs"][0] = 0.0, {}
     strict(Completion, made)
 

@@ -132,7 +132,7 @@ def test_no_more_rows_than_it_takes_are_tried_with_a_template_that_never_ends(ro
     build_tokenizer(tmp_path / "t", chat_template="{{ 'x' * 10**12 }}")
     preparer = make_setup(str(tmp_path / "t")).preparer()
     rendered, real = [], Tokenizer.render
-    monkeypatch.setattr(Tokenizer, "render", lambda *args: rendered.append(1) or real(*args))
+    monkeypatch.setattr(Tokenizer, "render", lambda *args, **options: rendered.append(1) or real(*args, **options))
     given = rows([{"prompt": "a"}, *[{"messages": [{"role": "user", "content": "a"}]}] * 50])
     with pytest.raises(DataError, match="on 3 rows"):
         found(given, None, preparer=preparer, workers=0)

@@ -53,12 +53,29 @@ def test_chat_is_rendered_with_its_variables(tokenizer, preparer, tokenizer_dire
     chat = request(**CHAT)
     assert (
         preparer().prepare(chat, 0)[0].prompt_token_ids
-        == tokenizer.encode_all([tokenizer.render(chat.messages)], rendered=True)[0]
+        == tokenizer.encode_all([tokenizer.render(chat.messages)], add_special_tokens=False)[0]
     )
     template = "{{ messages[0].content }}{{ mood }}"
     loud = Tokenizer.load(tokenizer_directory, chat_template=template)
     [part] = preparer(tokenizer=loud).prepare(request(**CHAT, chat_template_kwargs={"mood": "!"}), 0)
     assert tokenizer.decode(part.prompt_token_ids) == "hello!"
+
+
+def test_prompt_is_written_as_its_row_says(tokenizer, preparer):
+    bos = tokenizer.encode("")
+
+    def ids(**row):
+        return preparer().prepare(request(**row), 0)[0].prompt_token_ids
+
+    plain = tokenizer.encode("a")[len(bos) :]
+    assert (
+        ids(prompt="a", add_special_tokens=False) == plain and ids(prompt="a", add_special_tokens=True) == bos + plain
+    )
+    assert ids(**CHAT, add_special_tokens=True) == bos + ids(**CHAT, add_special_tokens=False) == bos + ids(**CHAT)
+    assert tokenizer.decode(ids(**CHAT)).endswith("hello[assistant]")
+    closed = ids(**CHAT, add_generation_prompt=False)
+    assert tokenizer.decode(closed).endswith("hello") and closed[-1] == 2
+    assert ids(**CHAT, add_generation_prompt=False, continue_final_message=True) == closed[:-1]
 
 
 def test_row_is_sampled_as_it_says_else_as_the_model_likes_else_greedily(preparer):
@@ -67,6 +84,12 @@ def test_row_is_sampled_as_it_says_else_as_the_model_likes_else_greedily(prepare
     assert part.params == SamplingParams(temperature=0.2, top_p=0.9, max_tokens=9)
     [part] = preparer().prepare(request(prompt="a"), 0)
     assert part.params == SamplingParams(max_tokens=9)
+
+
+def test_row_that_wants_more_tokens_than_it_may_have_is_refused(preparer):
+    error = preparer().prepare(request(prompt="a", min_tokens=10), 0)
+    assert (error.code, error.param) == ("invalid_value", "min_tokens")
+    assert "at most max_tokens, which is 9" in error.message
 
 
 def test_rows_prepared_together_are_as_one_by_one(preparer):
@@ -101,7 +124,7 @@ class Recorder(Tokenizer):
 
     characters = 1
 
-    def encode_all(self, texts, *, rendered=False):
+    def encode_all(self, texts, *, add_special_tokens=True):
         self.given = [*getattr(self, "given", []), sum(map(len, texts))]
         return [(5,) * (len(text) // self.characters) for text in texts]
 
@@ -132,10 +155,10 @@ def test_texts_are_tokenized_a_few_at_a_time(preparer, tokenizer_directory):
 
 def test_text_that_the_tokenizer_refuses_fails_only_its_row(preparer, tokenizer, tokenizer_directory):
     class Picky(Tokenizer):
-        def encode_all(self, texts, *, rendered=False):
+        def encode_all(self, texts, *, add_special_tokens=True):
             if "bad" in texts:
                 raise DataError("the tokenizer cannot encode this text")
-            return super().encode_all(texts, rendered=rendered)
+            return super().encode_all(texts, add_special_tokens=add_special_tokens)
 
     picky = Picky.load(tokenizer_directory)
     rows = [request(prompt="good"), request(prompt=["good", "bad"]), request(prompt="fine")]
@@ -174,7 +197,7 @@ def test_prompt_may_fill_the_context_where_nothing_is_generated(preparer):
 
 def test_prompt_without_tokens_is_refused(preparer, tokenizer_directory):
     class Silent(Tokenizer):
-        def encode_all(self, texts, *, rendered=False):
+        def encode_all(self, texts, *, add_special_tokens=True):
             return [()] * len(texts)
 
     error = preparer(tokenizer=Silent.load(tokenizer_directory)).prepare(request(prompt=""), 0)

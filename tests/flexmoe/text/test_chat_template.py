@@ -152,8 +152,34 @@ def test_option_names_a_file_or_is_a_template(tmp_path):
     (tmp_path / "t.jinja").write_text("{{ 1 }}ä", encoding="utf-8")
     assert read_template(str(tmp_path / "t.jinja")) == "{{ 1 }}ä"
     assert read_template("{{ messages }}") == "{{ messages }}"
+    (tmp_path / "t.jinja").write_text("{{ 1 }}ä", encoding="utf-8-sig")
+    assert read_template(str(tmp_path / "t.jinja")) == "{{ 1 }}ä"
     with pytest.raises(UsageError, match="neither a file nor a template"):
         read_template(str(tmp_path / "none.jinja"))
-    (tmp_path / "t.jinja").write_bytes(b"\xff{{")
-    with pytest.raises(UsageError, match="cannot be read as text"):
-        read_template(str(tmp_path / "t.jinja"))
+    for content in (b"\xff{{", "{{ 1 }}".encode("utf-16"), "{{ 1 }}".encode("utf-16-le")):
+        (tmp_path / "t.jinja").write_bytes(content)
+        with pytest.raises(UsageError, match="cannot be read as text"):
+            read_template(str(tmp_path / "t.jinja"))
+
+
+@pytest.mark.parametrize("source", [CHATML, CHATML.replace(" | trim", ""), "{{ messages[-1].content | upper }}"])
+@pytest.mark.parametrize("content", ["Once upon", "Once upon a  \n", "  Once", "", " "])
+def test_message_that_goes_on_is_left_open_as_transformers_leaves_it(source, content):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    chat = [*CHAT, {"role": "assistant", "content": content}]
+    how = {"add_generation_prompt": False, "continue_final_message": True}
+    try:
+        theirs, _ = render_jinja_template([chat], chat_template=source, **how, **VARIABLES)
+    except ValueError:
+        with pytest.raises(DataError, match="cannot be continued"):
+            ChatTemplate(source, VARIABLES).render(chat, **how)
+    else:
+        assert ChatTemplate(source, VARIABLES).render(chat, **how) == theirs[0]
+    assert chat[-1]["content"] == content
+
+
+def test_template_sees_the_name_of_a_message():
+    template = ChatTemplate("{% for m in messages %}{{ m.name or m.role }}: {{ m.content }};{% endfor %}", {})
+    chat = [{"role": "user", "content": "a", "name": "Bob"}, {"role": "user", "content": "b"}]
+    assert template.render(chat) == "Bob: a;user: b;"

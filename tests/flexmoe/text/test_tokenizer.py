@@ -32,7 +32,7 @@ def sentencepiece(tmp_path_factory):
 
 def encode_chat(tokenizer, messages, variables=None):
     """Token ids of a chat up to where the assistant's answer begins, as the runner makes them."""
-    return tokenizer.encode_all([tokenizer.render(messages, variables)], rendered=True)[0]
+    return tokenizer.encode_all([tokenizer.render(messages, variables)], add_special_tokens=False)[0]
 
 
 @pytest.mark.parametrize("text", ["hello world", "  two  spaces , and . dots n't", "größe 日本 🙂", "", "x" * 300])
@@ -112,7 +112,7 @@ def test_many_texts_are_encoded_as_one_by_one(request, name):
     texts = ["hello world", "", "größe </s> 日本", "x" * 500, "\0", *SENTENCES] * 5
     assert tokenizer.encode_all(texts) == [tokenizer.encode(text) for text in texts]
     assert tokenizer.encode_all([]) == []
-    plain = tokenizer.encode_all(texts, rendered=True)
+    plain = tokenizer.encode_all(texts, add_special_tokens=False)
     assert [ids[1:] for ids in tokenizer.encode_all(texts)] == plain
 
 
