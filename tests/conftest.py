@@ -1,16 +1,26 @@
 """Shared by all tests: OpenMP's settings have to be in place before anything loads torch."""
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
 import flexmoe  # noqa: F401
 
+#: What is kept between runs of the tests (the compiled library), apart from what the user's own runs keep.
+CACHE = Path(__file__).parents[1] / "build" / "cache"
+os.environ["FLEXMOE_CACHE"] = str(CACHE)
 if "PYTEST_XDIST_WORKER" in os.environ:  # the tests have the cores among them, one each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 #: Modules whose fixtures all tests may ask for.
 pytest_plugins = ("tests.support.command_lines", "tests.support.jobs", "tests.support.pretend_cuda")
+
+
+def pytest_sessionstart(session):
+    if not hasattr(session.config, "workerinput"):  # plans of an earlier run would hide what the planner does
+        shutil.rmtree(CACHE / "plans", ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -3,15 +3,19 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import cost_model
 from cost_model import Hardware, ModelArch, Workload
+from cost_model.planner.constraints import Fixed
 from cost_model.timing.evaluate import evaluate
 from flexmoe.cli import run as command
 from flexmoe.cli.report import comparison_lines
 from flexmoe.engine.router_counter import coactivation_bytes
+from flexmoe.planning import kept_plans
 from flexmoe.planning.forecast import Forecaster
 from policies.common.errors import InfeasibleError
 from policies.policy import Policy, PolicyFile
@@ -81,16 +85,107 @@ def test_budget_that_nothing_fits_exits_4_and_names_it(run):
     assert "gpu" in err and "Traceback" not in err
 
 
+def test_percents_beside_a_plan_are_refused(run):
+    code, _, err = run("--policy", "auto", "--percent", "1", "2", "3", "4", "5", "6")
+    assert code == 2 and "--percent" in err
+
+
+def test_without_a_policy_the_planner_decides_and_keeps_to_what_is_fixed(run, tmp_path):
+    saved = tmp_path / "policy.json"
+    code, out, err = run(*BUDGETS, "--gpu-batch-size", "3", "--schedule", "static", "--save-policy", str(saved))
+    assert code == 0, err
+    file = PolicyFile.load(saved)
+    assert (file.policy.gpu_batch_size, file.policy.schedule) == (3, "static")
+    assert file.planned_workload().num_requests == len(ROWS) and file.predicted["job_s"] > 0
+    code, again, err = run("--policy", str(saved), "--overwrite")
+    assert code == 0, err
+    assert [line for line in out.splitlines() if line.startswith("policy:")] == again.splitlines()[:1]
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """The jobs that were planned for; the plan puts all weights into host memory, one row at a time."""
+    jobs = []
+    policy = Policy.from_percent(
+        (0, 100, 100, 0, 100, 0), gpu_batch_size=1, num_gpu_batches=1, prompt_len=20, gen_len=4
+    )
+
+    def solve(arch, hardware, workload, *, fixed, **_):
+        jobs.append(workload)
+        return SimpleNamespace(policy=fixed.applied(policy))
+
+    monkeypatch.setattr(cost_model, "solve", solve)
+    return jobs
+
+
+@pytest.fixture
+def forecaster(tiny, monkeypatch, tmp_path):
+    monkeypatch.setenv("FLEXMOE_CACHE", str(tmp_path / "cache"))
+    return Forecaster(
+        arch=ModelArch.from_dir(tiny().directory),
+        hardware=Hardware.preset("cpu").with_budgets(gpu_mem=0.004, cpu_mem=0.004, nvme_mem=0.1),
+        workload=Workload(prompt_len=20, gen_len=4, num_requests=6),
+        dtype_bytes=2,
+    )
+
+
+def changed(forecaster, **hardware):
+    return replace(forecaster, hardware=replace(forecaster.hardware, **hardware))
+
+
+def test_the_same_job_on_the_same_machine_is_planned_once(forecaster, planned):
+    first = forecaster.plan()
+    disk = forecaster.hardware.disk_bytes
+    for same in (forecaster, changed(forecaster, disk_bytes=disk // 2), changed(forecaster, disk_bytes=disk + 1)):
+        assert same.plan() == first
+    assert len(planned) == 1
+
+
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    "other",
     [
-        (["--policy", "auto", "--gpu-batch-size", "4"], "--gpu-batch-size"),
-        (["--policy", "auto", "--percent", "1", "2", "3", "4", "5", "6"], "--percent"),
+        lambda f: replace(f, workload=replace(f.workload, prompt_len=21)),
+        lambda f: replace(f, dtype_bytes=4),
+        lambda f: replace(f, on_demand=False),
+        lambda f: replace(f, arch=replace(f.arch, ffn=f.arch.ffn + 8)),
+        lambda f: changed(f, disk_read_bytes_per_s=1e9),
+        lambda f: changed(f, disk_bytes=2 * f.hardware.disk_bytes),
+        lambda f: replace(f, hardware=f.hardware.with_budgets(gpu_mem=0.0001)),
+        lambda f: replace(f, hardware=f.hardware.with_budgets(gpu_mem=0.006)),
     ],
 )
-def test_flags_that_the_plan_decides_are_refused_beside_it(run, flags, words):
-    code, _, err = run(*flags)
-    assert code == 2 and words in err
+def test_another_job_model_or_machine_is_planned_anew(forecaster, planned, other):
+    forecaster.plan()
+    other(forecaster).plan()
+    assert len(planned) == 2
+
+
+def test_what_is_fixed_is_part_of_the_plan(forecaster, planned):
+    assert forecaster.plan(fixed=Fixed(gpu_batch_size=2)).gpu_batch_size == 2
+    assert forecaster.plan(fixed=Fixed(gpu_batch_size=3)).gpu_batch_size == 3
+    assert len(planned) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"kind": "flexmoe.policy"', "[1]"])
+def test_a_kept_plan_that_is_damaged_is_made_again(forecaster, planned, tmp_path, content):
+    first = forecaster.plan()
+    [kept] = (tmp_path / "cache" / "plans").glob("*.json")
+    kept.write_text(content)
+    assert forecaster.plan() == first and len(planned) == 2
+    assert forecaster.plan() == first and len(planned) == 2
+
+
+def test_a_cache_that_cannot_be_written_costs_only_the_planning(forecaster, planned, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FLEXMOE_CACHE", str(tmp_path / "file" / "below"))
+    assert forecaster.plan() == forecaster.plan() and len(planned) == 2
+
+
+def test_the_oldest_plans_go(forecaster, tmp_path, monkeypatch):
+    monkeypatch.setattr(kept_plans, "MOST_PLANS", 2)
+    for rows in (6, 7, 8):
+        replace(forecaster, workload=replace(forecaster.workload, num_requests=rows)).plan()
+    assert len(list((tmp_path / "cache" / "plans").glob("*.json"))) == 2
 
 
 def test_benchmark_without_a_number_of_prompts_cannot_be_planned_for(tiny, machine, capsys):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from cost_model.planner.constraints import Fixed
 from flexmoe.batch.options import RunOptions
 from flexmoe.cli.arguments import parser, read_command
 from flexmoe.errors import UsageError
@@ -31,7 +32,8 @@ POLICY = Policy.from_percent((100, 0, 100, 0, 100, 0), gpu_batch_size=4, num_gpu
         ({"prompt_column": "a", "prompt_template": "{a}"}, "exclude each other"),
         ({"prompt_template": "none"}, "no column"),
         ({"policy": POLICY, "cpu_cache_compute": True}, "--policy already says what --cpu-cache-compute would"),
-        ({"policy": "auto", "overlap": False, "percent": [100, 0] * 3}, "--percent, --overlap"),
+        ({"policy": "auto", "overlap": False, "percent": [100, 0] * 3}, "already says what --percent would"),
+        ({"policy": POLICY, "overlap": False, "percent": [100, 0] * 3}, "what --percent, --overlap would"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_a_sentence(given, words):
@@ -47,11 +49,33 @@ def test_paths_and_shards_may_be_text():
     assert options.shard == Shard(index=1, count=4)
     assert options.job_files().outputs()[0].name == "out.shard-1-of-4.jsonl"
     assert RunOptions(model="m", percent=[100, 0] * 3).percent == (100, 0) * 3
-    assert RunOptions(model="m", policy="auto").plans_itself and not RunOptions(model="m", policy=POLICY).plans_itself
+
+
+@pytest.mark.parametrize(
+    "given, plans",
+    [
+        ({}, True),
+        ({"policy": "auto", "schedule": "static"}, True),
+        ({"gpu_batch_size": 4}, True),
+        ({"percent": [100, 0] * 3}, False),
+        ({"policy": POLICY}, False),
+        ({"policy": "p.json"}, False),
+    ],
+)
+def test_the_planner_decides_unless_a_policy_or_percents_are_given(given, plans):
+    assert RunOptions(model="m", **given).plans_itself == plans
+
+
+def test_the_planner_keeps_to_what_options_fix():
+    given = {"gpu_batch_size": 4, "schedule": "static", "overlap": False}
+    assert RunOptions(model="m", **given).fixed == Fixed(**given)
+    assert RunOptions(model="m", cpu_cache_compute=True).fixed == Fixed(cpu_attention_percent=100)
+    assert RunOptions(model="m").fixed == Fixed()
 
 
 def test_flags_become_options_and_no_flag_means_the_options_default():
-    assert read_command(["--model", "m"]).options == RunOptions(model="m")
+    benchmark = read_command(["--model", "m", "--num-prompts", "4"])
+    assert (benchmark.options, benchmark.benchmark.num_prompts) == (RunOptions(model="m"), 4)
     flags = ["-i", "in.jsonl", "-o", "out.jsonl", "--shard", "1/4", "--overwrite", "--overlap", "false", "--seed", "7"]
     command = read_command(["--model", "m", *flags, "--checkpoint-interval", "5", "--dry-run"])
     wanted = RunOptions(**FILES, shard="1/4", overwrite=True, overlap=False, seed=7, checkpoint_interval_s=5.0)

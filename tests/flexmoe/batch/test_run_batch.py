@@ -13,8 +13,9 @@ from flexmoe.errors import DataError, FlexMoEError, InfeasibleError, InputMissin
 from tests.support.command_lines import ROWS, THREE_TIERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+RESIDENT = {"percent": (100, 0, 100, 0, 100, 0)}
 TIERS = {"percent": (20, 30, 30, 30, 50, 0), "gpu_batch_size": 3, "num_gpu_batches": 2}
-SMALL = {"gpu_batch_size": 2, "num_gpu_batches": 1, "prefill_tokens": 400}
+SMALL = RESIDENT | {"gpu_batch_size": 2, "num_gpu_batches": 1, "prefill_tokens": 400}
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,8 @@ def batch(job):
     """Runs the job from Python, with more options."""
 
     def call(**options):
-        given = {"model": job.model, "policy": None, "device": "cpu", "offload_dir": job.directory / "offload"}
+        given = {"model": job.model, "device": "cpu", "offload_dir": job.directory / "offload"}
+        given |= {} if "policy" in options else RESIDENT
         return run_batch(job.directory / "in.jsonl", job.output, **given | options)
 
     return call
@@ -127,7 +129,7 @@ def test_signals_are_left_to_the_caller(batch):
         ({"chat_template": "{% for %}"}, DataError, "chat template"),
         ({"device": "tpu"}, UsageError, "tpu"),
         ({"no_such_option": 1}, UsageError, "no_such_option"),
-        ({"policy": "auto", "gpu_batch_size": 4}, UsageError, "--gpu-batch-size"),
+        ({"policy": "auto", "percent": [100, 0] * 3}, UsageError, "--percent"),
     ],
 )
 def test_errors_are_raised_and_leave_nothing(job, batch, capfd, options, error, words):
