@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from cost_model.model.families import dtype_name
 from cost_model.planner.constraints import Fixed
 from flexmoe.engine.config import OFFLOAD_DIR, RESERVES
 from flexmoe.errors import UsageError
@@ -213,6 +214,7 @@ class RunOptions:
     def _convert(self) -> None:
         """Takes paths as text, numbers in any sequence, and a shard as ``i/n``."""
         self._set("model", os.fspath(self.model))
+        self._set("dtype", dtype_name(self.dtype))
         self._set("offload_dir", Path(self.offload_dir))
         for name in _PATHS:
             if isinstance(getattr(self, name), (str, os.PathLike)):

@@ -165,6 +165,11 @@ class Device:
             return torch.empty(nbytes, dtype=torch.uint8, device=self.torch)
         return self.host_buffer(nbytes, pinned=False)
 
+    @property
+    def total_bytes(self) -> int | None:
+        """Memory of the GPU, whoever uses it; None on a CPU."""
+        return torch.cuda.mem_get_info(self.torch)[1] if self.is_cuda else None
+
     def room(self, budget_bytes: int) -> int:
         """What a budget for the whole process leaves for tensors: on CUDA, the context and the kernels take their share.
 
