@@ -15,7 +15,7 @@ import torch
 
 from cost_model.hardware.hardware import Hardware
 from cost_model.model.families import dtype_name
-from flexmoe.checkpoint.generation_config import SamplingDefaults
+from flexmoe.checkpoint.generation_config import SamplingDefaults, generation_config
 from flexmoe.engine.engine import Engine
 from flexmoe.engine.requests import RefusedError
 from flexmoe.engine.router_counter import LayerStats
@@ -60,6 +60,8 @@ class LLM:
         device: ``auto``, ``cuda`` or ``cpu``.
         seed: of the draws of requests without one; None is 0.
         tokenizer: directory of another tokenizer than the checkpoint's.
+        generation_config: where `get_default_sampling_params` are from: ``auto`` (the checkpoint), ``none`` or ``vllm`` (nowhere), or
+            a directory.
         **options: ``gpu_memory_utilization``, the share of the GPU's memory that is ``gpu_mem``; further fields of `flexmoe.engine.config.EngineConfig`: ``offload_dir``, ``kv_tokens``, ``longest_row``,
             ``max_model_len``, ``gen_len``, ``eos_ids``, ``keep_spans``, ``reserve``, ``expert_cache``, ``expert_usage``, ``router_stats``.
 
@@ -87,6 +89,7 @@ class LLM:
         device: str = "auto",
         seed: int | None = None,
         tokenizer: str | Path | None = None,
+        generation_config: str = "auto",
         **options: Any,
     ) -> None:
         options |= {"gpu_mem": gpu_mem, "cpu_mem": cpu_mem, "nvme_mem": nvme_mem}
@@ -94,6 +97,7 @@ class LLM:
         options = only_ours("LLM", options, ARGUMENTS, ENGINE)
         self.model = model if isinstance(model, Model) else load_model(str(model), load_format)
         self.tokenizer = _tokenizer(self.model, tokenizer)
+        self._generation_config = generation_config
         config = configure(self.model, policy, workload, hardware, **options)
         if not config.eos_ids:
             ids = eos_ids(self.model.generation_config, self.model.config, self.tokenizer)
@@ -188,9 +192,11 @@ class LLM:
         """What is used where no parameters are given: those of the model's generation_config.json, else the defaults.
 
         Raises:
+            InputMissingError: another was named, and is not there.
             DataError: a value there cannot be used.
         """
-        return SamplingParams(**SamplingDefaults.of(self.model.generation_config).values)
+        choice = "none" if self._generation_config == "vllm" else self._generation_config
+        return SamplingParams(**SamplingDefaults.of(generation_config(choice, self.model.generation_config)).values)
 
     def stream(
         self, requests: Iterable[EngineRequest], on_sweep: Callable[[], None] | None = None

@@ -118,7 +118,6 @@ ENGINE: dict[str, Foreign] = {
     "kv_cache_memory_bytes": Foreign((None,), "give kv_tokens"),
     "max_logprobs": Foreign((None, *range(21)), "20 are reported at most"),
     "skip_tokenizer_init": Foreign((None, False), "prompts can be token ids, and detokenize=False makes no texts"),
-    "generation_config": Foreign((None, "auto"), "give SamplingParams, which replace the model's defaults"),
     "override_generation_config": Foreign(_NOTHING, "give SamplingParams"),
     **dict.fromkeys(("revision", "code_revision", "tokenizer_revision"), Foreign((None, "main"), _FETCH)),
     **dict.fromkeys(("download_dir", "hf_config_path", "hf_token"), Foreign((None,), _FETCH)),

@@ -11,6 +11,7 @@ from cost_model.routing.expert_usage import ExpertUsage
 from flexmoe.errors import UsageError
 from flexmoe.weights.eviction import EXPERT_CACHES
 from policies.common.checks import check_count
+from policies.common.option_names import option
 from policies.policy import Policy
 from policies.workload import Workload
 
@@ -93,7 +94,7 @@ class EngineConfig:
         for name in ("gpu_mem", "cpu_mem", "nvme_mem"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; give GiB of at least 0")
+                raise UsageError(f"{option(name)} is {value}; give GiB of at least 0")
         for name in ("kv_tokens", "longest_row", "max_model_len", "gen_len"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))

@@ -22,7 +22,7 @@ from policies.workload import Workload
 log = logging.getLogger(__name__)
 #: What `LLM` takes.
 ARGUMENTS = (
-    *("model", "tokenizer", "load_format", "hardware", "gpu_memory_utilization"),
+    *("model", "tokenizer", "load_format", "hardware", "generation_config", "gpu_memory_utilization"),
     *(field.name for field in fields(EngineConfig)),
 )
 #: Has the planner choose the policy, or this machine be measured.

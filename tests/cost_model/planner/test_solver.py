@@ -343,7 +343,7 @@ def test_named_increase_is_enough_and_one_percent_less_is_not(budgets, names):
 
 
 def test_refusal_names_what_is_fixed():
-    with pytest.raises(InfeasibleError, match="with w_gpu_percent 54 .* GPU memory.*--gpu-mem of 49"):
+    with pytest.raises(InfeasibleError, match="with w_gpu_percent 54 .* GPU memory.*gpu_mem of 49"):
         planned(Hardware.preset("t4"), fixed=Fixed(w_gpu_percent=54))
 
 
