@@ -39,6 +39,7 @@ _OF_A_CHAT = (
     "use_tqdm",
     "chat_template",
     "add_generation_prompt",
+    "continue_final_message",
     "chat_template_kwargs",
 )
 
@@ -146,6 +147,7 @@ class LLM:
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **theirs: Any,
     ) -> list[RequestOutput]:
@@ -157,6 +159,8 @@ class LLM:
             use_tqdm: draw a bar on stderr, where that is a terminal; elsewhere a line is logged now and then.
             chat_template: a template in Jinja instead of the checkpoint's.
             add_generation_prompt: end the prompt with what begins the assistant's answer.
+            continue_final_message: end it with the content of the last message, which the completion continues; needs
+                ``add_generation_prompt=False``.
             chat_template_kwargs: more variables for the template, such as ``enable_thinking``.
             **theirs: other arguments of vLLM's, where they ask for nothing.
 
@@ -171,9 +175,16 @@ class LLM:
             >>> llm.chat([{"role": "user", "content": "Name three rivers."}], SamplingParams(max_tokens=32))
         """
         only_ours("chat", theirs, _OF_A_CHAT, CALL)
+        if add_generation_prompt and continue_final_message:
+            raise UsageError("continue_final_message continues a message; give add_generation_prompt=False with it")
         tokenizer = self.tokenizer if chat_template is None else self.tokenizer.with_chat_template(chat_template)
         rendered = [
-            tokenizer.render(chat, chat_template_kwargs, add_generation_prompt=add_generation_prompt)
+            tokenizer.render(
+                chat,
+                chat_template_kwargs,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
             for chat in read_conversations(messages)
         ]
         return self._complete(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flexmoe import LLM, SamplingParams, TextPrompt, TokensPrompt
-from flexmoe.errors import UsageError
+from flexmoe.errors import DataError, UsageError
 from scripts.checkpoints.shapes import SIZES
 from scripts.make_checkpoint import make_checkpoint
 
@@ -78,6 +78,15 @@ def test_chat_with_a_conversation_and_a_list_of_them(llm):
         messages=conversations[:1], sampling_params=sampling_params, add_generation_prompt=True, tools=None
     )
     assert len(outputs) == 1
+
+
+def test_a_final_message_is_continued(llm):
+    started = [*CONVERSATION, {"role": "assistant", "content": "Once upon"}]
+    params = SamplingParams(max_tokens=2)
+    [output] = llm.chat(started, params, add_generation_prompt=False, continue_final_message=True)
+    assert output.prompt.endswith("Once upon")
+    with pytest.raises(UsageError, match="give add_generation_prompt=False"):
+        llm.chat(started, params, continue_final_message=True)
 
 
 def test_prompts_in_all_their_forms(llm):
@@ -155,6 +164,13 @@ def test_defaults_are_those_of_the_models_generation_config(vllm, checkpoint):
         default = llm.get_default_sampling_params()
         assert (default.temperature, default.top_p) == (0.6, 0.9)
         assert not llm.generate("Hello")[0].error
+        llm.model.generation_config.update(top_p=7)
+        with pytest.raises(DataError, match="top_p is 7; .* ignore it with generation_config='none'"):
+            llm.generate("Hello")
+    for choice in ("none", "vllm"):
+        with vllm(checkpoint, max_model_len=64, generation_config=choice) as llm:
+            llm.model.generation_config.update(do_sample=True)
+            assert llm.get_default_sampling_params() == SamplingParams()
 
 
 @pytest.mark.parametrize(
