@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from flexmoe.params import EngineRequest, RequestOutput, SamplingParams
     from flexmoe.planning.plan import plan
     from flexmoe.probing.measure import probe
+    from flexmoe.prompts import TextPrompt, TokensPrompt
     from policies.common.errors import FlexMoEError
     from policies.policy import Policy
     from policies.workload import Workload
@@ -34,6 +35,8 @@ __all__ = [
     "Policy",
     "RequestOutput",
     "SamplingParams",
+    "TextPrompt",
+    "TokensPrompt",
     "Workload",
     "plan",
     "probe",
@@ -49,6 +52,8 @@ _MODULES = {
     "Policy": "policies.policy",
     "RequestOutput": "flexmoe.params",
     "SamplingParams": "flexmoe.params",
+    "TextPrompt": "flexmoe.prompts",
+    "TokensPrompt": "flexmoe.prompts",
     "Workload": "policies.workload",
     "plan": "flexmoe.planning.plan",
     "probe": "flexmoe.probing.measure",

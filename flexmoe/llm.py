@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +14,34 @@ from typing import Any
 import torch
 
 from cost_model.hardware.hardware import Hardware
+from cost_model.model.families import dtype_name
+from flexmoe.checkpoint.generation_config import SamplingDefaults, generation_config
 from flexmoe.engine.engine import Engine
 from flexmoe.engine.requests import RefusedError
 from flexmoe.engine.router_counter import LayerStats
 from flexmoe.errors import UsageError
 from flexmoe.models.loader import Model, load_model
 from flexmoe.params import EngineRequest, InFlight, RequestOutput, SamplingParams
-from flexmoe.planning.configure import configure
-from flexmoe.progress import bar
-from flexmoe.prompts import Conversation, Prompt, read_conversations, read_prompts
+from flexmoe.planning.configure import ARGUMENTS, configure
+from flexmoe.progress import Progress
+from flexmoe.prompts import Conversation, Prompt, one_each, read_conversations, read_prompts
+from flexmoe.results import as_asked, failed
 from flexmoe.text.tokenizer import Tokenizer, eos_ids
+from flexmoe.vllm_arguments import CALL, ENGINE, only_ours
 from policies.policy import Policy
 from policies.workload import Workload
+
+log = logging.getLogger(__name__)
+#: Arguments of `LLM.chat`.
+_OF_A_CHAT = (
+    "messages",
+    "sampling_params",
+    "use_tqdm",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template_kwargs",
+)
 
 
 class LLM:
@@ -37,11 +56,15 @@ class LLM:
             those of the policy file; else 512 and 128, rows of up to 4,096 tokens.
         hardware: rates to plan with instead of measuring: a `Hardware`, or a file of `python -m flexmoe.probe`.
         gpu_mem, cpu_mem, nvme_mem: most GiB of each tier; None: what the machine has.
-        dtype: compute dtype: ``auto`` (as stored), ``bfloat16``, ``float16`` or ``float32``.
+        dtype: compute dtype: ``auto`` (as stored), ``bfloat16``, ``float16`` or ``float32``; also a `torch.dtype`, ``half`` and
+            ``float``.
         device: ``auto``, ``cuda`` or ``cpu``.
-        seed: of the draws of requests without one.
-        **options: further fields of `flexmoe.engine.config.EngineConfig`: ``offload_dir``, ``kv_tokens``, ``longest_row``,
-            ``gen_len``, ``eos_ids``, ``keep_spans``, ``reserve``, ``expert_cache``, ``expert_usage``, ``router_stats``.
+        seed: of the draws of requests without one; None is 0.
+        tokenizer: directory of another tokenizer than the checkpoint's.
+        generation_config: where `get_default_sampling_params` are from: ``auto`` (the checkpoint), ``none`` or ``vllm`` (nowhere), or
+            a directory.
+        **options: ``gpu_memory_utilization``, the share of the GPU's memory that is ``gpu_mem``; further fields of `flexmoe.engine.config.EngineConfig`: ``offload_dir``, ``kv_tokens``, ``longest_row``,
+            ``max_model_len``, ``gen_len``, ``eos_ids``, ``keep_spans``, ``reserve``, ``expert_cache``, ``expert_usage``, ``router_stats``.
 
     Raises:
         FlexMoEError: the model is missing or broken, or the policy does not fit; before any weight is loaded.
@@ -63,15 +86,19 @@ class LLM:
         gpu_mem: float | None = None,
         cpu_mem: float | None = None,
         nvme_mem: float | None = None,
-        dtype: str = "auto",
+        dtype: Any = "auto",
         device: str = "auto",
-        seed: int = 0,
+        seed: int | None = None,
+        tokenizer: str | Path | None = None,
+        generation_config: str = "auto",
         **options: Any,
     ) -> None:
-        self.model = model if isinstance(model, Model) else load_model(str(model), load_format)
-        self.tokenizer = Tokenizer.load(self.model.directory) if self.model.directory else Tokenizer(None, "a dummy")
         options |= {"gpu_mem": gpu_mem, "cpu_mem": cpu_mem, "nvme_mem": nvme_mem}
-        options |= {"dtype": dtype, "device": device, "seed": seed}
+        options |= {"dtype": dtype_name(dtype), "device": device, "seed": seed or 0}
+        options = only_ours("LLM", options, ARGUMENTS, ENGINE)
+        self.model = model if isinstance(model, Model) else load_model(str(model), load_format)
+        self.tokenizer = _tokenizer(self.model, tokenizer)
+        self._generation_config = generation_config
         config = configure(self.model, policy, workload, hardware, **options)
         if not config.eos_ids:
             ids = eos_ids(self.model.generation_config, self.model.config, self.tokenizer)
@@ -82,17 +109,18 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] | None = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
         use_tqdm: bool = True,
+        **theirs: Any,
     ) -> list[RequestOutput]:
         """Complete prompts; rows that run longest start first.
 
         Args:
-            prompts: texts or lists of token ids; one or several.
-            sampling_params: for all prompts, or one per prompt; default: the most probable tokens.
-            use_tqdm: draw a bar on stderr, where that is a terminal.
+            prompts: texts, lists of token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``; one or several.
+            sampling_params: for all prompts, or one per prompt; default: `get_default_sampling_params`.
+            use_tqdm: draw a bar on stderr, where that is a terminal; elsewhere a line is logged now and then.
+            **theirs: other arguments of vLLM's, where they ask for nothing.
 
         Returns:
             list[RequestOutput]: in the order of the prompts.
@@ -104,31 +132,37 @@ class LLM:
         Example:
             >>> llm.generate(["Name three rivers.", [1, 733, 16289]], SamplingParams(max_tokens=32))
         """
+        only_ours("generate", theirs, ("prompts", "sampling_params", "use_tqdm"), CALL)
         several = read_prompts(prompts)
-        texts = iter(self.tokenizer.encode_all([prompt for prompt in several if isinstance(prompt, str)]))
-        ids = [next(texts) if isinstance(prompt, str) else tuple(prompt) for prompt in several]
-        shown = [prompt if isinstance(prompt, str) else None for prompt in several]
-        return self._complete(ids, shown, sampling_params, use_tqdm)
+        texts = [prompt.text for prompt in several if prompt.token_ids is None and prompt.text is not None]
+        encoded = iter(self.tokenizer.encode_all(texts))
+        ids = [next(encoded) if prompt.token_ids is None else prompt.token_ids for prompt in several]
+        return self._complete(ids, [prompt.text for prompt in several], sampling_params, use_tqdm)
 
     def chat(
         self,
         messages: Conversation | Sequence[Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
         use_tqdm: bool = True,
+        *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        **theirs: Any,
     ) -> list[RequestOutput]:
         """Answer chats under the checkpoint's chat template.
 
         Args:
             messages: one conversation, a list of ``{"role": …, "content": …}``; or several.
-            sampling_params: for all conversations, or one per conversation.
-            use_tqdm: draw a bar on stderr, where that is a terminal.
+            sampling_params: for all conversations, or one per conversation; default: `get_default_sampling_params`.
+            use_tqdm: draw a bar on stderr, where that is a terminal; elsewhere a line is logged now and then.
             chat_template: a template in Jinja instead of the checkpoint's.
             add_generation_prompt: end the prompt with what begins the assistant's answer.
+            continue_final_message: end it with the content of the last message, which the completion continues; needs
+                ``add_generation_prompt=False``.
             chat_template_kwargs: more variables for the template, such as ``enable_thinking``.
+            **theirs: other arguments of vLLM's, where they ask for nothing.
 
         Returns:
             list[RequestOutput]: in the order of the conversations; ``prompt`` is the rendered chat.
@@ -140,9 +174,17 @@ class LLM:
         Example:
             >>> llm.chat([{"role": "user", "content": "Name three rivers."}], SamplingParams(max_tokens=32))
         """
+        only_ours("chat", theirs, _OF_A_CHAT, CALL)
+        if add_generation_prompt and continue_final_message:
+            raise UsageError("continue_final_message continues a message; give add_generation_prompt=False with it")
         tokenizer = self.tokenizer if chat_template is None else self.tokenizer.with_chat_template(chat_template)
         rendered = [
-            tokenizer.render(chat, chat_template_kwargs, add_generation_prompt=add_generation_prompt)
+            tokenizer.render(
+                chat,
+                chat_template_kwargs,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
             for chat in read_conversations(messages)
         ]
         return self._complete(
@@ -156,6 +198,16 @@ class LLM:
             DataError: the checkpoint has none.
         """
         return self.tokenizer.backend
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What is used where no parameters are given: those of the model's generation_config.json, else the defaults.
+
+        Raises:
+            InputMissingError: another was named, and is not there.
+            DataError: a value there cannot be used.
+        """
+        choice = "none" if self._generation_config == "vllm" else self._generation_config
+        return SamplingParams(**SamplingDefaults.of(generation_config(choice, self.model.generation_config)).values)
 
     def stream(
         self, requests: Iterable[EngineRequest], on_sweep: Callable[[], None] | None = None
@@ -197,7 +249,7 @@ class LLM:
         try:
             self.engine.submit(request)
         except RefusedError as refused:
-            return _failed(request, refused.reason)
+            return failed(request, refused.reason)
         return None
 
     def check(self, request: EngineRequest) -> str | None:
@@ -293,15 +345,10 @@ class LLM:
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         """Runs prompts of token ids, the longest rows first, and adds the texts of the prompts."""
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
-        if len(sampling_params) != len(prompts):
-            raise UsageError(
-                f"{len(prompts)} prompts but {len(sampling_params)} sampling parameters; give one per prompt"
-            )
+        default = self.get_default_sampling_params() if sampling_params is None else sampling_params
         requests = [
             EngineRequest(request_id=str(i), prompt_token_ids=ids, params=params)
-            for i, (ids, params) in enumerate(zip(prompts, sampling_params))
+            for i, (ids, params) in enumerate(zip(prompts, one_each(default, len(prompts))))
         ]
         for request in requests:
             problem = self.check(request)
@@ -309,19 +356,27 @@ class LLM:
                 raise UsageError(f"prompt {request.request_id}: {problem}")
         longest_first = sorted(requests, key=lambda r: len(r.prompt_token_ids) - self.engine.limit(r))
         outputs: dict[int, RequestOutput] = {}
-        with bar(len(requests), "Processed prompts", shown=use_tqdm) as advance:
-            for output in self.stream(longest_first):
+        drawn = use_tqdm and sys.stderr is not None and sys.stderr.isatty()
+        progress, last = Progress(len(requests), 0, bar=drawn, left=None, what="Processed prompts"), self.tokens
+
+        def swept() -> None:
+            nonlocal last
+            before, last = last, self.tokens
+            progress.sweep(last[0] - before[0], last[1] - before[1])
+
+        with contextlib.closing(progress):
+            for output in self.stream(longest_first, swept):
                 outputs[int(output.request_id)] = output
-                advance(1)
-        return [replace(outputs[i], prompt=texts[i]) for i in range(len(prompts))]
+                progress.row()
+        if requests:
+            log.info("%d prompts, %s", len(requests), progress.describe())
+        return [as_asked(outputs[i], texts[i], self.tokenizer) for i in range(len(prompts))]
 
 
-def _failed(request: EngineRequest, problem: str) -> RequestOutput:
-    return RequestOutput(
-        request_id=request.request_id,
-        prompt=None,
-        prompt_token_ids=request.prompt_token_ids,
-        outputs=[],
-        finished=True,
-        error=problem,
-    )
+def _tokenizer(model: Model, directory: str | Path | None) -> Tokenizer:
+    """The tokenizer of a directory, or the model's own."""
+    if directory is None or str(directory) == model.arch.name:
+        return Tokenizer.load(model.directory) if model.directory else Tokenizer(None, "a dummy")
+    if not Path(directory).is_dir():
+        raise UsageError(f"tokenizer is {str(directory)!r}, which is no directory; give one that holds a tokenizer")
+    return Tokenizer.load(directory)

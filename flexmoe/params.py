@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
 from flexmoe.errors import UsageError
+from flexmoe.vllm_arguments import SAMPLING, only_ours
 
 FinishReason = Literal["stop", "length"]
 
@@ -38,8 +39,22 @@ class WrongValueError(UsageError):
         self.name, self.wanted = name, wanted
 
 
+class _TakesVllmNames(type):
+    """Makes objects of vLLM's arguments: those that are not ours are left out or refused in a sentence."""
+
+    def __call__(cls, *args: Any, **given: Any) -> Any:
+        names = [each.name for each in fields(cls)]  # type: ignore[arg-type]
+        if args:
+            raise UsageError(f"{cls.__name__} takes its arguments by name: {', '.join(names)}")
+        if given.get("best_of") == given.get("n", 1):
+            given.pop("best_of", None)
+        if not given.keys() <= set(names):
+            given = only_ours(cls.__name__, given, names, SAMPLING)
+        return super().__call__(**given)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
+class SamplingParams(metaclass=_TakesVllmNames):
     """How completions are chosen and when they end. The names and meanings are OpenAI's and vLLM's.
 
     A token is chosen in vLLM's order: logit bias and penalties, temperature, min_p, top_k, top_p. Log-probabilities
@@ -197,19 +212,52 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenLogprob:
-    """Log-probability of one token under the model's own distribution.
+class Logprob:
+    """One entry of a `TokenLogprob`, as in vLLM.
+
+    Args:
+        rank: place among the most probable tokens, from 1; None for a token that is not among those that were asked for.
+        decoded_token: the token's text by itself; None where nothing decoded it.
+    """
+
+    logprob: float
+    rank: int | None
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob(Mapping[int, Logprob]):
+    """Log-probability of one token under the model's own distribution; also a mapping from ids to `Logprob`, as in vLLM:
+    the token that stands there first, then the most probable ones.
 
     Args:
         token_id: the token that stands there, chosen or given.
         logprob: its natural log-probability.
         top: the most probable ids with theirs, the best first, equal ones by lower id; whether or not ``token_id`` is
             among them.
+        texts: of the ids, each by itself; None where nothing decoded them.
     """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    texts: Mapping[int, str] | None = field(default=None, compare=False)
+
+    def __iter__(self) -> Iterator[int]:
+        yield self.token_id
+        yield from (token for token, _ in self.top if token != self.token_id)
+
+    def __len__(self) -> int:
+        return 1 + sum(token != self.token_id for token, _ in self.top)
+
+    def __getitem__(self, token_id: int) -> Logprob:
+        text = None if self.texts is None else self.texts.get(token_id)
+        for rank, (token, logprob) in enumerate(self.top, start=1):
+            if token == token_id:
+                return Logprob(logprob=logprob, rank=rank, decoded_token=text)
+        if token_id != self.token_id:
+            raise KeyError(token_id)
+        return Logprob(logprob=self.logprob, rank=None, decoded_token=text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,6 +311,11 @@ class CompletionOutput:
     stop_reason: str | int | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
 
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """Sum of the tokens' log-probabilities; None where none are asked."""
+        return None if self.logprobs is None else math.fsum(entry.logprob for entry in self.logprobs)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
@@ -270,7 +323,8 @@ class RequestOutput:
 
     Args:
         outputs: the ``n`` completions, by index. A request of ``max_tokens`` 0 has them too, with no tokens.
-        prompt_logprobs: one for each token of the prompt but the first; None where the request asks for none.
+        prompt_logprobs: one for each token of the prompt but the first; None where the request asks for none. From
+            `LLM.generate` and `LLM.chat` the first token has one too, which is None.
     """
 
     request_id: str
@@ -279,7 +333,12 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     error: str | None = None
-    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+
+    @property
+    def metrics(self) -> None:
+        """Times of this request: there are none, as in vLLM without statistics; `LLM.metrics` has those of all."""
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,18 +86,26 @@ class Progress:
         rows: rows of the job.
         done: rows that are finished already.
         bar: draw a bar; otherwise a line is logged every `LOG_INTERVAL_S`.
-        left: asked for what is left whenever something is shown.
+        left: asked for what is left whenever something is shown; None: nobody knows.
+        what: names the bar.
         clock: seconds.
     """
 
     def __init__(
-        self, rows: int, done: int, *, bar: bool, left: Callable[[], Left], clock: Callable[[], float] = time.monotonic
+        self,
+        rows: int,
+        done: int,
+        *,
+        bar: bool,
+        left: Callable[[], Left] | None,
+        what: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.rates = Rates(clock)
         self._rows, self._done, self._left, self._clock = rows, done, left, clock
         self._logged = clock()
         # With miniters=0 it draws between rows too: a sweep of a large model takes minutes.
-        self._bar = _tqdm(rows, done, miniters=0, mininterval=_DRAW_INTERVAL_S) if bar else None
+        self._bar = _tqdm(rows, done, desc=what, miniters=0, mininterval=_DRAW_INTERVAL_S) if bar else None
 
     def row(self) -> None:
         """A row is finished."""
@@ -119,6 +126,8 @@ class Progress:
     def describe(self) -> str:
         """How long the rest will take, which a narrow terminal must not cut off, and the rates (recent ones, and overall)."""
         (prompt, generated), (all_prompt, all_generated) = self.rates.recent(), self.rates.whole()
+        if self._left is None:
+            return f"in {all_prompt:.0f} out {all_generated:.1f} token/s"
         seconds = self.rates.seconds_left(self._left())
         return (
             f"{'?' if seconds is None else duration(seconds)} left, "
@@ -159,15 +168,6 @@ class Counter:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-@contextmanager
-def bar(total: int, what: str, *, shown: bool) -> Iterator[Callable[[int], object]]:
-    """A bar of a few seconds' or hours' work, on stderr where that is a terminal; yields what advances it."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=what, file=sys.stderr, disable=None if shown else True, dynamic_ncols=True) as drawn:
-        yield drawn.update
 
 
 def duration(seconds: float) -> str:

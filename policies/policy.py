@@ -10,6 +10,7 @@ from policies.common.checks import check_count, check_shares
 from policies.common.errors import DataError, FlexMoEError, InfeasibleError, UsageError
 from policies.common.fields import Count, Percent, Rule, Switch, check_fields, one_of, optional, required, rules, whole
 from policies.common.json_files import check_header, check_keys, read_json, write_json
+from policies.common.option_names import option
 from policies.workload import Workload
 
 KIND = "flexmoe.policy"
@@ -255,7 +256,7 @@ class PolicyFile:
         if differing:
             raise InfeasibleError(
                 f"the policy was made for another model: {'; '.join(differing)}. "
-                "Make a policy for this model, or override with --force-policy."
+                f"Make a policy for this model, or override with {option('force_policy', True)}."
             )
 
 

@@ -1,6 +1,7 @@
 """The rules of the sources: which way imports point, what a folder holds, and what each package may use."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.support.source_tree import (
     nodes,
     path_of,
     private_names,
+    texts,
     tree,
 )
 
@@ -40,6 +42,7 @@ ORDER = (
     ("cost_model.cli",),
     ("cost_model.__main__",),
     ("flexmoe.errors",),
+    ("flexmoe.vllm_arguments",),
     ("flexmoe.params",),
     ("flexmoe.system",),
     ("flexmoe.checkpoint",),
@@ -56,6 +59,7 @@ ORDER = (
     ("flexmoe.prompts",),
     ("flexmoe.probing",),
     ("flexmoe.planning",),
+    ("flexmoe.results",),
     ("flexmoe.llm",),
     ("flexmoe.preflight",),
     ("flexmoe.job",),
@@ -270,3 +274,29 @@ def reached_from(start):
             reached.add(module)
             ahead += [i.target for i in imports(module) if is_module(i.target) and not i.for_types]
     return reached
+
+
+#: Texts with a flag that are commands for other programs.
+FLAGS_OF_OTHERS = {
+    ("flexmoe.kernels.native.build", "--version"),
+    ("flexmoe.probing.cache", "--device"),
+    ("flexmoe.probing.cache", "--dir"),
+    ("flexmoe.job.shards", "--array"),
+    ("policies.common.option_names", "--checkpoint-interval"),
+    ("policies.common.option_names", "--dir"),
+}
+
+
+def test_messages_call_options_by_the_name_that_the_caller_knows():
+    """Whoever calls from Python has arguments, not flags: `option` of `policies.common.option_names` knows which."""
+    none_of(
+        "Outside the command lines a message names an option with option()",
+        (
+            f"{module}:{text.lineno} says {flag}"
+            for module in modules(*PACKAGES)
+            if not {"cli", "__main__", "command_line"} & set(module.split("."))
+            for text in texts(module)
+            for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text.value)
+            if (module, flag) not in FLAGS_OF_OTHERS
+        ),
+    )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cost_model.hardware.hardware import Hardware
 from policies.common.errors import InputMissingError
+from policies.common.option_names import option
 
 PATTERN = "machine-*.json"
 
@@ -27,7 +28,7 @@ def last_measured() -> tuple[Hardware, Path]:
     found = sorted(cache_directory().glob(PATTERN), key=lambda path: path.stat().st_mtime)
     if not found:
         raise InputMissingError(
-            f"--hardware auto needs a measurement of this machine, and {cache_directory()} holds none; "
-            "run python -m flexmoe.probe -o machine.json and give --hardware machine.json"
+            f"{option('hardware', 'auto')} needs a measurement of this machine, and {cache_directory()} holds none; "
+            f"run python -m flexmoe.probe -o machine.json and give {option('hardware', 'machine.json')}"
         )
     return Hardware.load(found[-1]), found[-1]

@@ -26,6 +26,7 @@ from policies.common.fields import (
 )
 from policies.common.json_files import build, check_header, listed, read_json, write_json
 from policies.common.memory_units import GIB
+from policies.common.option_names import option
 
 KIND = "flexmoe.hardware"
 SCHEMA_VERSION = 1
@@ -196,11 +197,11 @@ class Hardware:
         or larger. On device cpu they limit the gpu and the cpu tier, which still share the machine's host memory.
 
         Raises:
-            UsageError: a value is negative or no finite number; the sentence names the flag.
+            UsageError: a value is negative or no finite number; the sentence names it.
         """
         gpu_bytes, cpu_bytes, disk_bytes = (
-            None if gib is None else int(Fraction(check_number(flag, gib, zero=True)) * GIB)
-            for flag, gib in (("--gpu-mem", gpu_mem), ("--cpu-mem", cpu_mem), ("--nvme-mem", nvme_mem))
+            None if gib is None else int(Fraction(check_number(option(name), gib, zero=True)) * GIB)
+            for name, gib in (("gpu_mem", gpu_mem), ("cpu_mem", cpu_mem), ("nvme_mem", nvme_mem))
         )
         changes: dict[str, Any] = {}
         if gpu_bytes is not None:

@@ -14,6 +14,7 @@ from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import unit_slack_bytes
 from policies.common.errors import InfeasibleError
 from policies.common.memory_units import GIB, SYSTEM_PAGE_BYTES
+from policies.common.option_names import option
 from policies.placement import TIERS
 from policies.policy import Policy
 
@@ -24,13 +25,17 @@ EXPERT_CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}
 LOADS_IN_FLIGHT = 4
 #: Bytes per vocabulary entry that the choice of one token takes at most: `flexmoe.sampling.sampler` takes 48, rounded up.
 SAMPLED_ROW_BYTES = 64
-#: What to change where a budget is too small.
-REMEDY = {
-    "gpu": "raise --gpu-mem, or lower the GPU percents, --gpu-batch-size or --prefill-tokens",
-    "cpu": "raise --cpu-mem, or lower the CPU percents or the block size",
-    "gpu+cpu": "on device cpu both tiers are RAM: lower the GPU and CPU percents, or the block size",
-    "disk": "raise --nvme-mem, or lower the disk shares",
-}
+
+
+def remedies() -> dict[str, str]:
+    """What to change where a budget is too small, by budget."""
+    rows, prompts = option("gpu_batch_size"), option("prefill_tokens")
+    return {
+        "gpu": f"raise {option('gpu_mem')}, or lower the GPU percents, {rows} or {prompts}",
+        "cpu": f"raise {option('cpu_mem')}, or lower the CPU percents or the block size",
+        "gpu+cpu": "on device cpu both tiers are RAM: lower the GPU and CPU percents, or the block size",
+        "disk": f"raise {option('nvme_mem')}, or lower the disk shares",
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +48,12 @@ class MemoryPlan:
         """Bytes of a tier."""
         return sum(self.parts[tier].values())
 
-    def check(self, budgets: Mapping[str, int | None], remedy: Mapping[str, str] = REMEDY) -> None:
+    def check(self, budgets: Mapping[str, int | None], remedy: Mapping[str, str] | None = None) -> None:
         """Refuse a plan that is larger than a budget.
 
         Args:
             budgets: bytes per tier; None is no limit. ``gpu`` and ``cpu`` may share memory under the key ``gpu+cpu``.
-            remedy: per budget, the flag and what to lower.
+            remedy: per budget, the option and what to lower; None: `remedies`.
 
         Raises:
             InfeasibleError: names the tier, the missing bytes and the largest item.
@@ -64,7 +69,7 @@ class MemoryPlan:
                 raise InfeasibleError(
                     f"the {name} memory needs {need / GIB:.3f} GiB but has {budget / GIB:.3f} GiB: "
                     f"{need - budget} bytes are missing; the largest item is {largest} with "
-                    f"{items[largest] / GIB:.3f} GiB; {remedy[name]}"
+                    f"{items[largest] / GIB:.3f} GiB; {(remedy or remedies())[name]}"
                 )
 
 

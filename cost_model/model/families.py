@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from policies.common.errors import DataError
+from policies.common.errors import DataError, UsageError
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+#: Other names of dtypes: PyTorch's and vLLM's.
+_DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 #: What transformers takes where a Qwen3 config says nothing of the window.
 _QWEN_WINDOW = 4096
 
@@ -32,6 +34,22 @@ def shape_fields(config: Config) -> dict[str, Any]:
     if config.get("hidden_act", "silu") != "silu":
         raise DataError(f"hidden_act is {config['hidden_act']!r}; only 'silu' is supported.")
     return FAMILIES[config["model_type"]](config)
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a compute dtype, "auto" for that of the checkpoint.
+
+    Args:
+        dtype: a name, "half" and "float" too, or a `torch.dtype`.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    name = str(dtype).removeprefix("torch.")
+    name = _DTYPE_ALIASES.get(name, name)
+    if name != "auto" and name not in DTYPE_BYTES:
+        raise UsageError(f"unknown dtype {dtype!r}: choose auto, {', '.join(sorted(DTYPE_BYTES))}")
+    return name
 
 
 def check_model_type(model_type: Any) -> None:

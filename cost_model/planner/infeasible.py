@@ -14,14 +14,12 @@ from cost_model.planner.objective import Objective
 from cost_model.timing.problem import Problem
 from policies.common.errors import InfeasibleError
 from policies.common.memory_units import GIB
+from policies.common.option_names import option
 from policies.policy import Policy
 
-_FLAGS = {
-    "gpu": ("GPU memory", "--gpu-mem"),
-    "cpu": ("host memory", "--cpu-mem"),
-    "gpu+cpu": ("host memory", "host_memory_bytes in the machine's file"),
-    "disk": ("disk", "--nvme-mem"),
-}
+_MEMORY = {"gpu": "GPU memory", "cpu": "host memory", "gpu+cpu": "host memory", "disk": "disk"}
+#: The options that are budgets; another is in the machine's file.
+_OPTIONS = {"gpu": "gpu_mem", "cpu": "cpu_mem", "disk": "nvme_mem"}
 #: What a capacity is known to, as a part of it.
 _RESOLUTION = 1e-3
 _NO_LIMIT_BYTES = 1 << 60
@@ -42,7 +40,7 @@ def smallest_policies(problem: Problem, fixed: Fixed) -> list[Policy]:
 
 def refusal(problem: Problem, fixed: Fixed) -> InfeasibleError:
     """The error for a problem without a policy: the limit that binds, and the least of each capacity that would do."""
-    limited = [name for name in _FLAGS if problem.hardware.budgets().get(name) is not None]
+    limited = [name for name in _MEMORY if problem.hardware.budgets().get(name) is not None]
     least = {name: least_capacity(problem, fixed, name) for name in limited}
     has = {name: _capacity(problem.hardware, name) for name in limited}
     model = problem.arch.name or "the model"
@@ -50,13 +48,11 @@ def refusal(problem: Problem, fixed: Fixed) -> InfeasibleError:
     missing = {name: size - has[name] for name, size in least.items() if size is not None}
     if missing:
         name = min(missing, key=missing.__getitem__)
-        binds = (
-            f"even with the fewest rows in flight, {model} needs {_gib(missing[name])} GiB more of {_FLAGS[name][0]}"
-        )
+        binds = f"even with the fewest rows in flight, {model} needs {_gib(missing[name])} GiB more of {_MEMORY[name]}"
     else:
         objective = Objective(problem, fixed)
         lacks = min((_lacking(objective, policy) for policy in _one_row(fixed)), key=lambda lack: sum(lack.values()))
-        sizes = " and ".join(f"{_gib(size)} GiB of {_FLAGS[name][0]}" for name, size in lacks.items())
+        sizes = " and ".join(f"{_gib(size)} GiB of {_MEMORY[name]}" for name, size in lacks.items())
         binds = f"even with the fewest rows in flight, {model} lacks {sizes}"
     remedies = "; ".join(_remedy(problem, fixed, name, least[name], has[name]) for name in limited)
     return InfeasibleError(f"no policy{given} fits this machine: {binds}. By itself, {remedies}.")
@@ -100,13 +96,14 @@ def _capacity(hardware: Hardware, name: str) -> int:
 
 def _remedy(problem: Problem, fixed: Fixed, name: str, least: int | None, has: int) -> str:
     """What to ask for, in the words and the GiB that the user asks with."""
-    what, flag = _FLAGS[name]
+    what = _MEMORY[name]
+    asked = option(_OPTIONS[name]) if name in _OPTIONS else "host_memory_bytes in the machine's file"
     if least is None:
-        return f"more {what} ({flag}) would not be enough"
+        return f"more {what} ({asked}) would not be enough"
     enough = least
     while not _fits(problem, fixed, name, _bytes(_gib(enough))):  # rounding to whole units can spoil a little more room
         enough += max(1, int(_RESOLUTION * enough))
-    return f"{flag} of {_gib(enough)} GiB instead of {_gib(has)} would do"
+    return f"{asked} of {_gib(enough)} GiB instead of {_gib(has)} would do"
 
 
 def _one_row(fixed: Fixed) -> Iterator[Policy]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cost_model.hardware.hardware import Hardware
 from cost_model.memory.allocation import Allocation
-from cost_model.memory.memory_plan import REMEDY, MemoryPlan
+from cost_model.memory.memory_plan import MemoryPlan, remedies
 from cost_model.model.arch import ModelArch
 from cost_model.timing.job_phases import job_phases
 from cost_model.timing.op_costs import Costs
@@ -122,11 +122,12 @@ def predict(problem: Problem, policy: Policy, *, ignore_memory: bool = False) ->
 
 
 def _remedies(hardware: Hardware) -> dict[str, str]:
-    """What to change, by budget; that of the GPU is not what --gpu-mem says."""
+    """What to change, by budget; that of the GPU is not what `gpu_mem` says."""
+    usual = remedies()
     if hardware.device == "cpu":
-        return REMEDY
+        return usual
     has, kept = (size / GIB for size in (hardware.gpu.memory_bytes, hardware.gpu.reserved_bytes))
-    return REMEDY | {"gpu": f"of its {has:.4g} GiB the context and the kernels take {kept:.4g}; {REMEDY['gpu']}"}
+    return usual | {"gpu": f"of its {has:.4g} GiB the context and the kernels take {kept:.4g}; {usual['gpu']}"}
 
 
 def _predict(

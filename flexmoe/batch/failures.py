@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from flexmoe.errors import InfeasibleError, StorageError
+from policies.common.option_names import option
 
 #: torch's allocator for the CPU has no error class of its own.
 _CPU_MESSAGE = "can't allocate memory"
@@ -40,6 +41,6 @@ def as_user_errors() -> Iterator[None]:
 def _infeasible(error: Exception) -> InfeasibleError:
     reason = (str(error).strip().splitlines() or ["no memory"])[0]
     return InfeasibleError(
-        f"memory ran out ({reason}); what a job has done is kept: run the same command with a smaller --gpu-batch-size, "
-        "--prefill-tokens or --gpu-mem, and it resumes from there"
+        f"memory ran out ({reason}); what a job has done is kept: run the same again with a smaller {option('gpu_batch_size')}, "
+        f"{option('prefill_tokens')} or {option('gpu_mem')}, and it resumes from there"
     )

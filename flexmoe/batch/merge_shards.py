@@ -24,6 +24,7 @@ from flexmoe.job.output_files import (
     remove,
 )
 from flexmoe.job.shards import Shard
+from policies.common.option_names import option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,9 @@ def merge_shards(output: Path, shards: Sequence[Path], *, overwrite: bool = Fals
     for path in (output, errors):
         check_writable(path)
         if path.exists() and not overwrite:
-            raise UsageError(f"{path} is there already; choose another output, or give --overwrite to replace it")
+            raise UsageError(
+                f"{path} is there already; choose another output, or give {option('overwrite', True)} to replace it"
+            )
     for part in parts:
         _check_whole(part)
     rows_failed = sum(len(part.finished.failed_rows) for part in parts)
@@ -94,8 +97,8 @@ def _part(output: Path) -> Part:
     manifest = Manifest.load(path)
     if manifest is None:
         raise InputMissingError(
-            f"{output} has no {path}, which says what it is; give the outputs of runs with --shard, beside their "
-            ".flexmoe directories"
+            f"{output} has no {path}, which says what it is; give the outputs of runs with {option('shard')}, beside "
+            "their .flexmoe directories"
         )
     if manifest.shard is None:
         raise UsageError(f"{output} is the output of a whole job, not of a shard; there is nothing to merge it with")

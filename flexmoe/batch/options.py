@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from cost_model.model.families import dtype_name
 from cost_model.planner.constraints import Fixed
 from flexmoe.engine.config import OFFLOAD_DIR, RESERVES
 from flexmoe.errors import UsageError
@@ -18,6 +19,7 @@ from flexmoe.job.shards import Shard
 from flexmoe.models.loader import LOAD_FORMATS
 from flexmoe.weights.eviction import EXPERT_CACHES
 from policies.common.checks import check_count, check_number
+from policies.common.option_names import option
 from policies.policy import Policy
 
 PathLike = str | os.PathLike[str]
@@ -145,22 +147,23 @@ class RunOptions:
     def __post_init__(self) -> None:
         self._convert()
         if (self.input_file is None) != (self.output_file is None):
-            raise UsageError("give both -i and -o, or neither for the benchmark")
+            both = f"{option('input_file')} and {option('output_file')}"
+            raise UsageError(f"give both {both}, or neither for the benchmark")
         for name in _COUNTS:
             if getattr(self, name) is not None:
-                check_count(_flag(name), getattr(self, name))
-        check_number("--checkpoint-interval", self.checkpoint_interval_s, zero=True)
+                check_count(option(name), getattr(self, name))
+        check_number(option("checkpoint_interval_s"), self.checkpoint_interval_s, zero=True)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices and not (value is None and name == "schedule"):
-                raise UsageError(f"{_flag(name)} is {value!r}; choose {', '.join(choices)}")
+                raise UsageError(f"{option(name)} is {value!r}; choose {', '.join(choices)}")
         defaults = {each.name: each.default for each in fields(self)}
         given = [name for name in _OF_A_POLICY if getattr(self, name) != defaults[name]]
         if is_auto(self.policy):
             given = [name for name in given if name == "percent"]
         if self.policy is not None and given:
-            flags = ", ".join(map(_flag, given))
-            raise UsageError(f"--policy already says what {flags} would; give one or the other")
+            others = ", ".join(map(option, given))
+            raise UsageError(f"{option('policy')} already says what {others} would; give one or the other")
         self.input_options()
 
     @property
@@ -213,6 +216,7 @@ class RunOptions:
     def _convert(self) -> None:
         """Takes paths as text, numbers in any sequence, and a shard as ``i/n``."""
         self._set("model", os.fspath(self.model))
+        self._set("dtype", dtype_name(self.dtype))
         self._set("offload_dir", Path(self.offload_dir))
         for name in _PATHS:
             if isinstance(getattr(self, name), (str, os.PathLike)):
@@ -229,7 +233,3 @@ class RunOptions:
 def is_auto(value: object) -> bool:
     """Whether an option that takes a file asks for this machine's own, or for a plan."""
     return not isinstance(value, Policy) and str(value) == AUTO
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

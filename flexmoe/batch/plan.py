@@ -20,6 +20,7 @@ from flexmoe.planning.configure import RESIDENT
 from flexmoe.planning.forecast import Forecaster
 from flexmoe.preflight.lengths import Lengths, Measured
 from flexmoe.system.device import Device
+from policies.common.option_names import option
 from policies.policy import Policy, PolicyFile
 
 log = logging.getLogger(__name__)
@@ -239,7 +240,8 @@ def _kv_tokens(options: RunOptions, measured: Measured, policy: Policy) -> int |
     if options.kv_tokens is not None:
         if options.kv_tokens < measured.longest_row:
             log.warning(
-                "--kv-tokens is %d, and the longest row may reach %d tokens: the KV cache gets room for it",
+                "%s is %d, and the longest row may reach %d tokens: the KV cache gets room for it",
+                option("kv_tokens"),
                 options.kv_tokens,
                 measured.longest_row,
             )

@@ -10,6 +10,7 @@ from typing import Any
 from flexmoe.checkpoint.files import read_json_object
 from flexmoe.errors import DataError, InputMissingError, UsageError
 from flexmoe.params import SamplingParams
+from policies.common.option_names import option
 
 FILE = "generation_config.json"
 #: Where a row names no value. The temperature follows from `do_sample`.
@@ -45,7 +46,8 @@ class SamplingDefaults:
             try:
                 SamplingParams(**{name: value})
             except UsageError as error:
-                raise DataError(f"{source}: {error}; repair it, or ignore it with --generation-config none") from None
+                ignored = option("generation_config", "none")
+                raise DataError(f"{source}: {error}; repair it, or ignore it with {ignored}") from None
         given["temperature"] = given.get("temperature", 1.0) if sampled else 0.0
         return cls(values=given)
 
@@ -60,7 +62,7 @@ class SamplingDefaults:
 
 
 def generation_config(choice: str, of_model: Mapping[str, Any]) -> dict[str, Any]:
-    """The generation config that `--generation-config` names.
+    """The generation config that the option `generation_config` names.
 
     Args:
         choice: `auto` for the model's own, `none` for none, or a directory (or file) that has another.
@@ -77,5 +79,6 @@ def generation_config(choice: str, of_model: Mapping[str, Any]) -> dict[str, Any
     path = Path(choice)
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
-        raise InputMissingError(f"there is no {path}; give --generation-config auto, none, or a directory that has one")
+        name = option("generation_config")
+        raise InputMissingError(f"there is no {path}; give {name} auto, none, or a directory that has one")
     return read_json_object(path)

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from cost_model.model.families import dtype_name
 from cost_model.routing.expert_usage import ExpertUsage
 from flexmoe.errors import UsageError
 from flexmoe.weights.eviction import EXPERT_CACHES
 from policies.common.checks import check_count
+from policies.common.option_names import option
 from policies.policy import Policy
 from policies.workload import Workload
 
@@ -27,8 +29,9 @@ class EngineConfig:
         workload: mean prompt and completion lengths, from which the KV capacity follows.
         kv_tokens: KV capacity over all tiers, in tokens; None: from policy and workload.
         longest_row: tokens of the longest row; None: that of the workload.
+        max_model_len: most tokens of a prompt and its completion; None: the model's context.
         device: ``auto``, ``cuda`` or ``cpu``.
-        dtype: compute dtype; ``auto`` is the checkpoint's.
+        dtype: compute dtype, a name or a `torch.dtype`; ``auto`` is the checkpoint's.
         gpu_mem, cpu_mem, nvme_mem: budgets in GiB; None: what the machine has.
         offload_dir: where the disk tier's files go.
         gen_len: ``max_tokens`` of requests without one.
@@ -52,6 +55,7 @@ class EngineConfig:
     workload: Workload
     kv_tokens: int | None = None
     longest_row: int | None = None
+    max_model_len: int | None = None
     device: str = "auto"
     dtype: str = "auto"
     gpu_mem: float | None = None
@@ -69,6 +73,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "offload_dir", Path(self.offload_dir).expanduser())
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         self._check_numbers()
         if self.reserve not in RESERVES:
             raise UsageError(f"reserve is {self.reserve!r}; choose one of {', '.join(RESERVES)}")
@@ -89,8 +94,8 @@ class EngineConfig:
         for name in ("gpu_mem", "cpu_mem", "nvme_mem"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; give GiB of at least 0")
-        for name in ("kv_tokens", "longest_row", "gen_len"):
+                raise UsageError(f"{option(name)} is {value}; give GiB of at least 0")
+        for name in ("kv_tokens", "longest_row", "max_model_len", "gen_len"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not -(2**63) <= self.seed < 2**63:

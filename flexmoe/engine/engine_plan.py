@@ -20,6 +20,7 @@ from flexmoe.models.loader import Model, compute_dtype
 from flexmoe.system.device import Device
 from flexmoe.system.machine import available_host_bytes, free_disk_bytes
 from policies.common.memory_units import GIB
+from policies.common.option_names import option
 from policies.placement import TIERS, describe
 from policies.policy import Policy
 
@@ -176,5 +177,5 @@ def _check_disk(directory: Path, written_bytes: int) -> None:
     if written_bytes > free:
         raise InfeasibleError(
             f"the disk tier writes {written_bytes / GIB:.3f} GiB to {directory}, which has {free / GIB:.3f} GiB free: "
-            f"{written_bytes - free} bytes are missing; choose another --offload-dir or lower the disk shares"
+            f"{written_bytes - free} bytes are missing; choose another {option('offload_dir')} or lower the disk shares"
         )

@@ -13,6 +13,7 @@ from flexmoe.inputs.parsers import DataRows, JsonLines, Parser, TextLines
 from flexmoe.inputs.prompt_template import PromptTemplate
 from flexmoe.inputs.request_file import OnInvalid, RequestFile
 from flexmoe.inputs.tables import dataset_rows, parquet_rows
+from policies.common.option_names import option
 
 Format = Literal["auto", "jsonl", "text", "parquet", "dataset"]
 
@@ -43,11 +44,12 @@ class InputOptions:
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
-            raise UsageError(f"--input-format is {self.format!r}; choose {', '.join(FORMATS)}")
+            raise UsageError(f"{option('input_format')} is {self.format!r}; choose {', '.join(FORMATS)}")
         if self.on_invalid not in ("fail", "record"):
-            raise UsageError(f"--on-invalid is {self.on_invalid!r}; choose fail or record")
+            raise UsageError(f"{option('on_invalid')} is {self.on_invalid!r}; choose fail or record")
         if self.prompt_column is not None and self.prompt_template is not None:
-            raise UsageError("--prompt-column and --prompt-template exclude each other; give one")
+            both = f"{option('prompt_column')} and {option('prompt_template')}"
+            raise UsageError(f"{both} exclude each other; give one")
         self.template()
 
     def template(self) -> PromptTemplate | None:
@@ -102,7 +104,7 @@ def open_requests(
 def _parser(kind: Format, column: str | None, template: PromptTemplate | None) -> Parser:
     if kind == "text":
         if column is not None:
-            raise UsageError("lines of text have no columns; leave --prompt-column out")
+            raise UsageError(f"lines of text have no columns; leave {option('prompt_column')} out")
         return TextLines(template=template)
     if column is None and template is None:
         return JsonLines()

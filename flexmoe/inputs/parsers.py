@@ -10,6 +10,7 @@ from flexmoe.errors import UsageError
 from flexmoe.inputs.prompt_template import PromptTemplate, column, named
 from flexmoe.openai.batch_line import Request, parse_line, read_custom_id, read_object, request_of
 from flexmoe.openai.json_line import InvalidLine
+from policies.common.option_names import option
 
 #: The column that a line of text is, for a template.
 TEXT_COLUMN = "text"
@@ -113,7 +114,7 @@ class DataRows:
             if prompt_column is None:
                 raise UsageError(
                     f"the input has neither a column prompt nor messages but {named(columns)}; name one with "
-                    "--prompt-column, or several with --prompt-template"
+                    f"{option('prompt_column')}, or several with {option('prompt_template')}"
                 )
         rows = cls(prompt_column=prompt_column, template=template)
         missing = [name for name in rows.columns if name not in columns]

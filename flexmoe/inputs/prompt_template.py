@@ -8,6 +8,7 @@ from typing import Any
 
 from flexmoe.errors import UsageError
 from flexmoe.openai.json_line import InvalidLine, show
+from policies.common.option_names import option
 from policies.common.reading import without_bom
 
 
@@ -16,7 +17,7 @@ class PromptTemplate:
     in it mean nothing.
 
     Args:
-        text: what `--prompt-template` gives.
+        text: the option `prompt_template`.
 
     Raises:
         UsageError: it is no such text.
@@ -28,18 +29,21 @@ class PromptTemplate:
         try:
             parts = list(Formatter().parse(self.text))
         except ValueError as error:
-            raise UsageError(f"--prompt-template: {error}; write {{{{ and }}}} for braces themselves") from None
+            raise UsageError(
+                f"{option('prompt_template')}: {error}; write {{{{ and }}}} for braces themselves"
+            ) from None
         for literal, name, spec, conversion in parts:
             if name is not None and (not name or name.isdigit() or spec or conversion):
                 raise UsageError(
-                    f"--prompt-template: {{{name}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}}} is no "
-                    "column; write only names in braces, for example {text}"
+                    f"{option('prompt_template')}: {{{name}{'!' + conversion if conversion else ''}"
+                    f"{':' + spec if spec else ''}}} is no column; write only names in braces, for example {{text}}"
                 )
             self._parts.append((literal, name))
         self.columns = tuple(dict.fromkeys(name for _, name in self._parts if name is not None))
         if not self.columns:
             raise UsageError(
-                "--prompt-template names no column, so that every prompt would be the same; write {name} for the column name"
+                f"{option('prompt_template')} names no column, so that every prompt would be the same; write {{name}} for the "
+                "column name"
             )
 
     def fill(self, row: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from flexmoe.inputs.parsers import JsonLines, Parser
 from flexmoe.openai.batch_line import Request
 from flexmoe.openai.json_line import MAX_LINE_BYTES, InvalidLine
 from policies.common import file_io
+from policies.common.option_names import option
 
 OnInvalid = Literal["fail", "record"]
 
@@ -192,7 +193,8 @@ class RequestFile:
                 listed.append("and perhaps more")
                 break
         if listed:
-            raise DataError("\n".join((*listed, "(--on-invalid record makes error rows of them)")))
+            hint = f"({option('on_invalid', 'record')} makes error rows of them)"
+            raise DataError("\n".join((*listed, hint)))
 
     def _data(self, row: int) -> bytes | None:
         """The bytes of a row; None when it is too long.
@@ -234,7 +236,7 @@ def _open_regular(path: Path) -> IO[bytes]:
             raise InputMissingError(f"{path} is no regular file; save the requests to a file first")
         return open(path, "rb")
     except (FileNotFoundError, NotADirectoryError):
-        raise InputMissingError(f"the input file {path} does not exist; check --input-file") from None
+        raise InputMissingError(f"the input file {path} does not exist; check {option('input_file')}") from None
     except OSError as error:
         raise InputMissingError(f"the input file {path} cannot be read: {error.strerror}") from None
 

@@ -17,6 +17,7 @@ from flexmoe.errors import DataError, InputMissingError, UsageError
 from flexmoe.inputs.parsers import ID_COLUMN, DataRows
 from flexmoe.inputs.prompt_template import PromptTemplate
 from policies.common.file_io import storage_errors
+from policies.common.option_names import option
 
 _BATCH_ROWS = 64  # few, because a row may be long
 #: Read so many bytes at a time: by default pyarrow reads a whole column of a row group, which may be all of the file.
@@ -36,7 +37,7 @@ def parquet_rows(
     """
     parquet = _needed("pyarrow.parquet")
     if not path.is_file():
-        raise InputMissingError(f"the input file {path} does not exist; check --input-file")
+        raise InputMissingError(f"the input file {path} does not exist; check {option('input_file')}")
     try:
         with parquet.ParquetFile(path, **_STREAMED) as file:
             rows = DataRows.of(prompt_column, template, file.schema_arrow.names)
@@ -77,7 +78,9 @@ def _dataset(name: str, split: str) -> Any:
     if isinstance(found, datasets.Dataset):
         return found
     if split not in found:
-        raise UsageError(f"{name} has no split {split!r} but {', '.join(found)}; choose one with --dataset-split")
+        raise UsageError(
+            f"{name} has no split {split!r} but {', '.join(found)}; choose one with {option('dataset_split')}"
+        )
     return found[split]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from flexmoe.errors import DataError, UsageError
 from flexmoe.job.output_files import Published, publish
 from policies.common import json_files
+from policies.common.option_names import option
 
 KIND, SCHEMA_VERSION = "flexmoe.job", 1
 WHAT = "the manifest"
@@ -58,7 +59,7 @@ class Manifest:
         created_s: when it was first started, in seconds since 1970; reported with every completion.
         model_name: reported for rows that name no model.
         versions: of the programs that began it.
-        replaces: it was begun with --overwrite.
+        replaces: it was begun with `overwrite`.
         choices: values of flags that choose a file whose content is in the identity, by the file's name there.
         finished: None while there is work to do.
     """
@@ -103,7 +104,7 @@ class Manifest:
             return cls(shard=shard and tuple(shard), finished=finished and _finished(finished), **values)
         except (DataError, UsageError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
-                f"{path} cannot be used ({error}); --overwrite starts the job anew, without what it has done"
+                f"{path} cannot be used ({error}); {option('overwrite', True)} starts the job anew, without what it has done"
             ) from None
 
     def save(self, path: Path) -> None:
@@ -130,11 +131,11 @@ class Manifest:
         kind = DataError if any(name in _FILES and name not in flags for name in differences) else UsageError
         phrases = list(differences.values())
         if self.shard != wanted.shard:
-            phrases.append(f"--shard was {_shard(self.shard)} and is {_shard(wanted.shard)}")
+            phrases.append(f"{option('shard')} was {_shard(self.shard)} and is {_shard(wanted.shard)}")
         if phrases:
             raise kind(
                 f"{directory} holds another job: {'; '.join(phrases)}. Undo that to resume it, choose another output, or "
-                f"give --overwrite to start anew"
+                f"give {option('overwrite', True)} to start anew"
             )
 
 
@@ -162,7 +163,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, st
 
 
 def _flag(name: str, was: Any, now: Any) -> str:
-    return f"--{name.replace('_', '-')} was {_value(was)} and is {_value(now)}"
+    return f"{option(name)} was {_value(was)} and is {_value(now)}"
 
 
 def _value(value: Any) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from flexmoe.errors import UsageError
 from policies.common.file_io import storage_errors
+from policies.common.option_names import option
 
 _SLURM = "SLURM_ARRAY_TASK_"
 MOST_SHARDS = 1000
@@ -33,7 +34,7 @@ class Shard:
     def __post_init__(self) -> None:
         if not 1 <= self.count <= MOST_SHARDS or not 0 <= self.index < self.count:
             raise UsageError(
-                f"--shard is {self.index}/{self.count}; give i/n with i from 0 to n - 1 and n at most {MOST_SHARDS}"
+                f"{option('shard')} is {self.index}/{self.count}; give i/n with i from 0 to n - 1 and n at most {MOST_SHARDS}"
             )
 
     @classmethod
@@ -45,7 +46,7 @@ class Shard:
         """
         found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
         if found is None:
-            raise UsageError(f"--shard is {text!r}; give i/n, for example 0/8 for the first of 8")
+            raise UsageError(f"{option('shard')} is {text!r}; give i/n, for example 0/8 for the first of 8")
         return cls(index=int(found[1]), count=int(found[2]))
 
     @classmethod
@@ -59,13 +60,13 @@ class Shard:
             task, first, last, count = (int(environment[_SLURM + name]) for name in ("ID", "MIN", "MAX", "COUNT"))
         except (KeyError, ValueError):
             raise UsageError(
-                f"--shard without a value takes Slurm's {_SLURM}ID, MIN, MAX and COUNT, and they are not all set; run it "
-                "in a job array (sbatch --array=0-7), or give --shard i/n"
+                f"{option('shard')} without a value takes Slurm's {_SLURM}ID, MIN, MAX and COUNT, and they are not all set; "
+                f"run it in a job array (sbatch --array=0-7), or give {option('shard', 'i/n')}"
             ) from None
         step = max(1, (last - first) // max(1, count - 1))
         if (task - first) % step or count != (last - first) // step + 1:
             raise UsageError(
-                f"the tasks {first} to {last} of this Slurm array are {count}, unevenly spaced; give --shard i/n"
+                f"the tasks {first} to {last} of this Slurm array are {count}, unevenly spaced; give {option('shard', 'i/n')}"
             )
         return cls(index=(task - first) // step, count=count)
 
@@ -85,8 +86,8 @@ class Shard:
             if found is not None and int(found[2]) != self.count:
                 raise UsageError(
                     f"this Slurm array stands for shard {self.index}/{self.count}, and {output.with_name(name)} is of a job "
-                    f"divided by {found[2]}. To resume a part of that one give --shard i/{found[2]}, where i is the "
-                    f"part's number from 0; to divide anew remove what is there, or choose another output"
+                    f"divided by {found[2]}. To resume a part of that one give {option('shard', f'i/{found[2]}')}, where i is "
+                    f"the part's number from 0; to divide anew remove what is there, or choose another output"
                 )
 
     def rows(self, total: int) -> range:

@@ -19,6 +19,7 @@ from flexmoe.job.manifest import Finished, Manifest, work_directory
 from flexmoe.job.output_files import is_as_published, remove, remove_temporaries
 from policies.common import file_io
 from policies.common.file_io import storage_errors
+from policies.common.option_names import option
 
 log = logging.getLogger(__name__)
 
@@ -125,12 +126,13 @@ class Workspace:
         self.close()
 
     def _begun_so_or_new(self, wanted: Manifest) -> Manifest:
-        """With --overwrite."""
+        """With `overwrite`."""
         with contextlib.suppress(DataError):  # a damaged manifest is replaced as any other
             held = Manifest.load(self._manifest_path)
             if held is not None and held.replaces and held.finished is None and held.part == wanted.part:
                 log.warning(
-                    "resuming what --overwrite began here before; remove %s to start anew once more",
+                    "resuming what %s began here before; remove %s to start anew once more",
+                    option("overwrite", True),
                     self.directory,
                 )
                 self._warn_of_other_versions(held, wanted)
@@ -188,8 +190,8 @@ class Workspace:
         for path, published in ((self._output, finished.output), (self._errors, finished.errors)):
             if published is not None and not is_as_published(path, published):
                 raise UsageError(
-                    f"{path} is not as the finished job left it; remove {self._output} or give --overwrite to do the job "
-                    "again, or choose another output"
+                    f"{path} is not as the finished job left it; remove {self._output} or give "
+                    f"{option('overwrite', True)} to do the job again, or choose another output"
                 )
         return True
 
@@ -197,8 +199,8 @@ class Workspace:
         for path in (self._output, self._errors):
             if path.exists():
                 raise UsageError(
-                    f"{path} is there already and was not begun by this job; choose another output, or give --overwrite "
-                    "to replace it"
+                    f"{path} is there already and was not begun by this job; choose another output, or give "
+                    f"{option('overwrite', True)} to replace it"
                 )
 
     def _close_journal(self) -> None:

@@ -17,6 +17,7 @@ from flexmoe.errors import DataError, InputMissingError, UsageError
 from flexmoe.kernels.family import Family
 from flexmoe.models.registry import FAMILIES, family
 from flexmoe.weights.sources import CheckpointSource, DummySource, WeightSource
+from policies.common.option_names import option
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LOAD_FORMATS = ("auto", "dummy")
@@ -104,7 +105,7 @@ def compute_dtype(name: str, model: Model, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise UsageError(f"unknown dtype {name!r}: choose auto, {', '.join(DTYPES)}")
     if name == "bfloat16" and no_bf16:
-        raise UsageError("this GPU has no bfloat16; use --dtype float16")
+        raise UsageError(f"this GPU has no bfloat16; use {option('dtype', 'float16')}")
     return DTYPES[name]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import logging
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,17 @@ from flexmoe.errors import UsageError
 from flexmoe.models.loader import Model, compute_dtype
 from flexmoe.planning.forecast import Forecaster
 from flexmoe.system.device import Device
+from policies.common.checks import check_count
+from policies.common.memory_units import GIB
 from policies.policy import Policy, PolicyFile
 from policies.workload import Workload
 
+log = logging.getLogger(__name__)
+#: What `LLM` takes.
+ARGUMENTS = (
+    *("model", "tokenizer", "load_format", "hardware", "generation_config", "gpu_memory_utilization"),
+    *(field.name for field in fields(EngineConfig)),
+)
 #: Has the planner choose the policy, or this machine be measured.
 AUTO = "auto"
 #: Everything in (CPU or GPU) compute memory: what a model that fits wants.
@@ -39,17 +48,16 @@ def configure(
             device.
         workload: lengths of the rows; default: those of the policy file, else the usual ones within the model's context.
         hardware: what ``"auto"`` plans with; default: this machine, measured now or before.
-        **options: the other fields of `EngineConfig`.
+        **options: the other fields of `EngineConfig`, and ``gpu_memory_utilization``.
 
     Raises:
-        UsageError: an option cannot be used or is unknown.
+        UsageError: an option cannot be used.
         FlexMoEError: no policy fits, the file is another model's, or the machine cannot be measured.
     """
-    usual = workload or _usual_workload(model.arch.max_position)
-    try:  # what can be known to be wrong is told before a machine is measured
-        asked = EngineConfig(policy=_resident(usual), workload=usual, **options)
-    except TypeError as error:
-        raise UsageError(f"LLM: {error}") from error
+    options = _in_our_words(model, options)
+    usual = workload or _usual_workload(options.get("max_model_len") or model.arch.max_position)
+    # What can be known to be wrong is told before a machine is measured.
+    asked = EngineConfig(policy=_resident(usual), workload=usual, **options)
     if policy is None or policy == AUTO:
         return replace(asked, policy=_planned(model, asked, hardware)) if policy == AUTO else _without(asked, hardware)
     if not isinstance(policy, (str, Path)):
@@ -57,6 +65,31 @@ def configure(
     file = PolicyFile.load(policy)
     file.check_model(model.arch.fingerprint())
     return replace(_without(asked, hardware), policy=file.policy, workload=workload or file.planned_workload() or usual)
+
+
+def _in_our_words(model: Model, options: dict[str, Any]) -> dict[str, Any]:
+    """Options with vLLM's ways to say how much memory there is and how long a row may be in our terms."""
+    share, most = options.pop("gpu_memory_utilization", None), options.get("max_model_len")
+    if share is not None:
+        options["gpu_mem"] = _gpu_gib(share, options.get("gpu_mem"), options.get("device", "auto"))
+    if most is not None:
+        if check_count("max_model_len", most) > model.arch.max_position:
+            raise UsageError(f"max_model_len is {most}; the model's context is {model.arch.max_position}, give less")
+        options["longest_row"] = options.get("longest_row") or most
+    return options
+
+
+def _gpu_gib(share: Any, gpu_mem: float | None, device: str) -> float | None:
+    """GiB of a share of the GPU's memory; None on a CPU, where there is none."""
+    if not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise UsageError(f"gpu_memory_utilization is {share!r}; give a number above 0 and at most 1")
+    if gpu_mem is not None:
+        raise UsageError("gpu_mem and gpu_memory_utilization are both budgets of the GPU's memory; give one")
+    total_bytes = Device(device).total_bytes
+    if total_bytes is None:
+        log.info("gpu_memory_utilization changes nothing on a CPU; gpu_mem and cpu_mem are budgets in GiB")
+        return None
+    return share * total_bytes / GIB
 
 
 def _planned(model: Model, asked: EngineConfig, hardware: Hardware | str | Path | None) -> Policy:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
-from cost_model.model.families import DTYPE_BYTES
+from cost_model.model.families import DTYPE_BYTES, dtype_name
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.solve import Plan, solve
 from flexmoe.engine.config import OFFLOAD_DIR
-from flexmoe.errors import UsageError
 from flexmoe.planning.machine import this_machine
 from policies.workload import Workload
 
@@ -25,7 +25,7 @@ def plan(
     gpu_mem: float | None = None,
     cpu_mem: float | None = None,
     nvme_mem: float | None = None,
-    dtype: str = "auto",
+    dtype: Any = "auto",
     device: str = "auto",
     offload_dir: str | Path = OFFLOAD_DIR,
     fixed: Fixed | None = None,
@@ -40,7 +40,7 @@ def plan(
             measured now (about a minute) or before, with nine tenths of what is free of its memory.
         workload: prompt and completion lengths, and the rows of the job; default: 512 and 128 tokens, without end.
         gpu_mem, cpu_mem, nvme_mem: most GiB of each tier; None: what the machine has.
-        dtype: compute dtype; ``auto`` is as stored.
+        dtype: compute dtype, a name or a `torch.dtype`; ``auto`` is as stored.
         device: of this machine: ``auto``, ``cuda`` or ``cpu``.
         offload_dir: on the disk that this machine's disk tier lives on.
         fixed: fields of the policy that are decided already.
@@ -58,8 +58,6 @@ def plan(
         >>> found = plan("mixtral-8x7b", "rtx4090", Workload(prompt_len=512, gen_len=256), cpu_mem=120)
         >>> found.policy.block_size, found.prediction.tokens_per_s, found.prediction.bottleneck
     """
-    if dtype != "auto" and dtype not in DTYPE_BYTES:
-        raise UsageError(f"unknown dtype {dtype!r}: choose auto, {', '.join(sorted(DTYPE_BYTES))}")
     arch = model if isinstance(model, ModelArch) else _shape(model)
     budgets = {"gpu_mem": gpu_mem, "cpu_mem": cpu_mem, "nvme_mem": nvme_mem}
     if hardware is None:
@@ -71,7 +69,7 @@ def plan(
         machine,
         workload or _USUAL,
         fixed=fixed,
-        dtype_bytes=DTYPE_BYTES.get(dtype),
+        dtype_bytes=DTYPE_BYTES.get(dtype_name(dtype)),
         kv_tokens=kv_tokens,
         advice=advice,
     )

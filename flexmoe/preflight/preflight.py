@@ -22,6 +22,7 @@ from flexmoe.preflight.worker import Chunk, DividedLook, look
 from flexmoe.progress import Counter
 from flexmoe.system.machine import usable_cores
 from flexmoe.text.chat_template import ENDLESS
+from policies.common.option_names import option
 
 #: Rows and bytes that are looked at together.
 _CHUNK_ROWS, _CHUNK_BYTES = 256, 2**20
@@ -59,7 +60,7 @@ class Preflight:
         self._endless += error.message.startswith(ENDLESS)
         if self._endless > _MOST_ENDLESS:
             raise DataError(
-                f"{error.message}; so it was on {self._endless} rows: name another one with --chat-template"
+                f"{error.message}; so it was on {self._endless} rows: name another one with {option('chat_template')}"
             )
         self._refused.write(json.dumps([row, *astuple(error)]).encode() + b"\n")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from flexmoe.openai.json_line import show
+from policies.common.option_names import option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,7 @@ class ServedModel:
 
     @classmethod
     def of(cls, *names: str, strict: bool = False) -> ServedModel:
-        """Named by `--model` (a directory's last part is a name too) and by what else it is served as."""
+        """Named by `model` (a directory's last part is a name too) and by what else it is served as."""
         return cls(names=frozenset((*names, *(PurePath(name).name for name in names))), strict=strict)
 
     def mismatch(self, asked: str | None) -> str | None:
@@ -46,4 +47,5 @@ class ServedModel:
         line = next((line for line, mismatch in mismatches.items() if mismatch), None)
         if line is None or self.strict:
             return None
-        return f"line {line}: {mismatches[line]}; such rows run all the same (--strict-model makes error rows of them)"
+        strict = option("strict_model", True)
+        return f"line {line}: {mismatches[line]}; such rows run all the same ({strict} makes error rows of them)"

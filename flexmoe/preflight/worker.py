@@ -17,6 +17,7 @@ from flexmoe.preflight.lengths import RowLength
 from flexmoe.preflight.prepare import Preparer
 from flexmoe.preflight.prepare_setup import PreparerSetup
 from flexmoe.preflight.worker_pool import Answer, Task, WorkerPool, serve
+from policies.common.option_names import are_flags, option, use_flags
 
 Chunk = list[tuple[int, RawRow]]
 Found = tuple[int, RowLength | RowError]
@@ -48,7 +49,7 @@ class DividedLook:
 
     def __init__(self, rows: Rows, setup: PreparerSetup, count: int) -> None:
         self._rows, self._count = rows, count
-        self._setup = {"preparer": setup.to_json(), "parser": rows.requests.parser.setup()}
+        self._setup = {"preparer": setup.to_json(), "parser": rows.requests.parser.setup(), "flags": are_flags()}
         self._again: list[Chunk] = []
         self._lost: list[int] = []
 
@@ -81,7 +82,7 @@ class DividedLook:
             listed = ", ".join(map(str, self._lost))
             raise DataError(
                 f"row after row cannot be tokenized (lines {listed}: {answer.lost}); look at these rows, or name another "
-                "template with --chat-template"
+                f"template with {option('chat_template')}"
             )
         yield row, RowError(code="invalid_prompt", message=f"the prompt cannot be tokenized: {answer.lost}")
 
@@ -104,6 +105,7 @@ def _unpacked(values: list[Any]) -> Found:
 
 def start(setup: dict[str, Any]) -> Callable[[Any], Any]:
     """A worker's part: from its setup to what does a chunk."""
+    use_flags(setup["flags"])
     preparer = PreparerSetup.of_json(setup["preparer"]).preparer()
     parser = parser_of(setup["parser"])
     return lambda work: [

@@ -17,6 +17,7 @@ from cost_model.hardware.hardware import Gpu, Hardware
 from flexmoe.errors import FlexMoEError, InfeasibleError, InputMissingError, StorageError, UsageError
 from flexmoe.probing.facts import capacities, circumstances
 from flexmoe.system.device import Device
+from policies.common.option_names import option
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ def _measured_apart(device: str, directory: Path) -> Hardware:
                 log.info("%s", last)
         if child.returncode != 0:
             kind = _ERRORS.get(child.returncode, FlexMoEError)
-            raise kind(f"this machine could not be measured: {last.removeprefix('flexmoe: ')}")
+            said = last.removeprefix("flexmoe: ").replace("--dir", option("offload_dir"))
+            raise kind(f"this machine could not be measured: {said}")
         return Hardware.load(out)
 
 

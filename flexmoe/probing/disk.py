@@ -21,6 +21,7 @@ from flexmoe.system.direct_io import PIECE_BYTES, DirectFile, DiskPool, Pending,
 from flexmoe.system.machine import free_disk_bytes
 from flexmoe.system.trace import Recorder
 from policies.common.memory_units import SYSTEM_PAGE_BYTES, align_down
+from policies.common.option_names import option
 
 _UNIT_BYTES = 64 << 20
 _IN_FLIGHT = 8
@@ -148,7 +149,7 @@ def probe_directory(directory: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(
-            f"cannot create the directory {directory}: {error.strerror}; choose another --dir"
+            f"cannot create the directory {directory}: {error.strerror}; choose another {option('directory')}"
         ) from error
     try:
         yield
@@ -169,7 +170,8 @@ def file_bytes(directory: Path, effort: Effort) -> int:
     if size < effort.least_disk_bytes:
         raise StorageError(
             f"{directory} has {free / 2**20:.0f} MiB free, and the probe writes a file of a tenth of that at most, at "
-            f"least {effort.least_disk_bytes / 2**20:.0f} MiB; free some space or choose another --dir"
+            f"least {effort.least_disk_bytes / 2**20:.0f} MiB; free some space or choose another "
+            f"{option('directory')}"
         )
     return size
 

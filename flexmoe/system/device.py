@@ -20,6 +20,7 @@ import torch
 from flexmoe.errors import InfeasibleError, UsageError
 from flexmoe.system.trace import Recorder
 from policies.common.memory_units import SYSTEM_PAGE_BYTES, align_up
+from policies.common.option_names import option
 
 _MADV_POPULATE_WRITE = 23
 Stream: TypeAlias = "torch.cuda.Stream"
@@ -60,7 +61,8 @@ class Device:
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         if name.startswith("cuda") and not torch.cuda.is_available():
-            raise UsageError("--device cuda was asked for, but torch finds no CUDA device; use --device cpu")
+            asked, other = option("device", "cuda"), option("device", "cpu")
+            raise UsageError(f"{asked} was asked for, but torch finds no CUDA device; use {other}")
         if name.split(":")[0] not in ("cuda", "cpu"):
             raise UsageError(f"unknown device {name!r}: choose auto, cuda or cpu")
         self.torch = torch.device(name)
@@ -165,6 +167,11 @@ class Device:
             return torch.empty(nbytes, dtype=torch.uint8, device=self.torch)
         return self.host_buffer(nbytes, pinned=False)
 
+    @property
+    def total_bytes(self) -> int | None:
+        """Memory of the GPU, whoever uses it; None on a CPU."""
+        return torch.cuda.mem_get_info(self.torch)[1] if self.is_cuda else None
+
     def room(self, budget_bytes: int) -> int:
         """What a budget for the whole process leaves for tensors: on CUDA, the context and the kernels take their share.
 
@@ -177,8 +184,8 @@ class Device:
             self._context_bytes = _context_bytes(self.torch) + _LATER_KERNELS_BYTES
         if self._context_bytes >= budget_bytes:
             raise InfeasibleError(
-                f"--gpu-mem of {budget_bytes / 2**30:.2f} GiB is less than the {self._context_bytes / 2**30:.2f} GiB "
-                "of the CUDA context and its kernels; raise --gpu-mem"
+                f"{option('gpu_mem')} of {budget_bytes / 2**30:.2f} GiB is less than the {self._context_bytes / 2**30:.2f} GiB "
+                f"of the CUDA context and its kernels; raise {option('gpu_mem')}"
             )
         return budget_bytes - self._context_bytes
 

@@ -24,6 +24,7 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from flexmoe.errors import DataError, UsageError
+from policies.common.option_names import option
 from policies.common.reading import without_bom
 
 DEFAULT_TIMEOUT_S = 5.0
@@ -117,7 +118,7 @@ class ChatTemplate:
 
 
 def read_template(argument: str) -> str:
-    """What `--chat-template` names: the text of a file, or itself where it is a template.
+    """What the option `chat_template` names: the text of a file, or itself where it is a template.
 
     Raises:
         UsageError: it is neither, or the file is not text.
@@ -127,9 +128,9 @@ def read_template(argument: str) -> str:
         if "\n" not in argument and len(argument) < 4096 and path.is_file():
             return _checked(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"--chat-template: {argument} cannot be read as text: {first_line(error)}") from None
+        raise UsageError(f"{option('chat_template')}: {argument} cannot be read as text: {first_line(error)}") from None
     if "{" not in argument:
-        raise UsageError(f"--chat-template: {argument!r} is neither a file nor a template; check the path")
+        raise UsageError(f"{option('chat_template')}: {argument!r} is neither a file nor a template; check the path")
     return argument
 
 

@@ -14,13 +14,10 @@ from typing import Any
 from flexmoe.errors import DataError
 from flexmoe.text.chat_template import DEFAULT_TIMEOUT_S, ChatTemplate, first_line
 from flexmoe.text.token_text import TokenText, TokenTexts
+from policies.common.option_names import option
 
 # One of these holds the vocabulary; tokenizer_config.json alone does not make a tokenizer.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-_NO_TEMPLATE = (
-    "{} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); add one, name one with "
-    "--chat-template, or give a prompt instead of messages"
-)
 
 
 class Tokenizer:
@@ -202,11 +199,14 @@ class Tokenizer:
             # A checkpoint may have several templates, by name; transformers knows which is meant.
             source = backend.get_chat_template(None) if getattr(backend, "chat_template", None) else None
             if source is None:
-                self._no_template = _NO_TEMPLATE.format(self._source)
+                self._no_template = (
+                    f"{self._source} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
+                    f"add one, name one with {option('chat_template')}, or give a prompt instead of messages"
+                )
             else:
                 self._template = self._compiled(source, backend.special_tokens_map)
         except (DataError, ValueError) as error:
-            self._no_template = f"{first_line(error)}; repair it, or name one with --chat-template"
+            self._no_template = f"{first_line(error)}; repair it, or name one with {option('chat_template')}"
 
     def _require(self) -> Any:
         if self._backend is None:

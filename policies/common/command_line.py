@@ -12,6 +12,7 @@ from typing import Literal, NoReturn, TextIO
 
 from policies.common.checks import check_number, check_percent
 from policies.common.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_IO, FlexMoEError, UsageError
+from policies.common.option_names import as_flags
 
 #: A pipe whose reader is gone, a terminal that is.
 _NO_READER = (errno.EPIPE, errno.EIO)
@@ -98,7 +99,8 @@ def guarded(program: str, body: Callable[[], int]) -> int:
     """
     open_standard_streams()
     try:
-        return body()
+        with as_flags():
+            return body()
     except FlexMoEError as error:
         complain(f"{program}: {error}")
         return error.exit_code

@@ -133,6 +133,12 @@ def private_names(module: str) -> Iterator[str]:
             yield f"{module}:{node.lineno} uses {ast.unparse(node)}"
 
 
+def texts(module: str) -> Iterator[ast.Constant]:
+    """The texts that a module makes, also those within f-strings, but not its docstrings."""
+    alone = {id(node.value) for node in nodes(module, ast.Expr)}
+    return (node for node in nodes(module, ast.Constant) if isinstance(node.value, str) and id(node) not in alone)
+
+
 def cycle(edges: Iterable[tuple[str, str]]) -> list[str]:
     """The nodes of one cycle of a graph in order, the first one again at the end; empty when there is none."""
     graph: dict[str, set[str]] = {}

@@ -327,23 +327,22 @@ def test_explanation_is_json(t4):
 )
 def test_named_increase_is_enough_and_one_percent_less_is_not(budgets, names):
     hardware = Hardware.preset("t4").with_budgets(**budgets)
-    flags = {"gpu": "gpu_mem", "cpu": "cpu_mem", "disk": "nvme_mem"}
+    options = {"gpu": "gpu_mem", "cpu": "cpu_mem", "disk": "nvme_mem"}
     with pytest.raises(InfeasibleError, match="no policy fits this machine") as error:
         planned(hardware)
     assert error.value.exit_code == 4
-    for name, flag in flags.items():
-        option = f"--{flag.replace('_', '-')}"
+    for name, option in options.items():
         if name not in names:
             assert f"({option}) would not be enough" in str(error.value)
             continue
         gib = float(str(error.value).split(f"{option} of ")[1].split(" GiB")[0])
-        assert solve(MIXTRAL, hardware.with_budgets(**{flag: gib}), JOB, effort=0.001).policy
+        assert solve(MIXTRAL, hardware.with_budgets(**{option: gib}), JOB, effort=0.001).policy
         with pytest.raises(InfeasibleError):
-            planned(hardware.with_budgets(**{flag: 0.99 * gib}))
+            planned(hardware.with_budgets(**{option: 0.99 * gib}))
 
 
 def test_refusal_names_what_is_fixed():
-    with pytest.raises(InfeasibleError, match="with w_gpu_percent 54 .* GPU memory.*--gpu-mem of 49"):
+    with pytest.raises(InfeasibleError, match="with w_gpu_percent 54 .* GPU memory.*gpu_mem of 49"):
         planned(Hardware.preset("t4"), fixed=Fixed(w_gpu_percent=54))
 
 

@@ -280,6 +280,6 @@ def test_too_small_a_budget_is_refused_before_anything_is_written(checkpoint, tm
         cpu_mem=1e-6,
         offload_dir=tmp_path / "off",
     )
-    with pytest.raises(InfeasibleError, match="the cpu memory needs .* bytes are missing.*raise --cpu-mem"):
+    with pytest.raises(InfeasibleError, match="the cpu memory needs .* bytes are missing.*raise cpu_mem"):
         Engine(load_model(str(checkpoint)), config)
     assert not host_buffers and not os.path.exists(tmp_path / "off")

@@ -129,7 +129,7 @@ def test_signals_are_left_to_the_caller(batch):
         ({"chat_template": "{% for %}"}, DataError, "chat template"),
         ({"device": "tpu"}, UsageError, "tpu"),
         ({"no_such_option": 1}, UsageError, "no_such_option"),
-        ({"policy": "auto", "percent": [100, 0] * 3}, UsageError, "--percent"),
+        ({"policy": "auto", "percent": [100, 0] * 3}, UsageError, "percent"),
     ],
 )
 def test_errors_are_raised_and_leave_nothing(job, batch, capfd, options, error, words):
@@ -141,6 +141,6 @@ def test_errors_are_raised_and_leave_nothing(job, batch, capfd, options, error, 
 
 def test_a_job_with_other_options_is_refused_and_overwrite_replaces_it(job, batch):
     batch()
-    with pytest.raises(UsageError, match="--seed was 0 and is 3"):
+    with pytest.raises(UsageError, match="seed was 0 and is 3"):
         batch(seed=3)
     assert batch(seed=3, overwrite=True).rows_ok == len(ROWS)

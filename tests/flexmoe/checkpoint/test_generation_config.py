@@ -70,7 +70,7 @@ def test_config_is_the_models_none_or_another(tmp_path):
 
 
 def test_config_that_is_missing_or_damaged_is_told(tmp_path):
-    with pytest.raises(InputMissingError, match="--generation-config"):
+    with pytest.raises(InputMissingError, match="generation_config"):
         generation_config(str(tmp_path), {})
     for content in ("{", '{"top_k": NaN}', "[]", '{"a": 1, "a": 2}'):
         (tmp_path / "generation_config.json").write_text(content)

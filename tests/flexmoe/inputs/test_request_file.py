@@ -125,7 +125,7 @@ def test_first_faults_are_told_together(tmp_path):
         RequestFile.open(path)
     told = str(caught.value).split("\n")
     assert [line.split(":")[1].strip() for line in told[:MOST_FAULTS_LISTED]] == [f"line {n}" for n in range(1, 20, 2)]
-    assert told[MOST_FAULTS_LISTED] == "and perhaps more" and "--on-invalid record" in told[-1]
+    assert told[MOST_FAULTS_LISTED] == "and perhaps more" and "on_invalid='record'" in told[-1]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n \r\n", b"\xef\xbb\xbf"])

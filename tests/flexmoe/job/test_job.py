@@ -230,7 +230,7 @@ def test_an_output_that_is_not_the_jobs_is_kept_until_overwrite_is_given(runner)
     runner.write([{"prompt": [9]}])
     runner.output.write_text("old")
     runner.errors.write_text("old errors")
-    with pytest.raises(UsageError, match="--overwrite"):
+    with pytest.raises(UsageError, match="overwrite=True"):
         runner.run()
     with pytest.raises(RuntimeError, match="engine crashed"):
         runner.run(FakeEngine(crash_at=[1]), files={"overwrite": True})

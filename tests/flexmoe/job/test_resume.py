@@ -180,7 +180,7 @@ def test_a_job_whose_rows_are_all_done_is_published_without_an_engine(bare, monk
     "files, rows, kind, told",
     [
         ({}, [{"prompt": [8]}], DataError, "the input file has changed"),
-        ({"options": InputOptions(on_invalid="record")}, None, UsageError, "--on-invalid was fail and is record"),
+        ({"options": InputOptions(on_invalid="record")}, None, UsageError, "on_invalid was fail and is record"),
     ],
 )
 def test_another_job_is_refused_and_overwrite_starts_it(bare, files, rows, kind, told):
@@ -198,7 +198,7 @@ def test_another_identity_is_refused(bare):
     bare.write([{"prompt": [9]}])
     with pytest.raises(RuntimeError):
         bare.run(FakeEngine(crash_at=[1]), identity={"seed": 1})
-    with pytest.raises(UsageError, match="--seed was 1 and is 2"):
+    with pytest.raises(UsageError, match="seed was 1 and is 2"):
         bare.run(identity={"seed": 2})
 
 

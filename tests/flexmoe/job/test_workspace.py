@@ -74,11 +74,11 @@ def test_a_second_start_goes_on_with_the_rows_and_the_time_of_the_first(opened):
     [
         ({"input": "zz"}, DataError, "the input file has changed"),
         ({"weights": "zz"}, DataError, "weights are others"),
-        ({"tokenizer": "zz", "gen_len": 64}, DataError, "--gen-len was 32 and is 64"),
-        ({"gen_len": 64}, UsageError, "--gen-len was 32 and is 64"),
-        ({"seed": 7}, UsageError, "--seed was 0 and is 7"),
-        ({"chat_template": "t.jinja"}, UsageError, "--chat-template was not given and is t.jinja"),
-        ({"shard": (0, 2)}, UsageError, "--shard was not given and is 0/2"),
+        ({"tokenizer": "zz", "gen_len": 64}, DataError, "gen_len was 32 and is 64"),
+        ({"gen_len": 64}, UsageError, "gen_len was 32 and is 64"),
+        ({"seed": 7}, UsageError, "seed was 0 and is 7"),
+        ({"chat_template": "t.jinja"}, UsageError, "chat_template was not given and is t.jinja"),
+        ({"shard": (0, 2)}, UsageError, "shard was not given and is 0/2"),
     ],
     ids=str,
 )
@@ -86,7 +86,7 @@ def test_another_job_is_refused_with_what_differs(opened, change, kind, told):
     begun(opened())
     with pytest.raises(kind, match="holds another job") as caught:
         opened(manifest(**change))
-    assert told in str(caught.value) and "--overwrite" in str(caught.value)
+    assert told in str(caught.value) and "overwrite=True" in str(caught.value)
     assert 1 in opened().journal, "what was there is there still"
 
 
@@ -258,7 +258,7 @@ def test_a_file_that_is_not_the_jobs_is_not_replaced_without_being_told(opened, 
 def test_a_damaged_manifest_is_an_error_that_names_the_way_out(opened, output, text):
     work_directory(output).mkdir()
     (work_directory(output) / "manifest.json").write_text(text)
-    with pytest.raises(DataError, match="--overwrite"):
+    with pytest.raises(DataError, match="overwrite=True"):
         opened()
     assert opened(overwrite=True).finished is None
 

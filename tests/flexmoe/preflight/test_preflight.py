@@ -123,7 +123,7 @@ def test_a_template_that_never_ends_fails_the_job_instead_of_taking_days(rows, t
     monkeypatch.setattr("flexmoe.preflight.preflight._MOST_ENDLESS", 2)
     build_tokenizer(tmp_path / "t", chat_template="{{ 'x' * 10**12 }}")
     given = rows([{"messages": [{"role": "user", "content": "a"}]}] * 50)
-    with pytest.raises(DataError, match="does not come to an end.*on 3 rows.*--chat-template"):
+    with pytest.raises(DataError, match="does not come to an end.*on 3 rows.*chat_template"):
         found(given, make_setup(str(tmp_path / "t")), workers=workers)
 
 

@@ -249,7 +249,7 @@ def test_a_job_is_warned_once_of_rows_for_another_model_unless_they_fail():
     told = ServedModel.of("/models/mixtral").warning(models)
     assert (
         told.startswith('line 7: the row asks for the model "gpt-4o"')
-        and "--strict-model" in told
+        and "strict_model=True" in told
         and "llama" not in told
     )
     assert ServedModel.of("/models/mixtral", strict=True).warning(models) is None

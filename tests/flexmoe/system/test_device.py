@@ -120,7 +120,7 @@ def test_auto_is_the_cpu_where_there_is_no_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert Device("auto").torch.type == "cpu"
     for name in ("cuda", "cuda:1"):
-        with pytest.raises(UsageError, match="finds no CUDA device; use --device cpu"):
+        with pytest.raises(UsageError, match="finds no CUDA device; use device='cpu'"):
             Device(name)
 
 
