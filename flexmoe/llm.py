@@ -287,7 +287,7 @@ class LLM:
         e = self.engine
         totals = e.sweeps.totals
         lanes = {
-            lane: {"bytes": t.nbytes, "busy_s": t.busy_s, "active_s": t.active_s}
+            lane: {"bytes": t.nbytes, "busy_s": t.busy_s, "worker_s": t.worker_s}
             for lane, t in e.recorder.totals().items()
         }
         memory = e.plan.memory

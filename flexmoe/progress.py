@@ -6,18 +6,24 @@ Rows are a poor measure of what is left, because the longest come first: the est
 from __future__ import annotations
 
 import logging
+import os
+import re
+import shutil
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 log = logging.getLogger(__name__)
 LOG_INTERVAL_S = 30.0
 #: Rates called recent are of so many seconds.
 _RECENT_S = 60.0
 _DRAW_INTERVAL_S = 0.5
+#: A line that `Steps` logs.
+_STEP_LINE = re.compile(r", step (\d+) of (\d+): (.+)$")
+_STEPS_BAR = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
 _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} rows [{elapsed}{postfix}]"
 
 
@@ -180,7 +186,59 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+class Steps:
+    """Names the steps of something that takes a minute: beside a bar, or in a line each.
+
+    Args:
+        what: they are steps of.
+        bar: draw a bar.
+    """
+
+    def __init__(self, what: str, *, bar: bool) -> None:
+        self._what, self._shows_bar = what, bar
+        self._bar: Any = None
+
+    def begin(self, number: int, total: int, name: str) -> None:
+        """A step begins.
+
+        Args:
+            number: its place, from 1.
+            total: how many there are.
+        """
+        if not self._shows_bar:
+            log.info("%s, step %d of %d: %s", self._what, number, total, name)
+            return
+        if self._bar is None:
+            self._bar = _tqdm(total, 0, desc=self._what, unit="step", leave=False, bar_format=_STEPS_BAR)
+        self._bar.set_postfix_str(name, refresh=False)
+        self._bar.n = number - 1
+        self._bar.refresh()
+
+    def relay(self, line: str) -> None:
+        """A line of another process: shows the step, if it names one."""
+        if found := _STEP_LINE.search(line):
+            self.begin(int(found[1]), int(found[2]), found[3])
+
+    def __enter__(self) -> Steps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
 def _tqdm(rows: int, done: int, **options: Any) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=rows, initial=done, unit="row", file=sys.stderr, **{"bar_format": _BAR, **options})
+    # A terminal that does not know its width says 0, and tqdm would draw nothing.
+    columns = shutil.get_terminal_size().columns if _width(sys.stderr) == 0 else None
+    given = {"unit": "row", "bar_format": _BAR, "ncols": columns, **options}
+    return tqdm(total=rows, initial=done, file=sys.stderr, **given)
+
+
+def _width(stream: TextIO) -> int | None:
+    """Columns of a terminal, 0 where it does not know; None of what is no terminal."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return None

@@ -251,7 +251,7 @@ def describe(asked: Sequence[float], achieved: Sequence[float], what: str = "wei
         >>> describe((10, 20, 70), (10.2, 19.8, 70.0))
         'weights: asked 10/20/70 %, placed 10.2/19.8/70.0 %'
     """
-    asked_text = "/".join(f"{percent:g}" for percent in asked)
+    asked_text = "/".join(f"{round(percent, 2):g}" for percent in asked)
     achieved_text = "/".join(f"{percent:.1f}" for percent in achieved)
     return f"{what}: asked {asked_text} %, placed {achieved_text} %"
 

@@ -13,7 +13,7 @@ from cost_model.memory.allocation import PAGE_TOKENS, Allocation, entry_bytes, s
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import unit_slack_bytes
 from policies.common.errors import InfeasibleError
-from policies.common.memory_units import GIB, SYSTEM_PAGE_BYTES
+from policies.common.memory_units import GIB, SYSTEM_PAGE_BYTES, in_units
 from policies.common.option_names import option
 from policies.placement import TIERS
 from policies.policy import Policy
@@ -68,7 +68,7 @@ class MemoryPlan:
                 largest = max(items, key=items.__getitem__)
                 raise InfeasibleError(
                     f"the {name} memory needs {need / GIB:.3f} GiB but has {budget / GIB:.3f} GiB: "
-                    f"{need - budget} bytes are missing; the largest item is {largest} with "
+                    f"{in_units(need - budget)} are missing; the largest item is {largest} with "
                     f"{items[largest] / GIB:.3f} GiB; {(remedy or remedies())[name]}"
                 )
 

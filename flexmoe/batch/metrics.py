@@ -46,7 +46,17 @@ _OF_SWEEPS = (
     "sweep_s",
 )
 _OF_PARTS = ("lanes", "memory", "moved_bytes", "peak_bytes", "expert_cache")
-_OF_ENGINE = ("predicted", "achieved_weight_percent", "policy", "workload", "device", "dtype")
+_OF_ENGINE = (
+    "predicted",
+    "asked_weight_percent",
+    "achieved_weight_percent",
+    "asked_cache_percent",
+    "achieved_cache_percent",
+    "policy",
+    "workload",
+    "device",
+    "dtype",
+)
 
 
 def metrics_record(
@@ -82,7 +92,10 @@ def metrics_record(
         "predicted": None if predicted is None else predicted_metrics(predicted),
         "peak_process_bytes": peak_process_bytes(),
         "peak_gpu_bytes": peak_gpu_bytes(engine),
+        "asked_weight_percent": list(engine.plan.asked_weight_percent),
         "achieved_weight_percent": list(engine.plan.allocation.placement.achieved_percent),
+        "asked_cache_percent": list(engine.plan.asked_cache_percent),
+        "achieved_cache_percent": list(engine.plan.achieved_cache_percent),
         "policy": asdict(engine.config.policy),
         "workload": engine.config.workload.to_json(),
         "device": str(engine.device.torch),
@@ -146,6 +159,6 @@ def predicted_metrics(predicted: Simulation) -> dict[str, Any]:
         "wall_s": predicted.job_s,
         "generated_tokens_per_s": predicted.tokens_per_s,
         "sweeps": predicted.sweeps,
-        "lanes": {lane: {"active_s": seconds} for lane, seconds in sorted(predicted.lanes_s.items())},
+        "lanes": {lane: {"busy_s": seconds} for lane, seconds in sorted(predicted.lanes_s.items())},
         "peak_bytes": {tier: predicted.memory.total(tier) for tier in predicted.memory.parts},
     }

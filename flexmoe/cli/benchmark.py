@@ -11,7 +11,8 @@ from flexmoe.batch.metrics import metrics_record
 from flexmoe.batch.options import RunOptions
 from flexmoe.batch.plan import plan_run, save_policy
 from flexmoe.batch.run_batch import write_files
-from flexmoe.cli.report import cache_and_weight_lines, engine_file_lines, flexllmgen_lines, measured_lines, plan_lines
+from flexmoe.cli.report import cache_and_weight_lines, detail_lines, engine_file_lines, flexllmgen_lines, plan_lines
+from flexmoe.cli.summary import summary_lines
 from flexmoe.errors import UsageError
 from flexmoe.llm import LLM
 from flexmoe.params import EngineRequest, SamplingParams
@@ -62,8 +63,11 @@ class Benchmark:
         return Measured(workload=workload, longest_row=self.prompt_len + options.gen_len, rows=rows)
 
 
-def run_benchmark(options: RunOptions, benchmark: Benchmark) -> int:
-    """Runs it and prints FlexLLMGen's summary; returns the exit code.
+def run_benchmark(options: RunOptions, benchmark: Benchmark, *, verbose: bool = False) -> int:
+    """Runs it and prints FlexLLMGen's summary and ours; returns the exit code.
+
+    Args:
+        verbose: print lanes and shares too.
 
     Raises:
         FlexMoEError: it cannot run.
@@ -74,12 +78,14 @@ def run_benchmark(options: RunOptions, benchmark: Benchmark) -> int:
     save_policy(options, model, plan)
     say(*plan_lines(plan))
     with contextlib.closing(LLM(model, policy=plan.policy, workload=plan.measured.workload, **plan.options)) as llm:
-        say(*cache_and_weight_lines(llm.engine.plan))
+        if verbose:
+            say(*cache_and_weight_lines(llm.engine.plan))
         rows = _run(llm, options, benchmark)
         metrics = metrics_record(llm.metrics(), llm.engine, rows, 0, predicted=plan.predicted)
         say(
             *flexllmgen_lines(metrics, llm.engine, rows, options.gen_len, benchmark.cut_gen_len),
-            *measured_lines(metrics, llm.engine, plan.predicted),
+            *(detail_lines(metrics, llm.engine, plan.predicted) if verbose else ()),
+            *summary_lines(metrics, llm.engine.plan, plan.predicted),
         )
         write_files(options, metrics, llm.engine)
         say(*engine_file_lines(options, llm.engine))

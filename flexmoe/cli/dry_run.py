@@ -11,7 +11,6 @@ from flexmoe.batch.plan import plan_run, save_policy
 from flexmoe.cli.report import dry_run_lines, plan_lines, row_lines
 from flexmoe.inputs.options import open_requests
 from flexmoe.inputs.request_file import Rows
-from flexmoe.job.job import warn_of_other_model
 from flexmoe.models.loader import Model
 from flexmoe.openai.response import creation_time_s
 from flexmoe.preflight.lengths import Measured
@@ -49,10 +48,10 @@ def _look(options: RunOptions, model: Model) -> Preflight:
     output, _ = files.outputs()
     setup = preparer_setup(options, model).at(creation_time_s())
     with open_requests(files.input, files.options, output.parent) as requests:
-        warn_of_other_model(setup, requests)
         rows = Rows(requests=requests, numbers=files.row_numbers(len(requests)))
         found = preflight(rows, setup, bar=sys.stderr.isatty())
-        say(*row_lines(found, rows))
+        note = setup.served().note(requests.models)
+        say(*row_lines(found, rows), *([] if note is None else [f"note: {note}"]))
         return found
 
 

@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s"
     )
-    logging.getLogger("flexmoe.probing").setLevel(logging.INFO)  # progress
+    logging.getLogger("flexmoe.progress").setLevel(logging.INFO)
     check_writable(args.output_file)
     hardware = probe(args.device, args.dir)
     hardware.save(args.output_file)

@@ -15,12 +15,12 @@ from flexmoe.cli.benchmark import run_benchmark
 from flexmoe.cli.dry_run import dry_run
 from flexmoe.cli.report import (
     cache_and_weight_lines,
+    detail_lines,
     engine_file_lines,
-    measured_lines,
     nothing_ran_lines,
     plan_lines,
-    result_lines,
 )
+from flexmoe.cli.summary import note_lines, result_lines, summary_lines
 from flexmoe.engine.engine import Engine
 from flexmoe.job.result import JobResult
 from flexmoe.system.interrupts import Interrupts, Terminated
@@ -40,20 +40,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _Speaker(Listener):
     """Prints what a person wants to know of a run, when it is known."""
 
-    def __init__(self, options: RunOptions) -> None:
-        self._options = options
+    def __init__(self, options: RunOptions, verbose: bool) -> None:
+        self._options, self._verbose = options, verbose
         self.has_run = False
 
     def planned(self, plan: RunPlan) -> None:
         say(*plan_lines(plan))
 
     def loaded(self, engine: Engine) -> None:
-        say(*cache_and_weight_lines(engine.plan))
+        if self._verbose:
+            say(*cache_and_weight_lines(engine.plan))
 
     def ran(self, engine: Engine, plan: RunPlan, result: JobResult) -> None:
         self.has_run = True
-        say(*result_lines(result), *measured_lines(result.metrics, engine, plan.predicted))
-        say(*engine_file_lines(self._options, engine))
+        if self._verbose:
+            say(*detail_lines(result.metrics, engine, plan.predicted))
+        say(*result_lines(result), *summary_lines(result.metrics, engine.plan, plan.predicted))
+        say(*engine_file_lines(self._options, engine), *note_lines(result))
 
 
 def _interruptible(command: Command) -> int:
@@ -74,13 +77,13 @@ def _run(command: Command, interrupts: Interrupts) -> int:
     if command.dry_run:
         return dry_run(options, None if benchmark is None else benchmark.rows(options))
     if benchmark is not None:
-        return run_benchmark(options, benchmark)
-    return _job(options, interrupts)
+        return run_benchmark(options, benchmark, verbose=command.verbose)
+    return _job(options, interrupts, verbose=command.verbose)
 
 
-def _job(options: RunOptions, interrupts: Interrupts) -> int:
-    speaker = _Speaker(options)
+def _job(options: RunOptions, interrupts: Interrupts, *, verbose: bool) -> int:
+    speaker = _Speaker(options, verbose)
     result = run_job(options, listener=speaker, interrupts=interrupts, show_bar=sys.stderr.isatty())
     if not speaker.has_run:
-        say(*result_lines(result), *nothing_ran_lines(options))
+        say(*result_lines(result), *nothing_ran_lines(options), *note_lines(result))
     return EXIT_ROWS_FAILED if result.rows_failed else 0

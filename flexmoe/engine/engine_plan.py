@@ -19,7 +19,7 @@ from flexmoe.errors import InfeasibleError
 from flexmoe.models.loader import Model, compute_dtype
 from flexmoe.system.device import Device
 from flexmoe.system.machine import available_host_bytes, free_disk_bytes
-from policies.common.memory_units import GIB
+from policies.common.memory_units import GIB, in_units
 from policies.common.option_names import option
 from policies.placement import TIERS, describe
 from policies.policy import Policy
@@ -94,18 +94,30 @@ class EnginePlan:
             largest_row_tokens=_largest_row_tokens(allocation, config.longest_row),
         )
 
+    @property
+    def asked_weight_percent(self) -> tuple[float, float, float]:
+        """(GPU, CPU, disk) of the weights as the policy says."""
+        return _three(self.policy.w_gpu_percent, self.policy.w_cpu_percent)
+
+    @property
+    def asked_cache_percent(self) -> tuple[float, float, float]:
+        """The same of the KV cache."""
+        return _three(self.policy.cache_gpu_percent, self.policy.cache_cpu_percent)
+
+    @property
+    def achieved_cache_percent(self) -> tuple[float, float, float]:
+        """The KV cache in whole pages."""
+        pages = self.allocation.kv_pages
+        gpu, cpu, disk = (100 * pages[tier] / sum(pages.values()) for tier in TIERS)
+        return gpu, cpu, disk
+
     def describe_weights(self) -> str:
         """Asked and achieved shares of the weights."""
-        p = self.policy
-        asked = (p.w_gpu_percent, p.w_cpu_percent, 100 - p.w_gpu_percent - p.w_cpu_percent)
-        return describe(asked, self.allocation.placement.achieved_percent)
+        return describe(self.asked_weight_percent, self.allocation.placement.achieved_percent)
 
     def describe_cache(self) -> str:
         """Asked and achieved shares of the KV cache."""
-        p, pages = self.policy, self.allocation.kv_pages
-        asked = (p.cache_gpu_percent, p.cache_cpu_percent, 100 - p.cache_gpu_percent - p.cache_cpu_percent)
-        total = sum(pages.values())
-        return describe(asked, tuple(100 * pages[t] / total for t in TIERS), "KV cache")
+        return describe(self.asked_cache_percent, self.achieved_cache_percent, "KV cache")
 
     def memory_lines(self) -> list[str]:
         """Bytes per tier beside the budget, largest items first."""
@@ -117,6 +129,11 @@ class EnginePlan:
             detail = ", ".join(f"{name} {size / GIB:.3f}" for name, size in largest if size >= GIB / 2000)
             lines.append(f"memory {tier:>4}: {self.memory.total(tier) / GIB:.3f} GiB{limit} ({detail})")
         return lines
+
+
+def _three(gpu: float, cpu: float) -> tuple[float, float, float]:
+    """With the rest, which is on disk; no less than nothing, though floats may say so."""
+    return gpu, cpu, max(0.0, 100 - gpu - cpu)
 
 
 def _largest_row_tokens(allocation: Allocation, longest_row: int | None) -> int:
@@ -177,5 +194,5 @@ def _check_disk(directory: Path, written_bytes: int) -> None:
     if written_bytes > free:
         raise InfeasibleError(
             f"the disk tier writes {written_bytes / GIB:.3f} GiB to {directory}, which has {free / GIB:.3f} GiB free: "
-            f"{written_bytes - free} bytes are missing; choose another {option('offload_dir')} or lower the disk shares"
+            f"{in_units(written_bytes - free)} are missing; choose another {option('offload_dir')} or lower the disk shares"
         )

@@ -22,7 +22,7 @@ from typing import Any
 
 from flexmoe.errors import UsageError
 from flexmoe.inputs.options import InputOptions, open_requests
-from flexmoe.inputs.request_file import RequestFile, Rows
+from flexmoe.inputs.request_file import Rows
 from flexmoe.job.identity import versions
 from flexmoe.job.manifest import Finished, Manifest
 from flexmoe.job.output_files import PathLike, publish, remove, resolve_outputs
@@ -37,7 +37,8 @@ from flexmoe.preflight.prepare import Preparer
 from flexmoe.preflight.prepare_setup import PreparerSetup
 from flexmoe.system.interrupts import Interrupts
 
-log = logging.getLogger(__name__)
+#: What is told whether or not the user asks for a log.
+log = logging.getLogger("flexmoe.progress")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +155,7 @@ class Job:
         Raises:
             DataError, StorageError: as `preflight`.
         """
-        warn_of_other_model(self._setup, self._rows.requests)
+        self._tell_what_is_resumed()
         journal, preparer = self._workspace.journal, self._setup.preparer()
         bar = self._stream_options.bar
         self._found = preflight(self._rows, self._setup, preparer=preparer, done=journal.__contains__, bar=bar)
@@ -252,11 +253,12 @@ class Job:
             error_path=None if finished.errors is None else self._errors,
             wall_s=0.0 if was_finished else time.monotonic() - self._start_s,
             was_finished=was_finished,
+            note=self._setup.served().note(self._rows.requests.models),
         )
 
-
-def warn_of_other_model(setup: PreparerSetup, requests: RequestFile) -> None:
-    """Warns, once, where rows ask for a model that is not the one that runs."""
-    warning = setup.served().warning(requests.models)
-    if warning is not None:
-        log.warning("%s: %s", requests.name, warning)
+    def _tell_what_is_resumed(self) -> None:
+        journal, rows = self._workspace.journal, len(self._rows)
+        begun, tokens = len(journal.partial_rows), journal.recovered_tokens
+        if journal.rows_done or begun:
+            told = "resuming %s: %d of %d rows are done, and %d are begun, with %d tokens"
+            log.info(told, self._output, journal.rows_done, rows, begun, tokens)

@@ -18,6 +18,7 @@ class JobResult:
         output_path, error_path: the files, links followed; ``error_path`` is None where no row failed.
         wall_s: seconds from the first read of the input to the output under its final name; 0 where it was there.
         was_finished: nothing was left to do.
+        note: what the user may not expect of the answers: rows that name another model.
         metrics: what this start has measured, by the names of ``--metrics-json``; empty where nobody measured.
     """
 
@@ -30,4 +31,5 @@ class JobResult:
     error_path: Path | None
     wall_s: float
     was_finished: bool = False
+    note: str | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)

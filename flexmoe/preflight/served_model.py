@@ -37,15 +37,14 @@ class ServedModel:
             return None
         return f"the row asks for the model {show(asked)}, and the one that runs is {min(self.names, key=len)}"
 
-    def warning(self, models: Mapping[str, int]) -> str | None:
-        """The warning of a job in which rows ask for another model and do not fail; None where none do.
+    def note(self, models: Mapping[str, int]) -> str | None:
+        """One line about a job in which rows ask for another model and do not fail; None where none do.
 
         Args:
             models: the names that rows give, each with the number of the first line that does.
         """
-        mismatches = {line: self.mismatch(name) for name, line in models.items()}
-        line = next((line for line, mismatch in mismatches.items() if mismatch), None)
-        if line is None or self.strict:
+        name = next((name for name in models if self.mismatch(name)), None)
+        if name is None or self.strict:
             return None
-        strict = option("strict_model", True)
-        return f"line {line}: {mismatches[line]}; such rows run all the same ({strict} makes error rows of them)"
+        ran = min(self.names, key=len)
+        return f"line {models[name]} names the model {show(name)}; {ran} answered ({option('strict_model', True)} refuses such rows)"

@@ -16,6 +16,7 @@ from cost_model.hardware.cache import PATTERN, cache_directory
 from cost_model.hardware.hardware import Gpu, Hardware
 from flexmoe.errors import FlexMoEError, InfeasibleError, InputMissingError, StorageError, UsageError
 from flexmoe.probing.facts import capacities, circumstances
+from flexmoe.progress import Steps
 from flexmoe.system.device import Device
 from policies.common.option_names import option
 
@@ -63,13 +64,16 @@ def _measured_apart(device: str, directory: Path) -> Hardware:
     with tempfile.TemporaryDirectory(prefix="flexmoe-probe-") as scratch:
         out = Path(scratch) / "machine.json"
         command = [*_COMMAND, "-o", str(out), "--device", device, "--dir", str(directory)]
-        last = ""
-        with subprocess.Popen(
-            command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
-        ) as child:
+        last, steps = "", Steps("measuring this machine", bar=sys.stderr.isatty())
+        with (
+            steps,
+            subprocess.Popen(
+                command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+            ) as child,
+        ):
             for line in child.stderr or ():
                 last = line.strip() or last
-                log.info("%s", last)
+                steps.relay(last)
         if child.returncode != 0:
             kind = _ERRORS.get(child.returncode, FlexMoEError)
             said = last.removeprefix("flexmoe: ").replace("--dir", option("offload_dir"))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -30,12 +30,14 @@ from flexmoe.probing.kv import SHAPES, kv_block_costs, kv_rates
 from flexmoe.probing.latency import disk_latency, handoff_s, streaming_arch, streaming_core_s_per_byte
 from flexmoe.probing.sweeps import overheads
 from flexmoe.probing.timing import WeightArena
+from flexmoe.progress import Steps
 from flexmoe.system.device import Device, keep_freed_memory
 from flexmoe.system.direct_io import PIECE_BYTES, READ_THREADS
 from flexmoe.system.machine import cpu_name, filesystem
 from policies.common.memory_units import MIB
 
-log = logging.getLogger(__name__)
+#: What the steps of a measurement are steps of.
+MEASURING = "measuring this machine"
 
 
 @dataclass(slots=True)
@@ -86,18 +88,18 @@ def probe(device: str = "auto", directory: str | Path = OFFLOAD_DIR, effort: Eff
         device=dev, directory=directory, effort=(effort or Effort()).bounded(limit), dtypes=compute_dtypes(dev)
     )
     found.put(_capacity_source(dev, limit), **capacities(dev, directory))
-    begin, others = time.perf_counter(), Others()
+    others = Others()
     try:
-        for what, step in _STEPS.items():
-            log.info("%5.1f s  measuring %s", time.perf_counter() - begin, what)
-            step(setting, found)
+        with Steps(MEASURING, bar=sys.stderr.isatty()) as steps:
+            for number, (what, step) in enumerate(_STEPS.items(), 1):
+                steps.begin(number, len(_STEPS), what)
+                step(setting, found)
     except torch.OutOfMemoryError as error:
         raise InfeasibleError(
             f"the GPU has too little free memory to be measured ({str(error).splitlines()[0]}); end what else uses it"
         ) from error
     finally:
         _give_back(dev)
-    log.info("%5.1f s  done", time.perf_counter() - begin)
     return _hardware(dev, found, others.sentence())
 
 

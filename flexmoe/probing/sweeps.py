@@ -175,7 +175,7 @@ def timed_sweeps(
         totals = engine.recorder.totals()
         return Timed(
             sweep_s=statistics.median(each.wall_s for each in engine.sweeps.since(_WARM)),
-            lanes_s={lane: total.busy_s / sweeps for lane, total in totals.items()},
+            lanes_s={lane: total.worker_s / sweeps for lane, total in totals.items()},
         )
     finally:
         engine.close()

@@ -27,13 +27,13 @@ class LaneTotals:
 
     Attributes:
         nbytes: bytes moved.
-        busy_s: busy seconds of its workers, added up.
-        active_s: seconds in which at least one worker was busy.
+        busy_s: seconds in which at least one of its workers was at work.
+        worker_s: seconds of work of its workers, added up.
     """
 
     nbytes: int = 0
     busy_s: float = 0.0
-    active_s: float = 0.0
+    worker_s: float = 0.0
 
     @property
     def bytes_per_s(self) -> float:
@@ -62,9 +62,9 @@ class Recorder:
         with self._lock:
             totals = self._totals.setdefault(lane, LaneTotals())
             totals.nbytes += nbytes
-            totals.busy_s += end_s - start_s
+            totals.worker_s += end_s - start_s
             recent = self._active.setdefault(lane.split("/")[0], [])
-            totals.active_s += _newly_covered(recent, start_s, end_s)
+            totals.busy_s += _newly_covered(recent, start_s, end_s)
             if self._keep_spans and len(self._spans) < _MAX_SPANS:
                 self._spans.append((lane, name, start_s, end_s, nbytes))
 
@@ -105,7 +105,7 @@ class Recorder:
                 entry = result.setdefault(lane if by_worker else lane.split("/")[0], LaneTotals())
                 entry.nbytes += t.nbytes
                 entry.busy_s += t.busy_s
-                entry.active_s += t.active_s
+                entry.worker_s += t.worker_s
         return result
 
     def reset_totals(self) -> None:

@@ -154,15 +154,15 @@ def _predicted(name: str, prediction: Prediction, measured: Mapping) -> list[Fig
         ),
     ]
     for lane in sorted({*prediction.lanes_s, *measured["lanes"]}):
-        did = measured["lanes"].get(lane, {"active_s": 0.0, "busy_s": 0.0, "bytes": 0})
+        did = measured["lanes"].get(lane, {"busy_s": 0.0, "worker_s": 0.0, "bytes": 0})
         expected_s = prediction.lanes_s.get(lane, 0.0) * prediction.sweep_s / prediction.wall_s
         moved = f", {did['bytes'] / measured['wall_s'] / 1e9:.1f} GB/s over the run" if did["bytes"] else ""
         figures.append(
             Figure(
                 what=f"{name}: lane {lane} at work",
-                value=f"{did['active_s'] / sweeps:.3f} s a sweep (its workers together {did['busy_s'] / sweeps:.3f}){moved}",
+                value=f"{did['busy_s'] / sweeps:.3f} s a sweep (its workers together {did['worker_s'] / sweeps:.3f}){moved}",
                 beside=f"predicted: {expected_s:.3f} s of {prediction.sweep_s:.3f} s",
-                ratio=did["active_s"] / sweeps / expected_s if expected_s else None,
+                ratio=did["busy_s"] / sweeps / expected_s if expected_s else None,
             )
         )
     return figures

@@ -158,8 +158,8 @@ def steady(
         "host_waits_per_sweep": waits / len(done),
         "lanes": {
             lane: {
+                "worker_s": t.worker_s - _of(before, lane).worker_s,
                 "busy_s": t.busy_s - _of(before, lane).busy_s,
-                "active_s": t.active_s - _of(before, lane).active_s,
                 "bytes": t.nbytes - _of(before, lane).nbytes,
             }
             for lane, t in after.items()

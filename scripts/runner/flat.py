@@ -74,6 +74,7 @@ def run(checkpoint: Path, directory: Path, rows: int) -> Run:
     source, output, metrics = directory / "in.jsonl", directory / "out.jsonl", directory / "metrics.json"
     write_rows(source, rows)
     command = [sys.executable, "-m", "flexmoe.run", "--model", str(checkpoint), "-i", str(source), "-o", str(output)]
+    command += ["--percent", "100", "0", "100", "0", "100", "0"]
     command += [
         "--metrics-json",
         str(metrics),

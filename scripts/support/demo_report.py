@@ -51,9 +51,9 @@ def compared(metrics: Mapping, predicted: Simulation) -> list[str]:
         _row("whole job", f"{predicted.job_s:.2f}", f"{measured_s:.2f}") + f"   the prediction is off by {off:+.1f} %",
     ]
     for lane, predicted_s in predicted.lanes_s.items():
-        active_s = metrics["lanes"].get(lane, {}).get("active_s", 0.0)
-        if max(predicted_s, active_s) >= LEAST_S:
-            rows.append(_row(f"  {lane}", f"{predicted_s:.2f}", f"{active_s:.2f}"))
+        busy_s = metrics["lanes"].get(lane, {}).get("busy_s", 0.0)
+        if max(predicted_s, busy_s) >= LEAST_S:
+            rows.append(_row(f"  {lane}", f"{predicted_s:.2f}", f"{busy_s:.2f}"))
     return [
         *rows,
         "(its rates were measured once: a machine that is busier or idler by now is slower or faster than predicted)",

@@ -87,9 +87,7 @@ def _run(llm: LLM, requests: list[EngineRequest], disk_rate: Callable[[], float]
             raise RuntimeError(output.error)
     disk_after, cpu_after = disk_rate(), cpu_rate()
     after = llm.metrics()
-    lanes = {
-        lane: t["active_s"] - before["lanes"].get(lane, {}).get("active_s", 0.0) for lane, t in after["lanes"].items()
-    }
+    lanes = {lane: t["busy_s"] - before["lanes"].get(lane, {}).get("busy_s", 0.0) for lane, t in after["lanes"].items()}
     return Run(
         wall_s=after["wall_s"] - before["wall_s"],
         sweeps=after["sweeps"] - before["sweeps"],

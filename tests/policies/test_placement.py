@@ -218,4 +218,5 @@ def test_batches_are_interleaved_evenly():
 def test_describe_sets_achieved_beside_asked():
     line = describe((10, 20, 70), (10.2, 19.8, 70.0))
     assert line == "weights: asked 10/20/70 %, placed 10.2/19.8/70.0 %"
+    assert describe((100, 0, 7.1e-15), (100.0, 0.0, 0.0)) == "weights: asked 100/0/0 %, placed 100.0/0.0/0.0 %"
     assert describe((0, 100, 0), (0.0, 100.0, 0.0), "cache") == "cache: asked 0/100/0 %, placed 0.0/100.0/0.0 %"

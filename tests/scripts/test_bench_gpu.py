@@ -146,7 +146,7 @@ def test_steady_state_is_entered_with_kv_on_disk_too(tmp_path):
     assert measured["planned"]["disk"]["kv"] > 0
     read = measured["lanes"]["disk_read"]
     assert (
-        0 < read["active_s"] <= read["busy_s"]
+        0 < read["busy_s"] <= read["worker_s"]
         and read["bytes"] > measured["sweeps"] * measured["planned"]["disk"]["weights"]
     )
 

@@ -77,7 +77,7 @@ METRICS = {
         "cpu": {"planned_bytes": 40 << 20, "weights": 25 << 20, "kv": 15 << 20},
         "disk": {"planned_bytes": 70 << 20, "weights": 70 << 20},
     },
-    "lanes": {"gpu": {"active_s": 6.0}, "disk_read": {"active_s": 2.0}, "d2h": {"active_s": 0.001}},
+    "lanes": {"gpu": {"busy_s": 6.0}, "disk_read": {"busy_s": 2.0}, "d2h": {"busy_s": 0.001}},
 }
 
 

@@ -178,9 +178,7 @@ def test_a_hardware_file_and_the_last_measurement_are_machines(judged, main, tmp
 
 
 def test_the_published_example_is_refused_with_its_bytes_and_predicted_on_demand(main, judged):
-    assert_one_sentence(
-        main(*SHAPE, *MACHINE, *PUBLISHED), 4, "the gpu memory needs 50.", "bytes are missing", "weights"
-    )
+    assert_one_sentence(main(*SHAPE, *MACHINE, *PUBLISHED), 4, "the gpu memory needs 50.", "are missing", "weights")
     report = judged(*SHAPE, *MACHINE, *PUBLISHED, "--ignore-memory")
     assert report["memory_bytes"]["gpu"]["weights"] > 46 * GIB
     assert report["policy_file"]["predicted"]["tokens_per_s"] > 0

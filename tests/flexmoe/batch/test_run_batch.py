@@ -123,7 +123,7 @@ def test_signals_are_left_to_the_caller(batch):
     "options, error, words",
     [
         ({"model": "/no/such/model"}, InputMissingError, "/no/such/model"),
-        ({"gpu_mem": 0.0001}, InfeasibleError, "bytes are missing"),
+        ({"gpu_mem": 0.0001}, InfeasibleError, "are missing"),
         ({"policy": "/no/such/policy.json"}, InputMissingError, "/no/such/policy.json"),
         ({"trace": "/no/such/t.json"}, StorageError, "/no/such"),
         ({"chat_template": "{% for %}"}, DataError, "chat template"),

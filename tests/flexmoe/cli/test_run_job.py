@@ -127,19 +127,20 @@ def test_a_finished_job_says_so_and_needs_no_weights(job, main, monkeypatch):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_rows_for_another_model_run_with_one_warning_or_fail(job, main, caplog, strict):
+def test_rows_for_another_model_run_and_are_noted_at_the_end_or_fail(job, main, caplog, strict):
     rows = [
         {"prompt": [5, 6], "max_tokens": 2, "model": name} for name in (job.model.name, "gpt-4o", "gpt-4o", "llama")
     ]
     job.write(rows)
-    code, _, _ = main(job.args(*(["--strict-model"] if strict else [])))
+    code, out, _ = main(job.args(*(["--strict-model"] if strict else [])))
     if strict:
         assert code == 3 and len(job.lines()) == 1 and len(failures(job)) == 3
         assert {body(line)["error"]["code"] for line in failures(job)} == {"model_not_found"}
         return
     assert code == 0 and [body(line)["model"] for line in job.lines()] == [row["model"] for row in rows]
-    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert 'line 2: the row asks for the model "gpt-4o"' in warning and "llama" not in warning
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    note = out.splitlines()[-1]
+    assert note.startswith('note: line 2 names the model "gpt-4o"') and "llama" not in note
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,18 @@
 """What a job says about its speed and its end; the clock is the tests' own."""
 
+import contextlib
+import fcntl
 import logging
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
 
 import pytest
 
-from flexmoe.progress import LOG_INTERVAL_S, Left, Progress, Rates, duration
+from flexmoe.progress import LOG_INTERVAL_S, Left, Progress, Rates, Steps, duration
 
 
 class Clock:
@@ -101,3 +109,42 @@ def test_the_bar_is_not_drawn_every_sweep_and_is_drawn_between_rows(clock, capsy
 @pytest.mark.parametrize("seconds, text", [(0, "0:00"), (59.6, "1:00"), (3725, "1:02:05"), (90061, "1 d 01:01:01")])
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_steps_are_lines_without_a_terminal_and_another_process_may_name_them(caplog):
+    with caplog.at_level("INFO", "flexmoe.progress"), Steps("measuring", bar=False) as steps:
+        steps.begin(2, 9, "the disk")
+        line = caplog.messages[-1]
+        assert line == "measuring, step 2 of 9: the disk"
+        steps.relay(line)
+        steps.relay("something else, step by step")
+    assert caplog.messages == [line, line]
+
+
+def test_steps_are_a_bar_on_a_terminal(capsys):
+    with Steps("measuring", bar=True) as steps:
+        steps.begin(1, 3, "the disk")
+        steps.begin(2, 3, "copies")
+    err = capsys.readouterr().err
+    assert "measuring: 0/3" in err and "measuring: 1/3" in err and "copies" in err
+
+
+@pytest.mark.parametrize("columns", [0, 30, 120])
+def test_a_terminal_of_any_width_shows_a_bar(columns):
+    """A fresh pseudo-terminal says that it has no columns."""
+    code = (
+        "from flexmoe.progress import Left, Progress\n"
+        "shown = Progress(9, 2, bar=True, left=lambda: Left(prompt_tokens=0, generated_tokens=5))\n"
+        "shown.row()\nshown.sweep(3, 4)\nshown.close()"
+    )
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    with subprocess.Popen([sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs, env=environment):
+        os.close(theirs)
+        seen = b""
+        with contextlib.suppress(OSError):
+            while chunk := os.read(ours, 1 << 16):
+                seen += chunk
+    os.close(ours)
+    assert b"3/9 rows" in seen, seen

@@ -244,16 +244,12 @@ def test_row_for_another_model_is_told_and_fails_where_that_is_wanted(preparer):
     assert ServedModel.of().mismatch(other.model) is None
 
 
-def test_a_job_is_warned_once_of_rows_for_another_model_unless_they_fail():
+def test_a_job_notes_once_that_rows_name_another_model_unless_they_fail():
     models = {"mixtral": 1, "gpt-4o": 7, "llama": 9}
-    told = ServedModel.of("/models/mixtral").warning(models)
-    assert (
-        told.startswith('line 7: the row asks for the model "gpt-4o"')
-        and "strict_model=True" in told
-        and "llama" not in told
-    )
-    assert ServedModel.of("/models/mixtral", strict=True).warning(models) is None
-    assert ServedModel.of("/models/mixtral").warning({"mixtral": 1}) is None
+    told = ServedModel.of("/models/mixtral").note(models)
+    assert told.startswith('line 7 names the model "gpt-4o"') and "strict_model=True" in told and "llama" not in told
+    assert ServedModel.of("/models/mixtral", strict=True).note(models) is None
+    assert ServedModel.of("/models/mixtral").note({"mixtral": 1}) is None
 
 
 def test_lengths_are_measured_per_sample_up_to_the_context():

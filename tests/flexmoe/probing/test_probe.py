@@ -590,7 +590,7 @@ def test_cache_that_cannot_be_written_costs_a_warning_only(probes, machine, tmp_
 CHILD = """
 import sys
 print("a table")
-print("  1.0 s  measuring", file=sys.stderr)
+print("measuring this machine, step 1 of 9: the disk", file=sys.stderr)
 if {code}:
     sys.exit(print("flexmoe: the disk is full", file=sys.stderr) or {code})
 import shutil
@@ -606,7 +606,7 @@ def test_machine_is_measured_in_a_process_of_its_own(own_cache, machine, tmp_pat
         assert cached_probe("cpu", tmp_path).gpu == replace(
             machine.gpu, memory_bytes=cached_probe("cpu", tmp_path).gpu.memory_bytes
         )
-    assert "measuring" in caplog.text and capfd.readouterr().out == ""
+    assert "step 1 of 9: the disk" in caplog.text and capfd.readouterr().out == ""
 
 
 @pytest.mark.parametrize("code, error", [(74, StorageError), (4, InfeasibleError), (1, FlexMoEError)])
@@ -637,7 +637,7 @@ def test_progress_goes_to_stderr(tmp_path, monkeypatch, capsys):
     with handlers_of_the_root_removed():
         assert command.main(["-o", str(tmp_path / "m.json"), "--device", "cpu", "--dir", str(tmp_path)]) == 0
     told = capsys.readouterr()
-    assert "measuring the disk" in told.err and "measuring" not in told.out
+    assert "measuring this machine, step 1 of 9: the disk" in told.err and "measuring" not in told.out
 
 
 @contextlib.contextmanager

@@ -1,0 +1,102 @@
+"""The end of a run in five lines: rows, speed, time, memory, and what the time went to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cost_model.simulation.simulate import Simulation
+from flexmoe.engine.engine_plan import EnginePlan
+from flexmoe.job.result import JobResult
+from policies.common.memory_units import GIB
+
+_MINUTE_S, _HOUR_S = 60.0, 3600.0
+#: A lane that is busy for less of the time than this decides nothing.
+_DECIDES = 0.5
+#: What each lane does, and what would make it the shorter one; None: more of it has to be kept in faster memory.
+_LANES = {
+    "disk_read": ("reading from the disk", "a faster drive, or more --cpu-mem or --gpu-mem to keep weights in,"),
+    "disk_write": ("writing to the disk", "a faster drive, or more --cpu-mem to keep KV cache in,"),
+    "h2d": ("copying to the GPU tier", "more --gpu-mem, or a faster link,"),
+    "d2h": ("copying from the GPU tier", "more --gpu-mem, or a faster link,"),
+    "gpu": ("computing", "a faster device, or more memory for more rows at once,"),
+    "cpu": ("attention on the CPU", "more --gpu-mem to keep KV cache in, or faster host memory,"),
+}
+
+
+def result_lines(result: JobResult) -> list[str]:
+    """What became of the rows, and where they are."""
+    lines = ["this job is finished already (--overwrite does it again)"] if result.was_finished else []
+    lines.append(f"rows: {result.rows_ok} ok, {result.rows_failed} failed; completions: {result.output_path}")
+    return lines + ([f"failed rows: {result.error_path}"] if result.error_path else [])
+
+
+def note_lines(result: JobResult) -> list[str]:
+    """What the user may not expect of the answers."""
+    return [] if result.note is None else [f"note: {result.note}"]
+
+
+def summary_lines(metrics: Mapping[str, Any], plan: EnginePlan, predicted: Simulation | None) -> list[str]:
+    """Speed, time, memory and bottleneck of what ran.
+
+    Args:
+        metrics: as `flexmoe.batch.metrics` makes them.
+        predicted: what the planner expected.
+    """
+    return [
+        _speed(metrics),
+        _time(metrics, predicted),
+        _memory(metrics, plan),
+        bottleneck(metrics),
+    ]
+
+
+def bottleneck(metrics: Mapping[str, Any]) -> str:
+    """The lane that was busy longest, and what would help most."""
+    wall_s = max(metrics["wall_s"], 1e-9)
+    lane, busy_s = max(((lane, t["busy_s"]) for lane, t in metrics["lanes"].items()), key=lambda each: each[1])
+    share = min(1.0, busy_s / wall_s)
+    what, remedy = _LANES[lane]
+    if share < _DECIDES:
+        return (
+            f"bottleneck: none of the lanes ({what} was busy longest, {100 * share:.0f} % of the time), so they wait for "
+            "each other; more rows at once would help most"
+        )
+    return f"bottleneck: {what}, busy {100 * share:.0f} % of the time; {remedy} would help most"
+
+
+def _speed(metrics: Mapping[str, Any]) -> str:
+    wall_s = max(metrics["wall_s"], 1e-9)
+    generated, prompt = (metrics[name] / wall_s for name in ("generated_tokens", "prompt_tokens"))
+    rates = [f"{generated:.2f} generated tokens/s"] if metrics["generated_tokens"] else []
+    rates.append(f"{prompt:.2f} prompt tokens/s")
+    rows = f"{metrics['mean_rows_in_flight']:.0f} rows at once on average"
+    return f"speed: {' and '.join(rates)}, {rows}"
+
+
+def _time(metrics: Mapping[str, Any], predicted: Simulation | None) -> str:
+    generated, prompt = metrics["generated_tokens"], metrics["prompt_tokens"]
+    wall_s = metrics["wall_s"]
+    expected = ""
+    if predicted is not None:
+        off = 100 * (predicted.job_s / wall_s - 1) if wall_s else 0.0
+        expected = f"; predicted: {elapsed(predicted.job_s)} ({off:+.0f} %)"
+    return f"time: {elapsed(wall_s)} for {generated} generated and {prompt} prompt tokens, without loading{expected}"
+
+
+def _memory(metrics: Mapping[str, Any], plan: EnginePlan) -> str:
+    tiers = []
+    for tier in plan.memory.parts:
+        budget = plan.budgets.get(tier)
+        of = "" if budget is None else f" of {budget / GIB:.2f}"
+        tiers.append(f"{tier} {plan.memory.total(tier) / GIB:.2f}{of} GiB")
+    return f"memory: {', '.join(tiers)}; the whole process at most {metrics['peak_process_bytes'] / GIB:.2f} GiB"
+
+
+def elapsed(seconds: float) -> str:
+    """``12.3 s``, ``5.2 minutes`` or ``3.10 hours``."""
+    if seconds < 2 * _MINUTE_S:
+        return f"{seconds:.1f} s"
+    if seconds < 2 * _HOUR_S:
+        return f"{seconds / _MINUTE_S:.1f} minutes"
+    return f"{seconds / _HOUR_S:.2f} hours"
