@@ -244,6 +244,12 @@ def test_dtypes_by_all_their_names(vllm, checkpoint, dtype):
         assert llm.engine.plan.dtype == torch.float32
 
 
+def test_a_share_of_the_gpus_memory_is_a_budget(vllm, checkpoint, monkeypatch):
+    monkeypatch.setattr("flexmoe.system.device.Device.total_bytes", 2**30)
+    with vllm(checkpoint, max_model_len=64, gpu_memory_utilization=0.75) as llm:
+        assert llm.engine.config.gpu_mem == 0.75
+
+
 def test_a_log_says_what_changes_nothing_and_how_fast_it_went(vllm, checkpoint, caplog):
     caplog.set_level(logging.INFO, "flexmoe")
     with vllm(checkpoint, max_model_len=64, enforce_eager=True, gpu_memory_utilization=0.5) as llm:
