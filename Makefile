@@ -32,8 +32,8 @@ $(BENCH): $(SETUP)
 	@$(INSTALL) '.[test,bench,plot]'
 	@touch $@
 
-demo: $(SETUP) ## a small model across all three tiers, from requests to completions
-	@$(RUN) -m scripts.demo
+demo: $(SETUP) ## answers of a small real model across all three tiers; ARGS=--synthetic: no download
+	@$(RUN) -m scripts.demo $(ARGS)
 
 lint: $(SETUP) ## form and types of the sources
 	@$(RUN) -m ruff format --check .

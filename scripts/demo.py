@@ -1,77 +1,87 @@
-"""The main job on an embedded default: make a checkpoint that does not fit its budgets, plan for this machine, run a
-batch over three tiers, and say how right the plan was.
+"""The main job on an embedded default: a model that does not fit its budgets, a plan for this machine, a batch over three
+tiers; then what it answered, and how right the plan was.
 
-``python -m scripts.demo [DIR]``: everything it writes stays in DIR (default ``demo``), except the rates of this machine:
-they are measured once, in about a minute, and kept in the user's cache for every later plan.
+``python -m scripts.demo [DIR] [--synthetic]``: everything it writes stays in DIR (default ``demo``), except two things in the
+user's cache: the rates of this machine, measured once in about a minute, and the file that the model is made of.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import random
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 from cost_model.simulation.simulate import Simulation, simulate
 from flexmoe.cli.run import main as run
+from flexmoe.errors import FlexMoEError
 from flexmoe.models.loader import compute_dtype, load_model
 from flexmoe.planning.forecast import Forecaster
 from flexmoe.probing.cache import cache_path
 from flexmoe.system.device import Device
 from policies.common.memory_units import GIB
 from policies.policy import Policy, Workload
-from scripts.make_checkpoint import SIZES, make_checkpoint
-from scripts.support.corpus import corpus_words
-from scripts.support.demo_report import compared, planned, put_beside, under_compute_percent
+from scripts.demonstration.models import DemoModel, choose
+from scripts.demonstration.report import answers, compared, planned, put_beside, under_compute_percent
 
-ROWS, GEN_LEN = 96, 24
+SHOWN = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """A checkpoint size, and budgets in GiB of which no two hold it."""
+    """A model on a device, and the directory of the demo's files.
 
-    device: str
-    size: str
-    gpu_mem: float
-    cpu_mem: float
-    nvme_mem: float
+    Args:
+        budgets: GiB by the names of the flags; on CUDA that of the GPU includes the context.
+    """
+
+    model: DemoModel
+    checkpoint: Path
+    home: Path
+    device: Device
+    budgets: dict[str, float]
 
     @classmethod
-    def of(cls, device: Device) -> Setting:
-        """On a GPU all is larger, and the budget has to hold the CUDA context and its kernels too."""
-        if not device.is_cuda:
-            return cls(device="cpu", size="demo", gpu_mem=0.12, cpu_mem=0.15, nvme_mem=0.25)
+    def of(cls, model: DemoModel, checkpoint: Path, home: Path, device: Device) -> Setting:
+        """With the model's budgets."""
         whole = 1 << 50
-        context = (whole - device.room(whole)) / GIB
-        return cls(device="cuda", size="bench", gpu_mem=round(context + 1.2, 2), cpu_mem=1.0, nvme_mem=2.5)
+        context = (whole - device.room(whole)) / GIB if device.is_cuda else 0
+        gpu_mem = round(context + model.gpu_mem, 2)
+        budgets = {"gpu_mem": gpu_mem, "cpu_mem": model.cpu_mem, "nvme_mem": model.nvme_mem}
+        return cls(model=model, checkpoint=checkpoint, home=home, device=device, budgets=budgets)
 
     @property
-    def budgets(self) -> dict[str, float]:
-        """By the names of the flags."""
-        return {"gpu_mem": self.gpu_mem, "cpu_mem": self.cpu_mem, "nvme_mem": self.nvme_mem}
+    def device_name(self) -> str:
+        """The value of `--device`."""
+        return "cuda" if self.device.is_cuda else "cpu"
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the demo; the exit code is the run's."""
-    home, device = Path(argv[0] if argv else "demo"), Device("auto")
-    setting = Setting.of(device)
-    checkpoint = home / f"checkpoint-{setting.size}"
-    home.mkdir(parents=True, exist_ok=True)
-    if not (checkpoint / "config.json").exists():
-        print("making a synthetic Mixtral checkpoint (random weights: the text will be nonsense) …", flush=True)
-        make_checkpoint(checkpoint, SIZES[setting.size])
-    write_requests(home / "requests.jsonl")
-    args = command(setting, checkpoint, home)
-    print(introduction(setting, checkpoint, device, home), f"\npython -m flexmoe.run {' '.join(args)}\n", flush=True)
-    code = run(args)
+    parser = argparse.ArgumentParser(prog="python -m scripts.demo", description="A model over three tiers.")
+    parser.add_argument("home", metavar="DIR", nargs="?", type=Path, default=Path("demo"), help="default: demo")
+    parser.add_argument("--synthetic", action="store_true", help="random weights, and no download")
+    args = parser.parse_args(argv)
+    device = Device("auto")
+    try:
+        model, checkpoint = choose(args.home, on_cuda=device.is_cuda, real=not args.synthetic)
+    except FlexMoEError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return error.exit_code
+    setting = Setting.of(model, checkpoint, args.home, device)
+    lines = (json.dumps(request) + "\n" for request in model.requests())
+    (args.home / "requests.jsonl").write_text("".join(lines), encoding="utf-8")
+    flags = command(setting)
+    print(introduction(setting), f"\n\npython -m flexmoe.run {' '.join(flags)}\n", sep="", flush=True)
+    code = run(flags)
     if code == 0:
-        show(setting, checkpoint, home)
+        show(setting)
     return code
 
 
-def command(setting: Setting, checkpoint: Path, home: Path) -> list[str]:
+def command(setting: Setting) -> list[str]:
     """The arguments of ``python -m flexmoe.run``."""
     files = {
         "-i": "requests.jsonl",
@@ -80,67 +90,38 @@ def command(setting: Setting, checkpoint: Path, home: Path) -> list[str]:
         "--metrics-json": "metrics.json",
         "--offload-dir": "offload",
     }
-    args = [
-        "--model",
-        str(checkpoint),
-        "--overwrite",
-        "--policy",
-        "auto",
-        "--gen-len",
-        str(GEN_LEN),
-        "--device",
-        setting.device,
-    ]
+    args = ["--model", str(setting.checkpoint), "--overwrite", "--policy", "auto", "--device", setting.device_name]
     args += [part for name, gib in setting.budgets.items() for part in (f"--{name.replace('_', '-')}", f"{gib:g}")]
-    return args + [part for flag, name in files.items() for part in (flag, str(home / name))]
+    return args + [part for flag, name in files.items() for part in (flag, str(setting.home / name))]
 
 
-def introduction(setting: Setting, checkpoint: Path, device: Device, home: Path) -> str:
+def introduction(setting: Setting) -> str:
     """What will happen, in a few lines."""
-    size = sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
-    role = "of GPU memory, its context included" if device.is_cuda else "of memory in a GPU's role (there is none)"
-    kept = cache_path(device, (home / "offload").expanduser().absolute())
-    how = "are known from an earlier run" if kept.exists() else "are measured first: about a minute, once"
-    lines = (
-        f"A model of {size / GIB:.2f} GiB may take {setting.gpu_mem:g} GiB {role},",
-        f"{setting.cpu_mem:g} GiB of host memory and {setting.nvme_mem:g} GiB of disk. It does not fit the first two together, so",
-        "weights and KV cache have to be spread over all three. --policy auto finds out how:",
-        f"the rates of this machine {how} (kept in {kept});",
-        f"then the fastest policy for the {ROWS} requests is planned, which takes seconds, and run.",
+    size = sum(f.stat().st_size for f in setting.checkpoint.glob("*.safetensors"))
+    role = (
+        "of GPU memory, its context included" if setting.device.is_cuda else "of memory in a GPU's role (there is none)"
     )
-    return "\n".join(lines)
+    kept = cache_path(setting.device, (setting.home / "offload").expanduser().absolute())
+    how = "are known from an earlier run" if kept.exists() else "are measured first: about a minute, once"
+    gpu_mem, cpu_mem, nvme_mem = setting.budgets.values()
+    paragraphs = (
+        setting.model.about,
+        f"Its weights are {size / GIB:.2f} GiB. They may take {gpu_mem:g} GiB {role}, {cpu_mem:g} GiB of host memory and "
+        f"{nvme_mem:g} GiB of disk. They do not fit the first two together, so weights and KV cache have to be spread over all "
+        "three. --policy auto finds out how:",
+        f"- the rates of this machine {how} (kept in {kept});",
+        f"- then the fastest policy for the {len(setting.model.requests())} requests is planned, which takes seconds, and run.",
+    )
+    return "\n".join(textwrap.fill(text, 100, subsequent_indent="  " * text.startswith("-")) for text in paragraphs)
 
 
-def write_requests(path: Path) -> None:
-    """Ragged requests: a few words to a few hundred tokens, text, chat and token ids."""
-    rng = random.Random(0)
-    words = corpus_words()
-    written = []
-    for i in range(ROWS):
-        start, length = rng.randrange(len(words) - 200), rng.choice((3, 10, 30, 80, 160))
-        text = " ".join(words[start : start + length])
-        limit = rng.randrange(4, 25)
-        if i % 3 == 0:
-            written.append({"custom_id": f"text-{i}", "prompt": text, "max_tokens": limit})
-        elif i % 3 == 1:
-            body = {"messages": [{"role": "user", "content": text}], "max_completion_tokens": limit}
-            written.append({"custom_id": f"chat-{i}", "method": "POST", "url": "/v1/chat/completions", "body": body})
-        else:
-            ids = [rng.randrange(3, 4000) for _ in range(length)]
-            written.append({"custom_id": f"ids-{i}", "prompt": ids, "return_token_ids": True})
-    path.write_text("".join(json.dumps(line) + "\n" for line in written), encoding="utf-8")
-
-
-def show(setting: Setting, checkpoint: Path, home: Path) -> None:
+def show(setting: Setting) -> None:
     """A few completions, what was planned, what was predicted beside what was measured, and where the files are."""
-    print("\nsome completions:")
-    for line in (home / "completions.jsonl").read_text(encoding="utf-8").splitlines()[:3]:
-        row = json.loads(line)
-        choice = row["response"]["body"]["choices"][0]
-        text = choice.get("text") or choice.get("message", {}).get("content")
-        print(f"  {row['custom_id']}: {text!r} ({choice['finish_reason']})")
+    home = setting.home
+    completions = [json.loads(line) for line in (home / "completions.jsonl").read_text(encoding="utf-8").splitlines()]
+    print("", *answers(setting.model.requests()[:SHOWN], completions), sep="\n")
     metrics = json.loads((home / "metrics.json").read_text(encoding="utf-8"))
-    predicted = forecast(setting, checkpoint, home, metrics)
+    predicted = forecast(setting, metrics)
     trace = home / "trace.json"
     under = under_compute_percent(json.loads(trace.read_text(encoding="utf-8")))
     print("", *planned(metrics, setting.budgets), "", *compared(metrics, predicted), sep="\n")
@@ -151,16 +132,16 @@ def show(setting: Setting, checkpoint: Path, home: Path) -> None:
     print(f"files: {', '.join(str(p) for p in sorted(home.iterdir()) if p.is_file())}")
 
 
-def forecast(setting: Setting, checkpoint: Path, home: Path, metrics: dict) -> Simulation:
+def forecast(setting: Setting, metrics: dict) -> Simulation:
     """What the run predicted before it started, with the operations of every sweep."""
-    model, job = load_model(str(checkpoint)), Workload(**metrics["workload"])
+    model, job = load_model(str(setting.checkpoint)), Workload(**metrics["workload"])
     planner = Forecaster.of_machine(
         model.arch,
         job,
-        compute_dtype("auto", model, Device(setting.device).torch),
+        compute_dtype("auto", model, setting.device.torch),
         hardware="auto",
-        device=setting.device,
-        directory=home / "offload",
+        device=setting.device_name,
+        directory=setting.home / "offload",
         budgets=setting.budgets,
     )
     return simulate(
@@ -174,4 +155,4 @@ def forecast(setting: Setting, checkpoint: Path, home: Path, metrics: dict) -> S
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

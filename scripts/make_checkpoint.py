@@ -9,28 +9,22 @@ near the shard size (twice that while a shard is written), not the model's.
 """
 
 import argparse
-import json
 import math
 import os
 import re
-import shutil
 import sys
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedConfig
 
-from flexmoe.errors import FlexMoEError, StorageError, UsageError
+from flexmoe.errors import FlexMoEError, UsageError
 from flexmoe.models.registry import FAMILIES
 from scripts.checkpoints.router_skew import RouterSkew
 from scripts.checkpoints.shapes import (
     SIZES,
-    TensorOnDisk,
     as_family,
     model_arch,
     model_config,
@@ -39,9 +33,7 @@ from scripts.checkpoints.shapes import (
 )
 from scripts.checkpoints.tokenizer import check_vocab_size, train_tokenizer
 from scripts.checkpoints.values import Values
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-DEFAULT_SHARD_BYTES = 200_000_000
+from scripts.checkpoints.writing import DEFAULT_SHARD_BYTES, DTYPES, write_weights, written_whole
 
 
 def make_checkpoint(
@@ -81,21 +73,14 @@ def make_checkpoint(
     out = Path(out)
     config = _config(config_kwargs, dtype, tokenizer)
     values = Values(seed, _skew(config, router_skew, router_topics, seed))
-    unfinished = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.unfinished"
-    try:
-        if os.path.lexists(out) and not (out.is_dir() and not out.is_symlink() and not any(out.iterdir())):
-            raise UsageError(f"{str(out)!r} already exists: remove it or choose another directory")
-        unfinished.mkdir(parents=True)
-        config.save_pretrained(unfinished)
-        GenerationConfig.from_model_config(config).save_pretrained(unfinished)
+    tensors = tensors_on_disk(config, packed=packed)
+    with written_whole(out) as directory:
+        config.save_pretrained(directory)
+        GenerationConfig.from_model_config(config).save_pretrained(directory)
         if tokenizer:
-            train_tokenizer(config.vocab_size, config.max_position_embeddings).save_pretrained(unfinished)
-        _write_weights(unfinished, tensors_on_disk(config, packed=packed), values, dtype, shard_bytes)
-        unfinished.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"writing the checkpoint {str(out)!r} failed: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            train_tokenizer(config.vocab_size, config.max_position_embeddings).save_pretrained(directory)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        write_weights(directory, shapes, lambda name: values.tensor(tensors[name], dtype), dtype, shard_bytes)
     return out
 
 
@@ -114,48 +99,6 @@ def _skew(config: PreTrainedConfig, exponent: float, topics: int, seed: int) -> 
     if topics > 1:
         raise UsageError(f"{topics} topics need favourites to differ in: give a router skew above 0 as well")
     return None
-
-
-def _write_weights(
-    directory: Path, tensors: Mapping[str, TensorOnDisk], values: Values, dtype: torch.dtype, shard_bytes: int
-) -> None:
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    shards = list(_cut(shapes, dtype.itemsize, shard_bytes))
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        # not bound to a name: one shard must be gone from memory before the next is made
-        save_file(
-            {name: values.tensor(tensors[name], dtype) for name in names}, directory / file, metadata={"format": "pt"}
-        )
-        # safetensors makes its files private to the user; the directory's other files follow the umask
-        shutil.copymode(directory / "config.json", directory / file)
-        weight_map.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        _write_index(directory, shapes, dtype, weight_map)
-
-
-def _write_index(
-    directory: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, weight_map: dict[str, str]
-) -> None:
-    parameters = sum(math.prod(shape) for shape in shapes.values())
-    metadata = {"total_parameters": parameters, "total_size": parameters * dtype.itemsize}
-    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _cut(shapes: dict[str, tuple[int, ...]], itemsize: int, shard_bytes: int) -> Iterator[list[str]]:
-    """Cut the names into runs of at most `shard_bytes`, or of a single larger tensor."""
-    names: list[str] = []
-    used_bytes = 0
-    for name, shape in shapes.items():
-        nbytes = math.prod(shape) * itemsize
-        if names and used_bytes + nbytes > shard_bytes:
-            yield names
-            names, used_bytes = [], 0
-        names.append(name)
-        used_bytes += nbytes
-    yield names
 
 
 def _count(least: int) -> Callable[[str], int]:

@@ -1,6 +1,6 @@
 """The GPUs and hosts of the machines that ship with the planner, as their datasheets and published measurements have them.
 
-`scripts.make_machines` derives the rest. Visible memory is the "total capacity" of torch's out-of-memory messages.
+`derived` derives the rest. Visible memory is the "total capacity" of torch's out-of-memory messages.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The demo: its budgets make the planner use all three tiers, and it tells what was planned, predicted and measured."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,14 +9,27 @@ from transformers import MixtralConfig
 
 from cost_model import Hardware, ModelArch, Workload, solve
 from flexmoe.cli.arguments import parser
+from flexmoe.errors import InputMissingError
 from flexmoe.system.device import Device
-from scripts.demo import Setting, command, introduction, write_requests
+from scripts.demo import Setting, command, introduction
+from scripts.demonstration import models
+from scripts.demonstration.models import LARGE, REAL, SMALL, choose
+from scripts.demonstration.report import answers, compared, planned, put_beside, under_compute_percent
 from scripts.make_checkpoint import SIZES
-from scripts.support.demo_report import compared, planned, put_beside, under_compute_percent
 from tests.support.pretend_cuda import PretendCuda
 
 CONTEXT_BYTES = 600 << 20
 BUDGETS = {"gpu_mem": 0.12, "cpu_mem": 0.15, "nvme_mem": 0.25}
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_local_experts": 8,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
 
 
 class Gpu(PretendCuda):
@@ -23,49 +37,137 @@ class Gpu(PretendCuda):
         return budget_bytes - CONTEXT_BYTES
 
 
-def shape(size):
-    config = MixtralConfig(**SIZES[size]).to_dict()
-    return ModelArch.from_config(config | {"dtype": "bfloat16"}, name=size)
+def setting(model, device, tmp_path):
+    return Setting.of(model, tmp_path / model.name, tmp_path, device)
 
 
-@pytest.mark.parametrize("device, machine", [(Device("cpu"), "cpu"), (Gpu(), "t4")], ids=["cpu", "gpu"])
-def test_budgets_make_the_planner_spread_over_three_tiers(device, machine):
-    setting, hardware = Setting.of(device), Hardware.preset(machine)
-    budgets = dict(setting.budgets)
+CASES = {
+    "real": (REAL, SMOLLM2, Device("cpu"), "cpu"),
+    "real-gpu": (REAL, SMOLLM2, Gpu(), "t4"),
+    "synthetic": (SMALL, SIZES["demo"], Device("cpu"), "cpu"),
+    "synthetic-gpu": (LARGE, SIZES["bench"], Gpu(), "t4"),
+}
+
+
+@pytest.mark.parametrize("model, shape, device, machine", CASES.values(), ids=CASES)
+def test_budgets_make_the_planner_spread_over_three_tiers(tmp_path, model, shape, device, machine):
+    budgets, hardware = setting(model, device, tmp_path).budgets, Hardware.preset(machine)
     if device.is_cuda:
         budgets["gpu_mem"] -= (CONTEXT_BYTES - hardware.gpu.reserved_bytes) / 2**30
-    arch = shape(setting.size)
-    assert arch.total_bytes > (setting.gpu_mem + setting.cpu_mem) * 2**30 - (CONTEXT_BYTES if device.is_cuda else 0)
-    plan = solve(arch, hardware.with_budgets(**budgets), Workload(prompt_len=97, gen_len=18, num_requests=96))
+    arch = ModelArch.from_config(MixtralConfig(**shape).to_dict() | {"dtype": "bfloat16"}, name=model.name)
+    assert arch.total_bytes > (model.gpu_mem + model.cpu_mem) * 2**30
+    job = (
+        Workload(prompt_len=50, gen_len=56, num_requests=20)
+        if model is REAL
+        else Workload(prompt_len=97, gen_len=18, num_requests=96)
+    )
+    plan = solve(arch, hardware.with_budgets(**budgets), job)
     homes = {tier: items.keys() & {"weights", "kv"} for tier, items in plan.prediction.memory.parts.items()}
     assert homes["gpu"] and homes["cpu"] and "weights" in homes["disk"], plan.policy
 
 
 def test_command_is_one_that_the_runtime_understands(tmp_path):
-    setting = Setting.of(Device("cpu"))
-    args = parser().parse_args(command(setting, tmp_path / "checkpoint", tmp_path))
+    args = parser().parse_args(command(setting(SMALL, Device("cpu"), tmp_path)))
     assert (str(args.policy), args.device) == ("auto", "cpu")
-    assert {name: getattr(args, name) for name in BUDGETS} == setting.budgets
+    assert {name: getattr(args, name) for name in BUDGETS} == BUDGETS
     assert {args.input_file.parent, args.output_file.parent, args.trace.parent, args.offload_dir.parent} == {tmp_path}
 
 
-def test_introduction_says_whether_the_machine_is_measured_first(tmp_path, monkeypatch):
+def test_introduction_says_what_the_text_is_and_whether_the_machine_is_measured_first(tmp_path, monkeypatch):
     monkeypatch.setenv("FLEXMOE_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "model.safetensors").write_bytes(b"x" * 2**20)
-    about = (Setting.of(Device("cpu")), tmp_path, Device("cpu"), tmp_path)
-    text = introduction(*about)
-    assert "0.12 GiB of memory in a GPU's role" in text and "measured first: about a minute, once" in text
+    about = setting(REAL, Device("cpu"), tmp_path)
+    about.checkpoint.mkdir()
+    (about.checkpoint / "model.safetensors").write_bytes(b"x" * 2**20)
+    text = " ".join(introduction(about).split())
+    assert "each of the 8 experts of a layer is a copy of its dense MLP" in text and "often wrong" in text
+    assert "0.5 GiB of memory in a GPU's role" in text and "measured first: about a minute, once" in text
     kept = text.split("(kept in ")[1].split(")")[0]
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / kept.rsplit("/", 1)[1]).write_text("{}")
-    assert "are known from an earlier run" in introduction(*about)
+    assert "are known from an earlier run" in " ".join(introduction(about).split())
 
 
-def test_requests_are_ragged_and_of_every_kind(tmp_path):
-    write_requests(tmp_path / "requests.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+def made(path):
+    path.mkdir(parents=True)
+    (path / "config.json").write_text("{}")
+
+
+def absent(path):
+    raise InputMissingError("pip cannot download it")
+
+
+@pytest.fixture
+def makes(monkeypatch):
+    """`makes(real=..., synthetic=...)`: what stands for the making of checkpoints."""
+
+    def set_to(real, synthetic=made):
+        monkeypatch.setattr(models, "REAL", replace(REAL, make=real))
+        monkeypatch.setattr(models, "SMALL", replace(SMALL, make=synthetic))
+
+    return set_to
+
+
+def test_real_model_is_made_once(tmp_path, makes):
+    makes(real=made)
+    assert choose(tmp_path, on_cuda=False)[1] == tmp_path / REAL.name
+    makes(real=absent)
+    model, checkpoint = choose(tmp_path, on_cuda=False)
+    assert (model.name, checkpoint) == (REAL.name, tmp_path / REAL.name)
+
+
+def test_synthetic_model_takes_the_place_of_one_that_cannot_be_had_and_it_is_said(tmp_path, makes, capsys):
+    makes(real=absent)
+    model, checkpoint = choose(tmp_path, on_cuda=False)
+    assert (model.name, checkpoint) == (SMALL.name, tmp_path / SMALL.name)
+    assert capsys.readouterr().out == "no real model: pip cannot download it. A synthetic one takes its place.\n"
+
+
+def test_synthetic_model_can_be_asked_for(tmp_path, makes, capsys):
+    makes(real=pytest.fail)
+    assert choose(tmp_path, on_cuda=False, real=False)[0].name == SMALL.name
+    assert capsys.readouterr().out == ""
+
+
+def test_where_no_model_can_be_made_the_error_is_raised(tmp_path, makes):
+    makes(real=absent, synthetic=absent)
+    with pytest.raises(InputMissingError):
+        choose(tmp_path, on_cuda=False)
+
+
+def test_synthetic_requests_are_ragged_and_of_every_kind():
+    rows = SMALL.requests()
     assert len({row["custom_id"] for row in rows}) == 96
     assert {type(row.get("prompt")) for row in rows} == {str, list, type(None)}
+
+
+def test_questions_are_chats_of_eight_kinds():
+    rows = REAL.requests()
+    assert len({row["custom_id"] for row in rows}) == len(rows) == 20
+    assert len({row["custom_id"].split("-")[0] for row in rows}) == 8
+    assert all(row["messages"][0]["role"] == "user" and row["max_tokens"] == 64 for row in rows)
+
+
+def completion(custom_id, reason, **choice):
+    return {"custom_id": custom_id, "response": {"body": {"choices": [choice | {"finish_reason": reason}]}}}
+
+
+def test_answers_stand_below_what_was_asked():
+    asked = [
+        {"custom_id": "a", "messages": [{"role": "user", "content": "Why is the sky blue?"}]},
+        {"custom_id": "b", "method": "POST", "url": "/v1/completions", "body": {"prompt": [5, 6, 7]}},
+        {"custom_id": "c", "prompt": "word " * 80},
+    ]
+    given = [
+        completion("c", "stop", text=""),
+        completion("b", "length", text=" more"),
+        completion("a", "stop", message={"content": f"It is scattered:\n    {'light ' * 16}red"}),
+    ]
+    lines = answers(asked, given)
+    assert lines[:2] == ["Q: Why is the sky blue?", "A: It is scattered:"]
+    assert lines[2:4] == [f"       {'light ' * 14}light", "   light red"]
+    assert lines[5:7] == ["Q: (3 token ids)", "A: more […]"]
+    assert lines[8].startswith("Q: word") and len(" ".join(lines[8:11])) < 220
+    assert "A:" in lines and lines[-1].startswith("3 of 3 answers")
 
 
 METRICS = {

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
-import scripts.make_checkpoint as subject
 from flexmoe.checkpoint.checkpoint import Checkpoint
 from flexmoe.errors import StorageError, UsageError
 from flexmoe.llm import LLM
 from flexmoe.models.registry import FAMILIES
 from flexmoe.params import SamplingParams
+from scripts.checkpoints import writing
 from scripts.checkpoints.shapes import as_family, model_config, tensor_shapes, with_changes
 from scripts.make_checkpoint import SIZES, main, make_checkpoint
 from tests.support.tiny import transformers_greedy
@@ -220,7 +220,7 @@ def test_failed_write_leaves_nothing_behind(tmp_path, monkeypatch, failure):
     def fail(*args, **kwargs):
         raise failure
 
-    monkeypatch.setattr(subject, "_write_index", fail)
+    monkeypatch.setattr(writing, "save_file", fail)
     with pytest.raises(StorageError if isinstance(failure, OSError) else KeyboardInterrupt):
         make_checkpoint(tmp_path / "made", TINY, shard_bytes=100_000, tokenizer=False)
     assert not any(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from flexmoe.system.device import Device
 from policies.common.errors import DataError, InputMissingError, StorageError, UsageError
 from policies.common.memory_units import GIB
 from policies.policy import Policy, Workload
-from scripts.make_machines import all_machines
+from scripts.machines.derived import all_machines
 
 SCHEMA = json.loads((Path(cost_model.__file__).parent / "hardware" / "hardware.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)

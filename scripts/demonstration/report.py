@@ -1,9 +1,10 @@
-"""What the demo tells after its run: where things live and why, the prediction beside the run, both traces in one."""
+"""What the demo tells after its run: some answers, where things live and why, the prediction beside the run, both traces in one."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cost_model.simulation.simulate import Simulation
@@ -13,6 +14,30 @@ TIERS = {"gpu": "gpu_mem", "cpu": "cpu_mem", "disk": "nvme_mem"}
 #: Lanes that are busy for less do not show.
 LEAST_S = 0.005
 MEASURED, PREDICTED = 1, 2
+
+
+def answers(requests: Sequence[Mapping], completions: Sequence[Mapping]) -> list[str]:
+    """Requests as they were asked, each with what came of it."""
+    found = {row["custom_id"]: row["response"]["body"]["choices"][0] for row in completions}
+    lines = []
+    for request in requests:
+        choice = found[request["custom_id"]]
+        text = choice["message"]["content"] if "message" in choice else choice["text"]
+        more = " […]" if choice["finish_reason"] == "length" else ""
+        lines += [*_paragraph("Q: ", _asked(request)), *_paragraph("A: ", text.strip() + more), ""]
+    return [*lines, f"{len(requests)} of {len(completions)} answers. […]: cut at the request's max_tokens"]
+
+
+def _asked(request: Mapping) -> str:
+    body = request.get("body", request)
+    prompt = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+    return textwrap.shorten(prompt, 200, placeholder=" …") if isinstance(prompt, str) else f"({len(prompt)} token ids)"
+
+
+def _paragraph(mark: str, text: str) -> list[str]:
+    """Lines of at most 100 characters, with those of the text kept."""
+    lines = [part for line in text.splitlines() or [""] for part in textwrap.wrap(line, 97) or [""]]
+    return [f"{' ' * len(mark) if i else mark}{line}".rstrip() for i, line in enumerate(lines)]
 
 
 def planned(metrics: Mapping, budgets: Mapping[str, float]) -> list[str]:

@@ -1,6 +1,4 @@
-"""Writes the machines that ship with the planner, `cost_model/hardware/machines/*.json`, each value with its source.
-
-    python -m scripts.make_machines
+"""The machines that ship with the planner, `cost_model/hardware/machines/*.json`, each value with its source.
 
 A card's numbers come from its datasheet and from published measurements; what neither tells is derived here by one rule
 for all cards, and the rule is the source. A probe of the machine at hand knows better.
@@ -8,10 +6,8 @@ for all cards, and the rule is the source. A probe of the machine at hand knows 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from cost_model.hardware.gemm_rates import GemmRates
-from cost_model.hardware.hardware import MACHINES, Gpu, Hardware
+from cost_model.hardware.hardware import Gpu, Hardware
 from policies.common.memory_units import GIB
 from scripts.machines.cards import DESKTOP, MACHINES_BY_NAME, Card, Drive, Host
 from scripts.machines.flexllmgen import t4_flexllmgen
@@ -201,14 +197,3 @@ def all_machines() -> list[Hardware]:
     """Every machine that ships with the package."""
     cuda = [cuda_machine(name, card, host) for name, (card, host) in MACHINES_BY_NAME.items()]
     return [*cuda, t4_flexllmgen(), cpu_machine("cpu", DESKTOP)]
-
-
-def write_all(directory: Path) -> None:
-    """Writes each machine as NAME.json."""
-    for hardware in all_machines():
-        hardware.save(directory / f"{hardware.name}.json")
-
-
-if __name__ == "__main__":
-    MACHINES.mkdir(exist_ok=True)
-    write_all(MACHINES)
