@@ -96,7 +96,7 @@ class LLM:
         options |= {"gpu_mem": gpu_mem, "cpu_mem": cpu_mem, "nvme_mem": nvme_mem}
         options |= {"dtype": dtype_name(dtype), "device": device, "seed": seed or 0}
         options = only_ours("LLM", options, ARGUMENTS, ENGINE)
-        self.model = model if isinstance(model, Model) else load_model(str(model), load_format)
+        self.model = model if isinstance(model, Model) else load_model(str(model), load_format, options["dtype"])
         self.tokenizer = _tokenizer(self.model, tokenizer)
         self._generation_config = generation_config
         config = configure(self.model, policy, workload, hardware, **options)

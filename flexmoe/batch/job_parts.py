@@ -49,7 +49,7 @@ def open_model(options: RunOptions) -> Model:
     Raises:
         FlexMoEError: either cannot be read.
     """
-    model = load_model(options.model, options.load_format)
+    model = load_model(options.model, options.load_format, options.dtype)
     return replace(model, generation_config=generation_config(options.generation_config, model.generation_config))
 
 

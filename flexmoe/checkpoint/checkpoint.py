@@ -18,7 +18,9 @@ from flexmoe.errors import DataError, InputMissingError
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
-_WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: Last words of names of what a module keeps beside its weights. All of it is computed anew here.
+_BUFFERS = ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached", "position_ids", "masked_bias")
+_WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +73,14 @@ class Checkpoint:
         """Hold the tensors against what the model's configuration asks for.
 
         Names that are not expected are an error if they belong to a layer (the configuration then describes another
-        model); `rotary_emb.inv_freq` buffers of old checkpoints are not.
+        model); buffers of old checkpoints, such as `rotary_emb.inv_freq`, are not.
 
         Args:
             expected: the shape of every tensor that the model needs, by its name on disk.
             families: the model types that can be read, for the sentence.
 
         Raises:
-            DataError: a tensor is missing, left over, of another shape, or not bf16, fp16 or fp32.
+            DataError: a tensor is missing, left over, of another shape, or not bf16, fp16, fp32 or fp64.
         """
         missing = [name for name in expected if name not in self.tensors]
         extra = [name for name in self.tensors if name not in expected and _is_layer_weight(name)]
@@ -105,7 +107,11 @@ class Checkpoint:
 
 
 def _is_layer_weight(name: str) -> bool:
-    return name.startswith("model.layers.") and not name.endswith("rotary_emb.inv_freq")
+    return name.startswith("model.layers.") and not _is_buffer(name)
+
+
+def _is_buffer(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] in _BUFFERS
 
 
 def _some(names: list[str]) -> str:
@@ -140,7 +146,7 @@ def _read_sharded(root: Path) -> dict[str, TensorInfo]:
     for shard in sorted(set(weight_map.values())):
         in_shard = read_tensors(root / shard)
         for name in in_shard:
-            if weight_map.get(name) != shard:
+            if weight_map.get(name) != shard and not _is_buffer(name):
                 where = f"places it in {weight_map[name]!r}" if name in weight_map else "does not list it"
                 raise DataError(
                     f"tensor {name!r} is in shard {str(root / shard)!r}, but the index {_INDEX_FILE} {where}: "
@@ -148,7 +154,7 @@ def _read_sharded(root: Path) -> dict[str, TensorInfo]:
                 )
         tensors.update(in_shard)
     for name, shard in weight_map.items():
-        if name not in tensors:
+        if name not in tensors and not _is_buffer(name):
             raise DataError(
                 f"the index {str(index)!r} places tensor {name!r} in {shard!r}, but that shard does not contain it: "
                 f"the index and the shards are probably from different downloads"

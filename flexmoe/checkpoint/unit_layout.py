@@ -14,7 +14,6 @@ from math import prod
 import torch
 
 from flexmoe.checkpoint.safetensors import TensorInfo
-from flexmoe.errors import DataError
 from policies.common.memory_units import align_down, align_up
 
 DEVICE_ALIGNMENT = 256
@@ -132,17 +131,11 @@ def tensors_of(tensors: Mapping[str, torch.Tensor], role: str) -> torch.Tensor |
 
 
 def unit_layout(parts: Sequence[Part], tensors: Mapping[str, TensorInfo]) -> UnitLayout:
-    """Layout of the unit that consists of ``parts``.
-
-    Raises:
-        DataError: a tensor starts at an offset that its dtype cannot be read from.
-    """
+    """Layout of the unit that consists of ``parts``. Their tensors are aligned, and those of a role have one dtype."""
     found: list[tuple[str, int, Part, torch.dtype]] = []
     for part in parts:
         info = tensors[part.tensor]
         offset = info.offset + part.first_element * info.dtype.itemsize
-        if offset % info.dtype.itemsize:
-            raise DataError(f"{info.path}: tensor {part.tensor!r} starts at byte {offset}, unaligned for {info.dtype}")
         found.append((str(info.path), offset, part, info.dtype))
     found.sort(key=lambda f: f[:2])
     extents, pieces, host_bytes = _host_layout(found)

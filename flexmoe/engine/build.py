@@ -70,7 +70,7 @@ class _Builder:
     def __init__(self, model: Model, config: EngineConfig, plan: EnginePlan, resources: contextlib.ExitStack):
         self._model, self._config, self._plan, self._resources = model, config, plan, resources
         self._recorder = Recorder(config.keep_spans)
-        self._source = model.source(config.offload_dir)
+        self._source = model.source(config.offload_dir, plan.dtype)
         self._units = SweepUnits.of(plan.allocation.placement.tier_of)
 
     def parts(self) -> EngineParts:

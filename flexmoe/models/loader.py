@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from flexmoe.checkpoint.files import read_json_object
 from flexmoe.errors import DataError, InputMissingError, UsageError
 from flexmoe.kernels.family import Family
 from flexmoe.models.registry import FAMILIES, family
+from flexmoe.weights.recast import Rest
 from flexmoe.weights.sources import CheckpointSource, DummySource, WeightSource
 from policies.common.option_names import option
 
@@ -30,7 +32,7 @@ class Model:
     Attributes:
         arch: the shape; ``dtype_bytes`` is what is at rest.
         family: the family's mathematics.
-        stored_dtype: dtype at rest.
+        stored_dtype: dtype at rest; weights of another one are cast when they are read.
         config, generation_config: as in the checkpoint; empty for a dummy known by name.
         directory: the checkpoint's directory; None for a dummy known by name.
         checkpoint: None for a dummy.
@@ -49,21 +51,22 @@ class Model:
         arch = self.arch.grouped(experts_per_unit)
         return self if arch is self.arch else dataclasses.replace(self, arch=arch, family=family(arch, self.config))
 
-    def source(self, offload_dir: Path) -> WeightSource:
-        """Where the weights come from."""
+    def source(self, offload_dir: Path, dtype: torch.dtype | None = None) -> WeightSource:
+        """Where the weights come from, to be computed with in ``dtype``, by default the stored one."""
         names = () if self.checkpoint is None else self.checkpoint.tensors
         parts, experts = self.family.parts(names), self.family.expert_parts(names)
         if self.checkpoint is None:
             return DummySource(parts, self.stored_dtype, offload_dir, experts=experts)
-        return CheckpointSource(self.checkpoint, parts, experts)
+        return CheckpointSource(self.checkpoint, parts, Rest.of(self.stored_dtype, dtype or self.stored_dtype), experts)
 
 
-def load_model(model: str, load_format: str = "auto") -> Model:
+def load_model(model: str, load_format: str = "auto", dtype: str = "auto") -> Model:
     """Find and check a model before any weight is loaded.
 
     Args:
         model: a checkpoint directory, a hub id, or with ``dummy`` the name of a known shape.
         load_format: ``auto`` reads safetensors; ``dummy`` fills random weights.
+        dtype: compute dtype that is asked for.
 
     Raises:
         UsageError: unknown load format, or a dummy of an unknown shape.
@@ -81,11 +84,12 @@ def load_model(model: str, load_format: str = "auto") -> Model:
     arch = ModelArch.from_config(checkpoint.config, name=str(model))
     math = family(arch, checkpoint.config)
     checkpoint.check(math.expected_tensors(checkpoint.tensors), families=FAMILIES)
-    dtype = _stored_dtype(checkpoint, math)
+    stored = _stored_dtype(checkpoint, math, dtype)
+    arch = dataclasses.replace(arch, dtype_bytes=stored.itemsize)
     return Model(
-        arch=dataclasses.replace(arch, dtype_bytes=dtype.itemsize),
-        family=family(dataclasses.replace(arch, dtype_bytes=dtype.itemsize), checkpoint.config),
-        stored_dtype=dtype,
+        arch=arch,
+        family=family(arch, checkpoint.config),
+        stored_dtype=stored,
         config=checkpoint.config,
         generation_config=checkpoint.generation_config,
         directory=checkpoint.directory,
@@ -122,21 +126,13 @@ def _dummy(arch: ModelArch, directory: Path | None) -> Model:
     )
 
 
-def _stored_dtype(checkpoint: Checkpoint, math: Family) -> torch.dtype:
-    """The one dtype of all weights.
-
-    Raises:
-        DataError: weights of several dtypes; a unit's bytes would not follow from the shape.
-    """
-    names = sorted({p.tensor for parts in math.parts(checkpoint.tensors).values() for p in parts})
-    first = names[0]
-    for name in names:
-        if checkpoint.tensors[name].dtype != checkpoint.tensors[first].dtype:
-            raise DataError(
-                f"{checkpoint.directory}: {name} is {checkpoint.tensors[name].dtype} but {first} is "
-                f"{checkpoint.tensors[first].dtype}; save the checkpoint in one dtype"
-            )
-    return checkpoint.tensors[first].dtype
+def _stored_dtype(checkpoint: Checkpoint, math: Family, asked: str) -> torch.dtype:
+    """The dtype of the most bytes of weights; of several, all are float32 where that is asked for: no other holds each of them."""
+    names = {p.tensor for parts in math.parts(checkpoint.tensors).values() for p in parts}
+    sizes: Counter[torch.dtype] = Counter()
+    for info in (checkpoint.tensors[name] for name in sorted(names)):
+        sizes[info.dtype if info.dtype in DTYPES.values() else torch.float32] += info.nbytes
+    return torch.float32 if len(sizes) > 1 and asked == "float32" else max(sizes, key=sizes.__getitem__)
 
 
 def _refuse_an_unknown_family(directory: Path, name: str) -> None:

@@ -58,7 +58,7 @@ class _TinyModel(Model):
 
     __slots__ = ()
 
-    def source(self, offload_dir: Path) -> DummySource:
+    def source(self, offload_dir: Path, dtype: torch.dtype | None = None) -> DummySource:
         return _SmallPattern(self.family.parts(()), self.stored_dtype, offload_dir)
 
 

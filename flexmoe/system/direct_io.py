@@ -157,11 +157,19 @@ class Pending:
             raise self.error
 
 
+class Readable(Protocol):
+    """What may be read from: a `DirectFile`, or what is like one."""
+
+    def read_into(self, buffer: memoryview, offset: int, needed: int | None = None) -> None:
+        """As `DirectFile.read_into`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One contiguous transfer between ``file`` at ``offset`` and host bytes; ``needed`` bytes must exist."""
+    """One contiguous transfer between ``file`` at ``offset`` and host bytes; ``needed`` bytes must exist. Only a `DirectFile` is
+    written to."""
 
-    file: DirectFile
+    file: Readable
     offset: int
     buffer: memoryview
     needed: int
@@ -243,7 +251,7 @@ class DiskPool:
             start = time.perf_counter()
             error: BaseException | None = None
             try:
-                if self._write:
+                if self._write and isinstance(piece.file, DirectFile):
                     piece.file.write_from(piece.buffer, piece.offset)
                 else:
                     piece.file.read_into(piece.buffer, piece.offset, piece.needed)

@@ -20,6 +20,7 @@ from flexmoe.checkpoint.safetensors import TensorInfo
 from flexmoe.checkpoint.unit_layout import Part, UnitLayout, unit_layout, views
 from flexmoe.errors import StorageError
 from flexmoe.system.direct_io import DirectFile, OnDone, Pending, Transfer, TransferQueue
+from flexmoe.weights.recast import RecastFile, Rest
 from policies.common.memory_units import SYSTEM_PAGE_BYTES, align_up
 from policies.units import UnitId
 
@@ -46,11 +47,11 @@ class _FileReader:
     """Reads units by their layout's extents; keeps every file open once."""
 
     def __init__(self) -> None:
-        self._files: dict[str, DirectFile] = {}
+        self._files: dict[str, DirectFile | RecastFile] = {}
         self._opening = threading.Lock()  # the weight stream and the loads of single experts read at once
         self._row_files: dict[str, int] = {}
 
-    def adopt(self, file: DirectFile) -> None:
+    def adopt(self, file: DirectFile | RecastFile) -> None:
         """Use an already opened file for its path."""
         self._files[file.path] = file
 
@@ -69,6 +70,9 @@ class _FileReader:
         (extent,) = layout.extents
         (place,) = layout.host.values()
         start = extent.offset + place.offset - extent.buffer_offset
+        recast = self._files.get(extent.path)
+        if isinstance(recast, RecastFile):
+            return _rows_of(recast, start, rows, row_bytes)
         if extent.path not in self._row_files:
             self._row_files[extent.path] = os.open(extent.path, os.O_RDONLY | os.O_CLOEXEC)
         result = bytearray()
@@ -82,11 +86,18 @@ class _FileReader:
             result += data
         return result
 
-    def _file(self, path: str) -> DirectFile:
+    def _file(self, path: str) -> DirectFile | RecastFile:
         with self._opening:
             if path not in self._files:
                 self._files[path] = DirectFile(path)
             return self._files[path]
+
+
+def _rows_of(file: RecastFile, start: int, rows: Sequence[int], row_bytes: int) -> bytearray:
+    result = bytearray(len(rows) * row_bytes)
+    for at, row in enumerate(rows):
+        file.read_into(memoryview(result)[at * row_bytes : (at + 1) * row_bytes], start + row * row_bytes)
+    return result
 
 
 class CheckpointSource:
@@ -95,18 +106,25 @@ class CheckpointSource:
     Args:
         checkpoint: an opened, checked checkpoint.
         parts: parts of each unit.
+        rest: dtypes at rest.
         experts: parts of each single expert of a unit of several, by what it is as a unit of its own.
+
+    Raises:
+        StorageError: a file cannot be opened.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         parts: Mapping[UnitId, Sequence[Part]],
+        rest: Rest,
         experts: Mapping[UnitId, Sequence[Part]] = MappingProxyType({}),
     ):
-        self._tensors, self._experts = checkpoint.tensors, experts
-        self._layouts = {unit: unit_layout(ps, checkpoint.tensors) for unit, ps in parts.items()}
+        recast = RecastFile.of(checkpoint.tensors, parts, rest)
+        self._tensors, self._experts = {**checkpoint.tensors, **recast.tensors}, experts
+        self._layouts = {unit: unit_layout(ps, self._tensors) for unit, ps in parts.items()}
         self._reader = _FileReader()
+        self._reader.adopt(recast)
 
     def layout(self, unit: UnitId) -> UnitLayout:
         """The unit's layout, or that of a single expert."""

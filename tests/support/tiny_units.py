@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from flexmoe.checkpoint.safetensors import read_tensors
 from flexmoe.checkpoint.unit_layout import Part
+from flexmoe.weights.recast import Rest
 from flexmoe.weights.sources import CheckpointSource
 from policies.units import EMBEDDING, UnitId
 
@@ -49,7 +50,7 @@ def tiny_units(directory, dtype=torch.float32, seed=0):
             expected[unit] = {"head": tensors["head"]}
     save_file(tensors, directory / "model.safetensors")
     checkpoint = SimpleNamespace(tensors=read_tensors(directory / "model.safetensors"))
-    return CheckpointSource(checkpoint, parts), expected
+    return CheckpointSource(checkpoint, parts, Rest.of(dtype, dtype)), expected
 
 
 def within(seconds, work):
