@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,11 +20,13 @@ from flexmoe.errors import UsageError
 from flexmoe.kv.batch import Block, Run
 from flexmoe.models.loader import Model
 from flexmoe.params import EngineRequest, InFlight, RequestOutput, Resumed
-from flexmoe.sampling.sampler import Chosen, sample
+from flexmoe.sampling.sampler import NOT_FINITE, Chosen, sample
 from policies.admission.row_state import AttentionMode
 from policies.placement import TIERS
 
 log = logging.getLogger(__name__)
+_OVERFLOW = "numbers beyond float16's largest, 65504, have probably come up; run with --dtype bfloat16 or float32"
+_DAMAGED = "weights of the checkpoint are probably damaged; compare its files with the original's"
 
 
 class Engine:
@@ -56,7 +59,7 @@ class Engine:
         self._sampling_bytes = sampling_bytes(self.model.arch, config.policy)
         self._requests: dict[RequestState, None] = {}
         self._complete: list[RequestOutput] = []
-        self._closed = False
+        self._closed = self._warned = False
         self.sweeps = SweepLog()
         self._parts = parts = EngineParts.build(self.model, config, self.plan)
         self.recorder, self.store, self.feed, self.executor = parts.recorder, parts.store, parts.feed, parts.executor
@@ -152,9 +155,7 @@ class Engine:
         """Drop a request that waits or is in flight; its places and KV are free for the next sweep."""
         for state in self._requests:
             if state.request.request_id == request_id:
-                for row in state.rows:
-                    self.scheduler.drop(row)
-                del self._requests[state]
+                self._drop(state)
                 return True
         return False
 
@@ -215,12 +216,21 @@ class Engine:
 
     def _end_sweep(self, block: Block, chosen: Chosen) -> None:
         """Give rows what the sweep found for them, and drop those that have ended."""
+        without_token = (row for row, token in zip(block.logit_owners, chosen.tokens) if token == NOT_FINITE)
+        broken: dict[RequestState, None] = {row.state: None for row in without_token}
         if block.scores is not None:
             found = iter(block.scores.records([run.top for run in block.scored for _ in run.targets]))
             for run in block.scored:
-                run.owner.state.prompt_logprobs += [next(found) for _ in run.targets]
-        ended = [run.owner for run in block.runs if run.owner.index < 0 and run.owner.state.end(run.owner)]
+                records = [next(found) for _ in run.targets]
+                run.owner.state.prompt_logprobs += records
+                if any(math.isnan(record.logprob) for record in records):
+                    broken[run.owner.state] = None
+        self._fail(broken)
+        running = (run.owner for run in block.runs if run.owner.state not in broken)
+        ended = [row for row in running if row.index < 0 and row.state.end(row)]
         for row, token, logprob in zip(block.logit_owners, chosen.tokens, chosen.logprobs):
+            if row.state in broken:
+                continue
             row.append_token(token, logprob)
             if row.state.end(row):
                 ended.append(row)
@@ -231,6 +241,24 @@ class Engine:
                 del self._requests[row.state]
                 self._complete.append(row.state.result())
         self.scheduler.end_sweep()
+
+    def _fail(self, broken: Collection[RequestState]) -> None:
+        """End requests whose logits are not finite."""
+        if not broken:
+            return
+        half = self.plan.dtype == torch.float16
+        cause = _OVERFLOW if half else _DAMAGED
+        if not self._warned:
+            self._warned = True
+            log.warning("logits are not finite, so rows fail: %s", cause)
+        for state in broken:
+            self._drop(state)
+            self._complete.append(state.failure(f"the model's logits are not finite: {cause}", "non_finite_logits"))
+
+    def _drop(self, state: RequestState) -> None:
+        for row in state.rows:
+            self.scheduler.drop(row)
+        del self._requests[state]
 
     def _take_complete(self) -> list[RequestOutput]:
         complete, self._complete = self._complete, []

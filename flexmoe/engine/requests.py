@@ -252,6 +252,19 @@ class RequestState:
             prompt_logprobs=None if self.prompt_logprobs is None else tuple(self.prompt_logprobs),
         )
 
+    def failure(self, error: str, code: str) -> RequestOutput:
+        """The result of a request that cannot be completed."""
+        request = self.request
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=None,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[],
+            finished=True,
+            error=error,
+            error_code=code,
+        )
+
     def in_flight(self) -> list[InFlight]:
         """Its samples that have generated something."""
         return [

@@ -240,9 +240,9 @@ class RowStream:
             return False
         del self._waiting[row]
         results = [waiting.results[index] for index in range(waiting.missing)]
-        error = next((r.error for r in results if r.error is not None), None)
-        if error is not None:
-            self._fail(row, waiting.request, RowError(code="engine_error", message=error), status=None)
+        failed = next((r for r in results if r.error is not None), None)
+        if failed is not None and failed.error is not None:
+            self._fail(row, waiting.request, RowError(code=failed.error_code, message=failed.error), status=None)
         else:
             self._succeed(row, waiting.request, results)
         return True

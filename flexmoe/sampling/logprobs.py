@@ -1,6 +1,6 @@
 """Log-probabilities of the model's own distribution: of tokens that were chosen, and of tokens that were given.
 
-Legend: C rows of a chunk, V vocabulary (or a piece of it), K most probable tokens, N scored positions, D hidden.
+Legend: R rows of logits, C rows of a chunk, V vocabulary (or a piece of it), K most probable tokens, N scored positions, D hidden.
 """
 
 from __future__ import annotations
@@ -8,6 +8,16 @@ from __future__ import annotations
 import torch
 
 from flexmoe.params import TokenLogprob
+
+
+def finite_rows(x_RV: torch.Tensor, largest_R: torch.Tensor | None = None) -> torch.Tensor:
+    """Which rows hold finite numbers only, as bools ``[R]`` that stay on the device.
+
+    Args:
+        largest_R: the largest of each row, NaN where one is, if it is known: a pass less.
+    """
+    largest_R = x_RV.amax(-1) if largest_R is None else largest_R
+    return x_RV.amin(-1).isfinite() & largest_R.isfinite()
 
 
 def top_tokens(x_CV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,12 +82,14 @@ class PromptScores:
         self._largest = torch.full((count,), -torch.inf, device=device)
         self._sum = torch.zeros(count, device=device)
         self._given = torch.zeros(count, device=device)
+        self._finite = torch.ones(count, dtype=torch.bool, device=device)
         self._values = torch.empty(count, 0, device=device)
         self._ids = torch.empty(count, 0, dtype=torch.int64, device=device)
         self._k = k
 
     def add(self, rows: slice, first: int, logits_CV: torch.Tensor) -> None:
         """Logits of the positions ``rows`` for the ids from ``first`` on; float32 and free to be overwritten."""
+        self._finite[rows] &= finite_rows(logits_CV)
         logits_CV.nan_to_num_(nan=torch.finfo(logits_CV.dtype).min)
         targets = self._targets[rows] - first
         width = logits_CV.shape[-1]
@@ -95,8 +107,12 @@ class PromptScores:
         return len(self._targets)
 
     def records(self, ks: list[int]) -> list[TokenLogprob]:
-        """One record per position, in order; ``ks``: how many of the most probable tokens each wants."""
-        total = self._largest + self._sum.log()
+        """One record per position, in order; where logits were not finite its log-probabilities are NaN.
+
+        Args:
+            ks: how many of the most probable tokens each wants.
+        """
+        total = (self._largest + self._sum.log()).masked_fill_(~self._finite, torch.nan)
         top = self._values - total[:, None]
         return records(self._targets.tolist(), self._given - total, self._ids, top, ks)
 

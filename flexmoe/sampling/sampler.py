@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from flexmoe.params import SamplingParams, TokenLogprob
-from flexmoe.sampling.logprobs import records, top_tokens
+from flexmoe.sampling.logprobs import finite_rows, records, top_tokens
 from flexmoe.sampling.penalties import TokenCounts, add_bias, bar_tokens, penalize
 from flexmoe.sampling.random_draws import draw_keys, log_arrivals, stream_of
 
@@ -33,6 +33,8 @@ from flexmoe.sampling.random_draws import draw_keys, log_arrivals, stream_of
 ROW_BYTES = 48
 #: A top_p set is looked for among so many most probable tokens, then among more, then in all of them, sorted.
 NUCLEUS_TOKENS = (128, 2048)
+#: Stands for a token where no logits were there to choose by: it travels to the host with the tokens.
+NOT_FINITE = -1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -106,7 +108,7 @@ class RowSampler:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
-    """A token per row, and its log-probability for those that want one."""
+    """A token per row, `NOT_FINITE` where the row's logits are not, and its log-probability for those that want one."""
 
     tokens: list[int]
     logprobs: list[TokenLogprob | None]
@@ -122,7 +124,7 @@ def sample(logits_RV: torch.Tensor, rows: Sequence[RowSampler], *, workspace_byt
         workspace_bytes: how much memory may be taken beside the logits; at least one row is taken at a time.
     """
     special = [at for at, row in enumerate(rows) if not row.plain]
-    tokens_R = logits_RV.argmax(dim=-1) if len(special) < len(rows) else None
+    tokens_R = _most_probable(logits_RV) if len(special) < len(rows) else None
     logprobs: list[TokenLogprob | None] = [None] * len(rows)
     if not special:
         return Chosen(tokens=tokens_R.tolist() if tokens_R is not None else [], logprobs=logprobs)
@@ -140,6 +142,12 @@ def sample(logits_RV: torch.Tensor, rows: Sequence[RowSampler], *, workspace_byt
     return Chosen(tokens=tokens, logprobs=logprobs)
 
 
+def _most_probable(logits_RV: torch.Tensor) -> torch.Tensor:
+    tokens_R = logits_RV.argmax(dim=-1)
+    largest_R = logits_RV.gather(-1, tokens_R[:, None])[:, 0]
+    return tokens_R.where(finite_rows(logits_RV, largest_R), NOT_FINITE)
+
+
 def _keys(rows: Sequence[RowSampler]) -> np.ndarray:
     streams = np.array([row.stream for row in rows], dtype=np.uint64)
     return draw_keys(streams, np.array([row.drawn for row in rows], dtype=np.uint64))
@@ -149,7 +157,8 @@ def _sample_chunk(
     logits_RV: torch.Tensor, places: list[int], rows: list[RowSampler], keys: np.ndarray
 ) -> tuple[list[int], list[TokenLogprob | None]]:
     x_CV = logits_RV[torch.tensor(places, device=logits_RV.device)].float()
-    x_CV.nan_to_num_(nan=torch.finfo(x_CV.dtype).min)  # broken weights give some token, and no crash
+    finite_C = finite_rows(x_CV)  # before biases and filters, which may give minus infinity
+    x_CV.nan_to_num_(nan=torch.finfo(x_CV.dtype).min)
     reported = _Reported(x_CV, rows)
     params = [row.params for row in rows]
     add_bias(x_CV, params)
@@ -162,7 +171,7 @@ def _sample_chunk(
         some = torch.tensor(drawn, device=x_CV.device)
         x_CV = x_CV if len(drawn) == len(rows) else x_CV[some]
         tokens_C[some] = draw(x_CV, [params[at] for at in drawn], keys[drawn])
-    return tokens_C.tolist(), reported.of(tokens_C)
+    return tokens_C.where(finite_C, NOT_FINITE).tolist(), reported.of(tokens_C)
 
 
 class _Reported:

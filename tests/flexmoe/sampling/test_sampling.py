@@ -17,10 +17,10 @@ from transformers import (
 
 from cost_model.memory.memory_plan import SAMPLED_ROW_BYTES
 from flexmoe.params import SamplingParams
-from flexmoe.sampling.logprobs import top_tokens
+from flexmoe.sampling.logprobs import PromptScores, top_tokens
 from flexmoe.sampling.penalties import TokenCounts, add_bias, penalize
 from flexmoe.sampling.random_draws import draw_keys, log_exponentials, philox, stream_of, token_words
-from flexmoe.sampling.sampler import NUCLEUS_TOKENS, RowSampler, draw, filter_logits, sample
+from flexmoe.sampling.sampler import NOT_FINITE, NUCLEUS_TOKENS, RowSampler, draw, filter_logits, sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOMY = 1 << 24
@@ -365,11 +365,53 @@ def test_no_rows_give_no_tokens():
     assert sample(torch.empty(0, 30), [], workspace_bytes=ROOMY).tokens == []
 
 
+ASKED = (
+    {},
+    {"logprobs": 2},
+    {"temperature": 1.0},
+    {"temperature": 1.0, "top_p": 0.5, "logprobs": 3},
+    {"temperature": 0.7, "top_k": 3, "min_p": 0.1},
+    {"logit_bias": {3: -100, 4: 100}},
+    {"repetition_penalty": 1.2, "logprobs": 0},
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_with_any_logit_that_is_not_finite_get_no_token_and_the_others_theirs(dtype):
+    """Drawn: NaN, infinity or minus infinity at one, several or all places of some rows, whatever the rows ask for."""
+    rng = np.random.default_rng(4)
+    for turn in range(20):
+        x = logits(24, 50, seed=turn).to(dtype)
+        rows = [row(SamplingParams(**ASKED[i % len(ASKED)]), key=str(i), prompt=[5, 9]) for i in range(len(x))]
+        sound = sample(x, rows, workspace_bytes=ROOMY)
+        broken = rng.random(len(x)) < 0.4
+        for at in broken.nonzero()[0]:
+            places = rng.choice(50, rng.choice([1, 3, 50]), replace=False)
+            x[at, places] = torch.tensor(rng.choice([np.nan, np.inf, -np.inf], len(places))).to(dtype)
+        chosen = sample(x, rows, workspace_bytes=int(rng.choice([1, ROOMY])))
+        assert chosen.tokens == [NOT_FINITE if bad else token for token, bad in zip(sound.tokens, broken)]
+        assert [p for p, bad in zip(chosen.logprobs, broken) if not bad] == [
+            p for p, bad in zip(sound.logprobs, broken) if not bad
+        ]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_broken_logits_give_some_token_of_the_vocabulary(value):
-    rows = [row(SamplingParams(**p)) for p in ({}, {"temperature": 1.0, "top_p": 0.5, "logprobs": 3}, {"logprobs": 2})]
-    chosen = sample(torch.full((3, 30), value), rows, workspace_bytes=ROOMY)
-    assert all(0 <= token < 30 for token in chosen.tokens)
+def test_scores_of_positions_with_a_logit_that_is_not_finite_are_nan_and_the_others_theirs(value):
+    x, targets = logits(6, 40), torch.arange(6)
+    for place in (0, 17, 39):
+        broken, scores = x.clone(), PromptScores(targets, 3)
+        broken[[1, 4], place] = value
+        for first in range(0, 40, 13):
+            scores.add(slice(0, 6), first, broken[:, first : first + 13].clone())
+        found = [record.logprob for record in scores.records([3] * 6)]
+        assert [np.isnan(p) for p in found] == [False, True, False, False, True, False]
+        assert found[0] == pytest.approx(x[0].log_softmax(-1)[0].item(), abs=1e-5)
+
+
+def test_minus_infinity_that_a_row_asks_for_is_no_fault():
+    x = logits(2, 30)
+    rows = [row(SamplingParams(temperature=1.0, top_k=1)), row(SamplingParams(logit_bias={1: -100}, logprobs=1))]
+    assert NOT_FINITE not in sample(x, rows, workspace_bytes=ROOMY).tokens
 
 
 # Log-probabilities.
