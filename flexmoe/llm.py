@@ -98,6 +98,8 @@ class LLM:
         options = only_ours("LLM", options, ARGUMENTS, ENGINE)
         self.model = model if isinstance(model, Model) else load_model(str(model), load_format, options["dtype"])
         self.tokenizer = _tokenizer(self.model, tokenizer)
+        if self.tokenizer.problem is not None:
+            log.warning("%s; prompts of token ids run without it", self.tokenizer.problem)
         self._generation_config = generation_config
         config = configure(self.model, policy, workload, hardware, **options)
         if not config.eos_ids:

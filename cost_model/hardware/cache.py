@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from cost_model.hardware.hardware import Hardware
+from policies.common.directories import cache_directory
 from policies.common.errors import InputMissingError
 from policies.common.option_names import option
 
 PATTERN = "machine-*.json"
-
-
-def cache_directory() -> Path:
-    """`FLEXMOE_CACHE`, else `flexmoe` in `XDG_CACHE_HOME`, else in `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("FLEXMOE_CACHE") or Path(base) / "flexmoe")
 
 
 def last_measured() -> tuple[Hardware, Path]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from cost_model.model.families import dtype_name
 from cost_model.planner.constraints import Fixed
-from flexmoe.engine.config import OFFLOAD_DIR, RESERVES
+from flexmoe.engine.config import RESERVES
 from flexmoe.errors import UsageError
 from flexmoe.inputs.options import Format, InputOptions
 from flexmoe.inputs.request_file import OnInvalid
@@ -19,6 +19,7 @@ from flexmoe.job.shards import Shard
 from flexmoe.models.loader import LOAD_FORMATS
 from flexmoe.weights.eviction import EXPERT_CACHES
 from policies.common.checks import check_count, check_number
+from policies.common.directories import OFFLOAD_DIR
 from policies.common.option_names import option
 from policies.policy import Policy
 

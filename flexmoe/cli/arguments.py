@@ -11,11 +11,11 @@ from typing import Any
 from flexmoe.batch.options import SCHEDULES, RunOptions
 from flexmoe.cli.benchmark import Benchmark
 from flexmoe.cli.job_arguments import add_job_flags, refuse_job_flags, shard
-from flexmoe.engine.config import OFFLOAD_DIR
 from flexmoe.errors import UsageError
 from flexmoe.models.loader import LOAD_FORMATS
 from flexmoe.weights.eviction import EXPERT_CACHES
 from policies.common.command_line import Parser, count, flag, program_name
+from policies.common.directories import OFFLOAD_DIR
 
 _EPILOG = """\
 --percent W W C C A A: six numbers, in percent; what is left of each pair is on disk

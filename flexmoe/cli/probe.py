@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cost_model.hardware.hardware import Gpu, Hardware
-from flexmoe.engine.config import OFFLOAD_DIR
 from flexmoe.job.output_files import check_writable
 from flexmoe.probing.measure import probe
 from policies.common.command_line import Parser, guarded, program_name, say
+from policies.common.directories import OFFLOAD_DIR
 from policies.common.memory_units import MIB
 
 _DESCRIPTION = """\

@@ -11,13 +11,12 @@ from cost_model.routing.expert_usage import ExpertUsage
 from flexmoe.errors import UsageError
 from flexmoe.weights.eviction import EXPERT_CACHES
 from policies.common.checks import check_count
+from policies.common.directories import OFFLOAD_DIR, resolved
 from policies.common.option_names import option
 from policies.policy import Policy
 from policies.workload import Workload
 
 RESERVES = ("max", "p95")
-#: Where the disk tier's files go, and the disk whose rate is measured.
-OFFLOAD_DIR = Path("~/flexmoe_offload_dir")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +71,7 @@ class EngineConfig:
     router_stats: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "offload_dir", Path(self.offload_dir).expanduser())
+        object.__setattr__(self, "offload_dir", resolved(self.offload_dir))
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         self._check_numbers()
         if self.reserve not in RESERVES:

@@ -22,10 +22,10 @@ from flexmoe.models.loader import Model
 from flexmoe.params import EngineRequest, InFlight, RequestOutput, Resumed
 from flexmoe.sampling.sampler import NOT_FINITE, Chosen, sample
 from policies.admission.row_state import AttentionMode
+from policies.common.option_names import option
 from policies.placement import TIERS
 
 log = logging.getLogger(__name__)
-_OVERFLOW = "numbers beyond float16's largest, 65504, have probably come up; run with --dtype bfloat16 or float32"
 _DAMAGED = "weights of the checkpoint are probably damaged; compare its files with the original's"
 
 
@@ -246,8 +246,7 @@ class Engine:
         """End requests whose logits are not finite."""
         if not broken:
             return
-        half = self.plan.dtype == torch.float16
-        cause = _OVERFLOW if half else _DAMAGED
+        cause = _overflow() if self.plan.dtype == torch.float16 else _DAMAGED
         if not self._warned:
             self._warned = True
             log.warning("logits are not finite, so rows fail: %s", cause)
@@ -263,6 +262,11 @@ class Engine:
     def _take_complete(self) -> list[RequestOutput]:
         complete, self._complete = self._complete, []
         return complete
+
+
+def _overflow() -> str:
+    other = option("dtype", "bfloat16")
+    return f"numbers beyond float16's largest, 65504, have probably come up; run with {other}, or float32"
 
 
 def _rules(model: Model, config: EngineConfig, plan: EnginePlan, detokenize: Detokenizer | None) -> RequestRules:

@@ -19,6 +19,7 @@ from flexmoe.kernels.family import Family
 from flexmoe.models.registry import FAMILIES, family
 from flexmoe.weights.recast import Rest
 from flexmoe.weights.sources import CheckpointSource, DummySource, WeightSource
+from policies.common.directories import hub_directory
 from policies.common.option_names import option
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -156,7 +157,7 @@ def _fetch(name: str, files: list[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=files))
+        return Path(snapshot_download(name, allow_patterns=files, cache_dir=hub_directory()))
     except Exception as e:  # the hub raises a dozen unrelated types for "not there" and "no network"
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise InputMissingError(f"{name!r} is no local directory, and the hub did not provide it: {reason}") from e

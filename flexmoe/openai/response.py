@@ -133,4 +133,5 @@ def _visible(output: CompletionOutput) -> tuple[int, ...]:
 
 def _line(key: str, request: Request, response: dict[str, Any] | None, error: dict[str, str] | None) -> bytes:
     row = {"id": f"batch_req_{key}", "custom_id": request.custom_id, "response": response, "error": error}
-    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "replace") + b"\n"  # a path, which may be named, need not be UTF-8

@@ -17,7 +17,7 @@ from typing import Any
 
 import cost_model
 import policies
-from cost_model.hardware.cache import cache_directory
+from policies.common.directories import cache_directory
 from policies.common.errors import FlexMoEError
 from policies.policy import PolicyFile
 

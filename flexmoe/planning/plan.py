@@ -10,8 +10,8 @@ from cost_model.model.arch import ModelArch
 from cost_model.model.families import DTYPE_BYTES, dtype_name
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.solve import Plan, solve
-from flexmoe.engine.config import OFFLOAD_DIR
 from flexmoe.planning.machine import this_machine
+from policies.common.directories import OFFLOAD_DIR
 from policies.workload import Workload
 
 _USUAL = Workload(prompt_len=512, gen_len=128)

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexmoe.errors import DataError, FlexMoEError
+
 _READ_BYTES = 1 << 20
 #: A worker imports the tokenizer's libraries first, which takes seconds, and on a busy disk a minute.
 START_LIMIT_S = 300.0
@@ -117,6 +119,7 @@ class WorkerPool:
                 over when it says so while no worker is busy.
 
         Raises:
+            DataError: a worker refuses its setup or a task.
             RuntimeError: workers cannot be started, or a task failed in a way that no worker expects.
         """
         while True:
@@ -159,6 +162,8 @@ class WorkerPool:
             yield self._lose(worker, f"it took longer than {worker.task.limit_s:.0f} s")
 
     def _take(self, worker: _Worker, message: dict[str, Any]) -> Iterator[Answer]:
+        if "refused" in message:
+            raise DataError(message["refused"])
         if "failed" in message:
             raise RuntimeError(f"a worker failed: {message['failed']}")
         if worker.ready:
@@ -212,6 +217,8 @@ def serve(start: Callable[[Any], Callable[[Any], Any]]) -> None:
             answer({"result": work(json.loads(line))})
     except BrokenPipeError:  # the parent is gone
         os._exit(1)
+    except FlexMoEError as error:
+        answer({"refused": str(error)})
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent has to hear of it
         answer({"failed": f"{type(error).__name__}: {error}"})
 

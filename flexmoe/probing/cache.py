@@ -12,12 +12,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from cost_model.hardware.cache import PATTERN, cache_directory
+from cost_model.hardware.cache import PATTERN
 from cost_model.hardware.hardware import Gpu, Hardware
 from flexmoe.errors import FlexMoEError, InfeasibleError, InputMissingError, StorageError, UsageError
 from flexmoe.probing.facts import capacities, circumstances
 from flexmoe.progress import Steps
 from flexmoe.system.device import Device
+from policies.common.directories import cache_directory, resolved
 from policies.common.option_names import option
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def cached_probe(device: str, directory: str | Path) -> Hardware:
     Raises:
         FlexMoEError: as `flexmoe.probe.probe`.
     """
-    dev, directory = Device(device), Path(directory).expanduser().absolute()
+    dev, directory = Device(device), resolved(directory).absolute()
     path = cache_path(dev, directory)
     hardware = _load(path)
     if hardware is None:
@@ -76,7 +77,7 @@ def _measured_apart(device: str, directory: Path) -> Hardware:
                 steps.relay(last)
         if child.returncode != 0:
             kind = _ERRORS.get(child.returncode, FlexMoEError)
-            said = last.removeprefix("flexmoe: ").replace("--dir", option("offload_dir"))
+            said = last.removeprefix("flexmoe: ").replace("another --dir", f"another {option('offload_dir')}")
             raise kind(f"this machine could not be measured: {said}")
         return Hardware.load(out)
 

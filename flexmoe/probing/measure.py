@@ -17,7 +17,6 @@ from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import Gpu, Hardware
 from cost_model.memory.allocation import PAGE_TOKENS
 from cost_model.model.weight_units import GROUPED_TOKENS
-from flexmoe.engine.config import OFFLOAD_DIR
 from flexmoe.errors import InfeasibleError
 from flexmoe.kernels.native import library as native
 from flexmoe.probing.attention import attention_rates
@@ -34,6 +33,7 @@ from flexmoe.progress import Steps
 from flexmoe.system.device import Device, keep_freed_memory
 from flexmoe.system.direct_io import PIECE_BYTES, READ_THREADS
 from flexmoe.system.machine import cpu_name, filesystem
+from policies.common.directories import OFFLOAD_DIR, resolved
 from policies.common.memory_units import MIB
 
 #: What the steps of a measurement are steps of.
@@ -81,7 +81,7 @@ def probe(device: str = "auto", directory: str | Path = OFFLOAD_DIR, effort: Eff
         StorageError: the directory cannot be written or has too little free space.
         InfeasibleError: too little memory, or the driver does not lock it.
     """
-    dev, directory = Device(device), Path(directory).expanduser().absolute()
+    dev, directory = Device(device), resolved(directory).absolute()
     keep_freed_memory()  # as the engine does: freed activations of up to 32 MiB cost no page faults
     limit, found = pinned_limit_bytes(dev), Found()
     setting = Setting(

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from flexmoe.errors import StorageError
+from policies.common.option_names import option
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -93,7 +94,9 @@ def make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise StorageError(f"cannot create the offload directory {path}: {e.strerror}") from e
+        raise StorageError(
+            f"cannot create the offload directory {path}: {e.strerror}; choose another {option('offload_dir')}"
+        ) from e
 
 
 def _lines(path: Path) -> list[str]:

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from flexmoe.errors import DataError
+from flexmoe.text.backend import VOCABULARY_FILES, TokenizerError, build
 from flexmoe.text.chat_template import DEFAULT_TIMEOUT_S, ChatTemplate, first_line
 from flexmoe.text.token_text import TokenText, TokenTexts
 from policies.common.option_names import option
 
-# One of these holds the vocabulary; tokenizer_config.json alone does not make a tokenizer.
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-
 
 class Tokenizer:
-    """The tokenizer of a checkpoint directory; one without tokenizer files serves requests in token ids only.
+    """The tokenizer of a checkpoint directory; without tokenizer files, or with some that cannot be used, it serves requests in
+    token ids only.
 
     Use `Tokenizer.load`.
 
@@ -31,6 +30,7 @@ class Tokenizer:
         chat_template: instead of the backend's own.
         created_s: the time that a chat template may ask for; None means that of the rendering.
         render_timeout_s: CPU seconds that the chat template may take for one chat.
+        problem: why there is no backend although there are files; raised when it is needed.
 
     Raises:
         DataError: `chat_template` is no template.
@@ -44,8 +44,9 @@ class Tokenizer:
         chat_template: str | None = None,
         created_s: int | None = None,
         render_timeout_s: float = DEFAULT_TIMEOUT_S,
+        problem: TokenizerError | None = None,
     ) -> None:
-        self._backend, self._source = backend, source
+        self._backend, self._source, self.problem = backend, source, problem
         self._texts = None if backend is None else TokenTexts(backend)
         self._created_s, self._timeout_s = created_s, render_timeout_s
         self._template: ChatTemplate | None = None
@@ -56,32 +57,24 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], **options: Any) -> Tokenizer:
-        """Loads the tokenizer of `directory`, from local files and without running code from them.
+        """Loads the tokenizer of `directory`; one that cannot be built is an error when text needs it.
 
         Args:
             **options: those of `Tokenizer`: ``chat_template``, ``created_s``, ``render_timeout_s``.
 
         Raises:
-            DataError: tokenizer files are there and cannot be used.
+            DataError: the chat template that is given is no template.
         """
         if not any((Path(directory) / name).is_file() for name in VOCABULARY_FILES):
             return cls(None, str(directory), **options)
-        from transformers import AutoTokenizer  # imported here because it takes seconds
-
         try:
-            backend = AutoTokenizer.from_pretrained(
-                str(directory), local_files_only=True, trust_remote_code=False, clean_up_tokenization_spaces=False
-            )
-        # A damaged file surfaces as whatever the parser behind it raises, bare Exception included.
-        except Exception as error:
-            raise DataError(
-                f"the tokenizer files in {directory} cannot be used ({first_line(error)}); download them again"
-            ) from error
-        return cls(backend, str(directory), **options)
+            return cls(build(Path(directory)), str(directory), **options)
+        except TokenizerError as problem:
+            return cls(None, str(directory), problem=problem, **options)
 
     @property
     def is_available(self) -> bool:
-        """Whether there are tokenizer files."""
+        """Whether there is a backend."""
         return self._backend is not None
 
     @property
@@ -90,6 +83,7 @@ class Tokenizer:
 
         Raises:
             DataError: the checkpoint has no tokenizer files.
+            TokenizerError: it has some that cannot be used, as wherever text is needed.
         """
         return self._require()
 
@@ -105,6 +99,7 @@ class Tokenizer:
             chat_template=source,
             created_s=self._created_s,
             render_timeout_s=self._timeout_s,
+            problem=self.problem,
         )
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -209,6 +204,8 @@ class Tokenizer:
             self._no_template = f"{first_line(error)}; repair it, or name one with {option('chat_template')}"
 
     def _require(self) -> Any:
+        if self.problem is not None:
+            raise self.problem
         if self._backend is None:
             raise DataError(
                 f"{self._source} has no tokenizer files (none of {', '.join(VOCABULARY_FILES)}); add them, or give "
@@ -220,19 +217,21 @@ class Tokenizer:
 def eos_ids(
     generation_config: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Tokenizer | None
 ) -> tuple[int, ...]:
-    """Ids that end a sequence: all of generation_config.json, else of config.json, else the tokenizer's one.
+    """Ids that end a sequence: all of generation_config.json, else of config.json, and the tokenizer's one, as in vLLM.
 
     Args:
         generation_config: contents of generation_config.json; empty when there is none.
         config: contents of config.json.
-        tokenizer: asked last; may be None.
+        tokenizer: may be None.
 
     Returns:
-        The ids in file order, each once; empty when nobody names one.
+        The ids in this order, each once; empty when nobody names one.
 
     Raises:
         DataError: `eos_token_id` is neither a token id nor a list of them.
     """
+    last = None if tokenizer is None else tokenizer.eos_token_id
+    own = () if last is None else (last,)
     for name, source in (("generation_config.json", generation_config), ("config.json", config)):
         value = source.get("eos_token_id")
         if value is None:
@@ -241,6 +240,5 @@ def eos_ids(
         if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
             raise DataError(f"eos_token_id in {name} is {value!r}; it must be a token id or a list of token ids")
         if ids:
-            return tuple(dict.fromkeys(ids))
-    last = None if tokenizer is None else tokenizer.eos_token_id
-    return () if last is None else (last,)
+            return tuple(dict.fromkeys((*ids, *own)))
+    return own

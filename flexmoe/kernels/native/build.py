@@ -13,7 +13,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from flexmoe.errors import StorageError
 from flexmoe.system.machine import cpu_flags
+from policies.common.directories import cache_directory
 
 _SOURCE = Path(__file__).with_name("attention.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread", "-w")
@@ -25,9 +27,10 @@ class BuildError(Exception):
 
 def _cache_directory() -> Path:
     """Return the directory for compiled libraries, created private; refuse one that others could write to."""
-    chosen = os.environ.get("FLEXMOE_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    directory = Path(chosen) if chosen else Path(base) / "flexmoe"
+    try:
+        directory = cache_directory()
+    except StorageError as error:
+        raise BuildError(str(error)) from error
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = directory.stat()
     if status.st_uid != os.geteuid() or status.st_mode & stat.S_IWOTH:

@@ -107,13 +107,20 @@ def test_overflow_in_float16_fails_every_row_and_names_bfloat16(asked, tiny, mak
     for dtype in ("bfloat16", "float32"):
         assert make(directory, dtype=dtype).generate([[5, 6, 7]], params)[0].error is None
     (output,) = make(directory, dtype="float16").generate([[5, 6, 7]], params)
-    assert output.error_code == "non_finite_logits" and "run with --dtype bfloat16" in output.error
+    assert output.error_code == "non_finite_logits" and "run with dtype='bfloat16'" in output.error
 
 
 def test_a_job_of_such_rows_has_an_error_file_and_the_same_one_when_it_is_run_again(tiny, tmp_path):
     directory, file = edited(tiny, tmp_path / "large", large), tmp_path / "in.jsonl"
     file.write_text('{"prompt": [5, 6]}\n{"prompt": [8], "n": 2, "logprobs": 1}\n')
-    options = {"model": directory, "policy": None, "dtype": "float16", "device": "cpu", "gen_len": 4}
+    options = {
+        "model": directory,
+        "policy": None,
+        "percent": RESIDENT,
+        "dtype": "float16",
+        "device": "cpu",
+        "gen_len": 4,
+    }
     errors = []
     for overwrite in (False, False, True):
         result = run_batch(file, tmp_path / "out.jsonl", overwrite=overwrite, offload_dir=tmp_path / "o", **options)

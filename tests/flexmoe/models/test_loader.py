@@ -45,7 +45,7 @@ def test_the_hub_is_asked_for_no_weights_of_an_unknown_family(tmp_path, monkeypa
     hub = pytest.importorskip("huggingface_hub")
     fetched = []
 
-    def snapshot_download(name, *, allow_patterns):
+    def snapshot_download(name, *, allow_patterns, cache_dir):
         fetched.append(allow_patterns)
         write_config(tmp_path)
         return str(tmp_path)
@@ -76,7 +76,7 @@ def test_the_hub_is_asked_for_the_weights_of_a_family_that_runs(tiny, monkeypatc
     hub = pytest.importorskip("huggingface_hub")
     directory, fetched = tiny().directory, []
 
-    def snapshot_download(name, *, allow_patterns):
+    def snapshot_download(name, *, allow_patterns, cache_dir):
         fetched.append(allow_patterns)
         return str(directory)
 

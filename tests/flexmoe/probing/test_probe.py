@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from cost_model.hardware.cache import cache_directory, last_measured
+from cost_model.hardware.cache import last_measured
 from cost_model.hardware.hardware import Gpu, Hardware
 from flexmoe.cli import probe as command
 from flexmoe.engine import executor
@@ -41,6 +41,7 @@ from flexmoe.probing.timing import WeightArena, best_of_rounds
 from flexmoe.system import device as device_module
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
+from policies.common.directories import cache_directory
 from policies.common.memory_units import MIB
 from tests.support.pretend_cuda import PretendCuda
 

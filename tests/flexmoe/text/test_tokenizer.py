@@ -1,5 +1,6 @@
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from flexmoe.errors import DataError
+from flexmoe.text.backend import TokenizerError
 from flexmoe.text.tokenizer import Tokenizer, eos_ids
 from tests.support.tokenizers import SENTENCES, build_sentencepiece, build_tokenizer
 
@@ -159,11 +161,48 @@ def test_directory_without_tokenizer_serves_token_ids_only(tmp_path):
             call()
 
 
-def test_damaged_tokenizer_is_bad_data(directory, tmp_path):
-    copy = shutil.copytree(directory, tmp_path / "copy")
-    (copy / "tokenizer.json").write_text('{"version": "1.0", "model"')
-    with pytest.raises(DataError, match="cannot be used"):
-        Tokenizer.load(copy)
+SENTENCEPIECE = {"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}', "tokenizer.model": "x"}
+GPT2 = '{"tokenizer_class": "GPT2Tokenizer"}'
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"tokenizer.json": '{"version": "1.0", "model"'}, "tokenizer.json' is not valid JSON.*fetch it again"),
+        ({"tokenizer.json": ""}, "tokenizer.json' is empty.*fetch it again"),
+        ({"tokenizer.json": "version https://git-lfs.github.com/spec/v1"}, "tokenizer.json' is a Git-LFS pointer"),
+        (
+            SENTENCEPIECE,
+            "needs the Python packages sentencepiece and protobuf, not installed.*pip install sentencepiece",
+        ),
+        (SENTENCEPIECE | {"tokenizer.model": "IQ== 0\nIg== 1\n"}, "needs the Python package tiktoken, not installed"),
+        (SENTENCEPIECE | {"tokenizer.model": ""}, "tokenizer.model' is empty.*fetch it again"),
+        ({"tekken.json": "{}"}, "needs the Python package mistral-common, not installed"),
+        ({"tokenizer_config.json": GPT2, "vocab.json": '{"a": 0}'}, "merges.txt is missing beside vocab.json"),
+        ({"tokenizer.json": '{"model": {"type": "?"}}'}, "compare its files with the original's"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_built_says_what_is_missing_when_text_needs_it(files, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert not tokenizer.is_available and tokenizer.decode((1, 2)) is None and tokenizer.eos_token_id is None
+    assert tokenizer.token_text(5).text == "token_id:5"
+    for call in (lambda: tokenizer.encode("a"), lambda: encode_chat(tokenizer, [{"role": "user", "content": "a"}])):
+        with pytest.raises(TokenizerError, match=words) as refusal:
+            call()
+        assert refusal.value.exit_code == 65
+        assert ("fetch it again" in words) == ("again" in str(refusal.value) and "merges" not in words)
+
+
+@pytest.mark.parametrize("name", [b"m\xe8", b"\xff\xfe", "größe 日本".encode(), b"a b'c\"d\n"])
+def test_a_directory_may_have_any_name(name, directory, tmp_path, tokenizer):
+    path = os.fsdecode(os.path.join(os.fsencode(tmp_path), name))
+    shutil.copytree(directory, path)
+    found = Tokenizer.load(path)
+    assert found.encode("hello world") == tokenizer.encode("hello world")
+    assert encode_chat(found, [{"role": "user", "content": "a"}])
 
 
 def test_code_in_a_checkpoint_is_not_run(directory, tmp_path):
@@ -186,15 +225,18 @@ def test_transformers_is_imported_only_when_needed():
 @pytest.mark.parametrize(
     ("generation", "config", "expected"),
     [
-        ({"eos_token_id": [7, 9, 7]}, {"eos_token_id": 3}, (7, 9)),
-        ({"eos_token_id": 0}, {"eos_token_id": 3}, (0,)),
-        ({"eos_token_id": None}, {"eos_token_id": [3, 4]}, (3, 4)),
-        ({}, {"eos_token_id": 3}, (3,)),
+        ({"eos_token_id": [7, 9, 7]}, {"eos_token_id": 3}, (7, 9, 2)),
+        ({"eos_token_id": [7, 2]}, {"eos_token_id": 3}, (7, 2)),
+        ({"eos_token_id": 0}, {"eos_token_id": 3}, (0, 2)),
+        ({"eos_token_id": None}, {"eos_token_id": [3, 4]}, (3, 4, 2)),
+        ({}, {"eos_token_id": 3}, (3, 2)),
         ({}, {}, (2,)),
         ({"eos_token_id": []}, {}, (2,)),
     ],
 )
-def test_eos_is_every_id_of_the_first_file_that_names_one(tokenizer, generation, config, expected):
+def test_eos_is_every_id_of_the_first_file_that_names_one_and_the_tokenizers_own(
+    tokenizer, generation, config, expected
+):
     assert eos_ids(generation, config, tokenizer) == expected
 
 
