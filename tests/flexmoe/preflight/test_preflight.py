@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flexmoe.errors import DataError
+from flexmoe.errors import DataError, FlexMoEError
 from flexmoe.inputs.options import InputOptions, open_requests
 from flexmoe.inputs.request_file import Rows
 from flexmoe.params import EngineRequest, SamplingParams
@@ -201,3 +201,13 @@ def test_scoring_rows_generate_nothing():
     params = SamplingParams(max_tokens=0, echo=True, logprobs=1)
     lengths[0] = RowLength.of([EngineRequest(request_id="", prompt_token_ids=(5,) * 7, params=params)], 100)
     assert lengths.new_tokens[0] == 0 and lengths.measured(100).workload.gen_len == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_tokenizer_that_cannot_be_built_is_the_users_error_where_there_is_text(workers, rows, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("")
+    with contextlib.closing(preflight(rows([{"prompt": [5, 6]}]), make_setup(str(tmp_path)), workers=workers)) as found:
+        assert not list(found.refused())
+    with pytest.raises(FlexMoEError, match="tokenizer.json' is empty") as refusal:
+        preflight(rows([{"prompt": [5, 6]}, {"prompt": "hello"}]), make_setup(str(tmp_path)), workers=workers)
+    assert refusal.value.exit_code == 65
