@@ -60,7 +60,7 @@ class LLM:
             ``float``.
         device: ``auto``, ``cuda`` or ``cpu``.
         seed: of the draws of requests without one; None is 0.
-        tokenizer: directory of another tokenizer than the checkpoint's.
+        tokenizer: another tokenizer than the checkpoint's, or its directory.
         generation_config: where `get_default_sampling_params` are from: ``auto`` (the checkpoint), ``none`` or ``vllm`` (nowhere), or
             a directory.
         **options: ``gpu_memory_utilization``, the share of the GPU's memory that is ``gpu_mem``; further fields of `flexmoe.engine.config.EngineConfig`: ``offload_dir``, ``kv_tokens``, ``longest_row``,
@@ -89,7 +89,7 @@ class LLM:
         dtype: Any = "auto",
         device: str = "auto",
         seed: int | None = None,
-        tokenizer: str | Path | None = None,
+        tokenizer: str | Path | Tokenizer | None = None,
         generation_config: str = "auto",
         **options: Any,
     ) -> None:
@@ -375,8 +375,10 @@ class LLM:
         return [as_asked(outputs[i], texts[i], self.tokenizer) for i in range(len(prompts))]
 
 
-def _tokenizer(model: Model, directory: str | Path | None) -> Tokenizer:
+def _tokenizer(model: Model, directory: str | Path | Tokenizer | None) -> Tokenizer:
     """The tokenizer of a directory, or the model's own."""
+    if isinstance(directory, Tokenizer):
+        return directory
     if directory is None or str(directory) == model.arch.name:
         return Tokenizer.load(model.directory) if model.directory else Tokenizer(None, "a dummy")
     if not Path(directory).is_dir():

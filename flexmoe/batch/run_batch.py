@@ -147,7 +147,7 @@ def _run(options: RunOptions, model: Model, job: Job, measured: Measured, listen
     plan = plan_run(options, model, measured, job.lengths)
     save_policy(options, model, plan)
     listener.planned(plan)
-    llm = LLM(model, policy=plan.policy, workload=plan.measured.workload, **plan.options)
+    llm = LLM(model, tokenizer=job.tokenizer, policy=plan.policy, workload=plan.measured.workload, **plan.options)
     with contextlib.closing(llm):
         listener.loaded(llm.engine)
         job.run(llm, plan.policy.block_size)

@@ -36,6 +36,7 @@ from flexmoe.preflight.preflight import Preflight, preflight
 from flexmoe.preflight.prepare import Preparer
 from flexmoe.preflight.prepare_setup import PreparerSetup
 from flexmoe.system.interrupts import Interrupts
+from flexmoe.text.tokenizer import Tokenizer
 
 #: What is told whether or not the user asks for a log.
 log = logging.getLogger("flexmoe.progress")
@@ -90,6 +91,7 @@ class Job:
 
     Attributes:
         report: of the job when it was finished before; else None.
+        tokenizer: of its rows, once `look` has needed it.
 
     Raises:
         UsageError: files are the same or there already, flags are others than those the job was begun with, or another
@@ -126,6 +128,7 @@ class Job:
             self._parts.close()
             raise
         self._setup = setup.at(self._workspace.manifest.created_s)
+        self.tokenizer: Tokenizer | None = None
         self._found: Preflight | None = None
         self._stream: RowStream | None = None
         finished = self._workspace.finished
@@ -157,7 +160,7 @@ class Job:
         """
         self._tell_what_is_resumed()
         journal, preparer = self._workspace.journal, self._setup.preparer()
-        bar = self._stream_options.bar
+        bar, self.tokenizer = self._stream_options.bar, preparer.tokenizer
         self._found = preflight(self._rows, self._setup, preparer=preparer, done=journal.__contains__, bar=bar)
         self._parts.callback(self._found.close)
         self._stream = self._row_stream(preparer, self._found)

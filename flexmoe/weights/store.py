@@ -68,8 +68,12 @@ class WeightStore:
             InfeasibleError: the host has not that much memory.
         """
         self._source.prepare(self._of_tier("disk"))
-        self._load_cpu(self._of_tier("cpu"))
-        self._load_gpu(self._of_tier("gpu"))
+        reading = self._begin_cpu(self._of_tier("cpu"))
+        try:
+            self._load_gpu(self._of_tier("gpu"))
+        finally:  # nothing may be written into buffers that are given up
+            for each in reading:
+                each.wait()
 
     def read(self, unit: UnitId, buffer: torch.Tensor, on_done: OnDone | None = None) -> Pending:
         """Start reading a unit's stored bytes into ``buffer`` (uint8, page-aligned, ``layout.host_bytes``)."""
@@ -98,7 +102,8 @@ class WeightStore:
     def _of_tier(self, tier: str) -> list[UnitId]:
         return [unit for unit, t in self.tier_of.items() if t == tier]
 
-    def _load_cpu(self, units: list[UnitId]) -> None:
+    def _begin_cpu(self, units: list[UnitId]) -> list[Pending]:
+        """Starts reading the units of host memory; those of the device are read before what is still waiting."""
         arena = self.device.host_buffer(sum(self.layouts[u].host_bytes for u in units), pinned=self.pinned)
         offset, pending = 0, []
         for unit in units:
@@ -106,8 +111,7 @@ class WeightStore:
             self._cpu[unit] = arena[offset : offset + size]
             pending.append(self.read(unit, self._cpu[unit]))
             offset += size
-        for p in pending:
-            p.wait()
+        return pending
 
     def _load_gpu(self, units: list[UnitId]) -> None:
         if not units:
@@ -125,7 +129,8 @@ class WeightStore:
             if not staging:
                 staging.append(self._upload(*reading.popleft()))
             buffer = staging.popleft()
-            reading.append((unit, buffer, self.read(unit, buffer[: self.layouts[unit].host_bytes])))
+            stored = buffer[: self.layouts[unit].host_bytes]
+            reading.append((unit, buffer, self._source.read(unit, stored, self._urgent)))
         while reading:
             self._upload(*reading.popleft())
 
