@@ -19,7 +19,7 @@ class PreparerSetup:
     Args:
         directory: of the tokenizer's files; None where there are none.
         vocab_size, context: as `Limits`.
-        default_max_tokens: for rows that name no limit.
+        default_max_tokens: as `Preparer`.
         chat_template: instead of the tokenizer's own.
         defaults: as `SamplingDefaults`.
         model_names: as `ServedModel`; rows that name another model fail where ``strict_model`` is set.
@@ -29,7 +29,7 @@ class PreparerSetup:
     directory: str | None
     vocab_size: int
     context: int
-    default_max_tokens: int
+    default_max_tokens: int | None
     chat_template: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     model_names: tuple[str, ...] = ()
