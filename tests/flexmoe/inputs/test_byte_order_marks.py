@@ -5,8 +5,8 @@ import random
 import shutil
 
 import pytest
-
 from cost_model.cli.prompts import read_prompts
+
 from flexmoe.checkpoint.files import read_json_object
 from flexmoe.inputs.options import InputOptions, open_requests
 from flexmoe.text.chat_template import ChatTemplate, read_template
