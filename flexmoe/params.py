@@ -139,8 +139,12 @@ class SamplingParams(metaclass=_TakesVllmNames):
             raise UsageError("stop needs the text, and detokenize is False; set it to True, or give stop_token_ids")
 
     def limited(self, max_tokens: int) -> SamplingParams:
-        """The same with this `max_tokens` where it has none, raised to its `min_tokens`."""
-        return self if self.max_tokens is not None else replace(self, max_tokens=max(max_tokens, self.min_tokens))
+        """The same with this `max_tokens` where it has none.
+
+        Raises:
+            UsageError: it asks for more tokens than that (`min_tokens`).
+        """
+        return self if self.max_tokens is not None else replace(self, max_tokens=max_tokens)
 
     @property
     def biased_tokens(self) -> tuple[tuple[int, float], ...]:

@@ -66,10 +66,9 @@ def plan_run(
     wanted = measured.rows and (predict or options.hardware is not None or options.plans_itself)
     forecaster = _forecaster(options, model, measured, usage) if wanted else None
     planner = _Planner(options=options, model=model, usage=usage, forecaster=forecaster)
-    if (
-        lengths is not None and measured.open_rows and options.kv_tokens is not None
-    ):  # they make do with what is asked for
-        measured = lengths.measured(model.arch.max_position, max(options.kv_tokens, *lengths.needed))
+    if lengths is not None and measured.open_rows and options.kv_tokens is not None:
+        # Open rows make do with the capacity that is asked for.
+        measured = lengths.measured(model.arch.max_position, max(options.kv_tokens, max(lengths.needed)))
     try:
         return planner.plan(measured)
     except InfeasibleError:

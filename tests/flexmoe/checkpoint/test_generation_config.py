@@ -76,10 +76,3 @@ def test_config_that_is_missing_or_damaged_is_told(tmp_path):
         (tmp_path / "generation_config.json").write_text(content)
         with pytest.raises(DataError, match="generation_config.json"):
             generation_config(str(tmp_path), {})
-
-
-def test_a_limit_that_is_not_given_is_no_less_than_the_tokens_that_are_asked_for():
-    defaults = SamplingDefaults()
-    assert defaults.params({"min_tokens": 50}, 32).max_tokens == 50
-    assert defaults.params({"min_tokens": 5}, 32).max_tokens == 32
-    assert defaults.params({"min_tokens": 50}, None).max_tokens is None
