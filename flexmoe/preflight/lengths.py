@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from flexmoe.params import EXPECTED_NEW_TOKENS, EngineRequest
+from policies.common.option_names import option
 from policies.workload import Workload
 
 #: Most different pairs of lengths that are kept apart.
@@ -49,7 +50,7 @@ class Measured:
             return []
         return [
             f"{self.open_rows} of {self.rows} completions name no limit: the plan expects {self.open_tokens} tokens of "
-            "each, and each may take the rest of the context (--gen-len sets a limit)"
+            f"each, and each may take the rest of the context ({option('gen_len')} sets a limit)"
         ]
 
     @classmethod
