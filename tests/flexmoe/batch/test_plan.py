@@ -10,6 +10,7 @@ from flexmoe.batch.options import RunOptions
 from flexmoe.batch.plan import RunPlan, last_that_holds, plan_run
 from flexmoe.models.loader import load_model
 from flexmoe.params import EngineRequest, SamplingParams
+from flexmoe.planning.configure import RESIDENT
 from flexmoe.preflight.lengths import Lengths, RowLength
 from policies.policy import Policy
 from policies.units import UnitId
@@ -121,7 +122,7 @@ def test_open_rows_get_the_room_that_memory_has_and_are_no_error_rows(tiny, tmp_
     for row, prompt in enumerate((10, 30, 100)):
         request = EngineRequest(request_id="", prompt_token_ids=(5,) * prompt, params=SamplingParams())
         lengths[row] = RowLength.of([request], model.arch.max_position)
-    flags = {"gpu_batch_size": 2, "prefill_tokens": 8} | flags
+    flags = {"percent": RESIDENT, "gpu_batch_size": 2, "prefill_tokens": 8} | flags
     options = RunOptions(model=str(tiny().directory), device="cpu", offload_dir=tmp_path, **flags)
     plan = plan_run(options, model, lengths.measured(model.arch.max_position), lengths)
     assert plan.rows_without_room == 0 and plan.measured.rows == plan.measured.open_rows == 3

@@ -257,7 +257,7 @@ def test_errors_are_sentences(requests, directory, tmp_path):
         planned(tmp_path / "none.jsonl", directory)
     with pytest.raises(DataError, match="line 2"):
         planned(requests({"prompt": "a"}, '{"prompt": "\\ud83d"}'), directory)
-    with pytest.raises(UsageError, match="--on-invalid is 'drop'"):
+    with pytest.raises(UsageError, match="on_invalid is 'drop'"):
         planned(requests({"prompt": "a"}), directory, "--on-invalid", "drop")
     with pytest.raises(UsageError, match="--strict-model says how the file of --prompts is read"):
         check(parser().parse_args(["--model", "mixtral-8x7b", "--strict-model"]))
