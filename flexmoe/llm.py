@@ -21,7 +21,7 @@ from flexmoe.engine.requests import RefusedError
 from flexmoe.engine.router_counter import LayerStats
 from flexmoe.errors import UsageError
 from flexmoe.models.loader import Model, load_model
-from flexmoe.params import EngineRequest, InFlight, RequestOutput, SamplingParams
+from flexmoe.params import DEFAULT_MAX_TOKENS, EngineRequest, InFlight, RequestOutput, SamplingParams
 from flexmoe.planning.configure import ARGUMENTS, configure
 from flexmoe.progress import Progress
 from flexmoe.prompts import Conversation, Prompt, one_each, read_conversations, read_prompts
@@ -120,7 +120,8 @@ class LLM:
 
         Args:
             prompts: texts, lists of token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``; one or several.
-            sampling_params: for all prompts, or one per prompt; default: `get_default_sampling_params`.
+            sampling_params: for all prompts, or one per prompt; default: `get_default_sampling_params`. Without ``max_tokens``
+                a completion has ``gen_len`` tokens, or 32.
             use_tqdm: draw a bar on stderr, where that is a terminal; elsewhere a line is logged now and then.
             **theirs: other arguments of vLLM's, where they ask for nothing.
 
@@ -139,7 +140,8 @@ class LLM:
         texts = [prompt.text for prompt in several if prompt.token_ids is None and prompt.text is not None]
         encoded = iter(self.tokenizer.encode_all(texts))
         ids = [next(encoded) if prompt.token_ids is None else prompt.token_ids for prompt in several]
-        return self._complete(ids, [prompt.text for prompt in several], sampling_params, use_tqdm)
+        shown, most = [prompt.text for prompt in several], self.engine.config.gen_len or DEFAULT_MAX_TOKENS
+        return self._complete(ids, shown, sampling_params, use_tqdm, max_tokens=most)
 
     def chat(
         self,
@@ -157,7 +159,8 @@ class LLM:
 
         Args:
             messages: one conversation, a list of ``{"role": …, "content": …}``; or several.
-            sampling_params: for all conversations, or one per conversation; default: `get_default_sampling_params`.
+            sampling_params: for all conversations, or one per conversation; default: `get_default_sampling_params`. Without
+                ``max_tokens`` an answer has ``gen_len`` tokens, or the rest of the context, as far as the KV cache has room.
             use_tqdm: draw a bar on stderr, where that is a terminal; elsewhere a line is logged now and then.
             chat_template: a template in Jinja instead of the checkpoint's.
             add_generation_prompt: end the prompt with what begins the assistant's answer.
@@ -345,12 +348,21 @@ class LLM:
         texts: Sequence[str | None],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
+        *,
+        max_tokens: int | None = None,
     ) -> list[RequestOutput]:
-        """Runs prompts of token ids, the longest rows first, and adds the texts of the prompts."""
+        """Runs prompts of token ids, the longest rows first, and adds the texts of the prompts.
+
+        Args:
+            max_tokens: of those that have none; None leaves it to the engine.
+        """
         default = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        several = one_each(default, len(prompts))
+        if max_tokens is not None:
+            several = [params.limited(max_tokens) for params in several]
         requests = [
             EngineRequest(request_id=str(i), prompt_token_ids=ids, params=params)
-            for i, (ids, params) in enumerate(zip(prompts, one_each(default, len(prompts))))
+            for i, (ids, params) in enumerate(zip(prompts, several))
         ]
         for request in requests:
             problem = self.check(request)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, cast
 
 from flexmoe.errors import UsageError
@@ -15,6 +15,10 @@ FinishReason = Literal["stop", "length"]
 MAX_SAMPLES = 128
 MAX_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
+#: Tokens of a completion of a plain prompt without a limit. A chat without one may take the rest of the context.
+DEFAULT_MAX_TOKENS = 32
+#: Tokens that such a chat is expected to take, as long as nothing is known of its like: about the mean answer of chat models.
+EXPECTED_NEW_TOKENS = 256
 MAX_PENALTY = 2.0
 MAX_BIAS = 100.0
 MAX_BIASED_TOKENS = 1024
@@ -66,8 +70,9 @@ class SamplingParams(metaclass=_TakesVllmNames):
         top_p: keep the most probable tokens whose probabilities sum to it; 1 keeps all.
         top_k: keep that many of the most probable tokens; 0 or -1 keeps all.
         min_p: keep the tokens at least this probable, relative to the most probable one; 0 keeps all.
-        max_tokens: most tokens to generate, the end-of-sequence token included; None means the engine's default
-            (`--gen-len`); 0 generates nothing, for `echo` or `prompt_logprobs`.
+        max_tokens: most tokens to generate, the end-of-sequence token included; None means `--gen-len` where that is given,
+            else the rest of the context for a chat and 32 for `LLM.generate`; 0 generates nothing, for `echo` or
+            `prompt_logprobs`.
         min_tokens: an end-of-sequence id and the ids of `stop_token_ids` are never chosen before so many were generated;
             stop strings count only where they end in the text of a later token. At most `max_tokens`.
         stop: strings that end the completion; the text is cut before the first of them.
@@ -132,6 +137,14 @@ class SamplingParams(metaclass=_TakesVllmNames):
             raise self._wrong("min_tokens", f"at most max_tokens, which is {self.max_tokens}")
         if self.stop and not self.detokenize:
             raise UsageError("stop needs the text, and detokenize is False; set it to True, or give stop_token_ids")
+
+    def limited(self, max_tokens: int) -> SamplingParams:
+        """The same with this `max_tokens` where it has none.
+
+        Raises:
+            UsageError: it asks for more tokens than that (`min_tokens`).
+        """
+        return self if self.max_tokens is not None else replace(self, max_tokens=max_tokens)
 
     @property
     def biased_tokens(self) -> tuple[tuple[int, float], ...]:

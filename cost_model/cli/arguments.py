@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from cost_model.cli.row_arguments import ROW_NAMES, add_row_flags
 from cost_model.model.families import DTYPE_BYTES
 from policies.common.command_line import Parser, count, flag, fraction, percent, program_name, size_gib
 from policies.common.errors import UsageError
@@ -21,7 +22,7 @@ SHARES = {
     "hc": "act_cpu_percent",
 }
 DEFAULT_MACHINE = "t4"
-DEFAULT_PROMPT_LEN = 512
+DEFAULT_PROMPT_LEN, DEFAULT_GEN_LEN = 512, 32
 
 _DESCRIPTION = """\
 Find the policy with which a Mixture-of-Experts model that does not fit on the GPU generates most tokens per second, or
@@ -56,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _job_flags(p)
+    add_row_flags(p, "--prompts")
     _machine_flags(p)
     _policy_flags(p)
     _output_flags(p)
@@ -67,7 +69,9 @@ def _job_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--model", required=True, help="a known shape, its hub id, or a directory with a config.json")
     g.add_argument("--prompt-len", type=count, help=f"tokens per prompt (default {DEFAULT_PROMPT_LEN})")
     g.add_argument(
-        "--gen-len", type=count, default=32, help="tokens per completion, of rows without max_tokens (default 32)"
+        "--gen-len",
+        type=count,
+        help=f"tokens per completion (default {DEFAULT_GEN_LEN}); with --prompts, of rows without max_tokens, as in flexmoe.run",
     )
     g.add_argument(
         "--num-requests", type=count, help="rows of the job (default: those of --prompts, else one without end)"
@@ -76,7 +80,7 @@ def _job_flags(p: argparse.ArgumentParser) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="take the rows' lengths from a requests file (JSONL as for flexmoe.run, or one text per line)",
+        help="take the rows' lengths from a file of requests, read as flexmoe.run -i reads it",
     )
     g.add_argument(
         "--expert-usage",
@@ -154,6 +158,9 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.prompts and args.prompt_len:
         raise UsageError("--prompts already says how long the prompts are; leave out --prompt-len")
+    if not args.prompts:
+        given = [f"--{name.replace('_', '-')}" for name in ROW_NAMES if getattr(args, name) is not None]
+        _refuse("{} says how the file of --prompts is read; give that, too", given)
     shares = [f"--{name}" for name in SHARES if getattr(args, name) is not None]
     if args.policy:
         _refuse("--policy already says what {} would", [*shares, *_given(args)])

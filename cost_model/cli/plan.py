@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cost_model.cli.arguments import DEFAULT_MACHINE, DEFAULT_PROMPT_LEN, SHARES, check, parser
+from cost_model.cli.arguments import DEFAULT_GEN_LEN, DEFAULT_MACHINE, DEFAULT_PROMPT_LEN, SHARES, check, parser
 from cost_model.cli.report import Report
 from cost_model.hardware.cache import last_measured
 from cost_model.hardware.hardware import Hardware
@@ -20,7 +20,7 @@ from cost_model.planner.constraints import Fixed
 from cost_model.planner.solve import Plan, solve
 from cost_model.timing.evaluate import Prediction, evaluate
 from policies.common.command_line import guarded, say
-from policies.common.errors import InfeasibleError
+from policies.common.errors import InfeasibleError, UsageError
 from policies.common.memory_units import GIB
 from policies.policy import Policy, PolicyFile
 from policies.workload import Workload
@@ -34,12 +34,16 @@ if TYPE_CHECKING:
 _TRACE_SWEEPS = 4
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+#: Reads the file of ``--prompts``: from the flags and the model to the lengths, and sentences on how they were found.
+ReadLengths = Callable[[argparse.Namespace, ModelArch], tuple[Workload, tuple[str, ...]]]
+
+
+def main(argv: Sequence[str] | None, read_lengths: ReadLengths) -> int:
     """Run the command line; the result is the exit code."""
-    return guarded("cost_model", lambda: _run(parser().parse_args(argv)))
+    return guarded("cost_model", lambda: _run(parser().parse_args(argv), read_lengths))
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, read_lengths: ReadLengths) -> int:
     check(args)
     if args.plot:
         from cost_model.cli.plot import check_plot
@@ -47,7 +51,7 @@ def _run(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     arch = _model(args.model)
     hardware, origin = _machine(args)
-    workload, notes = _job(args, arch)
+    workload, notes = read_lengths(args, arch) if args.prompts else (_equal_rows(args, arch), ())
     usage = _usage(args.expert_usage, arch) if args.expert_usage else None
     report = _report(args, arch, hardware, workload, usage, origin=origin, notes=notes)
     if args.output:
@@ -125,21 +129,14 @@ def _hardware(name: str | None) -> tuple[Hardware, str]:
     return Hardware.preset(name), f"preset {name.lower()}; its rates are assumed, not measured"
 
 
-def _job(args: argparse.Namespace, arch: ModelArch) -> tuple[Workload, tuple[str, ...]]:
-    if args.prompts:
-        from cost_model.cli.prompts import read_prompts
-
-        directory = Path(args.model) if Path(args.model).is_dir() else None
-        prompts = read_prompts(
-            args.prompts,
-            gen_len=args.gen_len,
-            context=arch.max_position,
-            tokenizer_dir=directory,
-            num_requests=args.num_requests,
-        )
-        return prompts.workload, prompts.notes
-    prompt_len = args.prompt_len or DEFAULT_PROMPT_LEN
-    return Workload(prompt_len=prompt_len, gen_len=args.gen_len, num_requests=args.num_requests), ()
+def _equal_rows(args: argparse.Namespace, arch: ModelArch) -> Workload:
+    prompt_len, gen_len = args.prompt_len or DEFAULT_PROMPT_LEN, args.gen_len or DEFAULT_GEN_LEN
+    workload = Workload(prompt_len=prompt_len, gen_len=gen_len, num_requests=args.num_requests)
+    try:
+        arch.check_rows(workload.longest_row)
+    except UsageError as error:
+        raise UsageError(f"--prompt-len {prompt_len} and --gen-len {gen_len}: {error}") from None
+    return workload
 
 
 def _report(

@@ -8,7 +8,7 @@ from typing import Any
 
 from cost_model.model.families import check_model_type, shape_fields
 from cost_model.model.known_shapes import known_config, read_config
-from policies.common.errors import DataError
+from policies.common.errors import DataError, UsageError
 
 _COUNTS = (
     "num_layers",
@@ -136,6 +136,18 @@ class ModelArch:
             UsageError: the model is not among the known ones, which are listed.
         """
         return cls.from_config(known_config(name), name=name)
+
+    def check_rows(self, tokens: int) -> None:
+        """Shows that rows of so many tokens, prompt and completion, are no longer than the context.
+
+        Raises:
+            UsageError: they are.
+        """
+        if tokens > self.max_position:
+            raise UsageError(
+                f"rows of {tokens} tokens, prompt and completion, are longer than the context of {self.name or 'the model'}, "
+                f"which is {self.max_position} tokens; give shorter prompts or completions"
+            )
 
     @property
     def projection_params(self) -> int:

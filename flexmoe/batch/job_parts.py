@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flexmoe.batch.options import RunOptions, is_auto
-from flexmoe.checkpoint.generation_config import SamplingDefaults, generation_config
+from flexmoe.checkpoint.generation_config import generation_config
 from flexmoe.job.identity import digest, model_identity, tokenizer_identity
 from flexmoe.job.job import Job
 from flexmoe.job.output_files import check_distinct, check_writable
@@ -85,14 +85,14 @@ def preparer_setup(options: RunOptions, model: Model, template: str | None = Non
     Raises:
         UsageError: the chat template cannot be read.
     """
-    return PreparerSetup(
-        directory=None if model.directory is None else str(model.directory),
+    return PreparerSetup.of(
+        options.model,
+        model.directory,
         vocab_size=model.arch.vocab_size,
         context=model.arch.max_position,
         default_max_tokens=options.gen_len,
         chat_template=template or _template(options),
-        defaults=SamplingDefaults.of(model.generation_config).values,
-        model_names=tuple(sorted(ServedModel.of(options.model).names)),
+        generation_config=model.generation_config,
         strict_model=options.strict_model,
     )
 

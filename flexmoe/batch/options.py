@@ -17,6 +17,7 @@ from flexmoe.job.job import JobFiles
 from flexmoe.job.runner import CHECKPOINT_INTERVAL_S
 from flexmoe.job.shards import Shard
 from flexmoe.models.loader import LOAD_FORMATS
+from flexmoe.params import DEFAULT_MAX_TOKENS
 from flexmoe.weights.eviction import EXPERT_CACHES
 from policies.common.checks import check_count, check_number
 from policies.common.directories import OFFLOAD_DIR
@@ -71,7 +72,7 @@ class RunOptions:
         chat_template: text of a template or its file, instead of the tokenizer's own.
         generation_config: sampling defaults: ``auto`` (the model's generation_config.json), ``none``, or a directory.
         strict_model: a row that names another model fails.
-        gen_len: ``max_tokens`` of rows without one.
+        gen_len: ``max_tokens`` of rows without one; None: 32 for prompts, and chats may take the rest of the context.
         seed: of rows without one.
         overwrite: start a new job instead of the one that is there; the old output stays until the new job has made progress.
         checkpoint_interval_s: seconds between two writes of the tokens of the rows in flight.
@@ -114,7 +115,7 @@ class RunOptions:
     chat_template: str | None = None
     generation_config: str = "auto"
     strict_model: bool = False
-    gen_len: int = 32
+    gen_len: int | None = None
     seed: int = 0
     overwrite: bool = False
     checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
@@ -166,6 +167,11 @@ class RunOptions:
             others = ", ".join(map(option, given))
             raise UsageError(f"{option('policy')} already says what {others} would; give one or the other")
         self.input_options()
+
+    @property
+    def prompt_gen_len(self) -> int:
+        """Most tokens of the completion of a prompt that names no limit."""
+        return self.gen_len or DEFAULT_MAX_TOKENS
 
     @property
     def plans_itself(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -65,20 +66,24 @@ def plan_run(
     wanted = measured.rows and (predict or options.hardware is not None or options.plans_itself)
     forecaster = _forecaster(options, model, measured, usage) if wanted else None
     planner = _Planner(options=options, model=model, usage=usage, forecaster=forecaster)
+    if lengths is not None and measured.open_rows and options.kv_tokens is not None:
+        # Open rows make do with the capacity that is asked for.
+        measured = lengths.measured(model.arch.max_position, max(options.kv_tokens, max(lengths.needed)))
     try:
         return planner.plan(measured)
     except InfeasibleError:
         fitting = None if lengths is None else planner.longest_that_fits(lengths)
         if lengths is None or fitting is None or fitting >= measured.longest_row:
             raise
-    without = sum(tokens > fitting for tokens in lengths.longest)
-    log.warning(
-        "rows that no memory has room for: %d (the longest may reach %d tokens); they become error rows, and the job is "
-        "planned for rows of up to %d tokens",
-        without,
-        measured.longest_row,
-        fitting,
-    )
+    without = sum(tokens > fitting for tokens in lengths.needed)
+    if without:
+        log.warning(
+            "rows that no memory has room for: %d (the longest may reach %d tokens); they become error rows, and the job is "
+            "planned for rows of up to %d tokens",
+            without,
+            measured.longest_row,
+            fitting,
+        )
     others = lengths.measured(model.arch.max_position, fitting)
     return replace(planner.plan(others), rows_without_room=without)
 
@@ -124,8 +129,7 @@ class _Planner:
         """
         forecaster = self._forecaster_for(measured)
         policy = self._policy(measured, forecaster)
-        options = self._engine_options(measured, policy)
-        engine = self._engine_plan(measured, policy, options)
+        options, engine = self._with_room_for_open_rows(measured, policy)
         predicted = None
         if forecaster is not None:
             predicted = forecaster.predict(policy, options["kv_tokens"], engine.allocation.cache_experts)
@@ -147,9 +151,25 @@ class _Planner:
                 return False
             return True
 
-        values = sorted({tokens for tokens in lengths.longest if tokens})
+        values = lengths.sizes()
         # Mostly it is not a row that does not fit, and to know that one plan is enough.
         return last_that_holds(values, fits) if fits(values[0]) else None
+
+    def _with_room_for_open_rows(self, measured: Measured, policy: Policy) -> tuple[dict[str, Any], EnginePlan]:
+        """The engine's options and plan; memory that the policy leaves lets open rows grow beyond what is planned for.
+
+        Raises:
+            InfeasibleError: what is planned for does not fit.
+        """
+        options, room = self._engine_options(measured, policy), measured.longest_open
+        if self.options.kv_tokens is not None:
+            room = min(room, self.options.kv_tokens)
+        while room > measured.longest_row:
+            with contextlib.suppress(InfeasibleError):
+                more = {**options, "longest_row": room}
+                return more, self._engine_plan(measured, policy, more)
+            room //= 2
+        return options, self._engine_plan(measured, policy, options)
 
     def _forecaster_for(self, measured: Measured) -> Forecaster | None:
         return self.forecaster and replace(self.forecaster, workload=measured.workload)

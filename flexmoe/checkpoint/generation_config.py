@@ -51,14 +51,15 @@ class SamplingDefaults:
         given["temperature"] = given.get("temperature", 1.0) if sampled else 0.0
         return cls(values=given)
 
-    def params(self, given: Mapping[str, Any], max_tokens: int) -> SamplingParams:
+    def params(self, given: Mapping[str, Any], max_tokens: int | None) -> SamplingParams:
         """What a row is sampled with.
 
         Args:
             given: the fields that the row gives.
-            max_tokens: for a row that gives no limit.
+            max_tokens: for a row that gives no limit (`SamplingParams.limited`); None leaves it without.
         """
-        return SamplingParams(**{"max_tokens": max_tokens, **self.values, **given})
+        params = SamplingParams(**{**self.values, **given})
+        return params if max_tokens is None else params.limited(max_tokens)
 
 
 def generation_config(choice: str, of_model: Mapping[str, Any]) -> dict[str, Any]:

@@ -124,7 +124,11 @@ def _job_flags(p: argparse.ArgumentParser) -> None:
         "-o", "--output-file", type=Path, help="completions, in input order; failed rows go to <output>.errors.jsonl"
     )
     g.add_argument("--prompt-len", type=count, help="benchmark: tokens per prompt (default 512)")
-    g.add_argument("--gen-len", type=count, help="tokens per completion for rows without max_tokens (default 32)")
+    g.add_argument(
+        "--gen-len",
+        type=count,
+        help="tokens per completion for rows without max_tokens (default: 32 for prompts, the rest of the context for chats)",
+    )
     g.add_argument("--cut-gen-len", type=count, help="benchmark: stop after so many tokens and project to --gen-len")
     g.add_argument("--num-prompts", type=count, help="benchmark: prompts (default: one block)")
     g.add_argument("--seed", type=int, help="seed of rows without one, and of the benchmark's prompts (default 0)")

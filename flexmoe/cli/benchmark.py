@@ -49,9 +49,9 @@ class Benchmark:
             raise UsageError(
                 "the planner plans for the job's rows: give -i, or --num-prompts for the benchmark, or --percent"
             )
-        if self.cut_gen_len and self.cut_gen_len > options.gen_len:
+        if self.cut_gen_len and self.cut_gen_len > options.prompt_gen_len:
             raise UsageError("--cut-gen-len is for the benchmark and at most --gen-len")
-        if self.cut_gen_len == 1 and options.gen_len > 1:
+        if self.cut_gen_len == 1 and options.prompt_gen_len > 1:
             raise UsageError("--cut-gen-len 1 has no decode step to project from; give at least 2")
         if self.cut_gen_len and options.percent is not None and (self.num_prompts or 0) > options.block_size:
             raise UsageError(f"--cut-gen-len projects one block; give at most {options.block_size} --num-prompts")
@@ -59,8 +59,8 @@ class Benchmark:
     def rows(self, options: RunOptions) -> Measured:
         """Lengths of its rows."""
         rows = self.num_prompts or options.block_size
-        workload = Workload(prompt_len=self.prompt_len, gen_len=options.gen_len, num_requests=rows)
-        return Measured(workload=workload, longest_row=self.prompt_len + options.gen_len, rows=rows)
+        workload = Workload(prompt_len=self.prompt_len, gen_len=options.prompt_gen_len, num_requests=rows)
+        return Measured(workload=workload, longest_row=self.prompt_len + options.prompt_gen_len, rows=rows)
 
 
 def run_benchmark(options: RunOptions, benchmark: Benchmark, *, verbose: bool = False) -> int:
@@ -83,7 +83,7 @@ def run_benchmark(options: RunOptions, benchmark: Benchmark, *, verbose: bool = 
         rows = _run(llm, options, benchmark)
         metrics = metrics_record(llm.metrics(), llm.engine, rows, 0, predicted=plan.predicted)
         say(
-            *flexllmgen_lines(metrics, llm.engine, rows, options.gen_len, benchmark.cut_gen_len),
+            *flexllmgen_lines(metrics, llm.engine, rows, options.prompt_gen_len, benchmark.cut_gen_len),
             *(detail_lines(metrics, llm.engine, plan.predicted) if verbose else ()),
             *summary_lines(metrics, llm.engine.plan, plan.predicted),
         )
@@ -95,7 +95,7 @@ def run_benchmark(options: RunOptions, benchmark: Benchmark, *, verbose: bool = 
 def _run(llm: LLM, options: RunOptions, benchmark: Benchmark) -> int:
     """Completes all prompts; returns how many."""
     vocab, rng = llm.model.arch.vocab_size, random.Random(options.seed)
-    params = SamplingParams(max_tokens=benchmark.cut_gen_len or options.gen_len, ignore_eos=True)
+    params = SamplingParams(max_tokens=benchmark.cut_gen_len or options.prompt_gen_len, ignore_eos=True)
     requests = [
         EngineRequest(
             request_id=str(i),

@@ -4,55 +4,22 @@ from __future__ import annotations
 
 import argparse
 
+from cost_model.cli.row_arguments import ROW_NAMES, add_row_flags
 from flexmoe.engine.config import RESERVES
 from flexmoe.errors import UsageError
-from flexmoe.inputs.options import FORMATS
 from flexmoe.job.runner import CHECKPOINT_INTERVAL_S
 from flexmoe.job.shards import Shard
 from policies.common.command_line import seconds
 
 SLURM = "slurm"
 #: Where the values of the flags are kept.
-_NAMES = (
-    "input_format",
-    "prompt_column",
-    "prompt_template",
-    "dataset_split",
-    "on_invalid",
-    "chat_template",
-    "generation_config",
-    "strict_model",
-    "overwrite",
-    "checkpoint_interval_s",
-    "shard",
-    "reserve",
-)
+_NAMES = (*ROW_NAMES, "overwrite", "checkpoint_interval_s", "shard", "reserve")
 
 
 def add_job_flags(p: argparse.ArgumentParser) -> None:
     """Adds the flags; without -i each of them is refused (`refuse_job_flags`)."""
-    _add_row_flags(p)
+    add_row_flags(p, "-i")
     _add_resuming_flags(p)
-
-
-def _add_row_flags(p: argparse.ArgumentParser) -> None:
-    rows = p.add_argument_group("rows (with -i)")
-    rows.add_argument("--input-format", choices=FORMATS, help="default auto: by the input's name, else jsonl")
-    rows.add_argument("--prompt-column", metavar="NAME", help="the column of a table that is the prompt")
-    rows.add_argument("--prompt-template", metavar="TEXT", help="makes the prompt from columns: 'Translate: {text}'")
-    rows.add_argument("--dataset-split", metavar="NAME", help="split of a dataset that has several (default train)")
-    rows.add_argument(
-        "--on-invalid",
-        choices=("fail", "record"),
-        help="whether an invalid line fails the job or becomes an error row (default fail)",
-    )
-    rows.add_argument("--chat-template", metavar="FILE", help="replaces the tokenizer's own chat template")
-    rows.add_argument(
-        "--generation-config",
-        metavar="DIR",
-        help="sampling defaults: auto (the model's generation_config.json), none, or a directory (default auto)",
-    )
-    rows.add_argument("--strict-model", action="store_true", default=None, help="fail rows that name another model")
 
 
 def _add_resuming_flags(p: argparse.ArgumentParser) -> None:

@@ -8,13 +8,13 @@ from importlib import import_module
 
 from flexmoe import __version__
 from flexmoe.system.interrupts import exit_at_signals
-from policies.common.command_line import complain, open_standard_streams, say
+from policies.common.command_line import complain, do_without_torch, open_standard_streams, say
 from policies.common.errors import EXIT_USAGE
 
 #: Each command, its module (which is imported when it is asked for), and what it does.
 _COMMANDS = {
     "run": ("flexmoe.cli.run", "a file of requests to a JSONL of completions"),
-    "plan": ("cost_model.cli.plan", "find the policy with the most tokens per second for a model, a machine and a job"),
+    "plan": ("cost_model.__main__", "find the policy with the most tokens per second for a model, a machine and a job"),
     "probe": ("flexmoe.cli.probe", "measure this machine's rates for the planner"),
     "merge": ("flexmoe.cli.merge", "put the outputs of shards together"),
 }
@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and name == "run":  # a batch system may stop the process in the seconds of its imports
         open_standard_streams()
         exit_at_signals()
+    if argv is None and name == "plan":
+        do_without_torch()
     command: Callable[[Sequence[str]], int] = import_module(_COMMANDS[name][0]).main
     return command(rest[:-1])
 

@@ -37,8 +37,9 @@ def dry_run_lines(plan: RunPlan) -> list[str]:
     return [
         *cache_and_weight_lines(plan.engine),
         *plan.engine.memory_lines(),
-        f"lengths of {measured.rows} completions: mean prompt {workload.prompt_len} tokens, mean completion at most "
-        f"{workload.gen_len}, longest row {measured.longest_row}",
+        f"lengths of {measured.rows} completions: mean prompt {workload.prompt_len} tokens, mean completion "
+        f"{'about' if measured.open_rows else 'at most'} {workload.gen_len}, longest row {measured.longest_row}",
+        *measured.open_lines(),
     ]
 
 

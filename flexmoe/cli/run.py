@@ -45,7 +45,7 @@ class _Speaker(Listener):
         self.has_run = False
 
     def planned(self, plan: RunPlan) -> None:
-        say(*plan_lines(plan))
+        say(*plan.measured.open_lines(), *plan_lines(plan))
 
     def loaded(self, engine: Engine) -> None:
         if self._verbose:

@@ -158,7 +158,7 @@ class _Builder:
             scheduler = weak()
             return [] if scheduler is None else scheduler.running
 
-        length_estimate = LengthEstimate(running)
+        length_estimate = LengthEstimate(running, open_rows=config.gen_len is None)
         expected_end = length_estimate.expected_end if config.reserve == "p95" else None
         scheduler = Scheduler(config.policy, cache, expected_end, self._plan.allocation.recompute_past)
         # Weak, so that the memory of an engine goes with its last user and does not wait for the garbage collector.

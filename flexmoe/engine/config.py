@@ -33,7 +33,8 @@ class EngineConfig:
         dtype: compute dtype, a name or a `torch.dtype`; ``auto`` is the checkpoint's.
         gpu_mem, cpu_mem, nvme_mem: budgets in GiB; None: what the machine has.
         offload_dir: where the disk tier's files go.
-        gen_len: ``max_tokens`` of requests without one.
+        gen_len: ``max_tokens`` of requests without one; None: they are open, and end at the latest where the context or the
+            room for their KV cache does.
         keep_spans: record spans for a trace.
         eos_ids: ids that end a row.
         seed: of the random draws of requests that have none of their own.
@@ -61,7 +62,7 @@ class EngineConfig:
     cpu_mem: float | None = None
     nvme_mem: float | None = None
     offload_dir: Path = OFFLOAD_DIR
-    gen_len: int = 32
+    gen_len: int | None = None
     keep_spans: bool = False
     eos_ids: tuple[int, ...] = ()
     seed: int = 0

@@ -38,7 +38,7 @@ class RequestRules:
         vocab_size: token ids are below it.
         context: most tokens of a prompt and its completion.
         largest_row_tokens: tokens of the longest row that the KV cache and its buffers hold.
-        default_max_tokens: ``max_tokens`` of requests without one.
+        default_max_tokens: ``max_tokens`` of requests without one; None: they are open, and have all the room there is.
         eos_ids: ids that end a completion.
         seed: of the draws of requests without one.
         detokenize: text of token ids; None where there is no tokenizer.
@@ -48,7 +48,7 @@ class RequestRules:
     vocab_size: int
     context: int
     largest_row_tokens: int
-    default_max_tokens: int
+    default_max_tokens: int | None
     eos_ids: frozenset[int]
     seed: int
     detokenize: Detokenizer | None
@@ -56,9 +56,11 @@ class RequestRules:
 
     def limit(self, request: EngineRequest) -> int:
         """Length at which a request ends, prompt included."""
-        asked = request.params.max_tokens
+        asked, prompt = request.params.max_tokens, len(request.prompt_token_ids)
         wanted = self.default_max_tokens if asked is None else asked
-        return min(len(request.prompt_token_ids) + wanted, self.context)
+        if wanted is None:  # the last token never enters the cache, and one is generated at least
+            return min(max(prompt, self.largest_row_tokens) + 1, self.context)
+        return min(prompt + wanted, self.context)
 
     def refusal(self, request: EngineRequest) -> str | None:
         """Why a request can never run, as a sentence; None if it can."""

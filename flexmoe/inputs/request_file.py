@@ -236,7 +236,7 @@ def _open_regular(path: Path) -> IO[bytes]:
             raise InputMissingError(f"{path} is no regular file; save the requests to a file first")
         return open(path, "rb")
     except (FileNotFoundError, NotADirectoryError):
-        raise InputMissingError(f"the input file {path} does not exist; check {option('input_file')}") from None
+        raise InputMissingError(f"the input file {path} does not exist; check its name") from None
     except OSError as error:
         raise InputMissingError(f"the input file {path} cannot be read: {error.strerror}") from None
 

@@ -37,7 +37,7 @@ def parquet_rows(
     """
     parquet = _needed("pyarrow.parquet")
     if not path.is_file():
-        raise InputMissingError(f"the input file {path} does not exist; check {option('input_file')}")
+        raise InputMissingError(f"the input file {path} does not exist; check its name")
     try:
         with parquet.ParquetFile(path, **_STREAMED) as file:
             rows = DataRows.of(prompt_column, template, file.schema_arrow.names)

@@ -26,6 +26,7 @@ from flexmoe.inputs.request_file import Rows
 from flexmoe.job.identity import versions
 from flexmoe.job.manifest import Finished, Manifest
 from flexmoe.job.output_files import PathLike, publish, remove, resolve_outputs
+from flexmoe.job.remaining import open_tokens
 from flexmoe.job.result import JobResult
 from flexmoe.job.runner import Engine, RowStream, StreamOptions
 from flexmoe.job.shards import Shard
@@ -161,7 +162,14 @@ class Job:
         self._tell_what_is_resumed()
         journal, preparer = self._workspace.journal, self._setup.preparer()
         bar, self.tokenizer = self._stream_options.bar, preparer.tokenizer
-        self._found = preflight(self._rows, self._setup, preparer=preparer, done=journal.__contains__, bar=bar)
+        self._found = preflight(
+            self._rows,
+            self._setup,
+            preparer=preparer,
+            done=journal.__contains__,
+            bar=bar,
+            open_tokens=open_tokens(self._rows, journal, preparer),
+        )
         self._parts.callback(self._found.close)
         self._stream = self._row_stream(preparer, self._found)
         self._stream.refuse_rows()

@@ -63,6 +63,7 @@ class Journal:
     def __init__(self, path: Path, rows: int, job: str, after_work: Callable[[], None] = lambda: None) -> None:
         self.path, self._after_work = path, after_work
         self._places, self._lengths = array("q", [-1]) * rows, array("I", [0]) * rows
+        self._generated = array("I", [0]) * rows
         self._failed = bytearray(rows)
         self._partial: dict[int, dict[tuple[int, int], Generated]] = {}
         self._written: dict[int, dict[tuple[int, int], int]] = {}
@@ -82,6 +83,14 @@ class Journal:
     def __contains__(self, row: int) -> bool:
         """Whether a row is finished."""
         return self._places[row] >= 0
+
+    def generated(self) -> Iterator[tuple[int, int]]:
+        """The rows that finished and did not fail, in order, each with the tokens that it generated."""
+        return (
+            (row, self._generated[row])
+            for row, place in enumerate(self._places)
+            if place >= 0 and not self._failed[row]
+        )
 
     @property
     def is_untouched(self) -> bool:
@@ -190,6 +199,7 @@ class Journal:
         self, row: int, place: int, length: int, failed: bool, prompt_tokens: int, generated_tokens: int
     ) -> None:
         self._places[row], self._lengths[row], self._failed[row] = place, length, failed
+        self._generated[row] = generated_tokens
         self.rows_done += 1
         self.rows_failed += failed
         self.prompt_tokens += prompt_tokens

@@ -1,12 +1,20 @@
-"""How many tokens a job still has to compute, from the sizes of its rows and from what finished rows have used."""
+"""How many tokens a job still has to compute, from the sizes of its rows and from what finished rows have used; and what
+those of a resumed job say of the rows that are left."""
 
 from __future__ import annotations
 
+from flexmoe.inputs.request_file import Rows
+from flexmoe.job.journal import Journal
+from flexmoe.params import EXPECTED_NEW_TOKENS
 from flexmoe.preflight.lengths import Lengths
+from flexmoe.preflight.prepare import Preparer
 from flexmoe.progress import Left
 
-#: Once so many rows have ended, the others are expected to use the same share of their `max_tokens`.
+#: Once so many rows have ended, the others are expected to use the same share of their `max_tokens`, or of what a row without one is
+#: expected to take.
 _ROWS_TO_LEARN = 64
+#: Finished rows of which a resumed job learns.
+_ROWS_TO_LOOK_AT = 4096
 
 
 class Remaining:
@@ -19,13 +27,13 @@ class Remaining:
 
     def __init__(self, lengths: Lengths, kept_tokens: int = 0) -> None:
         self._lengths = lengths
-        self._prompt_tokens, self._new_tokens = sum(lengths.prompt_tokens), sum(lengths.new_tokens)
+        self._prompt_tokens, self._new_tokens = sum(lengths.prompt_tokens), sum(lengths.expected_tokens)
         self._kept_tokens = kept_tokens
         self._finished_rows = self._finished_prompt = self._finished_new = self._finished_generated = 0
 
     def finish(self, row: int, generated_tokens: int | None) -> None:
         """A row has ended; None: it failed, which says nothing about the others."""
-        prompt_tokens, new_tokens = self._lengths.prompt_tokens[row], self._lengths.new_tokens[row]
+        prompt_tokens, new_tokens = self._lengths.prompt_tokens[row], self._lengths.expected_tokens[row]
         self._prompt_tokens -= prompt_tokens
         self._new_tokens -= new_tokens
         if generated_tokens is not None:
@@ -45,3 +53,25 @@ class Remaining:
             prompt_tokens=max(0, self._prompt_tokens - ahead_prompt),
             generated_tokens=max(0.0, self._new_tokens * share - ahead_generated),
         )
+
+
+def open_tokens(rows: Rows, journal: Journal, preparer: Preparer) -> int:
+    """New tokens of a completion that names no limit: what those of the finished rows took on average.
+
+    Args:
+        rows: of the job.
+        journal: what has been done.
+        preparer: says which rows name no limit.
+
+    Returns:
+        int: `EXPECTED_NEW_TOKENS` where too few of them have finished.
+    """
+    finished = list(journal.generated())
+    found = completions = tokens = 0
+    for row, generated in finished[:: -(-len(finished) // _ROWS_TO_LOOK_AT) or 1]:
+        request = rows[row]
+        if preparer.is_open(request):
+            found += 1
+            completions += request.sampling.get("n", 1)
+            tokens += generated
+    return max(1, -(-tokens // completions)) if found >= _ROWS_TO_LEARN else EXPECTED_NEW_TOKENS

@@ -171,9 +171,9 @@ class RowStream:
     def _refuse_rows_without_room(self, engine: Engine) -> None:
         """Longer than any memory tier can hold is known only now; such a row must not wait for ever."""
         room, before = engine.largest_row_tokens, self._journal.rows_failed
-        for row, longest in enumerate(self._found.lengths.longest):
+        for row, needed in enumerate(self._found.lengths.needed):
             # The last token of a row never enters the cache.
-            if longest - 1 <= room or row in self._journal:
+            if needed - 1 <= room or row in self._journal:
                 continue
             request = self._rows[row]
             parts = self._preparer.prepare(request, row)
@@ -191,7 +191,7 @@ class RowStream:
     def _order(self, block_rows: int) -> Iterator[int]:
         """The rows that are left: those that have been begun, then the longest of each window."""
         begun = self._journal.partial_rows
-        known, lengths = set(begun), self._found.lengths.longest
+        known, lengths = set(begun), self._found.lengths.expected_end
         others = (row for row in range(len(self._rows)) if row not in self._journal and row not in known)
         window = WINDOW_BLOCKS * block_rows
         return itertools.chain(longest_first(begun, lengths, len(begun) or 1), longest_first(others, lengths, window))

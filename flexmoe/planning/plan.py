@@ -51,6 +51,7 @@ def plan(
         Plan: ``policy``, ``prediction`` and ``explanation``.
 
     Raises:
+        UsageError: an argument cannot be used, or the rows are longer than the model's context.
         InfeasibleError: nothing fits; the sentence names what binds and the cheapest way out.
         FlexMoEError: the model or the machine is not known or cannot be measured.
 
@@ -59,6 +60,8 @@ def plan(
         >>> found.policy.block_size, found.prediction.tokens_per_s, found.prediction.bottleneck
     """
     arch = model if isinstance(model, ModelArch) else _shape(model)
+    workload = workload or _USUAL
+    arch.check_rows(workload.longest_row)
     budgets = {"gpu_mem": gpu_mem, "cpu_mem": cpu_mem, "nvme_mem": nvme_mem}
     if hardware is None:
         machine = this_machine(device=device, directory=Path(offload_dir), budgets=budgets)
@@ -67,7 +70,7 @@ def plan(
     return solve(
         arch,
         machine,
-        workload or _USUAL,
+        workload,
         fixed=fixed,
         dtype_bytes=DTYPE_BYTES.get(dtype_name(dtype)),
         kv_tokens=kv_tokens,

@@ -1,5 +1,8 @@
 """How long a job's rows are: a few numbers for each, in arrays, so that a million rows are a few megabytes; what they come to
 for the planner, and the order in which rows are worked on.
+
+An *open* row is a chat that names no limit. It may take the rest of the context, and is planned with what such rows are
+expected to take; it runs wherever its prompt has room, and ends at the latest where the KV cache does.
 """
 
 from __future__ import annotations
@@ -9,13 +12,16 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from flexmoe.params import EngineRequest
+from flexmoe.params import EXPECTED_NEW_TOKENS, EngineRequest
+from policies.common.option_names import option
 from policies.workload import Workload
 
 #: Most different pairs of lengths that are kept apart.
 _MOST_LENGTHS = 4096
 #: Windows are this many blocks.
 WINDOW_BLOCKS = 8
+#: A plan has room for this many new tokens of an open row at least, where memory does: answers that reason take thousands.
+OPEN_ROOM_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,13 +30,28 @@ class Measured:
 
     Attributes:
         workload: mean prompt and completion lengths, rounded up; the number of rows and the histogram of their lengths.
-        longest_row: tokens of the longest row, prompt and completion.
+        longest_row: tokens of the longest row, prompt and completion; of an open row those that there must be room for.
         rows: rows measured, every sample of a prompt one.
+        open_rows: those of them that name no limit.
+        open_tokens: new tokens that each of those is expected to take, at most.
+        longest_open: tokens that the longest of those may reach; 0 where there are none.
     """
 
     workload: Workload
     longest_row: int
     rows: int
+    open_rows: int = 0
+    open_tokens: int = EXPECTED_NEW_TOKENS
+    longest_open: int = 0
+
+    def open_lines(self) -> list[str]:
+        """What to say of the rows that name no limit."""
+        if not self.open_rows:
+            return []
+        return [
+            f"{self.open_rows} of {self.rows} completions name no limit: the plan expects {self.open_tokens} tokens of "
+            f"each, and each may take the rest of the context ({option('gen_len')} sets a limit)"
+        ]
 
     @classmethod
     def of(cls, lengths: Iterable[tuple[int, int, int]], context: int) -> Measured:
@@ -100,6 +121,7 @@ class RowLength:
         prompt_tokens: of all prompts; one that has several completions counts once.
         new_tokens: most tokens of all completions.
         longest: most tokens of any one prompt and its completion.
+        is_open: whether the context is the only limit; then there is one prompt.
     """
 
     prompts: int
@@ -107,6 +129,7 @@ class RowLength:
     prompt_tokens: int
     new_tokens: int
     longest: int
+    is_open: bool = False
 
     @classmethod
     def of(cls, parts: Sequence[EngineRequest], context: int) -> RowLength:
@@ -124,6 +147,7 @@ class RowLength:
             prompt_tokens=sum(prompts),
             new_tokens=sum((end - length) * part.params.n for part, length, end in zip(parts, prompts, ends)),
             longest=max(ends),
+            is_open=any(part.params.max_tokens is None for part in parts),
         )
 
 
@@ -132,12 +156,22 @@ class Lengths:
 
     Args:
         rows: rows of the job, numbered from 0.
+        open_tokens: new tokens that an open row is expected to take, at most.
+
+    Attributes:
+        prompt_tokens, new_tokens: by row; the latter are the most that all its completions may have.
+        expected_tokens: by row: the new tokens of all its completions that a plan counts with.
+        expected_end: by row: tokens that its longest prompt and completion is expected to reach.
+        longest: by row: tokens that its longest prompt and completion may reach.
+        needed: by row: tokens of one prompt and completion that it needs room for, to run at all.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, open_tokens: int = EXPECTED_NEW_TOKENS) -> None:
+        self._open_tokens, self._is_open = open_tokens, bytearray(rows)
         self._prompts, self._samples = array("I", [0]) * rows, array("I", [0]) * rows
         self.prompt_tokens, self.new_tokens = array("Q", [0]) * rows, array("Q", [0]) * rows
-        self.longest = array("Q", [0]) * rows
+        self.expected_tokens, self.expected_end = array("Q", [0]) * rows, array("Q", [0]) * rows
+        self.longest, self.needed = array("Q", [0]) * rows, array("Q", [0]) * rows
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -148,27 +182,56 @@ class Lengths:
     def __setitem__(self, row: int, length: RowLength) -> None:
         self._prompts[row], self._samples[row] = length.prompts, length.samples
         self.prompt_tokens[row], self.new_tokens[row] = length.prompt_tokens, length.new_tokens
-        self.longest[row] = length.longest
+        self.longest[row], self._is_open[row] = length.longest, length.is_open
+        if length.is_open:
+            expected = min(self._open_tokens, length.longest - length.prompt_tokens)
+            self.expected_tokens[row], self.expected_end[row] = (
+                expected * length.samples,
+                length.prompt_tokens + expected,
+            )
+            self.needed[row] = length.prompt_tokens + 1
+        else:
+            self.expected_tokens[row] = length.new_tokens
+            self.needed[row] = self.expected_end[row] = length.longest
 
     def measured(self, context: int, longest_row: int | None = None) -> Measured:
         """The job in a few numbers. Where a row has several prompts, each counts as long as they are on average.
 
         Args:
             context: most tokens of a prompt and its completion.
-            longest_row: rows that may grow longer are left out; None leaves none out.
+            longest_row: rows that need more are left out, and open ones expected to end there; None leaves none out.
         """
         most = context if longest_row is None else longest_row
-        measured = Measured.of(self._each(most), context)
-        longest = max((tokens for tokens in self.longest if tokens <= most), default=0)
+        rows = [row for row, prompts in enumerate(self._prompts) if prompts and self.needed[row] <= most]
+        measured = Measured.of((self._one(row, most) for row in rows), context)
+        open_rows = [row for row in rows if self._is_open[row]]
+        longest = max((min(most, self._room(row)) for row in rows), default=0)
         longest = max(measured.longest_row, longest)
-        return replace(measured, workload=replace(measured.workload, longest_row=longest), longest_row=longest)
+        return replace(
+            measured,
+            workload=replace(measured.workload, longest_row=longest),
+            longest_row=longest,
+            open_rows=sum(self._samples[row] for row in open_rows),
+            open_tokens=self._open_tokens,
+            longest_open=max((self.longest[row] for row in open_rows), default=0),
+        )
 
-    def _each(self, most: int) -> Iterator[tuple[int, int, int]]:
-        """Prompt tokens, new tokens and samples of each row, as for one of its samples."""
-        for row, prompts in enumerate(self._prompts):
-            if prompts and self.longest[row] <= most:
-                samples = self._samples[row]
-                yield -(-self.prompt_tokens[row] // prompts), -(-self.new_tokens[row] // samples), samples
+    def sizes(self) -> list[int]:
+        """The different values of ``longest_row`` that make a difference to `measured`, ascending."""
+        rows = (row for row, needed in enumerate(self.needed) if needed)
+        return sorted({size for row in rows for size in (self.needed[row], self.expected_end[row], self._room(row))})
+
+    def _room(self, row: int) -> int:
+        """Tokens of one prompt and completion that a plan makes room for."""
+        if not self._is_open[row]:
+            return self.longest[row]
+        return min(self.longest[row], self.prompt_tokens[row] + max(OPEN_ROOM_TOKENS, self._open_tokens))
+
+    def _one(self, row: int, most: int) -> tuple[int, int, int]:
+        """Prompt tokens, new tokens and samples of a row, as for one of its samples."""
+        samples = self._samples[row]
+        prompt, new = -(-self.prompt_tokens[row] // self._prompts[row]), -(-self.expected_tokens[row] // samples)
+        return prompt, min(new, most - prompt) if self._is_open[row] else new, samples
 
 
 def longest_first(rows: Iterable[int], lengths: Sequence[int], window: int) -> Iterator[int]:

@@ -15,6 +15,7 @@ from dataclasses import astuple
 from flexmoe.errors import DataError
 from flexmoe.inputs.request_file import Rows
 from flexmoe.openai.fields import RowError
+from flexmoe.params import EXPECTED_NEW_TOKENS
 from flexmoe.preflight.lengths import Lengths, RowLength
 from flexmoe.preflight.prepare import Preparer
 from flexmoe.preflight.prepare_setup import PreparerSetup
@@ -39,14 +40,15 @@ class Preflight:
 
     Args:
         rows: rows of the job, numbered from 0.
+        open_tokens: as `Lengths`.
 
     Attributes:
         lengths: of the rows that can run and were looked at.
         rows_refused: how many can never run.
     """
 
-    def __init__(self, rows: int) -> None:
-        self.lengths = Lengths(rows)
+    def __init__(self, rows: int, open_tokens: int = EXPECTED_NEW_TOKENS) -> None:
+        self.lengths = Lengths(rows, open_tokens)
         self.rows_refused = self._endless = 0
         self._refused = tempfile.SpooledTemporaryFile(max_size=_MEMORY_BYTES)
 
@@ -91,6 +93,7 @@ def preflight(
     done: Callable[[int], bool] = lambda row: False,
     bar: bool = False,
     workers: int | None = None,
+    open_tokens: int = EXPECTED_NEW_TOKENS,
 ) -> Preflight:
     """Looks at every row.
 
@@ -101,12 +104,13 @@ def preflight(
         done: rows that need no look.
         bar: show one; otherwise a line is logged now and then.
         workers: most processes; 0 does the work in this one. None: as many as there are cores, and 0 for a few rows.
+        open_tokens: as `Lengths`.
 
     Raises:
         DataError: the tokenizer or the chat template crashes or hangs again and again, or the file was changed.
         StorageError: the file cannot be read.
     """
-    found = Preflight(len(rows))
+    found = Preflight(len(rows), open_tokens)
     wanted = (row for row in range(len(rows)) if not done(row))
     count = _workers(len(rows)) if workers is None else workers
     with Counter(len(rows), "checking", bar=bar) as counter:

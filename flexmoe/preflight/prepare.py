@@ -9,7 +9,7 @@ from flexmoe.checkpoint.generation_config import SamplingDefaults
 from flexmoe.errors import DataError, UsageError
 from flexmoe.openai.batch_line import Request
 from flexmoe.openai.fields import RowError
-from flexmoe.params import EngineRequest, SamplingParams
+from flexmoe.params import DEFAULT_MAX_TOKENS, EngineRequest, SamplingParams
 from flexmoe.preflight.served_model import ServedModel
 from flexmoe.text.chat_template import ENDLESS
 from flexmoe.text.tokenizer import Tokenizer
@@ -45,12 +45,12 @@ class Preparer:
     It depends on nothing but its arguments and the row, so that any process that has the same makes the same.
 
     Args:
-        default_max_tokens: for rows that name no limit.
+        default_max_tokens: for rows that name no limit; None: `DEFAULT_MAX_TOKENS` for prompts, and chats are open.
     """
 
     tokenizer: Tokenizer
     limits: Limits
-    default_max_tokens: int
+    default_max_tokens: int | None
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     served: ServedModel = field(default_factory=ServedModel.of)
 
@@ -73,6 +73,10 @@ class Preparer:
                 yield from self._together(asked)
                 asked = []
         yield from self._together(asked)
+
+    def is_open(self, request: Request) -> bool:
+        """Whether a row has no limit but the context: a chat that names none, where there is no default."""
+        return self.default_max_tokens is None and request.kind == "chat" and "max_tokens" not in request.sampling
 
     def _together(
         self, asked: Sequence[tuple[int, Request, list[_Text | tuple[int, ...]] | RowError]]
@@ -167,8 +171,9 @@ class Preparer:
             code = "context_length_exceeded" if isinstance(failed, _TooLongError) else "invalid_prompt"
             return RowError(code=code, message=str(failed), param=_prompt_field(request))
         prompts = [ids for ids in tokenized if not isinstance(ids, DataError)]
+        default = None if self.is_open(request) else self.default_max_tokens or DEFAULT_MAX_TOKENS
         try:
-            params = self.defaults.params(request.sampling, self.default_max_tokens)
+            params = self.defaults.params(request.sampling, default)
         except UsageError as error:  # what the row says and what it leaves open may contradict each other
             return RowError.refused(error)
         refused = self._refused_params(params, request, len(prompts))

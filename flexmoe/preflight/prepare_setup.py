@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from flexmoe.checkpoint.generation_config import SamplingDefaults
@@ -19,7 +20,7 @@ class PreparerSetup:
     Args:
         directory: of the tokenizer's files; None where there are none.
         vocab_size, context: as `Limits`.
-        default_max_tokens: for rows that name no limit.
+        default_max_tokens: as `Preparer`.
         chat_template: instead of the tokenizer's own.
         defaults: as `SamplingDefaults`.
         model_names: as `ServedModel`; rows that name another model fail where ``strict_model`` is set.
@@ -29,12 +30,41 @@ class PreparerSetup:
     directory: str | None
     vocab_size: int
     context: int
-    default_max_tokens: int
+    default_max_tokens: int | None
     chat_template: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     model_names: tuple[str, ...] = ()
     strict_model: bool = False
     created_s: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        directory: Path | None,
+        *,
+        generation_config: Mapping[str, Any],
+        strict_model: bool,
+        **others: Any,
+    ) -> PreparerSetup:
+        """For a model.
+
+        Args:
+            model: its name, as `--model` has it.
+            directory: of its files; None where it has none.
+            generation_config: its contents.
+            **others: the other fields, as they are.
+
+        Raises:
+            DataError: the generation config has a value that cannot be used.
+        """
+        return cls(
+            directory=None if directory is None else str(directory),
+            defaults=SamplingDefaults.of(generation_config).values,
+            model_names=tuple(sorted(ServedModel.of(model).names)),
+            strict_model=strict_model,
+            **others,
+        )
 
     @classmethod
     def of_json(cls, values: Mapping[str, Any]) -> PreparerSetup:
@@ -49,24 +79,25 @@ class PreparerSetup:
         """The same for a job that was created at this time."""
         return replace(self, created_s=created_s)
 
-    def preparer(self) -> Preparer:
-        """Loads the tokenizer.
+    def preparer(self, tokenizer: Tokenizer | None = None) -> Preparer:
+        """Loads the tokenizer, unless another one is given.
 
         Raises:
             DataError: the tokenizer's files or the chat template cannot be used.
         """
-        options: dict[str, Any] = {"chat_template": self.chat_template, "created_s": self.created_s}
-        if self.directory is None:
-            tokenizer = Tokenizer(None, "the model", **options)
-        else:
-            tokenizer = Tokenizer.load(self.directory, **options)
         return Preparer(
-            tokenizer=tokenizer,
+            tokenizer=tokenizer or self._tokenizer(),
             limits=Limits(vocab_size=self.vocab_size, context=self.context),
             default_max_tokens=self.default_max_tokens,
             defaults=SamplingDefaults(values=dict(self.defaults)),
             served=self.served(),
         )
+
+    def _tokenizer(self) -> Tokenizer:
+        options: dict[str, Any] = {"chat_template": self.chat_template, "created_s": self.created_s}
+        if self.directory is None:
+            return Tokenizer(None, "the model", **options)
+        return Tokenizer.load(self.directory, **options)
 
     def served(self) -> ServedModel:
         """The names that rows may give."""

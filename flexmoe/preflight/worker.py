@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from typing import Any
@@ -17,6 +15,7 @@ from flexmoe.preflight.lengths import RowLength
 from flexmoe.preflight.prepare import Preparer
 from flexmoe.preflight.prepare_setup import PreparerSetup
 from flexmoe.preflight.worker_pool import Answer, Task, WorkerPool, serve
+from policies.common.command_line import do_without_torch
 from policies.common.option_names import are_flags, option, use_flags
 
 Chunk = list[tuple[int, RawRow]]
@@ -114,7 +113,5 @@ def start(setup: dict[str, Any]) -> Callable[[Any], Any]:
 
 
 if __name__ == "__main__":
-    # transformers wants torch for models only, and it would double the time and the memory of a worker's start.
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that it is not there
-    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    do_without_torch()
     serve(start)

@@ -36,6 +36,13 @@ def program_name(command: str, module: str) -> str:
     return f"flexmoe {command}" if os.path.basename(sys.argv[0]) == "flexmoe" else f"python -m {module}"
 
 
+def do_without_torch() -> None:
+    """For a program that only tokenizes: transformers wants torch for models alone, and it would double the time and the
+    memory of the start."""
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that it is not there
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+
+
 def flag(text: str) -> bool:
     """true or false, in the usual spellings."""
     values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

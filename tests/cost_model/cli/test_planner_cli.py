@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from cost_model.cli import plan as command
+import cost_model.__main__ as command
 from cost_model.hardware.hardware import Hardware
 from policies.common.memory_units import GIB
 from policies.policy import PolicyFile
@@ -156,7 +156,9 @@ def test_prompts_give_the_lengths_of_the_job(judged, tmp_path):
     path.write_text('{"prompt": [1, 2, 3], "max_tokens": 5}\n{"prompt": "eight by"}\n')
     report = judged(*SHAPE, *MACHINE, *GIVEN, "--prompts", str(path), "--gen-len", "9")
     assert Workload(**report["policy_file"]["workload"]) == Workload.of_lengths([(3, 5), (2, 9)])
-    assert "estimated" in report["notes"][0]
+    assert report["notes"] == [
+        "lengths of 2 completions of requests.jsonl, text estimated at 4 bytes a token and 4 tokens more per chat message"
+    ]
 
 
 def test_a_directory_with_a_config_is_a_model(judged, tmp_path):
@@ -298,6 +300,14 @@ def test_a_policy_that_is_too_large_is_told_what_the_context_takes(main):
         ([*SHAPE, *GIVEN, "--alpha-c", "1.5"], 2, ["--alpha-c", "at most 1"]),
         ([*SHAPE, *GIVEN, "--compress-w"], 2, ["--compress-w", "does not have"]),
         ([*SHAPE, *GIVEN, "--prompts", "x", "--prompt-len", "4"], 2, ["--prompts", "--prompt-len"]),
+        (
+            [*SHAPE, *GIVEN, "--prompt-len", "32768"],
+            2,
+            ["--prompt-len 32768", "context of mixtral-8x7b", "32768 tokens"],
+        ),
+        ([*SHAPE, *GIVEN, "--gen-len", "32257"], 2, ["rows of 32769 tokens"]),
+        ([*SHAPE, *GIVEN, "--input-format", "text"], 2, ["--input-format", "give that, too"]),
+        ([*SHAPE, *GIVEN, "--prompts", "x.txt", "--input-format", "csv"], 2, ["--input-format is 'csv'", "jsonl"]),
         ([*SHAPE, "--ignore-memory"], 2, ["--ignore-memory", "--percent"]),
         ([*SHAPE, "--policy", "x.json", "--gbs", "4"], 2, ["--policy", "--gpu-batch-size"]),
         ([*SHAPE, *GIVEN, "--hardware", "t5"], 2, ["'t5'", "rtx4090"]),
@@ -365,7 +375,7 @@ def test_help_opens_with_an_example_and_loads_no_library():
         "import runpy, sys\nsys.argv = ['cost_model', '--help']\n"
         "try: runpy.run_module('cost_model', run_name='__main__')\n"
         "except SystemExit as end: code = end.code\n"
-        "print(code, *sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
+        "print(code, *sorted({name.split('.')[0] for name in sys.modules if sys.modules[name]}), file=sys.stderr)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True

@@ -6,7 +6,11 @@ import pytest
 
 from cost_model.model.arch import ModelArch
 from flexmoe.batch import plan as plan_module
-from flexmoe.batch.plan import RunPlan, last_that_holds
+from flexmoe.batch.options import RunOptions
+from flexmoe.batch.plan import RunPlan, last_that_holds, plan_run
+from flexmoe.models.loader import load_model
+from flexmoe.params import EngineRequest, SamplingParams
+from flexmoe.planning.configure import RESIDENT
 from flexmoe.preflight.lengths import Lengths, RowLength
 from policies.policy import Policy
 from policies.units import UnitId
@@ -103,6 +107,27 @@ def test_lengths_are_measured_without_the_longest_rows():
 def test_the_last_value_that_holds_is_found(holds):
     values = [2, 3, 5, 7, 11]
     assert last_that_holds(values, lambda value: value in values[:holds]) == (values[holds - 1] if holds else None)
+
+
+# Rows that name no limit.
+
+
+@pytest.mark.parametrize(
+    "flags, room", [({}, 512), ({"kv_tokens": 192}, 192), ({"gpu_mem": 0.0024}, 256), ({"gpu_mem": 0.0023}, 176)]
+)
+def test_open_rows_get_the_room_that_memory_has_and_are_no_error_rows(tiny, tmp_path, flags, room):
+    """The context has 512 tokens; the plan is made for 64 new ones, and what memory is left lets a row be longer."""
+    model = load_model(str(tiny().directory))
+    lengths = Lengths(3, open_tokens=64)
+    for row, prompt in enumerate((10, 30, 100)):
+        request = EngineRequest(request_id="", prompt_token_ids=(5,) * prompt, params=SamplingParams())
+        lengths[row] = RowLength.of([request], model.arch.max_position)
+    flags = {"percent": RESIDENT, "gpu_batch_size": 2, "prefill_tokens": 8} | flags
+    options = RunOptions(model=str(tiny().directory), device="cpu", offload_dir=tmp_path, **flags)
+    plan = plan_run(options, model, lengths.measured(model.arch.max_position), lengths)
+    assert plan.rows_without_room == 0 and plan.measured.rows == plan.measured.open_rows == 3
+    assert plan.measured.workload.lengths == ((10, 64, 1), (30, 64, 1), (100, 64, 1))
+    assert plan.engine.largest_row_tokens == room
 
 
 # Usage of experts.

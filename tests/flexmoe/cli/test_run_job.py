@@ -146,7 +146,7 @@ def test_rows_for_another_model_run_and_are_noted_at_the_end_or_fail(job, main, 
 @pytest.mark.parametrize(
     "flags, told",
     [
-        (["--gen-len", "7"], "--gen-len was 32 and is 7"),
+        (["--gen-len", "7"], "--gen-len was not given and is 7"),
         (["--seed", "3"], "--seed was 0 and is 3"),
         (["--dtype", "bfloat16"], "--dtype was float32 and is bfloat16"),
         (["--strict-model"], "--strict-model was False and is"),

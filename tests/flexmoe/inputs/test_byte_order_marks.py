@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 
-from cost_model.cli.prompts import read_prompts
 from flexmoe.checkpoint.files import read_json_object
 from flexmoe.inputs.options import InputOptions, open_requests
 from flexmoe.text.chat_template import ChatTemplate, read_template
@@ -24,17 +23,11 @@ def rows(path, **options):
         return list(requests)
 
 
-def lengths(path):
-    return read_prompts(path, gen_len=3, context=100)
-
-
 LINES = {
     "text": ("in.txt", ["one", "  two ", "", "ä"], rows),
     "text in a template": ("in.txt", ["one", "two"], lambda path: rows(path, prompt_template=BOM + "Say {text}")),
     "JSONL": ("in.jsonl", [json.dumps({"prompt": [i, 2]}) for i in range(4)], rows),
     "columns": ("in.jsonl", [json.dumps({"q": f"p{i}"}) for i in range(4)], lambda p: rows(p, prompt_column="q")),
-    "text, planned": ("in.txt", ["one", "two words", "", "ä"], lengths),
-    "JSONL, planned": ("in.jsonl", [json.dumps({"prompt": [1] * i, "max_tokens": 2.0}) for i in range(1, 4)], lengths),
 }
 
 

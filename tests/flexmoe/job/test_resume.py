@@ -11,6 +11,7 @@ import pytest
 
 from flexmoe.errors import DataError, StorageError, UsageError
 from flexmoe.inputs.options import InputOptions
+from flexmoe.job.job import Job
 from flexmoe.job.journal import Journal
 from flexmoe.params import InFlight
 from flexmoe.preflight.prepare import Preparer
@@ -299,3 +300,23 @@ def test_what_cannot_be_kept_does_not_hide_the_failure(bare, caplog):
     with pytest.raises(RuntimeError, match="first"):
         bare.run(engine)
     assert "could not be kept" in caplog.text
+
+
+@pytest.mark.parametrize("finished, expected", [(63, 256), (64, 4), (200, 4)])
+def test_a_resumed_job_expects_of_rows_without_a_limit_what_finished_ones_took(
+    finished, expected, tmp_path, tokenizer_directory
+):
+    runner = Runner(tmp_path, make_setup(tokenizer_directory, default_max_tokens=None, context=2000))
+    chat = {"messages": [{"role": "user", "content": "hello world"}], "n": 2}
+    limited = {"prompt": [5] * 30, "max_tokens": 100}
+    runner.write([chat if row % 2 else limited for row in range(500)])
+    with Job(runner.files(), runner.setup) as job:
+        assert job.look().open_tokens == 256
+        journal = job._workspace.journal
+        for row in range(2 * finished):
+            journal.finish(row, b"{}\n", prompt_tokens=9, generated_tokens=7 if row % 2 else 31)
+        journal.finish(2 * finished, b"{}\n", failed=True)
+    with Job(runner.files(), runner.setup) as job:
+        measured = job.look()
+        assert measured.open_tokens == expected and measured.open_rows == 2 * (250 - finished)
+        assert {new for _, new, _ in measured.workload.lengths} == {100, expected}

@@ -12,7 +12,7 @@ from flexmoe.inputs.options import InputOptions, open_requests
 from flexmoe.inputs.request_file import Rows
 from flexmoe.params import EngineRequest, SamplingParams
 from flexmoe.preflight import worker
-from flexmoe.preflight.lengths import Lengths, RowLength
+from flexmoe.preflight.lengths import OPEN_ROOM_TOKENS, Lengths, RowLength
 from flexmoe.preflight.preflight import preflight
 from flexmoe.preflight.prepare_setup import PreparerSetup
 from flexmoe.text.tokenizer import Tokenizer
@@ -211,3 +211,68 @@ def test_a_tokenizer_that_cannot_be_built_is_the_users_error_where_there_is_text
     with pytest.raises(FlexMoEError, match="tokenizer.json' is empty") as refusal:
         preflight(rows([{"prompt": [5, 6]}, {"prompt": "hello"}]), make_setup(str(tmp_path)), workers=workers)
     assert refusal.value.exit_code == 65
+
+
+# Rows that name no limit.
+
+CHAT = {"messages": [{"role": "user", "content": "hello world"}]}
+
+
+def test_chats_without_a_limit_may_take_the_rest_of_the_context_and_prompts_32_tokens(rows, tokenizer_directory):
+    given = [CHAT, CHAT | {"max_tokens": 9}, {"prompt": [5] * 4}, CHAT | {"n": 3}]
+    [chat, limited, prompt, several], _ = found(rows(given), make_setup(tokenizer_directory, default_max_tokens=None))
+    length = chat[0]
+    assert chat == (length, CONTEXT - length, CONTEXT) and limited == (length, 9, length + 9)
+    assert prompt == (4, 32, 36) and several == (length, 3 * (CONTEXT - length), CONTEXT)
+    sizes, _ = found(rows(given), make_setup(tokenizer_directory, default_max_tokens=7))
+    assert [new for _, new, _ in sizes] == [7, 9, 7, 21], "a default that is given is for all"
+
+
+def test_processes_say_which_rows_are_open(rows, tokenizer_directory):
+    given, setup = rows([CHAT, {"prompt": "x"}] * 30), make_setup(tokenizer_directory, default_max_tokens=None)
+    measured = []
+    for workers in (0, 2):
+        with contextlib.closing(preflight(given, setup, workers=workers)) as looked:
+            measured.append(looked.lengths.measured(CONTEXT))
+    assert measured[0] == measured[1] and measured[0].open_rows == 30
+
+
+def open_lengths(**options):
+    lengths = Lengths(4, **options)
+    lengths[0] = RowLength.of([request(100, None)], 131_072)
+    lengths[1] = RowLength.of([request(50, None, n=2)], 131_072)
+    lengths[3] = RowLength.of([request(40, 60)], 131_072)
+    return lengths
+
+
+@pytest.mark.parametrize("tokens", [256, 77, 5000])
+def test_a_plan_counts_an_open_row_with_what_is_expected_of_it(tokens):
+    lengths = open_lengths(open_tokens=tokens)
+    measured = lengths.measured(131_072)
+    assert (measured.rows, measured.open_rows, measured.open_tokens, measured.longest_open) == (4, 3, tokens, 131_072)
+    assert measured.workload.lengths == ((40, 60, 1), (50, tokens, 2), (100, tokens, 1))
+    assert measured.longest_row == measured.workload.longest_row == 100 + max(OPEN_ROOM_TOKENS, tokens)
+    assert f"expects {tokens} tokens" in measured.open_lines()[0] and "3 of 4 completions" in measured.open_lines()[0]
+    assert sum(lengths.new_tokens) == 131_072 - 100 + 2 * (131_072 - 50) + 60, "what they may have at most"
+
+
+def test_an_open_row_is_left_out_only_where_its_prompt_has_no_room():
+    lengths = open_lengths()
+    assert lengths.sizes() == [51, 100, 101, 306, 356, 2098, 2148]
+    for longest, left in ((2148, 4), (101, 4), (100, 3), (99, 2), (50, 0)):
+        measured = lengths.measured(131_072, longest)
+        assert (measured.rows, measured.longest_row) == (left, longest if left else 2)
+    assert lengths.measured(131_072, 101).workload.lengths == ((40, 60, 1), (50, 51, 2), (100, 1, 1))
+
+
+def test_an_open_row_is_expected_within_the_context():
+    lengths = Lengths(1)
+    lengths[0] = RowLength.of([request(100, None)], 150)
+    measured = lengths.measured(150)
+    assert measured.workload.lengths == ((100, 50, 1),) and measured.longest_row == measured.longest_open == 150
+
+
+def test_rows_with_limits_say_nothing_of_open_ones():
+    lengths = Lengths(1)
+    lengths[0] = RowLength.of([request(100, 4)], 150)
+    assert lengths.measured(150).open_lines() == []
