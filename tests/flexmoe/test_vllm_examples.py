@@ -182,7 +182,7 @@ def test_defaults_are_those_of_the_models_generation_config(vllm, checkpoint):
         ({"prompts": [{"prompt": "x", "multi_modal_data": {"image": 1}}]}, "multi_modal_data"),
         ({"prompts": ["x", {"prompt": 3}]}, "prompt 1 is {'prompt': 3}; give"),
         ({"prompts": "x", "sampling_params": {"max_tokens": 3}}, "give SamplingParams"),
-        ({"prompts": "x", "lora_request": object()}, "there are no adapters"),
+        ({"prompts": "x", "lora_request": "adapter"}, "there are no adapters"),
         ({"prompts": "x", "sampling": None}, "has no argument 'sampling'"),
     ],
     ids=str,
