@@ -247,5 +247,6 @@ class KVCache:
         shape = (s.layers, 2, pages, self.page_tokens, s.kv_heads, s.head_dim)
         size = s.layers * pages * self.page_bytes
         if on_device and device.is_cuda:
-            return torch.empty(shape, dtype=s.dtype, device=device.torch)
+            # Rows of a benchmark attend pages that nobody wrote; what lies there by chance may not be finite.
+            return torch.zeros(shape, dtype=s.dtype, device=device.torch)
         return device.host_buffer(size)[:size].view(s.dtype).view(shape)

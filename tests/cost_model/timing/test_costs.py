@@ -84,7 +84,7 @@ def host_buffers(monkeypatch):
     """Bytes of all host buffers made, whole pages, by what they are."""
     taken, real = Counter(), Device.host_buffer
     taken.made = []
-    by_function = {"_load_cpu": "cpu weights", "__init__": "cpu embedding rows"}
+    by_function = {"_begin_cpu": "cpu weights", "__init__": "cpu embedding rows"}
 
     def host_buffer(self, nbytes, *, pinned=True, shared=False):
         code = sys._getframe(1).f_code
