@@ -13,6 +13,7 @@ from flexmoe.cli.summary import elapsed
 from flexmoe.engine.engine import Engine
 from flexmoe.engine.engine_plan import EnginePlan
 from flexmoe.inputs.request_file import Rows
+from flexmoe.preflight.lengths import Measured
 from flexmoe.preflight.preflight import Preflight
 from policies.common.memory_units import GIB
 from policies.policy import Policy
@@ -23,7 +24,7 @@ _ROWS_LISTED = 5
 
 def plan_lines(plan: RunPlan) -> list[str]:
     """The policy and what the cost model says of it, where it was asked."""
-    return [describe_policy(plan.policy), forecast_line(plan.predicted)] if plan.predicted else []
+    return [describe_policy(plan.policy), forecast_line(plan.predicted, plan.measured)] if plan.predicted else []
 
 
 def cache_and_weight_lines(plan: EnginePlan) -> list[str]:
@@ -105,10 +106,12 @@ def describe_policy(policy: Policy) -> str:
     )
 
 
-def forecast_line(predicted: Simulation) -> str:
-    """One line before the run."""
-    rate = f"{predicted.tokens_per_s:.2f} generated tokens/s, " if predicted.tokens_per_s else ""
-    return f"predicted: {rate}{elapsed(predicted.job_s)}"
+def forecast_line(predicted: Simulation, measured: Measured) -> str:
+    """One line before the run; for rows that are only scored, their prompt tokens."""
+    rate = f"{predicted.tokens_per_s:.2f} generated"
+    if measured.scores_only:
+        rate = f"{measured.rows * measured.workload.prompt_len / max(predicted.job_s, 1e-9):.2f} prompt"
+    return f"predicted: {rate} tokens/s, {elapsed(predicted.job_s)}"
 
 
 def cache_lines(metrics: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from policies.common.memory_units import GIB
 _MINUTE_S, _HOUR_S = 60.0, 3600.0
 #: A lane that is busy for less of the time than this decides nothing.
 _DECIDES = 0.5
-#: What each lane does, and what would make it the shorter one; None: more of it has to be kept in faster memory.
+#: What each lane does, and what would shorten it.
 _LANES = {
     "disk_read": ("reading from the disk", "a faster drive, or more --cpu-mem or --gpu-mem to keep weights in,"),
     "disk_write": ("writing to the disk", "a faster drive, or more --cpu-mem to keep KV cache in,"),
@@ -53,6 +53,8 @@ def summary_lines(metrics: Mapping[str, Any], plan: EnginePlan, predicted: Simul
 
 def bottleneck(metrics: Mapping[str, Any]) -> str:
     """The lane that was busy longest, and what would help most."""
+    if not metrics["lanes"]:
+        return "bottleneck: none, as nothing ran"
     wall_s = max(metrics["wall_s"], 1e-9)
     lane, busy_s = max(((lane, t["busy_s"]) for lane, t in metrics["lanes"].items()), key=lambda each: each[1])
     share = min(1.0, busy_s / wall_s)

@@ -32,6 +32,7 @@ class Measured:
         workload: mean prompt and completion lengths, rounded up; the number of rows and the histogram of their lengths.
         longest_row: tokens of the longest row, prompt and completion; of an open row those that there must be room for.
         rows: rows measured, every sample of a prompt one.
+        scores_only: none of them generates a token.
         open_rows: those of them that name no limit.
         open_tokens: new tokens that each of those is expected to take, at most.
         longest_open: tokens that the longest of those may reach; 0 where there are none.
@@ -40,6 +41,7 @@ class Measured:
     workload: Workload
     longest_row: int
     rows: int
+    scores_only: bool = False
     open_rows: int = 0
     open_tokens: int = EXPECTED_NEW_TOKENS
     longest_open: int = 0
@@ -72,7 +74,8 @@ class Measured:
             gen_len=max(1, -(-found.new_tokens // found.rows)),
             longest_row=found.longest,
         )
-        return cls(workload=workload, longest_row=workload.longest_row, rows=found.rows)
+        scores_only = not found.new_tokens
+        return cls(workload=workload, longest_row=workload.longest_row, rows=found.rows, scores_only=scores_only)
 
 
 class _Histogram:

@@ -49,7 +49,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("model, shape, device, machine", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "model, shape, device, machine",
+    [pytest.param(*case, id=name, marks=() if name == "real" else pytest.mark.slow) for name, case in CASES.items()],
+)
 def test_budgets_make_the_planner_spread_over_three_tiers(tmp_path, model, shape, device, machine):
     budgets, hardware = setting(model, device, tmp_path).budgets, Hardware.preset(machine)
     if device.is_cuda:

@@ -66,10 +66,10 @@ def grown_bytes(run):
 @pytest.mark.parametrize(
     "rows, limit_bytes",
     [
-        (20_000, 40 * MIB),
+        (8_000, 40 * MIB),
         pytest.param(500_000, 300 * MIB, marks=pytest.mark.slow),
     ],
-    ids=["20,000 rows", "500,000 rows"],
+    ids=["8,000 rows", "500,000 rows"],
 )
 def test_the_memory_of_a_job_stays_below_its_limit(tmp_path, rows, limit_bytes):
     runner = Runner(tmp_path, make_setup(None, context=1000))

@@ -412,6 +412,7 @@ def usage_file(tmp_path):
     return str(tmp_path / "usage.json")
 
 
+@pytest.mark.slow
 def test_usage_decides_which_experts_a_plan_has_on_the_gpu(main, usage_file, tmp_path):
     few = [*SHAPE, *MACHINE, "--num-requests", "2", *FIXED[2:4], "--expert-usage", usage_file]
     code, out, err = main(*few, "-o", str(tmp_path / "policy.json"))

@@ -173,11 +173,12 @@ def test_a_run_ends_with_five_lines_and_tells_the_rest_only_when_asked(job, main
         assert words in verbose and words not in out
 
 
-def test_a_job_that_only_scores_tells_prompt_tokens_per_second(job, main):
+def test_a_job_that_only_scores_tells_prompt_tokens_per_second(job, main, machine):
     job.write([{"prompt": [5, 6, 7], "max_tokens": 0, "echo": True, "logprobs": 0}])
-    code, out, _ = main(job.args())
-    speed = next(line for line in out.splitlines() if line.startswith("speed: "))
-    assert code == 0 and "generated" not in speed and "prompt tokens/s" in speed
+    code, out, _ = main(job.args("--hardware", str(machine)))
+    told = [line for line in out.splitlines() if line.startswith(("speed: ", "predicted: "))]
+    assert code == 0 and len(told) == 2
+    assert all("generated" not in line and "prompt tokens/s" in line for line in told)
 
 
 # The benchmark.

@@ -522,7 +522,7 @@ def test_what_cannot_be_resumed_is_refused(resumed, asked, reason, make):
 def test_expected_ends_follow_the_rows_of_the_job_and_change_no_token(make, tiny):
     variant, rows, done = tiny(), (1, 6, 2, 14), {}
     asked = {"max_tokens": 200, "stop_token_ids": tuple(range(0, 300, 12)), **DRAWN}
-    requests = [request(variant.prompts[rows[i % 4]], f"k{i}", request_id=str(i), **asked) for i in range(200)]
+    requests = [request(variant.prompts[rows[i % 4]], f"k{i}", request_id=str(i), **asked) for i in range(120)]
     for reserve in ("max", "p95"):
         llm = make(rows=64, prefill_tokens=64, kv_tokens=700, longest_row=220, reserve=reserve)
         outputs = run(llm, *requests)

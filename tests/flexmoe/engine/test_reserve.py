@@ -104,7 +104,7 @@ def test_jobs_that_ask_for_much_and_take_little_need_far_fewer_sweeps():
     assert learned_ < 0.7 * plain and restarts < 30
 
 
-@pytest.mark.parametrize("most, real", [(200, 200), (1024, 1024)])
+@pytest.mark.parametrize("most, real", [(200, 200), pytest.param(1024, 1024, marks=pytest.mark.slow)])
 def test_jobs_that_take_what_they_ask_for_lose_nothing(most, real):
     assert sweeps_and_restarts(True, real, most, rows=130) == sweeps_and_restarts(False, real, most, rows=130)
 

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 
 import pytest
@@ -75,6 +76,18 @@ def test_a_job_that_is_killed_again_and_again_writes_the_same_bytes(bare, crash,
     report, crashes = crash_until_done(bare, crash, rng, {"interval_s": interval_s})
     assert crashes >= 5 and report.rows_resumed > 0
     assert (bare.output.read_bytes(), bare.errors.read_bytes()) == expected
+
+
+def test_a_resume_says_what_it_resumes_and_a_first_start_nothing(bare, caplog):
+    bare.write([{"prompt": [9 + i], "custom_id": f"c{i}", "max_tokens": 4 + 9 * i} for i in range(6)])
+    with caplog.at_level("INFO", "flexmoe.progress"):
+        with pytest.raises(RuntimeError):
+            bare.run(FakeEngine(window=2, crash_at=[3], crash=RuntimeError("engine crashed")))
+        assert "resuming" not in caplog.text
+        bare.run()
+    [told] = [message for message in caplog.messages if message.startswith("resuming")]
+    found = re.fullmatch(r"resuming (.+): (\d+) of 6 rows are done, and (\d+) are begun, with (\d+) tokens", told)
+    assert found[1] == str(bare.output) and int(found[2]) + int(found[3]) > 0
 
 
 def test_a_row_is_done_once_however_often_the_job_is_killed(bare):
