@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from flexmoe.batch.run_batch import run_batch
     from flexmoe.job.result import JobResult
     from flexmoe.llm import LLM
-    from flexmoe.params import EngineRequest, RequestOutput, SamplingParams
+    from flexmoe.outputs import RequestOutput
+    from flexmoe.params import EngineRequest, SamplingParams
     from flexmoe.planning.plan import plan
     from flexmoe.probing.measure import probe
     from flexmoe.prompts import TextPrompt, TokensPrompt
@@ -50,7 +51,7 @@ _MODULES = {
     "JobResult": "flexmoe.job.result",
     "Plan": "cost_model.planner.solve",
     "Policy": "policies.policy",
-    "RequestOutput": "flexmoe.params",
+    "RequestOutput": "flexmoe.outputs",
     "SamplingParams": "flexmoe.params",
     "TextPrompt": "flexmoe.prompts",
     "TokensPrompt": "flexmoe.prompts",

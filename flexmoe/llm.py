@@ -21,11 +21,12 @@ from flexmoe.engine.requests import RefusedError
 from flexmoe.engine.router_counter import LayerStats
 from flexmoe.errors import UsageError
 from flexmoe.models.loader import Model, load_model
-from flexmoe.params import DEFAULT_MAX_TOKENS, EngineRequest, InFlight, RequestOutput, SamplingParams
+from flexmoe.outputs import RequestOutput
+from flexmoe.params import DEFAULT_MAX_TOKENS, EngineRequest, InFlight, SamplingParams
 from flexmoe.planning.configure import ARGUMENTS, configure
 from flexmoe.progress import Progress
 from flexmoe.prompts import Conversation, Prompt, one_each, read_conversations, read_prompts
-from flexmoe.results import as_asked, failed
+from flexmoe.results import as_asked
 from flexmoe.text.tokenizer import Tokenizer, eos_ids
 from flexmoe.vllm_arguments import CALL, ENGINE, only_ours
 from policies.policy import Policy
@@ -254,7 +255,7 @@ class LLM:
         try:
             self.engine.submit(request)
         except RefusedError as refused:
-            return failed(request, refused.reason)
+            return request.failed(refused.reason)
         return None
 
     def check(self, request: EngineRequest) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from flexmoe.params import EngineRequest, RequestOutput, TokenLogprob
+from flexmoe.outputs import RequestOutput, TokenLogprob
 from flexmoe.text.tokenizer import Tokenizer
 
 
@@ -21,18 +21,6 @@ def as_asked(output: RequestOutput, prompt: str | None, tokenizer: Tokenizer) ->
             each if each.logprobs is None else replace(each, logprobs=_spelled(each.logprobs, tokenizer))
             for each in output.outputs
         ],
-    )
-
-
-def failed(request: EngineRequest, problem: str) -> RequestOutput:
-    """The result of a request that cannot run."""
-    return RequestOutput(
-        request_id=request.request_id,
-        prompt=None,
-        prompt_token_ids=request.prompt_token_ids,
-        outputs=[],
-        finished=True,
-        error=problem,
     )
 
 

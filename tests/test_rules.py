@@ -42,6 +42,7 @@ ORDER = (
     ("cost_model.cli",),
     ("flexmoe.errors",),
     ("flexmoe.vllm_arguments",),
+    ("flexmoe.outputs",),
     ("flexmoe.params",),
     ("flexmoe.system",),
     ("flexmoe.checkpoint",),

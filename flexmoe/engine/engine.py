@@ -19,7 +19,8 @@ from flexmoe.engine.sweep_log import Sweep, SweepLog
 from flexmoe.errors import UsageError
 from flexmoe.kv.batch import Block, Run
 from flexmoe.models.loader import Model
-from flexmoe.params import EngineRequest, InFlight, RequestOutput, Resumed
+from flexmoe.outputs import RequestOutput
+from flexmoe.params import EngineRequest, InFlight, Resumed
 from flexmoe.sampling.sampler import NOT_FINITE, Chosen, sample
 from policies.admission.row_state import AttentionMode
 from policies.common.option_names import option
@@ -252,7 +253,9 @@ class Engine:
             log.warning("logits are not finite, so rows fail: %s", cause)
         for state in broken:
             self._drop(state)
-            self._complete.append(state.failure(f"the model's logits are not finite: {cause}", "non_finite_logits"))
+            self._complete.append(
+                state.request.failed(f"the model's logits are not finite: {cause}", "non_finite_logits")
+            )
 
     def _drop(self, state: RequestState) -> None:
         for row in state.rows:

@@ -9,7 +9,8 @@ from functools import partial
 from flexmoe.engine.scheduler import Row
 from flexmoe.errors import UsageError
 from flexmoe.kv.batch import Run
-from flexmoe.params import CompletionOutput, EngineRequest, FinishReason, InFlight, RequestOutput, Resumed, TokenLogprob
+from flexmoe.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprob
+from flexmoe.params import EngineRequest, InFlight, Resumed
 from flexmoe.sampling.sampler import RowSampler
 from flexmoe.sampling.stop_strings import StopStrings
 
@@ -252,19 +253,6 @@ class RequestState:
             outputs=[self._outputs[index] for index in range(len(self._samples))],
             finished=True,
             prompt_logprobs=None if self.prompt_logprobs is None else tuple(self.prompt_logprobs),
-        )
-
-    def failure(self, error: str, code: str) -> RequestOutput:
-        """The result of a request that cannot be completed."""
-        request = self.request
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=None,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=[],
-            finished=True,
-            error=error,
-            error_code=code,
         )
 
     def in_flight(self) -> list[InFlight]:

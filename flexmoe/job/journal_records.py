@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from flexmoe.errors import DataError
-from flexmoe.params import Resumed, TokenLogprob
+from flexmoe.outputs import TokenLogprob
+from flexmoe.params import Resumed
 
 Kind = Literal[0, 1, 2, 3, 4]
 #: The first record: which job this is the journal of.

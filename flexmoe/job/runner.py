@@ -20,7 +20,8 @@ from flexmoe.job.remaining import Remaining
 from flexmoe.openai.batch_line import Request
 from flexmoe.openai.fields import RowError
 from flexmoe.openai.response import ResponseEncoder, count_tokens
-from flexmoe.params import EngineRequest, InFlight, RequestOutput, Resumed
+from flexmoe.outputs import RequestOutput
+from flexmoe.params import EngineRequest, InFlight, Resumed
 from flexmoe.preflight.lengths import WINDOW_BLOCKS, longest_first
 from flexmoe.preflight.preflight import Preflight
 from flexmoe.preflight.prepare import Preparer

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexmoe.params import CompletionOutput, RequestOutput, TokenLogprob
+from flexmoe.outputs import CompletionOutput, RequestOutput, TokenLogprob
 from flexmoe.text.tokenizer import Tokenizer
 
 LEAST = -9999.0

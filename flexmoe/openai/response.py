@@ -13,7 +13,7 @@ from flexmoe.errors import UsageError
 from flexmoe.openai.batch_line import Prompt, Request
 from flexmoe.openai.fields import RowError
 from flexmoe.openai.logprobs import Alignment, chat_logprobs, completion_logprobs
-from flexmoe.params import CompletionOutput, RequestOutput
+from flexmoe.outputs import CompletionOutput, RequestOutput
 from flexmoe.text.tokenizer import Tokenizer
 
 

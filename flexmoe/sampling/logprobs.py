@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from flexmoe.params import TokenLogprob
+from flexmoe.outputs import TokenLogprob
 
 
 def finite_rows(x_RV: torch.Tensor, largest_R: torch.Tensor | None = None) -> torch.Tensor:

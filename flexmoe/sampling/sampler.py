@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from flexmoe.params import SamplingParams, TokenLogprob
+from flexmoe.outputs import TokenLogprob
+from flexmoe.params import SamplingParams
 from flexmoe.sampling.logprobs import finite_rows, records, top_tokens
 from flexmoe.sampling.penalties import TokenCounts, add_bias, bar_tokens, penalize
 from flexmoe.sampling.random_draws import draw_keys, log_arrivals, stream_of

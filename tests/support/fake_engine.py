@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from flexmoe.params import (
-    CompletionOutput,
-    InFlight,
-    RequestOutput,
-    Resumed,
-    TokenLogprob,
-)
+from flexmoe.outputs import CompletionOutput, RequestOutput, TokenLogprob
+from flexmoe.params import InFlight, Resumed
 
 EOS = 2
 

@@ -10,7 +10,8 @@ import pytest
 from flexmoe.errors import DataError, StorageError
 from flexmoe.job.journal import Journal
 from flexmoe.job.journal_records import HEAD_BYTES, SYNCED, TOKENS, Generated, Head, encode
-from flexmoe.params import InFlight, TokenLogprob
+from flexmoe.outputs import TokenLogprob
+from flexmoe.params import InFlight
 from policies.common import file_io
 
 ROWS = 12

@@ -11,7 +11,7 @@ from flexmoe.errors import UsageError
 from flexmoe.openai.batch_line import parse_line
 from flexmoe.openai.fields import RowError
 from flexmoe.openai.response import ResponseEncoder, count_tokens, creation_time_s
-from flexmoe.params import CompletionOutput, RequestOutput, TokenLogprob
+from flexmoe.outputs import CompletionOutput, RequestOutput, TokenLogprob
 from flexmoe.text.tokenizer import Tokenizer
 from tests.support.tokenizers import build_sentencepiece, build_tokenizer
 
