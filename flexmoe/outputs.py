@@ -91,7 +91,7 @@ class RequestOutput:
     """The result of one `EngineRequest`; `error` is a sentence when it failed, and `outputs` is then empty.
 
     Args:
-        error_code: what kind of failure it is: "non_finite_logits", or "engine_error".
+        error_code: what kind of failure it is, "non_finite_logits" or "engine_error"; None where there is none.
         outputs: the ``n`` completions, by index. A request of ``max_tokens`` 0 has them too, with no tokens.
         prompt_logprobs: one for each token of the prompt but the first; None where the request asks for none. From
             `LLM.generate` and `LLM.chat` the first token has one too, which is None.
@@ -103,7 +103,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     error: str | None = None
-    error_code: str = "engine_error"
+    error_code: str | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
     @property

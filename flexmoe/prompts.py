@@ -70,6 +70,8 @@ def read_conversations(messages: Conversation | Sequence[Conversation]) -> list[
     Raises:
         UsageError: it is no conversation, or has a part that is not supported.
     """
+    if isinstance(messages, (str, bytes)) or not isinstance(messages, Iterable):
+        raise UsageError(f"messages is {messages!r:.80}; give a conversation, which is a list of messages, or several")
     several: list[Any] = list(messages)
     if several and isinstance(several[0], Mapping):
         several = [several]
@@ -99,7 +101,8 @@ def one_each(sampling_params: SamplingParams | Sequence[SamplingParams], prompts
     each = list(sampling_params) if isinstance(sampling_params, Iterable) else [sampling_params]
     wrong = next((params for params in each if not isinstance(params, SamplingParams)), None)
     if wrong is not None or isinstance(sampling_params, Mapping):
-        raise UsageError(f"sampling_params is {wrong!r:.80}; give SamplingParams, or a list with one per prompt")
+        shown = sampling_params if isinstance(sampling_params, Mapping) else wrong
+        raise UsageError(f"sampling_params is {shown!r:.80}; give SamplingParams, or a list with one per prompt")
     if len(each) != prompts:
         raise UsageError(f"{prompts} prompts but {len(each)} sampling parameters; give one per prompt")
     return each

@@ -111,7 +111,7 @@ ENGINE: dict[str, Foreign] = {
         Foreign((None, 1), _ONE_GPU),
     ),
     "enable_expert_parallel": Foreign((None, False), _ONE_GPU),
-    "trust_remote_code": Foreign((None, False), "no code of a checkpoint is run; docs/models.md lists what runs"),
+    "trust_remote_code": Foreign(),  # no code of a checkpoint is ever run
     "quantization": Foreign((None,), "weights are computed in 16 or 32 bits; give a checkpoint of those, and dtype"),
     "kv_cache_dtype": Foreign((None, "auto"), "the KV cache has the dtype of the computation; give dtype"),
     "cpu_offload_gb": Foreign((None, 0, 0.0), _PLANNED),

@@ -127,7 +127,8 @@ class EnginePlan:
             limit = f" of {budget / GIB:.3f} GiB allowed" if budget is not None else ""
             largest = sorted(items.items(), key=lambda item: -item[1])
             detail = ", ".join(f"{name} {size / GIB:.3f}" for name, size in largest if size >= GIB / 2000)
-            lines.append(f"memory {tier:>4}: {self.memory.total(tier) / GIB:.3f} GiB{limit} ({detail})")
+            detail = f" ({detail})" if detail else ""
+            lines.append(f"memory {tier:>4}: {self.memory.total(tier) / GIB:.3f} GiB{limit}{detail}")
         return lines
 
 

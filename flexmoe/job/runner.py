@@ -243,7 +243,12 @@ class RowStream:
         results = [waiting.results[index] for index in range(waiting.missing)]
         failed = next((r for r in results if r.error is not None), None)
         if failed is not None and failed.error is not None:
-            self._fail(row, waiting.request, RowError(code=failed.error_code, message=failed.error), status=None)
+            self._fail(
+                row,
+                waiting.request,
+                RowError(code=failed.error_code or "engine_error", message=failed.error),
+                status=None,
+            )
         else:
             self._succeed(row, waiting.request, results)
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from policies.common.directories import hub_directory
 from policies.common.option_names import option
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+#: A model of the hub: its name, with its owner or without.
+_HUB_ID = re.compile(r"[\w.-]*\w[\w.-]*(/[\w.-]+)?", re.ASCII)
 LOAD_FORMATS = ("auto", "dummy")
 
 
@@ -154,10 +157,14 @@ def _from_hub(name: str) -> Path:
 
 
 def _fetch(name: str, files: list[str]) -> Path:
+    if not _HUB_ID.fullmatch(name):
+        raise InputMissingError(
+            f"there is no directory {name!r}; give one that holds a checkpoint, or a hub id (owner/name)"
+        )
     try:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(name, allow_patterns=files, cache_dir=hub_directory()))
     except Exception as e:  # the hub raises a dozen unrelated types for "not there" and "no network"
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise InputMissingError(f"{name!r} is no local directory, and the hub did not provide it: {reason}") from e
+        raise InputMissingError(f"{name!r} is no local directory, and the hub did not provide it: {reason}") from None

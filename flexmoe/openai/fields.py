@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from flexmoe.errors import UsageError
@@ -163,13 +164,19 @@ def read_fields(body: Mapping[str, Any], kind: Kind) -> Fields:
     )
 
 
+def _likely(key: str) -> str:
+    """What was probably meant by a field that is not known."""
+    close = get_close_matches(key, {*KNOWN, *NEUTRAL}, n=1)
+    return f"did you mean {show(close[0])}?" if close else "remove it"
+
+
 def _unsupported(body: Mapping[str, Any]) -> list[RowError]:
     errors = []
     for key, value in body.items():
         if key in KNOWN or key in HARMLESS:
             continue
         if key not in NEUTRAL:
-            errors.append(RowError.unsupported(key, f"the field {show(key)} is not known; remove it"))
+            errors.append(RowError.unsupported(key, f"the field {show(key)} is not known; {_likely(key)}"))
         elif not any(_same(value, neutral) for neutral in NEUTRAL[key]):
             errors.append(RowError.unsupported(key, f"{key} = {show(value)} is not supported; leave it out"))
     return errors

@@ -23,7 +23,7 @@ def this_machine(
     """This machine as the planner takes it.
 
     Args:
-        rates: ``"auto"``: measured now (about a minute) or before; else a file of `python -m flexmoe.probe`, or its content.
+        rates: ``"auto"``: measured now (one to four minutes) or before; else a file of `python -m flexmoe.probe`, or its content.
         device: ``auto``, ``cuda`` or ``cpu``.
         directory: on the disk that the disk tier lives on.
         budgets: GiB of ``gpu_mem``, ``cpu_mem`` and ``nvme_mem``; None is what the machine has, less a tenth.

@@ -37,7 +37,7 @@ def plan(
     Args:
         model: a directory with a `config.json`, the name of a known shape, its hub id, or a `ModelArch`.
         hardware: a `Hardware`, the name of a preset (``"rtx4090"``), or a file of `python -m flexmoe.probe`. None: this machine,
-            measured now (about a minute) or before, with nine tenths of what is free of its memory.
+            measured now (one to four minutes) or before, with nine tenths of what is free of its memory.
         workload: prompt and completion lengths, and the rows of the job; default: 512 and 128 tokens, without end.
         gpu_mem, cpu_mem, nvme_mem: most GiB of each tier; None: what the machine has.
         dtype: compute dtype, a name or a `torch.dtype`; ``auto`` is as stored.

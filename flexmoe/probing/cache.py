@@ -30,7 +30,7 @@ _ERRORS = {kind.exit_code: kind for kind in (UsageError, InfeasibleError, Storag
 
 
 def cached_probe(device: str, directory: str | Path) -> Hardware:
-    """This machine: rates from the cache, or measured (about a minute) and kept; capacities as they are now.
+    """This machine: rates from the cache, or measured (one to four minutes) and kept; capacities as they are now.
 
     A cache that cannot be read or written costs a warning and the minute, not the run. It is measured in a process of its
     own: what libraries keep (the GPU's context, compiled kernels) is then not missing from the memory of the run.
@@ -46,7 +46,7 @@ def cached_probe(device: str, directory: str | Path) -> Hardware:
     path = cache_path(dev, directory)
     hardware = _load(path)
     if hardware is None:
-        log.warning("this machine has not been measured yet: about a minute, once; the result is kept in %s", path)
+        log.warning("this machine has not been measured yet: one to four minutes, once; the result is kept in %s", path)
         hardware = _measured_apart(str(dev.torch), directory)
         _save(hardware, path)
     return _with_capacities(hardware, dev, directory)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ from policies.workload import Workload
 _HEADS, _FFN, _EXPERTS, _VOCAB = Heads(hidden=64, heads=4, kv_heads=1, head_dim=16), 96, 4, 256
 _CONTEXT = 256
 _WARM = 3
+#: Seconds after which no further sweep is timed, once so many have been.
+_MOST_S, _LEAST_SWEEPS = 3.0, 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,15 +173,24 @@ def timed_sweeps(
         for _ in range(_WARM):
             engine.step()
         engine.recorder.reset_totals()
-        for _ in range(sweeps):
-            engine.step()
+        done = _run_timed(engine, sweeps)
         totals = engine.recorder.totals()
         return Timed(
             sweep_s=statistics.median(each.wall_s for each in engine.sweeps.since(_WARM)),
-            lanes_s={lane: total.worker_s / sweeps for lane, total in totals.items()},
+            lanes_s={lane: total.worker_s / done for lane, total in totals.items()},
         )
     finally:
         engine.close()
+
+
+def _run_timed(engine: Engine, sweeps: int) -> int:
+    """Runs so many sweeps, or fewer where they take long; returns how many."""
+    begin = time.perf_counter()
+    for done in range(1, sweeps + 1):
+        engine.step()
+        if done >= _LEAST_SWEEPS and time.perf_counter() - begin > _MOST_S:
+            return done
+    return sweeps
 
 
 def gpu_batches(rows: int, batch_rows: int) -> list[int]:

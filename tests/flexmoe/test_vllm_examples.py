@@ -4,6 +4,7 @@ The scripts are its `basic`, `chat`, sampling and log-probability examples, cut 
 """
 
 import logging
+import re
 from functools import partial
 
 import pytest
@@ -47,7 +48,7 @@ def llm(vllm, checkpoint):
         max_num_seqs=64,
         dtype="float",
         seed=0,
-        trust_remote_code=False,
+        trust_remote_code=True,
         enforce_eager=True,
         enable_prefix_caching=True,
         quantization=None,
@@ -181,7 +182,10 @@ def test_defaults_are_those_of_the_models_generation_config(vllm, checkpoint):
         ({"prompts": {"text": "x"}}, "prompt 0 has the keys ['text']; give a text"),
         ({"prompts": [{"prompt": "x", "multi_modal_data": {"image": 1}}]}, "multi_modal_data"),
         ({"prompts": ["x", {"prompt": 3}]}, "prompt 1 is {'prompt': 3}; give"),
-        ({"prompts": "x", "sampling_params": {"max_tokens": 3}}, "give SamplingParams"),
+        (
+            {"prompts": "x", "sampling_params": {"max_tokens": 3}},
+            "sampling_params is {'max_tokens': 3}; give SamplingParams",
+        ),
         ({"prompts": "x", "lora_request": "adapter"}, "there are no adapters"),
         ({"prompts": "x", "sampling": None}, "has no argument 'sampling'"),
     ],
@@ -198,7 +202,6 @@ def test_what_generate_cannot_take_is_refused_in_a_sentence(llm, wrong, said):
     [
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2: one GPU is used"),
         ({"quantization": "awq"}, "quantization='awq'"),
-        ({"trust_remote_code": True}, "trust_remote_code=True"),
         ({"cpu_offload_gb": 10}, "gpu_mem and cpu_mem are the budgets"),
         ({"max_model_length": 10}, "did you mean 'max_model_len'?"),
         ({"gpu_memory": 10}, "did you mean 'gpu_mem'?"),
@@ -257,3 +260,14 @@ def test_a_log_says_what_changes_nothing_and_how_fast_it_went(vllm, checkpoint, 
         assert "gpu_memory_utilization changes nothing on a CPU" in caplog.text
         llm.generate(PROMPTS, SamplingParams(max_tokens=2))
     assert "3 prompts, in " in caplog.text and "token/s" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", ["hello", 3, b"x"])
+def test_a_chat_that_is_no_list_of_messages_is_shown_whole(llm, wrong):
+    with pytest.raises(UsageError, match=re.escape(f"messages is {wrong!r}; give a conversation")):
+        llm.chat(wrong)
+
+
+def test_a_result_has_an_error_code_only_with_an_error(llm):
+    [output] = llm.generate(["Hello"], SamplingParams(max_tokens=1))
+    assert (output.error, output.error_code) == (None, None)

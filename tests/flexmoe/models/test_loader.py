@@ -1,6 +1,7 @@
 """What is refused before anything heavy happens."""
 
 import json
+import re
 from math import prod
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from cost_model.model.known_shapes import SHAPES
 from cost_model.model.weight_units import units_of
-from flexmoe.errors import DataError
+from flexmoe.errors import DataError, InputMissingError
 from flexmoe.models.loader import load_model
 
 UNKNOWN = "model_type 'llama' is not supported; supported families: mixtral, phimoe, qwen3_moe"
@@ -84,3 +85,9 @@ def test_the_hub_is_asked_for_the_weights_of_a_family_that_runs(tiny, monkeypatc
     model = load_model("some-one/a-model")
     assert "*.safetensors" in fetched[-1] and len(fetched) == 2
     assert model.config == json.loads((directory / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["/no/such/model", "./model", "a/b/c", "../model", "~/model"])
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(InputMissingError, match=re.escape(f"there is no directory {name!r}")):
+        load_model(name)

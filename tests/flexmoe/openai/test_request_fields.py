@@ -320,3 +320,9 @@ def test_damaged_line_is_understood_or_a_fault(seed):
         except InvalidLine:
             continue
         assert request.custom_id and (request.error is None or request.error.message)
+
+
+@pytest.mark.parametrize("typed, said", [("temprature", 'did you mean "temperature"?'), ("xyzzy", "remove it")])
+def test_a_field_that_is_misspelled_is_told_what_was_meant(typed, said):
+    request = completion(**{typed: 1})
+    assert request.error.code == "unsupported_field" and request.error.message.endswith(said)
