@@ -230,15 +230,16 @@ class Steps:
 def _tqdm(rows: int, done: int, **options: Any) -> Any:
     from tqdm import tqdm
 
-    # A terminal that does not know its width says 0, and tqdm would draw nothing.
-    columns = shutil.get_terminal_size().columns if _width(sys.stderr) == 0 else None
-    given = {"unit": "row", "bar_format": _BAR, "ncols": columns, **options}
+    # A terminal that does not know its size says 0, and tqdm would draw nothing.
+    size = _size(sys.stderr)
+    columns, lines = shutil.get_terminal_size() if size is not None and 0 in size else (None, None)
+    given = {"unit": "row", "bar_format": _BAR, "ncols": columns, "nrows": lines, **options}
     return tqdm(total=rows, initial=done, file=sys.stderr, **given)
 
 
-def _width(stream: TextIO) -> int | None:
-    """Columns of a terminal, 0 where it does not know; None of what is no terminal."""
+def _size(stream: TextIO) -> os.terminal_size | None:
+    """Columns and lines of a terminal, 0 where it does not know; None of what is no terminal."""
     try:
-        return os.get_terminal_size(stream.fileno()).columns
+        return os.get_terminal_size(stream.fileno())
     except (OSError, ValueError):
         return None

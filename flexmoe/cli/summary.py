@@ -8,7 +8,7 @@ from typing import Any
 from cost_model.simulation.simulate import Simulation
 from flexmoe.engine.engine_plan import EnginePlan
 from flexmoe.job.result import JobResult
-from policies.common.memory_units import GIB
+from policies.common.memory_units import in_units
 
 _MINUTE_S, _HOUR_S = 60.0, 3600.0
 #: A lane that is busy for less of the time than this decides nothing.
@@ -90,9 +90,9 @@ def _memory(metrics: Mapping[str, Any], plan: EnginePlan) -> str:
     tiers = []
     for tier in plan.memory.parts:
         budget = plan.budgets.get(tier)
-        of = "" if budget is None else f" of {budget / GIB:.2f}"
-        tiers.append(f"{tier} {plan.memory.total(tier) / GIB:.2f}{of} GiB")
-    return f"memory: {', '.join(tiers)}; the whole process at most {metrics['peak_process_bytes'] / GIB:.2f} GiB"
+        of = "" if budget is None else f" of {in_units(budget)}"
+        tiers.append(f"{tier} {in_units(plan.memory.total(tier))}{of}")
+    return f"memory: {', '.join(tiers)}; the whole process at most {in_units(metrics['peak_process_bytes'])}"
 
 
 def elapsed(seconds: float) -> str:

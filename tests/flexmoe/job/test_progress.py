@@ -129,8 +129,8 @@ def test_steps_are_a_bar_on_a_terminal(capsys):
     assert "measuring: 0/3" in err and "measuring: 1/3" in err and "copies" in err
 
 
-@pytest.mark.parametrize("columns", [0, 30, 120])
-def test_a_terminal_of_any_width_shows_a_bar(columns):
+@pytest.mark.parametrize("lines, columns", [(0, 0), (24, 0), (0, 80), (24, 30), (24, 120)])
+def test_a_terminal_of_any_size_shows_a_bar(lines, columns):
     """A fresh pseudo-terminal says that it has no columns."""
     code = (
         "from flexmoe.progress import Left, Progress\n"
@@ -138,7 +138,7 @@ def test_a_terminal_of_any_width_shows_a_bar(columns):
         "shown.row()\nshown.sweep(3, 4)\nshown.close()"
     )
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     with subprocess.Popen([sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs, env=environment):
         os.close(theirs)
