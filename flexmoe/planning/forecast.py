@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +123,18 @@ class Forecaster:
 
     def _circumstances(self, kv_tokens: int | None, fixed: Fixed) -> dict[str, Any]:
         """What a plan follows from, as JSON values; capacities are left out, which change from start to start."""
-        machine = self.hardware.to_json()
-        for name in ("host_memory_bytes", "disk_bytes", "cpu_budget_bytes", "sources"):
-            machine.pop(name)
-        rates = [{**asdict(gpu), "memory_bytes": None} for gpu in self.hardware.gpus]
+        rates = replace(
+            self.hardware,
+            gpus=(replace(self.hardware.gpu, memory_bytes=1),),
+            host_memory_bytes=1,
+            disk_bytes=1,
+            cpu_budget_bytes=None,
+            sources={},
+        )
         usage = self.usage and {"tokens": self.usage.tokens, "counts": self.usage.counts.tolist()}
         return {
             "model": asdict(self.arch),
-            "machine": machine | {"gpus": repr(rates)},
+            "machine": rates.to_json(),
             "job": self.workload.to_json(),
             "fixed": fixed.given,
             "about": self._about(kv_tokens) | {"usage": usage},

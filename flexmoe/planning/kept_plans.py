@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,7 @@ def keep(key: str, file: PolicyFile, capacities: Mapping[str, int]) -> None:
         capacities: as for `find`.
     """
     path = _path(key)
-    kept = PolicyFile(
-        policy=file.policy,
-        model=file.model,
-        hardware={**(file.hardware or {}), _CAPACITIES: dict(capacities)},
-        workload=file.workload,
-        predicted=file.predicted,
-    )
+    kept = replace(file, hardware={**(file.hardware or {}), _CAPACITIES: dict(capacities)})
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         kept.save(path)

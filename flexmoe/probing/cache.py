@@ -15,7 +15,7 @@ from typing import Any
 from cost_model.hardware.cache import PATTERN
 from cost_model.hardware.hardware import Gpu, Hardware
 from flexmoe.errors import FlexMoEError, InfeasibleError, InputMissingError, StorageError, UsageError
-from flexmoe.probing.facts import capacities, circumstances
+from flexmoe.probing.facts import MEASURING, capacities, circumstances
 from flexmoe.progress import Steps
 from flexmoe.system.device import Device
 from policies.common.directories import cache_directory, resolved
@@ -65,7 +65,7 @@ def _measured_apart(device: str, directory: Path) -> Hardware:
     with tempfile.TemporaryDirectory(prefix="flexmoe-probe-") as scratch:
         out = Path(scratch) / "machine.json"
         command = [*_COMMAND, "-o", str(out), "--device", device, "--dir", str(directory)]
-        last, steps = "", Steps("measuring this machine", bar=sys.stderr.isatty())
+        last, steps = "", Steps(MEASURING, bar=sys.stderr.isatty())
         with (
             steps,
             subprocess.Popen(

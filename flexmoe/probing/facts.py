@@ -23,6 +23,8 @@ from flexmoe.system.machine import (
 )
 
 log = logging.getLogger(__name__)
+#: What the steps of the probe are steps of, for people.
+MEASURING = "measuring this machine"
 _TRIED_BYTES = 32 << 20
 #: Other processes may use so much of the cores without a word.
 _IDLE = 0.1

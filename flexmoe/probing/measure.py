@@ -23,7 +23,15 @@ from flexmoe.probing.attention import attention_rates
 from flexmoe.probing.copies import copy_curve, copy_rates, memory_rate
 from flexmoe.probing.disk import DiskRates, disk_rates
 from flexmoe.probing.effort import Effort
-from flexmoe.probing.facts import Others, capacities, compute_dtypes, device_name, gpu_details, pinned_limit_bytes
+from flexmoe.probing.facts import (
+    MEASURING,
+    Others,
+    capacities,
+    compute_dtypes,
+    device_name,
+    gpu_details,
+    pinned_limit_bytes,
+)
 from flexmoe.probing.gemms import UNIT_EXPERTS, dense_rates, expert_rates, grouped_expert_rates
 from flexmoe.probing.kv import SHAPES, kv_block_costs, kv_rates
 from flexmoe.probing.latency import disk_latency, handoff_s, streaming_arch, streaming_core_s_per_byte
@@ -35,9 +43,6 @@ from flexmoe.system.direct_io import PIECE_BYTES, READ_THREADS
 from flexmoe.system.machine import cpu_name, filesystem
 from policies.common.directories import OFFLOAD_DIR, resolved
 from policies.common.memory_units import MIB
-
-#: What the steps of a measurement are steps of.
-MEASURING = "measuring this machine"
 
 
 @dataclass(slots=True)
