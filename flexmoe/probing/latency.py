@@ -87,6 +87,8 @@ def _small_transfers_s(file: DirectFile, view: memoryview, start: int) -> list[f
 class Reading:
     """Reads without end, until it is closed: a file, again and again, as much at once as keeps all threads busy.
 
+    It is complete when the first piece has been read, so that what is timed beside it is beside reads that have begun.
+
     Args:
         file: what is read.
         buffers: of one size; their memory is filled in turn.
@@ -102,10 +104,11 @@ class Reading:
         self._views = [each[start : start + self._piece_bytes] for each in memory for start in starts]
         self._depth = min(2 * READ_THREADS, len(self._views))
         self._error: BaseException | None = None
-        self._ends, self._stopped = False, threading.Semaphore(0)
+        self._ends, self._begun, self._stopped = False, threading.Event(), threading.Semaphore(0)
         self._pool = DiskPool(Recorder())
         for number in range(self._depth):
             self._submit(number)
+        self._begun.wait()
 
     def close(self) -> None:
         """Wait for what is under way.
@@ -127,7 +130,11 @@ class Reading:
             return
         view, size = self._views[number % len(self._views)], self._piece_bytes
         piece = Transfer(self._file, number % self._pieces * size, view, size)
-        self._pool.submit([piece], "probe", lambda failed: self._submit(number + self._depth, failed))
+        self._pool.submit([piece], "probe", lambda failed: self._read(number, failed))
+
+    def _read(self, number: int, error: BaseException | None) -> None:
+        self._begun.set()
+        self._submit(number + self._depth, error)
 
 
 def handoff_s(device: Device, dtype: torch.dtype, directory: Path, effort: Effort) -> float:
