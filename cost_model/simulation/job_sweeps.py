@@ -13,10 +13,11 @@ from math import ceil
 import numpy as np
 
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation
-from cost_model.simulation.job_rows import shuffled_rows, tokens_to_generate, typical_rows
 from cost_model.timing.job_phases import job_phases
+from cost_model.timing.job_rows import tokens_to_generate, typical_rows, waiting_rows
 from cost_model.timing.sweep_load import MODES, RowGroup, SweepLoad
 from policies.admission.admission import Admission
+from policies.admission.order import WINDOW_BLOCKS, longest_first
 from policies.admission.row_state import AttentionMode, RowLengths
 from policies.common.errors import InfeasibleError
 from policies.placement import TIERS
@@ -117,17 +118,23 @@ def job_sweeps(policy: Policy, allocation: Allocation, workload: Workload, *, wh
     endless, total = job_phases(policy, allocation, replace(workload, num_requests=None)), workload.num_requests or 0
     small = total * endless.row_sweeps <= ROW_SWEEPS
     if whole or small:
-        return _Job(policy, allocation, shuffled_rows(workload, seed), total).follow()
+        rows = waiting_rows(workload, WINDOW_BLOCKS * policy.block_size, seed)
+        return _Job(policy, allocation, rows, total).follow()
     mixed, static = bool(workload.lengths), policy.schedule == "static"
     # A static block ends with its longest row: of fewer bundles the longest would be shorter.
     most = max(_MOST_BUNDLES, policy.block_size if mixed and static else 0)
-    bundle = _bundle(policy, endless.rows_in_flight, min(most, ROW_SWEEPS / (_OTHER_LIVES + 1) / endless.row_sweeps))
+    others = _OTHER_LIVES + (2 * WINDOW_BLOCKS if mixed else 1)
+    bundle = _bundle(policy, endless.rows_in_flight, min(most, ROW_SWEEPS / others / endless.row_sweeps))
     lives = ROW_SWEEPS / (endless.rows_in_flight / bundle * endless.row_sweeps) - _OTHER_LIVES
-    settling = max(1, int(min(_MOST_SETTLING, 0 if static else lives / 2)))
-    periods = max(1, int(min(_MOST_PERIODS, lives - settling)))
+    settling = 1 if mixed or static else max(1, int(min(_MOST_SETTLING, lives / 2)))
+    periods = max(
+        1, int(min(_MOST_PERIODS, lives) / WINDOW_BLOCKS - 1 if mixed else min(_MOST_PERIODS, lives - settling))
+    )
     # Many rows of a block even out; of a few bundles they would not, and of a few rows they do not.
-    rows = typical_rows(workload, seed, mixed_evenly=bundle > 1 and not static)
-    found = _Job(policy, allocation, rows, total / bundle, bundle, settling, periods).follow()
+    rows = typical_rows(workload, seed, mixed_evenly=bundle > 1)
+    if mixed:
+        rows = longest_first(rows, sum, WINDOW_BLOCKS * _block_bundles(policy, bundle))
+    found = _Job(policy, allocation, rows, total / bundle, bundle, settling, periods, mixed).follow()
     return found.generating(tokens_to_generate(workload))
 
 
@@ -148,6 +155,10 @@ def _bundle(policy: Policy, rows_in_flight: float, bundles: float) -> float:
     return max(1.0, min(sizes, key=lambda size: (round(error(size), 3), -size)))
 
 
+def _block_bundles(policy: Policy, bundle: float) -> int:
+    return max(1, int(policy.block_size / bundle + 1e-9))
+
+
 class _Job:
     """Follows a job sweep by sweep.
 
@@ -155,8 +166,9 @@ class _Job:
         rows: lengths of the rows, or bundles, in the order in which they wait.
         total: how many there are.
         bundle: rows that each stands for.
-        settling: lives of a row, or static blocks, to follow before the steady state.
+        settling: lives of a row, or static blocks, to follow before the steady state; windows where rows differ.
         periods: likewise of the steady state, before the rest of it is skipped; 0: skip nothing.
+        mixed: rows differ, and each window of them begins with the longest.
     """
 
     def __init__(
@@ -168,12 +180,14 @@ class _Job:
         bundle: float = 1.0,
         settling: int = 0,
         periods: int = 0,
+        mixed: bool = False,
     ):
         self._rows, self._left, self._bundle = rows, total, bundle
         self._settling, self._periods = settling, periods
         self._static = policy.schedule == "static"
         self._room = {tier: int(allocation.kv_pages[tier] / bundle) for tier in TIERS}
-        self._block = max(1, int(policy.block_size / bundle + 1e-9))
+        self._block = _block_bundles(policy, bundle)
+        self._window = WINDOW_BLOCKS * self._block if mixed else 0
         self._admission: Admission[RowLengths] = Admission(
             replace(
                 policy,
@@ -276,6 +290,8 @@ class _Job:
 
     def _has_passed(self, finished: int, periods: int, empty: bool) -> bool:
         """Whether so many periods have passed since ``finished`` rows had ended."""
+        if self._window:
+            return (empty or not self._static) and self._finished >= finished + periods * self._window
         if self._static:
             return empty and self._blocks_begun > self._settling + (periods if self._first else 0)
         return self._finished >= finished + periods * self._most > 0

@@ -3,19 +3,25 @@
 With B rows in flight that each live L sweeps, B / L rows end and enter per sweep (Little's law). Admission is paced: at most
 ``prefill_tokens`` prompt tokens a sweep, so a block fills in F = B · s / prefill_tokens sweeps. At the even pace (F = L)
 every sweep is alike; a faster pace makes waves: sweeps that prefill, then sweeps that only decode. A static block is a
-job of its own that fills, marches and drains. The letters are those of `cost_model.timing.phase_loads`, and
+job of its own that fills, marches and drains. Of rows of many lengths no such form holds: they are followed from event to
+event (`cost_model.timing.row_flow`). The letters are those of `cost_model.timing.phase_loads`, and
 
     N      rows of the whole job
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import ceil, floor
 
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation
+from cost_model.timing.job_rows import followed_rows
 from cost_model.timing.length_moments import row_moments
 from cost_model.timing.phase_loads import Phase, PhaseLoads
+from cost_model.timing.row_flow import Stretch, flow
+from policies.admission.order import WINDOW_BLOCKS
 from policies.policy import Policy
 from policies.workload import Workload
 
@@ -43,6 +49,8 @@ def job_phases(policy: Policy, allocation: Allocation, workload: Workload) -> Jo
     """How the job proceeds under a policy."""
     m = row_moments(workload)
     loads = PhaseLoads(moments=m, shares=mode_shares(policy, allocation), prefill_tokens=policy.prefill_tokens)
+    if m.mixed:
+        return _mixed_job(policy, allocation, workload, loads)
     block, fill = _rows_in_flight(policy, allocation, loads)
     life, total = loads.life_sweeps, workload.num_requests
     if policy.schedule == "static":
@@ -55,8 +63,7 @@ def job_phases(policy: Policy, allocation: Allocation, workload: Workload) -> Jo
         rows = float(total)
         phases, tokens = _one_block(loads, rows, 1.0), total * m.n
     else:
-        rows, in_turn = block, _mixed_job if m.mixed else _waves
-        phases, tokens = in_turn(loads, float(total), block, min(fill, life)), total * m.n
+        rows, phases, tokens = block, _waves(loads, float(total), block, min(fill, life)), total * m.n
     return JobPhases(phases=tuple(phases), tokens=tokens, rows_in_flight=rows, row_sweeps=life)
 
 
@@ -103,8 +110,6 @@ def _one_block(loads: PhaseLoads, rows: float, rounds: float) -> list[Phase]:
     m, life = loads.moments, loads.life_sweeps
     fill_sweeps = max(min(rows * m.s / loads.prefill_tokens, life), loads.prompt_sweeps)
     fill = loads.fill(rows, fill_sweeps, rounds)
-    if m.mixed:
-        return [*fill, *loads.together(rows, fill_sweeps, rounds)]
     load = loads.load(decode=rows, context=rows * (m.s + m.n / 2))
     return [
         *fill,
@@ -113,17 +118,42 @@ def _one_block(loads: PhaseLoads, rows: float, rounds: float) -> list[Phase]:
     ]
 
 
-def _mixed_job(loads: PhaseLoads, total: float, block: float, fill_sweeps: float) -> list[Phase]:
-    """More rows than the block holds, of many lengths: they drift apart, so the block is full until none waits.
+def _mixed_job(policy: Policy, allocation: Allocation, workload: Workload, loads: PhaseLoads) -> JobPhases:
+    """Rows of many lengths, followed through the admission.
 
-    All rows live N L sweeps together. The fill has B F / 2 of these, the drain what its phases sum up to; the full block, B
-    in each sweep, has the rest, and within it the other N - B rows enter.
+    Of a long job the first windows are followed, and what recurs of these counts as often as makes all its rows: the sweeps
+    in which the rows of the second window and of those after it enter.
     """
-    drain = loads.last_of_all_ages(block)
-    rest = total * loads.life_sweeps - block * fill_sweeps / 2 - sum(phase.sweeps * phase.load.rows for phase in drain)
-    full_sweeps = max(0.0, rest / block)
-    entering = (total - block) / full_sweeps if full_sweeps else 0.0
-    return [*loads.fill(block, fill_sweeps), *loads.steady(block, entering, full_sweeps), *drain]
+    m, static, total = loads.moments, policy.schedule == "static", workload.num_requests
+    window = WINDOW_BLOCKS * policy.block_size
+    rows, windows = followed_rows(workload, window)
+    stretches = flow(
+        rows,
+        block=policy.block_size,
+        pace=policy.prefill_tokens,
+        room=sum(allocation.kv_pages.values()),
+        static=static,
+    )
+    times, once, recurs = 1.0, 1.0, [False] * len(stretches)
+    if windows:
+        recurs = _after(stretches, window)
+        times = 1.0 if total is None else 1 + (total / window - windows) / (windows - 1)
+        once = 0.0 if total is None else 1.0
+    counted = [(each, times if again else once) for each, again in zip(stretches, recurs, strict=True)]
+    steady = [(each, count) for each, count in counted if each.waiting] or counted
+    sweeps = sum(each.sweeps * count for each, count in steady)
+    return JobPhases(
+        phases=tuple(loads.followed(counted, static)),
+        tokens=sum(each.tokens * count for each, count in counted) if total is None else total * m.n,
+        rows_in_flight=sum(each.rows * each.sweeps * count for each, count in steady) / sweeps,
+        row_sweeps=loads.life_sweeps,
+    )
+
+
+def _after(stretches: Sequence[Stretch], rows: int) -> list[bool]:
+    """Which stretches begin when so many rows have entered, and rows wait."""
+    entered = accumulate((each.sweeps * each.entered for each in stretches), initial=0.0)
+    return [each.waiting and before >= rows * (1 - _ROUNDING) for each, before in zip(stretches, entered)]
 
 
 def _waves(loads: PhaseLoads, total: float, block: float, fill_sweeps: float) -> list[Phase]:

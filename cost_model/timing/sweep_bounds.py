@@ -7,8 +7,8 @@ sweep takes the largest of
 * the compute chain: in every layer the attention of all GPU batches, with CPU attention, fetched KV and hidden states on
   the way (`cost_model.timing.attention_phase`), and then the experts; where these come on demand, only what lives on the device
   is computed meanwhile;
-* each link behind the chain: from the last expert of a layer to the first of the next no slot is freed, so no more units
-  arrive than there are slots, and the link stands still for the rest of that time.
+* each link behind the chain: from the last streamed expert of a layer to the first of the next no slot is freed, so no more
+  units arrive than there are slots, and the link stands still for the rest of that time.
 
 `cost_model.simulation.replay` is the same event by event; where two bounds are near each other it takes longer than either.
 """
@@ -25,6 +25,7 @@ from cost_model.timing.attention_phase import DOWN, UP, AttentionPhase
 from cost_model.timing.contention import USERS, Resources
 from cost_model.timing.op_costs import Costs
 from cost_model.timing.sweep_load import BatchLoad, SweepLoad, batches
+from policies.placement import TIERS
 
 _LANES = ("gpu", "cpu", "h2d", "d2h", "disk_read", "disk_write")
 _STREAMED = ("attention", "expert", "head")
@@ -148,8 +149,9 @@ class SweepForm:
         """Seconds of the compute chain, and of each link behind it.
 
         The chain is L layers of attention and experts, and what is done once per sweep. A link has its own seconds and those
-        in which it stands still: in each of the L windows from the last expert of a layer to the first of the next no slot is
-        freed, so it stops after the seconds ``ahead_s`` that fill all slots. The last window has what is done once, too.
+        in which it stands still: in each of the L windows from the last streamed expert of a layer to the first of the next,
+        with that layer's attention and the experts that live on the device, no slot is freed, so it stops after the seconds
+        ``ahead_s`` that fill all slots. The last window has what is done once, too.
         """
         layers, experts_s = self._layers, experts.chain_s
         phase_s = attention.seconds(experts_s)
@@ -159,7 +161,7 @@ class SweepForm:
         found = {name: chain_s + (self._beside_s(busy, computed_s) if self._on_cpu else 0.0)}
         for link_s, ahead_s in stream.links:
             # Where a link decides, the experts last as long as their units take to come, and more KV hides behind them.
-            window_s = attention.seconds(max(experts_s, link_s / layers - min(ahead_s, phase_s)))
+            window_s = attention.seconds(max(experts_s, link_s / layers - min(ahead_s, phase_s))) + experts.resident_s
             idle_s = (layers - 1) * max(0.0, window_s - ahead_s) + max(0.0, window_s + outside_s - ahead_s)
             found["slots"] = max(found.get("slots", 0.0), link_s + idle_s)
         return found
@@ -230,12 +232,13 @@ def _links(
 class _Experts:
     """Routing and experts of a mean layer.
 
-    ``compute_s``: the compute device is busy; ``chain_s``: until the last of them is done; ``moved_s``: busy seconds of those
-    who bring experts on demand, by user of `cost_model.timing.contention`.
+    ``compute_s``: the compute device is busy; ``chain_s``: until the last of them is done; ``resident_s``: until the first that
+    is streamed; ``moved_s``: busy seconds of those who bring experts on demand, by user of `cost_model.timing.contention`.
     """
 
     compute_s: float
     chain_s: float
+    resident_s: float
     moved_s: Mapping[str, float]
 
 
@@ -251,7 +254,14 @@ def _experts(costs: Costs, tokens: float, demand: Demand | None, stream: _Weight
     if demand is None:
         each_layer = costs.touched(tokens) * costs.reached_expert_s(tokens) + (expert_units(arch) + 1) * costs.op_s
         seconds = ((layers - dense) * each_layer + beside_s) / layers
-        return _Experts(compute_s=seconds, chain_s=seconds, moved_s=dict.fromkeys(_DEMANDED, 0.0))
+        at = costs.allocation.placement
+        resident = at.count_of("gpu", "expert") / sum(at.count_of(tier, "expert") for tier in TIERS)
+        return _Experts(
+            compute_s=seconds,
+            chain_s=seconds,
+            resident_s=resident * seconds,
+            moved_s=dict.fromkeys(_DEMANDED, 0.0),
+        )
     own, asking = costs.demanded(demand, tokens), len(demand.layers)
     # Beside the experts: the routing of each layer, and two operations with those that come.
     other_s = ((layers - dense + 2 * asking) * costs.op_s + asking * own.last_s + beside_s) / layers
@@ -266,7 +276,9 @@ def _experts(costs: Costs, tokens: float, demand: Demand | None, stream: _Weight
         beside["h2d/routed"] = 0.0
     read_s, copied_s = (s + min(s, beside[user] / layers) for user, s in moved_s.items())
     wait_s = max(read_s + asking * own.copy_last_s / layers, copied_s)
-    return _Experts(compute_s=while_s + other_s, chain_s=max(while_s, wait_s) + other_s, moved_s=moved_s)
+    return _Experts(
+        compute_s=while_s + other_s, chain_s=max(while_s, wait_s) + other_s, resident_s=while_s, moved_s=moved_s
+    )
 
 
 def _head_s(costs: Costs, logits: float) -> float:

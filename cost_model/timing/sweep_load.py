@@ -43,6 +43,17 @@ class RowGroup:
         """Tokens that the rows contribute."""
         return self.decode_rows + self.prompt_tokens
 
+    def part(self, share: float) -> RowGroup:
+        """A share of all counts."""
+        return RowGroup(
+            decode_rows=share * self.decode_rows,
+            decode_context=share * self.decode_context,
+            prompt_rows=share * self.prompt_rows,
+            prompt_tokens=share * self.prompt_tokens,
+            prompt_past=share * self.prompt_past,
+            pairs=share * self.pairs,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepLoad:

@@ -22,11 +22,11 @@ from flexmoe.openai.fields import RowError
 from flexmoe.openai.response import ResponseEncoder, count_tokens
 from flexmoe.outputs import RequestOutput
 from flexmoe.params import EngineRequest, InFlight, Resumed
-from flexmoe.preflight.lengths import WINDOW_BLOCKS, longest_first
 from flexmoe.preflight.preflight import Preflight
 from flexmoe.preflight.prepare import Preparer
 from flexmoe.progress import Left, Progress
 from flexmoe.system.interrupts import Interrupted, Interrupts
+from policies.admission.order import WINDOW_BLOCKS, longest_first
 
 log = logging.getLogger(__name__)
 CHECKPOINT_INTERVAL_S = 300.0
@@ -192,10 +192,10 @@ class RowStream:
     def _order(self, block_rows: int) -> Iterator[int]:
         """The rows that are left: those that have been begun, then the longest of each window."""
         begun = self._journal.partial_rows
-        known, lengths = set(begun), self._found.lengths.expected_end
+        known, length = set(begun), self._found.lengths.expected_end.__getitem__
         others = (row for row in range(len(self._rows)) if row not in self._journal and row not in known)
         window = WINDOW_BLOCKS * block_rows
-        return itertools.chain(longest_first(begun, lengths, len(begun) or 1), longest_first(others, lengths, window))
+        return itertools.chain(longest_first(begun, length, len(begun) or 1), longest_first(others, length, window))
 
     def _pull(self, block_rows: int) -> Iterator[EngineRequest]:
         for row, request, parts in self._prepared(block_rows):

@@ -1,5 +1,5 @@
-"""How long a job's rows are: a few numbers for each, in arrays, so that a million rows are a few megabytes; what they come to
-for the planner, and the order in which rows are worked on.
+"""How long a job's rows are: a few numbers for each, in arrays, so that a million rows are a few megabytes; and what they
+come to for the planner.
 
 An *open* row is a chat that names no limit. It may take the rest of the context, and is planned with what such rows are
 expected to take; it runs wherever its prompt has room, and ends at the latest where the KV cache does.
@@ -7,9 +7,8 @@ expected to take; it runs wherever its prompt has room, and ends at the latest w
 
 from __future__ import annotations
 
-import itertools
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from flexmoe.params import EXPECTED_NEW_TOKENS, EngineRequest
@@ -18,8 +17,6 @@ from policies.workload import Workload
 
 #: Most different pairs of lengths that are kept apart.
 _MOST_LENGTHS = 4096
-#: Windows are this many blocks.
-WINDOW_BLOCKS = 8
 #: A plan has room for this many new tokens of an open row at least, where memory does: answers that reason take thousands.
 OPEN_ROOM_TOKENS = 2048
 
@@ -235,16 +232,3 @@ class Lengths:
         samples = self._samples[row]
         prompt, new = -(-self.prompt_tokens[row] // self._prompts[row]), -(-self.expected_tokens[row] // samples)
         return prompt, min(new, most - prompt) if self._is_open[row] else new, samples
-
-
-def longest_first(rows: Iterable[int], lengths: Sequence[int], window: int) -> Iterator[int]:
-    """The rows in windows of `window`, each window sorted by length, the longest first, equal ones as they came.
-
-    Args:
-        rows: what is to be ordered; taken lazily, a window at a time.
-        lengths: tokens that each row may reach, by row.
-    """
-    rows = iter(rows)
-    while chunk := list(itertools.islice(rows, window)):
-        chunk.sort(key=lambda row: -lengths[row])
-        yield from chunk

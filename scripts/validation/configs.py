@@ -9,8 +9,8 @@ from itertools import islice
 
 from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
-from cost_model.simulation.job_rows import shuffled_rows
 from cost_model.timing.evaluate import Prediction, evaluate
+from cost_model.timing.job_rows import shuffled_rows
 from policies import Policy, Workload
 from policies.common.errors import InfeasibleError
 

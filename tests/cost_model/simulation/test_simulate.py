@@ -11,9 +11,9 @@ import pytest
 from cost_model.hardware.hardware import Hardware
 from cost_model.simulation import job_sweeps as job_sweeps_module
 from cost_model.simulation import simulate as simulate_module
-from cost_model.simulation.job_rows import shuffled_rows, typical_rows
 from cost_model.simulation.simulate import simulate
 from cost_model.timing import problem as problem_module
+from cost_model.timing.job_rows import shuffled_rows, typical_rows
 from policies import Workload
 from policies.common.errors import InfeasibleError, StorageError, UsageError
 from policies.placement import TIERS

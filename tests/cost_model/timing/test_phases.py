@@ -18,8 +18,8 @@ from tests.support.small_jobs import MACHINE, SMALL, job, policy_of
 @pytest.mark.parametrize("mixed", [False, True], ids=["alike", "mixed lengths"])
 @pytest.mark.parametrize("schedule", ["rolling", "static"])
 def test_closed_phases_of_a_job_agree_with_its_sweeps(schedule, mixed):
-    """Stated tolerance for jobs of a block and more, sweeps timed in closed form: half of them within 3 %, nine of ten
-    within 12 %."""
+    """Stated tolerance for jobs of a block and more, sweeps timed in closed form: half of them within 2 %, nine of ten
+    within 7 %."""
     rng, apart = random.Random(4), []
     for _ in range(20):
         s, n, batches = rng.choice([16, 64, 200, 512]), rng.choice([16, 32, 64]), rng.choice([1, 2])
@@ -37,19 +37,17 @@ def test_closed_phases_of_a_job_agree_with_its_sweeps(schedule, mixed):
         closed_s = sum(p.sweeps * form.time(p.load).total_s for p in job_phases(policy, allocation, workload).phases)
         apart.append(abs(closed_s / whole_s - 1))
     apart.sort()
-    assert statistics.median(apart) <= 0.03
-    assert apart[int(0.9 * len(apart))] <= 0.12
+    assert statistics.median(apart) <= 0.02
+    assert apart[int(0.9 * len(apart))] <= 0.07
 
 
 def test_a_static_block_ends_with_its_longest_row():
-    """Three blocks, of each of which one row goes on alone."""
+    """Three blocks; the longest rows of all wait first, so they end with the first of these."""
     lengths = tuple((64, n, 1) for n in [8] * 31 + [256])
     workload = Workload(prompt_len=64, gen_len=16, num_requests=96, lengths=lengths)
-    policy = policy_of((100, 0, 100, 0, 100, 0), gen_len=16, schedule="static")
-    allocation = allocate(SMALL, policy, workload, device="cuda", longest_row=320)
-    assert sum(phase.sweeps for phase in job_phases(policy, allocation, workload).phases) == pytest.approx(
-        3 * 256, rel=0.02
-    )
+    policy = policy_of((100, 0, 100, 0, 100, 0), rows=32, batches=1, prompt_len=64, gen_len=200, schedule="static")
+    allocation = allocate(SMALL, policy, workload, device="cuda", longest_row=320, kv_tokens=100_000)
+    assert sum(phase.sweeps for phase in job_phases(policy, allocation, workload).phases) == 256 + 8 + 8
 
 
 def test_every_block_of_a_static_job_is_full_whatever_tiers_its_kv_lives_in():

@@ -4,7 +4,7 @@ import pytest
 
 from flexmoe.errors import UsageError
 from flexmoe.job.shards import Shard
-from flexmoe.preflight.lengths import longest_first
+from policies.admission.order import longest_first
 
 
 def test_shards_take_every_row_once():
@@ -66,6 +66,6 @@ def test_the_longest_rows_of_a_window_come_first_and_nothing_is_read_ahead_of_it
             taken.append(row)
             yield row
 
-    order = longest_first(rows(), lengths, 4)
+    order = longest_first(rows(), lengths.__getitem__, 4)
     assert [next(order) for _ in range(4)] == [1, 2, 0, 3] and len(taken) == 4
     assert list(order) == [7, 5, 4, 6]

@@ -1,0 +1,124 @@
+"""The rows of a job in the order in which they wait: (prompt tokens, generated tokens) of each."""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from itertools import accumulate, pairwise, repeat
+from math import ceil
+from statistics import fmean
+
+from policies.admission.order import WINDOW_BLOCKS, longest_first
+from policies.workload import Workload
+
+#: (prompt tokens, generated tokens, rows that are so long).
+Bundle = tuple[int, int, int]
+
+#: Bundles of a job that is followed, about, and rows of a block that are bundles of their own.
+_BUNDLES, _SINGLES = 240, 3
+#: The golden ratio: its multiples, taken modulo 1, fill the unit interval evenly, however many are taken.
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+def tokens_to_generate(workload: Workload) -> float:
+    """Tokens that all rows of the job generate together."""
+    lengths = workload.lengths or ((workload.prompt_len, workload.gen_len, 1),)
+    rows = workload.num_requests or 0
+    return rows * sum(n * count for _, n, count in lengths) / sum(count for *_, count in lengths)
+
+
+def shuffled_rows(workload: Workload, seed: int) -> Iterator[tuple[int, int]]:
+    """All rows of the job, in an order that depends on the seed alone; endless where all rows are alike.
+
+    A histogram of a sample is stretched to ``num_requests`` rows. A histogram knows no order, so a real file's rows come
+    in another one.
+    """
+    if not workload.lengths:
+        return repeat((workload.prompt_len, workload.gen_len))
+    counted = _stretched(workload, workload.num_requests or sum(count for _, _, count in workload.lengths))
+    rows = [(s, n) for s, n, count in counted for _ in range(count)]
+    random.Random(seed).shuffle(rows)
+    return iter(rows)
+
+
+def waiting_rows(workload: Workload, window: int, seed: int) -> Iterator[tuple[int, int]]:
+    """`shuffled_rows` in the order in which the runtime lets them wait."""
+    return longest_first(shuffled_rows(workload, seed), sum, window)
+
+
+@lru_cache(maxsize=256)
+def followed_rows(workload: Workload, window: int) -> tuple[tuple[Bundle, ...], int]:
+    """The rows of a job, or of its first windows where all of it would be too many, as they wait, like ones as a bundle.
+
+    Args:
+        window: rows whose longest wait first.
+
+    Returns:
+        tuple: the bundles, and the windows that these fill; 0 where they are all rows of the job.
+    """
+    total = workload.num_requests
+    if total is not None and total <= max(window, _BUNDLES):
+        if total <= _BUNDLES:
+            return tuple((s, n, 1) for s, n in waiting_rows(workload, window, 0)), 0
+        return _bundled(workload, total, _BUNDLES), 0
+    if 2 * window <= _BUNDLES:  # so few that it matters which rows meet
+        windows = _BUNDLES // window
+        rows = waiting_rows(replace(workload, num_requests=windows * window), window, 0)
+        return tuple((s, n, 1) for s, n in rows), windows
+    last = window if total is None else min(window, total - window)
+    rows_of_both = *_bundled(workload, window, _BUNDLES // 2), *_bundled(workload, last, _BUNDLES // 2)
+    return rows_of_both, 0 if last < window or total == 2 * window else 2
+
+
+def _bundled(workload: Workload, wanted: int, most: int) -> tuple[Bundle, ...]:
+    """``wanted`` rows of the histogram's mix, the longest first, in about ``most`` bundles.
+
+    Each eighth, about a block where it is a window, is bundled by itself, by the tokens that are generated: a block ends with
+    its last row, so those that generate most are alone.
+    """
+    counted = _stretched(workload, wanted)
+    rows = sorted(((s, n) for s, n, count in counted for _ in range(count)), key=sum, reverse=True)
+    part = ceil(wanted / WINDOW_BLOCKS)
+    size = max(1, ceil((part - _SINGLES) / (most / WINDOW_BLOCKS - _SINGLES)))
+    rng, found = random.Random(0), list[Bundle]()
+    for start in range(0, wanted, part):
+        block = sorted(rows[start : start + part], key=lambda row: row[1], reverse=True)
+        bundles = [block[at : at + 1] for at in range(min(_SINGLES, len(block)))]
+        bundles += [block[at : at + size] for at in range(_SINGLES, len(block), size)]
+        rng.shuffle(bundles)  # within a block the order is that of prompt and completion together
+        found += [(_mean(s for s, _ in each), _mean(n for _, n in each), len(each)) for each in bundles]
+    return tuple(found)
+
+
+def _mean(lengths: Iterable[int]) -> int:
+    return max(1, round(fmean(lengths)))
+
+
+def _stretched(workload: Workload, wanted: int) -> list[tuple[int, int, int]]:
+    """The histogram with ``wanted`` rows. Each stretch of it, from short to long rows, keeps its share."""
+    ends = list(accumulate(count for _, _, count in workload.lengths))
+    reached = [0, *((2 * wanted * end + ends[-1]) // (2 * ends[-1]) for end in ends)]
+    return [
+        (s, n, after - before) for (s, n, _), (before, after) in zip(workload.lengths, pairwise(reached), strict=True)
+    ]
+
+
+def typical_rows(workload: Workload, seed: int, *, mixed_evenly: bool) -> Iterator[tuple[int, int]]:
+    """Endless rows of the histogram's lengths.
+
+    Args:
+        mixed_evenly: any stretch has the histogram's mix as nearly as its length allows, so that a short one stands for
+            a long one; else rows are drawn at random, so that how long the longest of a block is stays a matter of luck.
+    """
+    if not workload.lengths:
+        yield from repeat((workload.prompt_len, workload.gen_len))
+    ends = list(accumulate(count for _, _, count in workload.lengths))
+    rng = random.Random(seed)
+    at = rng.random()
+    while True:
+        at = (at + _GOLDEN) % 1.0 if mixed_evenly else rng.random()
+        s, n, _ = workload.lengths[bisect_right(ends, at * ends[-1])]
+        yield s, n
