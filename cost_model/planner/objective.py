@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import replace
 
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation, residency
@@ -15,6 +16,9 @@ from policies.common.errors import InfeasibleError
 from policies.placement import TIERS
 from policies.policy import Policy
 
+#: (problem, policy) to tokens per second.
+Judge = Callable[[Problem, Policy], float]
+
 _NO_LIMIT = 1 << 62
 _TRIES = 4
 #: So many GPU batches take as long to evaluate as all the rest.
@@ -23,20 +27,31 @@ _BATCHES = 15
 _EFFORT_OF_BYTES = 0.3
 
 
+def closed_tokens_per_s(problem: Problem, policy: Policy) -> float:
+    """What `predict` says.
+
+    Raises:
+        InfeasibleError: a tier has too few bytes.
+    """
+    return predict(problem, policy).tokens_per_s
+
+
 class Objective:
     """Evaluates each policy once.
 
     Args:
         problem: what is planned.
         fixed: what the user has decided; every fitted policy has it.
+        judge: tokens per second of a policy; an `InfeasibleError` where it does not fit.
 
     Attributes:
         evaluations: policies that were evaluated.
         effort: time taken, in evaluations of a policy with few GPU batches; it does not depend on the clock.
     """
 
-    def __init__(self, problem: Problem, fixed: Fixed):
+    def __init__(self, problem: Problem, fixed: Fixed, judge: Judge = closed_tokens_per_s):
         self.problem, self.fixed, self.evaluations, self.effort = problem, fixed, 0, 0.0
+        self._judge = judge
         self._known: dict[Policy, float] = {}
         self._budgets = problem.hardware.budgets()
         arch = problem.arch
@@ -50,15 +65,20 @@ class Objective:
         self._block_bytes = arch.kv_bytes_per_token(problem.dtype_bytes) * PAGE_TOKENS
 
     def tokens_per_s(self, policy: Policy) -> float:
-        """What `predict` says; 0 where the policy does not fit."""
+        """What the judge says; 0 where the policy does not fit."""
         if policy not in self._known:
             self.evaluations += 1
             self.effort += 1 + policy.num_gpu_batches / _BATCHES
             try:
-                self._known[policy] = predict(self.problem, policy).tokens_per_s
+                self._known[policy] = self._judge(self.problem, policy)
             except InfeasibleError:
                 self._known[policy] = 0.0
         return self._known[policy]
+
+    @property
+    def evaluated(self) -> list[Policy]:
+        """All policies that fit, in the order in which they were evaluated."""
+        return [policy for policy, tokens_per_s in self._known.items() if tokens_per_s]
 
     def with_units(self, policy: Policy, gpu_end: int, cpu_end: int) -> Policy:
         """The policy with the first units in residency order on the GPU, and those up to ``cpu_end`` in host memory."""

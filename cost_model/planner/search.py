@@ -2,7 +2,8 @@
 
 The programmes' optima are the starts. Each is climbed from by single moves (`moves`), and the best is left by a few
 random moves at once, to be climbed from again: where memory binds, one step alone often does not fit, or undoes what it
-gains, as rows against slots, or larger batches against fewer rows. Every candidate is evaluated by `predict`.
+gains, as rows against slots, or larger batches against fewer rows. Every candidate is evaluated by `predict`; the best few of
+each kind are evaluated once more with their sweeps replayed, and so are the steps from the best of these.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from cost_model.planner.lp import Relaxed
 from cost_model.planner.lp_model import Price
 from cost_model.planner.moves import moves, simpler
 from cost_model.planner.objective import Objective
+from cost_model.simulation.replayed_phases import replayed_tokens_per_s
 from cost_model.timing.problem import Problem
 from policies.policy import Policy
 
@@ -25,6 +27,8 @@ from policies.policy import Policy
 ROUNDS = ((8, 300), (4, 400))
 #: Then random kicks away from the best few: for so much effort in all, and so much since the last gain of so much.
 KICKS_EFFORT, _IDLE_EFFORT, _KICK_GAIN, _KICKED_FROM = 4000, 2000, 1.001, 4
+#: Then, with sweeps replayed: policies that are compared, effort of the climb from the best, and the gain of a step.
+_FINALISTS, _FINAL_EFFORT, _FINAL_GAIN = 8, 60, 1.002
 _NEARBY, _PER_NEARBY = 2, 350
 #: Step sizes, coarse to fine; the last ones are single rows and units where the counts are small.
 _STEPS = (1.0, 0.4, 0.15, 0.05, 0.015)
@@ -70,9 +74,16 @@ def optimum(problem: Problem, fixed: Fixed, smallest: Iterable[Policy], effort: 
     pool = _alternating(climb.diverse([*starts, *smallest]), starts)
     for keep, each in ROUNDS:
         pool = climb.ranked([*(climb.run(policy, effort * each) for policy in pool[:keep]), *pool[keep:]])
-    best = climb.simplified(climb.kicked(pool[:_KICKED_FROM], effort))
+    best = _final(problem, fixed, climb, climb.simplified(climb.kicked(pool[:_KICKED_FROM], effort)))
     own = choices.solve(choices.bracket(choice_of(best, problem), best.block_size))
     return _optimum(best, climb, choices, [*found, own], prices=own.prices if own else ())
+
+
+def _final(problem: Problem, fixed: Fixed, climb: Climb, best: Policy) -> Policy:
+    """The best policy as replayed: the best few of each kind, and what a short climb from the best of these finds."""
+    final = Climb(Objective(problem, fixed, replayed_tokens_per_s), gain=_FINAL_GAIN)
+    few = list(dict.fromkeys([best, *climb.diverse(climb.objective.evaluated)]))[:_FINALISTS]
+    return final.run(final.ranked(few)[0], _FINAL_EFFORT, _STEPS_AFTER)
 
 
 def improved(problem: Problem, fixed: Fixed, policy: Policy) -> Optimum:
@@ -104,10 +115,11 @@ class Climb:
 
     Args:
         objective: what a policy is worth; its ``effort`` is what climbs are bounded by.
+        gain: what a step has to give, as a ratio.
     """
 
-    def __init__(self, objective: Objective):
-        self.objective = objective
+    def __init__(self, objective: Objective, gain: float = _GAIN):
+        self.objective, self._gain = objective, gain
         self._moves = moves(objective.problem.workload)
 
     def ranked(self, policies: Iterable[Policy]) -> list[Policy]:
@@ -182,8 +194,8 @@ class Climb:
             best = found
         return best
 
-    def _gains(self, tried: Policy, best: Policy, ratio: float = _GAIN) -> bool:
-        return self.objective.tokens_per_s(tried) > self.objective.tokens_per_s(best) * ratio
+    def _gains(self, tried: Policy, best: Policy, ratio: float | None = None) -> bool:
+        return self.objective.tokens_per_s(tried) > self.objective.tokens_per_s(best) * (ratio or self._gain)
 
 
 def _shrunk(policy: Policy) -> Policy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -52,17 +53,30 @@ def replayed_times(costs: Costs, gpu_batch_size: int, sweeps: JobSweeps) -> Swee
 
 
 def like_times(costs: Costs, gpu_batch_size: int, sweeps: JobSweeps) -> SweepTimes:
-    """The closed form of every group of like sweeps, times the ratio that replays of the nearest knots have to it."""
+    """Of every group of like sweeps the closed form, corrected."""
     batches = max(1.0, float(sweeps.rows.max()) / gpu_batch_size)
     loads, group_of = _groups(sweeps, int(min(_MOST_GROUPS, max(_FEWEST_GROUPS, _GROUPED_BATCHES / batches))))
-    closed = list(map(SweepForm(costs, gpu_batch_size).time, loads))
-    closed_s, lanes_s = _as_arrays(closed)
-    spent = np.bincount(group_of, weights=sweeps.recurs, minlength=len(loads)) * closed_s
+    recurs = np.bincount(group_of, weights=sweeps.recurs, minlength=len(loads))
+    times = corrected_times(costs, gpu_batch_size, loads, recurs)
+    return SweepTimes(seconds=times.seconds[group_of], lanes_s=times.lanes_s[group_of])
+
+
+def corrected_times(
+    costs: Costs, gpu_batch_size: int, loads: Sequence[SweepLoad], recurs: np.ndarray, replayed_ops: float = _KNOT_OPS
+) -> SweepTimes:
+    """The closed form of each load, times the ratio that replays of the nearest knots have to it.
+
+    Args:
+        recurs: how often each load occurs; knots are where most of the time is.
+        replayed_ops: operations of all knots together, about; at least two are replayed.
+    """
+    batches = max(1.0, max(load.rows for load in loads) / gpu_batch_size)
+    closed_s, lanes_s = _as_arrays(list(map(SweepForm(costs, gpu_batch_size).time, loads)))
     demanded = [costs.routing.on_demand(load.tokens) is not None for load in loads]
-    knots = _knots(loads, demanded, spent, _count_knots(costs, batches))
+    knots = _knots(loads, demanded, recurs * closed_s, _count_knots(costs, batches, replayed_ops))
     ratios = np.array([_replayed_over_closed(costs, gpu_batch_size, loads[knot]) for knot in knots])
     mixed = _nearness(loads, demanded, knots) @ ratios
-    return SweepTimes(seconds=(closed_s * mixed[:, 0])[group_of], lanes_s=(lanes_s * mixed[:, 1:])[group_of])
+    return SweepTimes(seconds=closed_s * mixed[:, 0], lanes_s=lanes_s * mixed[:, 1:])
 
 
 def _groups(sweeps: JobSweeps, most: int) -> tuple[list[SweepLoad], np.ndarray]:
@@ -87,12 +101,12 @@ def _as_arrays(times: list[SweepTime]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([time.total_s for time in times]), np.array(lanes)
 
 
-def _count_knots(costs: Costs, batches: float) -> int:
-    replayed = _KNOT_OPS / operations(costs, min(_KNOT_BATCHES, batches))
+def _count_knots(costs: Costs, batches: float, replayed_ops: float) -> int:
+    replayed = replayed_ops / operations(costs, min(_KNOT_BATCHES, batches))
     return int(min(_MOST_KNOTS, max(_FEWEST_KNOTS, replayed)))
 
 
-def _knots(loads: list[SweepLoad], demanded: list[bool], spent_s: np.ndarray, most: int) -> list[int]:
+def _knots(loads: Sequence[SweepLoad], demanded: list[bool], spent_s: np.ndarray, most: int) -> list[int]:
     """Groups to replay: those that prefill and those that do not, those whose experts come on demand apart, each in the order
     of their size, at equal seconds."""
     found: list[int] = []
@@ -117,7 +131,7 @@ def _replayed_over_closed(costs: Costs, gpu_batch_size: int, load: SweepLoad) ->
     return [replayed_s / closed.total_s, *lanes]
 
 
-def _nearness(loads: list[SweepLoad], demanded: list[bool], knots: list[int]) -> np.ndarray:
+def _nearness(loads: Sequence[SweepLoad], demanded: list[bool], knots: list[int]) -> np.ndarray:
     """``[groups, knots]``: how much each knot says of each group; rows sum to 1."""
     where = np.log1p(np.array([[load.tokens, load.prompt_tokens, _context(load)] for load in loads]))
     where = np.column_stack([where, _FAR * np.array(demanded)])
