@@ -25,7 +25,7 @@ def sample(count, seed):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", sample(42, seed=0), ids=str)
+@pytest.mark.parametrize("case", sample(24, seed=0), ids=str)
 def test_greedy_ids_equal_transformers(case, device, tiny, tmp_path, monkeypatch):
     check(tiny(case.variant), case, device, tmp_path, monkeypatch)
 

@@ -152,7 +152,7 @@ def test_a_job_by_groups_takes_what_its_full_walk_takes(name, by_groups):
         assert found.lanes_s[lane] == pytest.approx(seconds, rel=0.05, abs=0.002 * full.job_s)
 
 
-@pytest.mark.parametrize("prefill_tokens", [None, 4000 * 512])
+@pytest.mark.parametrize("prefill_tokens", [None, pytest.param(4000 * 512, marks=pytest.mark.slow)])
 def test_a_job_of_a_million_rows_is_followed_for_a_few_lives_of_a_row_only(prefill_tokens):
     policy = policy_of(
         ON_HOST,
