@@ -52,7 +52,7 @@ class Kind:
 
     row: Callable[[random.Random, int], Row]
     new_tokens: tuple[int, ...]
-    requests: tuple[int, int] = (24, 160)
+    requests: tuple[int, int] = (8, 160)
     batches: tuple[int, ...] = (4, 8, 16)
     real: bool = False
     samples: int = 1
