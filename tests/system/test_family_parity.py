@@ -95,8 +95,15 @@ def test_names_on_disk_are_those_of_the_layout(name, variants):
     assert name not in dense or dense[name] in found
 
 
-@pytest.mark.parametrize("schedule", ("rolling", "static"))
-@pytest.mark.parametrize("placement", [(100, 0, 100, 0, 100, 0), (30, 30, 30, 30, 30, 30), (0, 0, 0, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize(
+    "placement, schedule",
+    [
+        pytest.param(placement, schedule, marks=pytest.mark.slow if (at + late) % 2 else ())
+        for at, placement in enumerate([(100, 0, 100, 0, 100, 0), (30, 30, 30, 30, 30, 30), (0, 0, 0, 0, 0, 0)])
+        for late, schedule in enumerate(("rolling", "static"))
+    ],
+    ids=str,
+)
 def test_a_row_that_outgrows_the_original_context_is_computed_anew_once(
     placement, schedule, variants, tmp_path, monkeypatch
 ):
