@@ -1,10 +1,16 @@
 """Is the cost model true? Probe the machine once, run configurations it has never seen, print predicted beside measured.
 
-``python -m scripts.validate_cost_model``: three classes (disk-bound, compute-bound, balanced), two models, placements over
-three tiers. No constant comes from these runs. Disks drift, so the disk rate just before and after a run is fed to its
-prediction. A run is repeated when its two disk rates differ by more than 20 %, or when the cores, timed before and after
-it, are more than 20 % off what they were right after the probe (shared machines drift too; this is not fed to anything).
-The median of three runs counts; all are recorded.
+``python -m scripts.validate_cost_model`` has two sets, with placements over three tiers and both schedules:
+
+- even: two synthetic models, rows of like lengths, in three classes by what bounds them (disk, compute, both);
+- mixed: MT-Bench prompts with 1 to 512 new tokens, Zipf's and two-peaked lengths, few rows, prompts that are scored, samples
+  of one prompt, and a real model (SmolLM2 as a mixture of experts, downloaded once; without a network a synthetic one whose
+  routers have favourites).
+
+No constant comes from these runs. Disks drift, so the disk rate just before and after a run is fed to its prediction. A run
+is repeated when its two disk rates differ by more than 20 %, or when the cores, timed before and after it, are more than 20 %
+off what they were right after the probe; the record then has the prediction for cores of that speed, too. The median of three
+runs counts; all are recorded.
 """
 
 from __future__ import annotations
@@ -13,16 +19,25 @@ import argparse
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import flexmoe  # noqa: F401 - sets how idle threads wait, before torch is loaded
 from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
 from cost_model.simulation.simulate import Simulation, simulate
+from flexmoe.errors import FlexMoEError
+from flexmoe.text.tokenizer import Tokenizer
 from scripts.benchmark.probes import machine, versions
-from scripts.make_checkpoint import SIZES, make_checkpoint
+from scripts.checkpoints.shapes import SIZES
+from scripts.demonstration.models import REAL
+from scripts.make_checkpoint import make_checkpoint
+from scripts.support.corpus import corpus_words
 from scripts.validation.configs import Configuration, draw
+from scripts.validation.drift import corrected_s
+from scripts.validation.jobs import REAL_WEIGHTS, draw_jobs
 from scripts.validation.record import lines, summary, write
 from scripts.validation.runs import Run, Subject, cpu_rate, measure
 
@@ -30,28 +45,41 @@ MODELS = {
     "bench": SIZES["bench"],
     "small": {**SIZES["demo"], "num_hidden_layers": 12, "intermediate_size": 1792, "vocab_size": 16000},
 }
+#: What takes the place of the real model where it cannot be had: routers prefer experts by Zipf's law.
+SKEWED = {**SIZES["demo"], "num_hidden_layers": 12, "num_local_experts": 8}
+EVEN, MIXED = "even", "mixed"
+EACH = {EVEN: 8, MIXED: 3}
 REPEATS, MOST_TRIES, DRIFT = 3, 7, 0.2
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the validation; 1 when it misses its targets."""
     args = _arguments(argv)
+    sets = (EVEN, MIXED) if args.set == "both" else (args.set,)
     subjects = {name: _subject(_checkpoint(args.work / name, config)) for name, config in MODELS.items()}
+    synthetic = {name: s.arch for name, s in subjects.items()}
+    if MIXED in sets:
+        subjects[REAL_WEIGHTS] = _real(args.work)
+    archs = {name: s.arch for name, s in subjects.items()}
     hardware = _hardware(args)
     cpu_then = statistics.median(cpu_rate() for _ in range(5))
-    configurations = draw({name: s.arch for name, s in subjects.items()}, hardware, args.seed, args.each)
-    chosen = [c for c in configurations if args.only is None or c.name in args.only]
-    results = []
-    for configuration in chosen:
-        result = validate(configuration, subjects[configuration.model], hardware, args.work, cpu_then)
-        results.append(result)
-        print(*lines(result), sep="\n", flush=True)
-    record = {"machine": machine(), "versions": versions(), "seed": args.seed, "hardware": hardware.to_json()}
-    record |= {"results": results, "summary": summary(results)}
-    print(record["summary"]["text"])
+    results: dict[str, list[dict]] = {name: [] for name in sets}
+    print(f"{machine()['cpu']}, {machine()['cores']} cores", flush=True)
+    for name in sets:
+        each = args.each or EACH[name]
+        configurations = (
+            draw(synthetic, hardware, args.seed, each) if name == EVEN else draw_jobs(archs, hardware, args.seed, each)
+        )
+        for c in configurations:
+            if args.only is None or c.name in args.only:
+                results[name].append(validate(c, subjects[c.model], hardware, args.work, cpu_then))
+                print(*lines(results[name][-1]), sep="\n", flush=True)
+    summaries = {name: summary(found) for name, found in results.items() if found}
+    print(*(f"{name}: {found['text']}" for name, found in summaries.items()), sep="\n")
     if args.record:
-        write(args.record, record)
-    return 0 if record["summary"]["met"] else 1
+        about = {"machine": machine(), "versions": versions(), "seed": args.seed, "hardware": hardware.to_json()}
+        write(args.record, about | {"results": sum(results.values(), []), "summaries": summaries})
+    return 0 if summaries and all(found["met"] for found in summaries.values()) else 1
 
 
 def validate(
@@ -70,20 +98,26 @@ def validate(
         cpu_then: `cpu_rate` right after the probe that ``hardware`` is from.
     """
     runs: list[dict] = []
+    workload, waiting = c.workload, c.waiting
+
     for run in measure(c, subject, work, most):
         here = replace(hardware, disk_read_bytes_per_s=run.disk_read_bytes_per_s)
-        predicted = simulate(subject.arch, here, c.workload, c.policy, full=True)
-        runs.append(_compare(run, predicted, cpu_then))
+        options = {"full": True, "rows": waiting, "cache_experts": run.cache_experts}
+        predict = partial(simulate, subject.arch, workload=workload, policy=c.policy, **options)
+        runs.append(_compare(run, predict, here, cpu_then))
         if sum(r["clean"] for r in runs) == repeats:
             break
     counted = [r for r in runs if r["clean"]] or runs
     middle = sorted(counted, key=lambda r: r["error"])[len(counted) // 2]
-    return {**c.to_json(), "runs": runs, "median": middle, "error": statistics.median(r["error"] for r in counted)}
+    errors = {name: statistics.median(r[name] for r in counted) for name in ("error", "corrected_error")}
+    return {**c.to_json(), "runs": runs, "median": middle, **errors}
 
 
-def _compare(run: Run, predicted: Simulation, cpu_then: float) -> dict:
+def _compare(run: Run, predict: Callable[..., Simulation], here: Hardware, cpu_then: float) -> dict:
     before, after = run.disk_before, run.disk_after
     cores = [rate / cpu_then for rate in (run.cpu_before, run.cpu_after)]
+    predicted = predict(hardware=here)
+    at_their_speed_s = corrected_s(lambda machine: predict(hardware=machine).job_s, here, statistics.mean(cores))
     return {
         "clean": abs(before - after) <= DRIFT * max(before, after) and all(abs(c - 1) <= DRIFT for c in cores),
         "disk_bytes_per_s": [before, after],
@@ -91,6 +125,7 @@ def _compare(run: Run, predicted: Simulation, cpu_then: float) -> dict:
         "measured_s": run.wall_s,
         "predicted_s": predicted.job_s,
         "error": predicted.job_s / run.wall_s - 1,
+        "corrected_error": at_their_speed_s / run.wall_s - 1,
         "sweeps": [run.sweeps, predicted.sweeps],
         "lanes_s": {lane: [run.lanes_s.get(lane, 0.0), predicted.lanes_s.get(lane, 0.0)] for lane in predicted.lanes_s},
     }
@@ -108,10 +143,20 @@ def _subject(path: Path) -> Subject:
     return Subject(arch=ModelArch.from_dir(path), path=path, disk_files=tuple(sorted(path.glob("*.safetensors"))))
 
 
-def _checkpoint(path: Path, config: dict) -> Path:
+def _real(work: Path) -> Subject:
+    """The real model with text of its language; where it cannot be had, one whose routers have favourites."""
+    try:
+        subject = _subject(REAL.checkpoint(work))
+    except FlexMoEError as error:
+        print(f"no real model: {error}. A synthetic one with skewed routers takes its place.", file=sys.stderr)
+        return _subject(_checkpoint(work / "skewed", SKEWED, router_skew=1.0))
+    return replace(subject, text=tuple(Tokenizer.load(subject.path).encode(" ".join(corpus_words()))))
+
+
+def _checkpoint(path: Path, config: dict, **options: float) -> Path:
     if not (path / "config.json").exists():
         print(f"making {path} …", file=sys.stderr, flush=True)
-        make_checkpoint(path, config)
+        make_checkpoint(path, config, **options)
     return path
 
 
@@ -121,8 +166,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--work", type=Path, default=Path("build"), help="where checkpoints and disk tiers go (default build)"
     )
     p.add_argument("--hardware", type=Path, help="a file of `python -m flexmoe.probe`, instead of probing now")
+    p.add_argument("--set", choices=[EVEN, MIXED, "both"], default="both", help="what is run (default both)")
     p.add_argument("--seed", type=int, default=1, help="of the drawn configurations (default 1)")
-    p.add_argument("--each", type=int, default=8, help="configurations per class (default 8)")
+    p.add_argument("--each", type=int, help="configurations of a class (default 8) and of a kind of job (default 3)")
     p.add_argument("--only", nargs="+", help="names of the configurations to run")
     p.add_argument("--record", type=Path, help="write the record here (.json; a .md beside it)")
     return p.parse_args(argv)

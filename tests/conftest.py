@@ -63,6 +63,17 @@ def loads_cost_their_bytes(monkeypatch):
     monkeypatch.setattr(on_demand, "LOAD_BYTES", {"cpu": 0, "disk": 0})
 
 
+@pytest.fixture(scope="module")
+def planned_soon():
+    """The search ends early: the tests are about what becomes of a plan, and not about how good it is."""
+    from cost_model.planner import search
+
+    optimum = search.optimum
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "optimum", lambda *about: optimum(*about[:3], effort=0.01))
+        yield
+
+
 @pytest.fixture
 def one_thread():
     """Tiny operations on busy cores: several threads would spend most of their time waiting for each other."""

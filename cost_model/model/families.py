@@ -11,6 +11,8 @@ from typing import Any
 
 from policies.common.errors import DataError, UsageError
 
+#: How weights lie in a checkpoint that can be read; for messages.
+STORED_AS = "stored as bfloat16, float16 or float32"
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 #: Other names of dtypes: PyTorch's and vLLM's.
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
@@ -33,6 +35,12 @@ def shape_fields(config: Config) -> dict[str, Any]:
     check_model_type(config.get("model_type"))
     if config.get("hidden_act", "silu") != "silu":
         raise DataError(f"hidden_act is {config['hidden_act']!r}; only 'silu' is supported.")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        raise DataError(
+            f"config.json has a quantization_config{f' ({method})' if method else ''}, but weights must be {STORED_AS}: use "
+            f"the original checkpoint"
+        )
     return FAMILIES[config["model_type"]](config)
 
 

@@ -6,7 +6,7 @@ to match, and once the job is in its steady state one period of it is followed a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -106,11 +106,20 @@ def as_load(groups: np.ndarray, logits: float) -> SweepLoad:
     return SweepLoad(groups=found, logits=float(logits))
 
 
-def job_sweeps(policy: Policy, allocation: Allocation, workload: Workload, *, whole: bool, seed: int = 0) -> JobSweeps:
+def job_sweeps(
+    policy: Policy,
+    allocation: Allocation,
+    workload: Workload,
+    *,
+    whole: bool,
+    seed: int = 0,
+    rows: Sequence[tuple[int, int]] | None = None,
+) -> JobSweeps:
     """Follow a job of ``workload.num_requests`` rows.
 
     Args:
         whole: follow every row through every sweep, however long that takes.
+        rows: every row in the order in which they wait, where it is known; it counts where every row is followed.
 
     Raises:
         InfeasibleError: a row fits no tier's KV cache.
@@ -118,8 +127,8 @@ def job_sweeps(policy: Policy, allocation: Allocation, workload: Workload, *, wh
     endless, total = job_phases(policy, allocation, replace(workload, num_requests=None)), workload.num_requests or 0
     small = total * endless.row_sweeps <= ROW_SWEEPS
     if whole or small:
-        rows = waiting_rows(workload, WINDOW_BLOCKS * policy.block_size, seed)
-        return _Job(policy, allocation, rows, total).follow()
+        waiting = waiting_rows(workload, WINDOW_BLOCKS * policy.block_size, seed) if rows is None else iter(rows)
+        return _Job(policy, allocation, waiting, total).follow()
     mixed, static = bool(workload.lengths), policy.schedule == "static"
     # A static block ends with its longest row: of fewer bundles the longest would be shorter.
     most = max(_MOST_BUNDLES, policy.block_size if mixed and static else 0)
@@ -131,10 +140,10 @@ def job_sweeps(policy: Policy, allocation: Allocation, workload: Workload, *, wh
         1, int(min(_MOST_PERIODS, lives) / WINDOW_BLOCKS - 1 if mixed else min(_MOST_PERIODS, lives - settling))
     )
     # Many rows of a block even out; of a few bundles they would not, and of a few rows they do not.
-    rows = typical_rows(workload, seed, mixed_evenly=bundle > 1)
+    typical = typical_rows(workload, seed, mixed_evenly=bundle > 1)
     if mixed:
-        rows = longest_first(rows, sum, WINDOW_BLOCKS * _block_bundles(policy, bundle))
-    found = _Job(policy, allocation, rows, total / bundle, bundle, settling, periods, mixed).follow()
+        typical = longest_first(typical, sum, WINDOW_BLOCKS * _block_bundles(policy, bundle))
+    found = _Job(policy, allocation, typical, total / bundle, bundle, settling, periods, mixed).follow()
     return found.generating(tokens_to_generate(workload))
 
 

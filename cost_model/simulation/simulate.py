@@ -8,7 +8,7 @@ sweeps of like load are timed together by the closed form, corrected by replays 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,6 +103,7 @@ def simulate(
     full: bool = False,
     keep_trace_sweeps: int = 0,
     seed: int = 0,
+    rows: Sequence[tuple[int, int]] | None = None,
 ) -> Simulation:
     """Run a job of ``workload.num_requests`` rows on paper.
 
@@ -119,14 +120,18 @@ def simulate(
         full: follow every row and replay every sweep, however long that takes.
         keep_trace_sweeps: keep the operations of so many sweeps, from the first on.
         seed: of the rows' order.
+        rows: (prompt tokens, generated tokens) of every row in the order in which they wait, where it is known; it counts
+            where every row is followed, because the job is small or ``full`` is asked for.
 
     Raises:
-        UsageError: the workload is endless.
+        UsageError: the workload is endless, or has another number of rows.
         InfeasibleError: a row fits no tier's KV cache; or the usage, or the policy's order of experts, is of another
             model.
     """
     if workload.num_requests is None:
         raise UsageError("an endless job cannot be simulated; give the workload num_requests")
+    if rows is not None and len(rows) != workload.num_requests:
+        raise UsageError(f"{len(rows)} rows are given for a job of {workload.num_requests}")
     problem = Problem.of(
         arch,
         hardware,
@@ -139,7 +144,7 @@ def simulate(
     )
     allocation = problem.allocate(policy)
     costs = problem.costs(policy, allocation)
-    job = job_sweeps(policy, allocation, workload, whole=full, seed=seed)
+    job = job_sweeps(policy, allocation, workload, whole=full, seed=seed, rows=rows)
     size, batches = policy.gpu_batch_size, float(np.ceil(job.rows / policy.gpu_batch_size).sum())
     replayed = full or operations(costs, batches / len(job.logits)) * len(job.logits) <= REPLAYED_OPS
     times = (replayed_times if replayed else like_times)(costs, size, job)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cost_model.model.families import STORED_AS
 from flexmoe.checkpoint.files import INCOMPLETE, os_errors, read_json_object
 from flexmoe.checkpoint.safetensors import TensorInfo, read_tensors
 from flexmoe.errors import DataError, InputMissingError
@@ -96,8 +97,8 @@ class Checkpoint:
             info = self.tensors[name]
             if info.dtype not in _WEIGHT_DTYPES:
                 raise DataError(
-                    f"tensor {name!r} in {str(info.path)!r} is {_dtype_name(info.dtype)}, but weights must be "
-                    f"stored as bfloat16, float16 or float32: it looks quantized, use the original checkpoint"
+                    f"tensor {name!r} in {str(info.path)!r} is {_dtype_name(info.dtype)}, but weights must be {STORED_AS}: "
+                    f"it looks quantized, use the original checkpoint"
                 )
             if info.shape != tuple(shape):
                 raise DataError(

@@ -112,7 +112,7 @@ def _configurations(run: Context, subjects: dict[str, Subject], hardware: Hardwa
         turns=TURNS,
     )
     order = CLASSES[hardware.device]
-    found.sort(key=lambda c: (int(c.name.rsplit("-", 1)[1]), order.index(c.bound)))
+    found.sort(key=lambda c: (int(c.name.rsplit("-", 1)[1]), order.index(c.kind)))
     return [*(_planned(run, name, archs[name], hardware) for name in archs), *found]
 
 
@@ -127,13 +127,13 @@ def _planned(run: Context, name: str, arch: ModelArch, hardware: Hardware) -> Co
     plan = solve(arch, budget.of(hardware), job)
     bound = classify(plan.prediction, hardware.device)
     rows = ((job.prompt_len, job.gen_len),) * job.num_requests
-    return Configuration(name=f"plan-{name}", model=name, bound=bound, policy=plan.policy, rows=rows)
+    return Configuration(name=f"plan-{name}", model=name, kind=bound, policy=plan.policy, rows=rows)
 
 
 def _figure(result: dict) -> Figure:
     m = result["median"]
     return Figure(
-        what=f"{result['name']}, {result['model']}: whole job of {result['rows']} rows, {result['bound']}",
+        what=f"{result['name']}, {result['model']}: whole job of {result['rows']} rows, {result['kind']}",
         value=f"{m['measured_s']:.2f} s",
         beside=f"predicted: {m['predicted_s']:.2f} s ({100 * result['error']:+.1f} %)",
         ratio=abs(result["error"]),

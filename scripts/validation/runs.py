@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import linear
 
 from cost_model.model.arch import ModelArch
-from flexmoe import LLM, EngineRequest, SamplingParams
+from flexmoe import LLM, EngineRequest
 from flexmoe.probing.disk import random_buffers, transfer
 from flexmoe.system.device import Device
 from flexmoe.system.direct_io import DirectFile
@@ -23,7 +23,10 @@ _UNIT_BYTES, _UNITS, _PROBE_BYTES = 32 << 20, 8, 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What a run took; ``lanes_s`` are the seconds in which a lane was at work."""
+    """What a run took; ``lanes_s`` are the seconds in which a lane was at work.
+
+    ``cache_experts`` are those that device memory beyond the policy's holds.
+    """
 
     wall_s: float
     sweeps: int
@@ -32,6 +35,7 @@ class Run:
     disk_after: float
     cpu_before: float
     cpu_after: float
+    cache_experts: int
 
     @property
     def disk_read_bytes_per_s(self) -> float:
@@ -41,42 +45,45 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A model to run: its shape, its directory and where it runs; ``disk_files`` are read to find the disk's rate."""
+    """A model to run: its shape, its directory and where it runs; ``disk_files`` are read to find the disk's rate.
+
+    ``text`` has the token ids that prompts are taken from; without it they are random ones.
+    """
 
     arch: ModelArch
     path: Path
     disk_files: tuple[Path, ...]
     device: str = "cpu"
     load_format: str = "auto"
+    text: tuple[int, ...] = ()
 
 
 def measure(c: Configuration, subject: Subject, work: Path, most: int) -> Iterator[Run]:
     """Run the job up to ``most`` times on one loaded engine."""
-    rng = random.Random(0)
+    workload = c.workload
     llm = LLM(
         str(subject.path),
         load_format=subject.load_format,
         policy=c.policy,
         device=subject.device,
-        workload=c.workload,
-        longest_row=c.workload.longest_row,
+        workload=workload,
+        longest_row=workload.longest_row,
         offload_dir=work / "offload",
     )
-    vocab = llm.model.arch.vocab_size
     buffers = random_buffers(Device(subject.device), _UNIT_BYTES, _UNITS)
-    requests = [
-        EngineRequest(
-            request_id=str(i),
-            prompt_token_ids=tuple(rng.randrange(vocab) for _ in range(s)),
-            params=SamplingParams(max_tokens=n, ignore_eos=True),
-        )
-        for i, (s, n) in enumerate(c.rows)
-    ]
+    requests = c.requests(_prompts(c, subject))
     try:
         for _ in range(most):
             yield _run(llm, requests, lambda: _disk_rate(subject.disk_files, buffers))
     finally:
         llm.close()
+
+
+def _prompts(c: Configuration, subject: Subject) -> Iterator[Sequence[int]]:
+    rng, text = random.Random(0), subject.text
+    for s, _ in c.rows:
+        start = rng.randrange(max(1, len(text) - s))
+        yield text[start : start + s] if text else [rng.randrange(subject.arch.vocab_size) for _ in range(s)]
 
 
 def _run(llm: LLM, requests: list[EngineRequest], disk_rate: Callable[[], float]) -> Run:
@@ -96,6 +103,7 @@ def _run(llm: LLM, requests: list[EngineRequest], disk_rate: Callable[[], float]
         disk_after=disk_after,
         cpu_before=cpu_before,
         cpu_after=cpu_after,
+        cache_experts=llm.engine.plan.allocation.cache_experts,
     )
 
 

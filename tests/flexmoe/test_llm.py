@@ -105,7 +105,7 @@ def test_a_bar_is_drawn_on_a_terminal_only(llm, monkeypatch, capsys):
     assert "Processed prompts" in drawn.err and "1/1" in drawn.err and drawn.out == ""
 
 
-def test_the_planner_chooses_for_the_given_machine_and_lengths(checkpoint, tmp_path):
+def test_the_planner_chooses_for_the_given_machine_and_lengths(planned_soon, checkpoint, tmp_path):
     options = {"hardware": Hardware.preset("cpu"), "device": "cpu", "offload_dir": tmp_path}
     budgets = {"gpu_mem": 0.004, "cpu_mem": 0.004, "nvme_mem": 0.1}
     with LLM(checkpoint, workload=Workload(prompt_len=16, gen_len=8), **options, **budgets) as planned:

@@ -83,6 +83,7 @@ def rates_like(hardware):
     )
 
 
+@pytest.mark.usefixtures("planned_soon")
 @pytest.mark.parametrize("workload, gpu, disk", [(LONG, 15, 0), (SHORT, 23, 40)], ids=str)
 def test_planned_policy_fits_its_budgets_and_stays_below_the_limit_of_its_bytes(workload, gpu, disk):
     budget = Budget(gpu_bytes=int(gpu * 1e9), host_bytes=int(100e9), disk_bytes=int(disk * 1e9))

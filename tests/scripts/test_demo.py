@@ -42,18 +42,19 @@ def setting(model, device, tmp_path):
 
 
 CASES = {
-    "real": (REAL, SMOLLM2, Device("cpu"), "cpu"),
-    "real-gpu": (REAL, SMOLLM2, Gpu(), "t4"),
-    "synthetic": (SMALL, SIZES["demo"], Device("cpu"), "cpu"),
-    "synthetic-gpu": (LARGE, SIZES["bench"], Gpu(), "t4"),
+    "real-soon": (REAL, SMOLLM2, Device("cpu"), "cpu", 0.1),
+    "real": (REAL, SMOLLM2, Device("cpu"), "cpu", 1),
+    "real-gpu": (REAL, SMOLLM2, Gpu(), "t4", 1),
+    "synthetic": (SMALL, SIZES["demo"], Device("cpu"), "cpu", 1),
+    "synthetic-gpu": (LARGE, SIZES["bench"], Gpu(), "t4", 1),
 }
 
 
 @pytest.mark.parametrize(
-    "model, shape, device, machine",
-    [pytest.param(*case, id=name, marks=() if name == "real" else pytest.mark.slow) for name, case in CASES.items()],
+    "model, shape, device, machine, effort",
+    [pytest.param(*case, id=name, marks=() if case[-1] < 1 else pytest.mark.slow) for name, case in CASES.items()],
 )
-def test_budgets_make_the_planner_spread_over_three_tiers(tmp_path, model, shape, device, machine):
+def test_budgets_make_the_planner_spread_over_three_tiers(tmp_path, model, shape, device, machine, effort):
     budgets, hardware = setting(model, device, tmp_path).budgets, Hardware.preset(machine)
     if device.is_cuda:
         budgets["gpu_mem"] -= (CONTEXT_BYTES - hardware.gpu.reserved_bytes) / 2**30
@@ -64,7 +65,7 @@ def test_budgets_make_the_planner_spread_over_three_tiers(tmp_path, model, shape
         if model is REAL
         else Workload(prompt_len=97, gen_len=18, num_requests=96)
     )
-    plan = solve(arch, hardware.with_budgets(**budgets), job)
+    plan = solve(arch, hardware.with_budgets(**budgets), job, effort=effort)
     homes = {tier: items.keys() & {"weights", "kv"} for tier, items in plan.prediction.memory.parts.items()}
     assert homes["gpu"] and homes["cpu"] and "weights" in homes["disk"], plan.policy
 

@@ -43,10 +43,10 @@ def test_class_is_what_takes_longest_by_far(device, lanes, bound):
 def test_draw_fills_every_class_of_the_device_within_the_seconds(archs, machine):
     hardware = Hardware.preset(machine)
     found = draw(archs, hardware, 1, 2, seconds=(1.0, 10.0), turns=3000)
-    assert Counter(c.bound for c in found) == dict.fromkeys(CLASSES[hardware.device], 2)
+    assert Counter(c.kind for c in found) == dict.fromkeys(CLASSES[hardware.device], 2)
     for c in found:
         prediction = evaluate(archs[c.model], hardware, c.workload, c.policy)
-        assert 1.0 <= prediction.wall_s <= 10.0 and classify(prediction, hardware.device) == c.bound
+        assert 1.0 <= prediction.wall_s <= 10.0 and classify(prediction, hardware.device) == c.kind
     assert len({c.name for c in found}) == len(found) and {c.model for c in found} == set(archs)
     assert draw(archs, hardware, 1, 2, seconds=(1.0, 10.0), turns=3000) == found
     assert draw(archs, hardware, 2, 2, seconds=(1.0, 10.0), turns=3000) != found

@@ -127,8 +127,8 @@ def check_killed(job, tiny, start, rows, kills, seed):
     assert sorted(path.name for path in work.iterdir()) == ["manifest.json"]
 
 
-def test_a_job_of_40_rows_that_is_killed_3_times(job, tiny):
-    check_killed(job, tiny, forked, rows=40, kills=3, seed=1)
+def test_a_job_of_24_rows_that_is_killed_3_times(job, tiny):
+    check_killed(job, tiny, forked, rows=24, kills=3, seed=1)
 
 
 @pytest.mark.slow

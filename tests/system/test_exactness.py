@@ -25,7 +25,7 @@ def sample(count, seed):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", sample(42, seed=0), ids=str)
+@pytest.mark.parametrize("case", sample(24, seed=0), ids=str)
 def test_greedy_ids_equal_transformers(case, device, tiny, tmp_path, monkeypatch):
     check(tiny(case.variant), case, device, tmp_path, monkeypatch)
 
@@ -38,8 +38,15 @@ def test_greedy_ids_equal_transformers_in_many_more_ways(case, device, tiny, tmp
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("schedule", ("rolling", "static"))
-@pytest.mark.parametrize("placement", [(30, 30, 100, 0, 100, 0), (30, 30, 0, 100, 100, 0), (0, 0, 0, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize(
+    "placement, schedule",
+    [
+        pytest.param(placement, schedule, marks=pytest.mark.slow if (at + late) % 2 else ())
+        for at, placement in enumerate([(30, 30, 100, 0, 100, 0), (30, 30, 0, 100, 100, 0), (0, 0, 0, 0, 0, 0)])
+        for late, schedule in enumerate(("rolling", "static"))
+    ],
+    ids=str,
+)
 def test_rows_that_outgrow_their_expected_end_restart_and_lose_nothing(
     placement, schedule, device, tiny, tmp_path, monkeypatch
 ):

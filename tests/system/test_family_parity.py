@@ -23,7 +23,7 @@ def cases(count, seed):
     return [Case(variant="", **{name: rng.choice(CHOICES[name]) for name in names}) for _ in range(count)]
 
 
-WAYS = [(name, case) for at, name in enumerate(RECIPES) for case in cases(5, at)]
+WAYS = [(name, case) for at, name in enumerate(RECIPES) for case in cases(3, at)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -56,13 +56,13 @@ def check_drawn(seed, tmp_path, monkeypatch):
     check(variant, case, "cpu", tmp_path, monkeypatch, longest=max(LENGTHS) + GEN_LEN)
 
 
-@pytest.mark.parametrize("seed", range(9))
+@pytest.mark.parametrize("seed", range(4))
 def test_greedy_ids_of_random_configs_equal_transformers(seed, tmp_path, monkeypatch):
     check_drawn(seed, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(9, 159))
+@pytest.mark.parametrize("seed", range(4, 159))
 def test_greedy_ids_of_many_random_configs_equal_transformers(seed, tmp_path, monkeypatch):
     check_drawn(seed, tmp_path, monkeypatch)
 
@@ -95,8 +95,15 @@ def test_names_on_disk_are_those_of_the_layout(name, variants):
     assert name not in dense or dense[name] in found
 
 
-@pytest.mark.parametrize("schedule", ("rolling", "static"))
-@pytest.mark.parametrize("placement", [(100, 0, 100, 0, 100, 0), (30, 30, 30, 30, 30, 30), (0, 0, 0, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize(
+    "placement, schedule",
+    [
+        pytest.param(placement, schedule, marks=pytest.mark.slow if (at + late) % 2 else ())
+        for at, placement in enumerate([(100, 0, 100, 0, 100, 0), (30, 30, 30, 30, 30, 30), (0, 0, 0, 0, 0, 0)])
+        for late, schedule in enumerate(("rolling", "static"))
+    ],
+    ids=str,
+)
 def test_a_row_that_outgrows_the_original_context_is_computed_anew_once(
     placement, schedule, variants, tmp_path, monkeypatch
 ):

@@ -5,12 +5,15 @@ The library is one translation unit without torch headers behind a C ABI: `atten
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from flexmoe.errors import StorageError
@@ -69,9 +72,26 @@ def build() -> Path:
     compiler, flags = _compiler(), (*_FLAGS, _machine_flag())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     target = _cache_directory() / f"attention-{_cache_key(version, *flags, *sorted(cpu_flags()))}.so"
-    if target.exists():
-        return target
-    # Several processes may race: each compiles under its own name, the last rename wins, all are equal.
+    with _alone_in(target.parent):
+        if not target.exists():
+            _compile(target, compiler, flags)
+    return target
+
+
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Processes that start together wait for the one that compiles; without locks (some network drives) each compiles."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _compile(target: Path, compiler: str, flags: tuple[str, ...]) -> None:
+    # Under a name of its own: if there are two of them, the last rename wins, and both are equal.
     handle, temporary = tempfile.mkstemp(prefix=".building-", suffix=".so", dir=target.parent)
     os.close(handle)
     try:
@@ -84,4 +104,3 @@ def build() -> Path:
         os.replace(temporary, target)
     finally:
         Path(temporary).unlink(missing_ok=True)
-    return target

@@ -142,12 +142,12 @@ def test_an_order_alone_does_not_matter_where_every_expert_is_moved():
 
 def test_a_plan_with_usage_orders_experts_and_is_better_for_it():
     usage, job = skewed(), replace(FEW, num_requests=2)
-    plan = solve(MIXTRAL, MACHINE, job, usage=usage, effort=0.2)
+    plan = solve(MIXTRAL, MACHINE, job, usage=usage, effort=0.02)
     assert plan.policy.expert_order == usage.unit_order(MIXTRAL)
     assert plan.prediction == evaluate(MIXTRAL, MACHINE, job, plan.policy, usage=usage)
     unordered = evaluate(MIXTRAL, MACHINE, job, replace(plan.policy, expert_order=None), usage=usage)
     assert plan.prediction.tokens_per_s > 1.05 * unordered.tokens_per_s
-    assert solve(MIXTRAL, MACHINE, job, effort=0.2).policy.expert_order is None
+    assert solve(MIXTRAL, MACHINE, job, effort=0.02).policy.expert_order is None
 
 
 def test_usage_of_another_model_is_refused_by_the_planner():

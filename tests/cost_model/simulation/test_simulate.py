@@ -116,6 +116,18 @@ def test_typical_rows_have_the_mix_of_the_histogram():
     assert all(abs(drawn[s, n] - 100 * count) <= 5 * (100 * count) ** 0.5 for s, n, count in lengths)
 
 
+def test_rows_wait_in_the_order_in_which_they_are_given():
+    """Sorted rows leave a static block together; short ones beside long ones keep their places until the long ones end."""
+    rows = [(64, 8)] * 32 + [(64, 32)] * 32
+    mixed = [row for pair in zip(rows[:32], rows[32:], strict=True) for row in pair]
+    workload, policy = Workload.of_lengths(rows), policy_of(ON_HOST, schedule="static", prefill_tokens=4000)
+    sorted_, one_by_one = (simulate(SMALL, MACHINE, workload, policy, rows=order) for order in (rows, mixed))
+    assert sorted_.sweeps == 8 + 32 and one_by_one.sweeps == 2 * 32
+    assert one_by_one.job_s > 1.2 * sorted_.job_s
+    with pytest.raises(UsageError, match="63 rows are given for a job of 64"):
+        simulate(SMALL, MACHINE, workload, policy, rows=rows[1:])
+
+
 # Large jobs.
 
 JOBS = {
@@ -152,7 +164,7 @@ def test_a_job_by_groups_takes_what_its_full_walk_takes(name, by_groups):
         assert found.lanes_s[lane] == pytest.approx(seconds, rel=0.05, abs=0.002 * full.job_s)
 
 
-@pytest.mark.parametrize("prefill_tokens", [None, 4000 * 512])
+@pytest.mark.parametrize("prefill_tokens", [None, pytest.param(4000 * 512, marks=pytest.mark.slow)])
 def test_a_job_of_a_million_rows_is_followed_for_a_few_lives_of_a_row_only(prefill_tokens):
     policy = policy_of(
         ON_HOST,

@@ -21,7 +21,7 @@ from policies.common.errors import InfeasibleError
 from policies.policy import Policy, PolicyFile
 from tests.support.tiny import assert_greedy
 
-pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
+pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes", "planned_soon")
 ROWS = (0, 1, 2, 3, 5, 6, 8)
 BUDGETS = ["--gpu-mem", "0.004", "--cpu-mem", "0.004", "--nvme-mem", "0.1"]
 

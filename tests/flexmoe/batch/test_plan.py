@@ -17,7 +17,7 @@ from policies.units import UnitId
 from tests.support.command_lines import assert_one_sentence, body
 from tests.support.usage import skewed
 
-pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
+pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes", "planned_soon")
 SHORT = {"prompt": [5] * 10, "max_tokens": 4}
 LONG = {"prompt": [5] * 100, "max_tokens": 400}
 #: Budgets that hold the weights and short rows, and no long one.

@@ -248,7 +248,7 @@ def test_samples_of_a_prompt_are_those_of_separate_rows_and_the_prompt_is_comput
 def test_samples_of_many_prompts_survive_restarts_and_little_memory(schedule, make, tiny):
     variant = tiny()
     llm = make("all", rows=2, batches=2, prefill_tokens=50, kv_tokens=500, longest_row=200, schedule=schedule)
-    rows = (3, 5, 7, 11, 2)
+    rows = (3, 5, 7, 2)
     for r in rows:
         llm.engine.submit(request(variant.prompts[r], f"k{r}", request_id=str(r), n=4, max_tokens=3 + r, **DRAWN))
     outputs, scheduler, sweep = {}, llm.engine.scheduler, 0

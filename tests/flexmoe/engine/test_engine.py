@@ -253,8 +253,15 @@ def test_generate_refuses_all_when_one_prompt_cannot_run_and_runs_nothing(make, 
     assert llm.generate([]) == []
 
 
-@pytest.mark.parametrize("percent", (RESIDENT, STREAMED, (0, 0, 0, 0, 0, 0)), ids=str)
-@pytest.mark.parametrize("overlap", (True, False))
+@pytest.mark.parametrize(
+    "percent, overlap",
+    [
+        pytest.param(percent, overlap, marks=pytest.mark.slow if (at + serial) % 2 else ())
+        for at, percent in enumerate((RESIDENT, STREAMED, (0, 0, 0, 0, 0, 0)))
+        for serial, overlap in enumerate((True, False))
+    ],
+    ids=str,
+)
 def test_closing_the_stream_half_way_leaves_an_engine_that_runs_the_next_job_exactly(percent, overlap, make, tiny):
     variant, llm = tiny(), make(percent, rows=3, prefill_tokens=40, overlap=overlap)
     stream = llm.stream(request(variant, row, 2 + row % 4) for row in range(16))

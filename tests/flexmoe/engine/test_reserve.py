@@ -81,7 +81,7 @@ def test_rows_that_cannot_end_early_neither_teach_nor_learn():
     assert untaught.expected_end(row()) == PROMPT + LIMIT
 
 
-def sweeps_and_restarts(learns, real, most, *, rows=600):
+def sweeps_and_restarts(learns, real, most, *, rows=300):
     """A job where the KV cache limits the rows in flight."""
     sim = Simulation(policy(rows=128, prefill_tokens=512), pages(gpu=16 * 640 // 16))
     if learns:
@@ -99,7 +99,7 @@ def sweeps_and_restarts(learns, real, most, *, rows=600):
 
 
 def test_jobs_that_ask_for_much_and_take_little_need_far_fewer_sweeps():
-    real = np.clip(np.random.default_rng(0).lognormal(np.log(160), 0.7, 600), 1, 1024).astype(int)
+    real = np.clip(np.random.default_rng(0).lognormal(np.log(160), 0.7, 300), 1, 1024).astype(int)
     (plain, _), (learned_, restarts) = (sweeps_and_restarts(learns, real, 1024) for learns in (False, True))
     assert learned_ < 0.7 * plain and restarts < 30
 
@@ -111,7 +111,7 @@ def test_jobs_that_take_what_they_ask_for_lose_nothing(most, real):
 
 def test_jobs_whose_rows_become_longer_still_end():
     rng = np.random.default_rng(1)
-    real = np.concatenate([rng.integers(10, 60, 300), rng.integers(300, 900, 300)])
+    real = np.concatenate([rng.integers(10, 60, 150), rng.integers(300, 900, 150)])
     plain, _ = sweeps_and_restarts(False, real, 1024)
     learned_, restarts = sweeps_and_restarts(True, real, 1024)
     assert learned_ < plain and restarts > 0

@@ -197,7 +197,15 @@ BLOCKS_OF_ROWS = (
 )
 
 
-@pytest.mark.parametrize("rows, prompt, gen", BLOCKS_OF_ROWS, ids=str)
+#: Cases that take seconds.
+LARGE = {(64, 512, 256), (64, 256, 512), (256, 32, 100)}
+
+
+@pytest.mark.parametrize(
+    "rows, prompt, gen",
+    [pytest.param(*case, marks=pytest.mark.slow if case in LARGE else ()) for case in BLOCKS_OF_ROWS],
+    ids=str,
+)
 def test_rows_in_flight_are_nine_tenths_of_what_the_kv_cache_holds(rows, prompt, gen):
     """A job of equal rows ten pages long; the capacity is what the command line plans for the policy."""
     chosen = policy(rows=rows, prompt_len=prompt, gen_len=gen)
@@ -208,7 +216,11 @@ def test_rows_in_flight_are_nine_tenths_of_what_the_kv_cache_holds(rows, prompt,
     assert mean >= 0.9 * capacity / (prompt + gen / 2), f"{mean:.1f} rows, limit {capacity / (prompt + gen / 2):.1f}"
 
 
-@pytest.mark.parametrize("prompt, gen", LENGTHS[:6], ids=str)
+@pytest.mark.parametrize(
+    "prompt, gen",
+    [pytest.param(*case, marks=pytest.mark.slow if (64, *case) in LARGE else ()) for case in LENGTHS[:6]],
+    ids=str,
+)
 def test_rows_in_flight_are_nine_tenths_where_only_the_kv_cache_limits_them(prompt, gen):
     rows = 64
     capacity = rows * (prompt + gen // 2) // PAGE_TOKENS

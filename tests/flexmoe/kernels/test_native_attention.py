@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from flexmoe.kernels.native import library as native
 from flexmoe.kernels.native.attention import paged_attention
+from flexmoe.kernels.native.build import build
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no native library on this machine")
 
@@ -240,6 +242,20 @@ def test_a_missing_compiler_is_one_warning(tmp_path):
     result = run_python(code, PATH=str(tmp_path), CXX="", FLEXMOE_CACHE=str(tmp_path))
     assert result.stdout.strip() == "False False"
     assert result.stderr.count("no C++ compiler was found") == 1
+
+
+def test_who_starts_together_compiles_once(tmp_path, monkeypatch):
+    compiler, log = tmp_path / "c++", tmp_path / "log"
+    compiler.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exit\necho once >> {log}\nsleep 0.2\n'
+        'for last; do :; done\necho library > "$last"\n'
+    )
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("FLEXMOE_CACHE", str(tmp_path / "cache"))
+    with ThreadPoolExecutor() as pool:
+        found = set(pool.map(lambda _: build(), range(3)))
+    assert log.read_text() == "once\n" and found.pop().read_text() == "library\n" and not found
 
 
 def test_a_cache_directory_open_to_others_is_refused(tmp_path, monkeypatch, caplog):

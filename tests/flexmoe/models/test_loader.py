@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 from math import prod
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from cost_model.model.arch import ModelArch
 from cost_model.model.known_shapes import SHAPES
 from cost_model.model.weight_units import units_of
 from flexmoe.errors import DataError, InputMissingError
@@ -91,3 +93,20 @@ def test_the_hub_is_asked_for_the_weights_of_a_family_that_runs(tiny, monkeypatc
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name):
     with pytest.raises(InputMissingError, match=re.escape(f"there is no directory {name!r}")):
         load_model(name)
+
+
+def test_a_quantized_checkpoint_is_refused_by_the_planner_in_the_words_of_the_run(tiny, tmp_path):
+    directory = shutil.copytree(tiny().directory, tmp_path / "quantized")
+    config = json.loads((directory / "config.json").read_text())
+    said = set()
+    for quantization in ({"quant_method": "fp8", "activation_scheme": "dynamic"}, None):
+        (directory / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+        for read in (ModelArch.from_dir, lambda path: load_model(str(path)).arch):
+            if quantization is None:
+                assert read(directory).num_layers == 3
+                continue
+            with pytest.raises(DataError) as refused:
+                read(directory)
+            said.add(str(refused.value).removeprefix(f"{directory} cannot be run: "))
+    (sentence,) = said
+    assert "quantization_config (fp8)" in sentence and "use the original checkpoint" in sentence

@@ -92,8 +92,15 @@ def streamed_of(run, layer):
     return np.flatnonzero(run.feed._rule.streamed[layer]).tolist()
 
 
-@pytest.mark.parametrize("overlap", [True, False], ids=["overlapped", "serial"])
-@pytest.mark.parametrize("staged", [False, True], ids=["direct", "staged"])
+@pytest.mark.parametrize(
+    "staged, overlap",
+    [
+        pytest.param(False, True, id="direct-overlapped"),
+        pytest.param(True, False, id="staged-serial"),
+        pytest.param(False, False, id="direct-serial", marks=pytest.mark.slow),
+        pytest.param(True, True, id="staged-overlapped", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("percents", PERCENTS)
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-packed", "mixtral-packed"])
 @pytest.mark.parametrize("group", [1, 3])
@@ -197,7 +204,13 @@ def hits_on(shape, tokens, sweeps, topics, kind="lfu"):
 
 
 @pytest.mark.parametrize(
-    "shape, tokens, sweeps", [("mixtral", 1, 1200), ("mixtral", 4, 600), ("qwen3", 1, 300), ("qwen3", 4, 200)]
+    "shape, tokens, sweeps",
+    [
+        ("mixtral", 1, 1200),
+        ("qwen3", 1, 300),
+        pytest.param("mixtral", 4, 600, marks=pytest.mark.slow),
+        pytest.param("qwen3", 4, 200, marks=pytest.mark.slow),
+    ],
 )
 def test_the_default_has_nine_tenths_of_the_hits_of_the_best_static_set(shape, tokens, sweeps):
     hits, trace, room = hits_on(shape, tokens, sweeps, topics=1)
@@ -205,7 +218,13 @@ def test_the_default_has_nine_tenths_of_the_hits_of_the_best_static_set(shape, t
 
 
 @pytest.mark.parametrize(
-    "shape, tokens, sweeps", [("mixtral", 1, 1200), ("mixtral", 4, 600), ("qwen3", 1, 600), ("qwen3", 4, 200)]
+    "shape, tokens, sweeps",
+    [
+        ("mixtral", 4, 600),
+        ("qwen3", 4, 200),
+        pytest.param("mixtral", 1, 1200, marks=pytest.mark.slow),
+        pytest.param("qwen3", 1, 600, marks=pytest.mark.slow),
+    ],
 )
 def test_when_favourites_change_half_way_the_default_beats_static_and_lru(shape, tokens, sweeps):
     hits, trace, room = hits_on(shape, tokens, sweeps, topics=2)

@@ -16,8 +16,14 @@ from flexmoe.weights.stream import WeightStream
 from policies import Policy, Workload
 from tests.support.tiny import RECIPES, make
 
-#: Of the weights, in device memory and in host memory; the rest is on disk.
-PLACEMENTS = ((100, 0), (0, 100), (0, 0), (30, 30))
+#: Percents of the weights in device memory and in host memory; the rest is on disk.
+PLACED = pytest.mark.parametrize(
+    "placements",
+    [
+        pytest.param(((0, 0), (30, 30)), id="disk, all tiers"),
+        pytest.param(((100, 0), (0, 100)), id="device, host", marks=pytest.mark.slow),
+    ],
+)
 PROMPT = list(range(20, 60))
 KINDS = {
     "embedding": "embed_tokens",
@@ -63,14 +69,15 @@ def logits(model, placement, dtype, tmp_path, group=None):
         return llm.logits(PROMPT)
 
 
+@PLACED
 @pytest.mark.parametrize("staged", [False, True], ids=["direct", "staged"])
 @pytest.mark.parametrize("compute", DTYPES)
-def test_drawn_mixes_of_dtypes_compute_what_one_dtype_does(plain, compute, staged, tmp_path, monkeypatch):
+def test_drawn_mixes_of_dtypes_compute_what_one_dtype_does(plain, compute, staged, placements, tmp_path, monkeypatch):
     if staged:
         monkeypatch.setattr(supply, "WeightStream", _staged_stream)
-    rng = random.Random(f"{compute} {len(plain[1])}")
+    rng = random.Random(f"{compute} {len(plain[1])} {placements}")
     one = write(plain, {name: t.to(DTYPES[compute]) for name, t in plain[1].items()}, tmp_path / "one")
-    for turn, placement in enumerate(PLACEMENTS):
+    for turn, placement in enumerate(placements):
         most, kind, group = rng.choice(FLOATS[:3]), rng.choice([*KINDS, "any"]), rng.choice([None, 1, 2])
 
         def drawn(name, most=most, kind=kind):
@@ -82,23 +89,27 @@ def test_drawn_mixes_of_dtypes_compute_what_one_dtype_does(plain, compute, stage
         assert _alike(got, want, compute, exact=staged), (most, kind, placement, group)
 
 
+@PLACED
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_only_float32_holds_is_not_rounded_on_its_way_to_float32(plain, kind, tmp_path):
+def test_what_only_float32_holds_is_not_rounded_on_its_way_to_float32(plain, kind, placements, tmp_path):
     fine = {name: t + (2.0**-12 if KINDS[kind] in name else 0) for name, t in plain[1].items()}
     one = write(plain, fine, tmp_path / "one")
     mixed = {name: t if KINDS[kind] in name else t.bfloat16() for name, t in fine.items()}
     mixed = write(plain, mixed, tmp_path / "mixed")
-    for placement in PLACEMENTS:
+    for placement in placements:
         got, want = (logits(model, placement, "float32", tmp_path) for model in (mixed, one))
         assert _alike(got, want, "float32"), placement
 
 
-@pytest.mark.parametrize("pad", range(8))
-def test_tensors_at_any_byte_are_read(plain, pad, tmp_path):
+@PLACED
+@pytest.mark.parametrize(
+    "pad", [pytest.param(pad, marks=() if pad in (1, 2, 4) else pytest.mark.slow) for pad in range(8)]
+)
+def test_tensors_at_any_byte_are_read(plain, pad, placements, tmp_path):
     dtype = random.Random(pad).choice(list(DTYPES))
     tensors = {name: t.to(DTYPES[dtype]) for name, t in plain[1].items()}
     even, odd = write(plain, tensors, tmp_path / "even"), write(plain, tensors, tmp_path / "odd", pad)
-    for placement in PLACEMENTS:
+    for placement in placements:
         got, want = (logits(model, placement, dtype, tmp_path) for model in (odd, even))
         assert _alike(got, want, dtype), placement
 
