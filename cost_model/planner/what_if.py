@@ -8,6 +8,7 @@ from typing import Any
 
 from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import Gpu, Hardware
+from cost_model.hardware.link_curves import scaled
 from cost_model.model.arch import ModelArch
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.search import Optimum, improved
@@ -111,11 +112,15 @@ def _faster_link(hw: Hardware) -> Hardware:
     rates = ("h2d_bytes_per_s", "d2h_bytes_per_s", "h2d_duplex_bytes_per_s", "d2h_duplex_bytes_per_s")
     kv_load = behind(gpu.kv_load_bytes_per_s, gpu.h2d_bytes_per_s)
     kv_store = behind(gpu.kv_store_bytes_per_s, gpu.d2h_bytes_per_s)
-    return _gpu(hw, **_doubled(gpu, *rates), kv_load_bytes_per_s=kv_load, kv_store_bytes_per_s=kv_store)
+    curve = scaled(gpu.h2d_curve, 2)
+    return _gpu(
+        hw, **_doubled(gpu, *rates), h2d_curve=curve, kv_load_bytes_per_s=kv_load, kv_store_bytes_per_s=kv_store
+    )
 
 
 def _faster_disk(hw: Hardware) -> Hardware:
-    return replace(hw, **_doubled(hw, "disk_read_bytes_per_s", "disk_write_bytes_per_s"))
+    curve = scaled(hw.disk_read_curve, 2)
+    return replace(hw, **_doubled(hw, "disk_read_bytes_per_s", "disk_write_bytes_per_s"), disk_read_curve=curve)
 
 
 def _faster_device(hw: Hardware) -> Hardware:
