@@ -63,7 +63,9 @@ def like_times(costs: Costs, gpu_batch_size: int, sweeps: JobSweeps) -> SweepTim
     ratios = np.array([_replayed_over_closed(costs, gpu_batch_size, loads[knot]) for knot in knots])
     mixed = _nearness(loads, demanded, knots) @ ratios
     seconds = closed_s * mixed[:, 0]
-    lanes_s = np.minimum(lanes_s * mixed[:, 1:], seconds[:, None])  # a lane may be nearer to all of it than at the knots
+    lanes_s = np.minimum(
+        lanes_s * mixed[:, 1:], seconds[:, None]
+    )  # a lane may be nearer to all of it than at the knots
     return SweepTimes(seconds=seconds[group_of], lanes_s=lanes_s[group_of])
 
 

@@ -55,6 +55,7 @@ class Costs:
         allocation: from `allocate`.
         dtype_bytes: bytes of one number in the compute dtype.
         shares, on_demand: as in `Routing`.
+        scored_share: part of the prompt tokens whose log-probabilities are asked.
 
     Attributes:
         routing: which experts tokens are routed to.
@@ -71,10 +72,12 @@ class Costs:
         dtype_bytes: int,
         shares: np.ndarray | None = None,
         on_demand: bool = True,
+        scored_share: float = 0.0,
     ):
         gpu, b = hardware.gpu, dtype_bytes
         self.routing = Routing(arch, allocation, shares, on_demand)
         self.arch, self.hardware, self.allocation, self._gpu, self._b = arch, hardware, allocation, gpu, b
+        self._scored_share = scored_share
         self.overlap, self.pinned = policy.overlap, policy.pin_weight
         self.kv_bytes = arch.kv_bytes_per_token_layer(b)
         self._experts, self._dense = gpu.experts[b], gpu.dense[b]
@@ -274,9 +277,13 @@ class Costs:
             unit_s=resident * demand.resident / demand.resident_units if demand.resident_units else 0.0,
         )
 
-    def head_s(self, rows: float, elements: float) -> float:
-        """A chunk of the head over the rows that get a token; as large a matrix as an expert's."""
-        return self._experts.seconds(rows, elements)
+    def head_s(self, rows: float, elements: float, prompt_tokens: float = 0.0) -> float:
+        """A chunk of the head, as large a matrix as an expert's: over the rows that get a token, and apart from them over the
+        positions of prompts that are scored, whose logits are reduced to a log-probability each."""
+        scored = self._scored_share * prompt_tokens
+        scored_s = self._experts.seconds(scored, elements)
+        scored_s += scored * elements / self.arch.head_row_params * self._gpu.score_s
+        return self._experts.seconds(rows, elements) + scored_s
 
     def sample_s(self, rows: float) -> float:
         """The choice of a token per row: its logits are read once."""

@@ -99,7 +99,7 @@ class SweepForm:
         stream = self._stream_beside(demand)
         experts = _experts(costs, load.tokens, demand, stream)
         embed_s = costs.embed_s(BatchLoad(tokens=load.tokens)) + len(cut) * costs.op_s
-        computed_s = embed_s + _head_s(costs, load.logits) + costs.sample_s(load.logits)
+        computed_s = embed_s + _head_s(costs, load) + costs.sample_s(load.logits)
         busy = {user: layers * seconds for user, seconds in attention.moved_s.items()} | stream.busy_s
         busy |= {user: layers * seconds for user, seconds in experts.moved_s.items()}
         busy |= {
@@ -286,8 +286,8 @@ def _lanes_s(busy: Mapping[str, float], total_s: float) -> dict[str, float]:
     return {lane: min(seconds, total_s) for lane, seconds in lanes.items()}
 
 
-def _head_s(costs: Costs, logits: float) -> float:
+def _head_s(costs: Costs, load: SweepLoad) -> float:
     """Seconds of all chunks of the head, and of the operations before and after them."""
     chunks = head_chunks(costs.arch)
     elements = costs.arch.embed_params / chunks
-    return chunks * (costs.head_s(logits, elements) + costs.op_s) + 2 * costs.op_s
+    return chunks * (costs.head_s(load.logits, elements, load.prompt_tokens) + costs.op_s) + 2 * costs.op_s

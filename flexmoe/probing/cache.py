@@ -24,7 +24,7 @@ from policies.common.option_names import option
 log = logging.getLogger(__name__)
 
 #: What is measured, and how; another number makes what was kept before worthless.
-_EDITION = "6"
+_EDITION = "7"
 _COMMAND = (sys.executable, "-m", "flexmoe.probe")
 _ERRORS = {kind.exit_code: kind for kind in (UsageError, InfeasibleError, StorageError)}
 

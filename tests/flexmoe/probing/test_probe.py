@@ -162,6 +162,10 @@ def test_gpu_is_measured(tmp_path):
     assert set(found.gpu.grouped_experts) == ({2} if torch.cuda.get_device_capability()[0] >= 8 else set())
 
 
+def test_what_a_scored_logit_takes_is_measured(machine):
+    assert 1e-11 < machine.gpu.score_s < 1e-5 and "logprobs" in machine.sources["score_s"]
+
+
 def test_links_are_measured_by_the_size_of_what_is_moved(machine):
     assert [size for size, _ in machine.disk_read_curve] == [16 << 10, MIB // 4, MIB // 2]  # 64 MiB fit no buffer
     assert [size for size, _ in machine.gpu.h2d_curve] == [16 << 10, MIB // 4, MIB // 2]
