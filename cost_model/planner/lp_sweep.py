@@ -106,6 +106,9 @@ class _Sweep:
             "host": self.host,
             "h2d": times(up, 1 / self.costs.stream_bytes_per_s["h2d"]),
             "disk_read": times(from_disk, 1 / self.costs.stream_bytes_per_s["disk_read"]),
+            "stage": times(
+                self._streamed("cpu"), 1 / self.costs.stream_bytes_per_s["h2d"] * self.costs.stages_host_units
+            ),
             **{user: times(self.lp.rows_s(seconds), layers) for user, seconds in by_mode.items()},
             **{user: self.lp.every_row(s * self.lp.per_s * layers) for user, s in p.act_s.items()},
         }

@@ -59,6 +59,8 @@ class Costs:
 
     Attributes:
         routing: which experts tokens are routed to.
+        overlap: as in `Policy`.
+        stages_host_units: units in host memory are not pinned, so each is copied to a pinned buffer first.
         stream_bytes_per_s: rates at which the links bring a mean streamed unit, by user of `cost_model.timing.contention`.
         lane_share: part of all cores that an operation on a lane keeps busy (device cpu, where all lanes share them).
     """
@@ -78,7 +80,8 @@ class Costs:
         self.routing = Routing(arch, allocation, shares, on_demand)
         self.arch, self.hardware, self.allocation, self._gpu, self._b = arch, hardware, allocation, gpu, b
         self._scored_share = scored_share
-        self.overlap, self.pinned = policy.overlap, policy.pin_weight
+        self.overlap = policy.overlap
+        self.stages_host_units = hardware.device == "cuda" and not policy.pin_weight
         self.kv_bytes = arch.kv_bytes_per_token_layer(b)
         self._experts, self._dense = gpu.experts[b], gpu.dense[b]
         self._module = arch.projection_params + arch.router_params
@@ -261,7 +264,7 @@ class Costs:
         """
         layers, on_cpu = len(demand.layers), self.hardware.device == "cpu"
         read, copied = self.demanded_bytes(demand)
-        staged = 0.0 if self.pinned or on_cpu else demand.host_bytes / layers
+        staged = demand.host_bytes / layers if self.stages_host_units else 0.0
         missed = demand.missed / layers
         each = self._reached_s(self.unit_rates(tokens) if on_cpu else self._experts, tokens)
         resident = self._reached_s(self.unit_rates(tokens), tokens)

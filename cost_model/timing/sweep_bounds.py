@@ -196,6 +196,8 @@ class _WeightStream:
         from_host, from_disk = (sum(units for units, _ in moved[tier]) for tier in ("cpu", "disk"))
         slots = min(costs.allocation.slots, KEPT_SLOTS) if demanded else costs.allocation.slots
         self.busy_s = {"h2d": copy_s, "disk_read": read_s}
+        if costs.stages_host_units:
+            self.busy_s["stage"] = sum(costs.copy_s(size, units) for units, size in moved["cpu"])
         self.links = _links(costs, from_host, from_disk, copy_s, read_s, slots)
 
 
@@ -282,7 +284,8 @@ def _lanes_s(busy: Mapping[str, float], total_s: float) -> dict[str, float]:
     """
     lanes = dict.fromkeys(_LANES, 0.0)
     for user, seconds in busy.items():
-        lanes[_LANE_OF[user]] += seconds
+        if user != "stage":  # a copy within host memory is on no lane
+            lanes[_LANE_OF[user]] += seconds
     return {lane: min(seconds, total_s) for lane, seconds in lanes.items()}
 
 

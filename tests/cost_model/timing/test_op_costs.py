@@ -145,3 +145,27 @@ def test_the_linear_programme_counts_scored_positions():
         costs = slopes.costs
     chunks = head_chunks(SMALL)
     assert heads[1] - heads[0] == pytest.approx(chunks * costs.head_s(0, SMALL.embed_params / chunks, 512), rel=1e-6)
+
+
+# Host weights that are not pinned.
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_without_overlap_a_sweep_takes_all_copies_in_turn(pinned):
+    costs, policy = costs_of((10, 60, 100, 0, 100, 0), overlap=False, pin_weight=pinned)
+    closed = sweep_time(costs, decoding(24), policy.gpu_batch_size)
+    replayed_s, _ = Replayer(costs, policy.gpu_batch_size).steady(decoding(24))
+    assert closed.total_s == pytest.approx(replayed_s, rel=0.02)
+
+
+def test_copies_to_pinned_buffers_take_their_part_of_host_memory():
+    slow = {"hardware": {"host_bytes_per_s": 60e9}}
+    bounds = {}
+    for pinned in (True, False):
+        costs, policy = costs_of((0, 100, 100, 0, 100, 0), pin_weight=pinned, **slow)
+        bounds[pinned] = sweep_time(costs, decoding(24), policy.gpu_batch_size).bounds_s["host memory"]
+    copied_s, rate = seconds_of(costs, costs.copy_s, "cpu"), costs.hardware.gpu.h2d_bytes_per_s
+    assert bounds[True] == pytest.approx(copied_s * rate / 60e9)
+    assert bounds[False] == pytest.approx(
+        copied_s * (rate / 60e9 + min(1.0, 3 * rate / 60e9))
+    )  # read, written and read
