@@ -13,11 +13,11 @@ import argparse
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import flexmoe  # noqa: F401 - sets how idle threads wait, before torch is loaded
 from cost_model.hardware.hardware import Hardware
+from cost_model.hardware.speeds import with_speeds
 from cost_model.model.arch import ModelArch
 from cost_model.simulation.simulate import Simulation, simulate
 from scripts.benchmark.probes import machine, versions
@@ -71,7 +71,7 @@ def validate(
     """
     runs: list[dict] = []
     for run in measure(c, subject, work, most):
-        here = replace(hardware, disk_read_bytes_per_s=run.disk_read_bytes_per_s)
+        here = with_speeds(hardware, disk_read=run.disk_read_bytes_per_s / hardware.disk_read_bytes_per_s)
         predicted = simulate(subject.arch, here, c.workload, c.policy, full=True)
         runs.append(_compare(run, predicted, cpu_then))
         if sum(r["clean"] for r in runs) == repeats:
