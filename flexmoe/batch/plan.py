@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +18,8 @@ from flexmoe.engine.router_counter import coactivation_bytes
 from flexmoe.errors import InfeasibleError
 from flexmoe.models.loader import Model, compute_dtype
 from flexmoe.planning.configure import RESIDENT
-from flexmoe.planning.drift import Drift, DriftWatch
 from flexmoe.planning.forecast import Forecaster
 from flexmoe.preflight.lengths import Lengths, Measured
-from flexmoe.probing.cache import mark_stale
 from flexmoe.system.device import Device
 from policies.common.option_names import option
 from policies.policy import Policy, PolicyFile
@@ -90,25 +88,6 @@ def plan_run(
         )
     others = lengths.measured(model.arch.max_position, fitting)
     return replace(planner.plan(others), rows_without_room=without)
-
-
-def drift_watch(options: RunOptions, plan: RunPlan) -> DriftWatch | None:
-    """Watches whether the machine is as it was measured; None where nothing is predicted. Rates that a run has kept are
-    measured again after drift."""
-    predicted, forecaster = plan.predicted, plan.forecaster
-    if predicted is None or forecaster is None:
-        return None
-    is_kept = str(options.hardware or AUTO) == AUTO
-
-    def again(speeds: Mapping[str, float]) -> Simulation:
-        cache_experts = plan.engine.allocation.cache_experts
-        return forecaster.at_speeds(speeds).predict(plan.policy, plan.options["kv_tokens"], cache_experts)
-
-    def found(drifts: Sequence[Drift]) -> None:
-        if is_kept:
-            mark_stale(options.device, options.offload_dir, {drift.lane for drift in drifts})
-
-    return DriftWatch(predicted, again, found)
 
 
 def save_policy(options: RunOptions, model: Model, plan: RunPlan) -> None:

@@ -18,7 +18,8 @@ from flexmoe.batch.failures import as_user_errors
 from flexmoe.batch.job_parts import check_files, open_job, open_model
 from flexmoe.batch.metrics import finished_record, metrics_record
 from flexmoe.batch.options import PathLike, RunOptions
-from flexmoe.batch.plan import RunPlan, drift_watch, plan_run, save_policy
+from flexmoe.batch.plan import RunPlan, plan_run, save_policy
+from flexmoe.batch.watch import drift_watch
 from flexmoe.engine.engine import Engine
 from flexmoe.errors import UsageError
 from flexmoe.job.job import Job
