@@ -88,6 +88,7 @@ class DriftWatch:
         self._timeline, self._again, self._found = predicted.timeline, again, found
         self._at = thresholds or Thresholds()
         self._first: Mapping[str, LaneTotals] | None = None
+        self._begun = 0  # sweeps that are left out
         self._in_a_row = dict.fromkeys((DISK, COMPUTE), 0)
         self._ended = False
         self.drifts: tuple[Drift, ...] = ()
@@ -103,7 +104,7 @@ class DriftWatch:
             self._ended = True
             return None
         if self._first is None:
-            self._first = engine.recorder.totals()
+            self._first, self._begun = engine.recorder.totals(), count
             return None
         speeds = self._speeds(engine, count)
         for lane in self._in_a_row:
@@ -126,16 +127,16 @@ class DriftWatch:
     def _speeds(self, engine: Engine, count: int) -> dict[str, Drift]:
         """Speeds of the lanes that can be judged after so many sweeps."""
         at, first, timeline = self._at, self._first or {}, self._timeline
-        sweeps, found = engine.sweeps.since(1), {}
-        expected, computed = float(timeline.tokens[1:count].sum()), sum(sweep.tokens for sweep in sweeps)
-        if count <= at.sweeps or abs(computed - expected) > at.tokens * expected:
+        sweeps, judged, found = engine.sweeps.since(self._begun), slice(self._begun, count), {}
+        expected, computed = float(timeline.tokens[judged].sum()), sum(sweep.tokens for sweep in sweeps)
+        if len(sweeps) < at.sweeps or abs(computed - expected) > at.tokens * expected:
             return {}
         wall_s = sum(sweep.wall_s for sweep in sweeps)
         for lane, now in engine.recorder.totals().items():
             if lane not in self._in_a_row:
                 continue
             before = first.get(lane, LaneTotals())
-            busy_s, predicted_s = now.busy_s - before.busy_s, float(timeline.lanes_s[lane][1:count].sum())
+            busy_s, predicted_s = now.busy_s - before.busy_s, float(timeline.lanes_s[lane][judged].sum())
             if busy_s < at.seconds or not predicted_s:
                 continue
             speed = predicted_s / busy_s
