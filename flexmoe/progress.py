@@ -129,6 +129,13 @@ class Progress:
             self._logged = self._clock()
             log.info("%d of %d rows, %s", self._done, self._rows, self.describe())
 
+    def tell(self, line: str) -> None:
+        """A line that stays: above the bar, or in the log."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            log.info("%s", line)
+
     def describe(self) -> str:
         """How long the rest will take, which a narrow terminal must not cut off, and the rates (recent ones, and overall)."""
         (prompt, generated), (all_prompt, all_generated) = self.rates.recent(), self.rates.whole()

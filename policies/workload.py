@@ -36,6 +36,7 @@ class Workload:
         num_requests: rows of the job; None is an endless one, of which only the steady state counts.
         lengths: (prompt tokens, generated tokens, rows) of the rows' length histogram; empty: all rows have the means.
         longest_row: tokens of the longest row, prompt and completion; 0 stands for the longest of the histogram.
+        scored_tokens: mean tokens of a prompt whose log-probabilities are asked.
 
     Raises:
         UsageError: a value is not a whole number of at least 1, or the histogram is no list of such triples.
@@ -46,11 +47,17 @@ class Workload:
     num_requests: Annotated[int | None, optional(whole(1))] = None
     lengths: Annotated[Histogram, _LENGTHS] = ()
     longest_row: Size = 0
+    scored_tokens: Size = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
         longest = max((s + n for s, n, _ in self.lengths), default=self.prompt_len + self.gen_len)
         object.__setattr__(self, "longest_row", max(longest, self.longest_row))
+
+    @property
+    def scored_share(self) -> float:
+        """Part of the prompt tokens whose log-probabilities are asked."""
+        return min(1.0, self.scored_tokens / self.prompt_len)
 
     @classmethod
     def of_lengths(cls, rows: Iterable[tuple[int, int]], num_requests: int | None = None) -> Workload:
@@ -91,6 +98,7 @@ class Workload:
             "num_requests": self.num_requests,
             "lengths": [list(entry) for entry in self.lengths],
             "longest_row": self.longest_row,
+            "scored_tokens": self.scored_tokens,
         }
         return {name: value for name, value in values.items() if value}
 

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import flexmoe  # noqa: F401 - sets how idle threads wait, before torch is loaded
 from cost_model.hardware.hardware import Hardware
+from cost_model.hardware.speeds import with_speeds
 from cost_model.model.arch import ModelArch
 from cost_model.simulation.simulate import Simulation, simulate
 from flexmoe.errors import FlexMoEError
@@ -101,7 +102,7 @@ def validate(
     workload, waiting = c.workload, c.waiting
 
     for run in measure(c, subject, work, most):
-        here = replace(hardware, disk_read_bytes_per_s=run.disk_read_bytes_per_s)
+        here = with_speeds(hardware, disk_read=run.disk_read_bytes_per_s / hardware.disk_read_bytes_per_s)
         options = {"full": True, "rows": waiting, "cache_experts": run.cache_experts}
         predict = partial(simulate, subject.arch, workload=workload, policy=c.policy, **options)
         runs.append(_compare(run, predict, here, cpu_then))

@@ -113,8 +113,7 @@ class Report:
     def lane_shares(self) -> dict[str, float]:
         """Part of the time in which each lane is at work."""
         values = self.predicted()
-        # Work that is added up may run side by side on a lane, as KV that is gathered beside weights that are copied.
-        return {lane: min(1.0, values["lanes_s"][lane] / values["wall_s"]) for lane in self.prediction.lanes_s}
+        return {lane: values["lanes_s"][lane] / values["wall_s"] for lane in self.prediction.lanes_s}
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values; ``policy_file`` is what ``-o`` writes."""

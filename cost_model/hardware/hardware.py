@@ -54,6 +54,8 @@ class Gpu:
         attention_flops_per_s: prefill attention.
         op_s: dispatch of one operation of the schedule.
         h2d_curve: pinned copies up by the bytes of a unit; empty where not measured.
+        score_s: per vocabulary entry of a position whose log-probability is asked, beside the product that makes it; 0 where it
+            was not measured.
         grouped_experts: like ``experts``, one of a unit of several whose weights lie stacked, by grouped products; without
             the sizes of numbers that were not measured, or for which the runtime has none.
 
@@ -77,6 +79,7 @@ class Gpu:
     attention_flops_per_s: Rate
     op_s: Cost
     h2d_curve: LinkCurve = ()
+    score_s: Cost = 0.0
     grouped_experts: SomeRates = field(default_factory=dict)
 
     def __post_init__(self) -> None:

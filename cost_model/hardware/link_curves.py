@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from itertools import pairwise
 from math import exp, log
 from typing import Annotated, Any
@@ -50,6 +51,31 @@ LinkCurve = Annotated[
         },
     ),
 ]
+
+
+def transfer_s(curve: Pairs, bytes_per_s: float, nbytes: float, transfers: float = 1.0) -> float:
+    """Seconds of so many equal transfers one after the other, in which ``nbytes`` are moved in all; 0 without bytes.
+
+    Args:
+        curve: of the link; between two sizes the rate is linear in the logarithm of the size, outside it is that of the nearest.
+        bytes_per_s: the link's rate where none was measured by size.
+    """
+    if nbytes <= 0:
+        return 0.0
+    return nbytes / (_rate(curve, nbytes / transfers) if curve else bytes_per_s)
+
+
+def scaled(curve: Pairs, factor: float) -> Pairs:
+    """The curve of a link that is so many times as fast at every size."""
+    return tuple((size, factor * rate) for size, rate in curve)
+
+
+def _rate(curve: Pairs, size: float) -> float:
+    above = bisect_right(curve, size, key=lambda point: point[0])
+    if above == 0 or above == len(curve):
+        return curve[max(above - 1, 0)][1]
+    (small, slow), (large, fast) = curve[above - 1 : above + 1]
+    return slow + (fast - slow) * log(size / small) / log(large / small)
 
 
 def efficient_bytes(curve: Pairs) -> float:

@@ -149,7 +149,7 @@ class Slopes:
             project_s=project_s / rows + (1 + away) * op_s,
             attend_s=attend_s / rows + (1 + away) * op_s,
             experts_s=self._experts(group.tokens),
-            head_s=self._head(logits),
+            head_s=self._head(logits, group.prompt_tokens),
             attention_s={mode: attention_s[mode] + count * op_s for mode, count in _HANDED_ON.items()},
             cpu_s=by_mode(costs.cpu_attend_s),
             attended_s=attended_s,
@@ -176,13 +176,16 @@ class Slopes:
             for slope, constant in costs.unit_rates(tokens).pieces(arch.expert_params)
         )
 
-    def _head(self, logits: float) -> tuple[Line, ...]:
-        """The pieces below the curve of a chunk, times the chunks, with the operations before and after them."""
+    def _head(self, logits: float, prompt_tokens: float) -> tuple[Line, ...]:
+        """The pieces below the curve of a chunk, times the chunks, with the operations before and after them, and what prompts
+        take that are scored."""
         arch, op_s = self.problem.arch, self.costs.op_s
         chunks = head_chunks(arch)
+        elements = arch.embed_params / chunks
+        scored_s = self.costs.head_s(0.0, elements, prompt_tokens)
         return tuple(
-            Line(chunks * (constant + op_s) + 2 * op_s, chunks * slope * logits / self.rows)
-            for slope, constant in self._expert_curve.pieces(arch.embed_params / chunks)
+            Line(chunks * (constant + op_s) + 2 * op_s, chunks * (slope * logits + scored_s) / self.rows)
+            for slope, constant in self._expert_curve.pieces(elements)
         )
 
     @property

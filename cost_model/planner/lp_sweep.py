@@ -104,8 +104,11 @@ class _Sweep:
         return {
             "gpu": [*times([*on_device, self.experts], layers), *self.computed],
             "host": self.host,
-            "h2d": times(up, 1 / hw.gpu.h2d_bytes_per_s),
-            "disk_read": times(from_disk, 1 / hw.disk_read_bytes_per_s),
+            "h2d": times(up, 1 / self.costs.stream_bytes_per_s["h2d"]),
+            "disk_read": times(from_disk, 1 / self.costs.stream_bytes_per_s["disk_read"]),
+            "stage": times(
+                self._streamed("cpu"), 1 / self.costs.stream_bytes_per_s["h2d"] * self.costs.stages_host_units
+            ),
             **{user: times(self.lp.rows_s(seconds), layers) for user, seconds in by_mode.items()},
             **{user: self.lp.every_row(s * self.lp.per_s * layers) for user, s in p.act_s.items()},
         }
@@ -148,7 +151,7 @@ class _Sweep:
         """Of each link of the weight stream, (its seconds, less those of what may come before a slot is freed: - k b / rate)."""
         hw, units, lp = self.problem.hardware, self.lp.units, self.lp
         unit = units.prefix_bytes[-1] / len(units.order) * lp.per_s
-        rates = {"h2d": hw.gpu.h2d_bytes_per_s, "disk_read": hw.disk_read_bytes_per_s}
+        rates = self.costs.stream_bytes_per_s
         used = [user for user in rates if user == "h2d" or lp.choice.disk_weights]
         if hw.device == "cuda":
             staged = {"h2d": 0, "disk_read": self.costs.allocation.staging_slots}

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import Gpu, Hardware
+from cost_model.hardware.link_curves import scaled
+from cost_model.hardware.speeds import with_speeds
 from cost_model.model.arch import ModelArch
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.search import Optimum, improved
@@ -111,22 +112,18 @@ def _faster_link(hw: Hardware) -> Hardware:
     rates = ("h2d_bytes_per_s", "d2h_bytes_per_s", "h2d_duplex_bytes_per_s", "d2h_duplex_bytes_per_s")
     kv_load = behind(gpu.kv_load_bytes_per_s, gpu.h2d_bytes_per_s)
     kv_store = behind(gpu.kv_store_bytes_per_s, gpu.d2h_bytes_per_s)
-    return _gpu(hw, **_doubled(gpu, *rates), kv_load_bytes_per_s=kv_load, kv_store_bytes_per_s=kv_store)
+    curve = scaled(gpu.h2d_curve, 2)
+    return _gpu(
+        hw, **_doubled(gpu, *rates), h2d_curve=curve, kv_load_bytes_per_s=kv_load, kv_store_bytes_per_s=kv_store
+    )
 
 
 def _faster_disk(hw: Hardware) -> Hardware:
-    return replace(hw, **_doubled(hw, "disk_read_bytes_per_s", "disk_write_bytes_per_s"))
+    return with_speeds(hw, disk_read=2, disk_write=2)
 
 
 def _faster_device(hw: Hardware) -> Hardware:
-    rates = _doubled(hw.gpu, "attention_bytes_per_s", "attention_flops_per_s", "memory_bytes_per_s")
-    for name in ("experts", "dense", "grouped_experts"):
-        rates[name] = {b: _faster_curve(curve) for b, curve in getattr(hw.gpu, name).items()}
-    return _gpu(hw, **rates)
-
-
-def _faster_curve(curve: GemmRates) -> GemmRates:
-    return replace(curve, flops_per_s=tuple(tuple(2 * rate for rate in row) for row in curve.flops_per_s))
+    return with_speeds(hw, compute=2)
 
 
 def _faster_host(hw: Hardware) -> Hardware:

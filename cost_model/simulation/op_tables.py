@@ -58,7 +58,7 @@ def table_of_seconds(
         unit = costs.reached_expert_s(tokens) * costs.touched(tokens) / expert_units(arch)
         table += [unit, dense, costs.hardware.disk_latency_s, *[0.0] * 5]
     for start, stop in (head_rows(arch, chunk) for chunk in range(head_chunks(arch))):
-        table.append(costs.head_s(load.logits, (stop - start) * arch.head_row_params))
+        table.append(costs.head_s(load.logits, (stop - start) * arch.head_row_params, load.prompt_tokens))
     for batch in cut:
         attended = costs.attended_s(batch)
         table += (

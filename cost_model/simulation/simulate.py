@@ -43,6 +43,7 @@ class Timeline:
         tokens: that it advances, prompt and decode.
         tokens_per_s: generated.
         memory_bytes: by tier, what is in use: the constant parts of the plan and the KV pages held.
+        lanes_s: by lane, the seconds of each sweep in which it is at work.
     """
 
     start_s: np.ndarray
@@ -51,6 +52,7 @@ class Timeline:
     tokens: np.ndarray
     tokens_per_s: np.ndarray
     memory_bytes: Mapping[str, np.ndarray]
+    lanes_s: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,4 +192,5 @@ def _timeline(job: JobSweeps, times: SweepTimes, memory: MemoryPlan, page_bytes:
         tokens=job.tokens,
         tokens_per_s=job.logits / times.seconds,
         memory_bytes={tier: constant[tier] + job.pages[:, at] * page_bytes for at, tier in enumerate(TIERS)},
+        lanes_s=dict(zip(LANES, times.lanes_s.T, strict=True)),
     )

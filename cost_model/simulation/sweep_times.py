@@ -76,7 +76,9 @@ def corrected_times(
     knots = _knots(loads, demanded, recurs * closed_s, _count_knots(costs, batches, replayed_ops))
     ratios = np.array([_replayed_over_closed(costs, gpu_batch_size, loads[knot]) for knot in knots])
     mixed = _nearness(loads, demanded, knots) @ ratios
-    return SweepTimes(seconds=closed_s * mixed[:, 0], lanes_s=lanes_s * mixed[:, 1:])
+    seconds = closed_s * mixed[:, 0]
+    # A lane may be nearer to all of the sweep than at the knots.
+    return SweepTimes(seconds=seconds, lanes_s=np.minimum(lanes_s * mixed[:, 1:], seconds[:, None]))
 
 
 def _groups(sweeps: JobSweeps, most: int) -> tuple[list[SweepLoad], np.ndarray]:

@@ -64,7 +64,7 @@ def weight_queues(costs: Costs, units: SweepUnits, on_demand: frozenset[int] = f
         size, on_disk = sizes[step.unit], step.tier == "disk"
         move = Move(name=str(step.unit), nbytes=size, seconds=costs.copy_s(size), place=place)
         read = replace(move, seconds=costs.read_s(size))
-        if not direct and (on_disk or not costs.pinned):
+        if costs.stages_host_units or (on_disk and not direct):
             thread, first = (READ, read) if on_disk else (STAGE, move)
             move = replace(move, staged=staged, staged_by=(thread, len(moves[thread])))
             moves[thread].append(replace(first, staged=staged))

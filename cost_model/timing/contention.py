@@ -143,7 +143,7 @@ def _host_memory(costs: Costs) -> dict[str, float]:
     hw, gpu = costs.hardware, costs.hardware.gpu
     rates = {
         "cpu": hw.cpu_attention_bytes_per_s,
-        "h2d": gpu.h2d_bytes_per_s,
+        "h2d": costs.stream_bytes_per_s["h2d"],
         "h2d/kv": _PASSES_OF_KV * gpu.kv_load_bytes_per_s,
         "h2d/attended": gpu.h2d_bytes_per_s,
         "h2d/act": gpu.h2d_bytes_per_s,

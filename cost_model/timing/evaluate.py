@@ -40,8 +40,9 @@ class Prediction:
         sweep_s: mean seconds of a sweep.
         row_s: seconds that a row is in flight, in the steady state.
         rows_in_flight: their mean in the steady state.
-        lanes_s: busy seconds by lane, of the whole job; of one period (a mean sweep, a static block) where it is endless.
-        wall_s: the seconds that ``lanes_s`` belong to.
+        lanes_s: seconds in which each lane is at work, of the whole job; of one period (a mean sweep, a static block) where
+            it is endless.
+        wall_s: the seconds that ``lanes_s`` belong to; none of them is larger.
         bottleneck: what decides most of the time: a thread, a shared resource, "schedule" or "slots".
         memory: bytes per tier, item by item.
         budgets: bytes that may be taken, by tier.

@@ -11,15 +11,21 @@ from typing import TYPE_CHECKING
 
 from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import Hardware
-from cost_model.memory.allocation import PAGE_TOKENS, Allocation
+from cost_model.hardware.link_curves import transfer_s
+from cost_model.memory.allocation import PAGE_TOKENS, Allocation, single_expert_bytes
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import are_grouped
 from cost_model.routing.demand import Demand, Routing
 from cost_model.timing.sweep_load import BatchLoad
+from policies.placement import TIERS
 from policies.policy import Policy
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+#: Kinds of units that pass through slots where they do not live on the compute device; the embedding stays where it is.
+STREAMED = ("attention", "expert", "head")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +55,13 @@ class Costs:
         allocation: from `allocate`.
         dtype_bytes: bytes of one number in the compute dtype.
         shares, on_demand: as in `Routing`.
+        scored_share: part of the prompt tokens whose log-probabilities are asked.
 
     Attributes:
         routing: which experts tokens are routed to.
+        overlap: as in `Policy`.
+        stages_host_units: units in host memory are not pinned, so each is copied to a pinned buffer first.
+        stream_bytes_per_s: rates at which the links bring a mean streamed unit, by user of `cost_model.timing.contention`.
         lane_share: part of all cores that an operation on a lane keeps busy (device cpu, where all lanes share them).
     """
 
@@ -64,11 +74,14 @@ class Costs:
         dtype_bytes: int,
         shares: np.ndarray | None = None,
         on_demand: bool = True,
+        scored_share: float = 0.0,
     ):
         gpu, b = hardware.gpu, dtype_bytes
         self.routing = Routing(arch, allocation, shares, on_demand)
         self.arch, self.hardware, self.allocation, self._gpu, self._b = arch, hardware, allocation, gpu, b
-        self.overlap, self.pinned = policy.overlap, policy.pin_weight
+        self._scored_share = scored_share
+        self.overlap = policy.overlap
+        self.stages_host_units = hardware.device == "cuda" and not policy.pin_weight
         self.kv_bytes = arch.kv_bytes_per_token_layer(b)
         self._experts, self._dense = gpu.experts[b], gpu.dense[b]
         self._module = arch.projection_params + arch.router_params
@@ -77,6 +90,7 @@ class Costs:
         self._pair_flops = 4 * arch.num_heads * arch.head_dim  # a multiply-add for the score, one for the weighted sum
         self._query_bytes = arch.num_heads * arch.head_dim * b
         self._moves_queries = hardware.device != "cpu"
+        self.stream_bytes_per_s = self._stream_rates()
         self.lane_share = self._lane_share()
 
     def _lane_share(self) -> dict[str, float]:
@@ -87,12 +101,12 @@ class Costs:
         return {
             "gpu": all_cores,
             "cpu": 1.0,
-            "h2d": hw.h2d_core_s_per_byte * self._gpu.h2d_bytes_per_s * core if on_cpu else 0.0,
+            "h2d": hw.h2d_core_s_per_byte * self.stream_bytes_per_s["h2d"] * core if on_cpu else 0.0,
             "h2d/kv": all_cores,
             "h2d/act": copy,
             "d2h": all_cores,
             "d2h/act": copy,
-            "disk_read": hw.disk_read_core_s_per_byte * hw.disk_read_bytes_per_s * core,
+            "disk_read": hw.disk_read_core_s_per_byte * self.stream_bytes_per_s["disk_read"] * core,
             "disk_read/kv": self._kv_read_cores() * core,
             "disk_write": hw.disk_write_core_s_per_byte * hw.disk_write_bytes_per_s * core,
         }
@@ -103,17 +117,40 @@ class Costs:
         core_s = hw.kv_block_core_s + nbytes * hw.disk_read_core_s_per_byte
         return core_s / (hw.kv_block_read_s + nbytes / hw.disk_read_bytes_per_s)
 
-    def read_s(self, nbytes: float) -> float:
-        """A unit, disk to host."""
-        return nbytes / self.hardware.disk_read_bytes_per_s
+    def _stream_rates(self) -> dict[str, float]:
+        """Of the units outside the compute device, where there are any: a mean of all that are moved in a sweep."""
+        found = {}
+        for user, seconds, flat in (
+            ("h2d", self.copy_s, self._gpu.h2d_bytes_per_s),
+            ("disk_read", self.read_s, self.hardware.disk_read_bytes_per_s),
+        ):
+            moved = [part for tier in TIERS[1:] for part in self.streamed(tier)]
+            taken_s = sum(seconds(size, units) for units, size in moved)
+            found[user] = sum(size for _, size in moved) / taken_s if taken_s else flat
+        return found
+
+    def streamed(self, tier: str, *, without: tuple[int, int] = (0, 0)) -> list[tuple[int, int]]:
+        """(units, bytes) of each kind that passes through slots and lives in a tier.
+
+        Args:
+            without: (units, bytes) of experts that do not.
+        """
+        at = self.allocation.placement
+        found = {kind: (at.count_of(tier, kind), at.bytes_of(tier, kind)) for kind in STREAMED}
+        found["expert"] = (found["expert"][0] - without[0], found["expert"][1] - without[1])
+        return list(found.values())
+
+    def read_s(self, nbytes: float, transfers: float = 1.0) -> float:
+        """Units of one size, disk to host: so many, which have so many bytes together."""
+        return transfer_s(self.hardware.disk_read_curve, self.hardware.disk_read_bytes_per_s, nbytes, transfers)
 
     def write_s(self, nbytes: float) -> float:
         """Host to disk."""
         return nbytes / self.hardware.disk_write_bytes_per_s
 
-    def copy_s(self, nbytes: float) -> float:
-        """A unit, host to the compute device."""
-        return nbytes / self._gpu.h2d_bytes_per_s
+    def copy_s(self, nbytes: float, transfers: float = 1.0) -> float:
+        """Units of one size, host to the compute device: so many, which have so many bytes together."""
+        return transfer_s(self._gpu.h2d_curve, self._gpu.h2d_bytes_per_s, nbytes, transfers)
 
     def embed_s(self, batch: BatchLoad) -> float:
         """Rows of the embedding table, read and written."""
@@ -125,7 +162,7 @@ class Costs:
 
     def load_act_s(self, batch: BatchLoad) -> float:
         """Hidden states of the batch to the compute device."""
-        return self.hardware.handoff_s + self.activation_bytes(batch) / self._gpu.h2d_bytes_per_s
+        return self.hardware.handoff_s + self.copy_s(self.activation_bytes(batch))
 
     def store_act_s(self, batch: BatchLoad) -> float:
         """Hidden states of the batch home."""
@@ -177,7 +214,7 @@ class Costs:
 
     def attended_s(self, batch: BatchLoad) -> float:
         """What the CPU attended, up; a part of `load_kv_s`."""
-        return batch.new["cpu"] * self._query_bytes / self._gpu.h2d_bytes_per_s if self._moves_queries else 0.0
+        return self.copy_s(batch.new["cpu"] * self._query_bytes) if self._moves_queries else 0.0
 
     def store_kv_s(self, batch: BatchLoad) -> float:
         """New KV of rows whose home is not the GPU; queries of the rows attended on the CPU down."""
@@ -227,24 +264,29 @@ class Costs:
         """
         layers, on_cpu = len(demand.layers), self.hardware.device == "cpu"
         read, copied = self.demanded_bytes(demand)
-        staged = 0.0 if self.pinned or on_cpu else demand.host_bytes / layers
+        staged = demand.host_bytes / layers if self.stages_host_units else 0.0
         missed = demand.missed / layers
         each = self._reached_s(self.unit_rates(tokens) if on_cpu else self._experts, tokens)
         resident = self._reached_s(self.unit_rates(tokens), tokens)
         waited = min(1.0, missed)
         last_bytes = 0.0 if on_cpu or not missed else demand.disk_bytes / layers * waited / missed
+        ahead_bytes, expert_bytes = copied + staged - last_bytes, single_expert_bytes(self.arch)
         return Demanded(
-            read_s=self.read_s(read),
-            copy_s=self.copy_s(copied + staged - last_bytes),
-            copy_last_s=self.copy_s(last_bytes),
+            read_s=self.read_s(read, read / expert_bytes),
+            copy_s=self.copy_s(ahead_bytes, ahead_bytes / expert_bytes),
+            copy_last_s=self.copy_s(last_bytes, last_bytes / expert_bytes),
             ahead_s=(each + self.op_s) * demand.streamed / layers - each * waited,
             last_s=each * waited,
             unit_s=resident * demand.resident / demand.resident_units if demand.resident_units else 0.0,
         )
 
-    def head_s(self, rows: float, elements: float) -> float:
-        """A chunk of the head over the rows that get a token; as large a matrix as an expert's."""
-        return self._experts.seconds(rows, elements)
+    def head_s(self, rows: float, elements: float, prompt_tokens: float = 0.0) -> float:
+        """A chunk of the head, as large a matrix as an expert's: over the rows that get a token, and apart from them over the
+        positions of prompts that are scored, whose logits are reduced to a log-probability each."""
+        scored = self._scored_share * prompt_tokens
+        scored_s = self._experts.seconds(scored, elements)
+        scored_s += scored * elements / self.arch.head_row_params * self._gpu.score_s
+        return self._experts.seconds(rows, elements) + scored_s
 
     def sample_s(self, rows: float) -> float:
         """The choice of a token per row: its logits are read once."""

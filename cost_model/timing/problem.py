@@ -91,4 +91,5 @@ class Problem:
     def costs(self, policy: Policy, allocation: Allocation) -> Costs:
         """The durations of a policy's operations."""
         arch = self.arch.grouped(policy.experts_per_unit)
-        return Costs(arch, self.hardware, policy, allocation, self.dtype_bytes, self.shares, self.on_demand)
+        options = self.shares, self.on_demand, self.workload.scored_share
+        return Costs(arch, self.hardware, policy, allocation, self.dtype_bytes, *options)

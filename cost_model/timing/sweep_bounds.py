@@ -28,7 +28,6 @@ from cost_model.timing.sweep_load import BatchLoad, SweepLoad, batches
 from policies.placement import TIERS
 
 _LANES = ("gpu", "cpu", "h2d", "d2h", "disk_read", "disk_write")
-_STREAMED = ("attention", "expert", "head")
 #: What one thread does, one after the other: by its name the users of `Resources`.
 THREADS = {
     "gpu": ("gpu", "host"),
@@ -52,7 +51,7 @@ class SweepTime:
 
     Attributes:
         total_s: from its start to the start of the next one.
-        lanes_s: busy seconds by lane.
+        lanes_s: seconds in which each lane is at work.
         bounds_s: what could have decided, by name; `total_s` is the largest.
     """
 
@@ -100,22 +99,20 @@ class SweepForm:
         stream = self._stream_beside(demand)
         experts = _experts(costs, load.tokens, demand, stream)
         embed_s = costs.embed_s(BatchLoad(tokens=load.tokens)) + len(cut) * costs.op_s
-        computed_s = embed_s + _head_s(costs, load.logits) + costs.sample_s(load.logits)
+        computed_s = embed_s + _head_s(costs, load) + costs.sample_s(load.logits)
         busy = {user: layers * seconds for user, seconds in attention.moved_s.items()} | stream.busy_s
         busy |= {user: layers * seconds for user, seconds in experts.moved_s.items()}
         busy |= {
             "gpu": layers * (attention.compute_s + experts.compute_s) + computed_s,
             "host": costs.host_s(load.rows),
         }
-        lanes = dict.fromkeys(_LANES, 0.0)
-        for user, seconds in busy.items():
-            lanes[_LANE_OF[user]] += seconds
         if costs.overlap:
             chain = self._chain(busy, attention, experts, stream, computed_s + busy["host"])
             bounds = self._shared(busy) | chain
         else:
-            bounds = {"serial": sum(lanes.values())}
-        return SweepTime(total_s=max(bounds.values()), lanes_s=lanes, bounds_s=bounds)
+            bounds = {"serial": sum(busy.values())}
+        total_s = max(bounds.values())
+        return SweepTime(total_s=total_s, lanes_s=_lanes_s(busy, total_s), bounds_s=bounds)
 
     def _stream_beside(self, demand: Demand | None) -> _WeightStream:
         if demand is None:
@@ -190,20 +187,18 @@ class _WeightStream:
     """
 
     def __init__(self, costs: Costs, demanded: bool = False):
-        at, allocation, on_cuda = costs.allocation.placement, costs.allocation, costs.hardware.device == "cuda"
-        units = {tier: at.count_of(tier, *_STREAMED) for tier in ("cpu", "disk")}
-        sizes = {tier: at.bytes_of(tier, *_STREAMED) for tier in ("cpu", "disk")}
-        slots = allocation.slots
-        if demanded:
-            slots = min(slots, KEPT_SLOTS)
-            for tier in ("cpu", "disk"):
-                count, size = costs.routing.streamed(tier)
-                units[tier] -= count
-                sizes[tier] -= size
+        without = {tier: costs.routing.streamed(tier) if demanded else (0, 0) for tier in ("cpu", "disk")}
+        moved = {tier: costs.streamed(tier, without=these) for tier, these in without.items()}
         # On device cpu, disk units are read straight into their slot.
-        copy_s, read_s = costs.copy_s(sizes["cpu"] + sizes["disk"] * on_cuda), costs.read_s(sizes["disk"])
+        copied = moved["cpu"] + (moved["disk"] if costs.hardware.device == "cuda" else [])
+        copy_s = sum(costs.copy_s(size, units) for units, size in copied)
+        read_s = sum(costs.read_s(size, units) for units, size in moved["disk"])
+        from_host, from_disk = (sum(units for units, _ in moved[tier]) for tier in ("cpu", "disk"))
+        slots = min(costs.allocation.slots, KEPT_SLOTS) if demanded else costs.allocation.slots
         self.busy_s = {"h2d": copy_s, "disk_read": read_s}
-        self.links = _links(costs, units["cpu"], units["disk"], copy_s, read_s, slots)
+        if costs.stages_host_units:
+            self.busy_s["stage"] = sum(costs.copy_s(size, units) for units, size in moved["cpu"])
+        self.links = _links(costs, from_host, from_disk, copy_s, read_s, slots)
 
 
 def _links(
@@ -281,8 +276,21 @@ def _experts(costs: Costs, tokens: float, demand: Demand | None, stream: _Weight
     )
 
 
-def _head_s(costs: Costs, logits: float) -> float:
+def _lanes_s(busy: Mapping[str, float], total_s: float) -> dict[str, float]:
+    """Seconds of a sweep in which each lane is at work, at most all of it.
+
+    Several threads of a lane share what it has, so that while they work at once each takes longer: their seconds alone
+    add up, until none is left.
+    """
+    lanes = dict.fromkeys(_LANES, 0.0)
+    for user, seconds in busy.items():
+        if user != "stage":  # a copy within host memory is on no lane
+            lanes[_LANE_OF[user]] += seconds
+    return {lane: min(seconds, total_s) for lane, seconds in lanes.items()}
+
+
+def _head_s(costs: Costs, load: SweepLoad) -> float:
     """Seconds of all chunks of the head, and of the operations before and after them."""
     chunks = head_chunks(costs.arch)
     elements = costs.arch.embed_params / chunks
-    return chunks * (costs.head_s(logits, elements) + costs.op_s) + 2 * costs.op_s
+    return chunks * (costs.head_s(load.logits, elements, load.prompt_tokens) + costs.op_s) + 2 * costs.op_s

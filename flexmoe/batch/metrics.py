@@ -48,6 +48,7 @@ _OF_SWEEPS = (
 _OF_PARTS = ("lanes", "memory", "moved_bytes", "peak_bytes", "expert_cache")
 _OF_ENGINE = (
     "predicted",
+    "drift",
     "asked_weight_percent",
     "achieved_weight_percent",
     "asked_cache_percent",
@@ -66,12 +67,14 @@ def metrics_record(
     rows_failed: int,
     rows_resumed: int = 0,
     predicted: Simulation | None = None,
+    drift: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of `--metrics-json`: vLLM's throughput keys, then ours.
 
     Args:
         rows_resumed: rows that an earlier start had finished; requests, tokens and rates are those of this one alone.
         predicted: what the cost model said of this run.
+        drift: what was found to be faster or slower than measured, as `flexmoe.planning.drift.drift_record` makes it.
     """
     wall = max(metrics["wall_s"], 1e-9)
     total, rows_run = metrics["prompt_tokens"] + metrics["generated_tokens"], rows_ok + rows_failed - rows_resumed
@@ -90,6 +93,7 @@ def metrics_record(
         "moved_bytes": {lane: totals["bytes"] for lane, totals in metrics["lanes"].items()},
         "peak_bytes": peak_bytes(metrics, engine),
         "predicted": None if predicted is None else predicted_metrics(predicted),
+        "drift": drift,
         "peak_process_bytes": peak_process_bytes(),
         "peak_gpu_bytes": peak_gpu_bytes(engine),
         "asked_weight_percent": list(engine.plan.asked_weight_percent),

@@ -38,6 +38,7 @@ class RunPlan:
         options: of the engine, beside it.
         engine: what it will allocate.
         predicted: what it will do, where a planner was asked for.
+        forecaster: that said so.
         rows_without_room: rows that are left out.
     """
 
@@ -46,6 +47,7 @@ class RunPlan:
     options: dict[str, Any]
     engine: EnginePlan
     predicted: Simulation | None
+    forecaster: Forecaster | None = None
     rows_without_room: int = 0
 
 
@@ -133,7 +135,14 @@ class _Planner:
         predicted = None
         if forecaster is not None:
             predicted = forecaster.predict(policy, options["kv_tokens"], engine.allocation.cache_experts)
-        return RunPlan(measured=measured, policy=policy, options=options, engine=engine, predicted=predicted)
+        return RunPlan(
+            measured=measured,
+            policy=policy,
+            options=options,
+            engine=engine,
+            predicted=predicted,
+            forecaster=forecaster,
+        )
 
     def longest_that_fits(self, lengths: Lengths) -> int | None:
         """The longest row that runs where it is alone, in tokens; None where even the shortest does not.

@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from flexmoe.batch.job_parts import check_files, open_job, open_model
 from flexmoe.batch.metrics import finished_record, metrics_record
 from flexmoe.batch.options import PathLike, RunOptions
 from flexmoe.batch.plan import RunPlan, plan_run, save_policy
+from flexmoe.batch.watch import drift_watch
 from flexmoe.engine.engine import Engine
 from flexmoe.errors import UsageError
 from flexmoe.job.job import Job
 from flexmoe.job.result import JobResult
 from flexmoe.llm import LLM
 from flexmoe.models.loader import Model
+from flexmoe.planning.drift import drift_record
 from flexmoe.preflight.lengths import Measured
 from flexmoe.system.interrupts import Interrupts
 from policies.common import json_files
@@ -150,10 +153,12 @@ def _run(options: RunOptions, model: Model, job: Job, measured: Measured, listen
     llm = LLM(model, tokenizer=job.tokenizer, policy=plan.policy, workload=plan.measured.workload, **plan.options)
     with contextlib.closing(llm):
         listener.loaded(llm.engine)
-        job.run(llm, plan.policy.block_size)
+        watch = drift_watch(options, plan)
+        job.run(llm, plan.policy.block_size, None if watch is None else partial(watch.after_sweep, llm.engine))
         result = job.publish()
         rows = result.rows_ok, result.rows_failed, result.rows_resumed
-        result = replace(result, metrics=metrics_record(llm.metrics(), llm.engine, *rows, predicted=plan.predicted))
+        metrics = metrics_record(llm.metrics(), llm.engine, *rows, predicted=plan.predicted, drift=drift_record(watch))
+        result = replace(result, metrics=metrics)
         write_files(options, result.metrics, llm.engine)
         listener.ran(llm.engine, plan, result)
     return result

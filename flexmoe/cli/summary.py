@@ -8,6 +8,7 @@ from typing import Any
 from cost_model.simulation.simulate import Simulation
 from flexmoe.engine.engine_plan import EnginePlan
 from flexmoe.job.result import JobResult
+from flexmoe.planning.drift import Drift
 from policies.common.memory_units import in_units
 
 _MINUTE_S, _HOUR_S = 60.0, 3600.0
@@ -46,6 +47,7 @@ def summary_lines(metrics: Mapping[str, Any], plan: EnginePlan, predicted: Simul
     return [
         _speed(metrics),
         _time(metrics, predicted),
+        *_drift(metrics),
         _memory(metrics, plan),
         bottleneck(metrics),
     ]
@@ -84,6 +86,15 @@ def _time(metrics: Mapping[str, Any], predicted: Simulation | None) -> str:
         off = 100 * (predicted.job_s / wall_s - 1) if wall_s else 0.0
         expected = f"; predicted: {elapsed(predicted.job_s)} ({off:+.0f} %)"
     return f"time: {elapsed(wall_s)} for {generated} generated and {prompt} prompt tokens, without loading{expected}"
+
+
+def _drift(metrics: Mapping[str, Any]) -> list[str]:
+    """What the run found otherwise than it was measured, and what was to be expected with that."""
+    drift, wall_s = metrics.get("drift"), metrics["wall_s"]
+    if not drift:
+        return []
+    found, expected_s = " and ".join(str(Drift(**lane)) for lane in drift["lanes"]), drift["predicted_wall_s"]
+    return [f"drift: {found}; predicted with that: {elapsed(expected_s)} ({100 * (expected_s / wall_s - 1):+.0f} %)"]
 
 
 def _memory(metrics: Mapping[str, Any], plan: EnginePlan) -> str:

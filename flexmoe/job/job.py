@@ -15,7 +15,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,11 +175,12 @@ class Job:
         self._stream.refuse_rows()
         return self._found.lengths.measured(preparer.limits.context)
 
-    def run(self, engine: Engine, block_rows: int | None = None) -> None:
+    def run(self, engine: Engine, block_rows: int | None = None, watch: Callable[[], str | None] | None = None) -> None:
         """Runs the rows that are left; after `look`.
 
         Args:
             block_rows: rows that the engine has in flight together.
+            watch: called after every sweep; a sentence that it returns is told beside the progress.
 
         Raises:
             Interrupted: the job was asked to stop; what has been done is kept, as it is after any other error.
@@ -188,7 +189,7 @@ class Job:
         """
         if self._stream is None:
             raise UsageError("the rows have not been looked at; call look() before run()")
-        self._stream.run(engine, block_rows)
+        self._stream.run(engine, block_rows, watch)
 
     def publish(self) -> JobResult:
         """Gives the output and the error file their names, once every row has its line.

@@ -121,11 +121,12 @@ class RowStream:
             self._fail(row, self._rows[row], error, status=400)
         self._tell_refused(before)
 
-    def run(self, engine: Engine, block_rows: int | None = None) -> None:
+    def run(self, engine: Engine, block_rows: int | None = None, watch: Callable[[], str | None] | None = None) -> None:
         """Runs what is left.
 
         Args:
             block_rows: rows that are in flight together; the windows of the order of work follow from it.
+            watch: called after every sweep; a sentence that it returns is told beside the progress.
 
         Raises:
             Interrupted: the job was asked to stop. What has been done is kept, as it is after any other error.
@@ -135,7 +136,7 @@ class RowStream:
         self._refuse_rows_without_room(engine)
         done, options = self._journal.rows_done, self._options
         progress = Progress(len(self._rows), done, bar=options.bar, left=self._left, clock=options.clock)
-        sweeps = _Sweeps(self, engine, progress, self._interrupts, options)
+        sweeps = _Sweeps(self, engine, progress, self._interrupts, options, watch)
         with contextlib.closing(progress), self._interrupts.put_off():
             stream = engine.stream(self._pull(block_rows or _BLOCK_ROWS), sweeps.end)
             try:
@@ -276,8 +277,15 @@ class _Sweeps:
     """What is done after every sweep."""
 
     def __init__(
-        self, rows: RowStream, engine: Engine, progress: Progress, interrupts: Interrupts, options: StreamOptions
+        self,
+        rows: RowStream,
+        engine: Engine,
+        progress: Progress,
+        interrupts: Interrupts,
+        options: StreamOptions,
+        watch: Callable[[], str | None] | None,
     ) -> None:
+        self._watch = watch
         self._rows, self._engine, self._progress, self._interrupts = rows, engine, progress, interrupts
         self._interval_s, self._clock = options.checkpoint_interval_s, options.clock
         self._checkpoint_s = options.clock()
@@ -293,6 +301,8 @@ class _Sweeps:
         self._last = now
         self._rows.count(now[0] - before[0], now[1] - before[1])
         self._progress.sweep(now[0] - last[0], now[1] - last[1])
+        if self._watch is not None and (sentence := self._watch()) is not None:
+            self._progress.tell(sentence)
         if self._interrupts.pending is not None and self._rows.rows_left:
             self._rows.checkpoint(self._engine)
             raise Interrupted(self._interrupts.pending, self._rows.done())

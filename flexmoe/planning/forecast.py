@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from cost_model import Hardware, ModelArch, Workload
+from cost_model.hardware.speeds import with_speeds
 from cost_model.planner.constraints import Fixed
 from cost_model.routing.expert_usage import ExpertUsage
 from cost_model.simulation.simulate import Simulation, simulate
 from cost_model.timing.evaluate import evaluate
 from flexmoe.errors import InfeasibleError
 from flexmoe.planning import kept_plans
+from flexmoe.planning.drift import COMPUTE, DISK
 from flexmoe.planning.machine import this_machine
 from policies.policy import Policy, PolicyFile
 
@@ -95,6 +97,15 @@ class Forecaster:
         policy = solve(self.arch, self.hardware, self.workload, fixed=fixed, **self._about(kv_tokens)).policy
         kept_plans.keep(key, self.policy_file(policy), capacities)
         return policy
+
+    def at_speeds(self, speeds: Mapping[str, float]) -> Forecaster:
+        """The same on this machine where some lanes are so many times as fast as measured.
+
+        Args:
+            speeds: by lane, `DISK` or `COMPUTE` of `flexmoe.planning.drift`.
+        """
+        changed = {name: speeds[lane] for lane, name in ((DISK, "disk_read"), (COMPUTE, "compute")) if lane in speeds}
+        return replace(self, hardware=with_speeds(self.hardware, **changed))
 
     def policy_file(self, policy: Policy) -> PolicyFile:
         """A policy with what it was made for."""

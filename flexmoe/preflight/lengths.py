@@ -122,6 +122,7 @@ class RowLength:
         new_tokens: most tokens of all completions.
         longest: most tokens of any one prompt and its completion.
         is_open: whether the context is the only limit; then there is one prompt.
+        scored_tokens: of all prompts, those whose log-probabilities are asked.
     """
 
     prompts: int
@@ -130,6 +131,7 @@ class RowLength:
     new_tokens: int
     longest: int
     is_open: bool = False
+    scored_tokens: int = 0
 
     @classmethod
     def of(cls, parts: Sequence[EngineRequest], context: int) -> RowLength:
@@ -148,6 +150,9 @@ class RowLength:
             new_tokens=sum((end - length) * part.params.n for part, length, end in zip(parts, prompts, ends)),
             longest=max(ends),
             is_open=any(part.params.max_tokens is None for part in parts),
+            scored_tokens=sum(
+                length - 1 for part, length in zip(parts, prompts, strict=True) if part.params.scores_prompt is not None
+            ),
         )
 
 
@@ -172,6 +177,7 @@ class Lengths:
         self.prompt_tokens, self.new_tokens = array("Q", [0]) * rows, array("Q", [0]) * rows
         self.expected_tokens, self.expected_end = array("Q", [0]) * rows, array("Q", [0]) * rows
         self.longest, self.needed = array("Q", [0]) * rows, array("Q", [0]) * rows
+        self._scored_tokens = array("Q", [0]) * rows
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -183,6 +189,7 @@ class Lengths:
         self._prompts[row], self._samples[row] = length.prompts, length.samples
         self.prompt_tokens[row], self.new_tokens[row] = length.prompt_tokens, length.new_tokens
         self.longest[row], self._is_open[row] = length.longest, length.is_open
+        self._scored_tokens[row] = length.scored_tokens
         if length.is_open:
             expected = min(self._open_tokens, length.longest - length.prompt_tokens)
             self.expected_tokens[row], self.expected_end[row] = (
@@ -207,9 +214,10 @@ class Lengths:
         open_rows = [row for row in rows if self._is_open[row]]
         longest = max((min(most, self._room(row)) for row in rows), default=0)
         longest = max(measured.longest_row, longest)
+        scored = -(-sum(self._scored_tokens[row] for row in rows) // max(1, measured.rows))
         return replace(
             measured,
-            workload=replace(measured.workload, longest_row=longest),
+            workload=replace(measured.workload, longest_row=longest, scored_tokens=scored),
             longest_row=longest,
             open_rows=sum(self._samples[row] for row in open_rows),
             open_tokens=self._open_tokens,

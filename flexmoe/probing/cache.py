@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Collection
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,10 @@ from policies.common.option_names import option
 log = logging.getLogger(__name__)
 
 #: What is measured, and how; another number makes what was kept before worthless.
-_EDITION = "6"
+_EDITION = "7"
+#: Names beside a kept measurement: what was found otherwise, and what it was for that it was measured again.
+_STALE, _MEASURED_AGAIN = ".stale", ".again"
+_FRESH_S = 86_400.0
 _COMMAND = (sys.executable, "-m", "flexmoe.probe")
 _ERRORS = {kind.exit_code: kind for kind in (UsageError, InfeasibleError, StorageError)}
 
@@ -44,12 +49,37 @@ def cached_probe(device: str, directory: str | Path) -> Hardware:
     """
     dev, directory = Device(device), resolved(directory).absolute()
     path = cache_path(dev, directory)
-    hardware = _load(path)
-    if hardware is None:
-        log.warning("this machine has not been measured yet: one to four minutes, once; the result is kept in %s", path)
+    hardware, stale = _load(path), path.with_suffix(_STALE)
+    if hardware is None or stale.exists():
+        why = "has not been measured yet" if hardware is None else "was not as measured in the last run"
+        log.warning("this machine %s: one to four minutes, once; the result is kept in %s", why, path)
         hardware = _measured_apart(str(dev.torch), directory)
         _save(hardware, path)
+        if stale.exists():
+            stale.replace(path.with_suffix(_MEASURED_AGAIN))
     return _with_capacities(hardware, dev, directory)
+
+
+def mark_stale(device: str, directory: str | Path, lanes: Collection[str]) -> None:
+    """A run has found lanes otherwise than measured: the next one measures again.
+
+    Not so where they were found otherwise less than a day after they were measured again for that reason: then it is the
+    prediction that is off, or a machine that is never the same.
+
+    Args:
+        device, directory: as for `cached_probe`.
+        lanes: by name.
+    """
+    path = cache_path(Device(device), resolved(directory).absolute())
+    again = path.with_suffix(_MEASURED_AGAIN)
+    try:
+        is_fresh = again.exists() and time.time() - again.stat().st_mtime < _FRESH_S
+        if is_fresh and set(lanes) <= set(again.read_text(encoding="utf-8").split()):
+            log.info("%s: measured again less than a day ago, and kept", ", ".join(sorted(lanes)))
+        elif path.exists():
+            path.with_suffix(_STALE).write_text("\n".join(sorted(lanes)), encoding="utf-8")
+    except OSError as error:
+        log.warning("the next run cannot be told to measure this machine again: %s", error)
 
 
 def cache_path(device: Device, directory: Path) -> Path:

@@ -35,7 +35,7 @@ from flexmoe.probing.facts import (
 from flexmoe.probing.gemms import UNIT_EXPERTS, dense_rates, expert_rates, grouped_expert_rates
 from flexmoe.probing.kv import SHAPES, kv_block_costs, kv_rates
 from flexmoe.probing.latency import disk_latency, handoff_s, streaming_arch, streaming_core_s_per_byte
-from flexmoe.probing.sweeps import overheads
+from flexmoe.probing.sweeps import overheads, score_s
 from flexmoe.probing.timing import WeightArena
 from flexmoe.progress import Steps
 from flexmoe.system.device import Device, keep_freed_memory
@@ -255,6 +255,10 @@ def _overheads(s: Setting, found: Found) -> None:
         f"(1, rows, operations)"
     )
     found.put(source, sweep_s=rest.sweep_s, row_s=rest.row_s, op_s=rest.op_s)
+    source = (
+        "flexmoe.sampling.logprobs, positions of a prompt with their most probable tokens, without the head's product"
+    )
+    found.put(source, score_s=score_s(s.device, s.effort))
 
 
 def _latencies(s: Setting, found: Found) -> None:

@@ -29,7 +29,8 @@ from flexmoe.params import EngineRequest, SamplingParams
 from flexmoe.probing.attention import AttentionCase
 from flexmoe.probing.effort import Effort, Heads
 from flexmoe.probing.gemms import bench_arch, dense_bench, expert_bench
-from flexmoe.probing.timing import WeightArena
+from flexmoe.probing.timing import WeightArena, noise, repeat_s
+from flexmoe.sampling.logprobs import PromptScores
 from flexmoe.system.device import Device
 from flexmoe.weights.sources import DummySource
 from policies.policy import Policy
@@ -38,6 +39,8 @@ from policies.workload import Workload
 
 _HEADS, _FFN, _EXPERTS, _VOCAB = Heads(hidden=64, heads=4, kv_heads=1, head_dim=16), 96, 4, 256
 _CONTEXT = 256
+#: Scored positions at a time, vocabulary entries of a piece, pieces, and most probable tokens of each position.
+_SCORED, _SCORED_PIECE, _SCORED_PIECES, _SCORED_TOP = 64, 4096, 4, 1
 _WARM = 3
 #: Seconds after which no further sweep is timed, once so many have been.
 _MOST_S, _LEAST_SWEEPS = 3.0, 3
@@ -84,6 +87,21 @@ def overheads(device: Device, dtype: torch.dtype, directory: Path, effort: Effor
     # Relative to the sweep, so that a large one does not drown the small ones.
     sweep_s, row_s, op_s = nonnegative_fit(np.array(features, dtype=float), np.array(rest_s), np.array(whole_s))
     return Overheads(sweep_s=sweep_s, row_s=row_s, op_s=op_s)
+
+
+@torch.inference_mode()
+def score_s(device: Device, effort: Effort) -> float:
+    """Seconds per vocabulary entry of a scored position, as the engine scores a prompt: a few positions at a time, a piece of
+    the vocabulary after the other, the most probable tokens found on the way. The product is not among them."""
+    logits_CV = noise(device, torch.float32, _SCORED, _SCORED_PIECE)
+    targets = torch.zeros(_SCORED, dtype=torch.int64, device=device.torch)
+
+    def score() -> None:
+        scores = PromptScores(targets, _SCORED_TOP)
+        for piece in range(_SCORED_PIECES):
+            scores.add(slice(0, _SCORED), piece * _SCORED_PIECE, logits_CV.clone())
+
+    return repeat_s(device, score, effort.point_s) / (_SCORED_PIECES * logits_CV.numel())
 
 
 def nonnegative_fit(features: np.ndarray, values: np.ndarray, scale: np.ndarray) -> list[float]:

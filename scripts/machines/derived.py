@@ -44,6 +44,14 @@ def curves(peaks: dict[int, float], memory_bytes_per_s: float) -> dict[str, dict
     }
 
 
+#: Of host or device memory for a scored logit: it is widened (6), searched for what is not finite (16) and for the largest (4),
+#: and exponentials are taken and summed (20).
+SCORE_BYTES = 46
+SCORE_SOURCE = (
+    f"estimate: {SCORE_BYTES} bytes of memory_bytes_per_s for each logit, which is passed over in float32 several times"
+)
+
+
 def one_after_other(*rates: float) -> float:
     """The rate of bytes that pass several stages in turn."""
     return 1 / sum(1 / rate for rate in rates)
@@ -68,6 +76,7 @@ def cuda_machine(name: str, card: Card, host: Host) -> Hardware:
         attention_bytes_per_s=memory / ATTENTION_PASSES,
         attention_flops_per_s=PREFILL_SHARE * card.half_flops_per_s,
         op_s=OP_S,
+        score_s=SCORE_BYTES / memory,
     )
     return machine(name, "cuda", gpu, host, card_sources(card))
 
@@ -94,6 +103,7 @@ def card_sources(card: Card) -> dict[str, str]:
         "attention_bytes_per_s": "estimate: a fifth of memory_bytes_per_s: blocks are gathered (two passes), unseen slots "
         "cleared (two), and the fused kernel reads them",
         "attention_flops_per_s": "estimate: 40 % of the 16-bit peak of experts",
+        "score_s": SCORE_SOURCE,
     }
 
 
@@ -115,6 +125,7 @@ def cpu_machine(name: str, host: Host) -> Hardware:
         attention_bytes_per_s=CPU_ATTENTION_SHARE * host.memory_bytes_per_s,
         attention_flops_per_s=host.cores * host.core_flops_per_s,
         op_s=OP_S,
+        score_s=SCORE_BYTES / host.memory_bytes_per_s,
     )
     rule = (
         "estimate: roofline of reading the weights once at host_bytes_per_s, and of the cores. 16 bits: 160 GFLOP/s a "
@@ -128,6 +139,7 @@ def cpu_machine(name: str, host: Host) -> Hardware:
     sources |= dict.fromkeys(copies, third) | halves
     sources["attention_bytes_per_s"] = "as cpu_attention_bytes_per_s"
     sources["attention_flops_per_s"] = "as cpu_attention_flops_per_s"
+    sources["score_s"] = SCORE_SOURCE
     return machine(name, "cpu", gpu, host, sources)
 
 

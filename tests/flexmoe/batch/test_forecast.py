@@ -10,13 +10,15 @@ import torch
 
 import cost_model
 from cost_model import Hardware, ModelArch, Workload
+from cost_model.hardware.speeds import with_speeds
 from cost_model.planner.constraints import Fixed
 from cost_model.timing.evaluate import evaluate
 from flexmoe.cli import run as command
 from flexmoe.cli.report import comparison_lines
 from flexmoe.engine.router_counter import coactivation_bytes
-from flexmoe.planning import kept_plans
+from flexmoe.planning import drift, kept_plans
 from flexmoe.planning.forecast import Forecaster
+from flexmoe.probing import cache
 from policies.common.errors import InfeasibleError
 from policies.policy import Policy, PolicyFile
 from tests.support.tiny import assert_greedy
@@ -258,3 +260,45 @@ def test_policy_file_with_the_planners_sections_runs_as_any_other(run, tiny, tmp
     code, out, err = run("--policy", str(tmp_path / "p.json"))
     assert code == 0, err
     assert "; predicted: " in out
+
+
+# A machine that is not as it was measured.
+
+
+@pytest.fixture
+def small_jobs_are_judged(monkeypatch):
+    """Few sweeps of little work are enough to be judged by."""
+    low = drift.Thresholds(sweeps=1, times=1, seconds=0.0, tokens=0.5, busy=0.0)
+    monkeypatch.setattr(drift, "Thresholds", lambda: low)
+
+
+def test_run_that_finds_the_machine_faster_says_so_and_has_it_measured_again(
+    run, machine, tmp_path, monkeypatch, small_jobs_are_judged, caplog
+):
+    slow = with_speeds(Hardware.load(machine), compute=1e-7)
+    asked = []
+    monkeypatch.setattr(cache, "cache_directory", lambda: tmp_path / "cache")
+    monkeypatch.setattr(cache, "_measured_apart", lambda *args: asked.append(args) or slow)
+    flags = ["--hardware", "auto", "--percent", "100", "0", "100", "0", "100", "0", "--gpu-batch-size", "8"]
+    metrics = tmp_path / "metrics.json"
+    code, out, err = run(*flags, "--metrics-json", str(metrics))
+    assert code == 0, err
+    assert re.search(r"computation is \d+ % above the measurement; about \d+:\d\d left", caplog.text)
+    assert re.search(r"^drift: computation is \d+ % above the measurement; predicted with that: [\d.]+ s \(", out, re.M)
+    record = json.loads(metrics.read_text())
+    (lane,) = record["drift"]["lanes"]
+    assert lane["lane"] == "gpu" and lane["speed"] > 1.2
+    assert record["drift"]["predicted_wall_s"] < 0.9 * record["predicted"]["wall_s"]
+    assert len(asked) == 1 and len(list((tmp_path / "cache").glob("*.stale"))) == 1
+    run(*flags, "--overwrite")
+    assert len(asked) == 2, "measured again at the next start"
+    assert not list((tmp_path / "cache").glob("*.stale")), "for the same reason not twice a day"
+
+
+def test_rates_of_a_file_are_not_measured_again(run, machine, tmp_path, monkeypatch, small_jobs_are_judged):
+    monkeypatch.setattr(cache, "cache_directory", lambda: tmp_path / "cache")
+    with_speeds(Hardware.load(machine), compute=1e-7).save(tmp_path / "slow.json")
+    flags = ["--hardware", str(tmp_path / "slow.json"), "--percent", "100", "0", "100", "0", "100", "0"]
+    code, out, err = run(*flags, "--gpu-batch-size", "8")
+    assert code == 0 and "above the measurement" in out, err
+    assert not list((tmp_path / "cache").glob("*.stale"))

@@ -1,8 +1,10 @@
 """The end of a run in words."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from flexmoe.cli.summary import bottleneck, elapsed
+from flexmoe.cli.summary import bottleneck, elapsed, summary_lines
 
 
 def metrics(wall_s=10.0, **busy_s):
@@ -30,3 +32,22 @@ def test_the_busiest_lane_is_the_bottleneck_unless_none_is_busy(lanes, words):
 )
 def test_time_is_told_in_the_unit_that_suits_it(seconds, told):
     assert elapsed(seconds) == told
+
+
+@pytest.mark.parametrize("drifted", [True, False])
+def test_what_the_run_found_otherwise_than_measured_is_told_with_what_was_to_be_expected(drifted):
+    lanes = [
+        {"lane": "disk_read", "speed": 0.6, "bytes_per_s": 1.94e9},
+        {"lane": "gpu", "speed": 1.5, "bytes_per_s": 0.0},
+    ]
+    found = metrics(11_000.0) | {"drift": {"lanes": lanes, "predicted_wall_s": 11_520.0} if drifted else None}
+    found |= dict.fromkeys(("generated_tokens", "prompt_tokens", "mean_rows_in_flight", "peak_process_bytes"), 1)
+    plan = SimpleNamespace(memory=SimpleNamespace(parts={}), budgets={})
+    lines = [line for line in summary_lines(found, plan, None) if line.startswith("drift: ")]
+    assert (
+        lines
+        == [
+            "drift: the disk reads at 1.9 GB/s, 40 % below the measurement and computation is 50 % above the measurement; "
+            "predicted with that: 3.20 hours (+5 %)"
+        ][: int(drifted)]
+    )

@@ -201,6 +201,17 @@ def test_scoring_rows_generate_nothing():
     params = SamplingParams(max_tokens=0, echo=True, logprobs=1)
     lengths[0] = RowLength.of([EngineRequest(request_id="", prompt_token_ids=(5,) * 7, params=params)], 100)
     assert lengths.new_tokens[0] == 0 and lengths.measured(100).workload.gen_len == 1
+    assert lengths.measured(100).workload.scored_tokens == 6, "the first token has nothing before it"
+
+
+def test_a_plan_knows_how_much_of_the_prompts_is_scored():
+    lengths = Lengths(3)
+    scored = SamplingParams(max_tokens=4, prompt_logprobs=0, n=2)
+    lengths[0] = RowLength.of([EngineRequest(request_id="", prompt_token_ids=(5,) * 31, params=scored)], 100)
+    lengths[1] = RowLength.of([request(10, 4)], 100)
+    workload = lengths.measured(100).workload
+    assert workload.num_requests == 3 and workload.scored_tokens == 10  # 30 of three samples
+    assert Lengths(1).measured(100).workload.scored_tokens == 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])

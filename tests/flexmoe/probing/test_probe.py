@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -160,6 +161,10 @@ def test_gpu_is_measured(tmp_path):
     assert found.gpu.h2d_bytes_per_s > 1e9 and found.gpu.memory_bytes_per_s > found.gpu.h2d_bytes_per_s
     assert found.gpu.attention_bytes_per_s != found.cpu_attention_bytes_per_s
     assert set(found.gpu.grouped_experts) == ({2} if torch.cuda.get_device_capability()[0] >= 8 else set())
+
+
+def test_what_a_scored_logit_takes_is_measured(machine):
+    assert 1e-11 < machine.gpu.score_s < 1e-5 and "logprobs" in machine.sources["score_s"]
 
 
 def test_links_are_measured_by_the_size_of_what_is_moved(machine):
@@ -561,6 +566,30 @@ def test_machine_is_measured_again_when_something_changes(change, own_cache, pro
     monkeypatch.setattr({"torch": torch, "facts": facts}[where], name, value)
     cached_probe("cpu", tmp_path)
     assert len(probes) == 2 and len(list(own_cache.iterdir())) == 2
+
+
+def test_machine_is_measured_again_when_a_run_has_found_it_otherwise(own_cache, probes, tmp_path, caplog):
+    cache.mark_stale("cpu", tmp_path, {"disk_read"})
+    assert not own_cache.exists(), "nothing is kept that could be stale"
+    cached_probe("cpu", tmp_path)
+    cache.mark_stale("cpu", tmp_path, {"disk_read"})
+    for _ in range(2):
+        cached_probe("cpu", tmp_path)
+    assert len(probes) == 2 and "not as measured in the last run" in caplog.text
+    assert last_measured()[1].suffix == ".json"
+
+
+def test_machine_is_measured_again_for_the_same_lane_once_a_day(own_cache, probes, tmp_path):
+    def start(*lanes):
+        cache.mark_stale("cpu", tmp_path, lanes)
+        cached_probe("cpu", tmp_path)
+        return len(probes)
+
+    cached_probe("cpu", tmp_path)
+    assert [start("disk_read"), start("disk_read"), start("gpu", "disk_read"), start("gpu")] == [2, 2, 3, 3]
+    (again,) = own_cache.glob("*.again")
+    os.utime(again, (again.stat().st_atime, again.stat().st_mtime - 90_000))
+    assert start("gpu") == 4
 
 
 def test_capacities_are_never_from_the_cache(own_cache, probes, tmp_path, monkeypatch):
