@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from typing import Any
 from cost_model.hardware.cache import PATTERN
 from cost_model.hardware.hardware import Gpu, Hardware
 from flexmoe.errors import FlexMoEError, InfeasibleError, InputMissingError, StorageError, UsageError
-from flexmoe.probing.facts import MEASURING, capacities, circumstances
+from flexmoe.probing.facts import MEASURING, capacities, child_environment, circumstances
 from flexmoe.progress import Steps
 from flexmoe.system.device import Device
 from policies.common.directories import cache_directory, resolved
@@ -24,7 +23,7 @@ from policies.common.option_names import option
 log = logging.getLogger(__name__)
 
 #: What is measured, and how; another number makes what was kept before worthless.
-_EDITION = "6"
+_EDITION = "7"
 _COMMAND = (sys.executable, "-m", "flexmoe.probe")
 _ERRORS = {kind.exit_code: kind for kind in (UsageError, InfeasibleError, StorageError)}
 
@@ -60,8 +59,6 @@ def cache_path(device: Device, directory: Path) -> Path:
 
 def _measured_apart(device: str, directory: Path) -> Hardware:
     """What `python -m flexmoe.probe` finds; its progress is logged, its error is raised."""
-    root = str(Path(__file__).parents[2])
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     with tempfile.TemporaryDirectory(prefix="flexmoe-probe-") as scratch:
         out = Path(scratch) / "machine.json"
         command = [*_COMMAND, "-o", str(out), "--device", device, "--dir", str(directory)]
@@ -69,7 +66,12 @@ def _measured_apart(device: str, directory: Path) -> Hardware:
         with (
             steps,
             subprocess.Popen(
-                command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+                command,
+                env=child_environment(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
             ) as child,
         ):
             for line in child.stderr or ():

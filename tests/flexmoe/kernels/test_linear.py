@@ -112,5 +112,5 @@ def test_what_a_cpu_multiplies_follows_from_its_features(monkeypatch, flags, fas
 
 
 def test_features_are_read_from_the_kernels_list(monkeypatch):
-    monkeypatch.setattr(machine, "_lines", lambda _: ["model name : x", "flags\t\t: fpu avx2", "bugs : none"])
+    monkeypatch.setattr(machine, "lines_of", lambda _: ["model name : x", "flags\t\t: fpu avx2", "bugs : none"])
     assert machine.cpu_flags() == {"fpu", "avx2"}
