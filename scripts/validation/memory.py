@@ -34,7 +34,7 @@ MODELS = {
 }
 #: Mapped and never touched (`flexmoe.system.memory`); and the step to which the memory of a process is rounded.
 UNTOUCHED_BYTES, STEP_BYTES = 128 * MIB, 32 * MIB
-ROWS, PROMPTS, COMPLETIONS = (24, 96), (8, 256), (4, 24)
+ROWS, PROMPTS, COMPLETIONS = (16, 48), (8, 256), (4, 16)
 LIMITS_GIB = (0.5, 0.9)
 _PLANNED = re.compile(r"^memory +(gpu|cpu): ([\d.]+) GiB", re.MULTILINE)
 
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     replace(Hardware.preset("cpu"), process_bytes=own, sources={}).save(hardware)  # its rates choose, and bound nothing
     rng, results = random.Random(args.seed), []
     for number in range(args.runs):
-        result = _run(_draw(rng, number, hardware), args.work)
+        result = _run(_draw(rng, number), args.work, hardware)
         results.append(result)
         print(line(result), flush=True)
     record = {"machine": machine(), "versions": versions(), "seed": args.seed, "process_bytes": own, "results": results}
@@ -86,11 +86,11 @@ def line(r: dict) -> str:
     )
 
 
-def _draw(rng: random.Random, number: int, hardware: Path) -> Drawn:
+def _draw(rng: random.Random, number: int) -> Drawn:
     count = rng.randint(*ROWS)
     rows = tuple((rng.randint(*rng.choice(((8, 24), PROMPTS))), rng.randint(*COMPLETIONS)) for _ in range(count))
     if number % 2:
-        flags = ("--hardware", str(hardware), "--memory-limit", f"{rng.uniform(*LIMITS_GIB):.3f}")
+        flags = ("--memory-limit", f"{rng.uniform(*LIMITS_GIB):.3f}")
     else:
         shares = [share for _ in range(3) for share in _shares(rng)]
         flags = ("--percent", *map(str, shares), "--gpu-batch-size", str(rng.choice((8, 16))), "--num-gpu-batches", "2")
@@ -103,7 +103,7 @@ def _shares(rng: random.Random) -> tuple[int, int]:
     return gpu, rng.choice((0, 100 - gpu, (100 - gpu) // 2))
 
 
-def _run(drawn: Drawn, work: Path) -> dict:
+def _run(drawn: Drawn, work: Path, hardware: Path) -> dict:
     home = work / "memory-run"
     home.mkdir(exist_ok=True)
     rng = random.Random(0)
@@ -117,11 +117,11 @@ def _run(drawn: Drawn, work: Path) -> dict:
     command = [sys.executable, "-m", "flexmoe.run", "--model", str(work / drawn.model), "-i", str(home / "in.jsonl")]
     command += ["-o", str(home / "out.jsonl"), "--overwrite", "--device", "cpu", "--dtype", drawn.dtype]
     command += ["--offload-dir", str(home / "offload")]
-    flags = list(drawn.flags)
+    flags, dry = list(drawn.flags), ["--dry-run", "--hardware", str(hardware)]
     if drawn.is_planned:
-        _said([*command, *flags, "--dry-run", "--save-policy", str(policy)])
+        _said([*command, *flags, *dry, "--save-policy", str(policy)])
         flags = ["--policy", str(policy)]
-    sizes = [float(gib) for _, gib in _PLANNED.findall(_said([*command, *flags, "--dry-run"]))]
+    sizes = [float(gib) for _, gib in _PLANNED.findall(_said([*command, *flags, *dry]))]
     limit = ceil(sum(sizes) * GIB) + STEP_BYTES
 
     def limited() -> None:
@@ -135,7 +135,7 @@ def _run(drawn: Drawn, work: Path) -> dict:
         "model": drawn.model,
         "dtype": drawn.dtype,
         "is_planned": drawn.is_planned,
-        "flags": flags if not drawn.is_planned else list(drawn.flags[2:]),
+        "flags": list(drawn.flags),
         "rows": len(drawn.rows),
         "limit_bytes": limit,
         "planned_bytes": sum(memory[tier].get("planned_bytes", 0) for tier in ("gpu", "cpu")),
