@@ -21,6 +21,7 @@ from flexmoe.models.loader import compute_dtype, load_model
 from flexmoe.planning.forecast import Forecaster
 from flexmoe.probing.cache import cache_path
 from flexmoe.system.device import Device
+from flexmoe.system.memory import process_bytes
 from policies.common.memory_units import GIB
 from policies.policy import Policy, Workload
 from scripts.demonstration.models import DemoModel, choose
@@ -34,7 +35,7 @@ class Setting:
     """A model on a device, and the directory of the demo's files.
 
     Args:
-        budgets: GiB by the names of the flags; on CUDA that of the GPU includes the context.
+        budgets: GiB by the names of the flags; on CUDA that of the GPU includes the context, and that of the CPU the process.
     """
 
     model: DemoModel
@@ -49,7 +50,8 @@ class Setting:
         whole = 1 << 50
         context = (whole - device.room(whole)) / GIB if device.is_cuda else 0
         gpu_mem = round(context + model.gpu_mem, 2)
-        budgets = {"gpu_mem": gpu_mem, "cpu_mem": model.cpu_mem, "nvme_mem": model.nvme_mem}
+        own = process_bytes() / GIB if device.is_cuda else 0  # there the budget is that of the whole process
+        budgets = {"gpu_mem": gpu_mem, "cpu_mem": round(own + model.cpu_mem, 2), "nvme_mem": model.nvme_mem}
         return cls(model=model, checkpoint=checkpoint, home=home, device=device, budgets=budgets)
 
     @property

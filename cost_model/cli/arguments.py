@@ -103,6 +103,13 @@ def _machine_flags(p: argparse.ArgumentParser) -> None:
     )
     for tier, what in (("gpu", "GPU memory"), ("cpu", "CPU memory"), ("nvme", "disk space")):
         g.add_argument(f"--{tier}-mem", type=size_gib, metavar="GIB", help=f"{what}, instead of the machine's")
+    g.add_argument(
+        "--memory-limit",
+        type=size_gib,
+        metavar="GIB",
+        help="host memory of the whole process, which is counted with what is placed there, instead of the machine's; with a GPU "
+        "--cpu-mem is the same",
+    )
     for letter, tier in (("g", "gpu"), ("c", "cpu"), ("n", "nvme")):
         g.add_argument(
             f"--alpha-{letter}",

@@ -109,7 +109,9 @@ def _usage(path: Path, arch: ModelArch) -> ExpertUsage:
 def _machine(args: argparse.Namespace) -> tuple[Hardware, str]:
     """The machine with the budgets of the flags, and a phrase on where its rates come from."""
     hardware, origin = _hardware(args.hardware)
-    hardware = hardware.with_budgets(gpu_mem=args.gpu_mem, cpu_mem=args.cpu_mem, nvme_mem=args.nvme_mem)
+    hardware = hardware.with_budgets(
+        gpu_mem=args.gpu_mem, cpu_mem=args.cpu_mem, nvme_mem=args.nvme_mem, memory_limit=args.memory_limit
+    )
     host = hardware.host_memory_bytes if hardware.cpu_budget_bytes is None else hardware.cpu_budget_bytes
     capacity = {"gpu_mem": hardware.gpu.memory_bytes, "cpu_mem": host, "nvme_mem": hardware.disk_bytes}
     parts = {"gpu_mem": args.alpha_g, "cpu_mem": args.alpha_c, "nvme_mem": args.alpha_n}

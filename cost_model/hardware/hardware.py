@@ -124,7 +124,7 @@ class Hardware:
         device: "cuda" or "cpu", the type of the compute device.
         gpus: the compute devices; exactly one today.
         cores: CPU cores that a run may use.
-        host_memory_bytes: host memory that a run may take.
+        host_memory_bytes: host memory that the process of a run may take, all of it.
         host_bytes_per_s: DRAM, all readers together.
         disk_bytes: disk space that a run may take.
         disk_read_bytes_per_s, disk_write_bytes_per_s: reads and writes of the disk, at the runtime's depth.
@@ -146,6 +146,8 @@ class Hardware:
         sources: field name of this class or of `Gpu` to where the value comes from.
         cpu_budget_bytes: on device cpu, what the cpu tier may take of host memory; None is all of it.
         disk_read_curve: reads by the bytes of a unit, a few units under way; empty where not measured.
+        process_bytes: host memory that the process takes beside what the plan places: Python, libraries with what they keep,
+            threads; 0 where not measured.
 
     Raises:
         UsageError: a value is of the wrong type or out of range; the sentence names it.
@@ -176,6 +178,7 @@ class Hardware:
     sources: Annotated[Mapping[str, str], _SOURCES] = field(default_factory=dict)
     cpu_budget_bytes: Annotated[int | None, optional(whole(0))] = None
     disk_read_curve: LinkCurve = ()
+    process_bytes: Annotated[int, whole(0)] = 0
 
     def __post_init__(self) -> None:
         check_fields(self, "of the machine")
@@ -192,21 +195,33 @@ class Hardware:
         return self.gpus[0]
 
     def with_budgets(
-        self, *, gpu_mem: float | None = None, cpu_mem: float | None = None, nvme_mem: float | None = None
+        self,
+        *,
+        gpu_mem: float | None = None,
+        cpu_mem: float | None = None,
+        nvme_mem: float | None = None,
+        memory_limit: float | None = None,
     ) -> "Hardware":
         """This machine with other capacities, in GiB; None keeps what it has, and 0 is a value.
 
         On device cuda they replace the sizes of GPU memory (the context included) and of host memory, be they smaller
-        or larger. On device cpu they limit the gpu and the cpu tier, which still share the machine's host memory.
+        or larger; of host memory the smaller of ``cpu_mem`` and ``memory_limit``, in which the process itself is
+        counted. On device cpu ``gpu_mem`` and ``cpu_mem`` limit what is placed in the gpu and the cpu tier; the two and
+        the process share the machine's host memory, which ``memory_limit`` replaces.
 
         Raises:
             UsageError: a value is negative or no finite number; the sentence names it.
         """
-        gpu_bytes, cpu_bytes, disk_bytes = (
+        asked = {"gpu_mem": gpu_mem, "cpu_mem": cpu_mem, "nvme_mem": nvme_mem, "memory_limit": memory_limit}
+        gpu_bytes, cpu_bytes, disk_bytes, limit_bytes = (
             None if gib is None else int(Fraction(check_number(option(name), gib, zero=True)) * GIB)
-            for name, gib in (("gpu_mem", gpu_mem), ("cpu_mem", cpu_mem), ("nvme_mem", nvme_mem))
+            for name, gib in asked.items()
         )
         changes: dict[str, Any] = {}
+        if limit_bytes is not None:
+            changes["host_memory_bytes"] = limit_bytes
+            if self.device == "cuda" and cpu_bytes is not None:
+                cpu_bytes = min(cpu_bytes, limit_bytes)
         if gpu_bytes is not None:
             changes["gpus"] = (replace(self.gpu, memory_bytes=gpu_bytes),)
         if cpu_bytes is not None:
@@ -218,8 +233,9 @@ class Hardware:
     def budgets(self) -> dict[str, int | None]:
         """Bytes that each tier's tensors may take, by the keys of `MemoryPlan.check`; None is no limit of its own.
 
-        On device cpu both tiers are host memory, under the key ``gpu+cpu``; each has a limit of its own only where a
-        budget below that was given.
+        The process itself is an item of the cpu tier. On device cpu both tiers are host memory, under the key
+        ``gpu+cpu``; each has a limit of its own only where a budget below that was given, to which what the process
+        takes is added.
         """
         host = self.host_memory_bytes
         if self.device == "cuda":
@@ -229,7 +245,8 @@ class Hardware:
                 "disk": self.disk_bytes,
             }
         gpu = self.gpu.memory_bytes if self.gpu.memory_bytes < host else None
-        return {"gpu": gpu, "cpu": self.cpu_budget_bytes, "gpu+cpu": host, "disk": self.disk_bytes}
+        cpu = None if self.cpu_budget_bytes is None else self.cpu_budget_bytes + self.process_bytes
+        return {"gpu": gpu, "cpu": cpu, "gpu+cpu": host, "disk": self.disk_bytes}
 
     def fingerprint(self) -> dict[str, str | int]:
         """What a policy file says of the machine that it was planned for."""

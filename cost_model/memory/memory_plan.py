@@ -23,6 +23,8 @@ HOST_BUFFERS = 24
 #: Tokens of one expert that are computed at once: bounds the workspace, and keeps it in cache on the CPU.
 EXPERT_CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}
 LOADS_IN_FLIGHT = 4
+#: The item of host memory that no tensor of the plan takes: Python, libraries with what they keep, threads.
+PROCESS = "process"
 #: Bytes per vocabulary entry that the choice of one token takes at most: `flexmoe.sampling.sampler` takes 48, rounded up.
 SAMPLED_ROW_BYTES = 64
 
@@ -32,8 +34,9 @@ def remedies() -> dict[str, str]:
     rows, prompts = option("gpu_batch_size"), option("prefill_tokens")
     return {
         "gpu": f"raise {option('gpu_mem')}, or lower the GPU percents, {rows} or {prompts}",
-        "cpu": f"raise {option('cpu_mem')}, or lower the CPU percents or the block size",
-        "gpu+cpu": "on device cpu both tiers are RAM: lower the GPU and CPU percents, or the block size",
+        "cpu": f"raise {option('cpu_mem')} or {option('memory_limit')}, or lower the CPU percents or the block size",
+        "gpu+cpu": f"on device cpu both tiers are RAM: raise {option('memory_limit')}, or lower the GPU and CPU percents, or "
+        "the block size",
         "disk": f"raise {option('nvme_mem')}, or lower the disk shares",
     }
 
@@ -64,17 +67,25 @@ class MemoryPlan:
             tiers = name.split("+")
             need = sum(self.total(t) for t in tiers)
             if need > budget:
-                items = {f"{t} {item}": size for t in tiers for item, size in self.parts[t].items()}
+                items = {f"{t} {item}": size for t in tiers for item, size in self.parts[t].items() if item != PROCESS}
+                process = self.parts[tiers[-1]].get(PROCESS, 0)
+                own = f" ({process / GIB:.3f} GiB of it are the process itself)" if process else ""
                 largest = max(items, key=items.__getitem__)
                 raise InfeasibleError(
-                    f"the {name} memory needs {need / GIB:.3f} GiB but has {budget / GIB:.3f} GiB: "
+                    f"the {name} memory needs {need / GIB:.3f} GiB{own} but has {budget / GIB:.3f} GiB: "
                     f"{in_units(need - budget)} are missing; the largest item is {largest} with "
                     f"{items[largest] / GIB:.3f} GiB; {(remedy or remedies())[name]}"
                 )
 
 
 def plan_memory(
-    arch: ModelArch, policy: Policy, allocation: Allocation, *, device: str, compute_bytes: int
+    arch: ModelArch,
+    policy: Policy,
+    allocation: Allocation,
+    *,
+    device: str,
+    compute_bytes: int,
+    process_bytes: int = 0,
 ) -> MemoryPlan:
     """Bytes that each tier holds at its peak.
 
@@ -82,12 +93,14 @@ def plan_memory(
         allocation: from `allocate`.
         device: ``cpu`` or ``cuda``.
         compute_bytes: bytes of one number in the compute dtype.
+        process_bytes: host memory of the process beside all of this (`Hardware.process_bytes`).
     """
     arch = arch.grouped(policy.experts_per_unit)
     weights = _weight_bytes(arch, allocation, device, compute_bytes, policy)
     kv = _kv_bytes(arch, allocation, device, compute_bytes, policy)
     act = _activation_bytes(arch, policy, allocation, device, compute_bytes)
     parts = {tier: {**weights[tier], **kv[tier], **act[tier]} for tier in TIERS}
+    parts["cpu"][PROCESS] = process_bytes
     return MemoryPlan(parts={t: {k: v for k, v in items.items() if v} for t, items in parts.items()})
 
 
@@ -167,7 +180,9 @@ def _activation_bytes(
     heads, kv_heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     attention = 2 * batch * (4 * heads + 6 * kv_heads + 2 * hidden) * b + 3 * batch * hidden * 4
     chunk = min(EXPERT_CHUNK_TOKENS[device], tokens)
-    expert = chunk * (2 * max(arch.ffn, arch.dense_ffn) + 2 * hidden) * b
+    width = max(arch.ffn, arch.dense_ffn)
+    copied = chunk * max(width, hidden) * 4 if device == "cpu" else 0  # widened, or padded (`flexmoe.kernels.linear`)
+    expert = chunk * (2 * width + 2 * hidden) * b + copied
     block = tokens * (2 * hidden + arch.num_experts) * b + tokens * arch.top_k * 32
     logits = policy.block_size * (arch.vocab_size * b + 2 * hidden * b) + sampling_bytes(arch, policy)
     resident = min(tokens * hidden * b, tiers.count("gpu") * home) + min(2, away) * home

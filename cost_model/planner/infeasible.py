@@ -18,8 +18,8 @@ from policies.common.option_names import option
 from policies.policy import Policy
 
 _MEMORY = {"gpu": "GPU memory", "cpu": "host memory", "gpu+cpu": "host memory", "disk": "disk"}
-#: The options that are budgets; another is in the machine's file.
-_OPTIONS = {"gpu": "gpu_mem", "cpu": "cpu_mem", "disk": "nvme_mem"}
+#: The options that are budgets.
+_OPTIONS = {"gpu": "gpu_mem", "cpu": "cpu_mem", "gpu+cpu": "memory_limit", "disk": "nvme_mem"}
 #: What a capacity is known to, as a part of it.
 _RESOLUTION = 1e-3
 _NO_LIMIT_BYTES = 1 << 60
@@ -90,14 +90,17 @@ def _with_capacity(hardware: Hardware, name: str, nbytes: int) -> Hardware:
 
 
 def _capacity(hardware: Hardware, name: str) -> int:
-    """The capacity behind a budget that limits: of a GPU the context is a part of it."""
+    """The capacity behind a budget that limits: of a GPU the context is a part of it, and of the cpu tier on device cpu the
+    process is not."""
+    if name == "cpu" and hardware.device == "cpu":
+        return hardware.cpu_budget_bytes or 0
     return hardware.gpu.memory_bytes if name == "gpu" else hardware.budgets()[name] or 0
 
 
 def _remedy(problem: Problem, fixed: Fixed, name: str, least: int | None, has: int) -> str:
     """What to ask for, in the words and the GiB that the user asks with."""
     what = _MEMORY[name]
-    asked = option(_OPTIONS[name]) if name in _OPTIONS else "host_memory_bytes in the machine's file"
+    asked = option(_OPTIONS[name])
     if least is None:
         return f"more {what} ({asked}) would not be enough"
     enough = least

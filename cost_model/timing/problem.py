@@ -86,7 +86,14 @@ class Problem:
     def memory(self, policy: Policy, allocation: Allocation) -> MemoryPlan:
         """The bytes of a policy."""
         device = self.hardware.device
-        return plan_memory(self.arch, policy, allocation, device=device, compute_bytes=self.dtype_bytes)
+        return plan_memory(
+            self.arch,
+            policy,
+            allocation,
+            device=device,
+            compute_bytes=self.dtype_bytes,
+            process_bytes=self.hardware.process_bytes,
+        )
 
     def costs(self, policy: Policy, allocation: Allocation) -> Costs:
         """The durations of a policy's operations."""

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 import torch
 
 from flexmoe.errors import InfeasibleError, StorageError
+from flexmoe.system.memory_watch import lacks_memory
 from policies.common.option_names import option
 
-#: torch's allocator for the CPU has no error class of its own.
-_CPU_MESSAGE = "can't allocate memory"
 _DISK_ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT)
 
 
@@ -26,10 +25,8 @@ def as_user_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _infeasible(error) from error
-    except RuntimeError as error:
-        if _CPU_MESSAGE not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not lacks_memory(error):
             raise
         raise _infeasible(error) from error
     except OSError as error:

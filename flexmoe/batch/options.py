@@ -95,6 +95,8 @@ class RunOptions:
         dtype: ``auto`` (the checkpoint's), ``bfloat16``, ``float16`` or ``float32``.
         expert_cache: ``lfu``, ``lru``, ``static`` or ``off``.
         gpu_mem, cpu_mem, nvme_mem: budgets in GiB; None: what the machine has.
+        memory_limit: GiB of host memory that the whole process may hold; None: what the machine, its cgroup and resource
+            limits allow.
         offload_dir: directory of the disk tier.
         kv_tokens: KV capacity in tokens; None: from the policy and the rows' lengths.
         metrics_json, router_stats, trace: files to write; None writes none.
@@ -140,6 +142,7 @@ class RunOptions:
     gpu_mem: float | None = None
     cpu_mem: float | None = None
     nvme_mem: float | None = None
+    memory_limit: float | None = None
     offload_dir: Path = OFFLOAD_DIR
     kv_tokens: int | None = None
     metrics_json: Path | None = None

@@ -21,6 +21,7 @@ from flexmoe.planning.configure import RESIDENT
 from flexmoe.planning.forecast import Forecaster
 from flexmoe.preflight.lengths import Lengths, Measured
 from flexmoe.system.device import Device
+from flexmoe.system.memory import process_bytes
 from policies.common.option_names import option
 from policies.policy import Policy, PolicyFile
 
@@ -67,7 +68,8 @@ def plan_run(
     usage = _expert_usage(options, model)
     wanted = measured.rows and (predict or options.hardware is not None or options.plans_itself)
     forecaster = _forecaster(options, model, measured, usage) if wanted else None
-    planner = _Planner(options=options, model=model, usage=usage, forecaster=forecaster)
+    own = forecaster.hardware.process_bytes if forecaster else process_bytes()
+    planner = _Planner(options=options, model=model, usage=usage, forecaster=forecaster, process_bytes=own)
     if lengths is not None and measured.open_rows and options.kv_tokens is not None:
         # Open rows make do with the capacity that is asked for.
         measured = lengths.measured(model.arch.max_position, max(options.kv_tokens, max(lengths.needed)))
@@ -115,12 +117,14 @@ class _Planner:
     Args:
         usage: how often each expert was chosen in another run, where that is known.
         forecaster: the cost model's view, where the run asks for it; its workload is replaced by that of the rows.
+        process_bytes: what the process takes beside what is planned: one number for the planner and the engine.
     """
 
     options: RunOptions
     model: Model
     usage: ExpertUsage | None
     forecaster: Forecaster | None
+    process_bytes: int
 
     def plan(self, measured: Measured) -> RunPlan:
         """The plan for these rows.
@@ -209,6 +213,8 @@ class _Planner:
             "gpu_mem": asked.gpu_mem,
             "cpu_mem": asked.cpu_mem,
             "nvme_mem": asked.nvme_mem,
+            "memory_limit": asked.memory_limit,
+            "process_bytes": self.process_bytes,
             "offload_dir": asked.offload_dir,
             "kv_tokens": _kv_tokens(asked, measured, policy),
             "longest_row": measured.longest_row,
@@ -257,7 +263,12 @@ def _forecaster(options: RunOptions, model: Model, measured: Measured, usage: Ex
         hardware=options.hardware or AUTO,
         device=options.device,
         directory=options.offload_dir,
-        budgets={"gpu_mem": options.gpu_mem, "cpu_mem": options.cpu_mem, "nvme_mem": options.nvme_mem},
+        budgets={
+            "gpu_mem": options.gpu_mem,
+            "cpu_mem": options.cpu_mem,
+            "nvme_mem": options.nvme_mem,
+            "memory_limit": options.memory_limit,
+        },
         usage=usage,
         on_demand=options.expert_cache != "off",
         held_bytes=coactivation_bytes(model.arch) if options.router_stats else 0,

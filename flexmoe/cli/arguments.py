@@ -219,7 +219,19 @@ def _machine_flags(p: argparse.ArgumentParser) -> None:
         metavar="GIB",
         help="GPU memory budget; what the plan leaves of it caches experts",
     )
-    g.add_argument("--cpu-mem", type=float, metavar="GIB", help="CPU memory budget")
+    g.add_argument(
+        "--cpu-mem",
+        type=float,
+        metavar="GIB",
+        help="CPU memory budget; with a GPU the process itself is a part of it, on --device cpu it is what is placed there",
+    )
+    g.add_argument(
+        "--memory-limit",
+        type=float,
+        metavar="GIB",
+        help="host memory that the whole process may hold, Python, libraries and threads included (default: what the machine, "
+        "its cgroup and resource limits allow); where it runs short the block shrinks",
+    )
     g.add_argument("--nvme-mem", type=float, metavar="GIB", help="disk budget, weights on disk included")
     g.add_argument(
         "--offload-dir", type=Path, default=OFFLOAD_DIR, help="directory of the disk tier (default %(default)s)"

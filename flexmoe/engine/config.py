@@ -32,6 +32,10 @@ class EngineConfig:
         device: ``auto``, ``cuda`` or ``cpu``.
         dtype: compute dtype, a name or a `torch.dtype`; ``auto`` is the checkpoint's.
         gpu_mem, cpu_mem, nvme_mem: budgets in GiB; None: what the machine has.
+        memory_limit: GiB of host memory that the whole process may hold; None: what the machine, cgroups and resource limits
+            allow.
+        process_bytes: what the process takes of that beside what is planned; None: estimated from what it holds
+            (`flexmoe.system.memory.process_bytes`).
         offload_dir: where the disk tier's files go.
         gen_len: ``max_tokens`` of requests without one; None: they are open, and end at the latest where the context or the
             room for their KV cache does.
@@ -61,6 +65,8 @@ class EngineConfig:
     gpu_mem: float | None = None
     cpu_mem: float | None = None
     nvme_mem: float | None = None
+    memory_limit: float | None = None
+    process_bytes: int | None = None
     offload_dir: Path = OFFLOAD_DIR
     gen_len: int | None = None
     keep_spans: bool = False
@@ -91,7 +97,7 @@ class EngineConfig:
         return cast("ExpertUsage | None", self.expert_usage)
 
     def _check_numbers(self) -> None:
-        for name in ("gpu_mem", "cpu_mem", "nvme_mem"):
+        for name in ("gpu_mem", "cpu_mem", "nvme_mem", "memory_limit"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise UsageError(f"{option(name)} is {value}; give GiB of at least 0")

@@ -22,6 +22,7 @@ from flexmoe.models.loader import Model
 from flexmoe.outputs import RequestOutput
 from flexmoe.params import EngineRequest, InFlight, Resumed
 from flexmoe.sampling.sampler import NOT_FINITE, Chosen, sample
+from flexmoe.system.memory_watch import MemoryWatch, lacks_memory
 from policies.admission.row_state import AttentionMode
 from policies.common.option_names import option
 from policies.placement import TIERS
@@ -66,6 +67,7 @@ class Engine:
         self.recorder, self.store, self.feed, self.executor = parts.recorder, parts.store, parts.feed, parts.executor
         self.cache, self.kv, self.activations = parts.cache, parts.kv, parts.activations
         self.router_counter, self.scheduler = parts.router_counter, parts.scheduler
+        self._memory = MemoryWatch(self.plan.limit_bytes, self.cache.forget_free, self.scheduler.shrink)
 
     @property
     def largest_row_tokens(self) -> int:
@@ -129,14 +131,23 @@ class Engine:
         if self._closed:
             raise UsageError("this engine is closed; make a new one")
         start = time.perf_counter()
+        self._memory.check()
         runs = self.scheduler.plan_sweep()
         if not runs:
             if self._requests:  # `check` admits only rows that fit an empty tier, so this cannot be waited out
                 raise RuntimeError(f"{self.unfinished} requests wait, but the scheduler can admit none of them")
             return self._take_complete()
         block = Block(runs, self.config.policy.gpu_batch_size)
-        logits = self.executor.run(block)
-        chosen = sample(logits, [row.sampler for row in block.logit_owners], workspace_bytes=self._sampling_bytes)
+        try:
+            logits = self.executor.run(block)
+            chosen = sample(logits, [row.sampler for row in block.logit_owners], workspace_bytes=self._sampling_bytes)
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error):
+                raise
+            self.executor.abandon()
+            if not self._memory.recovers(error):
+                raise
+            return self._take_complete()
         tokens = dict(zip(block.logit_owners, chosen.tokens))
         prompt = sum(self.scheduler.commit(run.owner, tokens.get(run.owner)) for run in block.runs)
         self._end_sweep(block, chosen)

@@ -18,7 +18,8 @@ from flexmoe.engine.router_counter import coactivation_bytes
 from flexmoe.errors import InfeasibleError
 from flexmoe.models.loader import Model, compute_dtype
 from flexmoe.system.device import Device
-from flexmoe.system.machine import available_host_bytes, free_disk_bytes
+from flexmoe.system.machine import free_disk_bytes
+from flexmoe.system.memory import process_bytes, process_limit_bytes
 from policies.common.memory_units import GIB, in_units
 from policies.common.option_names import option
 from policies.placement import TIERS, describe
@@ -39,6 +40,7 @@ class EnginePlan:
         allocation: numbers of all that is allocated: units, pages, slots, buffers.
         memory: bytes per tier, item by item.
         budgets: bytes that may be taken per tier; None without a limit.
+        limit_bytes: of host memory, what the whole process may hold.
         written_bytes: bytes that are written to the offload directory.
         policy: of the engine.
         largest_row_tokens: tokens of the longest prompt and completion that the KV cache and its buffers hold.
@@ -49,6 +51,7 @@ class EnginePlan:
     allocation: Allocation
     memory: MemoryPlan
     budgets: Mapping[str, int | None]
+    limit_bytes: int
     written_bytes: int
     policy: Policy
     largest_row_tokens: int
@@ -74,6 +77,8 @@ class EnginePlan:
         )
         if config.known_usage is not None:
             config.known_usage.check_model(arch)
+        if config.process_bytes is None:
+            config = replace(config, process_bytes=process_bytes())
         memory = _memory(arch, allocation, config, kind, dtype)
         stored = ("weights",) if model.checkpoint is not None else ()  # a checkpoint's weights are on disk already
         written = sum(size for item, size in memory.parts["disk"].items() if item not in stored)
@@ -89,6 +94,7 @@ class EnginePlan:
             allocation=allocation,
             memory=memory,
             budgets=budgets,
+            limit_bytes=process_limit_bytes(config.memory_limit),
             written_bytes=written,
             policy=config.policy,
             largest_row_tokens=_largest_row_tokens(allocation, config.longest_row),
@@ -145,15 +151,17 @@ def _largest_row_tokens(allocation: Allocation, longest_row: int | None) -> int:
 
 
 def budgets_of(config: EngineConfig, device: Device) -> dict[str, int | None]:
-    """Bytes that may be taken per tier: what was asked for, and no more than the machine has. None is no limit.
+    """Bytes that may be taken per tier: what was asked for, and no more than the process may hold. None is no limit.
 
-    On device cpu the tiers ``gpu`` and ``cpu`` have a common budget too, ``gpu+cpu``.
+    The process itself is an item of the cpu tier. On device cpu it has no part in the budget of that tier; the tiers
+    ``gpu`` and ``cpu`` have a common one too, ``gpu+cpu``, which is that of the whole process.
     """
     asked = {"gpu": config.gpu_mem, "cpu": config.cpu_mem, "disk": config.nvme_mem}
     budgets = {tier: None if gib is None else int(gib * GIB) for tier, gib in asked.items()}
-    host = available_host_bytes()
+    host = process_limit_bytes(config.memory_limit)
     if not device.is_cuda:
-        return {**budgets, "gpu+cpu": host}
+        cpu = None if budgets["cpu"] is None else budgets["cpu"] + (config.process_bytes or 0)
+        return {**budgets, "cpu": cpu, "gpu+cpu": host}
     if (gpu := budgets["gpu"]) is not None:
         budgets["gpu"] = device.room(gpu)
     free = torch.cuda.mem_get_info(device.torch)[0]
@@ -166,7 +174,14 @@ def budgets_of(config: EngineConfig, device: Device) -> dict[str, int | None]:
 def _memory(
     arch: ModelArch, allocation: Allocation, config: EngineConfig, device: str, dtype: torch.dtype
 ) -> MemoryPlan:
-    memory = plan_memory(arch, config.policy, allocation, device=device, compute_bytes=dtype.itemsize)
+    memory = plan_memory(
+        arch,
+        config.policy,
+        allocation,
+        device=device,
+        compute_bytes=dtype.itemsize,
+        process_bytes=config.process_bytes or 0,
+    )
     if not config.router_stats:
         return memory
     return MemoryPlan(

@@ -115,6 +115,15 @@ class Executor:
         self._recorder.resolve()
         return self._logits.take()
 
+    def abandon(self) -> None:
+        """Wait until the lanes are idle after a sweep that has failed; what it has computed is dropped."""
+        for future in self._pending.values():
+            with contextlib.suppress(Exception):  # the sweep's own error has been told
+                future.result()
+        with contextlib.suppress(Exception):
+            self._kv.drain()
+        self._hidden.clear()
+
     def _issue(self, op: Op) -> None:
         """Do an operation of the GPU, or hand it to its lane; the lanes wait for each other, not this thread."""
         handler: Callable[[Op], Future[Any] | None] = getattr(self, f"_op_{op.kind}")

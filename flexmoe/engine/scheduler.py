@@ -209,6 +209,23 @@ class Scheduler:
         self._close(row)
         self._close_prefixes()
 
+    def shrink(self, *, restart: bool = False) -> int | None:
+        """Have fewer rows in flight from now on, three quarters of those that are now; the youngest wait again.
+
+        Args:
+            restart: all others enter anew, too: a sweep has failed, and what it has written is lost.
+
+        Returns:
+            int | None: how many may be in flight; None where no fewer are possible, and nothing has changed then.
+        """
+        running = self.running
+        if len(running) <= 1:
+            return None
+        self.admission.most_rows = most = len(running) * 3 // 4
+        for row in reversed(running[0 if restart else most :]):
+            self.preempt(row)
+        return most
+
     def enter_aged(self, row: Row) -> None:
         """Put a row in flight as if all its tokens but the last were in the cache; its KV is whatever the pages hold.
 

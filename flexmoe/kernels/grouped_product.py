@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from cost_model.model.weight_units import ROW_BYTES
-from flexmoe.kernels.linear import linear, multiplies
+from flexmoe.kernels.linear import linear
 from flexmoe.kernels.native import library as native
 from flexmoe.kernels.native.products import grouped_products
 
@@ -50,7 +50,7 @@ def grouped_product(x_nC: torch.Tensor, matrices: Matrices, ends_e: torch.Tensor
     few = len(x_nC) <= _NATIVE_TOKENS * len(matrices)
     if not isinstance(matrices, torch.Tensor) or (few and x_nC.device.type == "cpu" and native.available()):
         return grouped_products(x_nC, matrices, ends_e)
-    if x_nC.device.type == "cpu" and not multiplies(x_nC.dtype):
+    if x_nC.device.type == "cpu" and x_nC.dtype != torch.float32:
         bounds = [0, *ends_e.tolist()]
         return torch.cat([linear(x_nC[a:b], m) for m, a, b in zip(matrices, bounds, bounds[1:])])
     product: torch.Tensor = F.grouped_mm(x_nC, matrices.transpose(1, 2), offs=ends_e)

@@ -3,6 +3,11 @@
 A CPU without instructions for 16-bit numbers multiplies them in torch several times slower than in float32. There the
 weight is widened piece by piece, and the product of the pieces is taken in float32.
 
+A CPU that has them gives 16-bit products to oneDNN, which generates code for every number of tokens and keeps it: an
+expert gets another number in every sweep, and the code of a thousand products takes hundreds of MiB. So tokens are
+padded to one of few numbers (`padded_tokens`). Every row of a product is computed by itself, and what is padded is cut
+off. Products in float32 are MKL's, which keeps no such code; they are not padded.
+
 Legend: n tokens, C columns and R rows of a weight.
 """
 
@@ -24,14 +29,19 @@ _INSTRUCTIONS = {
 }
 #: Tokens up to which our own product, which reads the weight once as it is, beats widening it.
 _FEW_TOKENS = 12
+#: Least tokens that are multiplied at once by oneDNN, and how many sizes there are between a power of two and the next.
+_LEAST_TOKENS, _SIZES_PER_OCTAVE = 8, 8
 #: Numbers of a weight that are widened at a time: 4 MiB stay in the cache, and the pieces are large enough for threads.
 _PIECE = 1 << 20
 
 
 def linear(x_nC: torch.Tensor, weight_RC: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
     """``x · weight^T + bias``: ``[n, R]`` in the dtype of ``x``."""
-    if x_nC.device.type != "cpu" or multiplies(x_nC.dtype):
+    if x_nC.device.type != "cpu" or x_nC.dtype not in _INSTRUCTIONS:
         return F.linear(x_nC, weight_RC, bias_R)
+    if multiplies(x_nC.dtype):
+        more = padded_tokens(len(x_nC)) - len(x_nC)
+        return F.linear(F.pad(x_nC, (0, 0, 0, more)) if more else x_nC, weight_RC, bias_R)[: len(x_nC)]
     if len(x_nC) <= _FEW_TOKENS and bias_R is None and weight_RC.is_contiguous() and native.available():
         return grouped_products(x_nC.contiguous(), [weight_RC], torch.tensor([len(x_nC)], dtype=torch.int32))
     wide_nC, out_nR = x_nC.float(), x_nC.new_empty(len(x_nC), len(weight_RC))
@@ -40,6 +50,12 @@ def linear(x_nC: torch.Tensor, weight_RC: torch.Tensor, bias_R: torch.Tensor | N
         bias = None if bias_R is None else bias_R[at : at + rows].float()
         out_nR[:, at : at + rows] = F.linear(wide_nC, weight_RC[at : at + rows].float(), bias)
     return out_nR
+
+
+def padded_tokens(tokens: int) -> int:
+    """The number of tokens that a product of oneDNN is taken of: 32 of them up to 512, and at most an eighth more above 64."""
+    step = max(_LEAST_TOKENS, (1 << max(0, tokens - 1).bit_length()) // (2 * _SIZES_PER_OCTAVE))
+    return -(-tokens // step) * step
 
 
 @cache

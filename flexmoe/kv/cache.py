@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from cost_model.memory.allocation import PAGE_TOKENS
-from flexmoe.system.device import Device
+from flexmoe.system.device import Device, forget_pages
 from flexmoe.system.direct_io import DirectFile
 
 
@@ -39,6 +39,16 @@ class PageAllocator:
     def free(self) -> int:
         """Pages that nobody holds."""
         return len(self._free)
+
+    def free_runs(self) -> list[tuple[int, int]]:
+        """Free pages as (first, how many) of neighbours."""
+        runs: list[tuple[int, int]] = []
+        for page in sorted(self._free):
+            if runs and sum(runs[-1]) == page:
+                runs[-1] = runs[-1][0], runs[-1][1] + 1
+            else:
+                runs.append((page, 1))
+        return runs
 
     def take(self, after: int = -1) -> int:
         """A free page, held once: the one that follows ``after`` if it is free, else the one that was freed last.
@@ -121,7 +131,7 @@ class KVCache:
         offload_dir: Path | None = None,
         page_tokens: int = PAGE_TOKENS,
     ):
-        self.shape, self.page_tokens = shape, page_tokens
+        self.shape, self.page_tokens, self._is_cuda = shape, page_tokens, device.is_cuda
         self._allocators = {tier: PageAllocator(n) for tier, n in pages.items()}
         self._tails = PageAllocator(tails)
         self.page_bytes = shape.token_bytes * page_tokens
@@ -232,6 +242,17 @@ class KVCache:
         allocator = self._allocators[row.tier]
         pages = [allocator.share(b) for b in row.pages[: tokens // self.page_tokens]]
         return RowKV(row.tier, pages=pages, length=len(pages) * self.page_tokens)
+
+    def forget_free(self) -> None:
+        """Give the memory of pages that no row holds back to the system, as far as it is neither pinned nor a GPU's."""
+        if self._is_cuda:
+            return
+        half = self.page_bytes // 2  # of K or V
+        for tier, pool in (("gpu", self.gpu), ("cpu", self.cpu)):
+            runs = self._allocators[tier].free_runs()
+            for keys_or_values in pool.flatten(0, 1):
+                for first, count in runs:
+                    forget_pages(keys_or_values.data_ptr() + first * half, count * half)
 
     def close_file(self) -> None:
         """Close the disk tier's file; a second call does nothing."""

@@ -59,7 +59,7 @@ def configure(
     # What can be known to be wrong is told before a machine is measured.
     asked = EngineConfig(policy=_resident(usual), workload=usual, **options)
     if policy is None or policy == AUTO:
-        return replace(asked, policy=_planned(model, asked, hardware)) if policy == AUTO else _without(asked, hardware)
+        return _planned(model, asked, hardware) if policy == AUTO else _without(asked, hardware)
     if not isinstance(policy, (str, Path)):
         return replace(_without(asked, hardware), policy=policy)
     file = PolicyFile.load(policy)
@@ -92,8 +92,8 @@ def _gpu_gib(share: Any, gpu_mem: float | None, device: str) -> float | None:
     return share * total_bytes / GIB
 
 
-def _planned(model: Model, asked: EngineConfig, hardware: Hardware | str | Path | None) -> Policy:
-    """The planner's policy."""
+def _planned(model: Model, asked: EngineConfig, hardware: Hardware | str | Path | None) -> EngineConfig:
+    """With the planner's policy, and the memory of the process that it was planned with."""
     forecaster = Forecaster.of_machine(
         model.arch,
         asked.workload,
@@ -101,12 +101,18 @@ def _planned(model: Model, asked: EngineConfig, hardware: Hardware | str | Path 
         hardware=hardware or AUTO,
         device=asked.device,
         directory=asked.offload_dir,
-        budgets={"gpu_mem": asked.gpu_mem, "cpu_mem": asked.cpu_mem, "nvme_mem": asked.nvme_mem},
+        budgets={
+            "gpu_mem": asked.gpu_mem,
+            "cpu_mem": asked.cpu_mem,
+            "nvme_mem": asked.nvme_mem,
+            "memory_limit": asked.memory_limit,
+        },
         usage=asked.known_usage,
         on_demand=asked.expert_cache != "off",
         held_bytes=coactivation_bytes(model.arch) if asked.router_stats else 0,
     )
-    return forecaster.plan(asked.kv_tokens)
+    policy = forecaster.plan(asked.kv_tokens)
+    return replace(asked, policy=policy, process_bytes=asked.process_bytes or forecaster.hardware.process_bytes)
 
 
 def _without(asked: EngineConfig, hardware: Hardware | str | Path | None) -> EngineConfig:

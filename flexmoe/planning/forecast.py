@@ -60,7 +60,8 @@ class Forecaster:
 
         Args:
             directory: on the disk that the disk tier lives on.
-            budgets: GiB of ``gpu_mem``, ``cpu_mem`` and ``nvme_mem``; None is what the machine has, less a tenth.
+            budgets: GiB of ``gpu_mem``, ``cpu_mem``, ``nvme_mem`` and ``memory_limit``; None is what the machine has, less a
+                tenth.
             held_bytes: of the compute device's memory, not for what the planner places.
 
         Raises:
@@ -140,6 +141,7 @@ class Forecaster:
             host_memory_bytes=1,
             disk_bytes=1,
             cpu_budget_bytes=None,
+            process_bytes=0,
             sources={},
         )
         usage = self.usage and {"tokens": self.usage.tokens, "counts": self.usage.counts.tolist()}

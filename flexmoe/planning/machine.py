@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from cost_model.hardware.hardware import Hardware
+from flexmoe.system.memory import process_bytes
+from policies.common.memory_units import GIB
 
-#: Of the host memory and disk space that are free now; the rest is for the process itself and for others.
+#: Of the host memory and disk space that are free now; the rest is for others.
 _SHARE_TO_TAKE = 0.9
 
 
@@ -26,7 +28,7 @@ def this_machine(
         rates: ``"auto"``: measured now (one to four minutes) or before; else a file of `python -m flexmoe.probe`, or its content.
         device: ``auto``, ``cuda`` or ``cpu``.
         directory: on the disk that the disk tier lives on.
-        budgets: GiB of ``gpu_mem``, ``cpu_mem`` and ``nvme_mem``; None is what the machine has, less a tenth.
+        budgets: GiB of ``gpu_mem``, ``cpu_mem``, ``nvme_mem`` and ``memory_limit``; None is what the machine has, less a tenth.
         held_bytes: of the compute device's memory, not for what the planner places.
 
     Raises:
@@ -40,11 +42,15 @@ def this_machine(
         machine = cached_probe(device, directory)
     else:
         machine = Hardware.load(rates)
+    asked, has = dict(budgets or {}), machine.host_memory_bytes / GIB
+    if asked.get("memory_limit") is not None:
+        asked["memory_limit"] = min(asked["memory_limit"] or 0.0, has)
     machine = replace(
         machine,
         host_memory_bytes=int(_SHARE_TO_TAKE * machine.host_memory_bytes),
         disk_bytes=int(_SHARE_TO_TAKE * machine.disk_bytes),
-    ).with_budgets(**dict(budgets or {}))
+        process_bytes=max(machine.process_bytes, process_bytes()),
+    ).with_budgets(**asked)
     if held_bytes:
         gpu = replace(machine.gpu, memory_bytes=max(0, machine.gpu.memory_bytes - held_bytes))
         machine = replace(machine, gpus=(gpu,))

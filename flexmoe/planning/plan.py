@@ -25,6 +25,7 @@ def plan(
     gpu_mem: float | None = None,
     cpu_mem: float | None = None,
     nvme_mem: float | None = None,
+    memory_limit: float | None = None,
     dtype: Any = "auto",
     device: str = "auto",
     offload_dir: str | Path = OFFLOAD_DIR,
@@ -40,6 +41,7 @@ def plan(
             measured now (one to four minutes) or before, with nine tenths of what is free of its memory.
         workload: prompt and completion lengths, and the rows of the job; default: 512 and 128 tokens, without end.
         gpu_mem, cpu_mem, nvme_mem: most GiB of each tier; None: what the machine has.
+        memory_limit: most GiB of host memory of the whole process; None: what the machine has.
         dtype: compute dtype, a name or a `torch.dtype`; ``auto`` is as stored.
         device: of this machine: ``auto``, ``cuda`` or ``cpu``.
         offload_dir: on the disk that this machine's disk tier lives on.
@@ -62,7 +64,7 @@ def plan(
     arch = model if isinstance(model, ModelArch) else _shape(model)
     workload = workload or _USUAL
     arch.check_rows(workload.longest_row)
-    budgets = {"gpu_mem": gpu_mem, "cpu_mem": cpu_mem, "nvme_mem": nvme_mem}
+    budgets = {"gpu_mem": gpu_mem, "cpu_mem": cpu_mem, "nvme_mem": nvme_mem, "memory_limit": memory_limit}
     if hardware is None:
         machine = this_machine(device=device, directory=Path(offload_dir), budgets=budgets)
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from typing import Any
 from cost_model.hardware.cache import PATTERN
 from cost_model.hardware.hardware import Gpu, Hardware
 from flexmoe.errors import FlexMoEError, InfeasibleError, InputMissingError, StorageError, UsageError
-from flexmoe.probing.facts import MEASURING, capacities, circumstances
+from flexmoe.probing.facts import MEASURING, capacities, child_environment, circumstances
 from flexmoe.progress import Steps
 from flexmoe.system.device import Device
 from policies.common.directories import cache_directory, resolved
@@ -26,7 +25,7 @@ from policies.common.option_names import option
 log = logging.getLogger(__name__)
 
 #: What is measured, and how; another number makes what was kept before worthless.
-_EDITION = "7"
+_EDITION = "8"
 #: Names beside a kept measurement: what was found otherwise, and what it was for that it was measured again.
 _STALE, _MEASURED_AGAIN = ".stale", ".again"
 _FRESH_S = 86_400.0
@@ -90,8 +89,6 @@ def cache_path(device: Device, directory: Path) -> Path:
 
 def _measured_apart(device: str, directory: Path) -> Hardware:
     """What `python -m flexmoe.probe` finds; its progress is logged, its error is raised."""
-    root = str(Path(__file__).parents[2])
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     with tempfile.TemporaryDirectory(prefix="flexmoe-probe-") as scratch:
         out = Path(scratch) / "machine.json"
         command = [*_COMMAND, "-o", str(out), "--device", device, "--dir", str(directory)]
@@ -99,7 +96,12 @@ def _measured_apart(device: str, directory: Path) -> Hardware:
         with (
             steps,
             subprocess.Popen(
-                command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+                command,
+                env=child_environment(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
             ) as child,
         ):
             for line in child.stderr or ():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from flexmoe.system.machine import available_host_bytes
+from flexmoe.system.memory import available_host_bytes
 from policies.common.memory_units import GIB, MIB
 
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import resource
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 
+from cost_model.memory.memory_plan import PROCESS
 from flexmoe.errors import InfeasibleError
 from flexmoe.system.device import Device, process_gpu_bytes
 from flexmoe.system.machine import (
-    available_host_bytes,
     busy_core_s,
     cpu_name,
     filesystem,
@@ -21,11 +25,38 @@ from flexmoe.system.machine import (
     nearest_existing,
     usable_cores,
 )
+from flexmoe.system.memory import process_limit_bytes
+from policies.common.option_names import as_flags, option
 
 log = logging.getLogger(__name__)
 #: What the steps of the probe are steps of, for people.
 MEASURING = "measuring this machine"
 _TRIED_BYTES = 32 << 20
+#: What the memory of a process is measured with: experts that get another number of tokens in every sweep.
+_SMALL_MODEL = {
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 4096,
+    "max_position_embeddings": 1024,
+}
+#: As for the command line of a run.
+_SMALL_RUN = {
+    "load_format": ("dummy",),
+    "percent": ("0", "100", "50", "50", "100", "0"),
+    "gpu_batch_size": ("32",),
+    "num_gpu_batches": ("4",),
+    "prompt_len": ("48",),
+    "gen_len": ("24",),
+    "num_prompts": ("192",),
+    "expert_cache": ("off",),
+}
 #: Other processes may use so much of the cores without a word.
 _IDLE = 0.1
 
@@ -64,7 +95,7 @@ def gpu_details(device: Device) -> dict[str, str | int]:
 
 def capacities(device: Device, directory: Path) -> dict[str, int]:
     """What a run may take now, by field of `Hardware` and `Gpu`."""
-    limit, host = pinned_limit_bytes(device), available_host_bytes()
+    limit, host = pinned_limit_bytes(device), process_limit_bytes()
     host = host if limit is None else min(host, limit)
     gpu, reserved = _gpu_bytes(device) if device.is_cuda else (host, 0)
     return {
@@ -90,6 +121,47 @@ def circumstances(device: Device, directory: Path) -> tuple[str, ...]:
         filesystem(directory),
         str(os.stat(nearest_existing(directory)).st_dev),
     )
+
+
+def child_environment() -> dict[str, str]:
+    """For a Python process of these sources."""
+    root = str(Path(__file__).parents[2])
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+
+
+def process_bytes(device: Device, dtype: torch.dtype) -> int:
+    """Host memory that the process of a run takes beside what is planned: the peak of one that runs a small model, less
+    its plan.
+
+    Raises:
+        InfeasibleError: the small model could not be run.
+    """
+    with tempfile.TemporaryDirectory(prefix="flexmoe-process-") as scratch:
+        metrics = Path(scratch) / "metrics.json"
+        (Path(scratch) / "config.json").write_text(json.dumps(_SMALL_MODEL), encoding="utf-8")
+        asked = _SMALL_RUN | {
+            "model": (scratch,),
+            "device": (str(device.torch),),
+            "dtype": (str(dtype).removeprefix("torch."),),
+            "metrics_json": (str(metrics),),
+        }
+        with as_flags():
+            flags = [part for name, values in asked.items() for part in (option(name), *values)]
+        child = subprocess.run(
+            [sys.executable, "-m", "flexmoe.run", *flags],
+            env=child_environment(),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if child.returncode != 0:
+            said = child.stderr.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
+            raise InfeasibleError(f"the memory of a process could not be measured: {said[0]}")
+        measured = json.loads(metrics.read_text(encoding="utf-8"))
+    tiers = ("cpu",) if device.is_cuda else ("gpu", "cpu")
+    planned: int = sum(measured["memory"][tier]["planned_bytes"] for tier in tiers) - measured["memory"]["cpu"][PROCESS]
+    return max(0, int(measured["peak_process_bytes"]) - planned)
 
 
 def pinned_limit_bytes(device: Device) -> int | None:

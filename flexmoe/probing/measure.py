@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 import sys
 import time
@@ -31,6 +30,7 @@ from flexmoe.probing.facts import (
     device_name,
     gpu_details,
     pinned_limit_bytes,
+    process_bytes,
 )
 from flexmoe.probing.gemms import UNIT_EXPERTS, dense_rates, expert_rates, grouped_expert_rates
 from flexmoe.probing.kv import SHAPES, kv_block_costs, kv_rates
@@ -38,7 +38,7 @@ from flexmoe.probing.latency import disk_latency, handoff_s, streaming_arch, str
 from flexmoe.probing.sweeps import overheads, score_s
 from flexmoe.probing.timing import WeightArena
 from flexmoe.progress import Steps
-from flexmoe.system.device import Device, keep_freed_memory
+from flexmoe.system.device import Device, give_back_freed_memory, keep_freed_memory
 from flexmoe.system.direct_io import PIECE_BYTES, READ_THREADS
 from flexmoe.system.machine import cpu_name, filesystem
 from policies.common.directories import OFFLOAD_DIR, resolved
@@ -112,9 +112,7 @@ def _give_back(device: Device) -> None:
     """Freed memory that torch and the C library keep for later: a run in this process counts what is left."""
     if device.is_cuda:
         torch.cuda.empty_cache()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    give_back_freed_memory()
 
 
 def _hardware(device: Device, found: Found, meanwhile: str) -> Hardware:
@@ -296,6 +294,11 @@ def _dtype(s: Setting, size: int) -> str:
     return str(s.dtypes[size]).removeprefix("torch.")
 
 
+def _process(s: Setting, found: Found) -> None:
+    source = f"python -m flexmoe.run with a small model in {_dtype(s, 2)}: peak resident memory less what was planned"
+    found.put(source, process_bytes=process_bytes(s.device, s.dtypes[2]))
+
+
 _STEPS: dict[str, Callable[[Setting, Found], None]] = {
     "the disk": _disk,
     "memory": _memory,
@@ -306,4 +309,5 @@ _STEPS: dict[str, Callable[[Setting, Found], None]] = {
     "overheads": _overheads,
     "latencies": _latencies,
     "computing beside transfers": _streaming,
+    "the process": _process,
 }

@@ -19,7 +19,7 @@ import torch
 
 from flexmoe.errors import InfeasibleError, UsageError
 from flexmoe.system.trace import Recorder
-from policies.common.memory_units import SYSTEM_PAGE_BYTES, align_up
+from policies.common.memory_units import SYSTEM_PAGE_BYTES, align_down, align_up
 from policies.common.option_names import option
 
 _MADV_POPULATE_WRITE = 23
@@ -259,6 +259,20 @@ def process_gpu_bytes(device: torch.device) -> int | None:
     except pynvml.NVMLError:
         return None
     return mine[0].usedGpuMemory if mine and mine[0].usedGpuMemory else None
+
+
+def forget_pages(address: int, size: int) -> None:
+    """Give back the whole pages within host bytes that nobody needs; they read as zeros and take memory when written again."""
+    first, end = align_up(address), align_down(address + size)
+    if end > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
+
+
+def give_back_freed_memory() -> None:
+    """Let the C library give freed memory that it keeps back to the system."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def keep_freed_memory() -> None:

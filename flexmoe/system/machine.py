@@ -1,4 +1,4 @@
-"""What this machine is, and what it has left: cores and memory a new process may take, disk space."""
+"""What this machine is, and what it has left of cores and disk space."""
 
 from __future__ import annotations
 
@@ -13,21 +13,6 @@ from policies.common.option_names import option
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def available_host_bytes() -> int:
-    """Host memory that is free or reclaimable, within the cgroup's limit."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
-    if limit is not None and used is not None:
-        cached = sum(
-            int(line.split()[1]) for line in _lines(_CGROUP / "memory.stat") if line.startswith("inactive_file ")
-        )
-        available = min(available, limit - used + cached)
-    return available
-
-
 def free_disk_bytes(directory: Path) -> int:
     """Free bytes of the file system that holds ``directory`` or its nearest existing parent."""
     return shutil.disk_usage(nearest_existing(directory)).free
@@ -36,7 +21,7 @@ def free_disk_bytes(directory: Path) -> int:
 def usable_cores() -> int:
     """Cores that this process may use: its affinity, and whole ones of the cgroup's quota."""
     cores = len(os.sched_getaffinity(0))
-    quota, _, period = "".join(_lines(_CGROUP / "cpu.max")).partition(" ")
+    quota, _, period = "".join(lines_of(_CGROUP / "cpu.max")).partition(" ")
     if quota.isdigit() and period.isdigit():
         cores = min(cores, int(quota) // int(period))
     return max(1, cores)
@@ -45,7 +30,7 @@ def usable_cores() -> int:
 def busy_core_s() -> float | None:
     """Core-seconds that all processes have used since the machine started; None where it cannot be told apart, because
     this process may use only some of the cores that the kernel counts."""
-    first = (_lines(Path("/proc/stat")) or [""])[0].split()
+    first = (lines_of(Path("/proc/stat")) or [""])[0].split()
     if len(first) < 9 or first[0] != "cpu" or usable_cores() != os.cpu_count():
         return None
     user, nice, system, _, _, irq, softirq, stolen = (int(ticks) for ticks in first[1:9])
@@ -54,7 +39,7 @@ def busy_core_s() -> float | None:
 
 def cpu_flags() -> frozenset[str]:
     """The processor's features, by the kernel's names (``avx2``, ``amx_bf16``); empty where it tells none."""
-    for line in _lines(Path("/proc/cpuinfo")):
+    for line in lines_of(Path("/proc/cpuinfo")):
         name, _, values = line.partition(":")
         if name.strip() in ("flags", "Features"):
             return frozenset(values.split())
@@ -63,7 +48,7 @@ def cpu_flags() -> frozenset[str]:
 
 def cpu_name() -> str:
     """The processor's name for people."""
-    for line in _lines(Path("/proc/cpuinfo")):
+    for line in lines_of(Path("/proc/cpuinfo")):
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
@@ -72,7 +57,7 @@ def cpu_name() -> str:
 def filesystem(path: Path) -> str:
     """Type of the file system that holds a path: a disk tier on `tmpfs` would be host memory."""
     path = path.absolute()
-    mounts = [line.split()[1:3] for line in _lines(Path("/proc/mounts"))]
+    mounts = [line.split()[1:3] for line in lines_of(Path("/proc/mounts"))]
     holding = [(where, kind) for where, kind in mounts if path.is_relative_to(where)]
     return max(holding, key=lambda mount: len(mount[0]), default=("", "unknown"))[1]
 
@@ -99,13 +84,9 @@ def make_directory(path: Path) -> None:
         ) from e
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
+    """Lines of a small file of the system; none where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-
-
-def _number(path: Path) -> int | None:
-    text = "".join(_lines(path))
-    return int(text) if text.isdigit() else None

@@ -41,6 +41,7 @@ class Admission(Generic[RowT]):
         restarts: rows preempted so far.
         preempted: rows preempted since the last `plan_sweep` began; one of them may have entered again since.
         free_tails: rows that the disk tier can still take.
+        most_rows: places in the block; fewer than the policy has once memory has run short.
         prefixes: what rows share.
     """
 
@@ -69,6 +70,7 @@ class Admission(Generic[RowT]):
         # In the order of entry; a row leaves in constant time.
         self._running: dict[RowT, None] = {}
         self._block_open = True
+        self.most_rows = policy.block_size
         self.free_tails = tails
         self.waiting: deque[RowT] = deque()
         self.restarts = 0
@@ -226,7 +228,7 @@ class Admission(Generic[RowT]):
     def _has_place(self, row: RowT) -> bool:
         """Whether the block has a place for it; rows that begin a new prompt leave the reserved places free."""
         new = row.prompt_done == row.generated == 0 and self._running
-        return len(self._running) + (self.prefixes.reserved_places if new else 0) < self._policy.block_size
+        return len(self._running) + (self.prefixes.reserved_places if new else 0) < self.most_rows
 
     def _future(self, row: RowT, budget: int) -> tuple[str | None, list[int], bool]:
         """The tier that the row enters now, its future there, and whether it begins after its prefix."""

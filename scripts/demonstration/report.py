@@ -50,10 +50,11 @@ def planned(metrics: Mapping, budgets: Mapping[str, float]) -> list[str]:
     memory = metrics["memory"]
     on_cuda = metrics["device"].startswith("cuda")
     role = " (allowed on the gpu: with CUDA's context)" if on_cuda else " (gpu: RAM in that role)"
+    process = memory["cpu"].get("process", 0)
     rows = [f"planned, in MiB{role}", _row("", "weights", "KV cache", "buffers", "all", "allowed")]
     for tier, flag in TIERS.items():
         weights, kv = (memory[tier].get(item, 0) for item in ("weights", "kv"))
-        total = memory[tier]["planned_bytes"]
+        total = memory[tier]["planned_bytes"] - (0 if on_cuda else memory[tier].get("process", 0))
         sizes = (weights, kv, total - weights - kv, total, budgets[flag] * GIB)
         rows.append(_row(tier, *(f"{size / MIB:.1f}" for size in sizes)))
     weights, kv = (sum(memory[tier].get(item, 0) for tier in TIERS) for item in ("weights", "kv"))
@@ -61,6 +62,7 @@ def planned(metrics: Mapping, budgets: Mapping[str, float]) -> list[str]:
     read = f"{memory['disk'].get('weights', 0) / MIB:.0f} MiB of weights"
     return [
         *rows,
+        f"the process itself takes {process / MIB:.0f} MiB, {'which the cpu row includes' if on_cuda else 'beside that'};",
         f"{parts} are more than gpu and cpu may take together:",
         f"the disk holds the rest, and every sweep reads {read} from it, beside the computation.",
         f"Up to {metrics['most_rows_in_flight']} rows share a sweep.",

@@ -25,6 +25,12 @@ PREFILL_SHARE = 0.4
 DISK_CORE_S_PER_BYTE, KV_BLOCK_CORE_S, OP_S, ROW_S, SWEEP_S, HANDOFF_S = 5e-11, 10e-6, 30e-6, 30e-6, 2e-3, 100e-6
 #: The runtime's threads that read KV, and those that write it.
 KV_THREADS = 2
+#: The process beside what is planned: Python and torch with what they keep; with CUDA also its libraries and its context.
+PROCESS_BYTES = {"cpu": GIB // 2, "cuda": 2 * GIB}
+PROCESS_SOURCES = {
+    "cpu": "estimate: 0.31 to 0.38 GiB on two cores (benchmarks/memory.md), and threads of more cores",
+    "cuda": "estimate: 0.4 GiB of Python and torch, the rest for CUDA's libraries and the host's part of its context",
+}
 #: The runtime reads weights in pieces of so many bytes.
 PIECE_BYTES = 4 << 20
 
@@ -162,6 +168,7 @@ def machine(name: str, device: str, gpu: Gpu, host: Host, gpu_sources: dict[str,
         "cpu_attention_bytes_per_s": "estimate: half of host_bytes_per_s; the native kernel reaches 44 to 48 % of the rate "
         "of torch.sum on two cores (benchmarks/cpu-attention.txt)",
         "cpu_attention_flops_per_s": host.core_source,
+        "process_bytes": PROCESS_SOURCES[device],
         "row_s": "estimate",
         "sweep_s": "estimate",
     }
@@ -189,6 +196,7 @@ def machine(name: str, device: str, gpu: Gpu, host: Host, gpu_sources: dict[str,
         row_s=ROW_S,
         sweep_s=SWEEP_S,
         sources=sources,
+        process_bytes=PROCESS_BYTES[device],
     )
 
 

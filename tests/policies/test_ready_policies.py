@@ -85,7 +85,14 @@ def test_file_says_what_it_was_made_for(ready, file):
 
 def test_policy_passes_the_byte_check_of_the_executor(ready, file):
     arch, hardware, counts = sized(ready, file.policy)
-    memory = plan_memory(arch, file.policy, counts, device=hardware.device, compute_bytes=arch.dtype_bytes)
+    memory = plan_memory(
+        arch,
+        file.policy,
+        counts,
+        device=hardware.device,
+        compute_bytes=arch.dtype_bytes,
+        process_bytes=hardware.process_bytes,
+    )
     memory.check(hardware.budgets(), {})
     assert file.predicted["memory_bytes"] == {tier: memory.total(tier) for tier in memory.parts}
 

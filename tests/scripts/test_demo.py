@@ -188,7 +188,7 @@ METRICS = {
     "most_rows_in_flight": 60,
     "memory": {
         "gpu": {"planned_bytes": 50 << 20, "weights": 30 << 20, "slots": 20 << 20},
-        "cpu": {"planned_bytes": 40 << 20, "weights": 25 << 20, "kv": 15 << 20},
+        "cpu": {"planned_bytes": 340 << 20, "weights": 25 << 20, "kv": 15 << 20, "process": 300 << 20},
         "disk": {"planned_bytes": 70 << 20, "weights": 70 << 20},
     },
     "lanes": {"gpu": {"busy_s": 6.0}, "disk_read": {"busy_s": 2.0}, "d2h": {"busy_s": 0.001}},
@@ -200,6 +200,7 @@ def test_plan_is_told_tier_by_tier_with_the_reason_for_the_third():
     assert lines[3].split() == ["cpu", "25.0", "15.0", "0.0", "40.0", "153.6"]
     assert lines[2].split() == ["gpu", "30.0", "0.0", "20.0", "50.0", "122.9"]
     text = " ".join(lines)
+    assert "the process itself takes 300 MiB, beside that" in text
     assert "125 MiB of weights, 15 MiB of KV cache" in text
     assert "every sweep reads 70 MiB" in text and "60 rows" in text
 

@@ -39,17 +39,23 @@ def test_on_device_cpu_both_tiers_share_the_host_memory():
     assert cpu.budgets() == {"gpu": None, "cpu": None, "gpu+cpu": 32 * GIB, "disk": 1800 * GIB}
     assert cpu.with_budgets(gpu_mem=16, cpu_mem=0, nvme_mem=1).budgets() == {
         "gpu": 16 * GIB,
-        "cpu": 0,
+        "cpu": cpu.process_bytes,  # not a part of what is placed in the tier
         "gpu+cpu": 32 * GIB,
         "disk": GIB,
     }
 
 
-@pytest.mark.parametrize("asked", [{}, {"gpu_mem": 4.0}, {"gpu_mem": 4, "cpu_mem": 0.5, "nvme_mem": 0.0}])
+@pytest.mark.parametrize(
+    "asked",
+    [{}, {"gpu_mem": 4.0}, {"gpu_mem": 4, "cpu_mem": 0.5, "nvme_mem": 0.0}, {"cpu_mem": 1, "memory_limit": 2.5}],
+)
 def test_budgets_on_device_cpu_are_those_that_the_runtime_checks(monkeypatch, asked):
-    monkeypatch.setattr(engine_plan, "available_host_bytes", lambda: 32 * GIB)
+    monkeypatch.setattr(engine_plan, "process_limit_bytes", lambda limit: int((limit or 32) * GIB))
     policy = Policy.from_percent([0, 100, 0, 100, 0, 100], gpu_batch_size=1, num_gpu_batches=1, prompt_len=1, gen_len=1)
-    config = EngineConfig(policy=policy, workload=Workload(prompt_len=1, gen_len=1), device="cpu", **asked)
+    own = Hardware.preset("cpu").process_bytes
+    config = EngineConfig(
+        policy=policy, workload=Workload(prompt_len=1, gen_len=1), device="cpu", process_bytes=own, **asked
+    )
     checked = engine_plan.budgets_of(config, Device("cpu"))
     planned = Hardware.preset("cpu").with_budgets(**asked).budgets()
     if "nvme_mem" not in asked:
@@ -57,7 +63,16 @@ def test_budgets_on_device_cpu_are_those_that_the_runtime_checks(monkeypatch, as
     assert planned == checked
 
 
-@pytest.mark.parametrize("name", ["gpu_mem", "cpu_mem", "nvme_mem"])
+def test_a_limit_of_memory_is_that_of_the_whole_process():
+    t4, cpu = Hardware.preset("t4"), Hardware.preset("cpu")
+    assert t4.with_budgets(memory_limit=100).budgets()["cpu"] == 100 * GIB
+    assert t4.with_budgets(memory_limit=100, cpu_mem=60).budgets()["cpu"] == 60 * GIB
+    assert t4.with_budgets(memory_limit=50, cpu_mem=60).budgets()["cpu"] == 50 * GIB
+    limited = cpu.with_budgets(memory_limit=8, cpu_mem=2).budgets()
+    assert limited == {"gpu": None, "cpu": 2 * GIB + cpu.process_bytes, "gpu+cpu": 8 * GIB, "disk": 1800 * GIB}
+
+
+@pytest.mark.parametrize("name", ["gpu_mem", "cpu_mem", "nvme_mem", "memory_limit"])
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), True, "16"])
 def test_a_budget_that_is_no_size_is_refused_by_its_name(name, value):
     with pytest.raises(UsageError, match=f"^{name} is"):

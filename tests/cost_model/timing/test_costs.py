@@ -11,17 +11,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cost_model.hardware.hardware import Hardware
 from cost_model.memory.allocation import PAGE_TOKENS, allocate, kv_pages_per_tier, kv_tokens_wanted
 from cost_model.memory.memory_plan import HOST_BUFFERS, MemoryPlan, plan_memory
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import unit_slack_bytes, units_of
+from cost_model.timing.evaluate import evaluate
 from flexmoe.checkpoint.unit_layout import UnitLayout
 from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine import Engine
+from flexmoe.engine.engine_plan import EnginePlan
 from flexmoe.models.loader import load_model
 from flexmoe.models.registry import family
 from flexmoe.system.device import Device
 from policies.common.errors import InfeasibleError
+from policies.common.memory_units import GIB, MIB
 from policies.common.memory_units import SYSTEM_PAGE_BYTES as PAGE_BYTES
 from policies.placement import TIERS
 from policies.policy import Policy, Workload
@@ -129,7 +133,12 @@ def allocated(engine, host_buffers):
 def test_the_runtime_takes_what_was_planned(checkpoint, tmp_path, host_buffers, name, dtype):
     percent, rest = POLICIES[name]
     config = EngineConfig(
-        policy=policy_of(percent, **rest), workload=WORKLOAD, device="cpu", dtype=dtype, offload_dir=tmp_path
+        policy=policy_of(percent, **rest),
+        workload=WORKLOAD,
+        device="cpu",
+        dtype=dtype,
+        offload_dir=tmp_path,
+        process_bytes=0,  # what is allocated is compared
     )
     engine = Engine(load_model(str(checkpoint)), config)
     try:
@@ -270,6 +279,34 @@ def test_budget_that_is_too_small_names_the_missing_bytes_and_the_largest_item()
 def test_shared_budget_counts_both_tiers():
     with pytest.raises(InfeasibleError, match=r"the gpu\+cpu memory needs .*: 1 bytes are missing"):
         plan_of(weights=100).check({"gpu": 100, "gpu+cpu": 109}, {"gpu+cpu": "lower both"})
+
+
+def test_the_process_is_in_the_plan_of_planner_and_runtime(checkpoint, tmp_path):
+    hardware = replace(Hardware.preset("cpu"), process_bytes=300 * MIB, host_memory_bytes=GIB)
+    policy = policy_of((100, 0, 100, 0, 100, 0))
+    arch = ModelArch.from_dir(checkpoint)
+    without = evaluate(arch, replace(hardware, process_bytes=0), WORKLOAD, policy).memory
+    memory = evaluate(arch, hardware, WORKLOAD, policy).memory
+    assert memory.total("cpu") == without.total("cpu") + 300 * MIB and memory.total("gpu") == without.total("gpu")
+    config = EngineConfig(
+        policy=policy, workload=WORKLOAD, device="cpu", offload_dir=tmp_path, process_bytes=300 * MIB, memory_limit=1
+    )
+    plan = EnginePlan.of(load_model(str(checkpoint)), config)
+    assert plan.memory.parts["cpu"]["process"] == 300 * MIB and plan.budgets["gpu+cpu"] == GIB
+    assert "process 0.293" in " ".join(plan.memory_lines())
+
+
+def test_a_policy_beyond_the_limit_of_the_process_is_refused_with_what_is_missing(checkpoint, tmp_path):
+    policy = policy_of((100, 0, 100, 0, 100, 0))
+    limits = {"memory_limit": 0.3, "process_bytes": 300 * MIB}
+    config = EngineConfig(policy=policy, workload=WORKLOAD, device="cpu", offload_dir=tmp_path, **limits)
+    with pytest.raises(
+        InfeasibleError, match=r"gpu\+cpu memory needs .*\(0.293 GiB of it are the process itself\) but has 0.300"
+    ):
+        EnginePlan.of(load_model(str(checkpoint)), replace(config, memory_limit=0.3, kv_tokens=1 << 16))
+    hardware = replace(Hardware.preset("cpu").with_budgets(memory_limit=0.25), process_bytes=300 * MIB)
+    with pytest.raises(InfeasibleError, match="are missing.*raise memory_limit"):
+        evaluate(ModelArch.from_dir(checkpoint), hardware, WORKLOAD, policy)
 
 
 def test_too_small_a_budget_is_refused_before_anything_is_written(checkpoint, tmp_path, host_buffers):

@@ -14,7 +14,6 @@ ROWS, COLUMNS = 200, 96
 @pytest.fixture
 def without_instructions(monkeypatch):
     monkeypatch.setattr(products, "multiplies", lambda dtype: dtype == torch.float32)
-    monkeypatch.setattr(grouped, "multiplies", lambda dtype: dtype == torch.float32)
     monkeypatch.setattr(products, "_PIECE", 50 * COLUMNS)  # several pieces, the last one smaller
 
 
@@ -45,6 +44,54 @@ def test_the_grouped_product_of_many_tokens_is_taken_expert_by_expert(counts):
     assert torch.equal(found, torch.cat(wanted))
 
 
+@pytest.fixture
+def multiplied(monkeypatch):
+    """Tokens of every product that torch takes on a CPU with instructions for 16-bit numbers."""
+    sizes, product = [], torch.nn.functional.linear
+    monkeypatch.setattr(products, "multiplies", lambda dtype: True)
+
+    def recorded(x, *others):
+        sizes.append(len(x))
+        return product(x, *others)
+
+    monkeypatch.setattr(products.F, "linear", recorded)
+    return sizes
+
+
+def test_products_of_16_bit_numbers_have_few_sizes(multiplied):
+    weight = numbers(8, 16, seed=1)
+    for tokens in range(1, 513):
+        assert linear(numbers(tokens, 16), weight).shape == (tokens, 8)
+    assert len(set(multiplied)) == 32  # each is a primitive that oneDNN keeps
+    assert all(0 <= size - n < max(8, n / 8) for n, size in zip(range(1, 513), multiplied))
+
+
+def test_sizes_of_grouped_products_are_as_few(multiplied):
+    stack = numbers(3, 8, 16, seed=1)
+    for first in range(90, 200, 3):
+        counts = [first, 2, 130]
+        grouped.grouped_product(numbers(sum(counts), 16), stack, torch.tensor(counts).cumsum(0).to(torch.int32))
+    assert set(multiplied) <= {products.padded_tokens(n) for n in range(200)}
+
+
+@pytest.mark.usefixtures("multiplied")
+@pytest.mark.parametrize("tokens", [0, 1, 9, 64, 75])
+@pytest.mark.parametrize("biased", [False, True])
+def test_padding_changes_no_result(tokens, biased):
+    x, weight = numbers(tokens, COLUMNS), numbers(ROWS, COLUMNS, seed=1)
+    bias = numbers(ROWS, seed=2) if biased else None
+    exact = x.double() @ weight.double().T + (bias.double() if biased else 0)
+    found = linear(x, weight, bias)
+    assert found.dtype == x.dtype and found.is_contiguous()
+    assert torch.allclose(found.double(), exact, rtol=torch.finfo(x.dtype).eps, atol=1e-2)
+
+
+def test_products_in_float32_are_not_padded(multiplied):
+    x, weight = numbers(13, COLUMNS, dtype=torch.float32), numbers(ROWS, COLUMNS, dtype=torch.float32, seed=1)
+    assert torch.equal(linear(x, weight), x @ weight.T)
+    assert multiplied == [13]
+
+
 @pytest.mark.parametrize(
     ("flags", "fast"),
     [
@@ -65,5 +112,5 @@ def test_what_a_cpu_multiplies_follows_from_its_features(monkeypatch, flags, fas
 
 
 def test_features_are_read_from_the_kernels_list(monkeypatch):
-    monkeypatch.setattr(machine, "_lines", lambda _: ["model name : x", "flags\t\t: fpu avx2", "bugs : none"])
+    monkeypatch.setattr(machine, "lines_of", lambda _: ["model name : x", "flags\t\t: fpu avx2", "bugs : none"])
     assert machine.cpu_flags() == {"fpu", "avx2"}

@@ -61,7 +61,7 @@ def test_without_a_machine_this_one_is_taken_as_it_was_measured(asked, tmp_path,
     monkeypatch.setattr("flexmoe.probing.cache.cached_probe", measured)
     plan("mixtral-8x7b", workload=JOB, device="cpu", offload_dir=tmp_path, cpu_mem=4)
     [(_, machine, *_)] = asked
-    assert probed == [("cpu", tmp_path)] and machine.budgets()["cpu"] == 4 * GIB
+    assert probed == [("cpu", tmp_path)] and machine.cpu_budget_bytes == 4 * GIB
     assert machine.host_memory_bytes < Hardware.preset("cpu").host_memory_bytes  # some is left to others
 
 

@@ -594,7 +594,7 @@ def test_machine_is_measured_again_for_the_same_lane_once_a_day(own_cache, probe
 
 def test_capacities_are_never_from_the_cache(own_cache, probes, tmp_path, monkeypatch):
     cached_probe("cpu", tmp_path)
-    monkeypatch.setattr(facts, "available_host_bytes", lambda: 123)
+    monkeypatch.setattr(facts, "process_limit_bytes", lambda: 123)
     monkeypatch.setattr(facts, "free_disk_bytes", lambda path: 456)
     found = cached_probe("cpu", tmp_path)
     assert (found.host_memory_bytes, found.gpu.memory_bytes, found.disk_bytes, len(probes)) == (123, 123, 456, 1)
@@ -620,7 +620,7 @@ def test_cache_that_cannot_be_written_costs_a_warning_only(probes, machine, tmp_
 CHILD = """
 import sys
 print("a table")
-print("measuring this machine, step 1 of 9: the disk", file=sys.stderr)
+print("measuring this machine, step 1 of 10: the disk", file=sys.stderr)
 if {code}:
     sys.exit(print("flexmoe: the disk is full", file=sys.stderr) or {code})
 import shutil
