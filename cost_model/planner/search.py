@@ -19,16 +19,18 @@ from cost_model.planner.lp import Relaxed
 from cost_model.planner.lp_model import Price
 from cost_model.planner.moves import moves, simpler
 from cost_model.planner.objective import Objective
-from cost_model.simulation.replayed_phases import replayed_tokens_per_s
+from cost_model.simulation.replayed_phases import replayed_operations, replayed_tokens_per_s
 from cost_model.timing.problem import Problem
-from policies.policy import Policy
+from policies.policy import SCHEDULES, Policy
 
 #: Rounds of climbs: (policies that are climbed from, the best of the round before; effort for each, as `Objective.effort`).
 ROUNDS = ((8, 300), (4, 400))
 #: Then random kicks away from the best few: for so much effort in all, and so much since the last gain of so much.
 KICKS_EFFORT, _IDLE_EFFORT, _KICK_GAIN, _KICKED_FROM = 4000, 2000, 1.001, 4
-#: Then, with sweeps replayed: policies that are compared, effort of the climb from the best, and the gain of a step.
-_FINALISTS, _FINAL_EFFORT, _FINAL_GAIN = 8, 60, 1.002
+#: Then, with sweeps replayed: operations for a schedule, policies that are compared, and what a step has to give.
+_FINAL_OPS, _FEWEST_FINALISTS, _MOST_FINALISTS, _FINAL_GAIN = 1_000_000, 2, 8, 1.002
+#: A schedule whose best policy is slower by this part before kicks has lost.
+_SCHEDULE_LOSS = 0.05
 _NEARBY, _PER_NEARBY = 2, 350
 #: Step sizes, coarse to fine; the last ones are single rows and units where the counts are small.
 _STEPS = (1.0, 0.4, 0.15, 0.05, 0.015)
@@ -67,23 +69,73 @@ def optimum(problem: Problem, fixed: Fixed, smallest: Iterable[Policy], effort: 
         smallest: policies that fit for sure, should the programmes end at none that does.
         effort: how long to climb; 1 is as long as a plan may take.
     """
-    choices, climb = Choices(problem, fixed), Climb(Objective(problem, fixed))
-    found = choices.run(effort)
-    starts = [start for start in (climb.start(rounded(relaxed, problem, fixed)) for relaxed in found) if start]
-    # Rounding can spoil what is best by the programme, so both orders count.
-    pool = _alternating(climb.diverse([*starts, *smallest]), starts)
-    for keep, each in ROUNDS:
-        pool = climb.ranked([*(climb.run(policy, effort * each) for policy in pool[:keep]), *pool[keep:]])
-    best = _final(problem, fixed, climb, climb.simplified(climb.kicked(pool[:_KICKED_FROM], effort)))
-    own = choices.solve(choices.bracket(choice_of(best, problem), best.block_size))
-    return _optimum(best, climb, choices, [*found, own], prices=own.prices if own else ())
+    schedules = SCHEDULES if fixed.schedule is None else (fixed.schedule,)
+    smallest = list(smallest)
+    searches = [_Search(problem, replace(fixed, schedule=schedule), smallest, effort) for schedule in schedules]
+    least = (1 - _SCHEDULE_LOSS) * max(search.tokens_per_s for search in searches)
+    for search in searches:
+        if search.tokens_per_s and search.tokens_per_s >= least:
+            search.finish()
+    # The replayed seconds decide, so that no schedule is worse for being compared with another.
+    best = max(searches, key=lambda each: each.replayed_tokens_per_s).optimum()
+    return replace(
+        best,
+        lp_tokens_per_s=max(best.lp_tokens_per_s, *(search.lp_tokens_per_s for search in searches)),
+        programmes=sum(search.programmes for search in searches),
+        evaluations=sum(search.evaluations for search in searches),
+    )
 
 
-def _final(problem: Problem, fixed: Fixed, climb: Climb, best: Policy) -> Policy:
-    """The best policy as replayed: the best few of each kind, and what a short climb from the best of these finds."""
-    final = Climb(Objective(problem, fixed, replayed_tokens_per_s), gain=_FINAL_GAIN)
-    few = list(dict.fromkeys([best, *climb.diverse(climb.objective.evaluated)]))[:_FINALISTS]
-    return final.run(final.ranked(few)[0], _FINAL_EFFORT, _STEPS_AFTER)
+class _Search:
+    """The search within one schedule: programmes and climbs at once, the rest by `finish`.
+
+    Attributes:
+        lp_tokens_per_s: the largest optimum of a programme.
+        tokens_per_s: of the best policy so far.
+        replayed_tokens_per_s: of the final policy; 0 before it is known.
+    """
+
+    def __init__(self, problem: Problem, fixed: Fixed, smallest: Sequence[Policy], effort: float):
+        self._problem, self._fixed, self._effort = problem, fixed, effort
+        self._choices, self._climb = Choices(problem, fixed), Climb(Objective(problem, fixed))
+        climb, found = self._climb, self._choices.run(effort)
+        starts = [start for start in (climb.start(rounded(each, problem, fixed)) for each in found) if start]
+        small = [policy for policy in map(fixed.applied, smallest) if climb.objective.tokens_per_s(policy)]
+        # Rounding can spoil what is best by the programme, so both orders count.
+        pool = _alternating(climb.diverse([*starts, *small]), starts)
+        for keep, each in ROUNDS:
+            pool = climb.ranked([*(climb.run(policy, effort * each) for policy in pool[:keep]), *pool[keep:]])
+        self._pool, self._found, self._final_evaluations, self.replayed_tokens_per_s = pool, found, 0, 0.0
+        self.lp_tokens_per_s = max((each.tokens_per_s for each in found), default=0.0)
+        self.tokens_per_s = climb.objective.tokens_per_s(pool[0]) if pool else 0.0
+
+    def finish(self) -> None:
+        """Kicks; then the best few of each kind as replayed, and a short climb from the best of these."""
+        climb = self._climb
+        best = climb.simplified(climb.kicked(self._pool[:_KICKED_FROM], self._effort))
+        final = Climb(Objective(self._problem, self._fixed, replayed_tokens_per_s), gain=_FINAL_GAIN)
+        judged = self._effort * _FINAL_OPS / replayed_operations(self._problem, best)
+        few = list(dict.fromkeys([best, *climb.diverse(climb.objective.evaluated)]))
+        first, *_ = final.ranked(few[: max(_FEWEST_FINALISTS, min(_MOST_FINALISTS, int(judged / 2)))])
+        self._best = final.run(first, judged - final.objective.evaluations, _STEPS_AFTER)
+        self.replayed_tokens_per_s = final.objective.tokens_per_s(self._best)
+        self._final_evaluations = final.objective.evaluations
+
+    @property
+    def programmes(self) -> int:
+        """Linear programmes that were solved."""
+        return self._choices.programmes
+
+    @property
+    def evaluations(self) -> int:
+        """Policies that were evaluated."""
+        return self._climb.objective.evaluations + self._final_evaluations
+
+    def optimum(self) -> Optimum:
+        """The final policy."""
+        best, choices = self._best, self._choices
+        own = choices.solve(choices.bracket(choice_of(best, self._problem), best.block_size))
+        return _optimum(best, self._climb, choices, [*self._found, own], prices=own.prices if own else ())
 
 
 def improved(problem: Problem, fixed: Fixed, policy: Policy) -> Optimum:

@@ -13,7 +13,7 @@ from math import ceil
 import numpy as np
 
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation
-from cost_model.timing.job_phases import job_phases
+from cost_model.timing.job_phases import JobPhases, job_phases
 from cost_model.timing.job_rows import tokens_to_generate, typical_rows, waiting_rows
 from cost_model.timing.sweep_load import MODES, RowGroup, SweepLoad
 from policies.admission.admission import Admission
@@ -129,21 +129,28 @@ def job_sweeps(
     if whole or small:
         waiting = waiting_rows(workload, WINDOW_BLOCKS * policy.block_size, seed) if rows is None else iter(rows)
         return _Job(policy, allocation, waiting, total).follow()
+    return _followed_in_part(policy, allocation, workload, endless, seed)
+
+
+def _followed_in_part(
+    policy: Policy, allocation: Allocation, workload: Workload, endless: JobPhases, seed: int
+) -> JobSweeps:
+    """A large job: rows in bundles, and one period of its steady state, which where rows differ is whole windows."""
     mixed, static = bool(workload.lengths), policy.schedule == "static"
     # A static block ends with its longest row: of fewer bundles the longest would be shorter.
     most = max(_MOST_BUNDLES, policy.block_size if mixed and static else 0)
     others = _OTHER_LIVES + (2 * WINDOW_BLOCKS if mixed else 1)
     bundle = _bundle(policy, endless.rows_in_flight, min(most, ROW_SWEEPS / others / endless.row_sweeps))
     lives = ROW_SWEEPS / (endless.rows_in_flight / bundle * endless.row_sweeps) - _OTHER_LIVES
-    settling = 1 if mixed or static else max(1, int(min(_MOST_SETTLING, lives / 2)))
-    periods = max(
-        1, int(min(_MOST_PERIODS, lives) / WINDOW_BLOCKS - 1 if mixed else min(_MOST_PERIODS, lives - settling))
-    )
-    # Many rows of a block even out; of a few bundles they would not, and of a few rows they do not.
-    typical = typical_rows(workload, seed, mixed_evenly=bundle > 1)
+    rows = typical_rows(workload, seed)
     if mixed:
-        typical = longest_first(typical, sum, WINDOW_BLOCKS * _block_bundles(policy, bundle))
-    found = _Job(policy, allocation, typical, total / bundle, bundle, settling, periods, mixed).follow()
+        settling, periods = 1, int(min(_MOST_PERIODS, lives) / WINDOW_BLOCKS - 1)
+        rows = longest_first(rows, sum, WINDOW_BLOCKS * _block_bundles(policy, bundle))
+    else:
+        settling = 1 if static else max(1, int(min(_MOST_SETTLING, lives / 2)))
+        periods = int(min(_MOST_PERIODS, lives - settling))
+    total = (workload.num_requests or 0) / bundle
+    found = _Job(policy, allocation, rows, total, bundle, settling, max(1, periods), mixed).follow()
     return found.generating(tokens_to_generate(workload))
 
 

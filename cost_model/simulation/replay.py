@@ -38,7 +38,7 @@ _LANE_MASKS = {
 #: Of each GPU batch, whether it has rows whose KV is fetched, that the CPU attends, and whose KV is on disk.
 _Shapes = tuple[tuple[bool, bool, bool], ...]
 #: Sweeps of one load until they are alike, as a rule and at most.
-_STEADY_SWEEPS = (3, 8)
+STEADY_SWEEPS = (3, 8)
 _SETTLED = 0.002
 
 
@@ -114,7 +114,7 @@ class Replayer:
 
         At first nothing has been prefetched; where many slots fill slowly, that takes more than a sweep to be made up.
         """
-        for sweeps in _STEADY_SWEEPS:
+        for sweeps in STEADY_SWEEPS:
             replayed = self.replay([load] * sweeps)
             before, last = replayed.sweep_s[-2:]
             if abs(last - before) <= _SETTLED * last:

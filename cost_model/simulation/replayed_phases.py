@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from cost_model.simulation.sweep_times import corrected_times
+from cost_model.simulation.replay import STEADY_SWEEPS
+from cost_model.simulation.sweep_times import FEWEST_KNOTS, KNOT_BATCHES, corrected_times, operations
 from cost_model.timing.job_phases import job_phases
 from cost_model.timing.problem import Problem
 from policies.policy import Policy
 
-#: Operations that are replayed: a few sweeps of a large model, all phases of a small one.
-_REPLAYED_OPS = 30_000
+#: Operations that are replayed for a policy, about: a few sweeps of a large model, all phases of a small one.
+_REPLAYED_OPS = 5_000
+
+
+def replayed_operations(problem: Problem, policy: Policy) -> float:
+    """About as many operations are replayed to judge a policy."""
+    costs = problem.costs(policy, problem.allocate(policy))
+    return STEADY_SWEEPS[0] * max(
+        _REPLAYED_OPS, FEWEST_KNOTS * operations(costs, min(KNOT_BATCHES, policy.num_gpu_batches))
+    )
 
 
 def replayed_tokens_per_s(problem: Problem, policy: Policy) -> float:

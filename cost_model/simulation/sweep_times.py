@@ -21,10 +21,10 @@ from policies.schedule import LANES
 _GROUPED_BATCHES, _FEWEST_GROUPS, _MOST_GROUPS = 25_000, 60, 500
 _NARROWEST = 0.02
 #: Knots: groups that are replayed too, as many as have so many operations together.
-_FEWEST_KNOTS, _MOST_KNOTS = 2, 12
+FEWEST_KNOTS, _MOST_KNOTS = 2, 12
 _KNOT_OPS = 70_000
 #: GPU batches of a sweep that is replayed as a knot; more are merged, as all but the first and the last are alike.
-_KNOT_BATCHES = 24
+KNOT_BATCHES = 24
 #: Between sweeps of which one has its experts on demand: beyond any distance in size.
 _FAR = 100.0
 
@@ -104,8 +104,8 @@ def _as_arrays(times: list[SweepTime]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _count_knots(costs: Costs, batches: float, replayed_ops: float) -> int:
-    replayed = replayed_ops / operations(costs, min(_KNOT_BATCHES, batches))
-    return int(min(_MOST_KNOTS, max(_FEWEST_KNOTS, replayed)))
+    replayed = replayed_ops / operations(costs, min(KNOT_BATCHES, batches))
+    return int(min(_MOST_KNOTS, max(FEWEST_KNOTS, replayed)))
 
 
 def _knots(loads: Sequence[SweepLoad], demanded: list[bool], spent_s: np.ndarray, most: int) -> list[int]:
@@ -126,7 +126,7 @@ def _knots(loads: Sequence[SweepLoad], demanded: list[bool], spent_s: np.ndarray
 
 def _replayed_over_closed(costs: Costs, gpu_batch_size: int, load: SweepLoad) -> list[float]:
     """Ratio of the seconds of a sweep, then of those of each lane."""
-    rows = gpu_batch_size * max(1, ceil(load.rows / gpu_batch_size / _KNOT_BATCHES))
+    rows = gpu_batch_size * max(1, ceil(load.rows / gpu_batch_size / KNOT_BATCHES))
     replayed_s, lanes_s = Replayer(costs, rows).steady(load)
     closed = sweep_time(costs, load, rows)
     lanes = [lanes_s[lane] / closed.lanes_s[lane] if closed.lanes_s[lane] else 1.0 for lane in LANES]

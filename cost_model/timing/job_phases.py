@@ -11,8 +11,9 @@ event (`cost_model.timing.row_flow`). The letters are those of `cost_model.timin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from math import ceil, floor
 
@@ -21,10 +22,13 @@ from cost_model.timing.job_rows import followed_rows
 from cost_model.timing.length_moments import row_moments
 from cost_model.timing.phase_loads import Phase, PhaseLoads
 from cost_model.timing.row_flow import Stretch, flow
+from cost_model.timing.sweep_load import RowGroup, SweepLoad
 from policies.admission.order import WINDOW_BLOCKS
 from policies.policy import Policy
 from policies.workload import Workload
 
+#: Of rows of different lengths: parts of the sweeps of a job, beside one of each kind.
+_PARTS = 6
 #: What makes a whole number of rows of one that was rounded down.
 _ROUNDING = 1e-9
 
@@ -118,42 +122,106 @@ def _one_block(loads: PhaseLoads, rows: float, rounds: float) -> list[Phase]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Sweeps of a job of rows of many lengths, as one mean sweep."""
+
+    name: str
+    sweeps: float
+    rows: RowGroup
+    logits: float
+
+
 def _mixed_job(policy: Policy, allocation: Allocation, workload: Workload, loads: PhaseLoads) -> JobPhases:
-    """Rows of many lengths, followed through the admission.
+    """Rows of many lengths, followed through the admission."""
+    room, static = sum(allocation.kv_pages.values()), policy.schedule == "static"
+    parts = _followed(workload, policy.block_size, policy.prefill_tokens, room, static)
+    phases = [
+        Phase(
+            name=part.name,
+            sweeps=part.sweeps,
+            load=SweepLoad(
+                groups={mode: part.rows.part(share) for mode, share in loads.shares.items()}, logits=part.logits
+            ),
+        )
+        for part in parts
+    ]
+    steady = [part for part in parts if part.name == "steady"] or parts
+    total = workload.num_requests
+    return JobPhases(
+        phases=tuple(phases),
+        tokens=sum(part.sweeps * part.logits for part in parts) if total is None else total * loads.moments.n,
+        rows_in_flight=sum(part.sweeps * part.rows.rows for part in steady) / sum(part.sweeps for part in steady),
+        row_sweeps=loads.life_sweeps,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _followed(workload: Workload, block: int, pace: int, room: int, static: bool) -> tuple[_Part, ...]:
+    """The sweeps of a job of rows of many lengths, or of one period where it is endless.
 
     Of a long job the first windows are followed, and what recurs of these counts as often as makes all its rows: the sweeps
     in which the rows of the second window and of those after it enter.
     """
-    m, static, total = loads.moments, policy.schedule == "static", workload.num_requests
-    window = WINDOW_BLOCKS * policy.block_size
+    window, total = WINDOW_BLOCKS * block, workload.num_requests
     rows, windows = followed_rows(workload, window)
-    stretches = flow(
-        rows,
-        block=policy.block_size,
-        pace=policy.prefill_tokens,
-        room=sum(allocation.kv_pages.values()),
-        static=static,
-    )
-    times, once, recurs = 1.0, 1.0, [False] * len(stretches)
-    if windows:
-        recurs = _after(stretches, window)
-        times = 1.0 if total is None else 1 + (total / window - windows) / (windows - 1)
-        once = 0.0 if total is None else 1.0
-    counted = [(each, times if again else once) for each, again in zip(stretches, recurs, strict=True)]
-    steady = [(each, count) for each, count in counted if each.waiting] or counted
-    sweeps = sum(each.sweeps * count for each, count in steady)
-    return JobPhases(
-        phases=tuple(loads.followed(counted, static)),
-        tokens=sum(each.tokens * count for each, count in counted) if total is None else total * m.n,
-        rows_in_flight=sum(each.rows * each.sweeps * count for each, count in steady) / sweeps,
-        row_sweeps=loads.life_sweeps,
-    )
+    stretches = flow(rows, block=block, pace=pace, room=room, static=static)
+    recurring = 1 + (total / window - windows) / (windows - 1) if windows and total is not None else 1.0
+    once = 0.0 if windows and total is None else 1.0
+    recurs = _after(stretches, window) if windows else [False] * len(stretches)
+    kinds: dict[tuple[str, bool], list[tuple[Stretch, float]]] = {}
+    for each, again in zip(stretches, recurs, strict=True):
+        if sweeps := each.sweeps * (recurring if again else once):
+            kinds.setdefault((_name(each, static), each.prompt_tokens > 0), []).append((each, sweeps))
+    whole, found = sum(sweeps for members in kinds.values() for _, sweeps in members), []
+    for (name, _), members in kinds.items():
+        members.sort(key=lambda member: member[0].decode_rows + member[0].prompt_tokens)
+        sweeps = sum(count for _, count in members)
+        found += [_mean(name, part) for part in _parts(members, sweeps, 1 + round(_PARTS * sweeps / whole))]
+    return tuple(found)
 
 
 def _after(stretches: Sequence[Stretch], rows: int) -> list[bool]:
     """Which stretches begin when so many rows have entered, and rows wait."""
     entered = accumulate((each.sweeps * each.entered for each in stretches), initial=0.0)
     return [each.waiting and before >= rows * (1 - _ROUNDING) for each, before in zip(stretches, entered)]
+
+
+def _name(stretch: Stretch, static: bool) -> str:
+    if stretch.fresh:
+        return "fill" if stretch.prompt_tokens else "steady"
+    return "drain" if static or not stretch.waiting else "steady"
+
+
+def _parts(members: list[tuple[Stretch, float]], sweeps: float, count: int) -> Iterator[list[tuple[Stretch, float]]]:
+    """The stretches in order, in up to so many parts of about as many sweeps."""
+    part, reached, ends = list[tuple[Stretch, float]](), 0.0, 1
+    for each, own in members:
+        part.append((each, own))
+        reached += own
+        if reached >= sweeps * ends / count:
+            yield part
+            part, ends = [], int(reached * count / sweeps) + 1
+    if part:
+        yield part
+
+
+def _mean(name: str, part: Sequence[tuple[Stretch, float]]) -> _Part:
+    sweeps = sum(count for _, count in part)
+
+    def mean(value: Callable[[Stretch], float]) -> float:
+        return sum(value(each) * count for each, count in part) / sweeps
+
+    decode, entered = mean(lambda each: each.decode_rows), mean(lambda each: each.entered)
+    rows = RowGroup(
+        decode_rows=decode,
+        decode_context=max(decode, mean(lambda each: each.decode_context)),
+        prompt_rows=mean(lambda each: each.prompt_rows),
+        prompt_tokens=mean(lambda each: each.prompt_tokens),
+        prompt_past=mean(lambda each: each.prompt_past),
+        pairs=mean(lambda each: each.pairs),
+    )
+    return _Part(name, sweeps, rows, decode + entered)
 
 
 def _waves(loads: PhaseLoads, total: float, block: float, fill_sweeps: float) -> list[Phase]:

@@ -7,8 +7,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
-from itertools import accumulate, pairwise, repeat
-from math import ceil
+from itertools import accumulate, repeat
+from math import ceil, isqrt
 from statistics import fmean
 
 from policies.admission.order import WINDOW_BLOCKS, longest_first
@@ -18,7 +18,7 @@ from policies.workload import Workload
 Bundle = tuple[int, int, int]
 
 #: Bundles of a job that is followed, about, and rows of a block that are bundles of their own.
-_BUNDLES, _SINGLES = 240, 3
+_BUNDLES, _SINGLES = 160, 3
 #: The golden ratio: its multiples, taken modulo 1, fill the unit interval evenly, however many are taken.
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -98,27 +98,30 @@ def _mean(lengths: Iterable[int]) -> int:
 
 
 def _stretched(workload: Workload, wanted: int) -> list[tuple[int, int, int]]:
-    """The histogram with ``wanted`` rows. Each stretch of it, from short to long rows, keeps its share."""
-    ends = list(accumulate(count for _, _, count in workload.lengths))
-    reached = [0, *((2 * wanted * end + ends[-1]) // (2 * ends[-1]) for end in ends)]
-    return [
-        (s, n, after - before) for (s, n, _), (before, after) in zip(workload.lengths, pairwise(reached), strict=True)
-    ]
+    """The histogram with ``wanted`` rows: each stretch of it keeps its share, in slices of like prompts by completion."""
+    total = sum(count for _, _, count in workload.lengths)
+    slices, before = max(1, isqrt(min(wanted, total))), 0
+    ordered = []
+    for s, n, count in sorted(workload.lengths):
+        place = slices * before // total
+        ordered.append((place, n if place % 2 else -n, s, n, count))
+        before += count
+    found, reached, end = [], 0, 0
+    for _, _, s, n, count in sorted(ordered):
+        end += count
+        share = (2 * wanted * end + total) // (2 * total)
+        found.append((s, n, share - reached))
+        reached = share
+    return found
 
 
-def typical_rows(workload: Workload, seed: int, *, mixed_evenly: bool) -> Iterator[tuple[int, int]]:
-    """Endless rows of the histogram's lengths.
-
-    Args:
-        mixed_evenly: any stretch has the histogram's mix as nearly as its length allows, so that a short one stands for
-            a long one; else rows are drawn at random, so that how long the longest of a block is stays a matter of luck.
-    """
+def typical_rows(workload: Workload, seed: int) -> Iterator[tuple[int, int]]:
+    """Endless rows of the histogram's lengths; any stretch has its mix as nearly as a stretch so long can."""
     if not workload.lengths:
         yield from repeat((workload.prompt_len, workload.gen_len))
     ends = list(accumulate(count for _, _, count in workload.lengths))
-    rng = random.Random(seed)
-    at = rng.random()
+    at = random.Random(seed).random()
     while True:
-        at = (at + _GOLDEN) % 1.0 if mixed_evenly else rng.random()
+        at = (at + _GOLDEN) % 1.0
         s, n, _ = workload.lengths[bisect_right(ends, at * ends[-1])]
         yield s, n

@@ -14,18 +14,15 @@ of anything up to the third power of time exactly; context is of the second.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
 from cost_model.timing.length_moments import RowMoments
-from cost_model.timing.row_flow import Stretch
 from cost_model.timing.sweep_load import RowGroup, SweepLoad
 
 #: Gauss-Legendre nodes on [0, 1], of weight 1/2 each.
 _NODES = (0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2)
-#: Of rows of different lengths: parts of the sweeps of a job, beside one of each kind.
-_PARTS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,39 +98,6 @@ class PhaseLoads:
         rest = sweeps * (1 - prefilling)
         return [*both, Phase(name="steady", sweeps=rest, load=only)] if rest > 1e-9 * sweeps else both
 
-    def followed(self, counted: Sequence[tuple[Stretch, float]], static: bool) -> list[Phase]:
-        """Phases of stretches that were followed, each with how often it recurs: a few mean sweeps of each kind."""
-        kinds: dict[tuple[str, bool], list[tuple[Stretch, float]]] = {}
-        for each, times in counted:
-            if times:
-                kinds.setdefault((_name(each, static), each.prompt_tokens > 0), []).append((each, each.sweeps * times))
-        whole, found = sum(sweeps for members in kinds.values() for _, sweeps in members), []
-        for (name, _), members in kinds.items():
-            members.sort(key=lambda member: member[0].decode_rows + member[0].prompt_tokens)
-            sweeps = sum(count for _, count in members)
-            for part in _parts(members, sweeps, 1 + round(_PARTS * sweeps / whole)):
-                found.append(Phase(name=name, sweeps=sum(count for _, count in part), load=self._mean(part)))
-        return found
-
-    def _mean(self, part: Sequence[tuple[Stretch, float]]) -> SweepLoad:
-        sweeps = sum(count for _, count in part)
-
-        def mean(value: Callable[[Stretch], float]) -> float:
-            return sum(value(each) * count for each, count in part) / sweeps
-
-        decode, entered = mean(lambda each: each.decode_rows), mean(lambda each: each.entered)
-        whole = RowGroup(
-            decode_rows=decode,
-            decode_context=max(decode, mean(lambda each: each.decode_context)),
-            prompt_rows=mean(lambda each: each.prompt_rows),
-            prompt_tokens=mean(lambda each: each.prompt_tokens),
-            prompt_past=mean(lambda each: each.prompt_past),
-            pairs=mean(lambda each: each.pairs),
-        )
-        return SweepLoad(
-            groups={mode: whole.part(share) for mode, share in self.shares.items()}, logits=decode + entered
-        )
-
     def load(self, *, decode: float, context: float, enter: float = 0.0) -> SweepLoad:
         """A sweep in which ``decode`` rows decode over ``context`` tokens together and ``enter`` rows come in.
 
@@ -155,22 +119,3 @@ class PhaseLoads:
             for mode, share in self.shares.items()
         }
         return SweepLoad(groups=groups, logits=decode + enter)
-
-
-def _name(stretch: Stretch, static: bool) -> str:
-    if stretch.fresh:
-        return "fill" if stretch.prompt_tokens else "steady"
-    return "drain" if static or not stretch.waiting else "steady"
-
-
-def _parts(members: list[tuple[Stretch, float]], sweeps: float, count: int) -> Iterator[list[tuple[Stretch, float]]]:
-    """The stretches in order, in up to so many parts of about as many sweeps."""
-    part, reached, ends = [], 0.0, 1
-    for each, own in members:
-        part.append((each, own))
-        reached += own
-        if reached >= sweeps * ends / count:
-            yield part
-            part, ends = [], int(reached * count / sweeps) + 1
-    if part:
-        yield part

@@ -7,7 +7,7 @@ are alike. Rows of like length that follow each other enter together. KV is coun
 over all tiers together.
 
 The row that gets its first token in sweep t0 attends over s + t - t0 tokens in a later sweep t, and holds as many; its last
-sweep is t0 + n - 1. So a group of rows is (end, base, rows), and holds base + rows · t.
+sweep is t0 + n - 1. So a group of rows is (end, base, rows), and each of its rows holds base + t.
 """
 
 from __future__ import annotations
@@ -81,9 +81,13 @@ class _Flow:
     def __init__(self, rows: list[Bundle], block: int, pace: int, room: int, static: bool):
         self.stretches: list[Stretch] = []
         self._queue, self._block, self._pace, self._room, self._static = rows[::-1], block, pace, room, static
-        # Groups by their end, and the pages that all in flight will hold then.
+        # Groups by their end, and the pages that all in flight will hold then, unless there is room for any that may be.
         self._running: list[tuple[float, float, float]] = []
         self._used: list[float] = []
+        most = sorted((-(-(s + n - 1) // PAGE_TOKENS) for s, n, count in rows for _ in range(min(count, block))))[
+            -block:
+        ]
+        self._ample = sum(most) <= room
         self._at, self._budget = 0, float(pace)
         self._closed, self._fresh, self._blocks = False, True, 0
         self._rows = self._base = 0.0  # of what decodes
@@ -125,27 +129,30 @@ class _Flow:
 
     def _fitting(self, s: int, n: int, most: int) -> int:
         """How many rows may enter with all that are in flight fitting until their ends: usage is highest at an end."""
-        at, room = self._at, self._room
+        if self._ample:
+            return most
+        at, room, running = self._at, self._room, self._running
         own = at + n - 1
-        free, needed = room - self._used_at(own), _pages(s + n - 1)
+        free, needed = room - self._used_at(own), -(-(s + n - 1) // PAGE_TOKENS)
         found, self._fits_at = min(float(most), free / needed), float(at)
         if free < needed:  # perhaps when it ends after the next of those that end no earlier
-            later = bisect_left(self._running, (own,))
-            self._fits_at = self._running[later][0] - n + 2 if later < len(self._running) else inf
-        for (end, _, _), used in zip(self._running, self._used, strict=True):
+            later = bisect_left(running, (own,))
+            self._fits_at = running[later][0] - n + 2 if later < len(running) else inf
+        held = s - at
+        for (end, _, _), used in zip(running, self._used):
             if end > own:
                 break
-            fits = (room - used) / _pages(s + end - at)
+            fits = (room - used) / -(-(held + end) // PAGE_TOKENS)
             if fits < found:
                 found = fits
-            if fits < 1:
-                self._fits_at = max(self._fits_at, s + end - (room - used) // 1 * PAGE_TOKENS)
+                if fits < 1:
+                    self._fits_at = max(self._fits_at, s + end - (room - used) // 1 * PAGE_TOKENS)
         return int(found + _ROUNDING)
 
     def _used_at(self, sweep: float) -> float:
         """Pages of those in flight that have not ended before."""
-        first = bisect_left(self._running, (sweep,))
-        return sum(rows * _pages(base / rows + sweep) for _, base, rows in self._running[first:])
+        later = self._running[bisect_left(self._running, (sweep,)) :]
+        return sum([-(-(base + sweep) // PAGE_TOKENS) * rows for _, base, rows in later])
 
     def _enter(self, s: int, n: int, count: int) -> int:
         """Up to ``count`` rows enter, in this sweep or as fast as the pace allows, but not beyond the next end."""
@@ -182,14 +189,18 @@ class _Flow:
     def _start(self, s: int, n: int, rows: float, start: float, new: float) -> None:
         """Rows are in flight; ``new`` of them do not decode in this sweep."""
         base, end = s - start, start + n - 1
-        for at, (each, _, _) in enumerate(self._running):
-            if each > end:
-                break
-            self._used[at] += rows * _pages(base + each)
-        group = end, rows * base, rows
-        at = bisect_left(self._running, group)
-        self._running.insert(at, group)
-        self._used.insert(at, self._used_at(end))
+        running, used = self._running, self._used
+        at = bisect_left(running, (end,))
+        if not self._ample:
+            own = self._used_at(end) + rows * -(-(s + n - 1) // PAGE_TOKENS)
+            for place in range(at):
+                used[place] += rows * -(-(base + running[place][0]) // PAGE_TOKENS)
+            for place in range(at, len(running)):
+                if running[place][0] > end:
+                    break
+                used[place] = own  # it ends with this one
+            used.insert(at, own)
+        running.insert(at, (end, base, rows))
         self._new_rows += new
         self._new_base += new * base
         self._rows += rows - new
@@ -241,13 +252,9 @@ class _Flow:
             if end >= self._at - 1 + _WITHIN:
                 break
             self._rows -= rows
-            self._base -= base
+            self._base -= rows * base
             left += 1
         del self._running[:left], self._used[:left]
         if left:
             self._closed, self._fresh = self._static, False
         return left > 0
-
-
-def _pages(tokens: float) -> float:
-    return -(-tokens // PAGE_TOKENS)

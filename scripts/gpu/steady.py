@@ -22,7 +22,7 @@ from flexmoe.params import EngineRequest, SamplingParams
 from flexmoe.probing.disk import transfer
 from flexmoe.probing.timing import fill_with_noise
 from flexmoe.system.device import Device, process_gpu_bytes
-from flexmoe.system.machine import available_host_bytes
+from flexmoe.system.memory import available_host_bytes
 from flexmoe.system.trace import LaneTotals
 from policies.common.memory_units import GIB
 from policies.policy import Policy, Workload

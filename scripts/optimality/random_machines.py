@@ -121,6 +121,7 @@ def _machine(rng: random.Random, preset: Hardware, size: float) -> Hardware:
         name=f"{preset.name}-{rng.randrange(10**6)}",
         gpus=(gpu,),
         host_memory_bytes=host_bytes,
+        process_bytes=int(preset.process_bytes * size),
         disk_bytes=0 if rng.random() < 0.1 else int(_around(rng, preset.disk_bytes, 4) * size),
         cores=rng.choice((4, 8, 16, 32, 64)),
         **{name: _around(rng, getattr(preset, name), 2.5) for name in _HOST_RATES},

@@ -62,6 +62,14 @@ class Rivals:
                 found[policy] = None
         return list(found)
 
+    def any_fitting(self, tries: int = 20) -> Policy | None:
+        """A random policy that fits; None where so many tries find none."""
+        return next(filter(None, (self._fitting(self._random()) for _ in range(tries))), None)
+
+    def best(self, count: int) -> list[Policy]:
+        """The best of all that were judged."""
+        return sorted(self._known, key=self._known.__getitem__, reverse=True)[:count]
+
     def climb(self, policy: Policy, most: int) -> Policy:
         """The end of a climb by single units, each direction taken in doubling strides while it helps.
 

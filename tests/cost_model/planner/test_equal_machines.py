@@ -22,7 +22,7 @@ def of_gpu(machine, **changes):
     return replace(machine, gpus=(replace(machine.gpu, **changes),))
 
 
-CUDA, CPU = small("rtx4090", gpu_mem=2.0, cpu_mem=1.5), replace(Hardware.preset("cpu"), host_memory_bytes=2 << 30)
+CUDA, CPU = small("rtx4090", gpu_mem=2.0, cpu_mem=3.5), replace(Hardware.preset("cpu"), host_memory_bytes=2 << 30)
 CPU = of_gpu(CPU, memory_bytes=2 << 30)
 ALIKE = {
     "another name": (CUDA, replace(of_gpu(CUDA, name="another"), name="another")),

@@ -186,7 +186,7 @@ def test_planned_policy_runs(tiny, tmp_path, one_thread, host_mib, disk_mib, fix
     hardware = Hardware.preset("cpu").with_budgets(
         gpu_mem=host_mib / 1024, cpu_mem=host_mib / 1024, nvme_mem=disk_mib / 1024
     )
-    hardware = replace(hardware, host_memory_bytes=int(host_mib * 2**20), cpu_budget_bytes=None)
+    hardware = replace(hardware, host_memory_bytes=int(host_mib * 2**20), cpu_budget_bytes=None, process_bytes=0)
     plan = planned(hardware, arch, workload, fixed=fixed)
     options = {"device": "cpu", "offload_dir": str(tmp_path / "offload"), "longest_row": workload.longest_row}
     llm = LLM(variant.directory, policy=plan.policy, workload=workload, **options)

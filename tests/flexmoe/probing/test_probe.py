@@ -636,7 +636,7 @@ def test_machine_is_measured_in_a_process_of_its_own(own_cache, machine, tmp_pat
         assert cached_probe("cpu", tmp_path).gpu == replace(
             machine.gpu, memory_bytes=cached_probe("cpu", tmp_path).gpu.memory_bytes
         )
-    assert "step 1 of 9: the disk" in caplog.text and capfd.readouterr().out == ""
+    assert "step 1 of 10: the disk" in caplog.text and capfd.readouterr().out == ""
 
 
 @pytest.mark.parametrize("code, error", [(74, StorageError), (4, InfeasibleError), (1, FlexMoEError)])
@@ -667,7 +667,7 @@ def test_progress_goes_to_stderr(tmp_path, monkeypatch, capsys):
     with handlers_of_the_root_removed():
         assert command.main(["-o", str(tmp_path / "m.json"), "--device", "cpu", "--dir", str(tmp_path)]) == 0
     told = capsys.readouterr()
-    assert "measuring this machine, step 1 of 9: the disk" in told.err and "measuring" not in told.out
+    assert "measuring this machine, step 1 of 10: the disk" in told.err and "measuring" not in told.out
 
 
 @contextlib.contextmanager
