@@ -9,10 +9,11 @@ each kind are evaluated once more with their sweeps replayed, and so are the ste
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
+from cost_model.memory.allocation import residency
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.discrete import Choices, choice_of, rounded
 from cost_model.planner.lp import Relaxed
@@ -26,12 +27,14 @@ from policies.policy import SCHEDULES, Policy
 #: Rounds of climbs: (policies that are climbed from, the best of the round before; effort for each, as `Objective.effort`).
 ROUNDS = ((8, 300), (4, 400))
 #: Then random kicks away from the best few: for so much effort in all, and so much since the last gain of so much.
-KICKS_EFFORT, _IDLE_EFFORT, _KICK_GAIN, _KICKED_FROM = 4000, 2000, 1.001, 4
+KICKS_EFFORT, _IDLE_EFFORT, _KICK_GAIN, _KICKED_FROM = 3000, 800, 1.001, 4
 #: Then, with sweeps replayed: operations for a schedule, policies that are compared, and what a step has to give.
 _FINAL_OPS, _FEWEST_FINALISTS, _MOST_FINALISTS, _FINAL_GAIN = 1_000_000, 2, 8, 1.002
 #: A schedule whose best policy is slower by this part before kicks has lost.
-_SCHEDULE_LOSS = 0.05
+_SCHEDULE_LOSS = 0.03
 _NEARBY, _PER_NEARBY = 2, 350
+#: Slots with which experts that come on demand stay, at least; starts that are tried so; sweeps of a prompt at a slow pace.
+_MANY_SLOTS, _SLOTTED, _SLOW_PACE = 8, 2, 4
 #: Step sizes, coarse to fine; the last ones are single rows and units where the counts are small.
 _STEPS = (1.0, 0.4, 0.15, 0.05, 0.015)
 _GAIN = 1 + 1e-6
@@ -101,8 +104,9 @@ class _Search:
         climb, found = self._climb, self._choices.run(effort)
         starts = [start for start in (climb.start(rounded(each, problem, fixed)) for each in found) if start]
         small = [policy for policy in map(fixed.applied, smallest) if climb.objective.tokens_per_s(policy)]
+        with_slots = [policy for start in climb.ranked(starts)[:_SLOTTED] for policy in climb.with_many_slots(start)]
         # Rounding can spoil what is best by the programme, so both orders count.
-        pool = _alternating(climb.diverse([*starts, *small]), starts)
+        pool = _alternating(climb.diverse([*starts, *small, *with_slots]), starts)
         for keep, each in ROUNDS:
             pool = climb.ranked([*(climb.run(policy, effort * each) for policy in pool[:keep]), *pool[keep:]])
         self._pool, self._found, self._final_evaluations, self.replayed_tokens_per_s = pool, found, 0, 0.0
@@ -181,10 +185,10 @@ class Climb:
     def diverse(self, policies: Iterable[Policy]) -> list[Policy]:
         """The best of each kind first, then the best of all."""
         ranked = self.ranked(policies)
-        kinds: dict[tuple[str, bool, bool, bool], Policy] = {}
+        kinds: dict[tuple[bool, ...], Policy] = {}
         for policy in ranked:
             homes = policy.cache_gpu_percent > 1, policy.cache_cpu_percent > 1, policy.cpu_attention_percent > 50
-            kinds.setdefault((policy.schedule, *homes), policy)
+            kinds.setdefault((*homes, (policy.weight_slots or 0) >= _MANY_SLOTS), policy)
         return list(dict.fromkeys([*kinds.values(), *ranked]))
 
     def start(self, policy: Policy) -> Policy | None:
@@ -195,6 +199,21 @@ class Climb:
                 return found
             policy = _shrunk(policy)
         return self.objective.fitted(policy)
+
+    def with_many_slots(self, policy: Policy) -> Iterator[Policy]:
+        """The policy with more and more slots, and fewer resident weights: few rows keep the experts there that they ask for.
+
+        A few slots more do not help, so no step leads to that; nor, at another pace, to sweeps with so few prompt tokens that
+        most experts stay away.
+        """
+        problem, slots = self.objective.problem, _MANY_SLOTS
+        slow = max(1, problem.workload.prompt_len // _SLOW_PACE)
+        while slots < len(residency(problem.arch).order):
+            for pace in (policy.prefill_tokens, slow):
+                found = self.objective.fitted(replace(policy, weight_slots=slots, prefill_tokens=pace))
+                if found is not None:
+                    yield found
+            slots = slots * 3 // 2
 
     def run(self, policy: Policy, effort: float, steps: tuple[float, ...] = _STEPS) -> Policy:
         """The best policy met on the way up by single moves, each repeated while it helps."""

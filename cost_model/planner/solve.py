@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Each one asks for what the one before placed; one or two are enough but for the smallest of caches.
 _MOST_ROUNDINGS = 8
+#: Where all rows of a job choose each expert fewer times than this in a sweep, single experts are tried beside groups.
+_FEW_CHOICES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +115,7 @@ def solve(
 def _plan(problem: Problem, fixed: Fixed, experts_per_unit: int | None, *, advice: bool, effort: float) -> Plan:
     # The programme's library is loaded only where a plan is made.
     from cost_model.planner.infeasible import refusal, smallest_policies
-    from cost_model.planner.search import optimum
+    from cost_model.planner.search import improved, optimum
     from cost_model.planner.what_if import Hints, advise
 
     start = time.perf_counter()
@@ -121,6 +123,13 @@ def _plan(problem: Problem, fixed: Fixed, experts_per_unit: int | None, *, advic
     if not smallest:
         raise refusal(problem, fixed)
     found = optimum(problem, fixed, smallest, effort)
+    if experts_per_unit is not None and fixed.expert_order is None and _is_of_few_rows(problem):
+        one_by_one = replace(problem, arch=replace(problem.arch, group=None))
+        other = improved(one_by_one, fixed, found.policy)
+        if other.tokens_per_s > found.tokens_per_s:
+            programmes, evaluations = found.programmes + other.programmes, found.evaluations + other.evaluations
+            problem, found, experts_per_unit = one_by_one, other, None
+            found = replace(found, programmes=programmes, evaluations=evaluations)
     policy = replace(achieved(problem, found.policy), experts_per_unit=experts_per_unit)
     prediction = predict(problem, policy)
     found = replace(found, policy=policy)
@@ -135,6 +144,12 @@ def _plan(problem: Problem, fixed: Fixed, experts_per_unit: int | None, *, advic
         seconds=time.perf_counter() - start,
     )
     return Plan(policy=policy, prediction=prediction, explanation=explanation)
+
+
+def _is_of_few_rows(problem: Problem) -> bool:
+    """Whether sweeps may leave experts out, so that a group of them would come for one that is asked for."""
+    arch, rows = problem.arch, problem.workload.num_requests
+    return rows is not None and rows * arch.top_k < _FEW_CHOICES * arch.num_experts
 
 
 def achieved(problem: Problem, policy: Policy) -> Policy:

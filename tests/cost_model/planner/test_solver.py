@@ -83,6 +83,7 @@ def test_no_rival_beats_the_planned_policy_by_two_percent(seed):
 )
 def test_policies_that_several_steps_lead_to_are_found(seed, percents, shape):
     problem = random_problem(seed)
+    problem = replace(problem, hardware=replace(problem.hardware, process_bytes=0))
     job = problem.workload
     rival = Policy.from_percent(percents, num_gpu_batches=1, prompt_len=job.prompt_len, gen_len=job.gen_len, **shape)
     found = evaluate(problem.arch, problem.hardware, job, rival)
