@@ -16,7 +16,8 @@ from cost_model.timing.sweep_load import MODES
 from policies.common.checks import PERCENT_TOLERANCE
 from policies.policy import SCHEDULES, Policy
 
-_SIZES = (4, 64, 1024)
+#: Rows of a GPU batch; with less effort than this, the middle one alone.
+_SIZES, _MIDDLE_SIZE, _THOROUGH = (4, 64, 1024), (64,), 0.1
 _REFINED = 5
 _NEAR = (0.25, 0.5, 2, 4)
 #: Block sizes of a finite job: all rows at once, half of them, and so on; and how far one may grow in its programme.
@@ -43,7 +44,8 @@ class Choices:
 
     def run(self, effort: float = 1.0) -> list[Relaxed]:
         """All choices, coarse; then the best ones at their own block size, and at neighbouring GPU batch sizes."""
-        coarse = _best([found for family in self._families() for found in self._family(*family)])
+        sizes = _SIZES if effort >= _THOROUGH else _MIDDLE_SIZE
+        coarse = _best([found for family in self._families() for found in self._family(*family, sizes)])
         refined = [
             self.solve(choice)
             for found in coarse[: ceil(_REFINED * min(1, effort))]
@@ -74,7 +76,7 @@ class Choices:
             for fill in sorted(fills):
                 yield schedule, fill
 
-    def _family(self, schedule: str, fill: float) -> list[Relaxed]:
+    def _family(self, schedule: str, fill: float, sizes: tuple[int, ...]) -> list[Relaxed]:
         fixed, rows = self.fixed, self.max_rows or 1000
         if fixed.gpu_batch_size and fixed.num_gpu_batches:
             rows = fixed.gpu_batch_size * fixed.num_gpu_batches
@@ -92,10 +94,10 @@ class Choices:
         tried = []
         for streams, modes in self._placements():
             near = self._nominal(replace(template, streams=streams))
-            sizes = [size for size in _SIZES if size * MOST_BATCHES >= near.rows] or _SIZES[-1:]
+            own = [size for size in sizes if size * MOST_BATCHES >= near.rows] or _SIZES[-1:]
             if fixed.gpu_batch_size:
-                sizes = [fixed.gpu_batch_size]
-            tried += [self.solve(replace(near, modes=m, gpu_batch_size=size)) for m in modes for size in sizes]
+                own = [fixed.gpu_batch_size]
+            tried += [self.solve(replace(near, modes=m, gpu_batch_size=size)) for m in modes for size in own]
         return [found for found in tried if found]
 
     def _nominal(self, template: Choice) -> Choice:

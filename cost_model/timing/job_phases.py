@@ -18,7 +18,7 @@ from itertools import accumulate
 from math import ceil, floor
 
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation
-from cost_model.timing.job_rows import followed_rows
+from cost_model.timing.job_rows import BUNDLES, STATIC_BUNDLES, followed_rows
 from cost_model.timing.length_moments import row_moments
 from cost_model.timing.phase_loads import Phase, PhaseLoads
 from cost_model.timing.row_flow import Stretch, flow
@@ -164,7 +164,7 @@ def _followed(workload: Workload, block: int, pace: int, room: int, static: bool
     in which the rows of the second window and of those after it enter.
     """
     window, total = WINDOW_BLOCKS * block, workload.num_requests
-    rows, windows = followed_rows(workload, window)
+    rows, windows = followed_rows(workload, window, STATIC_BUNDLES if static else BUNDLES)
     stretches = flow(rows, block=block, pace=pace, room=room, static=static)
     recurring = 1 + (total / window - windows) / (windows - 1) if windows and total is not None else 1.0
     once = 0.0 if windows and total is None else 1.0

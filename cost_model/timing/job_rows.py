@@ -17,8 +17,9 @@ from policies.workload import Workload
 #: (prompt tokens, generated tokens, rows that are so long).
 Bundle = tuple[int, int, int]
 
-#: Bundles of a job that is followed, about, and rows of a block that are bundles of their own.
-_BUNDLES, _SINGLES = 160, 3
+#: Bundles of a job that is followed, about; of static blocks, which close with the first end and so may be far smaller than
+#: the policy says; and rows of a block that are bundles of their own.
+BUNDLES, STATIC_BUNDLES, _SINGLES = 160, 400, 3
 #: The golden ratio: its multiples, taken modulo 1, fill the unit interval evenly, however many are taken.
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -50,26 +51,27 @@ def waiting_rows(workload: Workload, window: int, seed: int) -> Iterator[tuple[i
 
 
 @lru_cache(maxsize=256)
-def followed_rows(workload: Workload, window: int) -> tuple[tuple[Bundle, ...], int]:
+def followed_rows(workload: Workload, window: int, most: int = BUNDLES) -> tuple[tuple[Bundle, ...], int]:
     """The rows of a job, or of its first windows where all of it would be too many, as they wait, like ones as a bundle.
 
     Args:
         window: rows whose longest wait first.
+        most: bundles, about.
 
     Returns:
         tuple: the bundles, and the windows that these fill; 0 where they are all rows of the job.
     """
     total = workload.num_requests
-    if total is not None and total <= max(window, _BUNDLES):
-        if total <= _BUNDLES:
+    if total is not None and total <= max(window, most):
+        if total <= most:
             return tuple((s, n, 1) for s, n in waiting_rows(workload, window, 0)), 0
-        return _bundled(workload, total, _BUNDLES), 0
-    if 2 * window <= _BUNDLES:  # so few that it matters which rows meet
-        windows = _BUNDLES // window
+        return _bundled(workload, total, most), 0
+    if 2 * window <= most:  # so few that it matters which rows meet
+        windows = most // window
         rows = waiting_rows(replace(workload, num_requests=windows * window), window, 0)
         return tuple((s, n, 1) for s, n in rows), windows
     last = window if total is None else min(window, total - window)
-    rows_of_both = *_bundled(workload, window, _BUNDLES // 2), *_bundled(workload, last, _BUNDLES // 2)
+    rows_of_both = *_bundled(workload, window, most // 2), *_bundled(workload, last, most // 2)
     return rows_of_both, 0 if last < window or total == 2 * window else 2
 
 
