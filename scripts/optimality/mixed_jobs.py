@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 from policies.workload import Workload
 from scripts.optimality.random_machines import log_uniform
 
-_Length = Callable[[random.Random], int]
-
 #: How many tokens a row generates, by what the job is like.
 _GENERATED: Mapping[str, Callable[[random.Random, float], int]] = {
     "uniform": lambda rng, mean: rng.randint(1, max(1, round(2 * mean))),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from cost_model.hardware.hardware import Hardware
+from cost_model.hardware.speeds import with_speeds
 
 
 def corrected_s(job_s: Callable[[Hardware], float], hardware: Hardware, speed: float) -> float:
@@ -21,10 +22,7 @@ def corrected_s(job_s: Callable[[Hardware], float], hardware: Hardware, speed: f
     if hardware.device != "cpu":
         return job_s(hardware)
     machine = replace(
-        hardware,
-        disk_read_bytes_per_s=hardware.disk_read_bytes_per_s / speed,
-        disk_write_bytes_per_s=hardware.disk_write_bytes_per_s / speed,
-        disk_read_curve=tuple((size, rate / speed) for size, rate in hardware.disk_read_curve),
+        with_speeds(hardware, disk_read=1 / speed, disk_write=1 / speed),
         kv_block_read_s=hardware.kv_block_read_s * speed,
         kv_block_write_s=hardware.kv_block_write_s * speed,
         disk_latency_s=hardware.disk_latency_s * speed,
