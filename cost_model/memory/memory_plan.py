@@ -11,7 +11,7 @@ from math import ceil
 
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation, entry_bytes, slot_bytes
 from cost_model.model.arch import ModelArch
-from cost_model.model.weight_units import unit_slack_bytes
+from cost_model.model.weight_units import head_chunks, unit_slack_bytes
 from policies.common.errors import InfeasibleError
 from policies.common.memory_units import GIB, SYSTEM_PAGE_BYTES, in_units
 from policies.common.option_names import option
@@ -27,6 +27,8 @@ LOADS_IN_FLIGHT = 4
 PROCESS = "process"
 #: Bytes per vocabulary entry that the choice of one token takes at most: `flexmoe.sampling.sampler` takes 48, rounded up.
 SAMPLED_ROW_BYTES = 64
+#: The same of a scored position: its logits, in float32 too, and what `flexmoe.sampling.logprobs.PromptScores` makes of them.
+SCORED_LOGIT_BYTES = 24
 
 
 def remedies() -> dict[str, str]:
@@ -165,9 +167,43 @@ def _gathered_pages(policy: Policy, allocation: Allocation) -> int:
 
 
 def sampling_bytes(arch: ModelArch, policy: Policy) -> int:
-    """Memory beside a sweep's logits in which tokens are chosen and prompts are scored, a few rows at a time: 4 bytes
-    per logit, and no less than one row takes."""
+    """Memory beside a sweep's logits in which tokens are chosen, a few rows at a time: 4 bytes per logit, and no less than one
+    row takes."""
     return arch.vocab_size * max(4 * policy.block_size, SAMPLED_ROW_BYTES)
+
+
+def scored_at_once(arch: ModelArch, policy: Policy, allocation: Allocation, *, device: str, compute_bytes: int) -> int:
+    """Positions of prompts whose log-probabilities over a chunk of the head are computed at a time, at least 1.
+
+    They take what the largest workspace of a sweep has beside the logits of its rows: attention and experts are done by then.
+
+    Args:
+        arch: the shape, with the units of the run.
+        allocation: from `allocate`.
+        device: ``cpu`` or ``cuda``.
+        compute_bytes: bytes of one number in the compute dtype.
+    """
+    spaces = _workspaces(arch, policy, allocation, device, compute_bytes)
+    room = max(spaces.values()) - policy.block_size * _logit_row_bytes(arch, compute_bytes)
+    return max(1, room // (SCORED_LOGIT_BYTES * -(-arch.vocab_size // head_chunks(arch))))
+
+
+def _logit_row_bytes(arch: ModelArch, b: int) -> int:
+    return (arch.vocab_size + 2 * arch.hidden) * b
+
+
+def _workspaces(arch: ModelArch, policy: Policy, allocation: Allocation, device: str, b: int) -> dict[str, int]:
+    """Bytes that attention, the experts and the head take beside the block, one after the other."""
+    batch, hidden = allocation.batch_tokens, arch.hidden
+    heads, kv_heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    chunk = min(EXPERT_CHUNK_TOKENS[device], allocation.max_tokens)
+    width = max(arch.ffn, arch.dense_ffn)
+    copied = chunk * max(width, hidden) * 4 if device == "cpu" else 0  # widened, or padded (`flexmoe.kernels.linear`)
+    return {
+        "attention": 2 * batch * (4 * heads + 6 * kv_heads + 2 * hidden) * b + 3 * batch * hidden * 4,
+        "experts": chunk * (2 * width + 2 * hidden) * b + copied,
+        "logits": policy.block_size * _logit_row_bytes(arch, b) + sampling_bytes(arch, policy),
+    }
 
 
 def _activation_bytes(
@@ -177,17 +213,13 @@ def _activation_bytes(
     tiers = allocation.activation_tiers
     home = batch * hidden * b
     away = len(tiers) - tiers.count("gpu")
-    heads, kv_heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    attention = 2 * batch * (4 * heads + 6 * kv_heads + 2 * hidden) * b + 3 * batch * hidden * 4
-    chunk = min(EXPERT_CHUNK_TOKENS[device], tokens)
-    width = max(arch.ffn, arch.dense_ffn)
-    copied = chunk * max(width, hidden) * 4 if device == "cpu" else 0  # widened, or padded (`flexmoe.kernels.linear`)
-    expert = chunk * (2 * width + 2 * hidden) * b + copied
     block = tokens * (2 * hidden + arch.num_experts) * b + tokens * arch.top_k * 32
-    logits = policy.block_size * (arch.vocab_size * b + 2 * hidden * b) + sampling_bytes(arch, policy)
     resident = min(tokens * hidden * b, tiers.count("gpu") * home) + min(2, away) * home
     return {
-        "gpu": {"activations": resident, "workspace": block + max(attention, expert, logits)},
+        "gpu": {
+            "activations": resident,
+            "workspace": block + max(_workspaces(arch, policy, allocation, device, b).values()),
+        },
         "cpu": {
             "activations": tiers.count("cpu") * home + (2 * home if "disk" in tiers else 0),
             "page rounding": (HOST_BUFFERS + len(tiers)) * SYSTEM_PAGE_BYTES,

@@ -19,7 +19,7 @@ Bundle = tuple[int, int, int]
 
 #: Bundles of a job that is followed, about; of static blocks, which close with the first end and so may be far smaller than
 #: the policy says; and rows of a block that are bundles of their own.
-BUNDLES, STATIC_BUNDLES, _SINGLES = 160, 400, 3
+BUNDLES, STATIC_BUNDLES, _SINGLES = 160, 1500, 3
 #: The golden ratio: its multiples, taken modulo 1, fill the unit interval evenly, however many are taken.
 _GOLDEN = (5**0.5 - 1) / 2
 

@@ -13,6 +13,7 @@ from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import Hardware
 from cost_model.hardware.link_curves import transfer_s
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation, single_expert_bytes
+from cost_model.memory.memory_plan import scored_at_once
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import are_grouped
 from cost_model.routing.demand import Demand, Routing
@@ -80,6 +81,7 @@ class Costs:
         self.routing = Routing(arch, allocation, shares, on_demand)
         self.arch, self.hardware, self.allocation, self._gpu, self._b = arch, hardware, allocation, gpu, b
         self._scored_share = scored_share
+        self._scored_at_once = scored_at_once(arch, policy, allocation, device=hardware.device, compute_bytes=b)
         self.overlap = policy.overlap
         self.stages_host_units = hardware.device == "cuda" and not policy.pin_weight
         self.kv_bytes = arch.kv_bytes_per_token_layer(b)
@@ -282,9 +284,10 @@ class Costs:
 
     def head_s(self, rows: float, elements: float, prompt_tokens: float = 0.0) -> float:
         """A chunk of the head, as large a matrix as an expert's: over the rows that get a token, and apart from them over the
-        positions of prompts that are scored, whose logits are reduced to a log-probability each."""
+        positions of prompts that are scored, a few at a time, whose logits are reduced to a log-probability each."""
         scored = self._scored_share * prompt_tokens
-        scored_s = self._experts.seconds(scored, elements)
+        at_once = min(scored, self._scored_at_once)
+        scored_s = scored / at_once * self._experts.seconds(at_once, elements) if scored else 0.0
         scored_s += scored * elements / self.arch.head_row_params * self._gpu.score_s
         return self._experts.seconds(rows, elements) + scored_s
 

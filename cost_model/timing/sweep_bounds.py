@@ -266,13 +266,20 @@ def _experts(costs: Costs, tokens: float, demand: Demand | None, stream: _Weight
         "h2d/routed": asking * (own.copy_s + own.copy_last_s) / layers,
     }
     # What is streamed begins when the attention of the layer is over, as this does, and a link has room for one at a time.
-    beside = {"disk_read/routed": stream.busy_s["disk_read"], "h2d/routed": stream.busy_s["h2d"]}
-    if costs.hardware.device == "cpu":  # where a copy is work for a core of its own
-        beside["h2d/routed"] = 0.0
-    read_s, copied_s = (s + min(s, beside[user] / layers) for user, s in moved_s.items())
-    wait_s = max(read_s + asking * own.copy_last_s / layers, copied_s)
+    disk_layers = max(1, demand.disk_layers)
+    read_s = own.read_s + min(own.read_s, stream.busy_s["disk_read"] / disk_layers)
+    copied_s = own.copy_s + own.copy_last_s
+    if costs.hardware.device == "cuda":  # on device cpu a copy is work for a core of its own
+        copied_s += min(copied_s, stream.busy_s["h2d"] / asking)
+    # Layers that have experts on disk wait for these, the others do not: the mean of both, not of what they wait for.
+    on_disk_s = max(read_s + own.copy_last_s, copied_s)
+    waits = ((demand.disk_layers, on_disk_s), (asking - demand.disk_layers, copied_s))
+    beyond_s = sum(count * max(0.0, wait_s - while_s) for count, wait_s in waits) / layers
     return _Experts(
-        compute_s=while_s + other_s, chain_s=max(while_s, wait_s) + other_s, resident_s=while_s, moved_s=moved_s
+        compute_s=while_s + other_s,
+        chain_s=while_s + beyond_s + other_s,
+        resident_s=while_s,
+        moved_s=moved_s,
     )
 
 

@@ -6,7 +6,7 @@ import contextlib
 import weakref
 from dataclasses import dataclass
 
-from cost_model.memory.memory_plan import sampling_bytes
+from cost_model.memory.memory_plan import scored_at_once
 from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine_plan import EnginePlan
 from flexmoe.engine.executor import Executor
@@ -185,7 +185,13 @@ class _Builder:
             activations=activations,
             router_counter=router_counter,
             max_tokens=allocation.max_tokens,
-            score_bytes=sampling_bytes(self._model.arch, policy),
+            scored_at_once=scored_at_once(
+                self._model.arch,
+                policy,
+                allocation,
+                device=plan.device.torch.type,
+                compute_bytes=plan.dtype.itemsize,
+            ),
             dtype=plan.dtype,
             overlap=policy.overlap,
         )

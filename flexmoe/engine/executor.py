@@ -56,7 +56,7 @@ class Executor:
         activations: keeps hidden states between the modules.
         router_counter: counts what the routers choose.
         max_tokens: most tokens of a sweep.
-        score_bytes: memory that the logits of scored positions may take at a time.
+        scored_at_once: positions of prompts that are scored at a time.
         dtype: compute dtype.
         overlap: False runs every operation after the one before it.
     """
@@ -74,7 +74,7 @@ class Executor:
         activations: Activations,
         router_counter: RouterCounter,
         max_tokens: int,
-        score_bytes: int,
+        scored_at_once: int,
         dtype: torch.dtype,
         overlap: bool,
     ):
@@ -87,7 +87,7 @@ class Executor:
         self._x_TD = torch.empty(max_tokens, arch.hidden, dtype=dtype, device=device.torch)
         self._y_TD = torch.empty(max_tokens, arch.hidden, dtype=dtype, device=device.torch)
         self._router_TE = torch.empty(max_tokens, arch.num_experts, dtype=dtype, device=device.torch)
-        self._dtype, self._logits = dtype, Logits(device, family, score_bytes, dtype)
+        self._dtype, self._logits = dtype, Logits(device, family, scored_at_once, dtype)
         self._pending: dict[int, Future[Any]] = {}  # by the id of the operation, of lanes other than the GPU
         self._qkv: dict[int, QKV] = {}  # by GPU batch, of the layer under way
 

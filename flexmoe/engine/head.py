@@ -15,9 +15,6 @@ from flexmoe.kv.batch import Batch, Block
 from flexmoe.sampling.logprobs import PromptScores
 from flexmoe.system.device import Device
 
-#: Bytes per vocabulary entry of a scored position at a time: its logits, in float32 too, and what `PromptScores` makes of them.
-SCORE_BYTES = 24
-
 
 @dataclass(slots=True, kw_only=True)
 class _Sweep:
@@ -35,13 +32,13 @@ class Logits:
     Args:
         device: compute device.
         family: the model's mathematics.
-        score_bytes: memory that the logits of scored positions may take at a time.
+        scored_at_once: scored positions that are computed at a time.
         dtype: compute dtype.
     """
 
-    def __init__(self, device: Device, family: Family, score_bytes: int, dtype: torch.dtype):
+    def __init__(self, device: Device, family: Family, scored_at_once: int, dtype: torch.dtype):
         self._device, self._family = device, family
-        self._score_bytes, self._dtype = score_bytes, dtype
+        self._scored_at_once, self._dtype = scored_at_once, dtype
         self._sweep: _Sweep | None = None
 
     def collect(
@@ -87,10 +84,9 @@ class Logits:
         return self._sweep
 
     def _score(self, scores: PromptScores, scored_TD: torch.Tensor, first: int, weights: Weights) -> None:
-        """A piece of the head over the scored positions, as many of them at a time as the memory takes."""
-        step = max(1, self._score_bytes // (SCORE_BYTES * len(weights["head"])))
-        for at in range(0, len(scores), step):
-            rows = slice(at, min(at + step, len(scores)))
+        """A piece of the head over the scored positions, a few of them at a time."""
+        for at in range(0, len(scores), self._scored_at_once):
+            rows = slice(at, min(at + self._scored_at_once, len(scores)))
             if "norm" in weights:
                 scored_TD[rows] = self._family.final_norm(scored_TD[rows], weights)
             scores.add(rows, first, self._family.head(scored_TD[rows], weights).float())

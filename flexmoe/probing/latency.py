@@ -36,6 +36,8 @@ _PIECES = 4 * READ_THREADS
 #: A slow disk serves few small transfers beside the large ones.
 _LIMIT_S = 3.0
 _LAYERS = 4
+#: Layers of the models whose weights are moved: fewer, so that larger experts fit.
+_MOVED_LAYERS = 2
 #: The disk is to read for no longer than this part of a sweep, and at most this percentage of the weights.
 _DISK_BUSY, _DISK_PERCENT = 0.6, 50.0
 _ROUNDS = 5
@@ -156,17 +158,40 @@ def streaming_core_s_per_byte(
     """Core-seconds that a weight byte takes from computing, by the tier (`cpu`, `disk`) that it comes from.
 
     Sweeps with weights in host memory, on disk, and all resident, in turn: where they last A seconds when all weights
-    are resident, and B with so many bytes elsewhere, a byte takes cores · (B - A) / bytes: the median over rounds.
+    are resident, and B with so many bytes elsewhere, a byte takes cores · (B - A) / bytes: the median over rounds, the mean
+    over two sizes of experts. All rows are one GPU batch and few enough that the bytes show: a sweep of many rows is so much
+    longer than its copies that the drift of the cores' speed hides them.
 
     Args:
         directory: of the engine's disk tier.
         disk_bytes_per_s: the disk's rate; no more is put there than it reads in a part of a sweep.
     """
-    arch = streaming_arch(dtype, effort)
-    rows, batch_rows = max(effort.rows), min(effort.batch_rows)
+    found = [
+        _core_s_per_byte(device, arch, dtype, directory, effort, disk_bytes_per_s)
+        for arch in moved_archs(dtype, effort)
+    ]
+    return {tier: statistics.fmean(each[tier] for each in found) for tier in found[0]}
+
+
+def moved_rows(effort: Effort) -> int:
+    """Rows of the sweeps beside which weights are moved."""
+    return sorted(effort.rows)[len(effort.rows) // 2]
+
+
+def _core_s_per_byte(
+    device: Device,
+    arch: ModelArch,
+    dtype: torch.dtype,
+    directory: Path,
+    effort: Effort,
+    disk_bytes_per_s: float,
+) -> dict[str, float]:
+    rows = moved_rows(effort)
 
     def sweep_s(gpu: float, cpu: float) -> float:
-        timed = timed_sweeps(device, arch, dtype, rows, batch_rows, directory, effort.sweeps, weights=(gpu, cpu))
+        timed = timed_sweeps(
+            device, arch, dtype, rows, rows, directory, effort.sweeps, weights=(gpu, cpu), context=_SHORT
+        )
         return timed.sweep_s
 
     resident_s = [sweep_s(100, 0)]
@@ -186,7 +211,16 @@ def streaming_core_s_per_byte(
 def streaming_arch(dtype: torch.dtype, effort: Effort) -> ModelArch:
     """The largest of the measured experts, with the attention module of its hidden size, of which a model of a few layers fits
     half of the buffers."""
+    return _fitting_archs(dtype, effort, _LAYERS)[-1]
+
+
+def moved_archs(dtype: torch.dtype, effort: Effort) -> list[ModelArch]:
+    """The same of fewer layers, with the two largest experts that fit."""
+    return _fitting_archs(dtype, effort, _MOVED_LAYERS)[-2:]
+
+
+def _fitting_archs(dtype: torch.dtype, effort: Effort, layers: int) -> list[ModelArch]:
     modules = {heads.hidden: heads for heads in effort.modules}
-    shapes = [bench_arch(modules[hidden], ffn, layers=_LAYERS) for hidden, ffn in effort.experts if hidden in modules]
+    shapes = [bench_arch(modules[hidden], ffn, layers=layers) for hidden, ffn in effort.experts if hidden in modules]
     fits = [s for s in shapes if s.total_bytes // s.dtype_bytes * dtype.itemsize <= effort.buffer_bytes // 2]
-    return (fits or shapes[:1])[-1]
+    return fits or shapes[:1]

@@ -15,6 +15,7 @@ import torch
 from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import Gpu, Hardware
 from cost_model.memory.allocation import PAGE_TOKENS
+from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import GROUPED_TOKENS
 from flexmoe.errors import InfeasibleError
 from flexmoe.kernels.native import library as native
@@ -34,7 +35,14 @@ from flexmoe.probing.facts import (
 )
 from flexmoe.probing.gemms import UNIT_EXPERTS, dense_rates, expert_rates, grouped_expert_rates
 from flexmoe.probing.kv import SHAPES, kv_block_costs, kv_rates
-from flexmoe.probing.latency import disk_latency, handoff_s, streaming_arch, streaming_core_s_per_byte
+from flexmoe.probing.latency import (
+    disk_latency,
+    handoff_s,
+    moved_archs,
+    moved_rows,
+    streaming_arch,
+    streaming_core_s_per_byte,
+)
 from flexmoe.probing.sweeps import overheads, score_s
 from flexmoe.probing.timing import WeightArena
 from flexmoe.progress import Steps
@@ -276,18 +284,23 @@ def _streaming(s: Setting, found: Found) -> None:
         return
     rate, alone = found.values["disk_read_bytes_per_s"], found.values["disk_read_core_s_per_byte"]
     taken = streaming_core_s_per_byte(s.device, s.dtypes[2], s.directory, s.effort, rate)
-    source = f"sweeps of {_model(s)} with weights {{}} beside those with none: cores x difference / bytes"
+    models = " and ".join(_described(arch) for arch in moved_archs(s.dtypes[2], s.effort))
+    source = (
+        f"sweeps of {models}, {moved_rows(s.effort)} rows in one GPU batch, with weights {{}} beside those with none: "
+        "cores x difference / bytes"
+    )
     found.put(source.format("in host memory"), h2d_core_s_per_byte=taken["cpu"])
     disk = source.format("on disk") + ", at least the CPU time of reads alone"
     found.put(disk, disk_read_core_s_per_byte=max(alone, taken["disk"]))
 
 
 def _model(s: Setting) -> str:
-    arch = streaming_arch(s.dtypes[2], s.effort)
-    return (
-        f"{arch.num_layers} layers of {arch.num_experts} experts of {arch.expert_params / 1e6:.1f} M weights, "
-        f"{max(s.effort.rows)} rows in GPU batches of {min(s.effort.batch_rows)}"
-    )
+    model = _described(streaming_arch(s.dtypes[2], s.effort))
+    return f"{model}, {max(s.effort.rows)} rows in GPU batches of {min(s.effort.batch_rows)}"
+
+
+def _described(arch: ModelArch) -> str:
+    return f"{arch.num_layers} layers of {arch.num_experts} experts of {arch.expert_params / 1e6:.1f} M weights"
 
 
 def _dtype(s: Setting, size: int) -> str:

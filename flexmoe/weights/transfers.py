@@ -19,11 +19,15 @@ import torch
 
 from flexmoe.system.device import Stream
 from flexmoe.system.direct_io import Pending
+from flexmoe.system.machine import yield_to_others
 from flexmoe.weights.slots import Fetch, Slot, StagingSlot, copy_bytes, copy_to_device, needs_staging
 from flexmoe.weights.store import WeightStore
 from policies.units import UnitId
 
 _Item = TypeVar("_Item")
+#: Of the thread that copies on a core which also computes. A thread of a GEMM that finds its core taken holds up all the others;
+#: this way it gets the core at once. Lower still costs too much where other processes keep the cores busy.
+_COPY_NICENESS = 10
 
 
 class TransferThreads(ABC):
@@ -125,6 +129,7 @@ class DirectTransfers(TransferThreads):
                 fetch.done(e)
 
     def _copy_into_slots(self) -> None:
+        yield_to_others(_COPY_NICENESS)
         while (fetch := self._to_copy.get()) is not None:
             layout, home = self._store.layouts[fetch.unit], self._store.home(fetch.unit)
             with self._store.recorder.span("h2d", str(fetch.unit), layout.stored_bytes):

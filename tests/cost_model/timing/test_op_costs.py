@@ -6,6 +6,7 @@ import pytest
 
 from cost_model.hardware.hardware import Hardware
 from cost_model.memory.allocation import allocate, single_expert_bytes
+from cost_model.memory.memory_plan import SCORED_LOGIT_BYTES, scored_at_once
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import head_chunks, units_of
 from cost_model.planner.constraints import Choice
@@ -127,6 +128,28 @@ def test_scored_positions_pass_the_head_and_are_reduced_to_a_number_each():
     assert extra == pytest.approx(chunks * costs.expert_s(512, each) + 512 * SMALL.vocab_size * 2e-9)
     took = [simulate(p.arch, p.hardware, p.workload, policy, full=True).job_s for p in (problem, plain)]
     assert took[0] - took[1] == pytest.approx(extra, rel=1e-3) and took[0] > 1.1 * took[1]
+
+
+def test_scored_positions_take_the_rate_of_as_many_as_are_computed_at_a_time():
+    problem, policy = scoring(64)
+    policy = replace(policy, prefill_tokens=16)
+    allocation = problem.allocate(policy)
+    at_once = scored_at_once(SMALL, policy, allocation, device="cpu", compute_bytes=2)
+    costs, each = problem.costs(policy, allocation), SMALL.embed_params / head_chunks(SMALL)
+    positions = 16 * at_once
+    products_s = costs.head_s(0, each, positions) - positions * each / SMALL.head_row_params * 2e-9
+    assert products_s == pytest.approx(16 * costs.expert_s(at_once, each))
+    assert products_s > 1.01 * costs.expert_s(positions, each)
+
+
+def test_scoring_takes_the_room_that_attention_and_experts_leave():
+    problem, policy = scoring(64)
+    allocation = problem.allocate(policy)
+    at_once = scored_at_once(SMALL, policy, allocation, device="cpu", compute_bytes=2)
+    plan = problem.memory(policy, allocation)
+    beside = policy.block_size * (SMALL.vocab_size + 2 * SMALL.hidden) * 2
+    room = plan.parts["gpu"]["workspace"] - beside
+    assert 16 <= at_once <= room // (SCORED_LOGIT_BYTES * SMALL.vocab_size // head_chunks(SMALL))
 
 
 def test_half_of_the_prompt_scored_takes_half_as_long():

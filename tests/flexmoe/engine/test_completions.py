@@ -148,12 +148,10 @@ def test_logprobs_of_generated_tokens_are_those_of_transformers(k, make, tiny):
 
 
 @pytest.mark.parametrize("home", HOMES)
-@pytest.mark.parametrize("pace, score_bytes", [(1000, None), (13, 1)])
-def test_prompts_are_scored_as_by_transformers_and_nothing_is_generated(
-    home, pace, score_bytes, make, tiny, monkeypatch
-):
-    if score_bytes is not None:
-        monkeypatch.setattr("flexmoe.engine.build.sampling_bytes", lambda *_: score_bytes)  # one position at a time
+@pytest.mark.parametrize("pace, at_once", [(1000, None), (13, 1)])
+def test_prompts_are_scored_as_by_transformers_and_nothing_is_generated(home, pace, at_once, make, tiny, monkeypatch):
+    if at_once is not None:
+        monkeypatch.setattr("flexmoe.engine.build.scored_at_once", lambda *_, **__: at_once)
     variant, llm = tiny(), make(home, rows=5, batches=2, prefill_tokens=pace)
     rows = (0, 1, 3, 6, 7, 8)
     outputs = run(

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,20 @@ def test_filesystem_is_that_of_the_longest_mount(tmp_path, monkeypatch):
 
 def test_processor_has_a_name():
     assert machine.cpu_name()
+
+
+def test_thread_that_yields_has_a_lower_priority_and_the_others_keep_theirs():
+    def niceness():
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def work():
+        machine.yield_to_others(10)
+        found.append(niceness())
+        machine.yield_to_others(50)
+        found.append(niceness())
+
+    found, before = [], niceness()
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [min(19, before + 10), 19] and niceness() == before

@@ -293,3 +293,15 @@ def test_embedding_rows_are_the_tables_whatever_its_home(tmp_path, tier, compute
         changed = (embed._rows != kept).nonzero()[:, 0]
         assert changed.min() >= 5 * 24 * 4 and changed.max() < 7 * 24 * 4, "GPU batches share no host bytes"
     store.close()
+
+
+@pytest.mark.parametrize("staged, lowered", [(False, {"copy_into_slots"}), (True, set())], ids=["direct", "staged"])
+def test_thread_that_copies_beside_products_lets_these_run_first(tmp_path, staged, lowered):
+    source, expected = tiny_units(tmp_path)
+    here, niceness = os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), {}
+    with streamed(source, PLACEMENTS["mixed"], staged=staged) as (_, stream):
+        within(20, lambda: check_sweeps(stream, expected, torch.float32))
+        for thread in threading.enumerate():
+            niceness[thread.name] = os.getpriority(os.PRIO_PROCESS, thread.native_id)
+    assert "copy_into_slots" in niceness
+    assert {name for name, value in niceness.items() if value > here} == lowered
