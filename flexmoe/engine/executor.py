@@ -151,8 +151,9 @@ class Executor:
             self._feed.get(unit)
 
     def _wait(self, op_id: int) -> None:
-        """Wait for an operation of another lane, and let the compute stream wait for the event that it left."""
-        future = self._pending.get(op_id)
+        """Wait for an operation of another lane, and let the compute stream wait for the event that it left. Its future is
+        forgotten: one of CPU attention holds a tensor on the device, and what has been waited for once needs no second wait."""
+        future = self._pending.pop(op_id, None)
         if future is None:
             return
         result: Arrived | Event | None = future.result()
@@ -250,7 +251,8 @@ class Executor:
             return self._kv.attend_gpu(layer, batch, qkv[0])
         if mode is AttentionMode.FETCH:
             return self._kv.attend_fetched(layer, batch, *qkv, begun(batch.loaded).result())
-        return self._device.use_here(begun(batch.attended).result().tensor)
+        arrived, batch.attended = begun(batch.attended), None  # the output is kept no longer than it is needed
+        return self._device.use_here(arrived.result().tensor)
 
     def _expert_output(self, batch: Batch) -> torch.Tensor:
         """What the experts of the layer before gave for a batch, not yet part of its residual stream."""

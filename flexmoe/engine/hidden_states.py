@@ -67,6 +67,7 @@ class Activations:
         self._device, self._recorder, self.tiers = device, recorder, tiers
         self._on_device: dict[int, torch.Tensor] = {}
         self._tokens: dict[int, int] = {}
+        self._stores: dict[int, Future[None]] = {}  # by batch, until it is loaded
         self._lane = ThreadPoolExecutor(1, thread_name_prefix="act")
         self._stream = device.stream()
         self._bytes = max_tokens * hidden * dtype.itemsize
@@ -94,12 +95,18 @@ class Activations:
         self._on_device.clear()
 
     def store(self, batch: int) -> Future[None]:
-        """Send a batch's hidden states home and forget them on the device."""
-        return self._lane.submit(self._store, batch, self._on_device.pop(batch), self._device.record())
+        """Send a batch's hidden states home and forget them on the device. What goes wrong, the next load raises too."""
+        future = self._lane.submit(self._store, batch, self._on_device.pop(batch), self._device.record())
+        self._stores[batch] = future
+        return future
 
     def load(self, batch: int) -> Future[Event]:
-        """Bring a batch's hidden states to the device. The future gives the event to wait for."""
-        return self._lane.submit(self._load, batch)
+        """Bring a batch's hidden states to the device. The future gives the event to wait for.
+
+        Raises (the future):
+            StorageError: they could not be stored, or not be read.
+        """
+        return self._lane.submit(self._load, batch, self._stores.pop(batch))
 
     def close(self) -> None:
         """End the lane."""
@@ -120,7 +127,8 @@ class Activations:
             with self._recorder.span("disk_write/act", f"act {batch}", nbytes):
                 disk.file.write_from(buffer.numpy().data[: align_up(nbytes)], batch * disk.batch_bytes)
 
-    def _load(self, batch: int) -> Event:
+    def _load(self, batch: int, stored: Future[None]) -> Event:
+        stored.result()  # it is done, as this lane works in order; if it failed, its home has what was there before
         row_bytes = self._shape[1] * self._dtype.itemsize
         nbytes = self._tokens[batch] * row_bytes
         disk = self.disk if self.tiers[batch] == "disk" else None

@@ -66,14 +66,20 @@ class WeightFeed:
         capacity = (self._borrowed_bytes + own_bytes) // entry_bytes(arch) if kind != "off" else 0
         self._rule, self._usage = OnDemand.of(arch, store.tier_of, capacity), Usage(arch, known)
         self._always = [step.unit for step in units.streamed(self._rule.layers)]
-        staged = sum(needs_staging(store, unit) for unit in self._always)
-        self._kept_staging = min(KEPT_SLOTS, staged, max(0, len(self._stream.staging) - 1))
+        self._kept_staging = self._staging_of_the_stream(store)
         self._cache: ExpertCache | None = None
         if capacity >= FEWEST_CACHED and self._rule.layers:
             self._cache = self._make_cache(store, units, allocation.slots, capacity, entry_bytes(arch), known, overlap)
         self._counts: Sequence[int] = ()
         self._on_demand, self._in_sweep, self._on_demand_sweeps = False, False, 0
         self.trace: list[tuple[int, list[int]]] | None = None
+
+    def _staging_of_the_stream(self, store: WeightStore) -> int:
+        """Staging slots that the stream keeps in on-demand mode: one at least where it needs them, and all but one at most
+        where loads of single experts need them too. Where both do, two units or more are staged, and so there are two slots."""
+        always = sum(needs_staging(store, unit) for unit in self._always)
+        loads = any(needs_staging(store, unit) for unit in set(self._all).difference(self._always))
+        return min(KEPT_SLOTS, always, len(self._stream.staging) - loads)
 
     def _make_cache(
         self,

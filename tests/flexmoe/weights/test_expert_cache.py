@@ -40,8 +40,21 @@ PERCENTS = {"cpu": (0, 100), "disk": (0, 0), "mixed": (30, 30)}
 
 
 @contextmanager
-def fed(directory, percents=(0, 0), *, group=None, experts=6, staged=False, monkeypatch=None, pin=True, **options):
-    """A feed of a checkpoint with room for some experts, and the numbers of every expert."""
+def fed(
+    directory,
+    percents=(0, 0),
+    *,
+    group=None,
+    experts=6,
+    staged=False,
+    monkeypatch=None,
+    pin=True,
+    on_disk=(),
+    staging=4,
+    **options,
+):
+    """A feed of a checkpoint with room for some experts, and the numbers of every expert; units ``on_disk`` are there whatever
+    the percents say."""
     if staged:
         monkeypatch.setattr(supply, "WeightStream", lambda *a, **kw: WeightStream(*a, **kw, staged=True))
     model = load_model(str(directory)).grouped(group)
@@ -49,10 +62,10 @@ def fed(directory, percents=(0, 0), *, group=None, experts=6, staged=False, monk
     source = model.source(directory)
     resident = WeightStore(device, Recorder(), source, {u.id: "gpu" for u in units_of(arch)}, torch.float32)
     resident.load()
-    tier_of = residency(arch).place(*percents).tier_of
+    tier_of = residency(arch).place(*percents).tier_of | dict.fromkeys(on_disk, "disk")
     store, units = WeightStore(device, Recorder(), source, tier_of, torch.float32, pin), SweepUnits.of(tier_of)
     store.load()
-    feed = WeightFeed(store, arch, units, SimpleNamespace(slots=2, staging_slots=4, cache_experts=experts), **options)
+    feed = WeightFeed(store, arch, units, SimpleNamespace(slots=2, staging_slots=staging, cache_experts=experts), **options)
     feed.start()
     expected = {}
     for unit in (step.unit for layer in units.experts for step in layer):
@@ -127,6 +140,31 @@ def test_unpinned_homes_pass_through_staging(variants, monkeypatch):
         assert run.feed._kept_staging == 2 and len(run.feed._stream.staging) == 4
         for layer in layers * 3:
             assert within(10, lambda at=layer: ask(run, at, [1, 4, 5, 9])) is not None
+
+
+@pytest.mark.parametrize(
+    "on_disk, staging",
+    [
+        ((UnitId("attention", 1),), 1),
+        ((UnitId("head", 4),), 1),
+        ((UnitId("expert", 2, 0),), 1),
+        ((UnitId("attention", 1), UnitId("expert", 2, 0)), 2),
+        ((UnitId("attention", 1), UnitId("attention", 2), UnitId("expert", 2, 0)), 2),
+    ],
+    ids=["attention", "head", "expert", "attention and expert", "two attentions and expert"],
+)
+def test_few_units_on_disk_leave_staging_to_whoever_needs_it(on_disk, staging, variants, monkeypatch):
+    options = {"on_disk": on_disk, "staging": staging, "group": 1, "staged": True, "monkeypatch": monkeypatch}
+    with fed(variants("qwen3").directory, (0, 100), **options) as run:
+        sparse = [layer for layer in range(run.arch.num_layers) if layer not in run.arch.dense_layers]
+        for _ in range(3):
+            run.feed.begin(1)
+            for unit in run.feed._always:
+                within(10, lambda u=unit: run.feed.get(u))
+                run.feed.release(unit)
+            for layer in sparse:
+                within(10, lambda at=layer: ask(run, at, [0, 1]))
+            run.feed.end()
 
 
 def test_cached_experts_come_first_and_cost_no_transfer(variants, monkeypatch):
