@@ -63,7 +63,8 @@ class Engine:
         self._complete: list[RequestOutput] = []
         self._closed = self._warned = False
         self.sweeps = SweepLog()
-        self._parts = parts = EngineParts.build(self.model, config, self.plan)
+        with self.device.computing():
+            self._parts = parts = EngineParts.build(self.model, config, self.plan)
         self.recorder, self.store, self.feed, self.executor = parts.recorder, parts.store, parts.feed, parts.executor
         self.cache, self.kv, self.activations = parts.cache, parts.kv, parts.activations
         self.router_counter, self.scheduler = parts.router_counter, parts.scheduler
@@ -130,6 +131,10 @@ class Engine:
         """
         if self._closed:
             raise UsageError("this engine is closed; make a new one")
+        with self.device.computing():
+            return self._sweep()
+
+    def _sweep(self) -> list[RequestOutput]:
         start = time.perf_counter()
         self._memory.check()
         runs = self.scheduler.plan_sweep()
@@ -193,6 +198,10 @@ class Engine:
         tier = max(TIERS, key=self.cache.total)
         mode = AttentionMode.FETCH if self.plan.allocation.fetch_pages else AttentionMode.CPU
         mode = AttentionMode.GPU if tier == "gpu" else mode
+        with self.device.computing():
+            return self._logits(token_ids, tier, mode)
+
+    def _logits(self, token_ids: list[int], tier: str, mode: AttentionMode) -> torch.Tensor:
         kv = self.cache.open(tier)
         try:
             pieces, step = [], self.config.policy.prefill_tokens
@@ -209,7 +218,8 @@ class Engine:
     def close(self) -> None:
         """Stop the threads and close the files; a second call does nothing."""
         self._closed = True
-        self._parts.close()
+        with self.device.computing():
+            self._parts.close()
 
     def limit(self, request: EngineRequest) -> int:
         """Tokens that a request may reach, prompt and completion."""

@@ -99,6 +99,7 @@ class Executor:
             torch.Tensor: logits ``[R, vocab]`` on the compute device, one row per requested position, in block order.
                 The targets' log-probabilities are in ``block.scores``.
         """
+        self._device.rebase()
         self._block = block
         self._pending.clear()
         self._qkv.clear()
@@ -159,7 +160,7 @@ class Executor:
         result: Arrived | Event | None = future.result()
         event = result.event if isinstance(result, Arrived) else result
         if event is not None:
-            event.wait()
+            event.wait(self._device.compute)
 
     def _shape(self, block: Block) -> SweepShape:
         def having(test: Callable[[Group], bool]) -> frozenset[int]:

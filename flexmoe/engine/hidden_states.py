@@ -120,9 +120,9 @@ class Activations:
         buffer = self._host[batch] if disk is None else disk.write_buffer
         self._tokens[batch] = len(h_TD)
         with self._recorder.span("d2h/act", f"act {batch}", nbytes), self._device.on(self._stream):
-            produced.wait()
+            produced.wait(self._stream)
             buffer[:nbytes].view(self._dtype).view(self._shape).copy_(h_TD, non_blocking=True)
-            self._device.record().synchronize()  # on this lane's own thread
+            self._device.record(self._stream).synchronize()  # on this lane's own thread
         if disk is not None:
             with self._recorder.span("disk_write/act", f"act {batch}", nbytes):
                 disk.file.write_from(buffer.numpy().data[: align_up(nbytes)], batch * disk.batch_bytes)
@@ -139,7 +139,7 @@ class Activations:
         with self._recorder.span("h2d/act", f"act {batch}", nbytes), self._device.on(self._stream):
             host = buffer[:nbytes].view(self._dtype).view(self._shape)
             h_TD = host.to(self._device.torch, non_blocking=True, copy=True)
-            event = self._device.record()
+            event = self._device.record(self._stream)
             event.synchronize()  # the buffer may be filled again; on this lane's own thread
         self._on_device[batch] = h_TD
         return event

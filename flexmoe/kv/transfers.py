@@ -9,6 +9,7 @@ Two sets of buffers alternate, so that the next batch is brought while this one 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -62,7 +63,8 @@ class KVLanes:
     ):
         self._device, self._recorder, self._cache, self._window = device, recorder, cache, window
         self._lanes = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("h2d", "d2h", "cpu")}
-        self._streams = {name: device.stream() for name in ("h2d", "d2h")}
+        # Outputs of CPU attention, which the GPU waits for, do not queue behind KV on its way up.
+        self._streams = {name: device.stream(urgent=name == "up") for name in ("h2d", "d2h", "up")}
         self._stores: list[Future[None]] = []
         self._loads = 0
         s = cache.shape
@@ -75,6 +77,7 @@ class KVLanes:
         self._down = [self._host((2, host_tokens, *token)) for _ in range(2)]
         self._queries = [self._host((2, host_tokens, query_heads, s.head_dim)) for _ in range(2)]
         self._staging_read = [device.record(), device.record()]
+        self._packed_read = [device.record(), device.record()]
         self._disk: DiskKV | None = None  # made last, since it starts threads
         if cache.file is not None:
             self._disk = DiskKV(device, recorder, cache, buffers.staging_pages, buffers.write_pages)
@@ -158,7 +161,7 @@ class KVLanes:
         """Attention of the batch's ``fetch`` rows over the staging buffer."""
         index: FetchIndex = batch.kv[AttentionMode.FETCH]
         side = index.sides.pop(layer)
-        loaded.wait()
+        loaded.wait(self._device.compute)
         tokens = slice(index.group.start, index.group.stop)
         staging = self._staging[side]
         for flat, new in zip(staging, (k_TGd, v_TGd)):
@@ -194,25 +197,26 @@ class KVLanes:
     # What the lanes do.
 
     def _load(self, layer: int, index: FetchIndex, side: int) -> Event:
-        width = self._cache.shape.token_bytes
+        """While one side's copies are under way, the other side's KV is gathered."""
         raw = None if index.disk is None else self._on_disk.read(layer, index.disk, side)
-        with self._device.on(self._streams["h2d"]):
-            self._staging_read[side].wait()
-            with self._recorder.span("h2d/kv", f"kv {layer}", index.past_tokens * width):
-                packed = self._packed[side][:, : index.past_tokens]
+        self._packed_read[side].synchronize()  # by the copies of the load before the last; on this lane's own thread
+        stream = self._streams["h2d"]
+        self._staging_read[side].wait(stream)
+        for which in range(2):
+            packed = self._packed[side][which, : index.past_tokens]
+            with self._recorder.span("h2d/gather", f"gather kv {layer}"):
                 count = len(index.past_home)
-                for which in range(2):
-                    pool = self._cache.cpu[layer, which].flatten(0, 1)
-                    torch.index_select(pool, 0, index.past_home, out=packed[which, :count])
-                    if index.disk is not None and raw is not None:
-                        self._on_disk.gather(layer, which, index.disk, raw, packed[which, count:])
-                    arrived = packed[which]
-                    if self._landing is not None:
-                        arrived = self._landing[: index.past_tokens].copy_(arrived, non_blocking=True)
-                    self._staging[side][which].index_copy_(0, index.staged_past, arrived)
-            event = self._device.record()
-        if self._device.is_cuda:
-            event.synchronize()  # the packed buffer is filled again by the load after next
+                pool = self._cache.cpu[layer, which].flatten(0, 1)
+                torch.index_select(pool, 0, index.past_home, out=packed[:count])
+                if index.disk is not None and raw is not None:
+                    self._on_disk.gather(layer, which, index.disk, raw, packed[count:])
+            nbytes = packed.numel() * packed.element_size()
+            with self._device.on(stream), self._device.timed(self._recorder, "h2d/kv", f"kv {layer}", nbytes, stream):
+                arrived = packed
+                if self._landing is not None:
+                    arrived = self._landing[: index.past_tokens].copy_(packed, non_blocking=True)
+                self._staging[side][which].index_copy_(0, index.staged_past, arrived)
+        event = self._packed_read[side] = self._device.record(stream)
         return event
 
     def _store(
@@ -227,16 +231,25 @@ class KVLanes:
         """Take ``made``, queries, keys and values, to the host and KV on to its home."""
         if loaded is not None:
             loaded.result()
-        indices = [index for mode, index in batch.kv.items() if mode is not AttentionMode.GPU]
+        indices: list[GroupIndex] = [index for mode, index in batch.kv.items() if mode is not AttentionMode.GPU]
         start, stop = min(i.group.start for i in indices), max(i.group.stop for i in indices)
-        q, k, v = (tensor[start:stop] for tensor in made)
-        k, v, q = self._bring_down(side, produced, k, v, q)
-        for index in indices:
-            here = slice(index.group.start - start, index.group.stop - start)
-            with self._recorder.span("d2h", f"kv {layer}", (here.stop - here.start) * self._cache.shape.token_bytes):
+        q, k, v = made
+        nbytes = (stop - start) * self._cache.shape.token_bytes
+        k, v, *queries = self._bring_down(
+            side,
+            f"kv {layer}",
+            nbytes,
+            produced,
+            k[start:stop],
+            v[start:stop],
+            *(_own(q, i) for i in _on_host(indices)),
+        )
+        with self._recorder.span("d2h/home", f"kv {layer}"):
+            for index in indices:
+                here = slice(index.group.start - start, index.group.stop - start)
                 self._store_group(layer, index, k[here], v[here])
-            if isinstance(index, HostIndex):
-                index.queries = q[here]
+        for host, own in zip(_on_host(indices), queries):
+            host.queries = own
 
     def _store_group(self, layer: int, index: GroupIndex, k: torch.Tensor, v: torch.Tensor) -> None:
         """New KV of a group, on the host, to its home; rows on disk are the last of a group."""
@@ -246,18 +259,24 @@ class KVLanes:
         if isinstance(index, FetchIndex) and index.disk is not None:
             self._on_disk.store(layer, index.disk, k[count:], v[count:])
 
-    def _bring_down(self, side: int, produced: Event, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Host copies of device tensors, in pinned buffers. The caller holds the tensors until the copies are done."""
-        if not self._device.is_cuda:
-            return list(tensors)
-        buffers = [self._down[side][0], self._down[side][1], self._queries[side][0]]
+    def _bring_down(
+        self, side: int, name: str, nbytes: int, produced: Event, *tensors: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Host copies of K, V and, where rows are attended on the CPU, of their queries, in pinned buffers. The caller holds the
+        tensors until the copies are done.
+
+        Args:
+            name, nbytes: how the copies are recorded.
+        """
         stream = self._streams["d2h"]
-        down = []
-        with self._device.on(stream):
-            produced.wait()
-            for tensor, buffer in zip(tensors, buffers):
-                down.append(buffer[: len(tensor)].copy_(tensor, non_blocking=True))
-            self._device.record().synchronize()  # this lane's own thread; nobody else waits
+        if stream is None:
+            with self._recorder.span("d2h", name, nbytes):  # they are there
+                return list(tensors)
+        buffers = [self._down[side][0], self._down[side][1], self._queries[side][0]]
+        produced.wait(stream)
+        with self._device.on(stream), self._device.timed(self._recorder, "d2h", name, nbytes, stream):
+            down = [buffer[: len(tensor)].copy_(tensor, non_blocking=True) for tensor, buffer in zip(tensors, buffers)]
+        self._device.record(stream).synchronize()  # this lane's own thread; nobody else waits
         return down
 
     def _cpu_attend(self, layer: int, index: HostIndex, side: int, stored: Future[None]) -> Arrived:
@@ -266,11 +285,27 @@ class KVLanes:
         pinned = self._queries[side][1][: len(index.queries)] if self._device.is_cuda else None
         with self._recorder.span("cpu", f"attend {layer}", index.ragged.kv_tokens * self._cache.shape.token_bytes):
             out = paged_attention(index.queries, k_pool, v_pool, index.ragged, window=self._window, out=pinned)
-        with self._device.on(self._streams["h2d"]):
+        stream, nbytes = self._streams["up"], out.numel() * out.element_size()
+        if stream is None:
+            return Arrived(out, self._device.record())  # it is there
+        with (
+            self._device.on(stream),
+            self._device.timed(self._recorder, "h2d/attended", f"attended {layer}", nbytes, stream),
+        ):
             # The pinned buffer is free again when the compute stream has passed the batch's next projection.
-            return Arrived(out.to(self._device.torch, non_blocking=True), self._device.record())
+            return Arrived(out.to(self._device.torch, non_blocking=True), self._device.record(stream))
 
     def _host(self, shape: tuple[int, ...]) -> torch.Tensor:
         dtype = self._cache.shape.dtype
         size = torch.Size(shape).numel() * dtype.itemsize
         return self._device.host_buffer(size)[:size].view(dtype).view(shape)
+
+
+def _on_host(indices: Iterable[GroupIndex]) -> list[HostIndex]:
+    """Of the rows that are attended on the CPU: one at most in a GPU batch."""
+    return [index for index in indices if isinstance(index, HostIndex)]
+
+
+def _own(tensor: torch.Tensor, index: GroupIndex) -> torch.Tensor:
+    """The part of a batch's tensor that belongs to a group."""
+    return tensor[index.group.start : index.group.stop]

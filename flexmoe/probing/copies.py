@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,7 +101,7 @@ def copy_curve(device: Device, nbytes: int, sizes: Sequence[int], seconds: float
                 target.copy_(source, non_blocking=True) if device.is_cuda else np.copyto(target, source)
 
         with device.on(stream):
-            return lanes[0].nbytes / repeat_s(device, copy, seconds)
+            return lanes[0].nbytes / repeat_s(device, copy, seconds, stream=stream)
 
     return best_of_rounds([size for size in sizes if size <= nbytes], rate)
 
@@ -161,10 +161,10 @@ def _stream_rates(device: Device, lanes: Sequence[Lane], seconds: float) -> list
 def _ends_s(device: Device, lanes: Sequence[Lane], units: int) -> list[list[float]]:
     """When each unit of each lane had arrived, in seconds after the start they have in common."""
     start = device.event(timing=True)
-    start.record()
+    start.record(device.compute)
     marks: list[list[Event]] = [[] for _ in lanes]
     for lane in lanes:
-        cast(Stream, lane.stream).wait_event(cast("torch.cuda.Event", start))
+        start.wait(lane.stream)
     for _ in range(units):
         for lane, ends in zip(lanes, marks, strict=True):
             with device.on(lane.stream):

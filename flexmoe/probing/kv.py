@@ -11,7 +11,9 @@ import itertools
 import random
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -26,7 +28,7 @@ from flexmoe.kv.transfers import KVBuffers, KVLanes
 from flexmoe.probing.disk import DiskRates, file_bytes, probe_directory
 from flexmoe.probing.effort import Effort
 from flexmoe.probing.timing import fill_with_noise, noise, repeat_s
-from flexmoe.system.device import Device
+from flexmoe.system.device import Device, Event
 from flexmoe.system.direct_io import DirectFile
 from flexmoe.system.trace import Recorder
 from policies.admission.row_state import AttentionMode
@@ -74,11 +76,13 @@ class KVBench:
         k, v = (noise(device, dtype, new_tokens, _KV_HEADS, _HEAD_DIM) for _ in range(2))
         self._new = q, k, v
         self._layer = 0
+        self._loading: deque[Future[Event]] = deque()
 
     def rates(self, seconds: float) -> KVRates:
         """Measure both, for about ``seconds`` each."""
         with torch.inference_mode():
             load_s = self._each_s(self._load, seconds)
+            self._arrived(0)
             store_s = self._each_s(self._store, seconds)
         return KVRates(
             load=self._past_bytes / load_s, store=self._new_bytes / store_s, rows=len(self._batch.groups[0].runs)
@@ -89,11 +93,18 @@ class KVBench:
         self._lanes.close()
 
     def _each_s(self, work: Callable[[], None], seconds: float) -> float:
-        """A lane hands over results when they have arrived, so the host's clock is right on CUDA too."""
+        """A call ends when the KV of one load or store has arrived, so events around many calls are right too."""
         return repeat_s(self._device, work, seconds, warm=_LAYERS)
 
     def _load(self) -> None:
-        self._lanes.load(self._next_layer(), self._batch).result()
+        """One more than there is to wait for: while a load is on the link, the next one's KV is gathered, as in a sweep."""
+        self._loading.append(self._lanes.load(self._next_layer(), self._batch))
+        self._arrived(1)
+
+    def _arrived(self, left: int) -> None:
+        """Wait for all loads but so many."""
+        while len(self._loading) > left:
+            self._loading.popleft().result().synchronize()
 
     def _store(self) -> None:
         self._lanes.store(self._next_layer(), self._batch, *self._new, None).result()

@@ -103,7 +103,7 @@ def probe(device: str = "auto", directory: str | Path = OFFLOAD_DIR, effort: Eff
     found.put(_capacity_source(dev, limit), **capacities(dev, directory))
     others = Others()
     try:
-        with Steps(MEASURING, bar=sys.stderr.isatty()) as steps:
+        with Steps(MEASURING, bar=sys.stderr.isatty()) as steps, dev.computing():
             for number, (what, step) in enumerate(_STEPS.items(), 1):
                 steps.begin(number, len(_STEPS), what)
                 step(setting, found)

@@ -13,21 +13,31 @@ import torch
 
 from cost_model.hardware.link_curves import LinkCurve
 from flexmoe.checkpoint.unit_layout import Part, pack, views
-from flexmoe.system.device import Device, Event
+from flexmoe.system.device import Device, Event, Stream
 
 _MOST_CALLS = 1000
 _CURVE_ROUNDS = 3
 
 
-def repeat_s(device: Device, work: Callable[[], object], seconds: float, *, warm: int = 1, least: int = 3) -> float:
-    """Seconds of one call.
+def repeat_s(
+    device: Device,
+    work: Callable[[], object],
+    seconds: float,
+    *,
+    warm: int = 1,
+    least: int = 3,
+    stream: Stream | None = None,
+) -> float:
+    """Seconds of one call of what is done on ``stream`` (None: the compute stream).
 
     On cpu the median of as many calls as take ``seconds``, at least ``least`` of them unless those took three times as
     long. On CUDA the mean between two events around about as many, the first calls left out.
     """
     for _ in range(warm):
         work()
-    return _device_s(device, work, seconds) if device.is_cuda else _host_s(work, seconds, least)
+    return (
+        _device_s(device, work, seconds, stream or device.compute) if device.is_cuda else _host_s(work, seconds, least)
+    )
 
 
 def elapsed_s(start: Event, end: Event) -> float:
@@ -60,13 +70,13 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def _device_s(device: Device, work: Callable[[], object], seconds: float) -> float:
+def _device_s(device: Device, work: Callable[[], object], seconds: float, stream: Stream | None) -> float:
     def run(count: int) -> float:
         start, end = device.event(timing=True), device.event(timing=True)
-        start.record()
+        start.record(stream)
         for _ in range(count):
             work()
-        end.record()
+        end.record(stream)
         end.synchronize()
         return elapsed_s(start, end) / count
 

@@ -54,6 +54,7 @@ class Device:
 
     Attributes:
         torch: the `torch.device`.
+        compute: the stream that all computing is ordered by, whatever thread issues it; None on cpu.
         host_waits: how often the calling thread waited for device work (a test holds it to one per MoE layer).
     """
 
@@ -74,36 +75,49 @@ class Device:
             self.torch = torch.device(
                 "cuda", torch.cuda.current_device() if self.torch.index is None else self.torch.index
             )
-            torch.cuda.set_device(self.torch)
-        self._base = self.event(timing=True)
-        self._base.record()
-        if self.is_cuda:
-            self._base.synchronize()
-        self._base_s = time.perf_counter()
+        # The default one, in whose order memory that was allocated without a stream is freed.
+        self.compute: Stream | None = torch.cuda.default_stream(self.torch) if self.is_cuda else None
+        self.rebase()
 
-    def stream(self) -> Stream | None:
-        """A new CUDA stream; None on cpu."""
-        return torch.cuda.Stream(self.torch) if self.is_cuda else None
+    def stream(self, *, urgent: bool = False) -> Stream | None:
+        """A new CUDA stream; None on cpu.
+
+        Args:
+            urgent: what is issued there goes before what waits on others.
+        """
+        return torch.cuda.Stream(self.torch, priority=-1 if urgent else 0) if self.is_cuda else None
 
     def on(self, stream: Stream | None) -> contextlib.AbstractContextManager[object]:
-        """Context in which kernels and copies go to ``stream`` (None: the current one)."""
+        """Context in which kernels, copies and allocations go to ``stream`` and its GPU; on cpu it does nothing."""
         return torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext()
+
+    def computing(self) -> contextlib.AbstractContextManager[object]:
+        """Context of whatever computes: any thread may enter it, whatever its current GPU and stream are."""
+        return self.on(self.compute)
+
+    def rebase(self) -> None:
+        """Match the clocks of host and device anew: events give their distance as float32 milliseconds, too coarse after hours.
+        It waits for the compute stream, so it is for times when that is idle."""
+        base = self.event(timing=True)
+        base.record(self.compute)
+        base.synchronize()
+        self._base = (base, time.perf_counter())
 
     def event(self, timing: bool = False) -> Event:
         """A new, unrecorded event. Who waits for it sleeps: a core that spins is one less for attention on the CPU."""
         return torch.cuda.Event(enable_timing=timing, blocking=True) if self.is_cuda else NoEvent()
 
     def record(self, stream: Stream | None = None) -> Event:
-        """An event recorded now on ``stream`` (None: the current one)."""
+        """An event recorded now on ``stream`` (None: the compute stream)."""
         event = self.event()
-        event.record(stream) if stream is not None else event.record()
+        event.record(stream or self.compute)
         return event
 
     def use_here(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor, for use on the current stream: when it is freed, its memory is not given to another tensor of the
-        stream that made it before the current stream has passed this use."""
-        if self.is_cuda:
-            tensor.record_stream(torch.cuda.current_stream())
+        """The tensor, for use on the compute stream: when it is freed, its memory is not given to another tensor of the
+        stream that made it before the compute stream has passed this use."""
+        if self.compute is not None:
+            tensor.record_stream(self.compute)
         return tensor
 
     def host_wait(self, event: Event) -> None:
@@ -115,16 +129,17 @@ class Device:
     def timed(
         self, recorder: Recorder, lane: str, name: str, nbytes: int = 0, stream: Stream | None = None
     ) -> Iterator[None]:
-        """Record the body's device work as a span of ``lane`` (host time on cpu, event times on CUDA)."""
+        """Record the body's device work on ``stream`` (None: the compute stream) as a span of ``lane`` (host time on cpu, event
+        times on CUDA)."""
         if not self.is_cuda:
             with recorder.span(lane, name, nbytes):
                 yield
             return
         start, end = self.event(timing=True), self.event(timing=True)
-        start.record(stream or torch.cuda.current_stream())
+        start.record(stream or self.compute)
         yield
-        end.record(stream or torch.cuda.current_stream())
-        recorder.add_device(lane, name, self._base, self._base_s, start, end, nbytes)
+        end.record(stream or self.compute)
+        recorder.add_device(lane, name, *self._base, start, end, nbytes)
 
     def host_buffer(self, nbytes: int, *, pinned: bool = True, shared: bool = False) -> torch.Tensor:
         """Page-aligned host bytes, exactly as many pages as asked; registered with the driver on CUDA.

@@ -8,8 +8,10 @@ device has passed them, so that measuring adds no synchronisation.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 from policies.common import chrome_trace
 
 _MAX_SPANS = 2_000_000
-_RECENT = 16  # more intervals than workers of a lane that can still be at work on an old one
+_MOST_INTERVALS = 20_000  # of a lane, where nobody calls `resolve`
 
 
 @dataclass(slots=True)
@@ -41,6 +43,44 @@ class LaneTotals:
         return self.nbytes / self.busy_s if self.busy_s > 0 else 0.0
 
 
+class Covered:
+    """What intervals cover together, whatever order they come in; what is long past can be forgotten."""
+
+    def __init__(self) -> None:
+        # Of disjoint intervals in order; those before `_from_s` have been forgotten.
+        self._starts: list[float] = []
+        self._ends: list[float] = []
+        self._from_s = self._swept_s = -math.inf
+
+    def add(self, start_s: float, end_s: float) -> float:
+        """One more; returns the seconds of it that no other one has covered."""
+        start_s = max(start_s, self._from_s)
+        if end_s <= start_s:
+            return 0.0
+        first, stop = bisect_left(self._ends, start_s), bisect_right(self._starts, end_s)
+        before_s = sum(b - a for a, b in zip(self._starts[first:stop], self._ends[first:stop]))
+        if first < stop:
+            start_s, end_s = min(start_s, self._starts[first]), max(end_s, self._ends[stop - 1])
+        self._starts[first:stop], self._ends[first:stop] = [start_s], [end_s]
+        if len(self._starts) > _MOST_INTERVALS:
+            self.forget(self._ends[_MOST_INTERVALS // 2])
+        return end_s - start_s - before_s
+
+    def end_sweep(self) -> None:
+        """Forget what had ended when the sweep before this one did."""
+        self.forget(self._swept_s)
+        if self._ends:
+            self._swept_s = self._ends[-1]
+
+    def forget(self, until_s: float) -> None:
+        """Intervals that end by then; of later ones only what is after that counts."""
+        if until_s <= self._from_s:
+            return
+        gone = bisect_right(self._ends, until_s)
+        del self._starts[:gone], self._ends[:gone]
+        self._from_s = until_s
+
+
 class Recorder:
     """Collects what the lanes do. Safe to call from every thread.
 
@@ -54,7 +94,7 @@ class Recorder:
         self._spans: list[tuple[str, str, float, float, int]] = []
         self._totals: dict[str, LaneTotals] = {}
         self._pending: list[tuple[str, str, Any, float, Any, Any, int]] = []
-        self._active: dict[str, list[tuple[float, float]]] = {}
+        self._covered: dict[str, Covered] = {}
         self._lock = threading.Lock()
 
     def add(self, lane: str, name: str, start_s: float, end_s: float, nbytes: int = 0) -> None:
@@ -63,8 +103,7 @@ class Recorder:
             totals = self._totals.setdefault(lane, LaneTotals())
             totals.nbytes += nbytes
             totals.worker_s += end_s - start_s
-            recent = self._active.setdefault(lane.split("/")[0], [])
-            totals.busy_s += _newly_covered(recent, start_s, end_s)
+            totals.busy_s += self._covered.setdefault(lane.split("/")[0], Covered()).add(start_s, end_s)
             if self._keep_spans and len(self._spans) < _MAX_SPANS:
                 self._spans.append((lane, name, start_s, end_s, nbytes))
 
@@ -83,7 +122,10 @@ class Recorder:
             self._pending.append((lane, name, base, base_s, start, end, nbytes))
 
     def resolve(self) -> None:
-        """Turn the device spans whose events have passed into ordinary ones. Does not wait for the device."""
+        """Turn the device spans whose events have passed into ordinary ones. Does not wait for the device.
+
+        It is called once a sweep: a span that began more than two sweeps ago adds busy seconds of the last two alone.
+        """
         with self._lock:
             pending, self._pending = self._pending, []
         waiting = []
@@ -96,6 +138,8 @@ class Recorder:
             self.add(lane, name, begin_s, base_s + base.elapsed_time(end) / 1e3, nbytes)
         with self._lock:
             self._pending = waiting + self._pending
+            for covered in self._covered.values():
+                covered.end_sweep()
 
     def totals(self, *, by_worker: bool = False) -> dict[str, LaneTotals]:
         """Totals per lane; workers of a lane are added up unless ``by_worker``."""
@@ -125,12 +169,3 @@ class Recorder:
         with self._lock:
             spans = [span for span in self._spans if span[2] >= since_s]
         chrome_trace.write_chrome_trace(path, spans, origin_s=self.origin_s)
-
-
-def _newly_covered(recent: list[tuple[float, float]], start_s: float, end_s: float) -> float:
-    """Seconds of [start, end) that no interval of ``recent`` covers; the list is extended by it, and drops intervals long past."""
-    touching = [(a, b) for a, b in recent if a <= end_s and b >= start_s]
-    recent[:] = [interval for interval in recent if interval not in touching][-_RECENT:]
-    first, last = min([start_s, *(a for a, _ in touching)]), max([end_s, *(b for _, b in touching)])
-    recent.append((first, last))
-    return last - first - sum(b - a for a, b in touching)

@@ -231,5 +231,5 @@ class ExpertCache:
             self._failure = fetch.error
             raise fetch.error
         if fetch.copied is not None:
-            fetch.copied.wait()
+            fetch.copied.wait(self._device.compute)
         return as_compute(views(held.entry.buffer, self._loader.places(*held.expert)), self._dtype)

@@ -85,8 +85,6 @@ class ExpertLoader:
 
     def _bring(self, unit: UnitId, place: int, layout: UnitLayout, fetch: Fetch) -> None:
         try:
-            if self._device.is_cuda:
-                torch.cuda.set_device(self._device.torch)
             (self._upload if self._staged else self._copy)(unit, place, layout, fetch)
         except BaseException as e:
             fetch.done(e)

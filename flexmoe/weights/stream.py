@@ -145,7 +145,7 @@ class WeightStream:
         if fetch.unit != unit:
             raise RuntimeError(f"the weight stream is at {fetch.unit}, but {unit} was asked for: wrong order")
         if fetch.copied is not None:
-            fetch.copied.wait()
+            fetch.copied.wait(self._device.compute)
         layout = self._store.layouts[unit]
         direct_read = not self.staged and self._store.tier_of[unit] == "disk"
         tensors = views(fetch.slot.buffer, layout.host if direct_read else layout.device)

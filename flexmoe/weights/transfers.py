@@ -93,8 +93,6 @@ class TransferThreads(ABC):
     def _guard(self, loop: Callable[[], None]) -> None:
         """An exception of a thread becomes the error of the next fetch, not a silent end of the stream."""
         try:
-            if self._device.is_cuda:
-                torch.cuda.set_device(self._device.torch)
             loop()
         except Exception as e:
             self.issued.put(e)

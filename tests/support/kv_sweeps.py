@@ -34,9 +34,9 @@ class History:
 class Bench:
     """A cache of ``pages`` per tier with its lanes; `sweep` runs one sweep over some rows and checks its attention."""
 
-    def __init__(self, directory, pages, *, window=None, seed=0, tails=8, batch_rows=3):
+    def __init__(self, directory, pages, *, window=None, seed=0, tails=8, batch_rows=3, device=None):
         self.recorder, self.window, self.batch_rows = Recorder(), window, batch_rows
-        device = Device("cpu")
+        device = device or Device("cpu")
         counts = dict(zip(("gpu", "cpu", "disk"), pages))
         self.cache = KVCache(device, SHAPE, counts, tails if counts["disk"] else 0, directory)
         buffers = KVBuffers(staging_pages=sum(pages), batch_tokens=600, write_pages=60)

@@ -1,6 +1,7 @@
 """The CPU in the part of a CUDA device: streams, events and pinned memory that count what is asked of them."""
 
 import contextlib
+import threading
 import time
 
 import pytest
@@ -11,18 +12,21 @@ from flexmoe.system.device import Device
 
 
 class Event:
-    """Remembers when it was recorded; refuses what an unrecorded CUDA event would get wrong silently."""
+    """Remembers when it was recorded; refuses what an unrecorded CUDA event would get wrong silently, and streams that are left
+    to whichever the calling thread has at the time."""
 
     recorded_s = None
 
     def record(self, stream=None):
+        assert stream is not None, "records on the current stream, which may be that of another GPU"
         self.recorded_s = time.perf_counter()
 
     def wait(self, stream=None):
-        assert self.recorded_s is not None, "waits for an event that nobody recorded: CUDA would not wait at all"
+        assert stream is not None, "lets the current stream wait, which may be that of another GPU"
+        self.synchronize()
 
     def synchronize(self):
-        self.wait()
+        assert self.recorded_s is not None, "waits for an event that nobody recorded: CUDA would not wait at all"
 
     def query(self):
         return self.recorded_s is not None
@@ -32,9 +36,6 @@ class Event:
 
 
 class Stream:
-    def wait_event(self, event):
-        event.wait()
-
     def synchronize(self):
         pass
 
@@ -43,18 +44,26 @@ class PretendCuda(Device):
     def __init__(self, name="auto"):
         super().__init__("cpu")
         self.is_cuda = True
-        self._base = Event()
-        self._base.record()
-        self.pinned = []
+        self.compute, self.pinned, self._streams = Stream(), [], threading.local()
+        self.rebase()
 
-    def stream(self):
+    def stream(self, *, urgent=False):
         return Stream()
 
+    @contextlib.contextmanager
     def on(self, stream):
-        return contextlib.nullcontext()
+        """The calling thread's own, as on CUDA."""
+        before, self._streams.current = self.current, stream
+        yield
+        self._streams.current = before
+
+    @property
+    def current(self):
+        """The stream that the calling thread is on; None: it has none of its own."""
+        return getattr(self._streams, "current", None)
 
     def event(self, timing=False):
-        return Event()
+        return Event() if self.is_cuda else super().event(timing)
 
     def use_here(self, tensor):
         return tensor
@@ -78,6 +87,4 @@ class PretendCuda(Device):
 @pytest.fixture
 def pretend(monkeypatch):
     monkeypatch.setattr(engine_plan, "Device", PretendCuda)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (1 << 40, 1 << 40))

@@ -3,10 +3,14 @@
 Streams and events do nothing, so nothing here says that work on the GPU is ordered rightly: only the `gpu` tests do.
 """
 
+import threading
+
 import pytest
+import torch
 
 from flexmoe.engine import engine_plan
-from tests.support.exactness import Case, check
+from flexmoe.engine.executor import Executor
+from tests.support.exactness import Case, check, make_llm
 from tests.support.pretend_cuda import PretendCuda
 
 pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
@@ -35,3 +39,42 @@ def test_at_most_one_host_wait_per_moe_layer(pretend, tiny, tmp_path, monkeypatc
     variant = tiny("gqa-8-to-2")
     metrics = check(variant, CASES[0], "cuda", tmp_path, monkeypatch)
     assert devices[0].host_waits == metrics["sweeps"] * variant.model.config.num_hidden_layers
+
+
+def test_an_engine_computes_on_its_own_stream_whichever_thread_steps_it(pretend, tiny, tmp_path, monkeypatch):
+    """That of the calling thread may belong to another GPU: events recorded there would say nothing about this one's work."""
+    variant, seen, real = tiny("gqa-8-to-2"), set(), Executor.run
+
+    def run(executor, block):
+        seen.add((threading.current_thread().name, executor._device.current is executor._device.compute))
+        return real(executor, block)
+
+    monkeypatch.setattr(Executor, "run", run)
+    llm = make_llm(variant, CASES[0], "cuda", tmp_path, monkeypatch, longest_row=200)
+    try:
+        thread = threading.Thread(target=llm.generate, args=(variant.prompts[:1],), name="another")
+        thread.start()
+        thread.join()
+        llm.engine.logits(variant.prompts[0])
+    finally:
+        llm.close()
+    assert seen == {("another", True), ("MainThread", True)}
+    assert llm.engine.device.current is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second GPU")
+def test_the_second_gpu_gives_the_same_ids_in_a_thread_that_is_on_the_first(tiny, tmp_path, monkeypatch):
+    variant, failed = tiny("gqa-8-to-2"), []
+
+    def stepped():
+        try:
+            check(variant, CASES[1], "cuda:1", tmp_path, monkeypatch)
+        except BaseException as e:
+            failed.append(e)
+
+    thread = threading.Thread(target=stepped)
+    thread.start()
+    thread.join()
+    assert not failed, failed
+    assert torch.cuda.memory_reserved(0) == 0

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from flexmoe.errors import StorageError
+from flexmoe.kv.batch import Block, Run
 from flexmoe.kv.cache import KVCache, KVExhausted, PageAllocator
 from flexmoe.system.device import Device
+from policies.admission.row_state import AttentionMode
 from tests.support.kv_sweeps import LAYERS, SHAPE, Bench
+from tests.support.pretend_cuda import PretendCuda
 
 B = 16
 KINDS = ["gpu", "fetch", "cpu", "disk"]
@@ -362,3 +365,81 @@ def test_disk_write_error_surfaces_in_the_sweep(bench, monkeypatch):
     monkeypatch.setattr(os, "pwritev", full)
     with pytest.raises(StorageError, match="No space left"):
         b.sweep([row], [3 * B])
+
+
+# The order of transfers on CUDA.
+
+
+class Copies:
+    """Streams of a pretended GPU whose copies of KV arrive when `let_go` says so."""
+
+    def __init__(self, monkeypatch, device):
+        self.held, self.waited = threading.Event(), []
+        record = device.record
+
+        def slow_record(stream=None):
+            event = record(stream)
+            if threading.current_thread().name.startswith("h2d"):
+                event.synchronize = lambda: (self.waited.append(event), self.held.wait(10))
+            return event
+
+        monkeypatch.setattr(device, "record", slow_record)
+
+
+def test_a_load_is_gathered_while_the_one_before_is_on_the_link(bench, monkeypatch):
+    device = PretendCuda()
+    b = bench((0, 60, 0), device=device, batch_rows=1)
+    rows = [b.open("fetch") for _ in range(3)]
+    b.sweep(rows, [20, 20, 20])
+    copies = Copies(monkeypatch, device)
+    runs = [Run(row.kv, [0], AttentionMode.FETCH, 1) for row in rows]
+    for row in rows:
+        b.cache.reserve(row.kv, 1)
+    block = Block(runs, 1)
+    b.lanes.begin(block)
+    try:
+        first, second, third = (b.lanes.load(0, batch) for batch in block.batches)
+        first.result(5), second.result(5)
+        with pytest.raises(TimeoutError):  # it would overwrite what the first copies from
+            third.result(0.2)
+        assert copies.waited == [first.result()]
+    finally:
+        copies.held.set()
+    third.result(5)
+
+
+def test_only_the_queries_of_rows_that_are_attended_on_the_cpu_are_brought_down(bench):
+    b = bench((0, 60, 0), device=PretendCuda(), batch_rows=4)
+    for queries in b.lanes._queries:
+        queries.fill_(7)
+    fetched = [b.open("fetch") for _ in range(2)]
+    b.sweep(fetched, [20, 3])
+    assert all((queries == 7).all() for queries in b.lanes._queries)
+    b.sweep([*fetched, b.open("cpu")], [1, 1, 5])
+    first = b.lanes._queries[0][0]
+    assert (first[:5] != 7).all() and (first[5:] == 7).all()
+
+
+def test_outputs_of_cpu_attention_have_an_urgent_stream_of_their_own(bench, monkeypatch):
+    device, urgent, used = PretendCuda(), [], []
+    make, record = device.stream, device.record
+    monkeypatch.setattr(device, "stream", lambda **kw: urgent.append((kw, make(**kw))) or urgent[-1][1])
+    monkeypatch.setattr(device, "record", lambda s=None: used.append((threading.current_thread().name, s)) or record(s))
+    b = bench((0, 60, 0), device=device)
+    b.sweep([b.open("cpu"), b.open("fetch")], [20, 20])
+    (own,) = (stream for options, stream in urgent if options.get("urgent"))
+    assert {stream for name, stream in used if name.startswith("cpu")} == {own}
+    assert own not in {stream for name, stream in used if not name.startswith("cpu")}
+
+
+def test_lanes_of_kv_tell_the_time_of_the_copies(bench):
+    """On CUDA a span of the link is between events around the copies, and the wait for what is copied is no part of it."""
+    b = bench((0, 60, 0), device=PretendCuda())
+    rows = [b.open("cpu"), b.open("fetch")]
+    for _ in range(2):
+        b.sweep(rows, [20, 20])
+    b.recorder.resolve()
+    by_worker = b.recorder.totals(by_worker=True)
+    assert by_worker["h2d/kv"].nbytes == LAYERS * 20 * TOKEN_BYTES
+    assert by_worker["d2h"].nbytes == 2 * LAYERS * 40 * TOKEN_BYTES
+    assert by_worker["h2d/attended"].nbytes > 0

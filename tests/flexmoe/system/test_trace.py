@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from flexmoe.system.trace import LaneTotals, Recorder
+from flexmoe.system.trace import Covered, LaneTotals, Recorder
 
 
 def test_totals_add_up_bytes_and_seconds_over_the_workers_of_a_lane():
@@ -129,3 +129,36 @@ def test_busy_seconds_are_the_length_of_the_union_of_spans(seed):
         recorder.add(f"disk/{rng.randrange(4)}", "x", start, end)
         cells.update(range(start, end))
     assert recorder.totals()["disk"].busy_s == pytest.approx(len(cells))
+
+
+def test_seconds_of_spans_in_any_order_are_those_of_their_union():
+    rng = random.Random(3)
+    for _ in range(50):
+        spans = [(at, at + rng.randrange(30)) for at in (rng.randrange(600) for _ in range(rng.randrange(1, 120)))]
+        covered = Covered()
+        assert sum(covered.add(*span) for span in spans) == len({s for a, b in spans for s in range(a, b)}), spans
+
+
+def test_device_spans_that_come_at_the_end_of_a_sweep_do_not_count_twice_what_the_host_did_meanwhile():
+    """Host spans of a lane are recorded one by one, and the copies beside them when the sweep is over."""
+    recorder, base = Recorder(), Event(0.0)
+    begin = recorder.origin_s
+    for _ in range(3):
+        for i in range(200):
+            recorder.add("h2d/kv", "gather", begin + i, begin + i + 0.5)
+            recorder.add_device("h2d", "unit", base, begin, Event(i + 0.25), Event(i + 0.75), 1)
+        recorder.resolve()
+        assert recorder.totals()["h2d"].busy_s == pytest.approx(150)
+        begin += 200
+        recorder.reset_totals()
+
+
+def test_what_is_long_past_is_forgotten_and_adds_nothing():
+    covered = Covered()
+    assert covered.add(0, 2) == 2
+    covered.forget(10)
+    assert covered.add(1, 9) == 0
+    assert covered.add(8, 12) == 2
+    for at in range(100_000):
+        covered.add(100 + at, 100.5 + at)
+    assert len(covered._starts) <= 20_000

@@ -65,7 +65,9 @@ def fed(
     tier_of = residency(arch).place(*percents).tier_of | dict.fromkeys(on_disk, "disk")
     store, units = WeightStore(device, Recorder(), source, tier_of, torch.float32, pin), SweepUnits.of(tier_of)
     store.load()
-    feed = WeightFeed(store, arch, units, SimpleNamespace(slots=2, staging_slots=staging, cache_experts=experts), **options)
+    feed = WeightFeed(
+        store, arch, units, SimpleNamespace(slots=2, staging_slots=staging, cache_experts=experts), **options
+    )
     feed.start()
     expected = {}
     for unit in (step.unit for layer in units.experts for step in layer):
