@@ -145,7 +145,12 @@ class Engine:
         block = Block(runs, self.config.policy.gpu_batch_size)
         try:
             logits = self.executor.run(block)
-            chosen = sample(logits, [row.sampler for row in block.logit_owners], workspace_bytes=self._sampling_bytes)
+            chosen = sample(
+                logits,
+                [row.sampler for row in block.logit_owners],
+                workspace_bytes=self._sampling_bytes,
+                upload=self.executor.uploads,
+            )
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise

@@ -34,6 +34,7 @@ from flexmoe.kv.batch import Arrived, Batch, Block, Group, begun
 from flexmoe.kv.transfers import KVLanes
 from flexmoe.system.device import Device, Event
 from flexmoe.system.trace import Recorder
+from flexmoe.system.uploads import Uploads, Wanted
 from flexmoe.weights.store import EmbeddingTable
 from flexmoe.weights.supply import WeightFeed
 from policies.admission.row_state import AttentionMode
@@ -59,6 +60,9 @@ class Executor:
         scored_at_once: positions of prompts that are scored at a time.
         dtype: compute dtype.
         overlap: False runs every operation after the one before it.
+
+    Attributes:
+        uploads: brings the small arrays of a sweep to the device.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Executor:
         overlap: bool,
     ):
         self._device, self._recorder, self._family, self._units = device, recorder, family, units
+        self.uploads = Uploads(device)
         self._feed, self._embedding, self._kv, self._hidden = feed, embed, kv, activations
         self._overlap, self._router_counter = overlap, router_counter
         arch = family.arch
@@ -103,10 +108,9 @@ class Executor:
         self._block = block
         self._pending.clear()
         self._qkv.clear()
-        self._kv.begin(block)
+        self._to_device(block, self._kv.begin(block))
         for batch in block.batches:
-            batch.positions_T = batch.positions_T.to(self._device.torch)
-            batch.rope = self._family.rope(batch.positions_T, batch.lengths_T.to(self._device.torch), self._dtype)
+            batch.rope = self._family.rope(batch.positions_T, batch.lengths_T, self._dtype)
         for op in sweep(self._shape(block), overlap=self._overlap):
             self._issue(op)
             if not self._overlap:
@@ -115,6 +119,20 @@ class Executor:
         self._feed.end()
         self._recorder.resolve()
         return self._logits.take()
+
+    def _to_device(self, block: Block, indices: list[Wanted]) -> None:
+        """Token ids, places and index tensors of a sweep to the compute device, in one copy."""
+        names = [
+            "positions_T",
+            "lengths_T",
+            "logit_rows",
+            "score_rows",
+            *(["ids_T"] if self._embedding.resident else []),
+        ]
+        self.uploads.begin()
+        self.uploads.place(
+            [*((batch, name) for batch in block.batches for name in names), *indices, (block, "targets")]
+        )
 
     def abandon(self) -> None:
         """Wait until the lanes are idle after a sweep that has failed; what it has computed is dropped."""
@@ -196,8 +214,7 @@ class Executor:
 
     def _op_embed(self, op: Op) -> None:
         batch = self._batch(op)
-        ids_T = self._block.token_ids[batch.start : batch.stop]
-        self._hidden.put(batch.index, self._embedding(ids_T, batch.start))
+        self._hidden.put(batch.index, self._embedding(batch.ids_T, batch.start))
 
     def _op_load_act(self, op: Op) -> Future[Event]:
         return self._hidden.load(op.batch)
@@ -298,9 +315,8 @@ class Executor:
 
     def _final_hidden(self, batch: Batch, places: torch.Tensor) -> torch.Tensor:
         """The residual stream after the last layer's experts, of the wanted tokens only."""
-        wanted = places.to(self._device.torch, non_blocking=True)
-        h_TD = self._hidden[batch.index].index_select(0, wanted)
-        return h_TD.add_(self._expert_output(batch).index_select(0, wanted))
+        h_TD = self._hidden[batch.index].index_select(0, places)
+        return h_TD.add_(self._expert_output(batch).index_select(0, places))
 
     def _op_sample(self, op: Op) -> None:
         """Marks the end of the sweep; the engine chooses tokens from the logits."""

@@ -58,8 +58,7 @@ class Logits:
                 room_TD[scored:last] = final_hidden(batch, batch.score_rows)
                 scored = last
         if scored:
-            targets = torch.tensor([t for run in block.scored for t in run.targets])
-            block.scores = PromptScores(targets.to(self._device.torch), max(run.top for run in block.scored))
+            block.scores = PromptScores(block.targets, max(run.top for run in block.scored))
         rows_RD, vocab = torch.cat(rows), self._family.arch.vocab_size
         logits_RV = torch.empty(len(rows_RD), vocab, dtype=self._dtype, device=self._device.torch)
         self._sweep = _Sweep(rows_RD=rows_RD, logits_RV=logits_RV, scores=block.scores, scored_TD=room_TD)

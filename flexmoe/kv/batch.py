@@ -77,9 +77,10 @@ class Arrived:
 
 @dataclass(slots=True)
 class Batch:
-    """A GPU batch: tokens ``[start, stop)`` of the block.
+    """A GPU batch: tokens ``[start, stop)`` of the block. The executor moves its tensors to the compute device.
 
     Attributes:
+        ids_T: token ids.
         positions_T, lengths_T: each token's place in its row, and that row's length.
         logit_rows, score_rows: places of the batch whose hidden states the head wants.
         kv: where the KV of each group lies (`flexmoe.kv.group_index`); like ``rope``, derived once per sweep.
@@ -90,6 +91,7 @@ class Batch:
     start: int
     stop: int
     groups: list[Group]
+    ids_T: torch.Tensor
     positions_T: torch.Tensor
     lengths_T: torch.Tensor
     logit_rows: torch.Tensor
@@ -121,19 +123,18 @@ class Block:
 
     Attributes:
         runs: the runs in block order: rows attended in one place together, so that most GPU batches hold one group.
-        token_ids: int64 ``[T]`` on the host.
         batches: the GPU batches.
         logit_owners: owner of each row of the sweep's logits, in order.
         scored: the runs that have targets, in order.
+        targets: int64, those of all of them.
         scores: the targets' log-probabilities, in order; the executor's answer, None where there are no targets.
     """
 
     def __init__(self, runs: Sequence[Run], gpu_batch_size: int):
         self.runs = sorted(runs, key=lambda r: (_MODES.index(r.mode), r.kv.tier))
-        ids = [t for r in self.runs for t in r.tokens]
-        self.token_ids = torch.tensor(ids, dtype=torch.int64)
         self.logit_owners = [r.owner for r in self.runs for _ in range(r.logits)]
         self.scored = [r for r in self.runs if r.targets]
+        self.targets = torch.tensor([t for run in self.scored for t in run.targets], dtype=torch.int64)
         self.scores: PromptScores | None = None
         self.batches: list[Batch] = []
         start = 0
@@ -145,10 +146,11 @@ class Block:
     @property
     def tokens(self) -> int:
         """Tokens that the sweep advances."""
-        return len(self.token_ids)
+        return self.batches[-1].stop if self.batches else 0
 
 
 def _batch(index: int, start: int, runs: list[Run]) -> Batch:
+    ids: list[int] = []
     positions: list[int] = []
     lengths: list[int] = []
     wanted: list[int] = []
@@ -161,6 +163,7 @@ def _batch(index: int, start: int, runs: list[Run]) -> Batch:
         groups[-1].runs.append(run)
         length = len(run.tokens)
         end = run.kv.length + length
+        ids += run.tokens
         positions += range(run.kv.length, end)
         lengths += [run.row_tokens or end] * length
         first = stop + run.score_from
@@ -173,6 +176,7 @@ def _batch(index: int, start: int, runs: list[Run]) -> Batch:
         start=start,
         stop=start + stop,
         groups=groups,
+        ids_T=torch.tensor(ids, dtype=torch.int64),
         positions_T=torch.tensor(positions),
         lengths_T=torch.tensor(lengths),
         logit_rows=torch.tensor(wanted, dtype=torch.int64),

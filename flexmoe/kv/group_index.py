@@ -12,6 +12,7 @@ from flexmoe.kernels.paged_attention import Ragged
 from flexmoe.kv.batch import Group
 from flexmoe.kv.cache import KVCache
 from flexmoe.kv.disk import DiskIndex
+from flexmoe.system.uploads import Wanted
 from policies.admission.row_state import AttentionMode
 
 
@@ -64,18 +65,25 @@ class FetchIndex(GroupIndex):
         return len(self.staged_past)
 
 
-def index_group(group: Group, cache: KVCache, device: torch.device) -> GroupIndex:
-    """Index tensors of a group, each on the device that uses it; ``device`` is the compute device."""
+def index_group(group: Group, cache: KVCache) -> GroupIndex:
+    """Index tensors of a group, on the host; `on_device` says which of them belong on the compute device."""
     if group.mode is AttentionMode.FETCH:
-        return _index_fetched(group, cache, device)
+        return _index_fetched(group, cache)
     home = _joined(_slots(cache, r.kv.pages, r.kv.length, len(r.tokens)) for r in group.runs)
     ragged = group.ragged([r.kv.pages for r in group.runs])
     if group.mode is AttentionMode.GPU:
-        return GroupIndex(group=group, home=home.to(device), ragged=ragged)
+        return GroupIndex(group=group, home=home, ragged=ragged)
     return HostIndex(group=group, home=home, ragged=ragged)
 
 
-def _index_fetched(group: Group, cache: KVCache, device: torch.device) -> FetchIndex:
+def on_device(index: GroupIndex) -> list[Wanted]:
+    """The index tensors that the compute device uses."""
+    if isinstance(index, FetchIndex):
+        return [(index, "staged_past"), (index, "staged_new")]
+    return [] if isinstance(index, HostIndex) else [(index, "home")]
+
+
+def _index_fetched(group: Group, cache: KVCache) -> FetchIndex:
     in_pool = [r for r in group.runs if r.kv.tier != "disk"]
     on_disk = [r for r in group.runs if r.kv.tier == "disk"]
     tables: list[list[int]] = []
@@ -91,8 +99,8 @@ def _index_fetched(group: Group, cache: KVCache, device: torch.device) -> FetchI
         home=_joined(_slots(cache, r.kv.pages, r.kv.length, len(r.tokens)) for r in in_pool),
         ragged=group.ragged(tables),
         past_home=_joined(_slots(cache, r.kv.pages, 0, r.kv.length) for r in in_pool),
-        staged_past=_joined(past).to(device),
-        staged_new=_joined(new).to(device),
+        staged_past=_joined(past),
+        staged_new=_joined(new),
         disk=DiskIndex.of(on_disk, cache.page_tokens) if on_disk else None,
     )
 

@@ -19,9 +19,10 @@ from flexmoe.kernels.paged_attention import paged_attention
 from flexmoe.kv.batch import Arrived, Batch, Block
 from flexmoe.kv.cache import KVCache
 from flexmoe.kv.disk import DiskKV
-from flexmoe.kv.group_index import FetchIndex, GroupIndex, HostIndex, index_group
+from flexmoe.kv.group_index import FetchIndex, GroupIndex, HostIndex, index_group, on_device
 from flexmoe.system.device import Device, Event
 from flexmoe.system.trace import Recorder
+from flexmoe.system.uploads import Wanted
 from policies.admission.row_state import AttentionMode
 
 
@@ -82,11 +83,16 @@ class KVLanes:
         if cache.file is not None:
             self._disk = DiskKV(device, recorder, cache, buffers.staging_pages, buffers.write_pages)
 
-    def begin(self, block: Block) -> None:
-        """Derive the index tensors of a sweep; called once per sweep, before its first operation."""
+    def begin(self, block: Block) -> list[Wanted]:
+        """Derive the index tensors of a sweep; called once per sweep, before its first operation.
+
+        Returns:
+            list[Wanted]: those that the caller has to place on the compute device before that.
+        """
         for batch in block.batches:
             for group in batch.groups:
-                batch.kv[group.mode] = index_group(group, self._cache, self._device.torch)
+                batch.kv[group.mode] = index_group(group, self._cache)
+        return [wanted for batch in block.batches for index in batch.kv.values() for wanted in on_device(index)]
 
     # Operations of the schedule. Those that return a future have been handed to a lane.
 

@@ -30,6 +30,7 @@ from flexmoe.probing.effort import Effort, Heads
 from flexmoe.probing.timing import WeightArena, noise, repeat_s
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
+from flexmoe.system.uploads import Uploads
 from policies.admission.row_state import AttentionMode
 from policies.units import UnitId, expert_unit
 
@@ -291,7 +292,7 @@ def _dense_work(
     count: int,
 ) -> Callable[[], None]:
     """What the executor's `project`, `attend` and `route` do for a batch of ``count`` tokens, attention left out."""
-    math, (batch,) = family(arch), _batches(lanes, cache, count)
+    math, (batch,) = family(arch), _batches(device, lanes, cache, count)
     rope = math.rope(batch.positions_T.to(device.torch), batch.lengths_T.to(device.torch), dtype)
     h_TD, y_TD, x_TD = (torch.zeros(count, arch.hidden, dtype=dtype, device=device.torch) for _ in range(3))
     h_TD.copy_(noise(device, dtype, count, arch.hidden))
@@ -314,7 +315,7 @@ def _dense_work(
     return work
 
 
-def _batches(lanes: KVLanes, cache: KVCache, count: int) -> list[Batch]:
+def _batches(device: Device, lanes: KVLanes, cache: KVCache, count: int) -> list[Batch]:
     """One GPU batch of ``count`` tokens: rows that decode, or runs of prompts when there are many. Its places are known."""
     length = 1 if count <= _DECODE_TOKENS else PAGE_TOKENS
     runs = []
@@ -323,7 +324,7 @@ def _batches(lanes: KVLanes, cache: KVCache, count: int) -> list[Batch]:
         cache.reserve(row, tokens)
         runs.append(Run(row, [0] * tokens, AttentionMode.GPU, 1))
     block = Block(runs, len(runs))
-    lanes.begin(block)
+    Uploads(device).place(lanes.begin(block))
     for run in runs:
         cache.close(run.kv)
     return block.batches

@@ -31,6 +31,7 @@ from flexmoe.probing.timing import fill_with_noise, noise, repeat_s
 from flexmoe.system.device import Device, Event
 from flexmoe.system.direct_io import DirectFile
 from flexmoe.system.trace import Recorder
+from flexmoe.system.uploads import Uploads
 from policies.admission.row_state import AttentionMode
 
 _QUERY_HEADS, _KV_HEADS, _HEAD_DIM = 32, 8, 128  # Mixtral's
@@ -124,7 +125,7 @@ class KVBench:
             row = RowKV("cpu", [ids.pop() for _ in range(blocks)], past)
             runs.append(Run(row, [0] * _STORED_TOKENS, AttentionMode.FETCH, 1))
         block = Block(runs, len(runs))
-        self._lanes.begin(block)
+        Uploads(self._device).place(self._lanes.begin(block))
         return block.batches[0]
 
 

@@ -8,7 +8,7 @@ Legend: C rows of a chunk, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ import torch
 from flexmoe.params import SamplingParams
 
 _FIRST_ROOM = 32
+
+#: Brings arrays to the device of the logits, all in one copy that nobody waits for.
+Upload = Callable[[Sequence[np.ndarray]], list[torch.Tensor]]
 
 
 class TokenCounts:
@@ -57,26 +60,37 @@ class TokenCounts:
         return self._counts[: self._used]
 
 
-def add_bias(x_CV: torch.Tensor, params: Sequence[SamplingParams]) -> None:
+def waiting(device: torch.device) -> Upload:
+    """Uploads to a device for callers without pinned memory: each waits until the device has it."""
+    return lambda arrays: [torch.from_numpy(a).to(device) for a in arrays]
+
+
+def add_bias(x_CV: torch.Tensor, params: Sequence[SamplingParams], upload: Upload) -> None:
     """Add each row's logit bias, in place."""
     rows = [(at, p.biased_tokens) for at, p in enumerate(params) if p.biased_tokens]
     if not rows:
         return
     place = np.repeat([at for at, _ in rows], [len(bias) for _, bias in rows])
     pairs = [pair for _, bias in rows for pair in bias]
-    where = _to(x_CV, place), _to(x_CV, np.array([token for token, _ in pairs]))
-    x_CV[where] += _to(x_CV, np.array([value for _, value in pairs], np.float32))
+    tokens, values = np.array([token for token, _ in pairs]), np.array([value for _, value in pairs], np.float32)
+    rows_n, tokens_n, values_n = upload([place, tokens, values])
+    x_CV[rows_n, tokens_n] += values_n
 
 
-def bar_tokens(x_CV: torch.Tensor, barred: Sequence[Sequence[int]]) -> None:
+def bar_tokens(x_CV: torch.Tensor, barred: Sequence[Sequence[int]], upload: Upload) -> None:
     """Make it impossible that a row gets one of its ``barred`` ids, in place; ids outside the vocabulary are no matter."""
     pairs = [(at, token) for at, ids in enumerate(barred) for token in ids if token < x_CV.shape[-1]]
     if pairs:
-        place, tokens = np.array(pairs).T.copy()
-        x_CV[_to(x_CV, place), _to(x_CV, tokens)] = -torch.inf
+        (pairs_2n,) = upload([np.array(pairs).T.copy()])
+        x_CV.index_put_(tuple(pairs_2n), x_CV.new_full((), -torch.inf))
 
 
-def penalize(x_CV: torch.Tensor, params: Sequence[SamplingParams], counts: Sequence[TokenCounts | None]) -> None:
+def penalize(
+    x_CV: torch.Tensor,
+    params: Sequence[SamplingParams],
+    counts: Sequence[TokenCounts | None],
+    upload: Upload,
+) -> None:
     """Apply each row's penalties, in place; rows without counts are left alone.
 
     As in vLLM: first the repetition penalty (Keskar et al. 2019, CTRL, equation 2 with negative logits multiplied),
@@ -87,18 +101,21 @@ def penalize(x_CV: torch.Tensor, params: Sequence[SamplingParams], counts: Seque
         return
     sizes = [len(c.ids) for _, _, c in rows]
 
-    def spread(values: list[int] | list[float], dtype: type) -> torch.Tensor:
-        return _to(x_CV, np.repeat(np.array(values, dtype), sizes))
+    def spread(values: list[int] | list[float], dtype: type) -> np.ndarray:
+        return np.repeat(np.array(values, dtype), sizes)
 
-    where = spread([at for at, _, _ in rows], np.int64), _to(x_CV, np.concatenate([c.ids for _, _, c in rows]))
-    times = _to(x_CV, np.concatenate([c.counts for _, _, c in rows]))
-    repetition = spread([p.repetition_penalty for _, p, _ in rows], np.float32)
-    x = x_CV[where]
+    place, ids, repetition, frequency, presence, times = upload(
+        [
+            spread([at for at, _, _ in rows], np.int64),
+            np.concatenate([c.ids for _, _, c in rows]),
+            spread([p.repetition_penalty for _, p, _ in rows], np.float32),
+            spread([p.frequency_penalty for _, p, _ in rows], np.float32),
+            spread([p.presence_penalty for _, p, _ in rows], np.float32),
+            np.concatenate([c.counts for _, _, c in rows]),
+        ]
+    )
+    x = x_CV[place, ids]
     x = torch.where(x > 0, x / repetition, x * repetition)
-    x -= spread([p.frequency_penalty for _, p, _ in rows], np.float32) * times
-    x -= spread([p.presence_penalty for _, p, _ in rows], np.float32) * (times > 0)
-    x_CV[where] = x
-
-
-def _to(like: torch.Tensor, values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(values).to(like.device, non_blocking=True)
+    x -= frequency * times
+    x -= presence * (times > 0)
+    x_CV[place, ids] = x

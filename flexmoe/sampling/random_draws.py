@@ -57,22 +57,21 @@ def philox(counter: tuple[np.ndarray, ...], key: tuple[np.ndarray, ...]) -> tupl
     return c0, c1, c2, c3
 
 
-def log_arrivals(keys: np.ndarray, vocab: int, device: torch.device) -> torch.Tensor:
+def log_arrivals(keys_R2: torch.Tensor, vocab: int) -> torch.Tensor:
     """Logarithms of exponential random numbers, one for every token of every draw: the times of a race.
 
     Args:
-        keys: uint32 ``[R, 2]``, from `draw_keys`.
+        keys_R2: int32, from `draw_keys`.
 
     Returns:
-        torch.Tensor: float32 ``[R, V]`` on ``device``, all finite.
+        torch.Tensor: float32 ``[R, V]`` on the device of the keys, all finite.
     """
-    return log_exponentials(token_words(keys, vocab, device))
+    return log_exponentials(token_words(keys_R2, vocab))
 
 
-def token_words(keys: np.ndarray, vocab: int, device: torch.device) -> torch.Tensor:
+def token_words(keys_R2: torch.Tensor, vocab: int) -> torch.Tensor:
     """32 random bits for every token of every draw: int32 ``[R, V]``, to be read as unsigned."""
-    keys_R2 = torch.from_numpy(keys.view(np.int32)).to(device, non_blocking=True)
-    words_RV = torch.arange(vocab, dtype=torch.int32, device=device).mul_(_signed(_WEYL[0])) + keys_R2[:, :1]
+    words_RV = torch.arange(vocab, dtype=torch.int32, device=keys_R2.device).mul_(_signed(_WEYL[0])) + keys_R2[:, :1]
     return _hash(_hash(words_RV).add_(keys_R2[:, 1:]))
 
 

@@ -26,7 +26,7 @@ import torch
 from flexmoe.outputs import TokenLogprob
 from flexmoe.params import SamplingParams
 from flexmoe.sampling.logprobs import finite_rows, records, top_tokens
-from flexmoe.sampling.penalties import TokenCounts, add_bias, bar_tokens, penalize
+from flexmoe.sampling.penalties import TokenCounts, Upload, add_bias, bar_tokens, penalize, waiting
 from flexmoe.sampling.random_draws import draw_keys, log_arrivals, stream_of
 
 #: Bytes per vocabulary entry that a row of a chunk takes at most: float32 logits, copies of them for log-probabilities
@@ -36,6 +36,8 @@ ROW_BYTES = 48
 NUCLEUS_TOKENS = (128, 2048)
 #: Stands for a token where no logits were there to choose by: it travels to the host with the tokens.
 NOT_FINITE = -1
+#: Stands for a token until a larger part of the vocabulary has been sorted.
+_UNSURE = -2
 
 
 @dataclass(slots=True, kw_only=True)
@@ -116,31 +118,41 @@ class Chosen:
 
 
 @torch.inference_mode()
-def sample(logits_RV: torch.Tensor, rows: Sequence[RowSampler], *, workspace_bytes: int) -> Chosen:
-    """Choose a token for each row of logits.
+def sample(
+    logits_RV: torch.Tensor, rows: Sequence[RowSampler], *, workspace_bytes: int, upload: Upload | None = None
+) -> Chosen:
+    """Choose a token for each row of logits. The host waits once, for the tokens; once more for rows that need a larger part of
+    the vocabulary sorted than most; and for the log-probabilities that are asked for.
 
     Args:
         logits_RV: ``[R, V]`` in any float dtype, on the compute device; left as they are.
         rows: one per row of logits.
         workspace_bytes: how much memory may be taken beside the logits; at least one row is taken at a time.
+        upload: brings arrays to the device; None: with a wait for each.
     """
     special = [at for at, row in enumerate(rows) if not row.plain]
     tokens_R = _most_probable(logits_RV) if len(special) < len(rows) else None
-    logprobs: list[TokenLogprob | None] = [None] * len(rows)
-    if not special:
-        return Chosen(tokens=tokens_R.tolist() if tokens_R is not None else [], logprobs=logprobs)
-    keys = _keys([rows[at] for at in special])
-    step, picked = max(1, workspace_bytes // (ROW_BYTES * logits_RV.shape[-1])), []
-    for first in range(0, len(special), step):
-        places = special[first : first + step]
-        tokens, found = _sample_chunk(logits_RV, places, [rows[at] for at in places], keys[first : first + step])
-        picked += tokens
-        for at, logprob in zip(places, found):
-            logprobs[at] = logprob
-    tokens = tokens_R.tolist() if tokens_R is not None else [0] * len(rows)
-    for at, token in zip(special, picked):
-        tokens[at] = token
-    return Chosen(tokens=tokens, logprobs=logprobs)
+    chosen = Chosen(tokens=[0] * len(rows), logprobs=[None] * len(rows))
+    upload = upload or waiting(logits_RV.device)
+    vocab = logits_RV.shape[-1]
+    step = max(1, workspace_bytes // (ROW_BYTES * vocab))
+    for nucleus in (*(size for size in NUCLEUS_TOKENS if size < vocab), vocab):
+        chunks = [_Chunk(special[at : at + step], rows, nucleus) for at in range(0, len(special), step)]
+        done = [chunk.sample(logits_RV, upload) for chunk in chunks]
+        if tokens_R is not None:
+            done.append(tokens_R)
+        tokens = torch.cat(done).tolist() if done else []
+        if tokens_R is not None:
+            chosen.tokens[:] = tokens[len(special) :]
+            tokens_R = None
+        for at, token in zip(special, tokens):
+            chosen.tokens[at] = token
+        for chunk in chunks:
+            chunk.report(chosen)
+        special = [at for at, token in zip(special, tokens) if token == _UNSURE]
+        if not special:
+            break
+    return chosen
 
 
 def _most_probable(logits_RV: torch.Tensor) -> torch.Tensor:
@@ -154,107 +166,155 @@ def _keys(rows: Sequence[RowSampler]) -> np.ndarray:
     return draw_keys(streams, np.array([row.drawn for row in rows], dtype=np.uint64))
 
 
-def _sample_chunk(
-    logits_RV: torch.Tensor, places: list[int], rows: list[RowSampler], keys: np.ndarray
-) -> tuple[list[int], list[TokenLogprob | None]]:
-    x_CV = logits_RV[torch.tensor(places, device=logits_RV.device)].float()
-    finite_C = finite_rows(x_CV)  # before biases and filters, which may give minus infinity
-    x_CV.nan_to_num_(nan=torch.finfo(x_CV.dtype).min)
-    reported = _Reported(x_CV, rows)
-    params = [row.params for row in rows]
-    add_bias(x_CV, params)
-    bar_tokens(x_CV, [row.barred for row in rows])
-    penalize(x_CV, params, [row.counts for row in rows])
-    tokens_C = x_CV.argmax(dim=-1)
-    drawn = [at for at, p in enumerate(params) if not p.greedy]
-    if drawn:
-        # The most probable tokens are no longer needed where a token is drawn.
-        some = torch.tensor(drawn, device=x_CV.device)
-        x_CV = x_CV if len(drawn) == len(rows) else x_CV[some]
-        tokens_C[some] = draw(x_CV, [params[at] for at in drawn], keys[drawn])
-    return tokens_C.where(finite_C, NOT_FINITE).tolist(), reported.of(tokens_C)
+class _Chunk:
+    """Rows that are sampled together.
+
+    Args:
+        places: of the rows among those of the sweep.
+        rows: of the sweep.
+        nucleus: as in `filter_logits`.
+    """
+
+    def __init__(self, places: list[int], rows: Sequence[RowSampler], nucleus: int):
+        self._places, self._rows, self._nucleus = places, [rows[at] for at in places], nucleus
+        self._drawn = [at for at, row in enumerate(self._rows) if not row.params.greedy]
+        self._reported: _Reported | None = None
+
+    def sample(self, logits_RV: torch.Tensor, upload: Upload) -> torch.Tensor:
+        """Issue all that chooses the tokens: int64 ``[C]`` on the device, with `NOT_FINITE` and `_UNSURE` among them."""
+        places_C, drawn_n = upload([np.array(self._places), np.array(self._drawn, np.int64)])
+        x_CV = logits_RV[places_C].float()
+        finite_C = finite_rows(x_CV)  # before biases and filters, which may give minus infinity
+        x_CV.nan_to_num_(nan=torch.finfo(x_CV.dtype).min)
+        reported = _Reported(x_CV, self._rows, upload)
+        params = [row.params for row in self._rows]
+        add_bias(x_CV, params, upload)
+        bar_tokens(x_CV, [row.barred for row in self._rows], upload)
+        penalize(x_CV, params, [row.counts for row in self._rows], upload)
+        tokens_C = x_CV.argmax(dim=-1)
+        if self._drawn:
+            # The most probable tokens are no longer needed where a token is drawn.
+            x_CV = x_CV if len(self._drawn) == len(self._rows) else x_CV[drawn_n]
+            some, keys = [params[at] for at in self._drawn], _keys([self._rows[at] for at in self._drawn])
+            tokens_C[drawn_n] = draw(x_CV, some, keys, upload, self._nucleus)
+        reported.end(tokens_C)
+        self._reported = reported
+        return tokens_C.where(finite_C, NOT_FINITE)
+
+    def report(self, chosen: Chosen) -> None:
+        """Give the rows that want them their log-probabilities; those of rows that are unsure are replaced later."""
+        if self._reported is not None:
+            for at, record in self._reported.records():
+                chosen.logprobs[self._places[at]] = record
 
 
 class _Reported:
     """Keeps of a chunk's logits what the rows' log-probabilities need, before the logits are changed."""
 
-    def __init__(self, x_CV: torch.Tensor, rows: list[RowSampler]):
-        self._count = len(rows)
+    def __init__(self, x_CV: torch.Tensor, rows: list[RowSampler], upload: Upload):
         self._at = [at for at, row in enumerate(rows) if row.params.logprobs is not None]
         if not self._at:
             return
         self._ks = [rows[at].params.logprobs or 0 for at in self._at]
-        self._rows = torch.tensor(self._at, device=x_CV.device)
-        self._x = x_CV[self._rows]
+        (self._rows,) = upload([np.array(self._at)])
+        self._x: torch.Tensor | None = x_CV[self._rows]
         self._total = self._x.logsumexp(-1)
         self._top, self._ids = top_tokens(self._x, max(self._ks))
 
-    def of(self, tokens_C: torch.Tensor) -> list[TokenLogprob | None]:
-        found: list[TokenLogprob | None] = [None] * self._count
-        if self._at:
-            tokens = tokens_C[self._rows]
-            logprobs = self._x.gather(-1, tokens[:, None])[:, 0] - self._total
-            top = self._top - self._total[:, None]
-            for at, record in zip(self._at, records(tokens.tolist(), logprobs, self._ids, top, self._ks)):
-                found[at] = record
-        return found
+    def end(self, tokens_C: torch.Tensor) -> None:
+        """These tokens have been chosen; the logits are no longer needed."""
+        if self._at and self._x is not None:
+            self._tokens = tokens_C[self._rows]
+            self._logprobs = self._x.gather(-1, self._tokens.clamp(min=0)[:, None])[:, 0] - self._total
+            self._x = None
+
+    def records(self) -> list[tuple[int, TokenLogprob]]:
+        """By place in the chunk; waits for the device."""
+        if not self._at:
+            return []
+        top = self._top - self._total[:, None]
+        return list(zip(self._at, records(self._tokens.tolist(), self._logprobs, self._ids, top, self._ks)))
 
 
-def draw(x_CV: torch.Tensor, params: Sequence[SamplingParams], keys: np.ndarray) -> torch.Tensor:
+def draw(
+    x_CV: torch.Tensor,
+    params: Sequence[SamplingParams],
+    keys: np.ndarray,
+    upload: Upload,
+    nucleus: int | None = None,
+) -> torch.Tensor:
     """Draw a token per row from logits, after temperature, min_p, top_k and top_p.
 
     Args:
         x_CV: float32 logits; overwritten.
         params: of each row; its temperature is above 0.
         keys: of the draws, uint32 ``[C, 2]``.
+        upload: brings arrays to the device.
+        nucleus: as in `filter_logits`.
 
     Returns:
-        torch.Tensor: int64 ``[C]``.
+        torch.Tensor: int64 ``[C]``, `_UNSURE` for rows whose top_p may keep more tokens than were looked at.
     """
-    filter_logits(x_CV, params)
-    return x_CV.sub_(log_arrivals(keys, x_CV.shape[-1], x_CV.device)).argmax(dim=-1)
+    unsure_C = filter_logits(x_CV, params, upload, nucleus)
+    (keys_C2,) = upload([keys.view(np.int32)])
+    tokens_C = x_CV.sub_(log_arrivals(keys_C2, x_CV.shape[-1])).argmax(dim=-1)
+    return tokens_C.masked_fill_(unsure_C, _UNSURE)
 
 
-def filter_logits(x_CV: torch.Tensor, params: Sequence[SamplingParams]) -> None:
-    """Divide logits by the temperature and put those that min_p, top_k and top_p leave out to minus infinity, in place."""
+def filter_logits(
+    x_CV: torch.Tensor, params: Sequence[SamplingParams], upload: Upload, nucleus: int | None = None
+) -> torch.Tensor:
+    """Divide logits by the temperature and put those that min_p, top_k and top_p leave out to minus infinity, in place.
 
-    def column(values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=x_CV.device)[:, None]
+    Args:
+        upload: brings arrays to the device.
+        nucleus: most probable tokens among which a top_p set is looked for; None: all.
 
-    x_CV /= column([p.temperature for p in params])
-    if any(p.min_p for p in params):
-        least = column([math.log(p.min_p) if p.min_p else -math.inf for p in params])
-        x_CV.masked_fill_(x_CV < x_CV.amax(-1, keepdim=True) + least, -torch.inf)
-    vocab = x_CV.shape[-1]
+    Returns:
+        torch.Tensor: bools ``[C]``: rows whose top_p set may be larger than ``nucleus``, so that they have to be filtered anew.
+    """
+    vocab, some = x_CV.shape[-1], [at for at, p in enumerate(params) if p.top_p < 1]
     ks = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
     most = max((k for k in ks if k < vocab), default=0)
+    temperature, least, last, kept, rows, share = upload(
+        [
+            _column([p.temperature for p in params]),
+            _column([math.log(p.min_p) if p.min_p else -math.inf for p in params]),
+            _column([min(k, max(most, 1)) - 1 for k in ks], np.int64),
+            _column([k >= vocab for k in ks], np.bool_),
+            np.array(some, np.int64),
+            _column([params[at].top_p for at in some]),
+        ]
+    )
+    x_CV /= temperature
+    if any(p.min_p for p in params):
+        x_CV.masked_fill_(x_CV < x_CV.amax(-1, keepdim=True) + least, -torch.inf)
     if most:
-        largest = x_CV.topk(most).values
-        at = torch.tensor([min(k, most) - 1 for k in ks], device=x_CV.device)[:, None]
-        edge = largest.gather(-1, at).masked_fill_(column(ks) >= vocab, -torch.inf)
+        edge = x_CV.topk(most).values.gather(-1, last).masked_fill_(kept, -torch.inf)
         x_CV.masked_fill_(x_CV < edge, -torch.inf)
-    some = [at for at, p in enumerate(params) if p.top_p < 1]
+    unsure_C = torch.zeros(len(params), dtype=torch.bool, device=x_CV.device)
     if some:
-        rows = torch.tensor(some, device=x_CV.device)
         edge = x_CV.new_full((len(params), 1), -torch.inf)
-        edge[rows] = _nucleus_edge(x_CV[rows], column([params[at].top_p for at in some]))
+        edge[rows], unsure_C[rows] = _nucleus_edge(x_CV[rows], share, min(nucleus or vocab, vocab))
         x_CV.masked_fill_(x_CV < edge, -torch.inf)
+    return unsure_C
 
 
-def _nucleus_edge(x_CV: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """The least logit of the smallest set of most probable tokens whose probabilities sum to ``share`` ``[C, 1]``."""
+def _column(values: Sequence[float], dtype: type = np.float32) -> np.ndarray:
+    with np.errstate(over="ignore"):  # temperatures beyond float32 are infinite
+        column: np.ndarray = np.array(values, dtype)[:, None]
+    return column
+
+
+def _nucleus_edge(x_CV: torch.Tensor, share: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least logit ``[C, 1]`` of the smallest set of most probable tokens whose probabilities sum to ``share`` ``[C, 1]``, and
+    whether ``[C]`` the set may have more than ``size`` tokens, which alone are sorted."""
     largest, vocab = x_CV.amax(-1, keepdim=True), x_CV.shape[-1]
     wanted = share.double() * (x_CV - largest).exp_().sum(-1, keepdim=True, dtype=torch.float64)
-    edge, left = torch.empty_like(largest), torch.arange(len(x_CV), device=x_CV.device)
-    for size in (*(s for s in NUCLEUS_TOKENS if s < vocab), vocab):
-        x = x_CV[left]
-        best = x.topk(size).values if size < vocab else x.sort(dim=-1, descending=True).values
-        weights = (best - largest[left]).exp_()
-        before = weights.cumsum(-1, dtype=torch.float64).sub_(weights)
-        # The first token has nothing before it, so that one is always kept.
-        last = (before < wanted[left]).sum(-1, keepdim=True).clamp_(min=1) - 1
-        edge[left] = best.gather(-1, last)
-        left = left[last[:, 0] == size - 1]  # all of them are kept, and perhaps more
-        if not len(left):
-            break
-    return edge
+    best = x_CV.topk(size).values if size < vocab else x_CV.sort(dim=-1, descending=True).values
+    weights = (best - largest).exp_()
+    before = weights.cumsum(-1, dtype=torch.float64).sub_(weights)
+    # The first token has nothing before it, so that one is always kept.
+    last = (before < wanted).sum(-1, keepdim=True).clamp_(min=1) - 1
+    unsure = last[:, 0] == size - 1 if size < vocab else torch.zeros_like(last[:, 0], dtype=torch.bool)
+    return best.gather(-1, last), unsure

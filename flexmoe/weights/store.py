@@ -151,11 +151,15 @@ class EmbeddingTable:
         source: the weight source, for a table on disk.
         unit: the embedding; it has the one part ``embed`` of shape ``[vocab, hidden]``.
         max_tokens: most tokens of one sweep.
+
+    Attributes:
+        resident: whether the table, and with it the ids that are looked up, belong on the compute device.
     """
 
     def __init__(self, store: WeightStore, source: WeightSource, unit: UnitId, max_tokens: int):
         self._store, self._source, self._unit = store, source, unit
         self._tier = store.tier_of[unit]
+        self.resident = self._tier == "gpu"
         place = store.layouts[unit].host["embed"]
         self._row_bytes = place.shape[1] * place.dtype.itemsize
         self._dtype, self._width = place.dtype, place.shape[1]
@@ -165,15 +169,16 @@ class EmbeddingTable:
             self._rows = store.device.host_buffer(max_tokens * self._row_bytes)
 
     def __call__(self, ids_T: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """Embeddings ``[T, D]`` on the compute device of host token ids ``[T]`` (int64).
+        """Embeddings ``[T, D]`` on the compute device of token ids ``[T]`` (int64).
 
         Args:
+            ids_T: on the compute device if the table is `resident`, else on the host.
             first: tokens of the sweep before these. Every token of a sweep has its own place in the host buffer, because
                 the copy to the device may still run after the call.
         """
         store = self._store
         if self._tier == "gpu":
-            return store.resident(self._unit)["embed"].index_select(0, ids_T.to(store.device.torch))
+            return store.resident(self._unit)["embed"].index_select(0, ids_T)
         rows = self._rows[first * self._row_bytes : (first + len(ids_T)) * self._row_bytes]
         rows = rows.view(self._dtype).view(len(ids_T), self._width)
         with store.recorder.span("h2d/embed", "embed", rows.numel() * rows.element_size()):

@@ -10,6 +10,7 @@ import torch
 
 from flexmoe.engine import engine_plan
 from flexmoe.engine.executor import Executor
+from flexmoe.system.uploads import Uploads
 from tests.support.exactness import Case, check, make_llm
 from tests.support.pretend_cuda import PretendCuda
 
@@ -60,6 +61,32 @@ def test_an_engine_computes_on_its_own_stream_whichever_thread_steps_it(pretend,
         llm.close()
     assert seen == {("another", True), ("MainThread", True)}
     assert llm.engine.device.current is None
+
+
+def test_the_index_tensors_of_a_sweep_travel_in_one_copy(pretend, tiny, tmp_path, monkeypatch):
+    variant, calls, real, sweeps = tiny("gqa-8-to-2"), [], Uploads.__call__, []
+    monkeypatch.setattr(Uploads, "__call__", lambda self, arrays: calls.append(arrays) or real(self, arrays))
+    run = Executor.run
+    monkeypatch.setattr(Executor, "run", lambda *args: (calls.clear(), run(*args), sweeps.append(len(calls)))[1])
+    check(variant, CASES[1], "cuda", tmp_path, monkeypatch)
+    assert set(sweeps) == {1}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_operation_of_a_sweep_waits_for_the_gpu_in_secret(case, tiny, tmp_path, monkeypatch):
+    run = Executor.run
+
+    def watched(executor, block):
+        torch.cuda.set_sync_debug_mode("error")  # of any thread; waits for events are no operations
+        try:
+            return run(executor, block)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Executor, "run", watched)
+    check(tiny(case.variant), case, "cuda", tmp_path, monkeypatch)
 
 
 @pytest.mark.gpu

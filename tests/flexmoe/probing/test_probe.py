@@ -266,6 +266,7 @@ def test_kv_rates_count_the_bytes_that_the_lanes_move(monkeypatch):
     bench = kv.KVBench(CPU, torch.bfloat16, [20, 33])
     try:
         bench._load()
+        bench._arrived(0)
         loaded = recorder.totals()["h2d"].nbytes
         bench._store()
         stored = recorder.totals()["d2h"].nbytes

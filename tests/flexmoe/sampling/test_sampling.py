@@ -18,7 +18,7 @@ from transformers import (
 from cost_model.memory.memory_plan import SAMPLED_ROW_BYTES
 from flexmoe.params import SamplingParams
 from flexmoe.sampling.logprobs import PromptScores, top_tokens
-from flexmoe.sampling.penalties import TokenCounts, add_bias, penalize
+from flexmoe.sampling.penalties import TokenCounts, add_bias, penalize, waiting
 from flexmoe.sampling.random_draws import draw_keys, log_exponentials, philox, stream_of, token_words
 from flexmoe.sampling.sampler import NOT_FINITE, NUCLEUS_TOKENS, RowSampler, draw, filter_logits, sample
 
@@ -72,6 +72,13 @@ def test_keys_are_uniform_and_streams_are_not_alike():
     assert np.abs(np.corrcoef(words) - np.eye(len(words))).max() < 0.07
 
 
+HERE = waiting(torch.device("cpu"))
+
+
+def words_of(keys):
+    return torch.from_numpy(keys.view(np.int32))
+
+
 def keys_of(count, key="keys", seed=0):
     return draw_keys(np.full(count, stream_of(seed, key, 0), np.uint64), np.arange(count, dtype=np.uint64))
 
@@ -87,12 +94,12 @@ def test_bits_of_a_token_are_an_exact_hash_of_the_key_and_the_token():
     tokens = np.arange(1003, dtype=np.uint64) * np.uint64(0x9E3779B9)
     low = np.uint64(2**32 - 1)
     expected = mixed(mixed((tokens + first) & low) + second & low)
-    words = token_words(keys, 1003, torch.device("cpu")).numpy().view(np.uint32)
+    words = token_words(words_of(keys), 1003).numpy().view(np.uint32)
     assert (words == expected).all()
 
 
 def test_bits_of_tokens_are_uniform_and_alike_neither_within_a_draw_nor_from_one_to_the_next():
-    words = token_words(keys_of(400), 400, torch.device("cpu")).numpy().view(np.uint32).astype(float)
+    words = token_words(words_of(keys_of(400)), 400).numpy().view(np.uint32).astype(float)
     for side in (words, words.T):
         counts = np.array([np.histogram(w, 20, (0, 2**32))[0] for w in side])
         statistics = ((counts - 20) ** 2 / 20).sum(1)
@@ -139,9 +146,9 @@ def test_draws_follow_the_softmax_of_what_is_kept(asked):
     params, count, vocab = SamplingParams(**asked), 20_000, 60
     x = logits(1, vocab, seed=3)
     kept = x.clone()
-    filter_logits(kept, [params])
+    filter_logits(kept, [params], HERE)
     probabilities = kept.double().softmax(-1)[0].numpy()
-    tokens = draw(x.expand(count, vocab).clone(), [params] * count, keys_of(count, "chi", 5))
+    tokens = draw(x.expand(count, vocab).clone(), [params] * count, keys_of(count, "chi", 5), HERE)
     assert chi_square_is_usual(np.bincount(tokens.numpy(), minlength=vocab), probabilities)
     wrong = np.roll(probabilities, 1)
     assert not chi_square_is_usual(np.bincount(tokens.numpy(), minlength=vocab) * (wrong > 0), wrong), "a blind test"
@@ -173,21 +180,21 @@ def test_kept_logits_are_those_of_transformers_warpers(vocab, seed):
     ]
     x = logits(len(params), vocab, seed=seed)
     expected = torch.cat([warped(x[i : i + 1].clone(), p) for i, p in enumerate(params)])
-    filter_logits(x, params)
+    filter_logits(x, params, HERE)
     torch.testing.assert_close(x, expected)
 
 
 def test_set_of_top_p_may_be_larger_than_what_is_sorted_at_first():
     x, params = logits(3, 4 * NUCLEUS_TOKENS[-1], spread=0.1), SamplingParams(temperature=1.0, top_p=0.9)
     expected = TopPLogitsWarper(0.9)(None, x.clone())
-    filter_logits(x, [params] * 3)
+    filter_logits(x, [params] * 3, HERE)
     assert ((x > -torch.inf).sum(-1) > NUCLEUS_TOKENS[-1]).all()
     torch.testing.assert_close(x, expected)
 
 
 def test_equal_logits_at_the_edge_stay_together():
     x = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]] * 2)
-    filter_logits(x, [SamplingParams(temperature=1.0, top_k=2), SamplingParams(temperature=1.0, top_p=0.6)])
+    filter_logits(x, [SamplingParams(temperature=1.0, top_k=2), SamplingParams(temperature=1.0, top_p=0.6)], HERE)
     assert (x > -torch.inf).tolist() == [[True] * 4 + [False]] * 2
 
 
@@ -195,16 +202,16 @@ def test_extreme_temperatures_take_the_best_token_and_any_token():
     x = logits(1, 40)
     count, cold, hot = 4000, SamplingParams(temperature=1e-5), SamplingParams(temperature=1e308)
     keys = keys_of(count)
-    best = draw(x.expand(count, 40).clone(), [cold] * count, keys)
+    best = draw(x.expand(count, 40).clone(), [cold] * count, keys, HERE)
     assert (best == x.argmax()).all()
-    any_ = draw(x.expand(count, 40).clone(), [hot] * count, keys)
+    any_ = draw(x.expand(count, 40).clone(), [hot] * count, keys, HERE)
     assert chi_square_is_usual(np.bincount(any_.numpy(), minlength=40), np.full(40, 1 / 40))
 
 
 def test_only_tokens_that_have_weight_win():
     count = 20_000
     x = torch.tensor([-torch.inf, 1.0, -torch.inf, 1.0, -torch.inf]).expand(count, 5).clone()
-    tokens = draw(x, [SamplingParams(temperature=1.0)] * count, keys_of(count))
+    tokens = draw(x, [SamplingParams(temperature=1.0)] * count, keys_of(count), HERE)
     assert set(tokens.tolist()) == {1, 3}
 
 
@@ -218,7 +225,7 @@ def test_rounding_of_the_logits_parts_draws_as_seldom_as_it_can():
     params, parted = [SamplingParams(temperature=1.0)] * rows, 0
     for at in range(rounds):
         keys = keys_of(rows, f"round {at}")
-        parted += (draw(x.clone(), params, keys) != draw(y.clone(), params, keys)).sum().item()
+        parted += (draw(x.clone(), params, keys, HERE) != draw(y.clone(), params, keys, HERE)).sum().item()
     assert parted <= 2 * variation * rows * rounds + 6
 
 
@@ -240,7 +247,7 @@ def test_repetition_penalty_is_that_of_transformers(penalty):
         processor(torch.tensor([p + o]), x[i : i + 1].clone()) for i, (p, o) in enumerate(zip(prompts, outputs))
     ]
     params = SamplingParams(repetition_penalty=penalty)
-    penalize(x, [params] * len(x), [TokenCounts(p, o) for p, o in zip(prompts, outputs)])
+    penalize(x, [params] * len(x), [TokenCounts(p, o) for p, o in zip(prompts, outputs)], HERE)
     torch.testing.assert_close(x, torch.cat(expected))
 
 
@@ -252,7 +259,7 @@ def test_presence_and_frequency_penalties_count_generated_tokens_alone():
         for token in set(output):
             expected[i, token] -= p.frequency_penalty * output.count(token) + p.presence_penalty
     rows = [row(p, prompt=prompt, generated=output) for p, prompt, output in zip(params, prompts, outputs)]
-    penalize(x, params, [r.counts for r in rows])
+    penalize(x, params, [r.counts for r in rows], HERE)
     torch.testing.assert_close(x, expected)
 
 
@@ -271,8 +278,8 @@ def test_bias_is_added_before_the_penalties():
     x = torch.tensor([[1.0, -1.0, 0.5]] * 3)
     biased = SamplingParams(logit_bias={0: -3.0, 1: 100.0}, repetition_penalty=2.0)
     params = [biased, SamplingParams(), SamplingParams(logit_bias={2: 0.5})]
-    add_bias(x, params)
-    penalize(x, params, [TokenCounts([0, 1], ()), None, None])
+    add_bias(x, params, HERE)
+    penalize(x, params, [TokenCounts([0, 1], ()), None, None], HERE)
     assert x.tolist() == [[-4.0, 49.5, 0.5], [1.0, -1.0, 0.5], [1.0, -1.0, 1.0]]
 
 
@@ -356,8 +363,8 @@ def test_greedy_rows_take_the_best_token_of_what_bias_and_penalties_leave():
     params = SamplingParams(repetition_penalty=5.0, presence_penalty=2.0, logit_bias={1: 1.0})
     rows = [row(params, prompt=p, generated=o) for p, o in zip(prompts, outputs)]
     changed = x.clone()
-    add_bias(changed, [params] * len(x))
-    penalize(changed, [params] * len(x), [TokenCounts(p, o) for p, o in zip(prompts, outputs)])
+    add_bias(changed, [params] * len(x), HERE)
+    penalize(changed, [params] * len(x), [TokenCounts(p, o) for p, o in zip(prompts, outputs)], HERE)
     assert sample(x, rows, workspace_bytes=ROOMY).tokens == changed.argmax(-1).tolist() != x.argmax(-1).tolist()
 
 
@@ -446,6 +453,50 @@ def test_equal_logits_are_reported_by_lower_id(k):
     for at in range(30):
         best = sorted(range(100), key=lambda t: (-x[at, t].item(), t))[:k]
         assert ids[at].tolist() == best and values[at].tolist() == x[at, best].tolist()
+
+
+# Waits for the device.
+
+
+class Waits(TorchDispatchMode):
+    """Operations by which the host waits for a GPU: their results' shapes, or numbers that the host reads, depend on numbers there."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.made, real = [], torch.Tensor.tolist
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda x: self.made.append("tolist") or real(x))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        masks = (
+            [x for x in args[1] if x is not None and x.dtype == torch.bool]
+            if "index" in str(function) and len(args) > 1 and isinstance(args[1], (list, tuple))
+            else []
+        )
+        if function in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default) or masks:
+            self.made.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_once_for_all_chunks_and_once_more_for_rows_that_keep_many_tokens(monkeypatch):
+    x, vocab = logits(60, 3000), 3000
+    x[::7] *= 0.01  # of these a top_p set has most of the vocabulary
+    asked = [
+        {"temperature": 0.7, "top_p": 0.9, "top_k": 50, "min_p": 0.01},
+        {"temperature": 1.0, "repetition_penalty": 1.2, "logit_bias": {3: 1.0}},
+        {"temperature": 1.0, "min_tokens": 400, "stop_token_ids": [5]},
+        {},
+    ]
+    rows = [row(SamplingParams(max_tokens=500, **asked[at % 4]), generated=range(20)) for at in range(60)]
+    expected = [sample(x[at : at + 1], rows[at : at + 1], workspace_bytes=ROOMY).tokens[0] for at in range(60)]
+    upload = waiting(torch.device("cpu"))
+    with Waits(monkeypatch) as waits:
+        few = sample(x, rows, workspace_bytes=4 * SAMPLED_ROW_BYTES * vocab, upload=upload)
+    assert waits.made == ["tolist"] and few.tokens == expected
+    flat = [row(SamplingParams(temperature=1.0, top_p=0.95)) for _ in range(60)]
+    waits.made.clear()
+    with waits:
+        sample(x, flat, workspace_bytes=4 * SAMPLED_ROW_BYTES * vocab, upload=upload)
+    assert waits.made == ["tolist"] * (1 + len(NUCLEUS_TOKENS))
 
 
 # Memory.

@@ -1,0 +1,75 @@
+"""Small host arrays on their way to the compute device, through pinned memory of which every sweep uses the same.
+
+A copy from memory that is not pinned waits until the device has it, and with it for all that the stream has to do before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+
+from flexmoe.system.device import Device
+
+_FIRST_BYTES = 1 << 20
+_ALIGNMENT = 16
+
+#: An attribute of an object: a host tensor that is wanted on the device.
+Wanted = tuple[Any, str]
+
+
+class Uploads:
+    """Copies on the compute stream, in the order of the calls; nobody waits for them. On device cpu there is nothing to copy.
+
+    Args:
+        device: the compute device.
+    """
+
+    def __init__(self, device: Device):
+        self._device = device
+        self._buffer = device.host_buffer(_FIRST_BYTES if device.is_cuda else 0)
+        self._used, self._outgrown = 0, list[torch.Tensor]()
+        self._copied = device.record()
+
+    def begin(self) -> None:
+        """A sweep begins, and the memory of the last one's uploads is used again."""
+        self._copied.synchronize()  # long ago: the tokens of that sweep have been read
+        self._used = 0
+        self._outgrown.clear()
+
+    def __call__(self, arrays: Sequence[np.ndarray | torch.Tensor]) -> list[torch.Tensor]:
+        """The arrays on the compute device, all in one copy; on device cpu themselves."""
+        tensors = [torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in arrays]
+        if not self._device.is_cuda:
+            return tensors
+        sizes = [-(-t.numel() * t.element_size() // _ALIGNMENT) * _ALIGNMENT for t in tensors]
+        places = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes))]
+        pinned = self._room(sum(sizes))
+        for tensor, place in zip(tensors, places):
+            _as(pinned[place], tensor).copy_(tensor)
+        on_device = torch.empty(len(pinned), dtype=torch.uint8, device=self._device.torch)
+        on_device.copy_(pinned, non_blocking=True)
+        self._copied = self._device.record()
+        return [_as(on_device[place], tensor) for tensor, place in zip(tensors, places)]
+
+    def place(self, wanted: Iterable[Wanted]) -> None:
+        """Replace host tensors by the same on the compute device, all in one copy."""
+        wanted = list(wanted)
+        for (owner, name), tensor in zip(wanted, self([getattr(owner, name) for owner, name in wanted])):
+            setattr(owner, name, tensor)
+
+    def _room(self, nbytes: int) -> torch.Tensor:
+        """Pinned bytes that no other upload of the sweep has."""
+        if self._used + nbytes > len(self._buffer):
+            self._outgrown.append(self._buffer)  # copies from it may be under way
+            self._buffer, self._used = self._device.host_buffer(2 * (len(self._buffer) + nbytes)), 0
+        self._used += nbytes
+        return self._buffer[self._used - nbytes : self._used]
+
+
+def _as(raw: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Bytes as a tensor of another one's dtype and shape."""
+    return raw[: like.numel() * like.element_size()].view(like.dtype).view(like.shape)
