@@ -140,6 +140,7 @@ class Activations:
             host = buffer[:nbytes].view(self._dtype).view(self._shape)
             h_TD = host.to(self._device.torch, non_blocking=True, copy=True)
             event = self._device.record(self._stream)
+            self._device.link.small(event)
             event.synchronize()  # the buffer may be filled again; on this lane's own thread
         self._on_device[batch] = h_TD
         return event

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import accumulate, pairwise
 
-import numpy as np
 import torch
 
 from cost_model.memory.memory_plan import EXPERT_CHUNK_TOKENS
@@ -88,7 +88,9 @@ class ExpertDispatch:
                 experts, x_TD, y_TD, lambda x_nD, bounds: family.feed_forward(x_nD, weights.grouped(bounds.ends()))
             )
         else:
-            self.add_group(experts, x_TD, y_TD, partial(_one_by_one, weights=weights, family=family))
+            self.add_group(
+                experts, x_TD, y_TD, lambda x_nD, bounds: family.feed_forward(x_nD, weights.in_turn(bounds.slices()))
+            )
 
     def add(
         self, expert: int, x_TD: torch.Tensor, y_TD: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]
@@ -129,35 +131,36 @@ class ExpertDispatch:
     def add_some(
         self, weights: Mapping[int, ExpertWeights], x_TD: torch.Tensor, y_TD: torch.Tensor, family: Family
     ) -> None:
-        """Run single experts over their tokens and add the weighted results to the block's output; on the CPU together.
+        """Run single experts over their tokens and add the weighted results to the block's output: their tokens are gathered,
+        activated and added together.
 
         Args:
             weights: of each expert, by its number.
             x_TD, y_TD, family: as for `add_unit`.
         """
-        if self._device.torch.type != "cpu" or not native.available():
-            for expert, own in weights.items():
-                self.add(expert, x_TD, y_TD, partial(family.feed_forward, w=own.expert(0)))
-            return
-        for experts in self._together(weights):
-            pairs = np.concatenate([np.arange(*self._starts[e : e + 2]) for e in experts])
-            tokens = self._tokens[pairs]
-            ends = np.cumsum([self._starts[e + 1] - self._starts[e] for e in experts], dtype=np.int32)
-            products = ExpertWeights.together([weights[e] for e in experts]).grouped(torch.from_numpy(ends))
+        grouped = self._device.torch.type == "cpu" and native.available()
+        for pairs in self._together(weights):
+            tokens = torch.cat([self._tokens[own] for _, own in pairs])
+            ends = list(accumulate(own.stop - own.start for _, own in pairs))
+            together = ExpertWeights.together([weights[expert] for expert, _ in pairs])
+            if grouped:
+                products = together.grouped(torch.tensor(ends, dtype=torch.int32))
+            else:
+                products = together.in_turn([(at, slice(*own)) for at, own in enumerate(pairwise([0, *ends]))])
             computed = family.feed_forward(x_TD.index_select(0, tokens), products)
-            y_TD.index_add_(0, tokens, computed.mul_(self._weights[pairs]))
+            y_TD.index_add_(0, tokens, computed.mul_(torch.cat([self._weights[own] for _, own in pairs])))
 
-    def _together(self, experts: Iterable[int]) -> Iterator[list[int]]:
-        """The experts in order, as many at a time as the workspace takes the tokens of."""
-        batch: list[int] = []
+    def _together(self, experts: Iterable[int]) -> Iterator[list[tuple[int, slice]]]:
+        """(expert, its pairs) in order, as many pairs at a time as the workspace takes."""
+        batch: list[tuple[int, slice]] = []
         room = self._chunk
         for expert in experts:
-            tokens = self._starts[expert + 1] - self._starts[expert]
-            if batch and tokens > room:
-                yield batch
-                batch, room = [], self._chunk
-            batch.append(expert)
-            room -= tokens
+            for pairs in self._chunks(range(expert, expert + 1)):
+                if batch and pairs.stop - pairs.start > room:
+                    yield batch
+                    batch, room = [], self._chunk
+                batch.append((expert, pairs))
+                room -= pairs.stop - pairs.start
         if batch:
             yield batch
 
@@ -195,10 +198,3 @@ class Bounds:
         """int32 ``[e]`` on the device: where the tokens of each expert end."""
         ends: torch.Tensor = self._on_device[self._experts.start + 1 : self._experts.stop + 1] - self._pairs.start
         return ends.clamp_(0, self._pairs.stop - self._pairs.start).to(torch.int32)
-
-
-def _one_by_one(x_nD: torch.Tensor, bounds: Bounds, weights: ExpertWeights, family: Family) -> torch.Tensor:
-    """The experts of a unit, a product each; every result takes the place of its tokens."""
-    for number, own in bounds.slices():
-        x_nD[own] = family.feed_forward(x_nD[own], weights.expert(number))
-    return x_nD

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from flexmoe.checkpoint.unit_layout import tensors_of
-from flexmoe.kernels.grouped_product import Matrices, can_group, grouped_product
+from flexmoe.kernels.grouped_product import Matrices, can_group, grouped_product, product_in_turn
 from flexmoe.kernels.linear import linear
 
 
@@ -90,6 +90,14 @@ class ExpertWeights:
             ends_e: int32, where the tokens of each expert end among those that are multiplied.
         """
         return ExpertProducts(self._gate_up, self._down, partial(grouped_product, ends_e=ends_e))
+
+    def in_turn(self, tokens: Sequence[tuple[int, slice]]) -> ExpertProducts:
+        """The products of several experts at once, one after the other on any device.
+
+        Args:
+            tokens: (number of the expert, its tokens among those that are multiplied) of each expert that has some.
+        """
+        return ExpertProducts(self._gate_up, self._down, partial(product_in_turn, tokens=tokens))
 
     def can_group(self) -> bool:
         """Whether the device has a grouped product for these weights as they lie."""

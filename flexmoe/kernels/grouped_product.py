@@ -45,6 +45,21 @@ def can_group(matrices: Sequence[Matrices]) -> bool:
     return all(m.shape[-1] * m.element_size() % ROW_BYTES == 0 and m.data_ptr() % ROW_BYTES == 0 for m in stacked)
 
 
+def product_in_turn(x_nC: torch.Tensor, matrices: Matrices, tokens: Sequence[tuple[int, slice]]) -> torch.Tensor:
+    """The same, ``[n, R]``, by a product for each expert that has tokens, wherever its weights lie.
+
+    Args:
+        tokens: (number of the expert, its tokens); together they are all tokens.
+    """
+    out_nR = x_nC.new_empty(len(x_nC), matrices[0].shape[0])
+    for number, own in tokens:
+        if x_nC.is_cuda:  # one launch
+            torch.mm(x_nC[own], matrices[number].t(), out=out_nR[own])
+        else:
+            out_nR[own] = linear(x_nC[own], matrices[number])
+    return out_nR
+
+
 def grouped_product(x_nC: torch.Tensor, matrices: Matrices, ends_e: torch.Tensor) -> torch.Tensor:
     """``x · matrices[e]^T`` for the tokens ``x_nC[ends_e[e - 1] : ends_e[e]]`` of each expert e: ``[n, R]``."""
     few = len(x_nC) <= _NATIVE_TOKENS * len(matrices)

@@ -299,7 +299,9 @@ class KVLanes:
             self._device.timed(self._recorder, "h2d/attended", f"attended {layer}", nbytes, stream),
         ):
             # The pinned buffer is free again when the compute stream has passed the batch's next projection.
-            return Arrived(out.to(self._device.torch, non_blocking=True), self._device.record(stream))
+            arrived = Arrived(out.to(self._device.torch, non_blocking=True), self._device.record(stream))
+        self._device.link.small(arrived.event)
+        return arrived
 
     def _host(self, shape: tuple[int, ...]) -> torch.Tensor:
         dtype = self._cache.shape.dtype

@@ -13,11 +13,13 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from flexmoe.errors import InfeasibleError, UsageError
+from flexmoe.system.link import Link
+from flexmoe.system.machine import usable_cores
 from flexmoe.system.trace import Recorder
 from policies.common.memory_units import SYSTEM_PAGE_BYTES, align_down, align_up
 from policies.common.option_names import option
@@ -27,6 +29,9 @@ Stream: TypeAlias = "torch.cuda.Stream"
 Event: TypeAlias = "torch.cuda.Event | NoEvent"
 #: Kernels are loaded when they are first used; NVML counts them and torch does not.
 _LATER_KERNELS_BYTES = 192 << 20
+_DRIVING_CORES = 2
+#: Bytes that were free of each GPU before this process used it.
+_free_before: dict[torch.device, int] = {}
 
 
 class NoEvent:
@@ -55,6 +60,7 @@ class Device:
     Attributes:
         torch: the `torch.device`.
         compute: the stream that all computing is ordered by, whatever thread issues it; None on cpu.
+        link: what is under way up to it.
         host_waits: how often the calling thread waited for device work (a test holds it to one per MoE layer).
     """
 
@@ -68,13 +74,16 @@ class Device:
             raise UsageError(f"unknown device {name!r}: choose auto, cuda or cpu")
         self.torch = torch.device(name)
         self.is_cuda = self.torch.type == "cuda"
-        self.host_waits = 0
+        self.host_waits, self.link = 0, Link()
         self._context_bytes: int | None = None
+        if self.is_cuda:
+            _leave_cores_to_the_device()
         if self.is_cuda:
             # Many functions of torch.cuda take no device without an index.
             self.torch = torch.device(
                 "cuda", torch.cuda.current_device() if self.torch.index is None else self.torch.index
             )
+            _note_free_memory(self.torch)
         # The default one, in whose order memory that was allocated without a stream is freed.
         self.compute: Stream | None = torch.cuda.default_stream(self.torch) if self.is_cuda else None
         self.rebase()
@@ -165,6 +174,7 @@ class Device:
             _populate(buffer.data_ptr(), size)
             code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
             if code != 0:
+                _clear_error(self.torch)
                 raise InfeasibleError(
                     f"the CUDA driver cannot lock {size / 2**30:.2f} GiB of host memory (error {code}); "
                     "raise the memlock limit or lower the CPU percents"
@@ -257,23 +267,64 @@ def _context_bytes(device: torch.device) -> int:
         a = torch.ones(512, 512, dtype=dtype, device=device)
         torch.topk(torch.softmax(torch.nn.functional.linear(a, a), dim=-1), 2).indices.flatten().sort(stable=True)
     torch.cuda.current_stream(device).synchronize()
+    return _held_bytes(device) - torch.cuda.memory_reserved(device)
+
+
+def _held_bytes(device: torch.device) -> int:
+    """Bytes of GPU memory that this process holds; those of others too where nothing tells them apart."""
     free, total = torch.cuda.mem_get_info(device)
-    return (process_gpu_bytes(device) or total - free) - torch.cuda.memory_reserved(device)
+    return process_gpu_bytes(device) or _free_before.get(device, total) - free
+
+
+def _note_free_memory(device: torch.device) -> None:
+    """Remember what was free of a GPU before this process had a context there; NVML makes none."""
+    with contextlib.suppress(_NoNVML), _nvml(device) as (nvml, handle):
+        if device not in _free_before and not torch._C._cuda_hasPrimaryContext(device.index):  # type: ignore[attr-defined]
+            _free_before[device] = nvml.nvmlDeviceGetMemoryInfo(handle).free
 
 
 def process_gpu_bytes(device: torch.device) -> int | None:
-    """Bytes of GPU memory that this process holds, as NVML counts them; None where NVML cannot tell."""
+    """Bytes of GPU memory that this process holds, as NVML counts them; None where NVML cannot tell, as in a container."""
+    with contextlib.suppress(_NoNVML), _nvml(device) as (nvml, handle):
+        mine = [p for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
+        return mine[0].usedGpuMemory or None if mine else None
+    return None
+
+
+class _NoNVML(Exception):
+    """NVML is not there, or does not know."""
+
+
+@contextlib.contextmanager
+def _nvml(device: torch.device) -> Iterator[tuple[Any, Any]]:
+    """NVML and its handle of a GPU. It counts all of the machine's, and torch those that CUDA_VISIBLE_DEVICES leaves: the two agree
+    on UUIDs alone.
+
+    Raises:
+        _NoNVML: it is not installed, or it reports an error.
+    """
     try:
         import pynvml
-    except ImportError:
-        return None
+    except ImportError as e:
+        raise _NoNVML from e
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
-        mine = [p for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
-    except pynvml.NVMLError:
-        return None
-    return mine[0].usedGpuMemory if mine and mine[0].usedGpuMemory else None
+        uuid = torch.cuda.get_device_properties(device).uuid
+        yield pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    except pynvml.NVMLError as e:
+        raise _NoNVML from e
+
+
+def _leave_cores_to_the_device() -> None:
+    """Let operators on the host take all cores but two: one issues the device's work and one feeds its link. Every lane's thread
+    has a team of so many threads, as torch asks for them when a thread computes for the first time."""
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, usable_cores() - _DRIVING_CORES)))
+
+
+def _clear_error(device: torch.device) -> None:
+    """Take the error of a call that failed off the CUDA runtime, which otherwise reports it to whatever is launched next."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device=device)
 
 
 def forget_pages(address: int, size: int) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from flexmoe.system.device import Event, Stream
+from flexmoe.system.link import pieces_of
 from flexmoe.weights.store import WeightStore
 from policies.units import UnitId
 
@@ -80,7 +81,8 @@ def copy_to_device(
     nbytes: int,
     lane: str = "h2d",
 ) -> Event:
-    """Issue the copy of the stretches from host bytes to a slot on ``stream``, after the slot's last user.
+    """Issue the copy of the stretches from host bytes to a slot on ``stream``, after the slot's last user, in pieces between which
+    small transfers find room: it returns when all but the last few are there.
 
     Args:
         name, nbytes, lane: how the copy is recorded.
@@ -93,5 +95,9 @@ def copy_to_device(
         slot.freed.wait(stream)
     with device.on(stream), device.timed(store.recorder, lane, name, nbytes, stream):
         for start, into, size in copies:
-            slot.buffer[into : into + size].copy_(source[start : start + size], non_blocking=True)
+            here, there = slot.buffer[into : into + size], source[start : start + size]
+            for piece in pieces_of(size):
+                device.link.give_way()
+                here[piece].copy_(there[piece], non_blocking=True)
+                device.link.piece(device.record(stream))
     return device.record(stream)

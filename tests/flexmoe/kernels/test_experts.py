@@ -1,7 +1,10 @@
 """Expert dispatch equals a loop over tokens, whatever the routing."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cost_model.model.arch import ModelArch
 from flexmoe.kernels import expert_dispatch, grouped_product
@@ -273,6 +276,40 @@ def test_single_experts_are_computed_together_however_each_lies(forms):
     together = ExpertWeights.together(each).grouped(torch.tensor([2, 3, 7, 9], dtype=torch.int32))
     alone = [math.feed_forward(x, own.expert(0)) for x, own in zip(x_nD.split([2, 1, 4, 2]), each)]
     torch.testing.assert_close(math.feed_forward(x_nD, together), torch.cat(alone))
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that would be kernels; views are none."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view and function is not torch.ops.aten.empty.memory_format
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("chunk", [10, 1000])
+@pytest.mark.parametrize("forms", ["stacked", "apart"])
+def test_single_experts_cost_a_launch_or_two_for_each_product_and_nothing_else(forms, chunk, monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setitem(expert_dispatch.EXPERT_CHUNK_TOKENS, "cpu", chunk)
+    math = family(ModelArch.from_name("qwen3-30b-a3b"))
+    generator = torch.Generator().manual_seed(4)
+    shapes = {"gate_up": (1, 48, 16), "down": (1, 16, 24)}
+    tensors = [{r: 0.2 * torch.randn(shape, generator=generator) for r, shape in shapes.items()} for _ in range(40)]
+    weights = {e: ExpertWeights.of(t if forms == "stacked" else in_pieces(t)) for e, t in enumerate(tensors)}
+    x_TD, y_TD, expected = torch.randn(100, 16, generator=generator), torch.zeros(100, 16), torch.zeros(100, 16)
+    dispatch = ExpertDispatch(Device("cpu"), 40)
+    ids_TK = torch.rand(100, 40, generator=generator).topk(2).indices
+    dispatch.route(ids_TK, torch.rand(100, 2, generator=generator), torch.float32)
+    for expert, own in weights.items():
+        dispatch.add(expert, x_TD, expected, partial(math.feed_forward, w=own.expert(0)))
+    with Launches() as launches:
+        dispatch.add_some(weights, x_TD, y_TD, math)
+    torch.testing.assert_close(y_TD, expected)
+    products = 2 if forms == "stacked" else 3
+    if chunk == 1000:  # on the host a product is one operation and a copy
+        assert launches.count <= 2 * products * 40 + 12
 
 
 def test_expert_without_tokens_is_not_computed():

@@ -4,6 +4,7 @@ import mmap
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from flexmoe.system import device as device_module
 from flexmoe.system.device import Device, NoEvent
 from flexmoe.system.trace import Recorder
 from policies.common.memory_units import SYSTEM_PAGE_BYTES as PAGE_BYTES
+from tests.support.pretend_cuda import Event, Stream
 
 
 @pytest.fixture
@@ -132,3 +134,101 @@ def test_unknown_device_is_a_usage_error(name):
 
 def test_cap_has_no_effect_on_the_cpu(cpu):
     assert cpu.cap_memory(0) is None
+
+
+# CUDA, of which nothing is there but what the tests put in its place.
+
+UUID = "8d6f1c2e-0b5a-4f6d-9a53-0f3c5b7d1e22"
+
+
+class NVMLError(Exception):
+    pass
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that CUDA calls number 0 and NVML number 3, of which 70 bytes are free before it is used and 50 afterwards."""
+    state = SimpleNamespace(context=False, asked=[], mine=None, launched=[], registered=[], threads=[])
+
+    def handle(uuid):
+        state.asked.append(uuid)
+        return uuid
+
+    nvml = SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=handle,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(free=50 if state.context else 70),
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: [state.mine] if state.mine else [],
+    )
+    cudart = SimpleNamespace(cudaHostRegister=lambda *args: state.registered.append(args) or 712)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda index: state.context, raising=False)
+    monkeypatch.setattr(device_module, "_free_before", {})
+    monkeypatch.setattr(torch, "set_num_threads", state.threads.append)
+    for name, stands_in in {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "default_stream": lambda device: Stream(),
+        "Event": lambda **options: Event(),
+        "get_device_properties": lambda device: SimpleNamespace(uuid=UUID),
+        "mem_get_info": lambda device: (50, 100),
+        "memory_reserved": lambda device: 0,
+        "cudart": lambda: cudart,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stands_in)
+    return state
+
+
+def test_a_gpu_is_looked_up_by_its_uuid(gpu):
+    device = Device("cuda")
+    assert gpu.asked == [f"GPU-{UUID}"]
+    gpu.mine = SimpleNamespace(pid=os.getpid(), usedGpuMemory=17)
+    assert device_module.process_gpu_bytes(device.torch) == 17
+    gpu.mine.pid += 1
+    assert device_module.process_gpu_bytes(device.torch) is None
+
+
+def test_the_context_is_what_was_free_before_it_and_is_not_afterwards(gpu):
+    """In a container NVML tells other process ids, and other processes hold 30 bytes of the GPU."""
+    device = Device("cuda").torch
+    gpu.context = True
+    Device("cuda")  # a second engine remembers what the first one found
+    assert device_module._held_bytes(device) == 20
+    device_module._free_before.clear()
+    Device("cuda")  # somebody else has used the GPU before: what others hold cannot be told apart
+    assert device_module._held_bytes(device) == 50
+
+
+def test_memory_that_the_driver_does_not_lock_leaves_no_error_to_the_next_launch(gpu, monkeypatch):
+    def launch(*args, **options):
+        gpu.launched.append(options)
+        raise RuntimeError("CUDA error: part or all of the requested memory range is already mapped")
+
+    device = Device("cuda")
+    monkeypatch.setattr(torch, "ones", launch)
+    with pytest.raises(InfeasibleError, match=r"cannot lock .* \(error 712\)"):
+        device.host_buffer(10)
+    assert gpu.launched == [{"device": device.torch}]
+
+
+@pytest.mark.parametrize("usable, asked, expected", [(16, 16, 14), (16, 4, 4), (2, 2, 1), (1, 1, 1)])
+def test_operators_on_the_host_leave_two_cores_to_a_gpu(gpu, monkeypatch, usable, asked, expected):
+    monkeypatch.setattr(device_module, "usable_cores", lambda: usable)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: asked)
+    Device("cuda")
+    assert gpu.threads == [expected]
+    Device("cpu")
+    assert gpu.threads == [expected]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_a_lock_that_the_driver_refuses_is_no_matter_to_what_is_computed_next(monkeypatch):
+    device, real = Device("cuda"), device_module._map_pages
+    kept = device.host_buffer(PAGE_BYTES)
+    pages = real(PAGE_BYTES, False)
+    monkeypatch.setattr(device_module, "_map_pages", lambda size, shared: kept.numpy() if shared is False else pages)
+    with pytest.raises(InfeasibleError):
+        device.host_buffer(PAGE_BYTES)
+    assert int(torch.arange(5, device=device.torch).sum()) == 10

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flexmoe.errors import DataError, StorageError
+from flexmoe.system import link
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
 from flexmoe.weights.store import EmbeddingTable, WeightStore, as_compute
@@ -73,6 +74,24 @@ def test_units_are_cast_to_the_compute_dtype_on_every_tier(tmp_path, stored, com
     for placement in PLACEMENTS.values():
         with streamed(source, placement, dtype=compute, staged=staged) as (_, stream):
             within(20, lambda: check_sweeps(stream, expected, compute, sweeps=2))
+
+
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlapped", "serial"])
+def test_units_that_are_copied_in_pieces_arrive_whole_and_few_pieces_are_ahead(tmp_path, monkeypatch, overlap):
+    source, expected = tiny_units(tmp_path)
+    monkeypatch.setattr(link, "PIECE_BYTES", 1000)
+    given_way, most, real = [], [], link.Link.give_way
+
+    def give_way(self):
+        given_way.append(self)
+        real(self)
+        most.append(len(self._pieces))
+
+    monkeypatch.setattr(link.Link, "give_way", give_way)
+    with streamed(source, PLACEMENTS["cpu"], 3, overlap=overlap, staged=True) as (_, stream):
+        within(20, lambda: check_sweeps(stream, expected, torch.float32))
+    nbytes = sum(t.nbytes for unit, tensors in expected.items() if unit.kind != "embed" for t in tensors.values())
+    assert len(given_way) > nbytes / 1000 and max(most) == 1
 
 
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlapped", "serial"])
