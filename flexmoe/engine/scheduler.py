@@ -58,8 +58,9 @@ class Row(RowLengths):
 
     def next_run(self) -> Run:
         """What it contributes to the sweep that has been planned."""
-        tokens = self.tokens[self.cached : self.cached + self.run]
-        return Run(self.held_kv(), tokens, self.mode, int(self.logits), self, row_tokens=self.length)
+        cached, known = self.cached, self.tokens
+        tokens = known[cached : cached + self.run]
+        return Run(self.held_kv(), tokens, self.mode, int(self.logits), self, len(known))
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
-from flexmoe.kernels.paged_attention import Ragged
 from flexmoe.kv.cache import RowKV
 from flexmoe.sampling.logprobs import PromptScores
 from flexmoe.system.device import Event
@@ -24,9 +25,10 @@ _MODES = list(AttentionMode)
 _Result = TypeVar("_Result")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Run:
-    """``tokens`` of one row that follow the ``kv.length`` tokens it has in the cache.
+    """``tokens`` of one row that follow the ``kv.length`` tokens it has in the cache. Nothing changes it: frozen, thousands of them
+    would take milliseconds of a sweep to make.
 
     Attributes:
         kv: the row's cache; room for the tokens is already reserved.
@@ -60,11 +62,6 @@ class Group:
     runs: list[Run]
     start: int
     stop: int
-
-    def ragged(self, tables: list[list[int]]) -> Ragged:
-        """The group's rows as attention sees them, with the given page tables."""
-        lengths = [len(r.tokens) for r in self.runs]
-        return Ragged.of(lengths, [r.kv.length + n for r, n in zip(self.runs, lengths)], tables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,36 +146,41 @@ class Block:
         return self.batches[-1].stop if self.batches else 0
 
 
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The numbers ``[starts[i], starts[i] + counts[i])`` of every i, one after the other; int64."""
+    ends = np.cumsum(counts)
+    numbers: np.ndarray = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + counts, counts)
+    return numbers
+
+
 def _batch(index: int, start: int, runs: list[Run]) -> Batch:
-    ids: list[int] = []
-    positions: list[int] = []
-    lengths: list[int] = []
-    wanted: list[int] = []
-    scored: list[int] = []
-    groups: list[Group] = []
-    stop = 0
-    for run in runs:
-        if not groups or groups[-1].mode != run.mode:
-            groups.append(Group(run.mode, [], stop, stop))
-        groups[-1].runs.append(run)
-        length = len(run.tokens)
-        end = run.kv.length + length
-        ids += run.tokens
-        positions += range(run.kv.length, end)
-        lengths += [run.row_tokens or end] * length
-        first = stop + run.score_from
-        scored += range(first, first + len(run.targets))
-        stop += length
-        wanted += range(stop - run.logits, stop)
-        groups[-1].stop = stop
+    past = np.array([r.kv.length for r in runs], dtype=np.int64)
+    counts, logits, scored = (
+        np.array(column, dtype=np.int64)
+        for column in zip(*((len(r.tokens), r.logits, len(r.targets)) for r in runs), strict=True)
+    )
+    lengths = np.array([r.row_tokens or 0 for r in runs], dtype=np.int64)
+    stops = np.cumsum(counts)
     return Batch(
         index=index,
         start=start,
-        stop=start + stop,
-        groups=groups,
-        ids_T=torch.tensor(ids, dtype=torch.int64),
-        positions_T=torch.tensor(positions),
-        lengths_T=torch.tensor(lengths),
-        logit_rows=torch.tensor(wanted, dtype=torch.int64),
-        score_rows=torch.tensor(scored, dtype=torch.int64),
+        stop=start + int(stops[-1]),
+        groups=_groups(runs, stops.tolist()),
+        ids_T=torch.from_numpy(np.fromiter(chain.from_iterable(r.tokens for r in runs), np.int64, int(stops[-1]))),
+        positions_T=torch.from_numpy(ranges(past, counts)),
+        lengths_T=torch.from_numpy(np.repeat(np.where(lengths > 0, lengths, past + counts), counts)),
+        logit_rows=torch.from_numpy(ranges(stops - logits, logits)),
+        score_rows=torch.from_numpy(ranges(stops - counts + [r.score_from for r in runs], scored)),
     )
+
+
+def _groups(runs: list[Run], stops: list[int]) -> list[Group]:
+    """The groups of a GPU batch; ``stops`` are the ends of the runs' tokens."""
+    groups: list[Group] = []
+    for run, stop in zip(runs, stops):
+        if not groups or groups[-1].mode is not run.mode:
+            before = groups[-1].stop if groups else 0
+            groups.append(Group(run.mode, [], before, before))
+        groups[-1].runs.append(run)
+        groups[-1].stop = stop
+    return groups

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 import torch
 
 from flexmoe.kernels.paged_attention import Ragged
-from flexmoe.kv.batch import Group
+from flexmoe.kv.batch import Group, Run, ranges
 from flexmoe.kv.cache import KVCache
 from flexmoe.kv.disk import DiskIndex
 from flexmoe.system.uploads import Wanted
@@ -67,13 +68,12 @@ class FetchIndex(GroupIndex):
 
 def index_group(group: Group, cache: KVCache) -> GroupIndex:
     """Index tensors of a group, on the host; `on_device` says which of them belong on the compute device."""
+    rows = _Rows.of(group.runs, cache.page_tokens)
     if group.mode is AttentionMode.FETCH:
-        return _index_fetched(group, cache)
-    home = _joined(_slots(cache, r.kv.pages, r.kv.length, len(r.tokens)) for r in group.runs)
-    ragged = group.ragged([r.kv.pages for r in group.runs])
-    if group.mode is AttentionMode.GPU:
-        return GroupIndex(group=group, home=home, ragged=ragged)
-    return HostIndex(group=group, home=home, ragged=ragged)
+        return _index_fetched(group, rows, cache)
+    home, ragged = torch.from_numpy(rows.new_slots()), rows.ragged()
+    kind = GroupIndex if group.mode is AttentionMode.GPU else HostIndex
+    return kind(group=group, home=home, ragged=ragged)
 
 
 def on_device(index: GroupIndex) -> list[Wanted]:
@@ -83,35 +83,75 @@ def on_device(index: GroupIndex) -> list[Wanted]:
     return [] if isinstance(index, HostIndex) else [(index, "home")]
 
 
-def _index_fetched(group: Group, cache: KVCache) -> FetchIndex:
-    in_pool = [r for r in group.runs if r.kv.tier != "disk"]
-    on_disk = [r for r in group.runs if r.kv.tier == "disk"]
-    tables: list[list[int]] = []
-    past, new, first = [], [], 0
-    for r in group.runs:
-        pages = cache.pages_for(r.kv.length + len(r.tokens))
-        tables.append(list(range(first, first + pages)))
-        past.append(_slots(cache, tables[-1], 0, r.kv.length))
-        new.append(_slots(cache, tables[-1], r.kv.length, len(r.tokens)))
-        first += pages
+def _index_fetched(group: Group, rows: _Rows, cache: KVCache) -> FetchIndex:
+    in_pool = sum(r.kv.tier != "disk" for r in group.runs)  # the first ones
+    on_disk, pooled, staged = group.runs[in_pool:], rows.first(in_pool), rows.side_by_side()
     return FetchIndex(
         group=group,
-        home=_joined(_slots(cache, r.kv.pages, r.kv.length, len(r.tokens)) for r in in_pool),
-        ragged=group.ragged(tables),
-        past_home=_joined(_slots(cache, r.kv.pages, 0, r.kv.length) for r in in_pool),
-        staged_past=_joined(past),
-        staged_new=_joined(new),
+        home=torch.from_numpy(pooled.new_slots()),
+        ragged=staged.ragged(),
+        past_home=torch.from_numpy(pooled.past_slots()),
+        staged_past=torch.from_numpy(ranges(staged.first_page * rows.size, rows.past)),
+        staged_new=torch.from_numpy(ranges(staged.first_page * rows.size + rows.past, rows.new)),
         disk=DiskIndex.of(on_disk, cache.page_tokens) if on_disk else None,
     )
 
 
-def _slots(cache: KVCache, pages: list[int], first: int, count: int) -> np.ndarray:
-    """Flat token slots of tokens ``[first, first + count)`` of a row with this page table."""
-    tokens, size = np.arange(first, first + count), cache.page_tokens
-    slots: np.ndarray = np.asarray(pages, dtype=np.int64)[tokens // size] * size + tokens % size
-    return slots
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    """Rows as arrays, since thousands of them are indexed in every sweep. All are int64.
 
+    Attributes:
+        size: tokens of a page.
+        past, new: ``[B]``, tokens of each row in the cache, and of its run.
+        pages: the rows' page tables, one after the other.
+        first_page: ``[B]``, where that of each row begins.
+    """
 
-def _joined(pieces: Iterable[np.ndarray]) -> torch.Tensor:
-    """One int64 index tensor of several arrays."""
-    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *pieces]))
+    size: int
+    past: np.ndarray
+    new: np.ndarray
+    pages: np.ndarray
+    first_page: np.ndarray
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], size: int) -> _Rows:
+        past = np.array([r.kv.length for r in runs], dtype=np.int64)
+        new = np.array([len(r.tokens) for r in runs], dtype=np.int64)
+        counts = [len(r.kv.pages) for r in runs]
+        pages = np.fromiter(chain.from_iterable(r.kv.pages for r in runs), np.int64, sum(counts))
+        return cls(size=size, past=past, new=new, pages=pages, first_page=np.cumsum([0, *counts])[:-1])
+
+    def first(self, count: int) -> _Rows:
+        """So many of them."""
+        return replace(self, past=self.past[:count], new=self.new[:count], first_page=self.first_page[:count])
+
+    def side_by_side(self) -> _Rows:
+        """The same rows in a buffer where each has the pages that it needs behind those of the one before."""
+        needed = -(-(self.past + self.new) // self.size)
+        total = int(needed.sum())
+        return replace(self, pages=np.arange(total), first_page=np.cumsum(needed) - needed)
+
+    def new_slots(self) -> np.ndarray:
+        """Flat token slots of the runs' tokens."""
+        tokens = ranges(self.past, self.new)
+        slots: np.ndarray = self.pages[np.repeat(self.first_page, self.new) + tokens // self.size] * self.size
+        return slots + tokens % self.size
+
+    def past_slots(self) -> np.ndarray:
+        """Flat token slots of the tokens before the runs, page by page, since there may be millions."""
+        pages = -(-self.past // self.size)
+        own = np.arange(self.size)
+        slots: np.ndarray = self.pages[ranges(self.first_page, pages)][:, None] * self.size + own
+        left = np.repeat(self.past, pages) - ranges(np.zeros_like(pages), pages) * self.size
+        return slots[own < left[:, None]]
+
+    def ragged(self) -> Ragged:
+        """As attention sees them."""
+        contexts = self.past + self.new
+        pages = -(-contexts // self.size)
+        places = np.arange(max(1, int(pages.max(initial=0))))
+        table = np.minimum(self.first_page[:, None] + places, len(self.pages) - 1)
+        tables = np.where(places < pages[:, None], self.pages[table], 0).astype(np.int32)
+        starts = np.concatenate([[0], np.cumsum(self.new)]).astype(np.int32)
+        return Ragged(torch.from_numpy(starts), torch.from_numpy(contexts.astype(np.int32)), torch.from_numpy(tables))
