@@ -56,6 +56,8 @@ class Gpu:
         h2d_curve: pinned copies up by the bytes of a unit; empty where not measured.
         score_s: per vocabulary entry of a position whose log-probability is asked, beside the product that makes it; 0 where it
             was not measured.
+        h2d_busy_latency_s: what a small copy up takes beyond its bytes while weights are copied; 0 where it was not measured, and
+            on device cpu.
         grouped_experts: like ``experts``, one of a unit of several whose weights lie stacked, by grouped products; without
             the sizes of numbers that were not measured, or for which the runtime has none.
 
@@ -80,6 +82,7 @@ class Gpu:
     op_s: Cost
     h2d_curve: LinkCurve = ()
     score_s: Cost = 0.0
+    h2d_busy_latency_s: Cost = 0.0
     grouped_experts: SomeRates = field(default_factory=dict)
 
     def __post_init__(self) -> None:

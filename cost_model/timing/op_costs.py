@@ -164,7 +164,7 @@ class Costs:
 
     def load_act_s(self, batch: BatchLoad) -> float:
         """Hidden states of the batch to the compute device."""
-        return self.hardware.handoff_s + self.copy_s(self.activation_bytes(batch))
+        return self.hardware.handoff_s + self._link_wait_s + self.copy_s(self.activation_bytes(batch))
 
     def store_act_s(self, batch: BatchLoad) -> float:
         """Hidden states of the batch home."""
@@ -183,6 +183,12 @@ class Costs:
         """Latency of a small transfer: behind the weights, where some of them come from disk."""
         hw = self.hardware
         return hw.disk_busy_latency_s if self.allocation.placement.count_of("disk") else hw.disk_latency_s
+
+    @property
+    def _link_wait_s(self) -> float:
+        """What a small copy up waits for the pieces of weights that are before it."""
+        streamed = any(self.allocation.placement.count_of(tier) for tier in ("cpu", "disk"))
+        return self._gpu.h2d_busy_latency_s if streamed else 0.0
 
     def project_s(self, batch: BatchLoad) -> float:
         """Norm, queries, keys and values, rope."""
@@ -216,7 +222,8 @@ class Costs:
 
     def attended_s(self, batch: BatchLoad) -> float:
         """What the CPU attended, up; a part of `load_kv_s`."""
-        return self.copy_s(batch.new["cpu"] * self._query_bytes) if self._moves_queries else 0.0
+        up = batch.new["cpu"] * self._query_bytes
+        return self._link_wait_s + self.copy_s(up) if self._moves_queries and up else 0.0
 
     def store_kv_s(self, batch: BatchLoad) -> float:
         """New KV of rows whose home is not the GPU; queries of the rows attended on the CPU down."""

@@ -141,6 +141,8 @@ class Executor:
                 future.result()
         with contextlib.suppress(Exception):
             self._kv.drain()
+        self._pending.clear()
+        self._qkv.clear()
         self._hidden.clear()
 
     def _issue(self, op: Op) -> None:

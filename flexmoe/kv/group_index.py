@@ -135,16 +135,18 @@ class _Rows:
     def new_slots(self) -> np.ndarray:
         """Flat token slots of the runs' tokens."""
         tokens = ranges(self.past, self.new)
-        slots: np.ndarray = self.pages[np.repeat(self.first_page, self.new) + tokens // self.size] * self.size
-        return slots + tokens % self.size
+        pages = self.pages[np.repeat(self.first_page, self.new) + tokens // self.size]
+        slots: np.ndarray = pages * self.size + tokens % self.size
+        return slots
 
     def past_slots(self) -> np.ndarray:
         """Flat token slots of the tokens before the runs, page by page, since there may be millions."""
         pages = -(-self.past // self.size)
         own = np.arange(self.size)
-        slots: np.ndarray = self.pages[ranges(self.first_page, pages)][:, None] * self.size + own
         left = np.repeat(self.past, pages) - ranges(np.zeros_like(pages), pages) * self.size
-        return slots[own < left[:, None]]
+        whole = self.pages[ranges(self.first_page, pages)][:, None] * self.size + own
+        slots: np.ndarray = whole[own < left[:, None]]
+        return slots
 
     def ragged(self) -> Ragged:
         """As attention sees them."""

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from cost_model.hardware.link_curves import LinkCurve
-from flexmoe.probing.timing import best_of_rounds, best_s, elapsed_s, repeat_s
+from flexmoe.probing.timing import best_of_rounds, best_s, elapsed_s, median_s, repeat_s
 from flexmoe.system.device import Device, Event, Stream
+from flexmoe.weights.slots import copy_in_pieces
 
+_SMALL_BYTES = 1 << 20  # outputs of attention of a hundred rows
 PIECES = 3  # a unit is copied tensor by tensor; an expert has three
 
 
@@ -104,6 +106,40 @@ def copy_curve(device: Device, nbytes: int, sizes: Sequence[int], seconds: float
             return lanes[0].nbytes / repeat_s(device, copy, seconds, stream=stream)
 
     return best_of_rounds([size for size in sizes if size <= nbytes], rate)
+
+
+def small_copy_s(device: Device, nbytes: int, seconds: float) -> float:
+    """What a small copy up takes beyond what it takes alone, while a thread copies weights as the weight stream does.
+
+    Args:
+        nbytes: of the buffer of weights on either side.
+        seconds: of copying.
+    """
+    small, host = device.host_buffer(_SMALL_BYTES), device.host_buffer(nbytes)
+    there, on_device = (torch.zeros(n, dtype=torch.uint8, device=device.torch) for n in (_SMALL_BYTES, nbytes))
+    own, stream, ends = device.stream(urgent=True), device.stream(), threading.Event()
+
+    def feed() -> None:
+        while not ends.is_set():
+            with device.on(stream):
+                copy_in_pieces(device, stream, host, on_device)
+
+    def copy() -> None:
+        with device.on(own):
+            there.copy_(small, non_blocking=True)
+            arrived = device.record(own)
+        device.link.small(arrived)
+        arrived.synchronize()
+
+    alone_s = median_s(copy, seconds)
+    feeder = threading.Thread(target=feed, daemon=True)
+    feeder.start()
+    try:
+        return max(0.0, median_s(copy, seconds) - alone_s)
+    finally:
+        ends.set()
+        feeder.join()
+        device.record(stream).synchronize()  # the buffers may be freed then
 
 
 def lane_rates(device: Device, lanes: Sequence[Lane], seconds: float) -> list[float]:

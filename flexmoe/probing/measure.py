@@ -20,7 +20,7 @@ from cost_model.model.weight_units import GROUPED_TOKENS
 from flexmoe.errors import InfeasibleError
 from flexmoe.kernels.native import library as native
 from flexmoe.probing.attention import attention_rates
-from flexmoe.probing.copies import copy_curve, copy_rates, memory_rate
+from flexmoe.probing.copies import copy_curve, copy_rates, memory_rate, small_copy_s
 from flexmoe.probing.disk import DiskRates, disk_rates
 from flexmoe.probing.effort import Effort
 from flexmoe.probing.facts import (
@@ -272,6 +272,13 @@ def _latencies(s: Setting, found: Found) -> None:
         f"the KV lanes' own seconds per operation in sweeps of {_model(s)}, KV of few tokens in host memory",
         handoff_s=handoff_s(s.device, s.dtypes[2], s.directory, s.effort),
     )
+    if s.device.is_cuda:
+        unit = min(s.effort.copy_bytes["cuda"], s.effort.buffer_bytes // 2)
+        small_s = small_copy_s(s.device, unit, s.effort.point_s)
+        source = f"1 MiB up while a thread copies {unit / MIB:.0f} MiB again and again as the weight stream does, beyond what it takes alone"
+        found.put(source, h2d_busy_latency_s=small_s)
+    else:
+        found.put("on device cpu a thread copies what it is asked for", h2d_busy_latency_s=0.0)
     disk = disk_latency(s.device, s.directory, s.effort)
     found.put("64 KiB written or read with nothing else under way", disk_latency_s=disk.alone_s)
     found.put(f"the same while {READ_THREADS} threads read without end", disk_busy_latency_s=disk.busy_s)

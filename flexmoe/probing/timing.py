@@ -36,7 +36,7 @@ def repeat_s(
     for _ in range(warm):
         work()
     return (
-        _device_s(device, work, seconds, stream or device.compute) if device.is_cuda else _host_s(work, seconds, least)
+        _device_s(device, work, seconds, stream or device.compute) if device.is_cuda else median_s(work, seconds, least)
     )
 
 
@@ -57,7 +57,8 @@ def best_of_rounds(sizes: Sequence[int], bytes_per_s: Callable[[int], float]) ->
     return tuple((size, max(rates)) for size, *rates in zip(sizes, *rounds, strict=True))
 
 
-def _host_s(work: Callable[[], object], seconds: float, least: int) -> float:
+def median_s(work: Callable[[], object], seconds: float, least: int = 3) -> float:
+    """Host seconds of one of as many calls as take ``seconds``, as `repeat_s` on cpu."""
     times: list[float] = []
     while not times or sum(times) < seconds or (len(times) < least and sum(times) < 3 * seconds):
         times.append(_timed(work))

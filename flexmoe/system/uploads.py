@@ -30,7 +30,7 @@ class Uploads:
 
     def __init__(self, device: Device):
         self._device = device
-        self._buffer = device.host_buffer(_FIRST_BYTES if device.is_cuda else 0)
+        self._buffer = device.host_buffer(_FIRST_BYTES) if device.is_cuda else torch.empty(0, dtype=torch.uint8)
         self._used, self._outgrown = 0, list[torch.Tensor]()
         self._copied = device.record()
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from flexmoe.system.device import Event, Stream
+from flexmoe.system.device import Device, Event, Stream
 from flexmoe.system.link import pieces_of
 from flexmoe.weights.store import WeightStore
 from policies.units import UnitId
@@ -95,9 +95,13 @@ def copy_to_device(
         slot.freed.wait(stream)
     with device.on(stream), device.timed(store.recorder, lane, name, nbytes, stream):
         for start, into, size in copies:
-            here, there = slot.buffer[into : into + size], source[start : start + size]
-            for piece in pieces_of(size):
-                device.link.give_way()
-                here[piece].copy_(there[piece], non_blocking=True)
-                device.link.piece(device.record(stream))
+            copy_in_pieces(device, stream, source[start : start + size], slot.buffer[into : into + size])
     return device.record(stream)
+
+
+def copy_in_pieces(device: Device, stream: Stream | None, source: torch.Tensor, target: torch.Tensor) -> None:
+    """Issue a copy of host bytes to the device on ``stream``, the current one; it returns when all but a few pieces are there."""
+    for piece in pieces_of(len(source)):
+        device.link.give_way()
+        target[piece].copy_(source[piece], non_blocking=True)
+        device.link.piece(device.record(stream))

@@ -155,6 +155,7 @@ def machine(name: str, device: str, gpu: Gpu, host: Host, gpu_sources: dict[str,
     sources = {
         **gpu_sources,
         "op_s": "estimate",
+        "h2d_busy_latency_s": "a thread copies what it is asked for" if device == "cpu" else "not measured, and so 0",
         "cores": "chosen: a common machine of its kind",
         "host_memory_bytes": "chosen: a common machine of its kind; nominal, so take off what the system needs",
         "host_bytes_per_s": host.memory_source,

@@ -46,6 +46,17 @@ def test_a_transfer_takes_the_rate_of_its_size():
     assert costs.read_act_s(batch) == pytest.approx(costs.disk_wait_s + MIB / 1e9)
 
 
+def test_small_copies_up_wait_for_weights_that_are_under_way_and_only_for_those():
+    waits = {"gpu": {"h2d_busy_latency_s": 1e-3}}
+    batch = BatchLoad(tokens=8, new={"gpu": 0, "fetch": 0, "disk": 0, "cpu": 8})
+    for weights_on_gpu, waited_s in ((40, 1e-3), (100, 0.0)):
+        placed = (weights_on_gpu, 100 - weights_on_gpu, 0, 100, 0, 100)
+        (slow, _), (quick, _) = (costs_of(placed, cpu_attention_percent=100, **more) for more in (waits, {}))
+        for name in ("attended_s", "load_act_s"):
+            assert getattr(slow, name)(batch) - getattr(quick, name)(batch) == pytest.approx(waited_s), name
+        assert slow.attended_s(BatchLoad(tokens=8)) == 0
+
+
 @pytest.mark.parametrize("machine", ["rtx4090", "cpu"])
 @pytest.mark.parametrize("arch", [SMALL, ONE])
 def test_a_sweep_moves_every_streamed_unit_at_the_rate_of_its_size(machine, arch):

@@ -116,6 +116,7 @@ def test_every_rate_is_positive_and_finite(machine):
         "kv_block_write_s",
         "disk_latency_s",
         "handoff_s",
+        "h2d_busy_latency_s",
     }
     for name, value in measured.items():
         assert math.isfinite(value) and (value > 0 or name in at_least_zero and value == 0), name
