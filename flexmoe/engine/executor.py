@@ -34,7 +34,7 @@ from flexmoe.kv.batch import Arrived, Batch, Block, Group, begun
 from flexmoe.kv.transfers import KVLanes
 from flexmoe.system.device import Device, Event
 from flexmoe.system.trace import Recorder
-from flexmoe.system.uploads import Uploads, Wanted
+from flexmoe.system.uploads import Uploads
 from flexmoe.weights.store import EmbeddingTable
 from flexmoe.weights.supply import WeightFeed
 from policies.admission.row_state import AttentionMode
@@ -108,7 +108,7 @@ class Executor:
         self._block = block
         self._pending.clear()
         self._qkv.clear()
-        self._to_device(block, self._kv.begin(block))
+        self._to_device(block)
         for batch in block.batches:
             batch.rope = self._family.rope(batch.positions_T, batch.lengths_T, self._dtype)
         for op in sweep(self._shape(block), overlap=self._overlap):
@@ -120,18 +120,13 @@ class Executor:
         self._recorder.resolve()
         return self._logits.take()
 
-    def _to_device(self, block: Block, indices: list[Wanted]) -> None:
+    def _to_device(self, block: Block) -> None:
         """Token ids, places and index tensors of a sweep to the compute device, in one copy."""
-        names = [
-            "positions_T",
-            "lengths_T",
-            "logit_rows",
-            "score_rows",
-            *(["ids_T"] if self._embedding.resident else []),
-        ]
+        names = ["positions_T", "lengths_T", "logit_rows", "score_rows"]
+        names += ["ids_T"] if self._embedding.resident else []
         self.uploads.begin()
-        self.uploads.place(
-            [*((batch, name) for batch in block.batches for name in names), *indices, (block, "targets")]
+        self._kv.begin(
+            block, self.uploads, [*((batch, name) for batch in block.batches for name in names), (block, "targets")]
         )
 
     def abandon(self) -> None:

@@ -22,7 +22,7 @@ from flexmoe.kv.disk import DiskKV
 from flexmoe.kv.group_index import FetchIndex, GroupIndex, HostIndex, index_group, on_device
 from flexmoe.system.device import Device, Event
 from flexmoe.system.trace import Recorder
-from flexmoe.system.uploads import Wanted
+from flexmoe.system.uploads import Uploads, Wanted
 from policies.admission.row_state import AttentionMode
 
 
@@ -79,20 +79,23 @@ class KVLanes:
         self._queries = [self._host((2, host_tokens, query_heads, s.head_dim)) for _ in range(2)]
         self._staging_read = [device.record(), device.record()]
         self._packed_read = [device.record(), device.record()]
+        self._placed = device.record()
         self._disk: DiskKV | None = None  # made last, since it starts threads
         if cache.file is not None:
             self._disk = DiskKV(device, recorder, cache, buffers.staging_pages, buffers.write_pages)
 
-    def begin(self, block: Block) -> list[Wanted]:
+    def begin(self, block: Block, uploads: Uploads, others: Iterable[Wanted] = ()) -> None:
         """Derive the index tensors of a sweep; called once per sweep, before its first operation.
 
-        Returns:
-            list[Wanted]: those that the caller has to place on the compute device before that.
+        Args:
+            uploads: brings those that the device uses there.
+            others: what else goes up with them.
         """
         for batch in block.batches:
             for group in batch.groups:
                 batch.kv[group.mode] = index_group(group, self._cache)
-        return [wanted for batch in block.batches for index in batch.kv.values() for wanted in on_device(index)]
+        indices = (wanted for batch in block.batches for index in batch.kv.values() for wanted in on_device(index))
+        self._placed = uploads.place([*others, *indices])
 
     # Operations of the schedule. Those that return a future have been handed to a lane.
 
@@ -207,6 +210,7 @@ class KVLanes:
         raw = None if index.disk is None else self._on_disk.read(layer, index.disk, side)
         self._packed_read[side].synchronize()  # by the copies of the load before the last; on this lane's own thread
         stream = self._streams["h2d"]
+        self._placed.wait(stream)
         self._staging_read[side].wait(stream)
         for which in range(2):
             packed = self._packed[side][which, : index.past_tokens]

@@ -324,7 +324,7 @@ def _batches(device: Device, lanes: KVLanes, cache: KVCache, count: int) -> list
         cache.reserve(row, tokens)
         runs.append(Run(row, [0] * tokens, AttentionMode.GPU, 1))
     block = Block(runs, len(runs))
-    Uploads(device).place(lanes.begin(block))
+    lanes.begin(block, Uploads(device))
     for run in runs:
         cache.close(run.kv)
     return block.batches

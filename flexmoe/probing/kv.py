@@ -125,7 +125,7 @@ class KVBench:
             row = RowKV("cpu", [ids.pop() for _ in range(blocks)], past)
             runs.append(Run(row, [0] * _STORED_TOKENS, AttentionMode.FETCH, 1))
         block = Block(runs, len(runs))
-        Uploads(self._device).place(self._lanes.begin(block))
+        self._lanes.begin(block, Uploads(self._device))
         return block.batches[0]
 
 

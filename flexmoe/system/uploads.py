@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flexmoe.system.device import Device
+from flexmoe.system.device import Device, Event
 
 _FIRST_BYTES = 1 << 20
 _ALIGNMENT = 16
@@ -55,11 +55,16 @@ class Uploads:
         self._copied = self._device.record()
         return [_as(on_device[place], tensor) for tensor, place in zip(tensors, places)]
 
-    def place(self, wanted: Iterable[Wanted]) -> None:
-        """Replace host tensors by the same on the compute device, all in one copy."""
+    def place(self, wanted: Iterable[Wanted]) -> Event:
+        """Replace host tensors by the same on the compute device, all in one copy.
+
+        Returns:
+            Event: of the copy, for streams other than that of computing.
+        """
         wanted = list(wanted)
         for (owner, name), tensor in zip(wanted, self([getattr(owner, name) for owner, name in wanted])):
             setattr(owner, name, tensor)
+        return self._copied
 
     def _room(self, nbytes: int) -> torch.Tensor:
         """Pinned bytes that no other upload of the sweep has."""

@@ -7,6 +7,7 @@ from flexmoe.kv.cache import KVCache, KVShape
 from flexmoe.kv.transfers import KVBuffers, KVLanes
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
+from flexmoe.system.uploads import Uploads
 from policies.admission.row_state import AttentionMode
 
 LAYERS, HEADS, KV_HEADS, SIZE = 2, 4, 2, 8
@@ -38,6 +39,7 @@ class Bench:
         self.recorder, self.window, self.batch_rows = Recorder(), window, batch_rows
         device = device or Device("cpu")
         counts = dict(zip(("gpu", "cpu", "disk"), pages))
+        self.uploads = Uploads(device)
         self.cache = KVCache(device, SHAPE, counts, tails if counts["disk"] else 0, directory)
         buffers = KVBuffers(staging_pages=sum(pages), batch_tokens=600, write_pages=60)
         self.lanes = KVLanes(device, self.recorder, self.cache, buffers, HEADS, window)
@@ -67,7 +69,7 @@ class Bench:
             self.cache.reserve(row.kv, count)
             runs.append(Run(row.kv, [0] * count, MODE[row.kind], 1, row))
         block = Block(runs, self.batch_rows)
-        self.lanes.begin(block)
+        self.lanes.begin(block, self.uploads)
         for layer in range(LAYERS):
             self._layer(layer, block)
         self.lanes.drain()

@@ -14,7 +14,7 @@ from flexmoe.kv.cache import KVCache, KVExhausted, PageAllocator
 from flexmoe.system.device import Device
 from policies.admission.row_state import AttentionMode
 from tests.support.kv_sweeps import LAYERS, SHAPE, Bench
-from tests.support.pretend_cuda import PretendCuda
+from tests.support.pretend_cuda import Event, PretendCuda
 
 B = 16
 KINDS = ["gpu", "fetch", "cpu", "disk"]
@@ -396,7 +396,7 @@ def test_a_load_is_gathered_while_the_one_before_is_on_the_link(bench, monkeypat
     for row in rows:
         b.cache.reserve(row.kv, 1)
     block = Block(runs, 1)
-    b.lanes.begin(block)
+    b.lanes.begin(block, b.uploads)
     try:
         first, second, third = (b.lanes.load(0, batch) for batch in block.batches)
         first.result(5), second.result(5)
@@ -406,6 +406,17 @@ def test_a_load_is_gathered_while_the_one_before_is_on_the_link(bench, monkeypat
     finally:
         copies.held.set()
     third.result(5)
+
+
+def test_a_load_waits_for_the_upload_of_its_index_tensors(bench, monkeypatch):
+    device, waited = PretendCuda(), []
+    b = bench((0, 60, 0), device=device)
+    monkeypatch.setattr(Event, "wait", lambda self, stream=None: waited.append((self, stream)))
+    row = b.open("fetch")
+    for _ in range(2):
+        waited.clear()
+        b.sweep([row], [20])
+        assert waited.count((b.uploads._copied, b.lanes._streams["h2d"])) == LAYERS
 
 
 def test_only_the_queries_of_rows_that_are_attended_on_the_cpu_are_brought_down(bench):
