@@ -1,6 +1,7 @@
 """The branches that only CUDA takes, on a device that says it is CUDA and computes on the CPU.
 
-Streams and events do nothing, so nothing here says that work on the GPU is ordered rightly: only the `gpu` tests do.
+Streams and events do nothing, so nothing here says that work on the GPU is ordered rightly: `test_streams` and the `gpu`
+tests do.
 """
 
 import pytest
