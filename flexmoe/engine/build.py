@@ -132,6 +132,7 @@ class _Builder:
             staging_pages=allocation.fetch_pages,
             batch_tokens=allocation.batch_tokens,
             write_pages=allocation.write_pages,
+            gather_pages=allocation.gather_pages,
         )
         kv = KVLanes(self._plan.device, self._recorder, cache, buffers, arch.num_heads, arch.sliding_window)
         self._resources.callback(kv.close)

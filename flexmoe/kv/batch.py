@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from flexmoe.kernels.paged_attention import Ragged
+from flexmoe.kernels.ragged import Ragged
 from flexmoe.kv.cache import RowKV
 from flexmoe.sampling.logprobs import PromptScores
 from flexmoe.system.device import Event

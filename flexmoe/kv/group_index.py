@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from flexmoe.kernels.paged_attention import Ragged
+from flexmoe.kernels.ragged import Ragged
 from flexmoe.kv.batch import Group
 from flexmoe.kv.cache import KVCache
 from flexmoe.kv.disk import DiskIndex

@@ -32,11 +32,13 @@ class KVBuffers:
         staging_pages: pages of one layer that a fetched GPU batch may need.
         batch_tokens: most tokens of a GPU batch in one sweep (its runs).
         write_pages: pages that the runs of a batch may touch on the disk tier.
+        gather_pages: pages of one layer that attention on CUDA copies side by side.
     """
 
     staging_pages: int
     batch_tokens: int
     write_pages: int
+    gather_pages: int = 0
 
 
 class KVLanes:
@@ -71,6 +73,8 @@ class KVLanes:
         self._staging = [torch.zeros(flat, dtype=s.dtype, device=device.torch) for _ in range(2)]
         self._packed = [self._host(flat) for _ in range(2)]
         self._landing = torch.empty(flat[1:], dtype=s.dtype, device=device.torch) if device.is_cuda else None
+        gathered = (2, buffers.gather_pages, cache.page_tokens, *token)
+        self._gathered = torch.empty(gathered, dtype=s.dtype, device=device.torch) if buffers.gather_pages else None
         host_tokens = buffers.batch_tokens if device.is_cuda else 0  # on cpu the tensors already are host memory
         self._down = [self._host((2, host_tokens, *token)) for _ in range(2)]
         self._queries = [self._host((2, host_tokens, query_heads, s.head_dim)) for _ in range(2)]
@@ -144,7 +148,7 @@ class KVLanes:
         index: GroupIndex = batch.kv[AttentionMode.GPU]
         k_pool, v_pool = self._cache.gpu[layer]
         q_THd = q_THd[index.group.start : index.group.stop]
-        return paged_attention(q_THd, k_pool, v_pool, index.ragged, window=self._window)
+        return self._attend(q_THd, k_pool, v_pool, index)
 
     def attend_fetched(
         self,
@@ -164,9 +168,15 @@ class KVLanes:
         for flat, new in zip(staging, (k_TGd, v_TGd)):
             flat.index_copy_(0, index.staged_new, new[tokens])
         k_pool, v_pool = staging.view(2, -1, self._cache.page_tokens, *staging.shape[2:])
-        out = paged_attention(q_THd[tokens], k_pool, v_pool, index.ragged, window=self._window)
+        out = self._attend(q_THd[tokens], k_pool, v_pool, index)
         self._staging_read[side] = self._device.record()
         return out
+
+    def _attend(
+        self, q_THd: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, index: GroupIndex
+    ) -> torch.Tensor:
+        """On the compute device, whose stream orders the uses of the buffer for copies of K and V."""
+        return paged_attention(q_THd, k_pool, v_pool, index.ragged, window=self._window, workspace=self._gathered)
 
     def drain(self) -> None:
         """Wait until all new KV is home; raises what a lane met."""

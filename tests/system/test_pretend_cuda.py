@@ -7,6 +7,7 @@ tests do.
 import pytest
 
 from flexmoe.engine import engine_plan
+from tests.support import flash
 from tests.support.exactness import Case, check
 from tests.support.pretend_cuda import PretendCuda
 
@@ -28,6 +29,13 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cuda_branches_give_the_same_ids(case, pretend, tiny, tmp_path, monkeypatch):
     check(tiny(case.variant), case, "cuda", tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("case", CASES[1:5], ids=str)
+def test_flash_attention_of_gathered_pages_gives_the_same_ids(case, pretend, tiny, tmp_path, monkeypatch):
+    op = flash.everywhere(monkeypatch)
+    check(tiny(case.variant), case, "cuda", tmp_path, monkeypatch)
+    assert op.calls
 
 
 def test_at_most_one_host_wait_per_moe_layer(pretend, tiny, tmp_path, monkeypatch):
