@@ -54,8 +54,7 @@ class EngineParts:
         keep_freed_memory()
         if plan.written_bytes:
             make_directory(config.offload_dir)
-        if config.gpu_mem is not None:
-            plan.device.cap_memory(int(config.gpu_mem * GIB))
+        plan.device.cap_memory(None if config.gpu_mem is None else int(config.gpu_mem * GIB))
         with contextlib.ExitStack() as resources:
             return _Builder(model, config, plan, resources).parts()
 

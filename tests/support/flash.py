@@ -1,6 +1,7 @@
 """What torch's flash attention for rows of any lengths computes on CUDA, in plain float64 on the CPU."""
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from flexmoe.kernels import paged_attention, varlen_attention
 
@@ -27,6 +28,21 @@ class Flash:
         shaped = torch.ops.aten._flash_attention_forward(*on_meta, most_q, most_k, dropout, causal, debug, **about)[0]
         assert shaped.shape == q.shape
         self.calls.append((most_q, len(lengths), len(k)))
+        with _disable_current_modes():
+            out = self._computed(q, k, v, q_starts, k_starts, lengths, scale, left)
+        return self._returned(q, k, most_q, out)
+
+    @staticmethod
+    def _returned(q, k, most_q, out):
+        """The result, with what the kernel allocates beside it."""
+        lse, given = torch.empty(q.shape[1], len(q)), torch.empty_like(q).copy_(out)
+        if most_q == 1 and q.shape[1] > k.shape[1]:  # heads that share a KV head become queries of it, and heads again
+            kept = [q.clone(), q.clone(), given.clone()]
+            del kept
+        return given, lse, torch.empty(2), torch.empty(0), torch.empty(0)
+
+    @staticmethod
+    def _computed(q, k, v, q_starts, k_starts, lengths, scale, left):
         out, shared = torch.empty_like(q), q.shape[1] // k.shape[1]
         for row, (a, b) in enumerate(zip(q_starts.tolist(), q_starts[1:].tolist())):
             first, keys = int(k_starts[row]), int(lengths[row])
@@ -38,7 +54,7 @@ class Flash:
             if left is not None:
                 hidden |= beyond < -left
             out[a:b] = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), own[1]).to(q)
-        return (out,) + (torch.empty(0),) * 4
+        return out
 
 
 def everywhere(monkeypatch):

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from cost_model.memory.memory_plan import mask_bytes
 from flexmoe.kernels import masked_attention
 from flexmoe.kernels import paged_attention as choice
 from flexmoe.kernels.masked_attention import buckets_of, masked_paged_attention
@@ -14,6 +15,7 @@ from flexmoe.kernels.paged_attention import paged_attention
 from flexmoe.kernels.ragged import Ragged
 from flexmoe.kernels.varlen_attention import varlen_paged_attention
 from tests.support import flash
+from tests.support.allocations import Allocations
 
 PAGE = 16
 #: (queries, past tokens) of a row: decode, verification, chunks, whole prompts, and decodes of very unlike lengths.
@@ -203,6 +205,22 @@ def test_masked_attention_is_cut_into_pieces_that_keep_its_masks_within_their_me
     rows = Rows(MIXED)
     out = masked_paged_attention(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=window)
     torch.testing.assert_close(out.double(), rows.reference(window), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("runs", [MIXED, [(200, 0), (180, 60)], [(1, 900)] * 5, [(100, 2000)]], ids=str)
+@pytest.mark.parametrize("budget", [60_000, 500_000, 32 << 20])
+def test_masks_take_no_more_than_is_planned_for_them(runs, window, budget, monkeypatch):
+    monkeypatch.setattr(masked_attention, "MASK_BYTES", budget)
+    rows = Rows(runs, heads=8, kv_heads=2, size=8)
+    longest = max(sum(run) for run in runs)
+    workspace = workspace_of(rows, -(-longest // PAGE))
+    masked_paged_attention(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=window, workspace=workspace)  # indices
+    with Allocations() as counted:
+        masked_paged_attention(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=window, workspace=workspace)
+    queries = 8 * rows.q.nbytes  # the plan's workspace has them: queries in the kernel's order, the result, twice
+    least = -(-longest // PAGE) * PAGE * mask_bytes(4, 4)
+    assert counted.peak <= max(budget, least) + queries
 
 
 KERNELS = [
