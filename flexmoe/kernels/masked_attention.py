@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from cost_model.memory.memory_plan import MASK_BYTES, mask_bytes
-from flexmoe.kernels.ragged import Ragged, placed
+from flexmoe.kernels.ragged import Planned, Ragged
+from flexmoe.kernels.varlen_attention import DEFAULT_PAGES
 
 _BUCKET_WASTE = 1.25
-#: Pages that a piece without a workspace copies at most, a row's own excepted.
-_DEFAULT_PAGES = 1 << 12
 
 
 def masked_paged_attention(
@@ -40,15 +39,20 @@ def masked_paged_attention(
         workspace: ``[2, P, page_tokens, G, Dh]`` for the copies of K and V; no row has more pages. Made when absent.
     """
     out_THD = torch.empty_like(q_THD) if out is None else out
-    room = _DEFAULT_PAGES if workspace is None else workspace.shape[1]
-    shared = q_THD.shape[1] // k_pool.shape[2]
-    key = ("masked", q_THD.device, k_pool.shape[1], room, shared)
-    if key not in rows.plans:
-        described = list(_described(rows, k_pool.shape[1], room, mask_bytes(shared, q_THD.element_size())))
-        rows.plans[key] = [_Piece(**one) for one in placed(described, q_THD.device)]
-    for piece in rows.plans[key]:
+    room = DEFAULT_PAGES if workspace is None else workspace.shape[1]
+    pair_bytes = mask_bytes(q_THD.shape[1] // k_pool.shape[2], q_THD.element_size())
+    pieces: list[_Piece] = plan_masked(rows, k_pool.shape[1], room, pair_bytes).on_device(q_THD.device, _Piece)
+    for piece in pieces:
         piece.attend(q_THD, k_pool, v_pool, out_THD, window, workspace)
     return out_THD
+
+
+def plan_masked(rows: Ragged, page_tokens: int, room: int, pair_bytes: int) -> Planned:
+    """The pieces of rows whose pages are copied ``room`` at a time; for ``pair_bytes`` see `mask_bytes`."""
+    key = ("masked", page_tokens, room, pair_bytes)
+    if key not in rows.plans:
+        rows.plans[key] = Planned.of(list(_described(rows, page_tokens, room, pair_bytes)))
+    return rows.plans[key]
 
 
 def buckets_of(rows: Ragged) -> list[list[int]]:

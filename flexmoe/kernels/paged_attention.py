@@ -15,11 +15,12 @@ from functools import cache
 
 import torch
 
-from flexmoe.kernels.masked_attention import masked_paged_attention
+from cost_model.memory.memory_plan import mask_bytes
+from flexmoe.kernels.masked_attention import masked_paged_attention, plan_masked
 from flexmoe.kernels.native import attention as native_attention
 from flexmoe.kernels.native import library as native
-from flexmoe.kernels.ragged import Ragged
-from flexmoe.kernels.varlen_attention import varlen_paged_attention
+from flexmoe.kernels.ragged import Planned, Ragged
+from flexmoe.kernels.varlen_attention import plan_varlen, varlen_paged_attention
 from flexmoe.system.cuda_features import has_flash_attention
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,26 @@ def paged_attention(
     kernel = choose_kernel(q_THD.device, q_THD.dtype, q_THD.shape[-1])
     attend = _KERNELS[kernel.name]
     return attend(q_THD, k_pool, v_pool, rows, window=window, out=out, workspace=workspace)
+
+
+def plan_attention(
+    rows: Ragged, kernel: Kernel, dtype: torch.dtype, *, shared: int, page_tokens: int, room: int, window: int | None
+) -> Planned | None:
+    """The calls of a sweep's `paged_attention`, before its first layer, so that their index arrays can be brought to the
+    device together with others; None where the kernel has none.
+
+    Args:
+        dtype: of the queries.
+        shared: query heads that share a KV head.
+        page_tokens: tokens of a page.
+        room: pages of the workspace.
+        window: as for `paged_attention`.
+    """
+    if kernel.name == "varlen":
+        return plan_varlen(rows, page_tokens, room, window)
+    if kernel.name == "masked":
+        return plan_masked(rows, page_tokens, room, mask_bytes(shared, dtype.itemsize))
+    return None
 
 
 def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:

@@ -5,7 +5,7 @@ Legend: B rows.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +21,13 @@ class Ragged:
         q_starts: int32 ``[B + 1]``, first query of each row.
         contexts: int32 ``[B]``, tokens of each row in the cache, the run included.
         tables: int32 ``[B, pages]``, page table of each row.
-        plans: what a kernel derives from the rows (index tensors on its device), by what it depends on besides.
+        plans: what kernels derive from the rows, by what it depends on besides.
     """
 
     q_starts: torch.Tensor
     contexts: torch.Tensor
     tables: torch.Tensor
-    plans: dict[Hashable, Any] = field(default_factory=dict)
+    plans: dict[Hashable, Planned] = field(default_factory=dict)
 
     @classmethod
     def of(cls, q_lengths: list[int], contexts: list[int], tables: list[list[int]]) -> Ragged:
@@ -50,15 +50,35 @@ class Ragged:
         return np.diff(self.q_starts.numpy()).astype(np.int64)
 
 
-def placed(descriptions: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
-    """The same with every array as an int32 tensor on the device; all of them travel in one copy."""
-    arrays = [value for one in descriptions for value in one.values() if isinstance(value, np.ndarray)]
-    flat = np.concatenate([np.empty(0, np.int32), *(a.reshape(-1).astype(np.int32) for a in arrays)])
-    pieces = iter(torch.from_numpy(flat).to(device).split([a.size for a in arrays]))
-    return [
-        {
-            name: next(pieces).view(value.shape) if isinstance(value, np.ndarray) else value
-            for name, value in one.items()
-        }
-        for one in descriptions
-    ]
+@dataclass(slots=True, eq=False)
+class Planned:
+    """What a kernel derives from rows, once for all layers of a sweep.
+
+    Attributes:
+        packed: int32, all index arrays; on the host, until they are wanted on the device or somebody brings them there.
+        described: the kernel's calls; an array stands for the next of the ``packed`` integers.
+        calls: the same for the kernel, once it has been used.
+    """
+
+    packed: torch.Tensor
+    described: list[dict[str, Any]]
+    calls: list[Any] | None = None
+
+    @classmethod
+    def of(cls, described: list[dict[str, Any]]) -> Planned:
+        """With the arrays packed."""
+        arrays = (value for one in described for value in one.values() if isinstance(value, np.ndarray))
+        flat = np.concatenate([np.empty(0, np.int32), *(array.reshape(-1).astype(np.int32) for array in arrays)])
+        return cls(torch.from_numpy(flat), described)
+
+    def on_device(self, device: torch.device, call: Callable[..., Any]) -> list[Any]:
+        """The calls, each made by ``call`` from its description with the arrays as tensors on the device."""
+        if self.calls is None:
+            self.packed = self.packed.to(device)
+            sizes = [v.size for one in self.described for v in one.values() if isinstance(v, np.ndarray)]
+            pieces = iter(self.packed.split(sizes))
+            self.calls = [
+                call(**{k: next(pieces).view(v.shape) if isinstance(v, np.ndarray) else v for k, v in one.items()})
+                for one in self.described
+            ]
+        return self.calls

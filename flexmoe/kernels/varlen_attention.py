@@ -14,16 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from flexmoe.kernels.ragged import Ragged, placed
+from flexmoe.kernels.ragged import Planned, Ragged
 
 #: Of `torch.ops.aten._flash_attention_forward`; the first of what it returns is used.
 FlashOp = Callable[..., tuple[torch.Tensor, ...]]
-#: Keys that a call without a workspace copies at most, rows of one page excepted.
-_DEFAULT_PAGES = 1 << 12
+#: Pages that a call without a workspace copies at most, a row's own excepted.
+DEFAULT_PAGES = 1 << 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,11 +72,8 @@ def varlen_paged_attention(
     Args:
         workspace: ``[2, P, page_tokens, G, Dh]`` for the copies of K and V; no row has more pages. Made when absent.
     """
-    room = _DEFAULT_PAGES if workspace is None else workspace.shape[1]
-    key = ("varlen", q_THD.device, k_pool.shape[1], room, window)
-    if key not in rows.plans:
-        rows.plans[key] = _calls(rows, k_pool.shape[1], room, window, q_THD.device)
-    calls: list[_Call] = rows.plans[key]
+    room = DEFAULT_PAGES if workspace is None else workspace.shape[1]
+    calls: list[_Call] = plan_varlen(rows, k_pool.shape[1], room, window).on_device(q_THD.device, _Call)
     scale = q_THD.shape[-1] ** -0.5
     if out is None and len(calls) == 1 and isinstance(calls[0].queries, slice):
         return _attend(calls[0], q_THD, k_pool, v_pool, scale, workspace)
@@ -126,22 +124,31 @@ def _side_by_side(
     return torch.index_select(pool, 0, pages, out=target).flatten(0, 1)
 
 
-def _calls(rows: Ragged, page_tokens: int, room: int, window: int | None, device: torch.device) -> list[_Call]:
-    lengths, contexts = rows.q_lengths, rows.contexts.numpy().astype(np.int64)
+def plan_varlen(rows: Ragged, page_tokens: int, room: int, window: int | None) -> Planned:
+    """The calls for rows whose pages are copied ``room`` at a time."""
+    key = ("varlen", page_tokens, room, window)
+    if key not in rows.plans:
+        rows.plans[key] = Planned.of(_described(rows, page_tokens, room, window))
+    return rows.plans[key]
+
+
+def _described(rows: Ragged, page_tokens: int, room: int, window: int | None) -> list[dict[str, Any]]:
+    lengths, contexts, starts = rows.q_lengths, rows.contexts.numpy().astype(np.int64), rows.q_starts.numpy()
+    tables, columns = rows.tables.numpy(), np.arange(rows.tables.shape[1])
     first = np.zeros_like(contexts)
     if window is not None:  # pages that no query of the run sees are left out
         first = np.maximum(0, contexts - lengths + 1 - window) // page_tokens
     stop = -(-contexts // page_tokens)
     described = []
     for members in _cut(lengths, stop - first, room):
-        counts, q = (stop - first)[members], lengths[members]
+        begin, end, q = first[members, None], stop[members, None], lengths[members]
         keys = contexts[members] - first[members] * page_tokens
         described.append(
             {
-                "queries": _joined(rows.q_starts.numpy()[members], q),
-                "pages": _as_slice(np.concatenate([rows.tables[m, first[m] : stop[m]].numpy() for m in members])),
-                "q_starts": np.concatenate([[0], np.cumsum(q)]),
-                "k_starts": np.concatenate([[0], np.cumsum(counts * page_tokens)]),
+                "queries": _as_slice(np.repeat(starts[members] - _before(q), q) + np.arange(q.sum())),
+                "pages": _as_slice(tables[members][(columns >= begin) & (columns < end)]),
+                "q_starts": np.append(_before(q), q.sum()),
+                "k_starts": page_tokens * np.append(_before(end - begin), (end - begin).sum()),
                 "k_lengths": keys,
                 "most_queries": int(q.max()),
                 "most_keys": int(keys.max()),
@@ -149,7 +156,13 @@ def _calls(rows: Ragged, page_tokens: int, room: int, window: int | None, device
                 "window": window - 1 if window is not None and window < keys.max() else -1,
             }
         )
-    return [_Call(**one) for one in placed(described, device)]
+    return described
+
+
+def _before(counts: np.ndarray) -> np.ndarray:
+    """The sum of the counts before each."""
+    ends: np.ndarray = counts.reshape(-1).cumsum()
+    return ends - counts.reshape(-1)
 
 
 def _cut(lengths: np.ndarray, pages: np.ndarray, room: int) -> Iterator[np.ndarray]:
@@ -160,11 +173,6 @@ def _cut(lengths: np.ndarray, pages: np.ndarray, room: int) -> Iterator[np.ndarr
             count = max(1, int(np.searchsorted(np.cumsum(pages[members]), room, side="right")))
             yield members[:count]
             members = members[count:]
-
-
-def _joined(starts: np.ndarray, counts: np.ndarray) -> slice | np.ndarray:
-    """``counts`` integers from each of the ``starts`` on."""
-    return _as_slice(np.concatenate([np.arange(start, start + count) for start, count in zip(starts, counts)]))
 
 
 def _as_slice(values: np.ndarray) -> slice | np.ndarray:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flexmoe.kernels.paged_attention import paged_attention
+from flexmoe.kernels.paged_attention import choose_kernel, paged_attention, plan_attention
 from flexmoe.kv.batch import Arrived, Batch, Block
 from flexmoe.kv.cache import KVCache
 from flexmoe.kv.disk import DiskKV
@@ -63,6 +63,7 @@ class KVLanes:
         window: int | None,
     ):
         self._device, self._recorder, self._cache, self._window = device, recorder, cache, window
+        self._query_heads = query_heads
         self._lanes = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("h2d", "d2h", "cpu")}
         self._streams = {name: device.stream() for name in ("h2d", "d2h")}
         self._stores: list[Future[None]] = []
@@ -87,7 +88,24 @@ class KVLanes:
         """Derive the index tensors of a sweep; called once per sweep, before its first operation."""
         for batch in block.batches:
             for group in batch.groups:
-                batch.kv[group.mode] = index_group(group, self._cache, self._device.torch)
+                index = batch.kv[group.mode] = index_group(group, self._cache, self._device.torch)
+                if group.mode is not AttentionMode.CPU:
+                    self._plan_attention(index)
+
+    def _plan_attention(self, index: GroupIndex) -> None:
+        """Of rows that the compute device attends to."""
+        shape, room = self._cache.shape, 0 if self._gathered is None else self._gathered.shape[1]
+        kernel = choose_kernel(self._device.torch, shape.dtype, shape.head_dim)
+        if room:
+            plan_attention(
+                index.ragged,
+                kernel,
+                shape.dtype,
+                shared=self._query_heads // shape.kv_heads,
+                page_tokens=self._cache.page_tokens,
+                room=room,
+                window=self._window,
+            )
 
     # Operations of the schedule. Those that return a future have been handed to a lane.
 

@@ -117,13 +117,26 @@ def test_queries_that_are_a_slice_of_a_larger_tensor_are_attended(attend):
     torch.testing.assert_close(out.double(), rows.reference(), atol=1e-5, rtol=1e-5)
 
 
-def test_index_tensors_serve_every_layer_of_a_sweep():
+@pytest.mark.parametrize("attend", [varlen_paged_attention, masked_paged_attention])
+def test_index_tensors_serve_every_layer_of_a_sweep(attend):
     rows = Rows(MIXED)
-    first = masked_paged_attention(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=None)
-    plans = next(iter(rows.ragged.plans.values()))
-    second = masked_paged_attention(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=None)
-    assert next(iter(rows.ragged.plans.values())) is plans
+    first = attend(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=None)
+    (plan,) = rows.ragged.plans.values()
+    calls = plan.calls
+    second = attend(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=None)
+    assert list(rows.ragged.plans.values()) == [plan] and plan.calls is calls
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name, attend", [("varlen", varlen_paged_attention), ("masked", masked_paged_attention)])
+def test_a_plan_made_before_the_first_layer_is_the_one_that_is_used(name, attend):
+    rows = Rows(MIXED)
+    kernel = choice.Kernel(name, "a test")
+    about = {"shared": 4, "page_tokens": PAGE, "room": 64, "window": 40}
+    plan = choice.plan_attention(rows.ragged, kernel, torch.float32, **about)
+    assert plan.packed.dtype == torch.int32 and plan.calls is None
+    attend(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=40, workspace=workspace_of(rows, 64))
+    assert list(rows.ragged.plans.values()) == [plan] and plan.calls
 
 
 def test_bucket_holds_equal_runs_of_like_contexts():
