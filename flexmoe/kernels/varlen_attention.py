@@ -161,8 +161,8 @@ def _described(rows: Ragged, page_tokens: int, room: int, window: int | None) ->
 
 def _before(counts: np.ndarray) -> np.ndarray:
     """The sum of the counts before each."""
-    ends: np.ndarray = counts.reshape(-1).cumsum()
-    return ends - counts.reshape(-1)
+    before: np.ndarray = counts.reshape(-1).cumsum() - counts.reshape(-1)
+    return before
 
 
 def _cut(lengths: np.ndarray, pages: np.ndarray, room: int) -> Iterator[np.ndarray]:
