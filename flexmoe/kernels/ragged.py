@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -32,10 +33,10 @@ class Ragged:
     @classmethod
     def of(cls, q_lengths: list[int], contexts: list[int], tables: list[list[int]]) -> Ragged:
         """From plain lists."""
-        width = max((len(t) for t in tables), default=0)
-        padded = np.zeros((len(tables), max(1, width)), dtype=np.int32)
-        for row, table in zip(padded, tables):
-            row[: len(table)] = table
+        widths = np.fromiter(map(len, tables), dtype=np.int64, count=len(tables))
+        padded = np.zeros((len(tables), max(1, widths.max(initial=0))), dtype=np.int32)
+        flat = np.fromiter(chain.from_iterable(tables), dtype=np.int32, count=int(widths.sum()))
+        padded[np.arange(padded.shape[1]) < widths[:, None]] = flat
         starts = np.concatenate([[0], np.cumsum(q_lengths)]).astype(np.int32)
         return cls(torch.from_numpy(starts), torch.tensor(contexts, dtype=torch.int32), torch.from_numpy(padded))
 

@@ -24,7 +24,7 @@ _MODES = list(AttentionMode)
 _Result = TypeVar("_Result")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # thousands are made in a sweep, and frozen ones cost four times as much
 class Run:
     """``tokens`` of one row that follow the ``kv.length`` tokens it has in the cache.
 

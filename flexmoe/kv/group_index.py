@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from flexmoe.kernels.ragged import Ragged
-from flexmoe.kv.batch import Group
+from flexmoe.kv.batch import Group, Run
 from flexmoe.kv.cache import KVCache
 from flexmoe.kv.disk import DiskIndex
 from policies.admission.row_state import AttentionMode
@@ -68,7 +69,7 @@ def index_group(group: Group, cache: KVCache, device: torch.device) -> GroupInde
     """Index tensors of a group, each on the device that uses it; ``device`` is the compute device."""
     if group.mode is AttentionMode.FETCH:
         return _index_fetched(group, cache, device)
-    home = _joined(_slots(cache, r.kv.pages, r.kv.length, len(r.tokens)) for r in group.runs)
+    home = _new_slots(cache, group.runs)
     ragged = group.ragged([r.kv.pages for r in group.runs])
     if group.mode is AttentionMode.GPU:
         return GroupIndex(group=group, home=home.to(device), ragged=ragged)
@@ -88,13 +89,25 @@ def _index_fetched(group: Group, cache: KVCache, device: torch.device) -> FetchI
         first += pages
     return FetchIndex(
         group=group,
-        home=_joined(_slots(cache, r.kv.pages, r.kv.length, len(r.tokens)) for r in in_pool),
+        home=_new_slots(cache, in_pool),
         ragged=group.ragged(tables),
         past_home=_joined(_slots(cache, r.kv.pages, 0, r.kv.length) for r in in_pool),
         staged_past=_joined(past).to(device),
         staged_new=_joined(new).to(device),
         disk=DiskIndex.of(on_disk, cache.page_tokens) if on_disk else None,
     )
+
+
+def _new_slots(cache: KVCache, runs: Iterable[Run]) -> torch.Tensor:
+    """Flat token slots of the runs' own tokens; most of them decode a single one."""
+    size, found = cache.page_tokens, array("q")
+    for run in runs:
+        at, pages = run.kv.length, run.kv.pages
+        if len(run.tokens) == 1:
+            found.append(pages[at // size] * size + at % size)
+        else:
+            found.frombytes(_slots(cache, pages, at, len(run.tokens)).tobytes())
+    return torch.from_numpy(np.frombuffer(found, dtype=np.int64).copy())
 
 
 def _slots(cache: KVCache, pages: list[int], first: int, count: int) -> np.ndarray:

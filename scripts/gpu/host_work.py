@@ -2,8 +2,8 @@
 
     python -m scripts.gpu.host_work --label after
 
-A model with Mixtral's layers, experts and heads, tiny in width, decodes so many rows of all ages, with the prompts of those
-that enter, on the CPU. Every operation of torch that the thread of the engine issues is counted as a launch, other than views
+A model with Mixtral's experts and heads, tiny in width, decodes so many rows of all ages with prompts of 64 to 960 tokens,
+beside the prompts of those that enter, on the CPU. Time is that of the engine's thread on a core. Every operation of torch that the thread of the engine issues is counted as a launch, other than views
 and allocations: on CUDA each of them is a kernel or a copy. Experts are computed one by one, as on a GPU without grouped
 products; attention is counted with the kernel that a GPU would choose, which here computes nothing.
 """
@@ -37,6 +37,7 @@ from scripts.gpu.context import reduced_model
 ROWS = (600, 3900)
 BATCH_ROWS = 390
 WORKLOAD = Workload(prompt_len=512, gen_len=256)
+SHORTEST, LONGEST = 64, 960
 SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 64,
@@ -71,7 +72,7 @@ class Launches(TorchDispatchMode):
 
 
 class Clock:
-    """Seconds of functions that are replaced by timed ones."""
+    """Core-seconds of this thread in functions that are replaced by timed ones."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
@@ -80,11 +81,11 @@ class Clock:
         """The function, timed under a name."""
 
         def call(*args, **kwargs):
-            start = time.perf_counter()
+            start = time.thread_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds[name] += time.perf_counter() - start
+                self.seconds[name] += time.thread_time() - start
 
         return call
 
@@ -100,7 +101,12 @@ def measure(workdir: Path, rows: int, place: str) -> dict:
         cpu_attention_percent=100,
     )
     config = EngineConfig(
-        policy=policy, workload=WORKLOAD, device="cpu", gen_len=WORKLOAD.gen_len, offload_dir=workdir / "offload"
+        policy=policy,
+        workload=WORKLOAD,
+        kv_tokens=rows * (SHORTEST + LONGEST + WORKLOAD.gen_len) * 11 // 20,
+        device="cpu",
+        gen_len=WORKLOAD.gen_len,
+        offload_dir=workdir / "offload",
     )
     with _kernels_of_a_gpu(place):
         engine = Engine(load_model(reduced_model(workdir / "host-work", SHAPE), "dummy"), config)
@@ -154,7 +160,7 @@ def _fill(engine: Engine, rows: int) -> None:
 
 
 def _request(number: int) -> EngineRequest:
-    ids = tuple(3 + (7 * number + i) % 990 for i in range(WORKLOAD.prompt_len))
+    ids = tuple(3 + (7 * number + i) % 990 for i in range(SHORTEST + number * 193 % (LONGEST + 1 - SHORTEST)))
     params = SamplingParams(max_tokens=WORKLOAD.gen_len, ignore_eos=True)
     return EngineRequest(request_id=str(number), prompt_token_ids=ids, params=params)
 
