@@ -3,7 +3,8 @@
     python -m scripts.gpu.host_work --label after
 
 A model with Mixtral's experts and heads, tiny in width, decodes so many rows of all ages with prompts of 64 to 960 tokens,
-beside the prompts of those that enter, on the CPU. Time is that of the engine's thread on a core. Every operation of torch that the thread of the engine issues is counted as a launch, other than views
+beside the prompts of those that enter, on the CPU. Time is that of the engine's thread on a core, without passes of Python's
+garbage collector. Every operation of torch that the thread of the engine issues is counted as a launch, other than views
 and allocations: on CUDA each of them is a kernel or a copy. Experts are computed one by one, as on a GPU without grouped
 products; attention is counted with the kernel that a GPU would choose, which here computes nothing.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import shlex
 import sys
 import time
@@ -183,8 +185,13 @@ def _timed_sweeps(engine: Engine, rows: int) -> Clock:
         ):
             timed = clock.timed(name, getattr(owner, attribute))
             patches.enter_context(mock.patch.object(owner, attribute, timed))
-        for _ in range(SWEEPS):
-            _step(engine, rows)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(SWEEPS):
+                _step(engine, rows)
+        finally:
+            gc.enable()
     return clock
 
 
