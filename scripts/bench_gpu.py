@@ -34,7 +34,7 @@ from scripts.benchmark.probes import machine, versions
 from scripts.benchmark.record import Figure, Record, figure_table
 from scripts.benchmark.worker import Worker, WorkerError
 from scripts.gpu.context import Context
-from scripts.gpu.wheels import use_wheels
+from scripts.support.wheels import use_wheels
 
 Stage = Callable[[Context], tuple[list[Figure], dict]]
 STAGES = ("parity", "races", "probe", "16", "24", "validate", "peer")
@@ -71,11 +71,11 @@ def _stage(name: str) -> Stage:
     """Imported when the wheels are in their place."""
     from scripts.gpu import stages
     from scripts.gpu.capped import capped
-    from scripts.gpu.races import races
+    from scripts.gpu.exactness import parity, races
     from scripts.gpu.validate import validate
 
     capped_to = {"16": lambda run: capped(run, 16), "24": lambda run: capped(run, 24)}
-    others = {"parity": stages.parity, "probe": stages.probe, "peer": stages.peer, "races": races, "validate": validate}
+    others = {"parity": parity, "probe": stages.probe, "peer": stages.peer, "races": races, "validate": validate}
     return {**capped_to, **others}[name]
 
 

@@ -15,26 +15,11 @@ from scripts.benchmark.worker import Worker, WorkerError
 from scripts.gpu.capped import REHEARSAL_CAP_BYTES, engine_arguments, tokens_figure
 from scripts.gpu.context import Context, rates_of, reduced_model
 from scripts.gpu.plan import Budget, plan
-from scripts.gpu.tests import run_tests
 
 PEER_LAYERS, PEER_GPU_BYTES, PEER_SPARE_BYTES, PEER_HOST_BYTES = 8, int(8e9), int(2e9), int(32e9)
 PEER_WORKLOAD = Workload(prompt_len=512, gen_len=32)
 PEER_BATCHES = (8, 32, 64, 128)
 LOGITS_BOUND = 0.1
-
-
-def parity(run: Context) -> tuple[list[Figure], dict]:
-    """The tests marked gpu: float32 tokens equal to transformers', on CUDA."""
-    counts = run_tests(run, "parity", ["-m", "gpu and not slow"])
-    return [
-        Figure(
-            what="tests marked gpu that pass",
-            value=f"{counts['passed']} of {counts['tests']} ({counts['skipped']} skipped)",
-            beside="all of them",
-            ratio=counts["passed"] / max(1, counts["tests"]),
-            target=1.0,
-        )
-    ], counts
 
 
 def probe(run: Context) -> tuple[list[Figure], dict]:

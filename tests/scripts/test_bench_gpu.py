@@ -28,7 +28,7 @@ from scripts.gpu import steady as gpu_steady
 from scripts.gpu.context import TINY, reduced_model
 from scripts.gpu.limit import Rates, Traffic, machine_limit, sweep_terms
 from scripts.gpu.plan import Budget, own_limit, plan
-from scripts.gpu.wheels import use_wheels
+from scripts.support.wheels import use_wheels
 from tests.support.paths import ROOT
 
 ARCH = ModelArch.from_name("mixtral-8x7b")
