@@ -196,11 +196,16 @@ def test_warming_uses_each_kernel_that_the_device_has(capability, grouped, flash
     assert used.count("index_select") == (2 if capability < (8, 0) else 3)
 
 
-def test_masked_attention_does_without_cudnn(monkeypatch):
+def test_masked_attention_does_without_cudnn_on_a_cuda_device(monkeypatch):
     said = []
+    event = SimpleNamespace(record=lambda stream=None: None, synchronize=lambda: None)
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", said.append)
-    cuda_features.prepare_torch()
-    assert said == [False]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **options: event)
+    assert Device("cuda").is_cuda and said == [False]
 
 
 @pytest.mark.parametrize(
