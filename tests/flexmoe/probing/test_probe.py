@@ -156,6 +156,7 @@ def test_cuda_branches_measure_everything_too(pretend, tmp_path, monkeypatch):  
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 def test_gpu_is_measured(tmp_path):
     found = probe("cuda", tmp_path, replace(TINY, point_s=0.01, copy_bytes={"cuda": 64 * MIB}, buffer_bytes=256 * MIB))
     assert found.device == "cuda" and found.gpu.memory_bytes > found.gpu.reserved_bytes > 100 * MIB
