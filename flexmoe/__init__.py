@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING
 # OpenMP's idle threads otherwise spin, and on a machine with few cores that starves the threads that read weights: with
 # one busy neighbour the same GEMMs ran 10x slower. It takes effect where torch is not loaded yet.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Shapes change in every sweep: segments that grow in place leave fewer holes. It takes effect where CUDA is not started yet;
+# who has said how torch allocates is not overruled.
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 if TYPE_CHECKING:
     from cost_model.hardware.hardware import Hardware

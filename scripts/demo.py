@@ -47,7 +47,7 @@ class Setting:
     @classmethod
     def of(cls, model: DemoModel, checkpoint: Path, home: Path, device: Device) -> Setting:
         """With the model's budgets."""
-        whole = 1 << 50
+        whole = 8 * GIB
         context = (whole - device.room(whole)) / GIB if device.is_cuda else 0
         gpu_mem = round(context + model.gpu_mem, 2)
         own = process_bytes() / GIB if device.is_cuda else 0  # there the budget is that of the whole process

@@ -22,7 +22,6 @@ from cost_model.planner.solve import Plan, solve
 from policies.common.memory_units import GIB
 from policies.policy import PolicyFile
 from policies.workload import Workload
-from scripts.gpu.plan import GPU_MARGIN_BYTES
 
 POLICIES = Path(policies.__file__).parent / "presets"
 HOST_SHARE = 0.93
@@ -56,10 +55,9 @@ class Machine:
             host_memory_bytes=usable,
             disk_bytes=preset.disk_bytes if self.disk_gib is None else self.disk_gib * GIB,
         )
-        gpu = hardware.gpu
         if hardware.device == "cpu":  # the gpu tier is host memory too
-            return replace(hardware, gpus=(replace(gpu, memory_bytes=usable),))
-        return replace(hardware, gpus=(replace(gpu, reserved_bytes=gpu.reserved_bytes + GPU_MARGIN_BYTES),))
+            return replace(hardware, gpus=(replace(hardware.gpu, memory_bytes=usable),))
+        return hardware
 
 
 MACHINES = (

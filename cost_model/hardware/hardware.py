@@ -41,7 +41,7 @@ class Gpu:
     Args:
         name: for people.
         memory_bytes: what it has; on device cpu, what the gpu tier may take of host memory (all of it without a budget).
-        reserved_bytes: CUDA context and kernels, not for tensors; 0 on device cpu.
+        reserved_bytes: CUDA context and kernels, and what is kept for the allocator, not for tensors; 0 on device cpu.
         experts: by bytes of one number (2 and 4), an expert as the runtime computes it: gather, three GEMMs, activation,
             scatter.
         dense: by bytes of one number, the linear part of the attention module (projections, norms, rope, router), and the head.

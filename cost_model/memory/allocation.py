@@ -21,6 +21,8 @@ from policies.workload import Workload
 
 PAGE_TOKENS = 16
 LOOK_AHEAD_BYTES = GIB
+#: K and V that attention on CUDA copies side by side at a time, a single row's excepted.
+GATHER_BYTES = GIB // 4
 #: Slots that stream attention, dense layers and the head in on-demand mode.
 KEPT_SLOTS = 2
 
@@ -39,6 +41,7 @@ class Allocation:
         slots: weight slots on the compute device.
         staging_slots: host slots that disk units pass through on CUDA.
         fetch_pages: pages of one layer that a GPU batch may bring to the device (0: none ever are).
+        gather_pages: pages of one layer that attention on CUDA copies side by side (0: none ever are).
         write_pages: disk-tier pages that the runs of a GPU batch may touch.
         stretch_tokens: tokens of KV that lie side by side on disk on average: a prompt, and each page that it grew by.
         cache_experts: experts that device memory beyond the slots holds (`cost_model.routing.on_demand`).
@@ -54,6 +57,7 @@ class Allocation:
     slots: int
     staging_slots: int
     fetch_pages: int
+    gather_pages: int
     write_pages: int
     stretch_tokens: float
     recompute_past: int | None = None
@@ -83,6 +87,7 @@ def allocate(
     pages = kv_pages_per_tier(policy, kv_tokens or kv_tokens_wanted(policy, workload), longest, together)
     batch_tokens = policy.prefill_tokens + policy.gpu_batch_size
     slots, staging_slots = _slots(arch, policy, placement, device)
+    fetch_pages = _fetch_pages(policy, pages, longest_row)
     return Allocation(
         placement=placement,
         activation_tiers=place_batches(policy.num_gpu_batches, policy.act_gpu_percent, policy.act_cpu_percent),
@@ -92,7 +97,8 @@ def allocate(
         batch_tokens=batch_tokens,
         slots=slots,
         staging_slots=staging_slots,
-        fetch_pages=_fetch_pages(policy, pages, longest_row),
+        fetch_pages=fetch_pages,
+        gather_pages=_gather_pages(arch, policy, pages, fetch_pages, longest_row) if device == "cuda" else 0,
         write_pages=ceil(batch_tokens / PAGE_TOKENS) + 2 * policy.gpu_batch_size if pages["disk"] else 0,
         stretch_tokens=_stretch_tokens(workload),
         recompute_past=arch.rope_switch,
@@ -121,6 +127,17 @@ def _fetch_pages(policy: Policy, pages: Mapping[str, int], longest_row: int) -> 
         return 0
     row_pages = ceil(longest_row / PAGE_TOKENS) if longest_row else max(pages.values())
     return min(policy.gpu_batch_size * row_pages, pages["cpu"] + pages["disk"]) + policy.gpu_batch_size
+
+
+def _gather_pages(arch: ModelArch, policy: Policy, pages: Mapping[str, int], fetch_pages: int, longest_row: int) -> int:
+    """Pages of one layer that attention on CUDA copies at a time: those of a GPU batch, but no more than `GATHER_BYTES`,
+    and no less than the longest row's. Where KV is fetched, ``longest_row`` bounds every row."""
+    row = max(pages["gpu"], max(pages["cpu"], pages["disk"]) if fetch_pages else 0)
+    if fetch_pages and longest_row:
+        row = min(row, ceil(longest_row / PAGE_TOKENS))
+    batch = max(fetch_pages, min(pages["gpu"], policy.gpu_batch_size * row))
+    most = GATHER_BYTES // (arch.kv_bytes_per_token_layer(arch.dtype_bytes) * PAGE_TOKENS)
+    return max(row, min(batch, most))
 
 
 def _stretch_tokens(workload: Workload) -> float:

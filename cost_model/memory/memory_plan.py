@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
 
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation, entry_bytes, slot_bytes
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import head_chunks, unit_slack_bytes
 from policies.common.errors import InfeasibleError
-from policies.common.memory_units import GIB, SYSTEM_PAGE_BYTES, in_units
+from policies.common.memory_units import GIB, MIB, SYSTEM_PAGE_BYTES, in_units
 from policies.common.option_names import option
 from policies.placement import TIERS
 from policies.policy import Policy
@@ -23,6 +22,10 @@ HOST_BUFFERS = 24
 #: Tokens of one expert that are computed at once: bounds the workspace, and keeps it in cache on the CPU.
 EXPERT_CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}
 LOADS_IN_FLIGHT = 4
+#: Masks of attention that are made at a time, on CUDA where it has no flash attention.
+MASK_BYTES = 32 * MIB
+#: Of a GPU's memory, what the allocator cannot give in one piece and libraries take later: this share, and at least so much.
+_ALLOCATOR_SHARE, _ALLOCATOR_BYTES = 0.02, 256 * MIB
 #: The item of host memory that no tensor of the plan takes: Python, libraries with what they keep, threads.
 PROCESS = "process"
 #: Bytes per vocabulary entry that the choice of one token takes at most: `flexmoe.sampling.sampler` takes 48, rounded up.
@@ -99,7 +102,7 @@ def plan_memory(
     """
     arch = arch.grouped(policy.experts_per_unit)
     weights = _weight_bytes(arch, allocation, device, compute_bytes, policy)
-    kv = _kv_bytes(arch, allocation, device, compute_bytes, policy)
+    kv = _kv_bytes(arch, allocation, device, compute_bytes)
     act = _activation_bytes(arch, policy, allocation, device, compute_bytes)
     parts = {tier: {**weights[tier], **kv[tier], **act[tier]} for tier in TIERS}
     parts["cpu"][PROCESS] = process_bytes
@@ -130,23 +133,21 @@ def _weight_bytes(
     }
 
 
-def _kv_bytes(
-    arch: ModelArch, allocation: Allocation, device: str, b: int, policy: Policy
-) -> dict[str, dict[str, int]]:
+def _kv_bytes(arch: ModelArch, allocation: Allocation, device: str, b: int) -> dict[str, dict[str, int]]:
     page = arch.kv_bytes_per_token_layer(b) * PAGE_TOKENS
     staging = 2 * allocation.fetch_pages * page
     on_disk = allocation.kv_pages["disk"] > 0
-    down = landing = gathered = 0
+    down = landing = 0
     if device == "cuda":
         query = arch.num_heads * arch.head_dim * b
         down = 2 * allocation.batch_tokens * (arch.kv_bytes_per_token_layer(b) + 2 * query)
         landing = allocation.fetch_pages * page // 2  # K, then V
-        gathered = _gathered_pages(policy, allocation) * page
     return {
         "gpu": {
             "kv": allocation.kv_pages["gpu"] * page * arch.num_layers,
             "kv staging": staging + landing,
-            "kv gathered": gathered,
+            "kv gathered": allocation.gather_pages * page,
+            "masks": _masks(arch, allocation, b),
         },
         "cpu": {
             "kv": allocation.kv_pages["cpu"] * page * arch.num_layers,
@@ -159,11 +160,21 @@ def _kv_bytes(
     }
 
 
-def _gathered_pages(policy: Policy, allocation: Allocation) -> int:
-    """Pages of one layer that attention on the GPU pads to rows of like length (`flexmoe.kernels.paged_attention`) and holds at once."""
-    rows = policy.gpu_batch_size
-    attended = max(allocation.fetch_pages, allocation.kv_pages["gpu"])
-    return ceil(1.25 * attended) + 3 * rows if attended else 0
+def _masks(arch: ModelArch, allocation: Allocation, b: int) -> int:
+    """Of a piece of a GPU batch: `MASK_BYTES`, no more than all queries need, and no less than one needs."""
+    one = allocation.gather_pages * PAGE_TOKENS * mask_bytes(arch.num_heads // arch.num_kv_heads, b)
+    return min(max(MASK_BYTES, one), allocation.batch_tokens * one)
+
+
+def mask_bytes(shared: int, b: int) -> int:
+    """Bytes of the masks of one query of a row and one key, where ``shared`` query heads share a KV head: of the row, of
+    its heads, and the latter as numbers of ``b`` bytes."""
+    return 8 + shared * (2 + b)
+
+
+def allocator_bytes(memory_bytes: int) -> int:
+    """What is kept free of so much GPU memory for the allocator and for what libraries take in a run."""
+    return max(_ALLOCATOR_BYTES, int(_ALLOCATOR_SHARE * memory_bytes))
 
 
 def sampling_bytes(arch: ModelArch, policy: Policy) -> int:

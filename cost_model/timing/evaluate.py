@@ -128,7 +128,9 @@ def _remedies(hardware: Hardware) -> dict[str, str]:
     if hardware.device == "cpu":
         return usual
     has, kept = (size / GIB for size in (hardware.gpu.memory_bytes, hardware.gpu.reserved_bytes))
-    return usual | {"gpu": f"of its {has:.4g} GiB the context and the kernels take {kept:.4g}; {usual['gpu']}"}
+    return usual | {
+        "gpu": f"of its {has:.4g} GiB the context, the kernels and the allocator take {kept:.4g}; {usual['gpu']}"
+    }
 
 
 def _predict(

@@ -54,8 +54,7 @@ class EngineParts:
         keep_freed_memory()
         if plan.written_bytes:
             make_directory(config.offload_dir)
-        if config.gpu_mem is not None:
-            plan.device.cap_memory(int(config.gpu_mem * GIB))
+        plan.device.cap_memory(None if config.gpu_mem is None else int(config.gpu_mem * GIB))
         with contextlib.ExitStack() as resources:
             return _Builder(model, config, plan, resources).parts()
 
@@ -132,6 +131,7 @@ class _Builder:
             staging_pages=allocation.fetch_pages,
             batch_tokens=allocation.batch_tokens,
             write_pages=allocation.write_pages,
+            gather_pages=allocation.gather_pages,
         )
         kv = KVLanes(self._plan.device, self._recorder, cache, buffers, arch.num_heads, arch.sliding_window)
         self._resources.callback(kv.close)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation, allocate, entry_bytes
-from cost_model.memory.memory_plan import MemoryPlan, plan_memory
+from cost_model.memory.memory_plan import MemoryPlan, allocator_bytes, plan_memory
 from cost_model.model.arch import ModelArch
 from cost_model.routing.on_demand import OnDemand
 from flexmoe.engine.config import EngineConfig
@@ -66,7 +66,7 @@ class EnginePlan:
         """
         device, arch = Device(config.device), model.arch.grouped(config.policy.experts_per_unit)
         dtype = compute_dtype(config.dtype, model, device.torch)
-        kind = device.torch.type
+        kind = "cuda" if device.is_cuda else "cpu"
         allocation = allocate(
             arch,
             config.policy,
@@ -165,7 +165,7 @@ def budgets_of(config: EngineConfig, device: Device) -> dict[str, int | None]:
     if (gpu := budgets["gpu"]) is not None:
         budgets["gpu"] = device.room(gpu)
     free = torch.cuda.mem_get_info(device.torch)[0]
-    for tier, has in (("gpu", free), ("cpu", host)):
+    for tier, has in (("gpu", free - allocator_bytes(free)), ("cpu", host)):
         asked_bytes = budgets[tier]
         budgets[tier] = has if asked_bytes is None else min(has, asked_bytes)
     return budgets

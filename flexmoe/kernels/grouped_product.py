@@ -17,6 +17,7 @@ from cost_model.model.weight_units import ROW_BYTES
 from flexmoe.kernels.linear import linear
 from flexmoe.kernels.native import library as native
 from flexmoe.kernels.native.products import grouped_products
+from flexmoe.system.cuda_features import has_grouped_mm
 
 #: Mean tokens of an expert up to which our own grouped product is faster on the CPU than torch's.
 _NATIVE_TOKENS = 32
@@ -27,9 +28,7 @@ Matrices = torch.Tensor | Sequence[torch.Tensor]
 
 def has_grouped_product(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a device has a grouped product for numbers of this dtype."""
-    if device.type != "cuda":
-        return True
-    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type != "cuda" or has_grouped_mm(device, dtype)
 
 
 def can_group(matrices: Sequence[Matrices]) -> bool:

@@ -25,7 +25,7 @@ _MODES = list(AttentionMode)
 _Result = TypeVar("_Result")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Run:
     """``tokens`` of one row that follow the ``kv.length`` tokens it has in the cache. Nothing changes it: frozen, thousands of them
     would take milliseconds of a sweep to make.

@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from flexmoe.kernels.paged_attention import Ragged
+from flexmoe.kernels.ragged import Ragged
 from flexmoe.kv.batch import Group, Run, ranges
 from flexmoe.kv.cache import KVCache
 from flexmoe.kv.disk import DiskIndex
@@ -78,9 +78,10 @@ def index_group(group: Group, cache: KVCache) -> GroupIndex:
 
 def on_device(index: GroupIndex) -> list[Wanted]:
     """The index tensors that the compute device uses."""
-    if isinstance(index, FetchIndex):
-        return [(index, "staged_past"), (index, "staged_new")]
-    return [] if isinstance(index, HostIndex) else [(index, "home")]
+    if isinstance(index, HostIndex):
+        return []
+    names = ("staged_past", "staged_new") if isinstance(index, FetchIndex) else ("home",)
+    return [*((index, name) for name in names), *((plan, "packed") for plan in index.ragged.plans.values())]
 
 
 def _index_fetched(group: Group, rows: _Rows, cache: KVCache) -> FetchIndex:

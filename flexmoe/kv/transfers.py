@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flexmoe.kernels.paged_attention import paged_attention
+from flexmoe.kernels.paged_attention import choose_kernel, paged_attention, plan_attention
 from flexmoe.kv.batch import Arrived, Batch, Block
 from flexmoe.kv.cache import KVCache
 from flexmoe.kv.disk import DiskKV
@@ -34,11 +34,13 @@ class KVBuffers:
         staging_pages: pages of one layer that a fetched GPU batch may need.
         batch_tokens: most tokens of a GPU batch in one sweep (its runs).
         write_pages: pages that the runs of a batch may touch on the disk tier.
+        gather_pages: pages of one layer that attention on CUDA copies side by side.
     """
 
     staging_pages: int
     batch_tokens: int
     write_pages: int
+    gather_pages: int = 0
 
 
 class KVLanes:
@@ -63,6 +65,7 @@ class KVLanes:
         window: int | None,
     ):
         self._device, self._recorder, self._cache, self._window = device, recorder, cache, window
+        self._query_heads = query_heads
         self._lanes = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("h2d", "d2h", "cpu")}
         # Outputs of CPU attention, which the GPU waits for, do not queue behind KV on its way up.
         self._streams = {name: device.stream(urgent=name == "up") for name in ("h2d", "d2h", "up")}
@@ -74,6 +77,8 @@ class KVLanes:
         self._staging = [torch.zeros(flat, dtype=s.dtype, device=device.torch) for _ in range(2)]
         self._packed = [self._host(flat) for _ in range(2)]
         self._landing = torch.empty(flat[1:], dtype=s.dtype, device=device.torch) if device.is_cuda else None
+        gathered = (2, buffers.gather_pages, cache.page_tokens, *token)
+        self._gathered = torch.empty(gathered, dtype=s.dtype, device=device.torch) if buffers.gather_pages else None
         host_tokens = buffers.batch_tokens if device.is_cuda else 0  # on cpu the tensors already are host memory
         self._down = [self._host((2, host_tokens, *token)) for _ in range(2)]
         self._queries = [self._host((2, host_tokens, query_heads, s.head_dim)) for _ in range(2)]
@@ -93,9 +98,26 @@ class KVLanes:
         """
         for batch in block.batches:
             for group in batch.groups:
-                batch.kv[group.mode] = index_group(group, self._cache)
+                index = batch.kv[group.mode] = index_group(group, self._cache)
+                if group.mode is not AttentionMode.CPU:
+                    self._plan_attention(index)
         indices = (wanted for batch in block.batches for index in batch.kv.values() for wanted in on_device(index))
         self._placed = uploads.place([*others, *indices])
+
+    def _plan_attention(self, index: GroupIndex) -> None:
+        """Of rows that the compute device attends to."""
+        shape, room = self._cache.shape, 0 if self._gathered is None else self._gathered.shape[1]
+        kernel = choose_kernel(self._device.torch, shape.dtype, shape.head_dim)
+        if room:
+            plan_attention(
+                index.ragged,
+                kernel,
+                shape.dtype,
+                shared=self._query_heads // shape.kv_heads,
+                page_tokens=self._cache.page_tokens,
+                room=room,
+                window=self._window,
+            )
 
     # Operations of the schedule. Those that return a future have been handed to a lane.
 
@@ -156,7 +178,7 @@ class KVLanes:
         index: GroupIndex = batch.kv[AttentionMode.GPU]
         k_pool, v_pool = self._cache.gpu[layer]
         q_THd = q_THd[index.group.start : index.group.stop]
-        return paged_attention(q_THd, k_pool, v_pool, index.ragged, window=self._window)
+        return self._attend(q_THd, k_pool, v_pool, index)
 
     def attend_fetched(
         self,
@@ -176,9 +198,15 @@ class KVLanes:
         for flat, new in zip(staging, (k_TGd, v_TGd)):
             flat.index_copy_(0, index.staged_new, new[tokens])
         k_pool, v_pool = staging.view(2, -1, self._cache.page_tokens, *staging.shape[2:])
-        out = paged_attention(q_THd[tokens], k_pool, v_pool, index.ragged, window=self._window)
+        out = self._attend(q_THd[tokens], k_pool, v_pool, index)
         self._staging_read[side] = self._device.record()
         return out
+
+    def _attend(
+        self, q_THd: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, index: GroupIndex
+    ) -> torch.Tensor:
+        """On the compute device, whose stream orders the uses of the buffer for copies of K and V."""
+        return paged_attention(q_THd, k_pool, v_pool, index.ragged, window=self._window, workspace=self._gathered)
 
     def drain(self) -> None:
         """Wait until all new KV is home; raises what a lane met."""

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from cost_model.memory.allocation import PAGE_TOKENS
-from flexmoe.kernels.paged_attention import Ragged, paged_attention
+from flexmoe.kernels.paged_attention import paged_attention
+from flexmoe.kernels.ragged import Ragged
 from flexmoe.probing.effort import Effort
 from flexmoe.probing.timing import fill_with_noise, repeat_s
 from flexmoe.system.device import Device

@@ -183,12 +183,11 @@ def pinned_limit_bytes(device: Device) -> int | None:
 
 
 def _gpu_bytes(device: Device) -> tuple[int, int]:
-    """What is free on the GPU or held by this process, and what of it no tensor can have."""
-    reserved = 1 << 62
-    reserved -= device.room(reserved)
+    """What is free on the GPU or held by this process, and what of it no planned tensor can have."""
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device.torch)
-    return free + (process_gpu_bytes(device.torch) or total - free), reserved
+    usable = free + (process_gpu_bytes(device.torch) or total - free)
+    return usable, usable - device.room(usable)
 
 
 class Others:

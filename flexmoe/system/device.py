@@ -17,11 +17,13 @@ from typing import Any, TypeAlias
 
 import torch
 
+from cost_model.memory.memory_plan import allocator_bytes
 from flexmoe.errors import InfeasibleError, UsageError
+from flexmoe.system.cuda_features import prepare_torch, warm_kernels
 from flexmoe.system.link import Link
 from flexmoe.system.machine import usable_cores
 from flexmoe.system.trace import Recorder
-from policies.common.memory_units import SYSTEM_PAGE_BYTES, align_down, align_up
+from policies.common.memory_units import GIB, SYSTEM_PAGE_BYTES, align_down, align_up
 from policies.common.option_names import option
 
 _MADV_POPULATE_WRITE = 23
@@ -84,6 +86,7 @@ class Device:
                 "cuda", torch.cuda.current_device() if self.torch.index is None else self.torch.index
             )
             _note_free_memory(self.torch)
+            prepare_torch()
         # The default one, in whose order memory that was allocated without a stream is freed.
         self.compute: Stream | None = torch.cuda.default_stream(self.torch) if self.is_cuda else None
         self.rebase()
@@ -198,31 +201,42 @@ class Device:
         return torch.cuda.mem_get_info(self.torch)[1] if self.is_cuda else None
 
     def room(self, budget_bytes: int) -> int:
-        """What a budget for the whole process leaves for tensors: on CUDA, the context and the kernels take their share.
+        """What a budget for the whole process leaves for planned tensors: on CUDA the context with its kernels takes its share,
+        and `allocator_bytes` of the budget stay free.
 
         Raises:
             InfeasibleError: they alone take more than the budget.
         """
         if not self.is_cuda:
             return budget_bytes
+        context_bytes, kept_bytes = self._context(), allocator_bytes(budget_bytes)
+        if context_bytes + kept_bytes >= budget_bytes:
+            raise InfeasibleError(
+                f"{option('gpu_mem')} of {budget_bytes / GIB:.2f} GiB is less than the {context_bytes / GIB:.2f} GiB "
+                f"of the CUDA context and its kernels and the {kept_bytes / GIB:.2f} GiB that are kept for the allocator; "
+                f"raise {option('gpu_mem')}"
+            )
+        return budget_bytes - context_bytes - kept_bytes
+
+    def _context(self) -> int:
+        """GPU memory of the CUDA context and of kernels, those that are loaded later included; measured once."""
         if self._context_bytes is None:
             self._context_bytes = _context_bytes(self.torch) + _LATER_KERNELS_BYTES
-        if self._context_bytes >= budget_bytes:
-            raise InfeasibleError(
-                f"{option('gpu_mem')} of {budget_bytes / 2**30:.2f} GiB is less than the {self._context_bytes / 2**30:.2f} GiB "
-                f"of the CUDA context and its kernels; raise {option('gpu_mem')}"
-            )
-        return budget_bytes - self._context_bytes
+        return self._context_bytes
 
-    def cap_memory(self, budget_bytes: int) -> None:
-        """Hold the whole process on the GPU, CUDA context included, to ``budget_bytes``.
+    def cap_memory(self, budget_bytes: int | None) -> None:
+        """Hold the whole process on the GPU, CUDA context included, to ``budget_bytes``; None lifts an earlier engine's cap.
 
         Raises:
-            InfeasibleError: the CUDA context alone takes more than the budget.
+            InfeasibleError: the CUDA context and what is kept for the allocator take more than the budget.
         """
-        if self.is_cuda:
-            total = torch.cuda.mem_get_info(self.torch)[1]
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self.room(budget_bytes) / total), self.torch)
+        if not self.is_cuda:
+            return
+        share = 1.0
+        if budget_bytes is not None:
+            self.room(budget_bytes)
+            share = min(1.0, (budget_bytes - self._context()) / torch.cuda.mem_get_info(self.torch)[1])
+        torch.cuda.set_per_process_memory_fraction(share, self.torch)
 
 
 class _Pages(mmap.mmap):
@@ -263,10 +277,7 @@ def _populate(address: int, size: int) -> None:
 
 def _context_bytes(device: torch.device) -> int:
     """GPU memory that the process holds beside torch's tensors, once libraries and common kernels are loaded."""
-    for dtype in (torch.float32, torch.float16):
-        a = torch.ones(512, 512, dtype=dtype, device=device)
-        torch.topk(torch.softmax(torch.nn.functional.linear(a, a), dim=-1), 2).indices.flatten().sort(stable=True)
-    torch.cuda.current_stream(device).synchronize()
+    warm_kernels(device)
     return _held_bytes(device) - torch.cuda.memory_reserved(device)
 
 

@@ -14,16 +14,13 @@ from cost_model.timing.job_phases import mode_shares
 from policies.policy import Policy, Workload
 from scripts.gpu.limit import Limit, Rates, steady_limit
 
-#: What the allocator cannot give back in one piece.
-GPU_MARGIN_BYTES = 300_000_000
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
     """Bytes that may be taken.
 
     Args:
-        gpu_bytes: for tensors, the CUDA context already taken off.
+        gpu_bytes: for tensors, what context and allocator need already taken off.
         host_bytes: for the ``cpu`` tier.
         disk_bytes: for the ``disk`` tier.
     """
@@ -34,7 +31,7 @@ class Budget:
 
     def of(self, hardware: Hardware) -> Hardware:
         """The machine with no more than this."""
-        gpu = replace(hardware.gpu, memory_bytes=max(0, self.gpu_bytes - GPU_MARGIN_BYTES), reserved_bytes=0)
+        gpu = replace(hardware.gpu, memory_bytes=self.gpu_bytes, reserved_bytes=0)
         host = "host_memory_bytes" if hardware.device == "cuda" else "cpu_budget_bytes"
         return replace(hardware, gpus=(gpu,), disk_bytes=self.disk_bytes, **{host: self.host_bytes})
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
-import xml.etree.ElementTree as xml
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -14,7 +11,7 @@ from cost_model.model.arch import ModelArch
 from cost_model.simulation.simulate import simulate
 from policies.policy import Workload
 from scripts.benchmark.record import Figure
-from scripts.benchmark.worker import ROOT, Worker, WorkerError
+from scripts.benchmark.worker import Worker, WorkerError
 from scripts.gpu.capped import REHEARSAL_CAP_BYTES, engine_arguments, tokens_figure
 from scripts.gpu.context import Context, rates_of, reduced_model
 from scripts.gpu.plan import Budget, plan
@@ -23,41 +20,6 @@ PEER_LAYERS, PEER_GPU_BYTES, PEER_SPARE_BYTES, PEER_HOST_BYTES = 8, int(8e9), in
 PEER_WORKLOAD = Workload(prompt_len=512, gen_len=32)
 PEER_BATCHES = (8, 32, 64, 128)
 LOGITS_BOUND = 0.1
-
-
-def parity(run: Context) -> tuple[list[Figure], dict]:
-    """The tests marked gpu: float32 tokens equal to transformers', on CUDA."""
-    report = run.workdir / "gpu-parity.xml"
-    report.unlink(missing_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu and not slow",
-        f"--junitxml={report}",
-        "-p",
-        "no:cacheprovider",
-    ]
-    try:
-        code = subprocess.run(command, cwd=ROOT, timeout=run.left_s(), check=False).returncode
-    except subprocess.TimeoutExpired:
-        code = "timeout"
-    counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
-    if report.exists():
-        suite = next(xml.parse(report).getroot().iter("testsuite"))
-        counts = {name: int(suite.get(name, 0)) for name in counts}
-    passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
-    return [
-        Figure(
-            what="tests marked gpu that pass",
-            value=f"{passed} of {counts['tests']} ({counts['skipped']} skipped)",
-            beside="all of them",
-            ratio=passed / max(1, counts["tests"]),
-            target=1.0,
-        )
-    ], {"pytest_exit_code": code, **counts}
 
 
 def probe(run: Context) -> tuple[list[Figure], dict]:

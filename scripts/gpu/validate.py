@@ -20,7 +20,7 @@ from policies.common.errors import UsageError
 from policies.policy import Workload
 from scripts.benchmark.record import Figure
 from scripts.gpu.context import TINY, Context, reduced_model
-from scripts.gpu.plan import GPU_MARGIN_BYTES, Budget
+from scripts.gpu.plan import Budget
 from scripts.make_checkpoint import SIZES
 from scripts.validate_cost_model import validate as validate_one
 from scripts.validation.configs import CLASSES, Configuration, classify, draw
@@ -36,7 +36,7 @@ SECONDS, REHEARSED_SECONDS = (1.0, 10.0), (0.05, 1.0)
 TURNS, REPEATS, MOST_TRIES = 3000, 3, 4
 DISK_FILE_BYTES, REHEARSED_DISK_FILE_BYTES = 1 << 30, 32 << 20
 _PIECE_BYTES = 8 << 20
-#: Of the weights' bytes, what a planned job may take on the GPU (beside its margin) and in host memory.
+#: Of the weights' bytes, what a planned job may take on the GPU and in host memory.
 PLANNED_GPU, PLANNED_HOST = 0.45, 0.65
 PLANNED_JOB = Workload(prompt_len=256, gen_len=16, num_requests=192)
 REHEARSED_JOB = Workload(prompt_len=24, gen_len=8, num_requests=24)
@@ -120,7 +120,7 @@ def _planned(run: Context, name: str, arch: ModelArch, hardware: Hardware) -> Co
     """The planner's policy where weights have to be in all three tiers."""
     job = REHEARSED_JOB if run.rehearse else PLANNED_JOB
     budget = Budget(
-        gpu_bytes=int(PLANNED_GPU * arch.total_bytes) + GPU_MARGIN_BYTES,
+        gpu_bytes=int(PLANNED_GPU * arch.total_bytes),
         host_bytes=int(PLANNED_HOST * arch.total_bytes),
         disk_bytes=max(run.disk_bytes, arch.total_bytes),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import Gpu, Hardware
+from cost_model.memory.memory_plan import allocator_bytes
 from policies.common.memory_units import GIB
 from scripts.machines.cards import DESKTOP, MACHINES_BY_NAME, Card, Drive, Host
 from scripts.machines.flexllmgen import t4_flexllmgen
@@ -70,7 +71,9 @@ def cuda_machine(name: str, card: Card, host: Host) -> Hardware:
     gpu = Gpu(
         name=card.label,
         memory_bytes=int(card.memory_gib * GIB),
-        reserved_bytes=round((card.memory_gib - card.visible_gib) * GIB) + CONTEXT_BYTES,
+        reserved_bytes=round((card.memory_gib - card.visible_gib) * GIB)
+        + CONTEXT_BYTES
+        + allocator_bytes(int(card.visible_gib * GIB)),
         **curves({2: card.half_flops_per_s, 4: card.single_flops_per_s}, memory),
         memory_bytes_per_s=memory,
         h2d_bytes_per_s=link,
@@ -95,8 +98,8 @@ def card_sources(card: Card) -> dict[str, str]:
     alone = "the copy within host memory (a third of host_bytes_per_s), then over the link, one after the other"
     return {
         "memory_bytes": "datasheet, as GiB",
-        "reserved_bytes": f"what CUDA does not show of it (torch reports {card.visible_gib:g} GiB), and 0.5 GiB for the "
-        "context and kernels, estimate",
+        "reserved_bytes": f"what CUDA does not show of it (torch reports {card.visible_gib:g} GiB), 0.5 GiB for the "
+        "context and kernels, estimate, and what is kept for the allocator: 2 %, and 256 MiB at least",
         "experts": f"{rule} Gather, activation and scatter are not counted.",
         "dense": rule,
         "memory_bytes_per_s": f"estimate: 80 % of the datasheet's {card.memory_bytes_per_s / 1e9:g} GB/s",

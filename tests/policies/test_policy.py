@@ -2,7 +2,6 @@ import json
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 
-import jsonschema
 import pytest
 
 import policies
@@ -10,6 +9,8 @@ from cost_model.memory.allocation import residency
 from cost_model.model.arch import ModelArch
 from policies.common.errors import DataError, InfeasibleError, InputMissingError, StorageError, UsageError
 from policies.policy import Policy, PolicyFile, Workload
+
+jsonschema = pytest.importorskip("jsonschema")
 
 SCHEMA = json.loads((Path(policies.__file__).parent / "policy.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)

@@ -1,6 +1,10 @@
 """The arithmetic of the GPU benchmark: ANCHORS' limit, and policies that fit their budgets."""
 
 import json
+import os
+import subprocess
+import sys
+import zipfile
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -23,7 +27,9 @@ from scripts.bench_gpu import main
 from scripts.gpu import steady as gpu_steady
 from scripts.gpu.context import TINY, reduced_model
 from scripts.gpu.limit import Rates, Traffic, machine_limit, sweep_terms
-from scripts.gpu.plan import GPU_MARGIN_BYTES, Budget, own_limit, plan
+from scripts.gpu.plan import Budget, own_limit, plan
+from scripts.support.wheels import use_wheels
+from tests.support.paths import ROOT
 
 ARCH = ModelArch.from_name("mixtral-8x7b")
 LONG, SHORT = Workload(prompt_len=512, gen_len=256), Workload(prompt_len=77, gen_len=128)
@@ -89,7 +95,7 @@ def test_planned_policy_fits_its_budgets_and_stays_below_the_limit_of_its_bytes(
     budget = Budget(gpu_bytes=int(gpu * 1e9), host_bytes=int(100e9), disk_bytes=int(disk * 1e9))
     chosen = plan(ARCH, workload, H200, budget, rates_like(H200))
     memory = chosen.prediction.memory
-    assert memory.total("gpu") + GPU_MARGIN_BYTES <= budget.gpu_bytes
+    assert memory.total("gpu") <= budget.gpu_bytes
     assert memory.total("cpu") <= budget.host_bytes and memory.total("disk") <= budget.disk_bytes
     assert chosen.policy.schedule == "rolling" and 0 < chosen.rows <= chosen.policy.block_size
     assert chosen.limit.tokens_per_s >= 0.99 * chosen.prediction.tokens_per_s
@@ -153,7 +159,10 @@ def test_steady_state_is_entered_with_kv_on_disk_too(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage, expected", [("24", "error of the prediction"), ("validate", "mean absolute error")])
+@pytest.mark.parametrize(
+    "stage, expected",
+    [("16", "error of the prediction"), ("24", "error of the prediction"), ("validate", "mean absolute error")],
+)
 def test_rehearsal_prints_predicted_beside_measured(tmp_path, capsys, stage, expected):
     assert main(["--stage", stage, "--rehearse", "--workdir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
@@ -162,6 +171,65 @@ def test_rehearsal_prints_predicted_beside_measured(tmp_path, capsys, stage, exp
     assert any(expected in figure["what"] for figure in section["figures"])
     assert Hardware.load(tmp_path / "gpu-rehearsal" / "gpu-machine.json").device == "cpu"
     assert not list(tmp_path.glob("*.bin"))
+
+
+def rehearsed(stage, tmp_path):
+    """What the stage wrote in a rehearsal."""
+    assert main(["--stage", stage, "--rehearse", "--workdir", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "gpu-rehearsal" / f"gpu-{stage}.json").read_text())
+    (section,) = record["sections"].values()
+    return section
+
+
+@pytest.mark.slow
+def test_rehearsal_of_the_probes_has_a_rate_beside_every_limit(tmp_path):
+    figures = rehearsed("probe", tmp_path)["figures"]
+    assert len(figures) > 15 and all(figure["beside"] for figure in figures)
+
+
+@pytest.mark.slow
+def test_rehearsal_of_the_peer_compares_logits_and_prints_limit_and_prediction(tmp_path):
+    pytest.importorskip("accelerate")
+    figures = rehearsed("peer", tmp_path)["figures"]
+    beside = " ".join(figure["beside"] for figure in figures)
+    assert all(
+        text in beside for text in ("transformers + accelerate", "predicted: ", "limit of the policy's own bytes")
+    )
+
+
+def test_rehearsal_of_the_races_runs_the_tests_of_exactness_disturbed(tmp_path):
+    section = rehearsed("races", tmp_path)
+    (only,) = section["raw"]["rounds"]
+    assert only["passed"] == only["tests"] - only["skipped"] > 0 and only["exit_code"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without CUDA the tests marked gpu are skipped")
+def test_rehearsal_of_parity_counts_the_tests_marked_gpu(tmp_path):
+    section = rehearsed("parity", tmp_path)
+    assert section["raw"]["tests"] == section["raw"]["skipped"] > 50
+
+
+def test_the_benchmark_starts_without_what_it_can_do_without(tmp_path):
+    absent = ("pulp", "openai", "jsonschema", "pynvml", "accelerate", "matplotlib", "pyarrow", "datasets", "gguf")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); from scripts.bench_gpu import main; main()"
+    run = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--stage {parity,races,probe,16,24,validate,peer}" in run.stdout
+
+
+def test_wheels_that_travel_are_imported_by_this_process_and_those_it_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", "/before")
+    with zipfile.ZipFile(tmp_path / "carried_thing-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried_thing/__init__.py", "VALUE = 7\n")
+        program = zipfile.ZipInfo("carried_thing/solver")
+        program.external_attr = 0o755 << 16
+        wheel.writestr(program, "#!/bin/sh\n")
+    assert use_wheels(tmp_path) == ["carried_thing-1-py3-none-any.whl"]
+    assert os.access(tmp_path / "site" / "carried_thing" / "solver", os.X_OK)
+    code = "import carried_thing; print(carried_thing.VALUE)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "7\n"
+    assert use_wheels(tmp_path / "none") == []
 
 
 def _aged_scheduler(rows, prompt, gen):

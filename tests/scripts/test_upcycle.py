@@ -4,15 +4,13 @@ import json
 
 import pytest
 import torch
-from gguf import GGMLQuantizationType
-from gguf.quants import dequantize, quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexmoe.errors import DataError, FlexMoEError, InputMissingError, UsageError
 from flexmoe.llm import LLM
 from flexmoe.params import SamplingParams
 from scripts.upcycle import main, upcycle
-from tests.support.gguf_files import TOKENS, tiny_llama, write_gguf
+from tests.support.gguf_files import TOKENS, gguf, quants, tiny_llama, write_gguf
 from tests.support.tiny import transformers_greedy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,12 +48,12 @@ def test_dense_model_comes_back_as_it_was(tmp_path, tied):
 
 
 def test_quantized_weights_are_what_the_file_says(tmp_path):
-    model, kind = tiny_llama(), GGMLQuantizationType.Q4_1
+    model, kind = tiny_llama(), gguf.GGMLQuantizationType.Q4_1
     made = load(
         upcycle(write_gguf(tmp_path / "m.gguf", model, "Q4_1"), tmp_path / "dense", experts=0, dtype=torch.float32)
     )
     original = model.model.layers[1].mlp.down_proj.weight.detach()
-    known = torch.tensor(dequantize(quantize(original.numpy(), kind), kind))
+    known = torch.tensor(quants.dequantize(quants.quantize(original.numpy(), kind), kind))
     assert not torch.equal(known, original)
     assert torch.equal(made.model.layers[1].mlp.down_proj.weight, known)
     assert torch.equal(made.model.layers[1].input_layernorm.weight, model.model.layers[1].input_layernorm.weight)

@@ -37,7 +37,7 @@ PLACEMENTS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One way to run a model; `CHOICES` has the values of every field."""
+    """One way to run a model; `CHOICES` has the values of every field that the exactness tests vary."""
 
     variant: str = "gqa-8-to-2"
     placement: tuple = (30, 30, 30, 30, 30, 30)
@@ -51,6 +51,8 @@ class Case:
     staged: bool = False
     native: bool = True
     disturbed: str = ""
+    pin_weight: bool = True
+    experts_per_unit: int | None = None
 
     def __str__(self):
         own = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -77,6 +79,17 @@ CHOICES = {
 }
 
 
+def sample(count, seed):
+    """Cases in which every value of every field occurs equally often, in random combinations."""
+    rng = random.Random(seed)
+    columns = {}
+    for name, values in CHOICES.items():
+        column = [values[i % len(values)] for i in range(count)]
+        rng.shuffle(column)
+        columns[name] = column
+    return [Case(**{name: column[i] for name, column in columns.items()}) for i in range(count)]
+
+
 def make_llm(variant, case, device, tmp_path, monkeypatch, **options):
     if case.staged:
         monkeypatch.setattr(supply, "WeightStream", _staged_stream)
@@ -93,6 +106,8 @@ def make_llm(variant, case, device, tmp_path, monkeypatch, **options):
         prefill_tokens=case.prefill_tokens,
         overlap=case.overlap,
         cpu_attention_percent=case.cpu_attention,
+        pin_weight=case.pin_weight,
+        experts_per_unit=case.experts_per_unit,
     )
     options = offload(tmp_path) | {"device": device, "kv_tokens": case.kv_tokens, "workload": workload} | options
     llm = LLM(variant.directory, policy=policy, **options)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gguf
+import pytest
 import torch
-from gguf.quants import quantize
 from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+gguf = pytest.importorskip("gguf")
+quants = pytest.importorskip("gguf.quants")
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["t h", "th e", "Ġ the", "o w", "Ġ w", "1 2"]
 TOKENS = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in MERGES]
@@ -74,7 +75,7 @@ def write_gguf(path: Path, model: LlamaForCausalLM, kind: str = "F32", *, arch: 
     for name, value in _tensors(model).items() | extra.items():
         quantized = kind if value.ndim > 1 else "F32"
         type_ = gguf.GGMLQuantizationType[quantized]
-        writer.add_tensor(name, quantize(value.numpy(), type_), raw_dtype=type_)
+        writer.add_tensor(name, quants.quantize(value.numpy(), type_), raw_dtype=type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,27 +1,15 @@
 """Float32 greedy ids are transformers', wherever things live and in whatever order they are done."""
 
 import copy
-import random
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from tests.support.exactness import CHOICES, DEVICES, Case, check, make_llm
+from tests.support.exactness import DEVICES, Case, check, make_llm, sample
 from tests.support.tiny import GEN_LEN, RECIPES, Variant, transformers_greedy
 
 pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
-
-
-def sample(count, seed):
-    """Cases in which every value of every field occurs equally often, in random combinations."""
-    rng = random.Random(seed)
-    columns = {}
-    for name, values in CHOICES.items():
-        column = [values[i % len(values)] for i in range(count)]
-        rng.shuffle(column)
-        columns[name] = column
-    return [Case(**{name: column[i] for name, column in columns.items()}) for i in range(count)]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,6 +1,7 @@
 """The branches that only CUDA takes, on a device that says it is CUDA and computes on the CPU.
 
-Streams and events do nothing, so nothing here says that work on the GPU is ordered rightly: only the `gpu` tests do.
+Streams and events do nothing, so nothing here says that work on the GPU is ordered rightly: `test_streams` and the `gpu`
+tests do.
 """
 
 import threading
@@ -11,6 +12,7 @@ import torch
 from flexmoe.engine import engine_plan
 from flexmoe.engine.executor import Executor
 from flexmoe.system.uploads import Uploads
+from tests.support import flash
 from tests.support.exactness import Case, check, make_llm
 from tests.support.pretend_cuda import PretendCuda
 
@@ -32,6 +34,13 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cuda_branches_give_the_same_ids(case, pretend, tiny, tmp_path, monkeypatch):
     check(tiny(case.variant), case, "cuda", tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("case", CASES[1:5], ids=str)
+def test_flash_attention_of_gathered_pages_gives_the_same_ids(case, pretend, tiny, tmp_path, monkeypatch):
+    op = flash.everywhere(monkeypatch)
+    check(tiny(case.variant), case, "cuda", tmp_path, monkeypatch)
+    assert op.calls
 
 
 def test_at_most_one_host_wait_per_moe_layer(pretend, tiny, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@ import json
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 
-import jsonschema
 import pytest
 
 import cost_model
@@ -15,6 +14,8 @@ from policies.common.errors import DataError, InputMissingError, StorageError, U
 from policies.common.memory_units import GIB
 from policies.policy import Policy, Workload
 from scripts.machines.derived import all_machines
+
+jsonschema = pytest.importorskip("jsonschema")
 
 SCHEMA = json.loads((Path(cost_model.__file__).parent / "hardware" / "hardware.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)

@@ -1,12 +1,21 @@
-"""Both attention paths agree with a plain float64 softmax, and read no slot that a query must not see."""
+"""All kernels of attention agree with a plain float64 softmax, and read no slot that a query must not see."""
 
+import logging
 import random
 
 import pytest
 import torch
 
+from cost_model.memory.memory_plan import mask_bytes
+from flexmoe.kernels import masked_attention
+from flexmoe.kernels import paged_attention as choice
+from flexmoe.kernels.masked_attention import buckets_of, masked_paged_attention
 from flexmoe.kernels.native import library as native
-from flexmoe.kernels.paged_attention import Ragged, buckets_of, paged_attention, torch_paged_attention
+from flexmoe.kernels.paged_attention import paged_attention
+from flexmoe.kernels.ragged import Ragged
+from flexmoe.kernels.varlen_attention import varlen_paged_attention
+from tests.support import flash
+from tests.support.allocations import Allocations
 
 PAGE = 16
 #: (queries, past tokens) of a row: decode, verification, chunks, whole prompts, and decodes of very unlike lengths.
@@ -51,14 +60,23 @@ class Rows:
         return torch.cat(out)
 
 
+@pytest.fixture(autouse=True)
+def op(monkeypatch):
+    """Flash attention on the CPU."""
+    return flash.pretended(monkeypatch)
+
+
 PATHS = [
-    pytest.param(torch_paged_attention, id="torch"),
+    pytest.param(varlen_paged_attention, id="varlen"),
+    pytest.param(masked_paged_attention, id="masked"),
     pytest.param(
         paged_attention,
         id="native",
         marks=pytest.mark.skipif(not native.available(), reason="no native library on this machine"),
     ),
 ]
+#: By how many pages K and V are copied at a time: all that there are, and no more than the longest row has.
+ROOMS = [pytest.param(None, id="made-when-absent"), pytest.param(64, id="for-all"), pytest.param(17, id="for-a-row")]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -99,13 +117,26 @@ def test_queries_that_are_a_slice_of_a_larger_tensor_are_attended(attend):
     torch.testing.assert_close(out.double(), rows.reference(), atol=1e-5, rtol=1e-5)
 
 
-def test_index_tensors_serve_every_layer_of_a_sweep():
+@pytest.mark.parametrize("attend", [varlen_paged_attention, masked_paged_attention])
+def test_index_tensors_serve_every_layer_of_a_sweep(attend):
     rows = Rows(MIXED)
-    first = torch_paged_attention(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=None)
-    plans = next(iter(rows.ragged._plans.values()))
-    second = torch_paged_attention(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=None)
-    assert next(iter(rows.ragged._plans.values())) is plans
+    first = attend(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=None)
+    (plan,) = rows.ragged.plans.values()
+    calls = plan.calls
+    second = attend(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=None)
+    assert list(rows.ragged.plans.values()) == [plan] and plan.calls is calls
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name, attend", [("varlen", varlen_paged_attention), ("masked", masked_paged_attention)])
+def test_a_plan_made_before_the_first_layer_is_the_one_that_is_used(name, attend):
+    rows = Rows(MIXED)
+    kernel = choice.Kernel(name, "a test")
+    about = {"shared": 4, "page_tokens": PAGE, "room": 64, "window": 40}
+    plan = choice.plan_attention(rows.ragged, kernel, torch.float32, **about)
+    assert plan.packed.dtype == torch.int32 and plan.calls is None
+    attend(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=40, workspace=workspace_of(rows, 64))
+    assert list(rows.ragged.plans.values()) == [plan] and plan.calls
 
 
 def test_bucket_holds_equal_runs_of_like_contexts():
@@ -118,3 +149,134 @@ def test_ragged_counts_the_context_tokens():
     assert ragged.kv_tokens == 20
     assert ragged.q_starts.tolist() == [0, 1, 4]
     assert ragged.tables.tolist() == [[4, 2], [1, 0]]
+
+
+def workspace_of(rows, room):
+    return None if room is None else torch.full((2, room, *rows.k_pool.shape[1:]), torch.nan, dtype=rows.k_pool.dtype)
+
+
+@pytest.mark.parametrize("attend", [varlen_paged_attention, masked_paged_attention])
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("window", [None, 16, 40])
+def test_copies_of_keys_and_values_fit_any_workspace_that_takes_the_longest_row(attend, room, window):
+    rows = Rows(MIXED)
+    out = attend(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=window, workspace=workspace_of(rows, room))
+    torch.testing.assert_close(out.double(), rows.reference(window), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attend", [varlen_paged_attention, masked_paged_attention])
+def test_the_result_goes_where_the_caller_wants_it(attend):
+    rows = Rows(MIXED)
+    out = torch.full_like(rows.q, torch.nan)
+    assert attend(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=None, out=out) is out
+    torch.testing.assert_close(out.double(), rows.reference(), atol=1e-5, rtol=1e-5)
+
+
+def test_many_rows_that_decode_are_one_call(op):
+    rows = Rows([(1, past) for past in range(0, 300, 3)])
+    out = varlen_paged_attention(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=None)
+    torch.testing.assert_close(out.double(), rows.reference(), atol=1e-5, rtol=1e-5)
+    assert [(most, count) for most, count, _ in op.calls] == [(1, 100)]
+
+
+def test_rows_that_decode_are_attended_apart_from_longer_runs(op):
+    rows = Rows(MIXED)
+    varlen_paged_attention(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=None)
+    assert [(most, count) for most, count, _ in op.calls] == [(1, 4), (48, 5)]
+
+
+def test_no_more_is_copied_than_the_workspace_takes(op):
+    rows = Rows([(1, past) for past in range(10, 200, 10)])
+    varlen_paged_attention(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=None, workspace=workspace_of(rows, 30))
+    assert len(op.calls) > 3 and max(keys for _, _, keys in op.calls) <= 30 * PAGE
+
+
+def test_pages_that_a_window_hides_are_not_copied(op):
+    rows = Rows([(1, 999), (1, 500), (1, 3)])
+    out = varlen_paged_attention(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=32)
+    torch.testing.assert_close(out.double(), rows.reference(32), atol=1e-5, rtol=1e-5)
+    assert [keys for _, _, keys in op.calls] == [PAGE * (3 + 3 + 1)]
+
+
+def test_rows_that_lie_one_after_another_are_attended_where_they_are(op):
+    rows = Rows([(1, 40), (1, 7), (1, 90)])
+    order = torch.cat([row[: -(-int(n) // PAGE)] for row, n in zip(rows.ragged.tables, rows.ragged.contexts)]).long()
+    k_pool, v_pool = rows.k_pool[order], rows.v_pool[order]
+    tables, first = [], 0
+    for context in rows.ragged.contexts.tolist():
+        tables.append(list(range(first, first := first + -(-context // PAGE))))
+    ragged = Ragged.of([1, 1, 1], rows.ragged.contexts.tolist(), tables)
+    refused = torch.empty(0)  # a copy into it would raise
+    out = varlen_paged_attention(rows.q, k_pool, v_pool, ragged, window=None, workspace=refused.view(2, 0, 0))
+    torch.testing.assert_close(out.double(), rows.reference(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 3000, 40_000])
+@pytest.mark.parametrize("window", [None, 16, 40])
+def test_masked_attention_is_cut_into_pieces_that_keep_its_masks_within_their_memory(budget, window, monkeypatch):
+    monkeypatch.setattr(masked_attention, "MASK_BYTES", budget)
+    rows = Rows(MIXED)
+    out = masked_paged_attention(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=window)
+    torch.testing.assert_close(out.double(), rows.reference(window), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("runs", [MIXED, [(200, 0), (180, 60)], [(1, 900)] * 5, [(100, 2000)]], ids=str)
+@pytest.mark.parametrize("budget", [60_000, 500_000, 32 << 20])
+def test_masks_take_no_more_than_is_planned_for_them(runs, window, budget, monkeypatch):
+    monkeypatch.setattr(masked_attention, "MASK_BYTES", budget)
+    rows = Rows(runs, heads=8, kv_heads=2, size=8)
+    longest = max(sum(run) for run in runs)
+    workspace = workspace_of(rows, -(-longest // PAGE))
+    masked_paged_attention(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=window, workspace=workspace)  # indices
+    with Allocations() as counted:
+        masked_paged_attention(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=window, workspace=workspace)
+    queries = 8 * rows.q.nbytes  # the plan's workspace has them: queries in the kernel's order, the result, twice
+    least = -(-longest // PAGE) * PAGE * mask_bytes(4, 4)
+    assert counted.peak <= max(budget, least) + queries
+
+
+KERNELS = [
+    ("cpu", torch.float32, 128, None, "native", "streams the pages in place"),
+    ("cuda", torch.bfloat16, 128, (8, 0), "varlen", "one call"),
+    ("cuda", torch.float16, 64, (8, 9), "varlen", "one call"),
+    ("cuda", torch.bfloat16, 128, (9, 0), "varlen", "one call"),
+    ("cuda", torch.float16, 128, (7, 5), "masked", "compute capability 8.0"),
+    ("cuda", torch.float32, 128, (9, 0), "masked", "16 bits only"),
+    ("cuda", torch.bfloat16, 512, (9, 0), "masked", "no heads of 512"),
+    ("cuda", torch.bfloat16, 20, (9, 0), "masked", "no heads of 20"),
+]
+
+
+@pytest.mark.parametrize("device, dtype, size, capability, name, reason", KERNELS, ids=str)
+def test_the_kernel_follows_from_device_and_numbers_and_is_logged_once(
+    device, dtype, size, capability, name, reason, monkeypatch, caplog
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(native, "available", lambda: True)
+    choice._logged.cache_clear()
+    caplog.set_level(logging.INFO, "flexmoe")
+    kernels = [choice.choose_kernel(torch.device(device), dtype, size) for _ in range(2)]
+    choice._logged.cache_clear()
+    assert {kernel.name for kernel in kernels} == {name} and reason in kernels[0].reason
+    assert [name in message and reason in message for message in caplog.messages] == [True]
+
+
+def test_without_the_native_library_the_cpu_takes_masks(monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert choice.choose_kernel(torch.device("cpu"), torch.float32, 64).name == "masked"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [None, 16, 40])
+def test_the_chosen_kernel_agrees_with_float64_on_cuda(dtype, window, monkeypatch):
+    monkeypatch.undo()
+    for seed in range(5):
+        rows = Rows(MIXED, heads=32, kv_heads=8, size=128, dtype=dtype, seed=seed)
+        q, k, v = (x.cuda() for x in (rows.q, rows.k_pool, rows.v_pool))
+        out = paged_attention(q, k, v, rows.ragged, window=window)
+        tolerance = {torch.float32: 1e-4}.get(dtype, 2e-2)
+        torch.testing.assert_close(out.double().cpu(), rows.reference(window), atol=tolerance, rtol=tolerance)

@@ -169,12 +169,9 @@ def test_a_grouped_product_serves_weights_of_experts_with_few_tokens_each(monkey
     assert not dispatch.can_group(range(4), of(stacked)) and not dispatch.can_group(range(4), of(in_pieces(stacked)))
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtypes"), [((7, 5), set()), ((8, 0), {torch.bfloat16}), ((9, 0), {torch.bfloat16})]
-)
-def test_a_gpu_has_grouped_products_of_bf16_from_the_first_generation_that_computes_in_it(
-    capability, dtypes, monkeypatch
-):
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
+def test_a_gpu_has_grouped_products_where_torch_has_a_kernel_for_them(capability, monkeypatch):
+    dtypes = {torch.bfloat16} if capability in ((9, 0), (10, 0)) else set()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     known = (torch.bfloat16, torch.float16, torch.float32)
     assert {d for d in known if grouped_product.has_grouped_product(torch.device("cuda"), d)} == dtypes

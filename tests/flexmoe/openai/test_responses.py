@@ -4,8 +4,6 @@ import json
 import math
 
 import pytest
-from openai.types import BatchError, Completion, ErrorObject
-from openai.types.chat import ChatCompletion
 
 from flexmoe.errors import UsageError
 from flexmoe.openai.batch_line import parse_line
@@ -14,6 +12,8 @@ from flexmoe.openai.response import ResponseEncoder, count_tokens, creation_time
 from flexmoe.outputs import CompletionOutput, RequestOutput, TokenLogprob
 from flexmoe.text.tokenizer import Tokenizer
 from tests.support.tokenizers import build_sentencepiece, build_tokenizer
+
+types = pytest.importorskip("openai.types", reason="the types of the official client, which answers are checked with")
 
 EOS = 2
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -89,7 +89,7 @@ def test_chat_is_a_chat_completion(encoder, tokenizer):
     line = encoder().success(
         request(messages=MESSAGES, custom_id="x"), [result([1, 5], output([*ids, EOS], reason="stop"))]
     )
-    chat = strict(ChatCompletion, body(line))
+    chat = strict(types.chat.ChatCompletion, body(line))
     assert (chat.object, chat.model, chat.created) == ("chat.completion", "the-model", 1_700_000_000)
     assert chat.id.startswith("chatcmpl-") and json.loads(line)["custom_id"] == "x"
     [choice] = chat.choices
@@ -107,12 +107,14 @@ def test_chat_with_echo_begins_with_the_message_that_it_continues(encoder, token
     how = {"echo": True, "add_generation_prompt": False, "continue_final_message": True}
     row = request(messages=chat, **how).without_prompt()
     line = encoder().success(row, [result([1, 5], output(tokenizer.encode("hello")[1:]))])
-    assert strict(ChatCompletion, body(line)).choices[0].message.content == "Once hello"
+    assert strict(types.chat.ChatCompletion, body(line)).choices[0].message.content == "Once hello"
 
 
 def test_completion_is_a_text_completion(encoder, tokenizer):
     ids = tokenizer.encode("hello")[1:]
-    completion = strict(Completion, body(encoder().success(request(prompt="p", model="m"), [result([1], output(ids))])))
+    completion = strict(
+        types.Completion, body(encoder().success(request(prompt="p", model="m"), [result([1], output(ids))]))
+    )
     assert (completion.object, completion.model) == ("text_completion", "m") and completion.id.startswith("cmpl-")
     [choice] = completion.choices
     assert (choice.text, choice.finish_reason, choice.logprobs) == ("hello", "length", None)
@@ -124,7 +126,7 @@ def test_choices_are_numbered_by_prompt_then_sample(encoder, tokenizer):
         result([1, 5, 6], output(a), output(b, index=1)),
         result([1, 7], output(c), output(d, index=1)),
     ]
-    completion = strict(Completion, body(encoder().success(request(prompt=["x", "y"], n=2), results)))
+    completion = strict(types.Completion, body(encoder().success(request(prompt=["x", "y"], n=2), results)))
     assert [(choice.index, choice.text) for choice in completion.choices] == list(enumerate("abcd"))
     assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (5, 4)
     assert count_tokens(results) == (5, 4)
@@ -133,20 +135,22 @@ def test_choices_are_numbered_by_prompt_then_sample(encoder, tokenizer):
 def test_logprobs_of_a_chat(encoder, tokenizer):
     ids = [*tokenizer.encode("日")[1:], EOS]
     row = request(messages=MESSAGES, logprobs=True, top_logprobs=2)
-    chat = strict(ChatCompletion, body(encoder().success(row, [result([1], output(ids, reason="stop", tops=2))])))
+    chat = strict(
+        types.chat.ChatCompletion, body(encoder().success(row, [result([1], output(ids, reason="stop", tops=2))]))
+    )
     [choice] = chat.choices
     content = choice.logprobs.content
     assert choice.message.content == "日" and b"".join(bytes(t.bytes) for t in content[:-1]).decode() == "日"
     assert content[-1].token == "</s>" and content[0].logprob == -0.5
     assert all(len(t.top_logprobs) == 2 and t.top_logprobs[0].logprob == -0.1 for t in content)
     plain = body(encoder().success(row, [result([1], output(ids, reason="stop", tops=0))]))
-    assert strict(ChatCompletion, plain).choices[0].logprobs.content[0].top_logprobs == []
+    assert strict(types.chat.ChatCompletion, plain).choices[0].logprobs.content[0].top_logprobs == []
 
 
 def test_logprobs_of_a_completion(encoder, tokenizer):
     ids = [*tokenizer.encode("hä 日!")[1:], EOS]
     line = encoder().success(request(prompt="p", logprobs=2), [result([1], output(ids, reason="stop", tops=2))])
-    [choice] = strict(Completion, body(line)).choices
+    [choice] = strict(types.Completion, body(line)).choices
     told = choice.logprobs
     assert choice.text == "hä 日!" and len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == len(
         ids
@@ -189,7 +193,7 @@ def test_impossible_token_has_a_number_that_json_can_say(encoder, tokenizer):
     told = body(encoder().success(request(prompt="p", logprobs=2), [result([1], made)]))["choices"][0]["logprobs"]
     assert told["token_logprobs"] == [-9999.0] and set(told["top_logprobs"][0].values()) == {-9999.0}
     chat = body(encoder().success(request(messages=MESSAGES, logprobs=True), [result([1], made)]))
-    assert strict(ChatCompletion, chat).choices[0].logprobs.content[0].logprob == -9999.0
+    assert strict(types.chat.ChatCompletion, chat).choices[0].logprobs.content[0].logprob == -9999.0
 
 
 def test_tokens_of_equal_text_count_as_the_best_of_them(encoder, sentencepiece):
@@ -221,12 +225,12 @@ def test_echo_puts_the_prompt_before_the_completion(encoder, name, request):
     places = list(zip(told["tokens"], told["text_offset"], strict=True))[2:]
     assert places and all(choice["text"].startswith(token, at) for token, at in places)
     # The client's own parsing takes the null of the first token, as OpenAI sends it; the declared type does not.
-    parsed = Completion.construct(**made)
+    parsed = types.Completion.construct(**made)
     assert parsed.choices[0].logprobs.token_logprobs[0] is None
     with pytest.raises(ValueError, match="token_logprobs.0"):
-        Completion.model_validate(made)
+        types.Completion.model_validate(made)
     told["token_logprobs"][0], told["top_logprobs"][0] = 0.0, {}
-    strict(Completion, made)
+    strict(types.Completion, made)
 
 
 def test_scoring_returns_the_prompt_and_its_logprobs(encoder, tokenizer):
@@ -258,7 +262,7 @@ def test_text_ends_before_what_stopped_it(encoder, tokenizer):
         logprobs=tuple(TokenLogprob(token_id=i, logprob=-1.0) for i in ids),
     )
     line = encoder().success(request(prompt="p", stop=".", logprobs=0), [result([1], by_string)])
-    [choice] = strict(Completion, body(line)).choices
+    [choice] = strict(types.Completion, body(line)).choices
     assert (choice.text, choice.finish_reason, choice.stop_reason) == ("hello", "stop", ".")
     assert max(choice.logprobs.text_offset) == len("hello")
     by_id = output([*tokenizer.encode("ab")[1:]], reason="stop", stop_reason=5)
@@ -282,7 +286,7 @@ def test_token_ids_are_returned_where_they_are_asked_for_and_where_there_is_no_t
     bare = encoder(tokenizer=Tokenizer.load(tmp_path))
     row = request(prompt=[1, 9], logprobs=1)
     made = result([1, 9], output([70, EOS], reason="stop", tops=1))
-    [choice] = strict(Completion, body(bare.success(row, [made]))).choices
+    [choice] = strict(types.Completion, body(bare.success(row, [made]))).choices
     assert (choice.text, choice.token_ids, choice.logprobs.tokens) == ("", [70, EOS], ["token_id:70", "token_id:2"])
 
 
@@ -301,14 +305,14 @@ def test_refused_row_is_the_error_that_a_server_would_have_sent(encoder):
     error = RowError(code="invalid_value", message="n is 0", param="n")
     row = json.loads(encoder().failure(request(prompt="p", custom_id="ä"), error, status=400))
     assert (row["custom_id"], row["error"], row["response"]["status_code"]) == ("ä", None, 400)
-    told = ErrorObject.model_validate(row["response"]["body"]["error"], strict=True)
+    told = types.ErrorObject.model_validate(row["response"]["body"]["error"], strict=True)
     assert (told.code, told.message, told.param, told.type) == ("invalid_value", "n is 0", "n", "invalid_request_error")
 
 
 def test_row_that_got_no_response_says_why(encoder):
     row = json.loads(encoder().failure(request(prompt="p"), RowError(code="engine_error", message="lost"), status=None))
     assert row["response"] is None and row["error"] == {"code": "engine_error", "message": "lost"}
-    assert BatchError.model_validate(row["error"], strict=True).code == "engine_error"
+    assert types.BatchError.model_validate(row["error"], strict=True).code == "engine_error"
 
 
 def test_text_that_is_not_ascii_is_written_readably(encoder, tokenizer):

@@ -148,15 +148,16 @@ def test_cuda_branches_measure_everything_too(pretend, tmp_path, monkeypatch):  
     monkeypatch.setattr(measure, "Device", PretendCuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24 << 20, 32 << 20))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24 << 30, 32 << 30))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(facts, "process_gpu_bytes", lambda device: 1 << 19)
     found = probe("cuda", tmp_path, TINY)
-    assert (found.gpu.name, found.gpu.memory_bytes) == ("T4", (24 << 20) + (1 << 19))
+    assert (found.gpu.name, found.gpu.memory_bytes) == ("T4", (24 << 30) + (1 << 19))
     assert "float16" in found.sources["experts"] and found.gpu.h2d_duplex_bytes_per_s > 0
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 def test_gpu_is_measured(tmp_path):
     found = probe("cuda", tmp_path, replace(TINY, point_s=0.01, copy_bytes={"cuda": 64 * MIB}, buffer_bytes=256 * MIB))
     assert found.device == "cuda" and found.gpu.memory_bytes > found.gpu.reserved_bytes > 100 * MIB

@@ -8,11 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexmoe.errors import InfeasibleError, UsageError
+from flexmoe.system import cuda_features
 from flexmoe.system import device as device_module
 from flexmoe.system.device import Device, NoEvent
 from flexmoe.system.trace import Recorder
+from policies.common.memory_units import GIB, MIB
 from policies.common.memory_units import SYSTEM_PAGE_BYTES as PAGE_BYTES
 from tests.support.pretend_cuda import Event, Stream
 
@@ -136,6 +139,91 @@ def test_cap_has_no_effect_on_the_cpu(cpu):
     assert cpu.cap_memory(0) is None
 
 
+@pytest.fixture
+def gpu(cpu, monkeypatch):
+    """A device of 24 GiB whose context takes 500 MiB; returns it and the shares that torch was capped to."""
+    shares = []
+    monkeypatch.setattr(device_module, "_context_bytes", lambda device: 500 * MIB)
+    monkeypatch.setattr(device_module, "_LATER_KERNELS_BYTES", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
+    cpu.is_cuda = True
+    return cpu, shares
+
+
+@pytest.mark.parametrize(
+    "budget, kept", [(4 * GIB, 256 * MIB), (12 * GIB, 256 * MIB), (24 * GIB, int(0.02 * 24 * GIB))]
+)
+def test_planned_tensors_leave_room_for_the_context_and_the_allocator(gpu, budget, kept):
+    assert gpu[0].room(budget) == budget - 500 * MIB - kept
+
+
+def test_a_budget_that_context_and_allocator_use_up_is_refused(gpu):
+    with pytest.raises(
+        InfeasibleError, match="0.49 GiB of the CUDA context and its kernels and the 0.25 GiB that are kept"
+    ):
+        gpu[0].room(756 * MIB)
+
+
+def test_the_allocator_may_use_what_is_kept_for_it_and_no_more(gpu):
+    device, shares = gpu
+    device.cap_memory(12 * GIB)
+    assert shares == [(12 * GIB - 500 * MIB) / (24 * GIB)]
+
+
+def test_the_cap_of_an_engine_does_not_hold_the_next_one(gpu):
+    device, shares = gpu
+    device.cap_memory(12 * GIB)
+    device.cap_memory(None)
+    assert shares[-1] == 1.0
+
+
+@pytest.mark.parametrize("capability, grouped, flash", [((7, 5), 0, 0), ((8, 6), 0, 4), ((9, 0), 1, 4)], ids=str)
+def test_warming_uses_each_kernel_that_the_device_has(capability, grouped, flash, monkeypatch):
+    used = []
+
+    class Counts(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            used.append(operation.overloadpacket.__name__)
+            return operation(*args, **(kwargs or {}))
+
+    stream = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    with Counts():
+        cuda_features.warm_kernels(torch.device("meta"))
+    assert used.count("_grouped_mm") == grouped and used.count("_flash_attention_forward") == flash
+    assert used.count("index_select") == (2 if capability < (8, 0) else 3)
+
+
+def test_masked_attention_does_without_cudnn_on_a_cuda_device(monkeypatch):
+    said = []
+    event = SimpleNamespace(record=lambda stream=None: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", said.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **options: event)
+    assert Device("cuda").is_cuda and said == [False]
+
+
+@pytest.mark.parametrize(
+    "given, found",
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "x:1"}, {"PYTORCH_ALLOC_CONF": "x:1"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "y:2"}, {"PYTORCH_CUDA_ALLOC_CONF": "y:2"}),
+    ],
+)
+def test_segments_grow_in_place_unless_the_user_says_otherwise(given, found):
+    code = "import os, flexmoe; print({k: v for k, v in os.environ.items() if 'ALLOC_CONF' in k})"
+    clean = {k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k}
+    run = subprocess.run([sys.executable, "-c", code], env=clean | given, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(found)
+
+
 # CUDA, of which nothing is there but what the tests put in its place.
 
 UUID = "8d6f1c2e-0b5a-4f6d-9a53-0f3c5b7d1e22"
@@ -146,7 +234,7 @@ class NVMLError(Exception):
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def pretended(monkeypatch):
     """A GPU that CUDA calls number 0 and NVML number 3, of which 70 bytes are free before it is used and 50 afterwards."""
     state = SimpleNamespace(context=False, asked=[], mine=None, launched=[], registered=[], threads=[])
 
@@ -180,19 +268,19 @@ def gpu(monkeypatch):
     return state
 
 
-def test_a_gpu_is_looked_up_by_its_uuid(gpu):
+def test_a_gpu_is_looked_up_by_its_uuid(pretended):
     device = Device("cuda")
-    assert gpu.asked == [f"GPU-{UUID}"]
-    gpu.mine = SimpleNamespace(pid=os.getpid(), usedGpuMemory=17)
+    assert pretended.asked == [f"GPU-{UUID}"]
+    pretended.mine = SimpleNamespace(pid=os.getpid(), usedGpuMemory=17)
     assert device_module.process_gpu_bytes(device.torch) == 17
-    gpu.mine.pid += 1
+    pretended.mine.pid += 1
     assert device_module.process_gpu_bytes(device.torch) is None
 
 
-def test_the_context_is_what_was_free_before_it_and_is_not_afterwards(gpu):
+def test_the_context_is_what_was_free_before_it_and_is_not_afterwards(pretended):
     """In a container NVML tells other process ids, and other processes hold 30 bytes of the GPU."""
     device = Device("cuda").torch
-    gpu.context = True
+    pretended.context = True
     Device("cuda")  # a second engine remembers what the first one found
     assert device_module._held_bytes(device) == 20
     device_module._free_before.clear()
@@ -200,26 +288,26 @@ def test_the_context_is_what_was_free_before_it_and_is_not_afterwards(gpu):
     assert device_module._held_bytes(device) == 50
 
 
-def test_memory_that_the_driver_does_not_lock_leaves_no_error_to_the_next_launch(gpu, monkeypatch):
+def test_memory_that_the_driver_does_not_lock_leaves_no_error_to_the_next_launch(pretended, monkeypatch):
     def launch(*args, **options):
-        gpu.launched.append(options)
+        pretended.launched.append(options)
         raise RuntimeError("CUDA error: part or all of the requested memory range is already mapped")
 
     device = Device("cuda")
     monkeypatch.setattr(torch, "ones", launch)
     with pytest.raises(InfeasibleError, match=r"cannot lock .* \(error 712\)"):
         device.host_buffer(10)
-    assert gpu.launched == [{"device": device.torch}]
+    assert pretended.launched == [{"device": device.torch}]
 
 
 @pytest.mark.parametrize("usable, asked, expected", [(16, 16, 14), (16, 4, 4), (2, 2, 1), (1, 1, 1)])
-def test_operators_on_the_host_leave_two_cores_to_a_gpu(gpu, monkeypatch, usable, asked, expected):
+def test_operators_on_the_host_leave_two_cores_to_a_gpu(pretended, monkeypatch, usable, asked, expected):
     monkeypatch.setattr(device_module, "usable_cores", lambda: usable)
     monkeypatch.setattr(torch, "get_num_threads", lambda: asked)
     Device("cuda")
-    assert gpu.threads == [expected]
+    assert pretended.threads == [expected]
     Device("cpu")
-    assert gpu.threads == [expected]
+    assert pretended.threads == [expected]
 
 
 @pytest.mark.gpu

@@ -1,13 +1,14 @@
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
-import jsonschema
 import pytest
 
 from policies.common.errors import DataError, UsageError
 from policies.common.fields import Cost, Count, Percent, Rate, Size, Switch, Text, check_fields, one_of, optional, whole
 from policies.common.json_files import build
 from policies.common.json_schema import definitions, object_schema
+
+jsonschema = pytest.importorskip("jsonschema")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

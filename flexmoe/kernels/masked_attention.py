@@ -1,0 +1,153 @@
+"""Attention over a paged KV cache by torch's `scaled_dot_product_attention` with a mask, on any device and in any dtype.
+
+Rows of like length are padded to their longest. They are attended in pieces, so that copies of K and V and the masks stay
+within the memory that is planned for them.
+
+Legend: T tokens, H query heads, G KV heads, Dh head size, S keys, B rows of a piece, q queries of a row, n queries of a KV
+head: q times the heads that share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from cost_model.memory.memory_plan import MASK_BYTES, mask_bytes
+from flexmoe.kernels.ragged import Planned, Ragged
+from flexmoe.kernels.varlen_attention import DEFAULT_PAGES
+
+_BUCKET_WASTE = 1.25
+
+
+def masked_paged_attention(
+    q_THD: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    rows: Ragged,
+    *,
+    window: int | None,
+    out: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`flexmoe.kernels.paged_attention.paged_attention` by masks.
+
+    Args:
+        workspace: ``[2, P, page_tokens, G, Dh]`` for the copies of K and V; no row has more pages. Made when absent.
+    """
+    out_THD = torch.empty_like(q_THD) if out is None else out
+    room = DEFAULT_PAGES if workspace is None else workspace.shape[1]
+    pair_bytes = mask_bytes(q_THD.shape[1] // k_pool.shape[2], q_THD.element_size())
+    pieces: list[_Piece] = plan_masked(rows, k_pool.shape[1], room, pair_bytes).on_device(q_THD.device, _Piece)
+    for piece in pieces:
+        piece.attend(q_THD, k_pool, v_pool, out_THD, window, workspace)
+    return out_THD
+
+
+def plan_masked(rows: Ragged, page_tokens: int, room: int, pair_bytes: int) -> Planned:
+    """The pieces of rows whose pages are copied ``room`` at a time; for ``pair_bytes`` see `mask_bytes`."""
+    key = ("masked", page_tokens, room, pair_bytes)
+    if key not in rows.plans:
+        rows.plans[key] = Planned.of(list(_described(rows, page_tokens, room, pair_bytes)))
+    return rows.plans[key]
+
+
+def buckets_of(rows: Ragged) -> list[list[int]]:
+    """Rows with equal run lengths and contexts within `_BUCKET_WASTE` of each other."""
+    lengths, contexts = rows.q_lengths.tolist(), rows.contexts.tolist()
+    order = sorted((b for b in range(len(lengths)) if lengths[b]), key=lambda b: (lengths[b], contexts[b]))
+    buckets: list[list[int]] = []
+    for b in order:
+        first = buckets[-1][0] if buckets else None
+        if first is None or lengths[b] != lengths[first] or contexts[b] > _BUCKET_WASTE * contexts[first] + 32:
+            buckets.append([])
+        buckets[-1].append(b)
+    return buckets
+
+
+def _described(rows: Ragged, page_tokens: int, room: int, pair_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+    """The pieces of every bucket.
+
+    Args:
+        room: pages that a piece may copy.
+        pair_bytes: of the masks, for a query of a row and a key.
+    """
+    lengths, contexts, starts = rows.q_lengths, rows.contexts.numpy().astype(np.int64), rows.q_starts.numpy()
+    for bucket in buckets_of(rows):
+        run, pages = int(lengths[bucket[0]]), -(-int(contexts[bucket].max()) // page_tokens)
+        pairs = max(1, MASK_BYTES // (pair_bytes * page_tokens * pages))
+        step, together = min(run, pairs), max(1, min(room // pages, pairs // run))
+        for at in range(0, len(bucket), together):
+            members = np.asarray(bucket[at : at + together])
+            for first in range(0, run, step):
+                queries = np.arange(first, min(run, first + step))
+                positions_Bq = (contexts[members] - run)[:, None] + queries
+                seen = -(-(int(positions_Bq.max()) + 1) // page_tokens)  # later keys are seen by later queries
+                yield {
+                    "queries_Bq": starts[members][:, None] + queries,
+                    "positions_Bq": positions_Bq,
+                    "pages": np.maximum(0, rows.tables[members, :seen].numpy()),
+                }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """Index tensors, int32, of one padded attention call.
+
+    Attributes:
+        queries_Bq: places of the queries.
+        positions_Bq: their positions in their rows.
+        pages: page tables of the rows.
+    """
+
+    queries_Bq: torch.Tensor
+    positions_Bq: torch.Tensor
+    pages: torch.Tensor
+
+    def attend(
+        self,
+        q_THD: torch.Tensor,
+        k_pool: torch.Tensor,
+        v_pool: torch.Tensor,
+        out_THD: torch.Tensor,
+        window: int | None,
+        workspace: torch.Tensor | None,
+    ) -> None:
+        """Attend, and write the queries' places of ``out_THD``."""
+        count, heads = self.queries_Bq.shape[0], k_pool.shape[2]
+        shared = q_THD.shape[1] // heads
+        mask_BqS = self._mask(self.pages.shape[1] * k_pool.shape[1], window)
+        unused_BS11 = ~mask_BqS.any(1)[:, :, None, None]  # slots that no query sees may hold anything, NaN included
+        k_BGSd, v_BGSd = (
+            self._gathered(pool, workspace, which).masked_fill_(unused_BS11, 0).transpose(1, 2)
+            for which, pool in enumerate((k_pool, v_pool))
+        )
+        # The heads that share a KV head are queries of it: SDPA's own grouping takes no mask in its fused kernels, and
+        # the other one repeats K and V per head in float32.
+        q_BqHd = q_THD.index_select(0, self.queries_Bq.flatten()).unflatten(0, (count, -1))
+        q_BGnd = q_BqHd.unflatten(2, (heads, shared)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        mask_B1nS = mask_BqS[:, None, None].expand(-1, -1, shared, -1, -1).flatten(2, 3)
+        attended = F.scaled_dot_product_attention(q_BGnd, k_BGSd, v_BGSd, attn_mask=mask_B1nS)
+        attended_THd = attended.unflatten(2, (shared, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+        out_THD.index_copy_(0, self.queries_Bq.flatten().long(), attended_THd)
+
+    def _mask(self, keys: int, window: int | None) -> torch.Tensor:
+        """bool ``[B, q, S]``: which keys a query sees."""
+        keys_S, last_Bq1 = (
+            torch.arange(keys, dtype=torch.int32, device=self.pages.device),
+            self.positions_Bq[:, :, None],
+        )
+        mask_BqS = keys_S <= last_Bq1
+        if window is not None:
+            mask_BqS &= keys_S > last_Bq1 - window
+        return mask_BqS
+
+    def _gathered(self, pool: torch.Tensor, workspace: torch.Tensor | None, which: int) -> torch.Tensor:
+        """``[B, S, G, Dh]``: the keys, or the values, of the rows."""
+        pages = self.pages.flatten()
+        target = None if workspace is None else workspace[which, : len(pages)]
+        keys: torch.Tensor = torch.index_select(pool, 0, pages, out=target).unflatten(0, self.pages.shape).flatten(1, 2)
+        return keys

@@ -1,0 +1,181 @@
+"""Attention over a paged KV cache by flash attention for rows of any lengths: few launches, no mask, no padding.
+
+The pages of all rows of a call are copied side by side, K once and V once, and one kernel attends to all of them. Query
+heads that share a KV head are grouped by the kernel. Rows that lie in the pool one after another, as fetched rows do, are
+attended where they are.
+
+Rows that decode are attended apart from longer runs: with one query a row the kernel takes the heads that share a KV head
+for queries of it, and reads K and V once for all of them.
+
+Legend: T tokens, H query heads, G KV heads, Dh head size, B rows of a call, P pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from flexmoe.kernels.ragged import Planned, Ragged
+
+#: Of `torch.ops.aten._flash_attention_forward`; the first of what it returns is used.
+FlashOp = Callable[..., tuple[torch.Tensor, ...]]
+#: Pages that a call without a workspace copies at most, a row's own excepted.
+DEFAULT_PAGES = 1 << 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """Rows that are attended together.
+
+    Attributes:
+        queries: their tokens: a slice, or an int32 index.
+        pages: their pages in the pool: a slice, or an int32 index.
+        q_starts, k_starts: int32 ``[B + 1]``; a row's keys begin on a page.
+        k_lengths: int32 ``[B]``.
+        most_queries, most_keys: of a row.
+        window: keys that a query sees before its own; -1: all.
+    """
+
+    queries: slice | torch.Tensor
+    pages: slice | torch.Tensor
+    q_starts: torch.Tensor
+    k_starts: torch.Tensor
+    k_lengths: torch.Tensor
+    most_queries: int
+    most_keys: int
+    window: int
+
+
+def flash(*arguments: object, **options: object) -> tuple[torch.Tensor, ...]:
+    """Torch's own varlen flash attention. It takes the same arguments in all versions that we support, other than the
+    wrapper in `torch.nn.attention.varlen`."""
+    result: tuple[torch.Tensor, ...] = torch.ops.aten._flash_attention_forward(*arguments, **options)
+    return result
+
+
+def varlen_paged_attention(
+    q_THD: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    rows: Ragged,
+    *,
+    window: int | None,
+    out: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`flexmoe.kernels.paged_attention.paged_attention` by flash attention.
+
+    Args:
+        workspace: ``[2, P, page_tokens, G, Dh]`` for the copies of K and V; no row has more pages. Made when absent.
+    """
+    room = DEFAULT_PAGES if workspace is None else workspace.shape[1]
+    calls: list[_Call] = plan_varlen(rows, k_pool.shape[1], room, window).on_device(q_THD.device, _Call)
+    scale = q_THD.shape[-1] ** -0.5
+    if out is None and len(calls) == 1 and isinstance(calls[0].queries, slice):
+        return _attend(calls[0], q_THD, k_pool, v_pool, scale, workspace)
+    out_THD = torch.empty_like(q_THD) if out is None else out
+    for call in calls:
+        if isinstance(call.queries, slice):
+            out_THD[call.queries] = _attend(call, q_THD[call.queries], k_pool, v_pool, scale, workspace)
+        else:
+            attended = _attend(call, q_THD.index_select(0, call.queries), k_pool, v_pool, scale, workspace)
+            out_THD.index_copy_(0, call.queries.long(), attended)
+    return out_THD
+
+
+def _attend(
+    call: _Call,
+    q_THD: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    scale: float,
+    workspace: torch.Tensor | None,
+) -> torch.Tensor:
+    k, v = (_side_by_side(pool, call.pages, workspace, which) for which, pool in enumerate((k_pool, v_pool)))
+    return flash(
+        q_THD,
+        k,
+        v,
+        call.q_starts,
+        call.k_starts,
+        call.most_queries,
+        call.most_keys,
+        0.0,  # no dropout
+        True,  # causal: the last query of a row sees its last key
+        False,  # no mask for debugging
+        scale=scale,
+        window_size_left=call.window if call.window >= 0 else None,
+        window_size_right=0 if call.window >= 0 else None,
+        seqused_k=call.k_lengths,
+    )[0]
+
+
+def _side_by_side(
+    pool: torch.Tensor, pages: slice | torch.Tensor, workspace: torch.Tensor | None, which: int
+) -> torch.Tensor:
+    """``[P · page_tokens, G, Dh]``: the pages one after another."""
+    if isinstance(pages, slice):
+        return pool[pages].flatten(0, 1)
+    target = None if workspace is None else workspace[which, : len(pages)]
+    return torch.index_select(pool, 0, pages, out=target).flatten(0, 1)
+
+
+def plan_varlen(rows: Ragged, page_tokens: int, room: int, window: int | None) -> Planned:
+    """The calls for rows whose pages are copied ``room`` at a time."""
+    key = ("varlen", page_tokens, room, window)
+    if key not in rows.plans:
+        rows.plans[key] = Planned.of(_described(rows, page_tokens, room, window))
+    return rows.plans[key]
+
+
+def _described(rows: Ragged, page_tokens: int, room: int, window: int | None) -> list[dict[str, Any]]:
+    lengths, contexts, starts = rows.q_lengths, rows.contexts.numpy().astype(np.int64), rows.q_starts.numpy()
+    tables, columns = rows.tables.numpy(), np.arange(rows.tables.shape[1])
+    first = np.zeros_like(contexts)
+    if window is not None:  # pages that no query of the run sees are left out
+        first = np.maximum(0, contexts - lengths + 1 - window) // page_tokens
+    stop = -(-contexts // page_tokens)
+    described = []
+    for members in _cut(lengths, stop - first, room):
+        begin, end, q = first[members, None], stop[members, None], lengths[members]
+        keys = contexts[members] - first[members] * page_tokens
+        described.append(
+            {
+                "queries": _as_slice(np.repeat(starts[members] - _before(q), q) + np.arange(q.sum())),
+                "pages": _as_slice(tables[members][(columns >= begin) & (columns < end)]),
+                "q_starts": np.append(_before(q), q.sum()),
+                "k_starts": page_tokens * np.append(_before(end - begin), (end - begin).sum()),
+                "k_lengths": keys,
+                "most_queries": int(q.max()),
+                "most_keys": int(keys.max()),
+                # A window as wide as the keys hides nothing, and would cost the kernel its quicker path.
+                "window": window - 1 if window is not None and window < keys.max() else -1,
+            }
+        )
+    return described
+
+
+def _before(counts: np.ndarray) -> np.ndarray:
+    """The sum of the counts before each."""
+    before: np.ndarray = counts.reshape(-1).cumsum() - counts.reshape(-1)
+    return before
+
+
+def _cut(lengths: np.ndarray, pages: np.ndarray, room: int) -> Iterator[np.ndarray]:
+    """Rows that go together: those that decode, then the others, as many at a time as have pages for the room."""
+    for chosen in (lengths == 1, lengths > 1):
+        members = np.flatnonzero(chosen)
+        while len(members):
+            count = max(1, int(np.searchsorted(np.cumsum(pages[members]), room, side="right")))
+            yield members[:count]
+            members = members[count:]
+
+
+def _as_slice(values: np.ndarray) -> slice | np.ndarray:
+    """The slice that these integers are, if they follow each other; else themselves."""
+    first = int(values[0])
+    return slice(first, first + len(values)) if (np.diff(values) == 1).all() else values
