@@ -47,7 +47,7 @@ from scripts.optimality.rivals import Rivals
 
 TOLERANCE, MIXED_TOLERANCE = 0.02, 0.03
 CLIMBS, PER_CLIMB, PER_OWN_CLIMB = 20, 600, 3000
-MIXED_CLIMBS, MIXED_PER_CLIMB, SIMULATED = 4, 150, 6
+MIXED_CLIMBS, MIXED_PER_CLIMB, SIMULATED = 3, 60, 6
 KIND = "flexmoe.optimal"
 INTERRUPTED = 75
 ROOT = Path(__file__).resolve().parents[1]

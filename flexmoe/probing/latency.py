@@ -40,7 +40,7 @@ _LAYERS = 4
 _MOVED_LAYERS = 2
 #: The disk is to read for no longer than this part of a sweep, and at most this percentage of the weights.
 _DISK_BUSY, _DISK_PERCENT = 0.6, 50.0
-_ROUNDS = 5
+_ROUNDS = 9
 #: Tokens of a row whose KV takes next to no time.
 _SHORT = 8
 
