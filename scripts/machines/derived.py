@@ -34,6 +34,8 @@ PROCESS_SOURCES = {
 }
 #: The runtime reads weights in pieces of so many bytes.
 PIECE_BYTES = 4 << 20
+#: Of weights on their way up before a small copy: two pieces.
+PIECES_BEFORE_BYTES = 24 << 20
 
 
 def roofline(peak_flops_per_s: float, memory_bytes_per_s: float, dtype_bytes: int, elements: int) -> GemmRates:
@@ -86,6 +88,7 @@ def cuda_machine(name: str, card: Card, host: Host) -> Hardware:
         attention_flops_per_s=PREFILL_SHARE * card.half_flops_per_s,
         op_s=OP_S,
         score_s=SCORE_BYTES / memory,
+        h2d_busy_latency_s=PIECES_BEFORE_BYTES / link,
     )
     return machine(name, "cuda", gpu, host, card_sources(card))
 
@@ -158,7 +161,9 @@ def machine(name: str, device: str, gpu: Gpu, host: Host, gpu_sources: dict[str,
     sources = {
         **gpu_sources,
         "op_s": "estimate",
-        "h2d_busy_latency_s": "a thread copies what it is asked for" if device == "cpu" else "not measured, and so 0",
+        "h2d_busy_latency_s": "a thread copies what it is asked for"
+        if device == "cpu"
+        else "estimate: two pieces of 12 MiB of weights are before it",
         "cores": "chosen: a common machine of its kind",
         "host_memory_bytes": "chosen: a common machine of its kind; nominal, so take off what the system needs",
         "host_bytes_per_s": host.memory_source,
