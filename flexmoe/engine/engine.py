@@ -142,8 +142,8 @@ class Engine:
             if self._requests:  # `check` admits only rows that fit an empty tier, so this cannot be waited out
                 raise RuntimeError(f"{self.unfinished} requests wait, but the scheduler can admit none of them")
             return self._take_complete()
-        block = Block(runs, self.config.policy.gpu_batch_size)
         try:
+            block = Block(runs, self.config.policy.gpu_batch_size)
             logits = self.executor.run(block)
             chosen = sample(
                 logits,
