@@ -46,6 +46,7 @@ ORDER = (
     ("flexmoe.params",),
     ("flexmoe.system",),
     ("flexmoe.checkpoint",),
+    ("flexmoe.formats",),
     ("flexmoe.weights",),
     ("flexmoe.kernels",),
     ("flexmoe.sampling",),

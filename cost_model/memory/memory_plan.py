@@ -114,8 +114,8 @@ def _weight_bytes(
 ) -> dict[str, dict[str, int]]:
     at = allocation.placement
     slot, slack = slot_bytes(arch, at), unit_slack_bytes(arch)
-    gpu = at.bytes_of("gpu") // arch.dtype_bytes * b + at.count_of("gpu") * slack
-    cast = slot // arch.dtype_bytes * b if slot and b != arch.dtype_bytes else 0
+    gpu = arch.computed_bytes(at.bytes_of("gpu"), b) + at.count_of("gpu") * slack
+    cast = arch.computed_bytes(slot, b) if slot and b != arch.dtype_bytes else 0
     cpu = at.bytes_of("cpu") + at.count_of("cpu") * slack
     staging = allocation.staging_slots * slot if device == "cuda" else 0
     largest = max(at.residency.largest_streamed_bytes(0), arch.embed_params * arch.dtype_bytes)

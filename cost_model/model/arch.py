@@ -8,6 +8,7 @@ from typing import Any
 
 from cost_model.model.families import check_model_type, shape_fields
 from cost_model.model.known_shapes import known_config, read_config
+from cost_model.model.packed_format import PackedFormat
 from policies.common.errors import DataError, UsageError
 
 _COUNTS = (
@@ -40,7 +41,7 @@ class ModelArch:
         num_heads, num_kv_heads, head_dim: attention; a group of query heads shares a KV head.
         sliding_window: tokens that attention looks back, itself included; None is all.
         tied: the head is the embedding table.
-        dtype_bytes: bytes of one stored weight.
+        dtype_bytes: bytes of one stored weight, where it is not packed.
         norm_eps, rope_theta: constants of the norms and of the rotary embedding.
         attention_bias: q, k, v and o add a bias.
         head_bias: the head adds one, also where its table is tied.
@@ -51,6 +52,7 @@ class ModelArch:
         rope_switch: longest row that the rotary embedding turns by its first set of factors; a row that grows past it is
             computed anew with the second. None: one set for all.
         group: consecutive experts of a layer that are moved as one; None: as `weight_units.experts_per_unit` has it.
+        packed: how matrices lie packed at rest, on the links and on the device; None: none do.
 
     Raises:
         DataError: a value is out of range, or two contradict each other; the sentence names the field.
@@ -81,6 +83,7 @@ class ModelArch:
     dense_ffn: int = 0
     rope_switch: int | None = None
     group: int | None = None
+    packed: PackedFormat | None = None
 
     def __post_init__(self) -> None:
         check_model_type(self.model_type)
@@ -198,21 +201,49 @@ class ModelArch:
     @property
     def total_bytes(self) -> int:
         """Bytes of all weights at rest; for tied models less than the sum over `weight_units.units_of`."""
-        return self.parameters * self.dtype_bytes
-
-    @property
-    def attention_bytes(self) -> int:
-        """Stored bytes of one attention unit."""
-        return self.attention_params * self.dtype_bytes
+        layers = range(self.num_layers)
+        modules = sum(
+            self.attention_bytes_in(layer) + self.experts_in(layer) * self.expert_bytes_in(layer) for layer in layers
+        )
+        head = (0 if self.tied else self.embed_params) + (self.vocab_size if self.head_bias else 0)
+        return modules + (self.embed_params + self.norm_params + head) * self.dtype_bytes
 
     @property
     def expert_bytes(self) -> int:
         """Stored bytes of one expert."""
-        return self.expert_params * self.dtype_bytes
+        return self._mlp_bytes(self.ffn, "expert")
 
-    def unit_bytes(self, params: int) -> int:
-        """Stored bytes of an attention or expert unit of so many weights."""
-        return params * self.dtype_bytes
+    def expert_bytes_in(self, layer: int) -> int:
+        """Stored bytes of one expert of a layer, or of its MLP."""
+        return self._mlp_bytes(self.dense_ffn, "dense") if self.is_dense(layer) else self.expert_bytes
+
+    def attention_bytes_in(self, layer: int) -> int:
+        """Stored bytes of a layer's attention unit."""
+        params = self.attention_params_in(layer)
+        if self.packed is None or "attention" not in self.packed.kinds:
+            return params * self.dtype_bytes
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes = ((queries, self.hidden), (keys, self.hidden), (keys, self.hidden), (self.hidden, queries))
+        packed = sum(self.packed.matrix_bytes(*shape) for shape in shapes)
+        return (params - self.projection_params) * self.dtype_bytes + packed
+
+    def _mlp_bytes(self, width: int, kind: str) -> int:
+        if self.packed is None or kind not in self.packed.kinds:
+            return 3 * self.hidden * width * self.dtype_bytes
+        return 2 * self.packed.matrix_bytes(width, self.hidden) + self.packed.matrix_bytes(self.hidden, width)
+
+    def is_packed(self, kind: str) -> bool:
+        """Whether the matrices of attention modules (`attention`), experts (`expert`) or MLPs of dense layers (`dense`) are."""
+        return self.packed is not None and kind in self.packed.kinds
+
+    def computed_bytes(self, stored: int, compute_bytes: int) -> int:
+        """Bytes on the compute device of units of so many stored bytes, where numbers take ``compute_bytes``.
+
+        Packed numbers stay packed, so where there are some this is a bound.
+        """
+        if self.packed is None:
+            return stored // self.dtype_bytes * compute_bytes
+        return -(-stored * max(compute_bytes, self.dtype_bytes) // self.dtype_bytes)
 
     @property
     def flops_per_token(self) -> int:
@@ -284,6 +315,7 @@ class ModelArch:
             "head_bias": self.head_bias,
             "dense_layers": list(self.dense_layers),
             "dense_ffn": self.dense_ffn,
+            "weight_format": self.packed.describe() if self.packed else "",
         }
         return {f: getattr(self, f) for f in fields} | {f: value for f, value in optional.items() if value}
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from cost_model.model.packed_format import packed_format
 from policies.common.errors import DataError, UsageError
 
 #: How weights lie in a checkpoint that can be read; for messages.
@@ -35,13 +36,9 @@ def shape_fields(config: Config) -> dict[str, Any]:
     check_model_type(config.get("model_type"))
     if config.get("hidden_act", "silu") != "silu":
         raise DataError(f"hidden_act is {config['hidden_act']!r}; only 'silu' is supported.")
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        raise DataError(
-            f"config.json has a quantization_config{f' ({method})' if method else ''}, but weights must be {STORED_AS}: use "
-            f"the original checkpoint"
-        )
-    return FAMILIES[config["model_type"]](config)
+    fields = FAMILIES[config["model_type"]](config)
+    packed = packed_format(config, _modules(config["model_type"], fields))
+    return fields | ({"packed": packed} if packed else {})
 
 
 def dtype_name(dtype: Any) -> str:
@@ -105,6 +102,34 @@ def _qwen3_moe(config: Config) -> dict[str, Any]:
 
 def _qwen_window(config: Config) -> int | None:
     return _optional_count(config, "sliding_window") if "sliding_window" in config else _QWEN_WINDOW
+
+
+#: The modules of an expert inside a layer, ``{}`` its number, and of the router beside them; all others are called alike.
+_EXPERTS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "mixtral": ("block_sparse_moe.experts.{}.w1", "block_sparse_moe.gate"),
+        "phimoe": ("block_sparse_moe.experts.{}.w1", "block_sparse_moe.gate"),
+        "qwen3_moe": ("mlp.experts.{}.gate_proj", "mlp.gate"),
+    }
+)
+
+
+def _modules(model_type: str, fields: Config) -> dict[str, list[str]]:
+    """Names of the linear layers of each kind, as lists of exceptions may name them."""
+    expert, router = _EXPERTS[model_type]
+    layers, dense = range(fields["num_layers"]), fields.get("dense_layers", ())
+    sparse = [layer for layer in layers if layer not in dense]
+    at = "model.layers.{}."
+    found = {
+        "attention": [at.format(layer) + f"self_attn.{role}_proj" for layer in layers for role in "qkvo"],
+        "expert": [
+            at.format(layer) + expert.format(number) for layer in sparse for number in (0, fields["num_experts"] - 1)
+        ],
+        "dense": [at.format(layer) + f"mlp.{role}_proj" for layer in dense for role in ("gate", "up", "down")],
+        "router": [at.format(layer) + router for layer in sparse],
+        "head": ["lm_head"],
+    }
+    return {kind: names for kind, names in found.items() if names}
 
 
 #: A new family is one function and one entry here.

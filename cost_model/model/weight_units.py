@@ -45,9 +45,9 @@ def units_of(arch: ModelArch) -> tuple[Unit, ...]:
 def _units(arch: ModelArch) -> Iterator[Unit]:
     yield Unit(EMBEDDING, arch.embed_params * arch.dtype_bytes)
     for layer in range(arch.num_layers):
-        yield Unit(UnitId("attention", layer), arch.unit_bytes(arch.attention_params_in(layer)))
+        yield Unit(UnitId("attention", layer), arch.attention_bytes_in(layer))
         for experts in expert_groups(arch, layer):
-            size = arch.unit_bytes(len(experts) * arch.expert_params_in(layer))
+            size = len(experts) * arch.expert_bytes_in(layer)
             yield Unit(expert_unit(layer, experts), size)
     for index in range(head_chunks(arch)):
         start, stop = head_rows(arch, index)
@@ -98,13 +98,16 @@ def unit_slack_bytes(arch: ModelArch) -> int:
     return max(_LEAST_SLACK_BYTES, 2 * SYSTEM_PAGE_BYTES * max(attention, 3 * experts_per_unit(arch)))
 
 
+@lru_cache(maxsize=64)
 def head_chunks(arch: ModelArch) -> int:
     """The fewest equal row chunks of the head that are each no larger than the largest attention or expert unit.
 
     So the head never asks for a larger slot. The final norm is stored with the first chunk.
     """
     row = arch.head_row_params
-    largest = max(experts_per_unit(arch) * arch.expert_params, arch.dense_params, arch.attention_params)
+    dense = max((arch.expert_bytes_in(layer) for layer in arch.dense_layers), default=0)
+    attention = max(map(arch.attention_bytes_in, range(arch.num_layers)))
+    largest = max(experts_per_unit(arch) * arch.expert_bytes, dense, attention) // arch.dtype_bytes
     chunks = -(-arch.vocab_size * row // largest)
     while max(-(-arch.vocab_size // chunks) * row, arch.vocab_size // chunks * row + arch.norm_params) > largest:
         chunks += 1

@@ -121,7 +121,7 @@ class Choices:
             found = [("gpu", "fetch", "cpu", "disk"), ("gpu", "cpu", "disk"), ("gpu", "fetch", "disk")]
         yield True, found
         units = residency(self.problem.arch)
-        resident = units.prefix_bytes[-1] // self.problem.arch.dtype_bytes * self.problem.dtype_bytes
+        resident = self.problem.arch.computed_bytes(units.prefix_bytes[-1], self.problem.dtype_bytes)
         resident += len(units.order) * unit_slack_bytes(self.problem.arch)
         budgets = [size for name, size in hardware.budgets().items() if "gpu" in name and size is not None]
         if resident < min(budgets, default=0):

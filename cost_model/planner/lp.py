@@ -167,7 +167,7 @@ class Programme:
         """Of each weight byte at home in the tier: as stored, with the slack of its unit; on the device as computed with."""
         m, arch = self.model, self.problem.arch
         slack = 1 + unit_slack_bytes(arch) * len(m.units.order) / m.total_bytes
-        on_device = slack * self.problem.dtype_bytes / arch.dtype_bytes
+        on_device = slack * arch.computed_bytes(m.total_bytes, self.problem.dtype_bytes) / m.total_bytes
         return [(m.weights[tier], {"gpu": on_device, "cpu": slack, "disk": 1.0}[tier])]
 
     def _row_bytes(self, tier: str) -> Terms:

@@ -58,7 +58,7 @@ class Objective:
         bytes_before, slack = residency(arch, fixed.expert_order).prefix_bytes, unit_slack_bytes(arch)
         # What the first so many units take on the GPU, and in host memory.
         self._on_gpu = [
-            size // arch.dtype_bytes * problem.dtype_bytes + count * slack for count, size in enumerate(bytes_before)
+            arch.computed_bytes(size, problem.dtype_bytes) + count * slack for count, size in enumerate(bytes_before)
         ]
         self._on_cpu = [size + count * slack for count, size in enumerate(bytes_before)]
         self._percent = [100 * size / bytes_before[-1] for size in bytes_before]

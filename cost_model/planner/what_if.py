@@ -10,6 +10,7 @@ from cost_model.hardware.hardware import Gpu, Hardware
 from cost_model.hardware.link_curves import scaled
 from cost_model.hardware.speeds import with_speeds
 from cost_model.model.arch import ModelArch
+from cost_model.model.packed_format import PackedFormat
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.search import Optimum, improved
 from cost_model.timing.problem import Problem
@@ -157,23 +158,19 @@ _MACHINES: Iterable[tuple[tuple[str, ...], str, _Better]] = (
 # Models.
 
 
+#: Inputs that share a scale.
+_GROUP = 128
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed(ModelArch):
-    """The model in fewer bytes: at rest, on the links and on the device; unpacking is taken to cost no time.
+    """The model with KV in fewer bits: at rest and on the links.
 
     Attributes:
-        weight_bits: of one weight of the attention and expert units; 0 is as stored.
         kv_bits: of one number of the KV cache; 0 is the compute dtype's.
     """
 
-    weight_bits: int = 0
     kv_bits: int = 0
-
-    def unit_bytes(self, params: int) -> int:
-        """Stored bytes of an attention or expert unit; embedding and head are as they are."""
-        full = ModelArch.unit_bytes(self, params)
-        part = self.weight_bits / (8 * self.dtype_bytes)
-        return max(1, round(full * part)) if self.weight_bits else full
 
     def kv_bytes_per_token_layer(self, dtype_bytes: int = 2) -> int:
         """Bytes of K and V that one token keeps in one layer."""
@@ -181,16 +178,21 @@ class Packed(ModelArch):
         return full * self.kv_bits // (8 * dtype_bytes) if self.kv_bits else full
 
 
-def _packed(*, weight_bits: int = 0, kv_bits: int = 0) -> Callable[[ModelArch], ModelArch]:
+def _packed_weights(bits: int) -> Callable[[ModelArch], ModelArch]:
+    packed = PackedFormat(method="compressed-tensors", codec="integer", bits=bits, columns=_GROUP)
+    return lambda arch: arch if arch.packed else replace(arch, packed=packed)
+
+
+def _packed_kv(bits: int) -> Callable[[ModelArch], ModelArch]:
     def pack(arch: ModelArch) -> ModelArch:
         values = {field.name: getattr(arch, field.name) for field in fields(ModelArch)}
-        return Packed(**values, weight_bits=weight_bits, kv_bits=kv_bits)
+        return Packed(**values, kv_bits=bits)
 
     return pack
 
 
 _MODELS: Iterable[tuple[str, Callable[[ModelArch], ModelArch]]] = (
-    ("int8 weights", _packed(weight_bits=8)),
-    ("int4 weights", _packed(weight_bits=4)),
-    ("int8 KV", _packed(kv_bits=8)),
+    ("int8 weights", _packed_weights(8)),
+    ("int4 weights", _packed_weights(4)),
+    ("int8 KV", _packed_kv(8)),
 )

@@ -5,9 +5,10 @@ size, offset and name is checked, and each fault is one sentence that names the 
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -70,7 +71,13 @@ class Checkpoint:
             raise DataError(f"the checkpoint {str(root)!r} has no tensors at all, so {INCOMPLETE}")
         return cls(directory=root, config=config, generation_config=generation_config, tensors=tensors)
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], families: Iterable[str]) -> None:
+    def check(
+        self,
+        expected: Mapping[str, tuple[int, ...]],
+        families: Iterable[str],
+        dtypes: Mapping[str, Sequence[torch.dtype]] = MappingProxyType({}),
+        unread: Sequence[str] = (),
+    ) -> None:
         """Hold the tensors against what the model's configuration asks for.
 
         Names that are not expected are an error if they belong to a layer (the configuration then describes another
@@ -79,12 +86,18 @@ class Checkpoint:
         Args:
             expected: the shape of every tensor that the model needs, by its name on disk.
             families: the model types that can be read, for the sentence.
+            dtypes: of tensors that are not floats of 16 bits and more, by name.
+            unread: last words of names that may be there and are not read.
 
         Raises:
-            DataError: a tensor is missing, left over, of another shape, or not bf16, fp16, fp32 or fp64.
+            DataError: a tensor is missing, left over, of another shape, or of a dtype that it may not have.
         """
         missing = [name for name in expected if name not in self.tensors]
-        extra = [name for name in self.tensors if name not in expected and _is_layer_weight(name)]
+        extra = [
+            name
+            for name in self.tensors
+            if name not in expected and _is_layer_weight(name) and name.rsplit(".", 1)[-1] not in unread
+        ]
         if missing or extra:
             found = [f"{_some(missing)} missing"] * bool(missing) + [f"{_some(extra)} unexpected"] * bool(extra)
             raise DataError(
@@ -95,10 +108,16 @@ class Checkpoint:
             )
         for name, shape in expected.items():
             info = self.tensors[name]
-            if info.dtype not in _WEIGHT_DTYPES:
+            known = dtypes.get(name, ())
+            if known and info.dtype not in known:
+                raise DataError(
+                    f"tensor {name!r} in {str(info.path)!r} is {_dtype_name(info.dtype)}, but the quantization_config asks for "
+                    f"{' or '.join(map(_dtype_name, known))}: they belong to different checkpoints"
+                )
+            if not known and info.dtype not in _WEIGHT_DTYPES:
                 raise DataError(
                     f"tensor {name!r} in {str(info.path)!r} is {_dtype_name(info.dtype)}, but weights must be {STORED_AS}: "
-                    f"it looks quantized, use the original checkpoint"
+                    f"it looks quantized, and config.json has no quantization_config for it"
                 )
             if info.shape != tuple(shape):
                 raise DataError(

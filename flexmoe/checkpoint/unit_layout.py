@@ -31,6 +31,8 @@ class Part:
         whole: shape of the tensor that the part is a slice of; None: the part is all of it.
         of: shape of the unit's tensor that several parts make up, each a contiguous piece of it; None: this is all of it.
         into: index of the part's first element in that tensor, flattened.
+        dtypes: those that the tensor may have; empty: any float, which is cast to the compute dtype when it is used. Others are
+            used as they are.
     """
 
     role: str
@@ -40,6 +42,7 @@ class Part:
     whole: tuple[int, ...] | None = None
     of: tuple[int, ...] | None = None
     into: int = 0
+    dtypes: tuple[torch.dtype, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

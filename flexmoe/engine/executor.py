@@ -28,7 +28,6 @@ from flexmoe.engine.head import Logits
 from flexmoe.engine.hidden_states import Activations
 from flexmoe.engine.router_counter import RouterCounter
 from flexmoe.kernels.expert_dispatch import ExpertDispatch
-from flexmoe.kernels.expert_weights import ExpertWeights
 from flexmoe.kernels.family import Family
 from flexmoe.kv.batch import Arrived, Batch, Block, Group, begun
 from flexmoe.kv.transfers import KVLanes
@@ -286,7 +285,7 @@ class Executor:
 
     def _op_expert(self, op: Op) -> None:
         unit = _unit(op)
-        weights = ExpertWeights.of(self._feed.get(unit))
+        weights = self._family.expert_weights(op.layer, self._feed.get(unit))
         x_TD, y_TD = self._x_TD[: self._block.tokens], self._y_TD[: self._block.tokens]
         self._experts.add_unit(unit.experts, x_TD, y_TD, weights, self._family)
         self._feed.release(unit)
@@ -295,7 +294,7 @@ class Executor:
         """The routed experts of a layer on demand, the cached ones first."""
         x_TD, y_TD = self._x_TD[: self._block.tokens], self._y_TD[: self._block.tokens]
         for tensors in self._feed.experts():
-            weights = {expert: ExpertWeights.of(own) for expert, own in tensors.items()}
+            weights = {expert: self._family.expert_weights(op.layer, own) for expert, own in tensors.items()}
             with self._timed(f"experts {op.layer}.{','.join(map(str, weights))}"):
                 self._experts.add_some(weights, x_TD, y_TD, self._family)
             del tensors, weights  # casts are made for the next ones

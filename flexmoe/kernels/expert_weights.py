@@ -9,11 +9,15 @@ Legend: D hidden, F expert width, n tokens, e experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
+from cost_model.model.packed_format import PackedFormat
 from flexmoe.checkpoint.unit_layout import tensors_of
+from flexmoe.formats.packed_matrix import CODECS, SEPARATOR, PackedMatrix
 from flexmoe.kernels.grouped_product import Matrices, can_group, grouped_product, product_in_turn
 from flexmoe.kernels.linear import linear
 
@@ -25,11 +29,13 @@ class ExpertProducts:
         gate_up: gate above up in one, or gate and up.
         down: the same of down.
         product: ``(x, weight)`` to ``x · weight^T``.
+
+    Packed matrices come by `linear`, which unpacks them.
     """
 
     __slots__ = ("_down", "_gate_up", "_product")
 
-    def __init__(self, gate_up: Sequence[Matrices], down: Matrices, product: Callable[..., torch.Tensor]):
+    def __init__(self, gate_up: Sequence[Any], down: Any, product: Callable[..., torch.Tensor]):
         self._gate_up, self._down, self._product = gate_up, down, product
 
     def gate_up(self, x_nD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,6 +51,31 @@ class ExpertProducts:
         return self._product(h_nF, self._down)
 
 
+@dataclass(frozen=True, slots=True)
+class PackedShape:
+    """How the matrices of experts are packed.
+
+    Args:
+        format: of all of them.
+        hidden, ffn: D and F.
+    """
+
+    format: PackedFormat
+    hidden: int
+    ffn: int
+
+    def matrices(self, tensors: Mapping[str, torch.Tensor], role: str) -> list[PackedMatrix]:
+        """The matrices of a role, in order; gate and up of an expert are two."""
+        rows, columns = (self.ffn, self.hidden) if role == "gate_up" else (self.hidden, self.ffn)
+        names = [field.name for field in CODECS[self.format.codec].fields(self.format, rows, columns)]
+        found = {name: tensors_of(tensors, f"{role}{SEPARATOR}{name}") for name in names}
+        count = len(found["packed"])
+        return [
+            PackedMatrix(self.format, {name: field[at] for name, field in found.items()}, (rows, columns))
+            for at in range(count)
+        ]
+
+
 class ExpertWeights:
     """The weights of the experts of a unit, or of the MLP of a dense layer, which is an expert alone.
 
@@ -55,12 +86,19 @@ class ExpertWeights:
 
     __slots__ = ("_down", "_gate_up")
 
-    def __init__(self, gate_up: Sequence[Matrices], down: Matrices):
+    def __init__(self, gate_up: Sequence[Any], down: Any):
         self._gate_up, self._down = gate_up, down
 
     @classmethod
-    def of(cls, tensors: Mapping[str, torch.Tensor]) -> ExpertWeights:
-        """From the tensors of a unit, as they lie on the compute device or as they were read."""
+    def of(cls, tensors: Mapping[str, torch.Tensor], packed: PackedShape | None = None) -> ExpertWeights:
+        """From the tensors of a unit, as they lie on the compute device or as they were read.
+
+        Args:
+            packed: format and shape of the experts where their matrices are packed.
+        """
+        if packed is not None:
+            halves, down_e = packed.matrices(tensors, "gate_up"), packed.matrices(tensors, "down")
+            return cls((halves[::2], halves[1::2]), down_e)
         gate_up, down = tensors_of(tensors, "gate_up"), tensors_of(tensors, "down")
         apart = len(gate_up) == 2 * len(down)
         return cls((gate_up[::2], gate_up[1::2]) if apart else (gate_up,), down)
@@ -99,8 +137,15 @@ class ExpertWeights:
         """
         return ExpertProducts(self._gate_up, self._down, partial(product_in_turn, tokens=tokens))
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the matrices are packed."""
+        return isinstance(self._down[0], PackedMatrix)
+
     def can_group(self) -> bool:
         """Whether the device has a grouped product for these weights as they lie."""
+        if self.is_packed:
+            return False
         return can_group((*self._gate_up, self._down))
 
     def _halves(self) -> Sequence[torch.Tensor]:

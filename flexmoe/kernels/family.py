@@ -13,7 +13,7 @@ import torch
 
 from cost_model.model.arch import ModelArch
 from flexmoe.checkpoint.unit_layout import Part
-from flexmoe.kernels.expert_weights import ExpertProducts
+from flexmoe.kernels.expert_weights import ExpertProducts, ExpertWeights
 from policies.units import UnitId
 
 #: Tensors of a unit by their role.
@@ -51,6 +51,9 @@ class Family(Protocol):
 
     def route(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Chosen experts and their weights (float32), both ``[T, K]``."""
+
+    def expert_weights(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> ExpertWeights:
+        """The weights of a layer's experts, or of its MLP, of the tensors of a unit."""
 
     def feed_forward(self, x_nD: torch.Tensor, w: ExpertProducts) -> torch.Tensor:
         """Output ``[n, D]`` of an expert, or of several experts at once."""

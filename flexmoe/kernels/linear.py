@@ -18,6 +18,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from flexmoe.formats.packed_matrix import PackedMatrix
 from flexmoe.kernels.native import library as native
 from flexmoe.kernels.native.products import grouped_products
 from flexmoe.system.machine import cpu_flags
@@ -35,8 +36,12 @@ _LEAST_TOKENS, _SIZES_PER_OCTAVE = 8, 8
 _PIECE = 1 << 20
 
 
-def linear(x_nC: torch.Tensor, weight_RC: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
+def linear(
+    x_nC: torch.Tensor, weight_RC: torch.Tensor | PackedMatrix, bias_R: torch.Tensor | None = None
+) -> torch.Tensor:
     """``x · weight^T + bias``: ``[n, R]`` in the dtype of ``x``."""
+    if isinstance(weight_RC, PackedMatrix):
+        return _unpacked_product(x_nC, weight_RC, bias_R)
     if x_nC.device.type != "cpu" or x_nC.dtype not in _INSTRUCTIONS:
         return F.linear(x_nC, weight_RC, bias_R)
     if multiplies(x_nC.dtype):
@@ -50,6 +55,32 @@ def linear(x_nC: torch.Tensor, weight_RC: torch.Tensor, bias_R: torch.Tensor | N
         bias = None if bias_R is None else bias_R[at : at + rows].float()
         out_nR[:, at : at + rows] = F.linear(wide_nC, weight_RC[at : at + rows].float(), bias)
     return out_nR
+
+
+def _unpacked_product(x_nC: torch.Tensor, weight: PackedMatrix, bias_R: torch.Tensor | None) -> torch.Tensor:
+    """A packed weight is unpacked some rows at a time, as many on the CPU as stay in its cache, into a buffer that is used again."""
+    (rows, columns), device = weight.shape, x_nC.device
+    step = rows if device.type != "cpu" else min(rows, max(_LEAST_TOKENS, _PIECE // columns // 32 * 32))
+    buffer, out_nR = scratch(device, x_nC.dtype, step * columns), x_nC.new_empty(len(x_nC), rows)
+    for at in range(0, rows, step):
+        last = min(rows, at + step)
+        piece_RC = weight.unpack(buffer[: (last - at) * columns].view(last - at, columns), at)
+        out_nR[:, at:last] = linear(x_nC, piece_RC, None if bias_R is None else bias_R[at:last])
+    return out_nR
+
+
+@cache
+def _scratches() -> dict[tuple[torch.device, torch.dtype], torch.Tensor]:
+    return {}
+
+
+def scratch(device: torch.device, dtype: torch.dtype, numbers: int) -> torch.Tensor:
+    """A buffer of so many numbers for unpacked weights, the same one each time; kernels of one stream use it in turn."""
+    kept = _scratches()
+    buffer = kept.get((device, dtype))
+    if buffer is None or len(buffer) < numbers:
+        kept[device, dtype] = buffer = torch.empty(numbers, dtype=dtype, device=device)
+    return buffer[:numbers]
 
 
 def padded_tokens(tokens: int) -> int:

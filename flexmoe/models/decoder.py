@@ -20,11 +20,15 @@ import torch.nn.functional as F
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import experts_per_unit, units_of
 from flexmoe.checkpoint.unit_layout import Part
-from flexmoe.kernels.expert_weights import ExpertProducts
+from flexmoe.formats.packed_matrix import PackedMatrix, fields_of, packed_parts
+from flexmoe.kernels.expert_weights import ExpertProducts, ExpertWeights, PackedShape
 from flexmoe.kernels.family import Rope, Weights
 from flexmoe.kernels.linear import linear
 from flexmoe.models.names import Names, unit_parts
 from policies.units import UnitId
+
+#: What may be packed of a unit; norms, biases and routers are not.
+_PACKED_ROLES = frozenset(("q", "k", "v", "o", "gate_up", "down"))
 
 
 class Decoder(ABC):
@@ -50,7 +54,36 @@ class Decoder(ABC):
 
     def parts(self, on_disk: Iterable[str]) -> dict[UnitId, list[Part]]:
         """Parts of every unit, given the names in the checkpoint (they tell the layout: per expert or packed)."""
-        return unit_parts(self.arch, self.names, packed=self.names.are_packed(on_disk))
+        return self._as_stored(unit_parts(self.arch, self.names, packed=self.names.are_packed(on_disk)))
+
+    def _as_stored(self, units: dict[UnitId, list[Part]]) -> dict[UnitId, list[Part]]:
+        """Parts of units, those of packed matrices in the form that the checkpoint has of them."""
+        packed = self.arch.packed
+        if packed is None:
+            return units
+        return {
+            unit: [
+                own for part in parts for own in (packed_parts(packed, part) if self._is_packed(unit, part) else [part])
+            ]
+            for unit, parts in units.items()
+        }
+
+    def _is_packed(self, unit: UnitId, part: Part) -> bool:
+        kind = "dense" if unit.kind == "expert" and self.arch.is_dense(unit.layer) else unit.kind
+        return self.arch.is_packed(kind) and part.role in _PACKED_ROLES
+
+    def expert_weights(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> ExpertWeights:
+        """The weights of a layer's experts, or of its MLP, of the tensors of a unit."""
+        arch, dense = self.arch, self.arch.is_dense(layer)
+        packed = arch.packed if arch.is_packed("dense" if dense else "expert") else None
+        return ExpertWeights.of(tensors, PackedShape(packed, arch.hidden, arch.ffn_in(layer)) if packed else None)
+
+    def _matrix(self, w: Weights, role: str, rows: int, columns: int) -> torch.Tensor | PackedMatrix:
+        """A matrix of an attention module."""
+        packed = self.arch.packed
+        if packed is None or not self.arch.is_packed("attention"):
+            return w[role]
+        return PackedMatrix(packed, fields_of(w, role), (rows, columns))
 
     def expert_parts(self, on_disk: Iterable[str]) -> dict[UnitId, list[Part]]:
         """Parts of every single expert that belongs to a unit of several, by what it is as a unit of its own."""
@@ -58,7 +91,7 @@ class Decoder(ABC):
             return {}
         single = unit_parts(self.arch.grouped(1), self.names, packed=self.names.are_packed(on_disk), kinds=("expert",))
         units = {unit.id for unit in units_of(self.arch)}
-        return {unit: parts for unit, parts in single.items() if unit not in units}
+        return self._as_stored({unit: parts for unit, parts in single.items() if unit not in units})
 
     def expected_tensors(self, on_disk: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Names and shapes that a complete checkpoint in the layout of ``on_disk`` must have."""
@@ -83,7 +116,13 @@ class Decoder(ABC):
         """Queries ``[T, H, Dh]``, keys and values ``[T, G, Dh]`` of hidden states; queries and keys are rotated."""
         x_TD = self.norm(h_TD, w, "input_norm")
         heads = (-1, self.arch.head_dim)
-        q, k, v = (linear(x_TD, w[r], w.get(f"{r}_bias")).unflatten(-1, heads) for r in ("q", "k", "v"))
+        counts = (("q", self.arch.num_heads), ("k", self.arch.num_kv_heads), ("v", self.arch.num_kv_heads))
+        q, k, v = (
+            linear(
+                x_TD, self._matrix(w, role, count * self.arch.head_dim, self.arch.hidden), w.get(f"{role}_bias")
+            ).unflatten(-1, heads)
+            for role, count in counts
+        )
         if "q_norm" in w:
             q, k = self.norm(q, w, "q_norm"), self.norm(k, w, "k_norm")
         return _rotate(q, *rope), _rotate(k, *rope), v
@@ -95,7 +134,8 @@ class Decoder(ABC):
 
         A dense layer has no router; its logits are None.
         """
-        h_TD = h_TD + linear(attended_THd.flatten(1), w["o"], w.get("o_bias"))
+        out = self._matrix(w, "o", self.arch.hidden, self.arch.num_heads * self.arch.head_dim)
+        h_TD = h_TD + linear(attended_THd.flatten(1), out, w.get("o_bias"))
         x_TD = self.norm(h_TD, w, "post_norm")
         return h_TD, x_TD, linear(x_TD, w["router"]) if "router" in w else None
 

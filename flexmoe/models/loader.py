@@ -16,6 +16,8 @@ from cost_model.model.arch import ModelArch
 from flexmoe.checkpoint.checkpoint import Checkpoint
 from flexmoe.checkpoint.files import read_json_object
 from flexmoe.errors import DataError, InputMissingError, UsageError
+from flexmoe.formats.beside import UNREAD, check_beside
+from flexmoe.formats.packed_matrix import SEPARATOR
 from flexmoe.kernels.family import Family
 from flexmoe.models.registry import FAMILIES, family
 from flexmoe.weights.recast import Rest
@@ -87,7 +89,7 @@ def load_model(model: str, load_format: str = "auto", dtype: str = "auto") -> Mo
     checkpoint = Checkpoint.open(path if path.exists() else _from_hub(model))
     arch = ModelArch.from_config(checkpoint.config, name=str(model))
     math = family(arch, checkpoint.config)
-    checkpoint.check(math.expected_tensors(checkpoint.tensors), families=FAMILIES)
+    _check(checkpoint, math)
     stored = _stored_dtype(checkpoint, math, dtype)
     arch = dataclasses.replace(arch, dtype_bytes=stored.itemsize)
     return Model(
@@ -99,6 +101,16 @@ def load_model(model: str, load_format: str = "auto", dtype: str = "auto") -> Mo
         directory=checkpoint.directory,
         checkpoint=checkpoint,
     )
+
+
+def _check(checkpoint: Checkpoint, math: Family) -> None:
+    """Hold the tensors against what the config asks for; of packed matrices their scales, too."""
+    parts = [part for own in math.parts(checkpoint.tensors).values() for part in own]
+    dtypes = {part.tensor: part.dtypes for part in parts if part.dtypes}
+    checkpoint.check(math.expected_tensors(checkpoint.tensors), FAMILIES, dtypes, UNREAD if dtypes else ())
+    if math.arch.packed is not None:
+        scales = [checkpoint.tensors[part.tensor] for part in parts if part.role.endswith(f"{SEPARATOR}scale")]
+        check_beside(scales, checkpoint.tensors.values(), math.arch.packed.columns)
 
 
 def compute_dtype(name: str, model: Model, device: torch.device) -> torch.dtype:
@@ -132,7 +144,8 @@ def _dummy(arch: ModelArch, directory: Path | None) -> Model:
 
 def _stored_dtype(checkpoint: Checkpoint, math: Family, asked: str) -> torch.dtype:
     """The dtype of the most bytes of weights; of several, all are float32 where that is asked for: no other holds each of them."""
-    names = {p.tensor for parts in math.parts(checkpoint.tensors).values() for p in parts}
+    units = math.parts(checkpoint.tensors).values()
+    names = {part.tensor for parts in units for part in parts if not part.dtypes}
     sizes: Counter[torch.dtype] = Counter()
     for info in (checkpoint.tensors[name] for name in sorted(names)):
         sizes[info.dtype if info.dtype in DTYPES.values() else torch.float32] += info.nbytes

@@ -21,6 +21,8 @@ from policies.units import UnitId
 
 #: Bytes that are read before they are cast; each disk thread holds so many.
 _CHUNK_BYTES = 256 << 10
+#: A number of any dtype may begin at multiples of this.
+_ALIGNMENT = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +47,7 @@ class RecastFile:
     """The tensors of a checkpoint that have to be cast or moved before use; safe to read from several threads.
 
     Args:
-        found: where each lies, and its dtype here; all dtypes here are of one size.
+        found: where each lies, and its dtype here.
 
     Attributes:
         path: names the file, which does not exist.
@@ -66,7 +68,7 @@ class RecastFile:
             self.tensors[info.name] = replace(info, path=Path(self.path), offset=end, nbytes=nbytes, dtype=dtype)
             self._sources.append(info)
             self._starts.append(end)
-            end += nbytes
+            end = -(-(end + nbytes) // _ALIGNMENT) * _ALIGNMENT
         # Of its own: reads of unaligned bytes turn O_DIRECT off for their descriptor.
         self._files = {path: DirectFile(path) for path in {info.path for info in self._sources}}
 
@@ -75,9 +77,10 @@ class RecastFile:
         """Of the tensors that `units` consist of; where one of a role has to be cast, all of the role in the unit are."""
         cast, moved = set(), set()
         for parts in units.values():
-            others = {part.role for part in parts if tensors[part.tensor].dtype != rest.stored}
+            floats = [part for part in parts if not part.dtypes]
+            others = {part.role for part in floats if tensors[part.tensor].dtype != rest.stored}
             cast |= {part.tensor for part in parts if part.role in others}
-            moved |= {part.tensor for part in parts if tensors[part.tensor].offset % rest.stored.itemsize}
+            moved |= {part.tensor for part in parts if _is_misplaced(tensors[part.tensor], part, rest)}
         ordered = sorted((tensors[name] for name in cast | moved), key=lambda info: (str(info.path), info.offset))
         return cls((info, rest.cast if info.name in cast else info.dtype) for info in ordered)
 
@@ -114,3 +117,7 @@ class RecastFile:
             piece = raw[: len(into) * size]
             file.read_into(piece.numpy().data, source.offset + (first + start) * size)
             into.copy_(piece.view(source.dtype))
+
+
+def _is_misplaced(info: TensorInfo, part: Part, rest: Rest) -> bool:
+    return bool(info.offset % (info.dtype.itemsize if part.dtypes else rest.stored.itemsize))

@@ -13,6 +13,7 @@ import torch
 
 from cost_model.memory.memory_plan import LOADS_IN_FLIGHT
 from flexmoe.checkpoint.unit_layout import UnitLayout, pack, views
+from flexmoe.formats.packed_matrix import is_packed
 from flexmoe.system.device import Device
 from flexmoe.system.direct_io import DiskPool, OnDone, Pending
 from flexmoe.system.trace import Recorder
@@ -21,8 +22,8 @@ from policies.units import UnitId
 
 
 def as_compute(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Tensors of a unit in the compute dtype: the one place where stored weights are cast."""
-    return {role: t if t.dtype == dtype else t.to(dtype) for role, t in tensors.items()}
+    """Tensors of a unit in the compute dtype: the one place where stored weights are cast. Fields of packed ones stay."""
+    return {role: t if t.dtype == dtype or is_packed(role) else t.to(dtype) for role, t in tensors.items()}
 
 
 class WeightStore:
@@ -116,7 +117,7 @@ class WeightStore:
     def _load_gpu(self, units: list[UnitId]) -> None:
         if not units:
             return
-        placed = {u: pack({r: (self.dtype, p.shape) for r, p in self.layouts[u].device.items()}) for u in units}
+        placed = {u: pack(self._computed(u)) for u in units}
         arena = self.device.device_buffer(sum(size for _, size in placed.values()))
         offset = 0
         for unit, (places, size) in placed.items():
@@ -133,6 +134,11 @@ class WeightStore:
             reading.append((unit, buffer, self._source.read(unit, stored, self._urgent)))
         while reading:
             self._upload(*reading.popleft())
+
+    def _computed(self, unit: UnitId) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of a unit's tensors on the device."""
+        places = self.layouts[unit].device.items()
+        return {role: (place.dtype if is_packed(role) else self.dtype, place.shape) for role, place in places}
 
     def _upload(self, unit: UnitId, buffer: torch.Tensor, pending: Pending) -> torch.Tensor:
         pending.wait()
