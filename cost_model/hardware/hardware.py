@@ -34,6 +34,18 @@ DEVICES = ("cuda", "cpu")
 MACHINES = Path(__file__).parent / "machines"
 
 
+def _check_seconds(name: str, value: Any) -> dict[str, float]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise UsageError(f"{name} is {value!r}; it must map names to seconds.")
+    return {key: check_number(f"{name} of {key}", seconds, zero=True) for key, seconds in value.items()}
+
+
+_SECONDS_BY_NAME = Rule(
+    check=_check_seconds,
+    schema={"type": "object", "additionalProperties": {"type": "number", "minimum": 0}},
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
     """The compute device; on device cpu, the cores in that role.
@@ -58,6 +70,8 @@ class Gpu:
             was not measured.
         h2d_busy_latency_s: what a small copy up takes beyond its bytes while weights are copied; 0 where it was not measured, and
             on device cpu.
+        unpack_s: by format of packed weights (`PackedFormat.name`), unpacking a weight beside the product that takes it; of a
+            format that was not measured, what reading and writing it takes.
         grouped_experts: like ``experts``, one of a unit of several whose weights lie stacked, by grouped products; without
             the sizes of numbers that were not measured, or for which the runtime has none.
 
@@ -84,6 +98,7 @@ class Gpu:
     score_s: Cost = 0.0
     h2d_busy_latency_s: Cost = 0.0
     grouped_experts: SomeRates = field(default_factory=dict)
+    unpack_s: Annotated[Mapping[str, float], _SECONDS_BY_NAME] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fields(self, "of the GPU")

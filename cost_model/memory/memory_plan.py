@@ -126,11 +126,19 @@ def _weight_bytes(
             "weights": gpu,
             "slots": allocation.slots * slot,
             "cast": cast,
+            "unpacked": _unpacked_bytes(arch, b),
             "expert cache": allocation.cache_experts * entry_bytes(arch) if allocation.cache_experts else 0,
         },
         "cpu": {"weights": cpu, "staging slots": staging, "load buffers": loading, "embedding rows": rows},
         "disk": {"weights": allocation.placement.bytes_per_tier["disk"]},
     }
+
+
+def _unpacked_bytes(arch: ModelArch, b: int) -> int:
+    """The buffer that packed matrices are unpacked into: the largest of them."""
+    heads = arch.num_heads * arch.head_dim
+    sizes = {"attention": arch.hidden * heads, "expert": arch.hidden * arch.ffn, "dense": arch.hidden * arch.dense_ffn}
+    return max((size * b for kind, size in sizes.items() if arch.is_packed(kind)), default=0)
 
 
 def _kv_bytes(arch: ModelArch, allocation: Allocation, device: str, b: int) -> dict[str, dict[str, int]]:

@@ -169,10 +169,14 @@ class Slopes:
         if dense:
             pieces = self._expert_curve.pieces(arch.dense_params)
             slope, constant = max(pieces, key=lambda piece: piece[0] * tokens + piece[1])
+            constant += costs.unpack_s("dense", arch.dense_params)
             beside_slope, beside_s = dense * slope, beside_s + dense * (constant + 2 * costs.op_s)
-        per_row = tokens / self.rows
+        per_row, unpacked_s = tokens / self.rows, costs.unpack_s("expert", arch.expert_params)
         return tuple(
-            Line(sparse * touched * constant + beside_s, (sparse * slope * arch.top_k + beside_slope) * per_row)
+            Line(
+                sparse * touched * (constant + unpacked_s) + beside_s,
+                (sparse * slope * arch.top_k + beside_slope) * per_row,
+            )
             for slope, constant in costs.unit_rates(tokens).pieces(arch.expert_params)
         )
 

@@ -47,7 +47,7 @@ def table_of_seconds(
         demand: of the sweep, where it is on demand.
     """
     arch, tokens = costs.arch, load.tokens
-    dense = costs.expert_s(tokens, arch.dense_params) if arch.dense_layers else 0.0
+    dense = costs.mlp_s(tokens)
     table = [costs.host_s(load.rows), 0.0, 0.0, costs.sample_s(load.logits)]
     if demand:
         own = costs.demanded(demand, tokens)

@@ -95,6 +95,14 @@ class Costs:
         self.stream_bytes_per_s = self._stream_rates()
         self.lane_share = self._lane_share()
 
+    def unpack_s(self, kind: str, weights: float) -> float:
+        """So many weights of units of a kind, as each product unpacks them; 0 where they are not packed."""
+        packed = self.arch.packed
+        if packed is None or kind not in packed.kinds:
+            return 0.0
+        moved = packed.bits / 8 + 2 * self._b  # read, written, read again by the product
+        return weights * self._gpu.unpack_s.get(packed.name, moved / self._gpu.memory_bytes_per_s)
+
     def _lane_share(self) -> dict[str, float]:
         hw, on_cpu = self.hardware, self.hardware.device == "cpu"
         core = 1 / hw.cores
@@ -192,7 +200,12 @@ class Costs:
 
     def project_s(self, batch: BatchLoad) -> float:
         """Norm, queries, keys and values, rope."""
-        return self._projected * self._dense.seconds(batch.tokens, self._module)
+        return self._projected * self._module_s(batch)
+
+    def _module_s(self, batch: BatchLoad) -> float:
+        """The linear part of an attention module; each GPU batch unpacks it anew."""
+        unpacked_s = self.unpack_s("attention", self.arch.projection_params) if batch.tokens else 0.0
+        return self._dense.seconds(batch.tokens, self._module) + unpacked_s
 
     def attend_s(self, batch: BatchLoad) -> float:
         """Attention of what is attended on the compute device; output projection, norm and router of all."""
@@ -200,7 +213,7 @@ class Costs:
         pairs = batch.pairs["gpu"] + batch.pairs["fetch"] + batch.pairs["disk"]
         attention = context * self.kv_bytes / self._gpu.attention_bytes_per_s
         attention += pairs * self._pair_flops / self._gpu.attention_flops_per_s
-        return attention + (1 - self._projected) * self._dense.seconds(batch.tokens, self._module)
+        return attention + (1 - self._projected) * self._module_s(batch)
 
     def cpu_attend_s(self, batch: BatchLoad) -> float:
         """Attention in host memory."""
@@ -241,6 +254,11 @@ class Costs:
         """One expert of so many weights over its tokens, by itself."""
         return self._experts.seconds(tokens, elements)
 
+    def mlp_s(self, tokens: float) -> float:
+        """The MLP of a dense layer; 0 where there is none."""
+        elements = self.arch.dense_params
+        return self.expert_s(tokens, elements) + self.unpack_s("dense", elements) if elements else 0.0
+
     def touched(self, tokens: float) -> float:
         """Experts of a layer that the tokens reach."""
         return self.routing.touched(tokens)
@@ -248,15 +266,21 @@ class Costs:
     def unit_rates(self, tokens: float) -> GemmRates:
         """Rates of an expert that is computed with the others of its unit, in a sweep of so many tokens."""
         grouped = self._gpu.grouped_experts.get(self._b)
-        return grouped if grouped and are_grouped(self.arch, self._b, tokens) else self._experts
+        return (
+            grouped
+            if grouped and not self.arch.is_packed("expert") and are_grouped(self.arch, self._b, tokens)
+            else self._experts
+        )
 
     def reached_expert_s(self, tokens: float) -> float:
         """One of the experts that a sweep's tokens reach, over its share of them."""
         return self._reached_s(self.unit_rates(tokens), tokens)
 
     def _reached_s(self, rates: GemmRates, tokens: float) -> float:
-        touched = self.touched(tokens)
-        return rates.seconds(tokens * self.arch.top_k / touched, self.arch.expert_params) if touched else 0.0
+        touched, elements = self.touched(tokens), self.arch.expert_params
+        if not touched:
+            return 0.0
+        return rates.seconds(tokens * self.arch.top_k / touched, elements) + self.unpack_s("expert", elements)
 
     def demanded_bytes(self, demand: Demand) -> tuple[float, float]:
         """(read in a mean layer that has experts on disk, copied in a mean layer) where experts come on demand.

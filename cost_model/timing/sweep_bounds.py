@@ -245,7 +245,7 @@ def _experts(costs: Costs, tokens: float, demand: Demand | None, stream: _Weight
     """
     arch = costs.arch
     layers, dense = arch.num_layers, len(arch.dense_layers)
-    beside_s = dense * (costs.expert_s(tokens, arch.dense_params) + 2 * costs.op_s) if dense else 0.0
+    beside_s = dense * (costs.mlp_s(tokens) + 2 * costs.op_s) if dense else 0.0
     if demand is None:
         each_layer = costs.touched(tokens) * costs.reached_expert_s(tokens) + (expert_units(arch) + 1) * costs.op_s
         seconds = ((layers - dense) * each_layer + beside_s) / layers

@@ -18,7 +18,7 @@ import torch
 from cost_model.model.packed_format import PackedFormat
 from flexmoe.checkpoint.unit_layout import tensors_of
 from flexmoe.formats.packed_matrix import CODECS, SEPARATOR, PackedMatrix
-from flexmoe.kernels.grouped_product import Matrices, can_group, grouped_product, product_in_turn
+from flexmoe.kernels.grouped_product import can_group, grouped_product, product_in_turn
 from flexmoe.kernels.linear import linear
 
 

@@ -52,10 +52,11 @@ def product_in_turn(x_nC: torch.Tensor, matrices: Matrices, tokens: Sequence[tup
     """
     out_nR = x_nC.new_empty(len(x_nC), matrices[0].shape[0])
     for number, own in tokens:
-        if x_nC.is_cuda:  # one launch
-            torch.mm(x_nC[own], matrices[number].t(), out=out_nR[own])
+        matrix = matrices[number]
+        if x_nC.is_cuda and isinstance(matrix, torch.Tensor):  # one launch
+            torch.mm(x_nC[own], matrix.t(), out=out_nR[own])
         else:
-            out_nR[own] = linear(x_nC[own], matrices[number])
+            out_nR[own] = linear(x_nC[own], matrix)
     return out_nR
 
 

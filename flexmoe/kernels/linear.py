@@ -13,6 +13,7 @@ Legend: n tokens, C columns and R rows of a weight.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -58,15 +59,20 @@ def linear(
 
 
 def _unpacked_product(x_nC: torch.Tensor, weight: PackedMatrix, bias_R: torch.Tensor | None) -> torch.Tensor:
-    """A packed weight is unpacked some rows at a time, as many on the CPU as stay in its cache, into a buffer that is used again."""
-    (rows, columns), device = weight.shape, x_nC.device
-    step = rows if device.type != "cpu" else min(rows, max(_LEAST_TOKENS, _PIECE // columns // 32 * 32))
-    buffer, out_nR = scratch(device, x_nC.dtype, step * columns), x_nC.new_empty(len(x_nC), rows)
-    for at in range(0, rows, step):
-        last = min(rows, at + step)
-        piece_RC = weight.unpack(buffer[: (last - at) * columns].view(last - at, columns), at)
-        out_nR[:, at:last] = linear(x_nC, piece_RC, None if bias_R is None else bias_R[at:last])
+    out_nR = x_nC.new_empty(len(x_nC), weight.shape[0])
+    for rows, piece_RC in unpacked_pieces(weight, x_nC.dtype):
+        out_nR[:, rows] = linear(x_nC, piece_RC, None if bias_R is None else bias_R[rows])
     return out_nR
+
+
+def unpacked_pieces(weight: PackedMatrix, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Some rows of a packed weight after the others, in a buffer that is used again; on the CPU as many as stay in its cache."""
+    (rows, columns), device = weight.shape, weight.device
+    step = rows if device.type != "cpu" else min(rows, max(_LEAST_TOKENS, _PIECE // columns // 32 * 32))
+    buffer = scratch(device, dtype, step * columns)
+    for first in range(0, rows, step):
+        last = min(rows, first + step)
+        yield slice(first, last), weight.unpack(buffer[: (last - first) * columns].view(last - first, columns), first)
 
 
 @cache

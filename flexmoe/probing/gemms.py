@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -18,10 +20,13 @@ from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.memory.allocation import PAGE_TOKENS
 from cost_model.memory.memory_plan import EXPERT_CHUNK_TOKENS
 from cost_model.model.arch import ModelArch
+from cost_model.model.packed_format import PackedFormat
 from cost_model.model.weight_units import GROUPED_TOKENS, UNIT_BYTES
+from flexmoe.formats.packed_matrix import CODECS, PackedMatrix
 from flexmoe.kernels.expert_dispatch import ExpertDispatch
 from flexmoe.kernels.expert_weights import ExpertWeights
 from flexmoe.kernels.grouped_product import has_grouped_product
+from flexmoe.kernels.linear import unpacked_pieces
 from flexmoe.kv.batch import Batch, Block, Run
 from flexmoe.kv.cache import KVCache, KVShape
 from flexmoe.kv.transfers import KVBuffers, KVLanes
@@ -40,6 +45,14 @@ _EXPERTS, _TOP_K = 8, 2
 #: Experts of a unit that is measured.
 UNIT_EXPERTS = 8
 _DECODE_TOKENS = 64
+#: Formats whose unpacking is measured, as most checkpoints have them, and the most weights of the expert that is unpacked.
+PACKED_FORMATS = (
+    PackedFormat(method="fp8", codec="fp8", bits=8, rows=128, columns=128, scale_bytes=4),
+    PackedFormat(method="compressed-tensors", codec="integer", bits=4, columns=128),
+    PackedFormat(method="compressed-tensors", codec="integer", bits=8, columns=128),
+    PackedFormat(method="compressed-tensors", codec="mxfp4", bits=4, columns=32, scale_bytes=1),
+)
+_UNPACKED_WEIGHTS = 16 << 20
 #: Token counts per point, the most that take no longer than so many times the seconds meant for a point.
 _COUNTS, _MOST_POINTS = (8, 4, 2, 1), 10
 _NORMAL = statistics.NormalDist()
@@ -129,6 +142,35 @@ def dense_rates(device: Device, arena: WeightArena, dtype: torch.dtype, effort: 
         elements = arch.projection_params + arch.router_params
         cases.append(Case(arch=arch, bench=dense_bench, elements=elements, work_bytes=work_bytes))
     return _rates("attention modules", cases, device, arena, dtype, effort)
+
+
+@torch.inference_mode()
+def unpacking_s(device: Device, dtype: torch.dtype, effort: Effort) -> dict[str, float]:
+    """Seconds of unpacking a weight, by the name of its format, in the pieces that a product takes."""
+    hidden, ffn = [shape for shape in effort.experts if 3 * shape[0] * shape[1] <= _UNPACKED_WEIGHTS][-1]
+    found = {}
+    for packed in PACKED_FORMATS:
+        fields = {
+            field.name: _field(device, field.shape, field.dtypes[0])
+            for field in CODECS[packed.codec].fields(packed, ffn, hidden)
+        }
+        matrix = PackedMatrix(packed, fields, (ffn, hidden))
+        each_s = repeat_s(device, partial(_unpack, matrix, dtype), effort.point_s)
+        found[packed.name] = each_s / (ffn * hidden)
+    return found
+
+
+def _unpack(matrix: PackedMatrix, dtype: torch.dtype) -> None:
+    for _ in unpacked_pieces(matrix, dtype):
+        pass
+
+
+def _field(device: Device, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    if dtype.is_floating_point and dtype.itemsize > 1:
+        return torch.full(shape, 0.01, dtype=dtype, device=device.torch)
+    count = math.prod(shape) * dtype.itemsize
+    numbers = torch.randint(0, 120, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return numbers.view(dtype).view(shape).to(device.torch)
 
 
 def _room(device: Device, arena: WeightArena) -> int:

@@ -33,7 +33,7 @@ from flexmoe.probing.facts import (
     pinned_limit_bytes,
     process_bytes,
 )
-from flexmoe.probing.gemms import UNIT_EXPERTS, dense_rates, expert_rates, grouped_expert_rates
+from flexmoe.probing.gemms import UNIT_EXPERTS, dense_rates, expert_rates, grouped_expert_rates, unpacking_s
 from flexmoe.probing.kv import SHAPES, kv_block_costs, kv_rates
 from flexmoe.probing.latency import (
     disk_latency,
@@ -251,6 +251,8 @@ def _linear(s: Setting, found: Found) -> None:
         grouped_experts=grouped,
     )
     found.put(f"the family's projections, new KV, output and router, and routing, per GPU batch; {source}", dense=dense)
+    unpacked = f"flexmoe.formats, a matrix of an expert in the pieces that a product takes, into {_dtype(s, 2)}"
+    found.put(unpacked, unpack_s=unpacking_s(s.device, s.dtypes[2], s.effort))
 
 
 def _overheads(s: Setting, found: Found) -> None:

@@ -113,9 +113,9 @@ def test_units_are_made_once_for_a_shape():
 def test_a_dense_layer_is_attention_without_router_and_one_mlp():
     units = {str(unit.id): unit.stored_bytes for unit in units_of(MIXED)}
     assert [name for name in units if name.startswith("layers.7.")] == ["layers.7.attention", "layers.7.expert.0"]
-    assert units["layers.7.expert.0"] == MIXED.unit_bytes(MIXED.expert_params_in(7)) == 3 * 2048 * 6144 * 2
+    assert units["layers.7.expert.0"] == MIXED.expert_bytes_in(7) == 3 * 2048 * 6144 * 2
     assert units["layers.6.attention"] - units["layers.7.attention"] == 2048 * 128 * 2
-    assert units["layers.7.attention"] == MIXED.unit_bytes(MIXED.attention_params_in(7))
+    assert units["layers.7.attention"] == MIXED.attention_bytes_in(7)
     assert sum(units.values()) == MIXED.total_bytes
 
 
@@ -145,7 +145,7 @@ def test_no_head_chunk_is_larger_than_the_largest_other_unit(shape, changes):
 
 def test_a_large_dense_mlp_makes_room_for_larger_head_chunks():
     assert (head_chunks(QWEN.grouped(1)), head_chunks(MIXED.grouped(1))) == (17, 9)
-    assert MIXED.unit_bytes(MIXED.expert_params_in(0)) > MIXED.attention_bytes > MIXED.expert_bytes
+    assert MIXED.expert_bytes_in(0) > MIXED.attention_bytes_in(8) > MIXED.expert_bytes
 
 
 @pytest.mark.parametrize("vocab_size", [1, 7, 32_000, 256_001])

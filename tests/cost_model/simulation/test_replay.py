@@ -63,7 +63,7 @@ def test_host_units_that_are_not_pinned_pass_through_a_staging_slot():
     pinned, loose = (costs_of(percent, gpu=slow, weight_slots=2, pin_weight=pin) for pin in (True, False))
     first_s = [replay(costs, [decoding(24)], policy.gpu_batch_size).sweep_s[0] for costs, policy in (pinned, loose)]
     arch, copy_s = loose[0].arch, loose[0].copy_s
-    first_unit_s, second_unit_s = copy_s(arch.attention_bytes), copy_s(arch.expert_bytes)
+    first_unit_s, second_unit_s = copy_s(arch.attention_bytes_in(0)), copy_s(arch.expert_bytes)
     assert 0.7 * first_unit_s <= first_s[1] - first_s[0] <= 1.1 * (first_unit_s + second_unit_s)
 
 

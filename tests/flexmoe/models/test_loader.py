@@ -99,7 +99,7 @@ def test_a_quantized_checkpoint_is_refused_by_the_planner_in_the_words_of_the_ru
     directory = shutil.copytree(tiny().directory, tmp_path / "quantized")
     config = json.loads((directory / "config.json").read_text())
     said = set()
-    for quantization in ({"quant_method": "fp8", "activation_scheme": "dynamic"}, None):
+    for quantization in ({"quant_method": "bitsandbytes", "load_in_4bit": True}, None):
         (directory / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
         for read in (ModelArch.from_dir, lambda path: load_model(str(path)).arch):
             if quantization is None:
@@ -109,4 +109,4 @@ def test_a_quantized_checkpoint_is_refused_by_the_planner_in_the_words_of_the_ru
                 read(directory)
             said.add(str(refused.value).removeprefix(f"{directory} cannot be run: "))
     (sentence,) = said
-    assert "quantization_config (fp8)" in sentence and "use the original checkpoint" in sentence
+    assert "method 'bitsandbytes' is not read" in sentence and "use the original checkpoint" in sentence

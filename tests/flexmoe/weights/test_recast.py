@@ -132,7 +132,7 @@ def test_only_the_routers_of_another_dtype_are_cast_and_the_plan_counts_one_dtyp
 def test_quantized_weights_among_others_are_refused(plain, dtype, tmp_path):
     name = next(name for name in plain[1] if "experts" in name)
     directory = write(plain, plain[1] | {name: plain[1][name].to(dtype)}, tmp_path / "quantized")
-    with pytest.raises(DataError, match="looks quantized, use the original checkpoint"):
+    with pytest.raises(DataError, match="looks quantized, and config.json has no quantization_config"):
         load_model(str(directory))
 
 
