@@ -183,6 +183,61 @@ class Counter:
             self._bar.close()
 
 
+class Volume:
+    """Shows how much of something has been written, and how long the rest takes: a bar, or a line every `LOG_INTERVAL_S`.
+
+    Args:
+        total_bytes: all of it.
+        done_bytes: what was there before.
+        what: is done, for example "quantizing".
+        bar: draw a bar.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        total_bytes: int,
+        done_bytes: int,
+        what: str,
+        *,
+        bar: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total, self._before, self._done, self._what, self._clock = (
+            total_bytes,
+            done_bytes,
+            done_bytes,
+            what,
+            clock,
+        )
+        self._start = self._logged = clock()
+        size = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+        self._bar = _tqdm(total_bytes, done_bytes, desc=what, leave=False, bar_format=None, **size) if bar else None
+
+    def add(self, nbytes: int) -> None:
+        """So many bytes more."""
+        self._done += nbytes
+        if self._bar is not None:
+            self._bar.update(nbytes)
+        elif self._clock() - self._logged >= LOG_INTERVAL_S:
+            self._logged = self._clock()
+            log.info("%s: %s", self._what, self.describe())
+
+    def describe(self) -> str:
+        """Share, rate, and how long the rest will take."""
+        rate = (self._done - self._before) / max(self._clock() - self._start, 1e-9)
+        left = duration((self._total - self._done) / rate) if rate else "?"
+        share = 100 * self._done / max(1, self._total)
+        return f"{share:.0f} % of {self._total / 1e9:.1f} GB, {rate / 1e6:.0f} MB/s, {left} left"
+
+    def __enter__(self) -> Volume:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
 def duration(seconds: float) -> str:
     """``1 d 02:03:04``, ``2:03:04`` or ``3:04``."""
     minutes, rest = divmod(round(seconds), 60)

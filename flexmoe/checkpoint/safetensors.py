@@ -33,6 +33,7 @@ _DTYPES = {
     "I64": torch.int64,
     "F64": torch.float64,
 }
+_LABELS = {dtype: label for label, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,11 @@ class TensorInfo:
     nbytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+def dtype_label(dtype: torch.dtype) -> str:
+    """What a header calls a dtype."""
+    return _LABELS[dtype]
 
 
 def read_tensors(path: Path) -> dict[str, TensorInfo]:

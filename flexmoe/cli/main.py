@@ -16,6 +16,7 @@ _COMMANDS = {
     "run": ("flexmoe.cli.run", "a file of requests to a JSONL of completions"),
     "plan": ("cost_model.__main__", "find the policy with the most tokens per second for a model, a machine and a job"),
     "probe": ("flexmoe.cli.probe", "measure this machine's rates for the planner"),
+    "quantize": ("flexmoe.cli.quantize", "pack the weights of a checkpoint: int4, int8, fp8 or mxfp4"),
     "merge": ("flexmoe.cli.merge", "put the outputs of shards together"),
 }
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help() -> list[str]:
-    commands = [f"  {name:<6} {what}" for name, (_, what) in _COMMANDS.items()]
+    commands = [f"  {name:<8} {what}" for name, (_, what) in _COMMANDS.items()]
     return [
         "usage: flexmoe COMMAND [flags]",
         "",

@@ -16,7 +16,7 @@ from flexmoe.formats.codec import Field, Fields
 
 #: The value of each code: sign, two bits of exponent, one of mantissa.
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-_BIAS = 127
+BIAS = 127
 
 
 class Mxfp4:
@@ -39,5 +39,5 @@ class Mxfp4:
         values = pairs.index_select(0, fields["packed"][first:last].flatten().int()).view(
             len(out_RC), -1, packed.columns
         )
-        exponents = fields["scale"][first:last].to(torch.int32).sub_(_BIAS)
+        exponents = fields["scale"][first:last].to(torch.int32).sub_(BIAS)
         out_RC.copy_(torch.ldexp(values, exponents.unsqueeze(-1)).view(out_RC.shape))

@@ -52,6 +52,34 @@ def unit_parts(
     return {unit: list(_parts(arch, names, packed, unit)) for unit in units}
 
 
+@dataclass(frozen=True, slots=True)
+class HubMatrix:
+    """Where a checkpoint has what the hub's layout has in a tensor of its own.
+
+    Attributes:
+        tensor: its name there.
+        first: index of the first element in it.
+        shape: of the tensor in the hub's layout, or of a part of it.
+    """
+
+    tensor: str
+    first: int
+    shape: tuple[int, ...]
+
+
+def hub_matrices(arch: ModelArch, names: Names, on_disk: Iterable[str]) -> dict[str, HubMatrix]:
+    """The tensors of the hub's layout by name, in a checkpoint of floats of either layout."""
+    stored = unit_parts(arch, names, packed=names.are_packed(on_disk))
+    found: dict[str, HubMatrix] = {}
+    for unit, parts in unit_parts(arch, names, packed=False).items():
+        own = {(part.role, part.into): part for part in stored[unit]}
+        for part in parts:
+            there = own.get((part.role, part.into)) or own[part.role, 0]  # all experts in one
+            first = there.first_element + part.into - there.into
+            found.setdefault(part.tensor, HubMatrix(there.tensor, first, part.shape))
+    return found
+
+
 def _parts(arch: ModelArch, names: Names, packed: bool, unit: UnitId) -> Iterator[Part]:
     kind, layer = unit.kind, unit.layer
     if kind == "embed":

@@ -81,6 +81,14 @@ def write_all(descriptor: int, data: bytes) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
+def write_at(descriptor: int, data: bytes, offset: int) -> None:
+    """Writes all of `data` from `offset` on; several threads may, at the same time."""
+    rest = memoryview(data)
+    while rest:
+        count = os.pwrite(descriptor, rest, offset)
+        rest, offset = rest[count:], offset + count
+
+
 def read_at(descriptor: int, size: int, offset: int) -> bytes:
     """`size` bytes from `offset`, fewer only where the file ends."""
     pieces = []

@@ -12,7 +12,7 @@ import termios
 
 import pytest
 
-from flexmoe.progress import LOG_INTERVAL_S, Left, Progress, Rates, Steps, duration
+from flexmoe.progress import LOG_INTERVAL_S, Left, Progress, Rates, Steps, Volume, duration
 
 
 class Clock:
@@ -148,3 +148,21 @@ def test_a_terminal_of_any_size_shows_a_bar(lines, columns):
                 seen += chunk
     os.close(ours)
     assert b"3/9 rows" in seen, seen
+
+
+def test_a_volume_says_its_share_its_rate_and_the_time_left(clock, caplog):
+    with (
+        caplog.at_level(logging.INFO, "flexmoe.progress"),
+        Volume(10**9, 10**8, "packing", bar=False, clock=clock) as volume,
+    ):
+        assert "? left" in volume.describe()
+        clock.now += LOG_INTERVAL_S
+        volume.add(3 * 10**8)
+    assert caplog.messages == ["packing: 40 % of 1.0 GB, 10 MB/s, 1:00 left"]
+
+
+def test_the_bar_of_a_volume_has_the_time_left(capsys):
+    with Volume(1 << 30, 0, "packing", bar=True) as volume:
+        volume.add(1 << 29)
+        assert volume.describe().startswith("50 %")
+    assert "packing" in capsys.readouterr().err
