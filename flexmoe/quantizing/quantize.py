@@ -12,9 +12,9 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -48,8 +48,10 @@ _Result = TypeVar("_Result")
 class _Each(Protocol):
     """Calls a function for each of many items, on all cores, and gives the results in order."""
 
-    def __call__(self, function: Callable[[_Item], _Result], items: Iterable[_Item], /) -> Iterator[_Result]:
-        """The first error stops the rest."""
+    def __call__(
+        self, function: Callable[[_Item], _Result], items: Iterable[_Item], /
+    ) -> Generator[_Result, None, None]:
+        """After the first error, and when it is closed, none of them is under way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,8 +176,19 @@ def _cores() -> Iterator[_Each]:
     """All cores, with torch's own threads off: there is one for each piece."""
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(usable_cores(), "quantize", initializer=torch.set_num_threads, initargs=(1,))
+
+    def each(function: Callable[[_Item], _Result], items: Iterable[_Item], /) -> Generator[_Result, None, None]:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+            wait(futures)
+
     try:
-        yield pool.map
+        yield each
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # the threads have set it for those that begin after them
@@ -212,9 +225,11 @@ def _made(shard: Shard, packed: PackedFormat, path: Path, each: _Each, volume: V
     made: list[Made] = []
     with storage_errors(path), file_io.temporary_file(path) as (descriptor, temporary):
         first = write(descriptor, HEADER, header, 0)
-        for piece in each(lambda piece: piece.make(descriptor, len(header), packed), pieces(shard, packed)):
-            made.append(piece)
-            volume.add(piece.nbytes)
+        make = each(lambda piece: piece.make(descriptor, len(header), packed), pieces(shard, packed))
+        with closing(make) as results:  # none may write to a file that is closed
+            for piece in results:
+                made.append(piece)
+                volume.add(piece.nbytes)
         file_io.sync(descriptor)
         file_io.rename(temporary, path)
     stretches = (first, *(stretch for piece in made for stretch in piece.stretches))
