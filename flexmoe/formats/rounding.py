@@ -22,8 +22,8 @@ _CLIPPED = {4: tuple(1.08 - 0.04 * step for step in range(18)), 8: (1.0, 0.99, 0
 _E4M3_MAX = 448.0
 #: Half-way between the magnitudes that follow each other in e2m1.
 _E2M1_BOUNDS = tuple((low + high) / 2 for low, high in zip(VALUES[:7], VALUES[1:8]))
-#: What is added to the exponent that clips nothing but values above 6; the second clips nothing, the third more.
-_EXPONENTS = (0, 1, -1)
+#: What is added to the exponent with which the largest number is 4 to 8, of which more than 6 is clipped; the second clips nothing.
+_EXPONENTS = (0, 1)
 
 #: Weights and their scales to the numbers, as floats.
 _Round = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
