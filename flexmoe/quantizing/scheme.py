@@ -18,7 +18,7 @@ from policies.common.option_names import option
 #: Formats, and the inputs that share a scale where nothing else is asked for; 0: all of an output.
 DEFAULT_GROUPS: Mapping[str, int] = MappingProxyType({"int4": 128, "int8": 128, "fp8": 0, "mxfp4": 32})
 #: The release of compressed-tensors whose fields these are.
-_VERSION = "0.15.0"
+_VERSION = "0.20.1"
 _LAYOUTS = {
     "int4": "pack-quantized",
     "int8": "pack-quantized",

@@ -122,7 +122,7 @@ class Work:
                     f"{str(self.directory)!r} holds a checkpoint that was begun of another model, or in another format: resume "
                     "that, remove the directory, or choose another output"
                 )
-            for left in self.part.glob(f"*.tmp-*-{'[0-9a-f]' * 8}"):
+            for left in self.part.glob(f"*{file_io.temporary_pattern(Path('.safetensors'))}"):
                 left.unlink()
             if journal.exists():
                 os.truncate(journal, whole)
