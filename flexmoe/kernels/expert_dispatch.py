@@ -138,8 +138,7 @@ class ExpertDispatch:
             weights: of each expert, by its number.
             x_TD, y_TD, family: as for `add_unit`.
         """
-        has_product = self._device.torch.type == "cpu" and native.available()
-        grouped = has_product and not any(own.is_packed for own in weights.values())
+        grouped = self._device.torch.type == "cpu" and native.available()
         for pairs in self._together(weights):
             tokens = torch.cat([self._tokens[own] for _, own in pairs])
             ends = list(accumulate(own.stop - own.start for _, own in pairs))

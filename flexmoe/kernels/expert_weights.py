@@ -30,7 +30,7 @@ class ExpertProducts:
         down: the same of down.
         product: ``(x, weight)`` to ``x · weight^T``.
 
-    Packed matrices come by `linear`, which unpacks them.
+    Packed matrices are unpacked by the product.
     """
 
     __slots__ = ("_down", "_gate_up", "_product")
@@ -137,15 +137,8 @@ class ExpertWeights:
         """
         return ExpertProducts(self._gate_up, self._down, partial(product_in_turn, tokens=tokens))
 
-    @property
-    def is_packed(self) -> bool:
-        """Whether the matrices are packed."""
-        return isinstance(self._down[0], PackedMatrix)
-
     def can_group(self) -> bool:
         """Whether the device has a grouped product for these weights as they lie."""
-        if self.is_packed:
-            return False
         return can_group((*self._gate_up, self._down))
 
     def _halves(self) -> Sequence[torch.Tensor]:

@@ -8,22 +8,25 @@ Legend: n tokens, C columns and R rows of a weight, e experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 
 from cost_model.model.weight_units import ROW_BYTES
-from flexmoe.kernels.linear import linear
+from flexmoe.formats.packed_matrix import PackedMatrix
+from flexmoe.kernels.linear import few_packed_tokens, linear
 from flexmoe.kernels.native import library as native
 from flexmoe.kernels.native.products import grouped_products
+from flexmoe.kernels.native.unpacking import packed_products
 from flexmoe.system.cuda_features import has_grouped_mm
 
 #: Mean tokens of an expert up to which our own grouped product is faster on the CPU than torch's.
 _NATIVE_TOKENS = 32
 
-#: One matrix of each expert: stacked ``[e, R, C]``, or a ``[R, C]`` for each.
-Matrices = torch.Tensor | Sequence[torch.Tensor]
+#: One matrix of each expert: stacked ``[e, R, C]``, or a ``[R, C]`` for each, which may be packed.
+Matrices = torch.Tensor | Sequence[torch.Tensor] | Sequence[PackedMatrix]
 
 
 def has_grouped_product(device: torch.device, dtype: torch.dtype) -> bool:
@@ -62,11 +65,23 @@ def product_in_turn(x_nC: torch.Tensor, matrices: Matrices, tokens: Sequence[tup
 
 def grouped_product(x_nC: torch.Tensor, matrices: Matrices, ends_e: torch.Tensor) -> torch.Tensor:
     """``x · matrices[e]^T`` for the tokens ``x_nC[ends_e[e - 1] : ends_e[e]]`` of each expert e: ``[n, R]``."""
+    if not isinstance(matrices, torch.Tensor) and isinstance(matrices[0], PackedMatrix):
+        return _packed_product(x_nC, cast(Sequence[PackedMatrix], matrices), ends_e)
     few = len(x_nC) <= _NATIVE_TOKENS * len(matrices)
     if not isinstance(matrices, torch.Tensor) or (few and x_nC.device.type == "cpu" and native.available()):
         return grouped_products(x_nC, matrices, ends_e)
     if x_nC.device.type == "cpu" and x_nC.dtype != torch.float32:
-        bounds = [0, *ends_e.tolist()]
-        return torch.cat([linear(x_nC[a:b], m) for m, a, b in zip(matrices, bounds, bounds[1:])])
+        return _one_by_one(x_nC, matrices, ends_e)
     product: torch.Tensor = F.grouped_mm(x_nC, matrices.transpose(1, 2), offs=ends_e)
     return product
+
+
+def _packed_product(x_nC: torch.Tensor, matrices: Sequence[PackedMatrix], ends_e: torch.Tensor) -> torch.Tensor:
+    if len(x_nC) <= few_packed_tokens(x_nC.dtype) * len(matrices):
+        return packed_products(x_nC.contiguous(), matrices, ends_e)
+    return _one_by_one(x_nC, matrices, ends_e)
+
+
+def _one_by_one(x_nC: torch.Tensor, matrices: Iterable[Any], ends_e: torch.Tensor) -> torch.Tensor:
+    bounds = [0, *ends_e.tolist()]
+    return torch.cat([linear(x_nC[a:b], m) for m, a, b in zip(matrices, bounds, bounds[1:])])

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from flexmoe.formats.packed_matrix import PackedMatrix
 from flexmoe.kernels.native import library as native
 from flexmoe.kernels.native.products import grouped_products
+from flexmoe.kernels.native.unpacking import packed_products
+from flexmoe.kernels.native.unpacking import unpack as native_unpack
 from flexmoe.system.machine import cpu_flags
 
 #: CPU features of which one makes torch's own products of this dtype fast.
@@ -31,10 +33,15 @@ _INSTRUCTIONS = {
 }
 #: Tokens up to which our own product, which reads the weight once as it is, beats widening it.
 _FEW_TOKENS = 12
+#: Tokens up to which a packed weight is multiplied where it is unpacked, some rows at a time in a core's own cache, instead of
+#: by torch: where AMX multiplies, where there is AVX-512, and elsewhere.
+_PACKED_TOKENS_AMX, _PACKED_TOKENS_AVX512, _PACKED_TOKENS = 16, 512, 12
 #: Least tokens that are multiplied at once by oneDNN, and how many sizes there are between a power of two and the next.
 _LEAST_TOKENS, _SIZES_PER_OCTAVE = 8, 8
 #: Numbers of a weight that are widened at a time: 4 MiB stay in the cache, and the pieces are large enough for threads.
 _PIECE = 1 << 20
+#: Numbers of a packed weight that are unpacked at a time for a product of torch's: small ones are multiplied more slowly.
+_UNPACKED_PIECE = 1 << 22
 
 
 def linear(
@@ -59,6 +66,8 @@ def linear(
 
 
 def _unpacked_product(x_nC: torch.Tensor, weight: PackedMatrix, bias_R: torch.Tensor | None) -> torch.Tensor:
+    if len(x_nC) <= few_packed_tokens(x_nC.dtype) and bias_R is None and _is_native(x_nC):
+        return packed_products(x_nC.contiguous(), [weight], torch.tensor([len(x_nC)], dtype=torch.int32))
     out_nR = x_nC.new_empty(len(x_nC), weight.shape[0])
     for rows, piece_RC in unpacked_pieces(weight, x_nC.dtype):
         out_nR[:, rows] = linear(x_nC, piece_RC, None if bias_R is None else bias_R[rows])
@@ -68,11 +77,29 @@ def _unpacked_product(x_nC: torch.Tensor, weight: PackedMatrix, bias_R: torch.Te
 def unpacked_pieces(weight: PackedMatrix, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
     """Some rows of a packed weight after the others, in a buffer that is used again; on the CPU as many as stay in its cache."""
     (rows, columns), device = weight.shape, weight.device
-    step = rows if device.type != "cpu" else min(rows, max(_LEAST_TOKENS, _PIECE // columns // 32 * 32))
+    step = rows if device.type != "cpu" else min(rows, max(_LEAST_TOKENS, _UNPACKED_PIECE // columns // 32 * 32))
     buffer = scratch(device, dtype, step * columns)
     for first in range(0, rows, step):
         last = min(rows, first + step)
-        yield slice(first, last), weight.unpack(buffer[: (last - first) * columns].view(last - first, columns), first)
+        yield slice(first, last), unpack(weight, buffer[: (last - first) * columns].view(last - first, columns), first)
+
+
+def unpack(weight: PackedMatrix, out_RC: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """`PackedMatrix.unpack`, on the CPU in native code where there is some; the values are the same."""
+    return native_unpack(weight, out_RC, first) if _is_native(out_RC) else weight.unpack(out_RC, first)
+
+
+@cache
+def few_packed_tokens(dtype: torch.dtype) -> int:
+    """Tokens of an expert up to which our own product of a packed weight is faster on this CPU than one of torch's."""
+    flags = cpu_flags()
+    if {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}.get(dtype) in flags:
+        return _PACKED_TOKENS_AMX
+    return _PACKED_TOKENS_AVX512 if "avx512bw" in flags else _PACKED_TOKENS
+
+
+def _is_native(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype in native.DTYPE_CODES and native.available()
 
 
 @cache

@@ -5,7 +5,7 @@
 // lines take the stream path (decode.h) and many lines the tile path (prefill.h). How lines are cut depends only on the
 // row itself, so a result depends neither on the other rows nor on threads.
 //
-// This file is the C entry points (products.h has its own here) and the checks that need the tensors' contents.
+// This file is the C entry points (those of products.h and packed_work.h, too) and the checks that need the tensors' contents.
 
 #include <algorithm>
 #include <cstddef>
@@ -13,6 +13,7 @@
 #include <exception>
 
 #include "call.h"
+#include "packed_work.h"
 #include "products.h"
 #include "work.h"
 
@@ -32,6 +33,12 @@ Status check(const Call& c, int64_t tokens, int64_t num_pages, int64_t table_wid
       if (table[i] < 0 || table[i] >= num_pages) return BAD_PAGE;
   }
   return OK;
+}
+
+// Work that its threads share out themselves, on as many as there are.
+void run_parallel(void (*work)(void*), void* job, int threads) {
+  if (threads > 1 && parallel) parallel(work, job, unsigned(threads), 0);
+  else work(job);
 }
 
 }  // namespace
@@ -68,9 +75,30 @@ int flexmoe_products(int dtype, const void* x, int64_t x_stride, const void* con
     ProductJob job{product, dtype};
     for (int e = 0; e < E; e++)
       if (ends[e] > (e ? ends[e - 1] : 0)) job.experts.push_back(e);
-    if (num_threads > 1 && parallel) parallel(work_product, &job, unsigned(num_threads), 0);
-    else work_product(&job);
+    run_parallel(work_product, &job, num_threads);
     return OK;
+  } catch (const std::exception&) {
+    return NO_MEMORY;
+  }
+}
+
+// Values of the outputs [first, last) of a packed matrix; `dtype` is that of `out` [last - first, C].
+int flexmoe_unpack(const Packed* packed, const Matrix* matrix, int dtype, int first, int last, void* out, int num_threads) {
+  UnpackJob job{*packed, *matrix, dtype, first, last, out};
+  run_parallel(work_unpack, &job, num_threads);
+  return OK;
+}
+
+// The same as `flexmoe_products` with packed weights, whose values are those that `flexmoe_unpack` gives in `dtype`.
+int flexmoe_packed_products(const Packed* packed, const Matrix* matrices, int dtype, const void* x, int64_t x_stride,
+                            const int32_t* ends, void* out, int E, int num_threads) {
+  Product product{x, nullptr, out, ends, x_stride, E, packed->R, packed->C};
+  try {
+    PackedProductJob job{product, *packed, matrices, dtype};
+    for (int e = 0; e < E; e++)
+      if (ends[e] > (e ? ends[e - 1] : 0)) job.experts.push_back(e);
+    run_parallel(work_packed_product, &job, num_threads);
+    return job.failed ? NO_MEMORY : OK;
   } catch (const std::exception&) {
     return NO_MEMORY;
   }

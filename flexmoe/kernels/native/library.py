@@ -72,6 +72,18 @@ def _declare(library: ctypes.CDLL) -> None:
     library.flexmoe_attention.restype = integer
     library.flexmoe_products.argtypes = [integer, pointer, int64, *[pointer] * 3, *[integer] * 4]
     library.flexmoe_products.restype = integer
+    library.flexmoe_unpack.argtypes = [pointer, pointer, *[integer] * 3, pointer, integer]
+    library.flexmoe_unpack.restype = integer
+    library.flexmoe_packed_products.argtypes = [
+        pointer,
+        pointer,
+        integer,
+        pointer,
+        int64,
+        *[pointer] * 2,
+        *[integer] * 2,
+    ]
+    library.flexmoe_packed_products.restype = integer
 
 
 def gomp_parallel() -> int | None:

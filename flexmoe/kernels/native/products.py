@@ -57,10 +57,17 @@ def _check(x_nC: torch.Tensor, weights: torch.Tensor | Sequence[torch.Tensor], e
         )
     if x_nC.shape[1] != shape[1] or x_nC.stride(1) != 1 or not lie_well or not ends_e.is_contiguous():
         raise ValueError(f"x {[*x_nC.shape]} and weights {[*shape]} do not fit, or are not contiguous")
+    check_ends(ends_e, len(weights), len(x_nC))
+
+
+def check_ends(ends_e: torch.Tensor, experts: int, tokens: int) -> None:
+    """Raise ValueError unless the tokens of experts end there."""
+    if ends_e.dtype != torch.int32 or ends_e.device.type != "cpu" or not ends_e.is_contiguous():
+        raise ValueError(f"ends must be contiguous int32 on the CPU, not {ends_e.dtype} on {ends_e.device}")
     ends = ends_e.tolist()
-    if len(ends) != len(weights) or ends != sorted(ends) or ends[0] < 0 or ends[-1] != len(x_nC):
+    if len(ends) != experts or ends != sorted(ends) or ends[0] < 0 or ends[-1] != tokens:
         raise ValueError(
-            f"ends {ends} do not rise from 0 or more to the {len(x_nC)} tokens, one for each of {len(weights)} experts"
+            f"ends {ends} do not rise from 0 or more to the {tokens} tokens, one for each of {experts} experts"
         )
 
 
