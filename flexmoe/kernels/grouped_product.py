@@ -69,7 +69,7 @@ def grouped_product(x_nC: torch.Tensor, matrices: Matrices, ends_e: torch.Tensor
         return _packed_product(x_nC, cast(Sequence[PackedMatrix], matrices), ends_e)
     few = len(x_nC) <= _NATIVE_TOKENS * len(matrices)
     if not isinstance(matrices, torch.Tensor) or (few and x_nC.device.type == "cpu" and native.available()):
-        return grouped_products(x_nC, matrices, ends_e)
+        return grouped_products(x_nC, cast(torch.Tensor | Sequence[torch.Tensor], matrices), ends_e)
     if x_nC.device.type == "cpu" and x_nC.dtype != torch.float32:
         return _one_by_one(x_nC, matrices, ends_e)
     product: torch.Tensor = F.grouped_mm(x_nC, matrices.transpose(1, 2), offs=ends_e)
