@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cost_model.hardware.hardware import Gpu, Hardware
@@ -34,6 +34,7 @@ _UNITS = {
     "bytes_per_s": ("GB/s", 1e9),
     "_bytes": ("GB", 1e9),
     "_core_s": ("core-us", 1e-6),
+    "unpack_s": ("ps", 1e-12),
     "_s": ("us", 1e-6),
 }
 _SHOWN_TOKENS = (1, 8, 64, 512, 4096)
@@ -110,6 +111,7 @@ def _numbers(values: Hardware | Gpu) -> Iterator[tuple[str, float, str]]:
         ending = next((ending for ending in _UNITS if name.endswith(ending)), None)
         if ending is not None and value is not None:
             unit, scale = _UNITS[ending]
-            yield name, value / scale, unit
+            for what, number in value.items() if isinstance(value, Mapping) else (("", value),):
+                yield f"{name}, {what}" if what else name, number / scale, unit
         elif name == "cores":
             yield name, value, ""

@@ -161,6 +161,7 @@ def machine(name: str, device: str, gpu: Gpu, host: Host, gpu_sources: dict[str,
     sources = {
         **gpu_sources,
         "op_s": "estimate",
+        "unpack_s": "not measured: reads and writes at memory_bytes_per_s",
         "h2d_busy_latency_s": "a thread copies what it is asked for"
         if device == "cpu"
         else "estimate: two pieces of 12 MiB of weights are before it",

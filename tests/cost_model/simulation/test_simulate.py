@@ -263,4 +263,5 @@ def test_simulated_operations_are_those_that_the_engine_runs(tiny, tmp_path, one
             assert names_of(mine) == names_of(theirs), track
         assert sum(nbytes for _, nbytes in mine) == sum(nbytes for _, nbytes in theirs), track
     tracks = {lane.rstrip("0123456789") for lane, *_ in found.spans}
-    assert tracks == {lane.rstrip("0123456789") for lane, *_ in ran}
+    # The recorder tells what the host gathers and scatters from the copies of KV.
+    assert tracks == {lane.rstrip("0123456789") for lane, *_ in ran} - {"h2d/gather", "d2h/home"}

@@ -25,7 +25,10 @@ from tests.support.sweeps import MANY_EXPERTS, SMALL, costs_of, decoding
 MIB = 1 << 20
 #: Small transfers are slow, a tenth and a fifth of the best.
 UP, READ = ((MIB, 2e9), (64 * MIB, 20e9)), ((MIB, 1e9), (64 * MIB, 5e9))
-BY_SIZE = {"gpu": {"h2d_curve": UP, "h2d_bytes_per_s": 20e9}, "hardware": {"disk_read_curve": READ}}
+BY_SIZE = {
+    "gpu": {"h2d_curve": UP, "h2d_bytes_per_s": 20e9, "h2d_busy_latency_s": 0.0},
+    "hardware": {"disk_read_curve": READ},
+}
 ONE = MANY_EXPERTS.grouped(1)
 
 
@@ -47,11 +50,11 @@ def test_a_transfer_takes_the_rate_of_its_size():
 
 
 def test_small_copies_up_wait_for_weights_that_are_under_way_and_only_for_those():
-    waits = {"gpu": {"h2d_busy_latency_s": 1e-3}}
+    waits, none = ({"gpu": {"h2d_busy_latency_s": seconds}} for seconds in (1e-3, 0.0))
     batch = BatchLoad(tokens=8, new={"gpu": 0, "fetch": 0, "disk": 0, "cpu": 8})
     for weights_on_gpu, waited_s in ((40, 1e-3), (100, 0.0)):
         placed = (weights_on_gpu, 100 - weights_on_gpu, 0, 100, 0, 100)
-        (slow, _), (quick, _) = (costs_of(placed, cpu_attention_percent=100, **more) for more in (waits, {}))
+        (slow, _), (quick, _) = (costs_of(placed, cpu_attention_percent=100, **more) for more in (waits, none))
         for name in ("attended_s", "load_act_s"):
             assert getattr(slow, name)(batch) - getattr(quick, name)(batch) == pytest.approx(waited_s), name
         assert slow.attended_s(BatchLoad(tokens=8)) == 0
