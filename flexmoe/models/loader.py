@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from cost_model.model.arch import ModelArch
 from flexmoe.checkpoint.checkpoint import Checkpoint
 from flexmoe.checkpoint.files import read_json_object
+from flexmoe.checkpoint.unit_layout import Part
 from flexmoe.errors import DataError, InputMissingError, UsageError
 from flexmoe.formats.beside import UNREAD, check_beside
 from flexmoe.formats.packed_matrix import SEPARATOR
@@ -89,8 +91,9 @@ def load_model(model: str, load_format: str = "auto", dtype: str = "auto") -> Mo
     checkpoint = Checkpoint.open(path if path.exists() else _from_hub(model))
     arch = ModelArch.from_config(checkpoint.config, name=str(model))
     math = family(arch, checkpoint.config)
-    _check(checkpoint, math)
-    stored = _stored_dtype(checkpoint, math, dtype)
+    parts = [part for own in math.parts(checkpoint.tensors).values() for part in own]
+    _check(checkpoint, math, parts)
+    stored = _stored_dtype(checkpoint, parts, dtype)
     arch = dataclasses.replace(arch, dtype_bytes=stored.itemsize)
     return Model(
         arch=arch,
@@ -103,9 +106,8 @@ def load_model(model: str, load_format: str = "auto", dtype: str = "auto") -> Mo
     )
 
 
-def _check(checkpoint: Checkpoint, math: Family) -> None:
+def _check(checkpoint: Checkpoint, math: Family, parts: Iterable[Part]) -> None:
     """Hold the tensors against what the config asks for; of packed matrices their scales, too."""
-    parts = [part for own in math.parts(checkpoint.tensors).values() for part in own]
     dtypes = {part.tensor: part.dtypes for part in parts if part.dtypes}
     checkpoint.check(math.expected_tensors(checkpoint.tensors), FAMILIES, dtypes, UNREAD if dtypes else ())
     if math.arch.packed is not None:
@@ -142,10 +144,9 @@ def _dummy(arch: ModelArch, directory: Path | None) -> Model:
     )
 
 
-def _stored_dtype(checkpoint: Checkpoint, math: Family, asked: str) -> torch.dtype:
+def _stored_dtype(checkpoint: Checkpoint, parts: Iterable[Part], asked: str) -> torch.dtype:
     """The dtype of the most bytes of weights; of several, all are float32 where that is asked for: no other holds each of them."""
-    units = math.parts(checkpoint.tensors).values()
-    names = {part.tensor for parts in units for part in parts if not part.dtypes}
+    names = {part.tensor for part in parts if not part.dtypes}
     sizes: Counter[torch.dtype] = Counter()
     for info in (checkpoint.tensors[name] for name in sorted(names)):
         sizes[info.dtype if info.dtype in DTYPES.values() else torch.float32] += info.nbytes
