@@ -1,6 +1,6 @@
 """What packed weights and the packed KV cache cost in quality: the perplexity of a real model in every format, beside bf16.
 
-    python -m scripts.packed.quality --out benchmarks/quality.json      # some 10 minutes, and a download of 98 MB
+    python -m scripts.packed.quality --out benchmarks/quality.json      # some 25 minutes, and a download of 98 MB
 
 The model is SmolLM2-135M-Instruct, a mixture of 8 experts by `scripts.upcycle`. Its weights were Q4_1 (4 bits, groups of 32 with a
 scale and an offset) before, so it was no 16-bit model, and is small: larger ones lose less. Its 576 inputs are no multiple of
@@ -55,12 +55,12 @@ class Form:
 
 FORMS = {
     _PLAIN: Form(),
+    "int4, groups of 64": Form(format="int4", group=64, most=4.0),
     "int8, groups of 64": Form(format="int8", group=64, most=0.3),
     "fp8, an output": Form(format="fp8", most=0.5),
-    "int4, groups of 64": Form(format="int4", group=64, most=4.0),
+    "mxfp4": Form(format="mxfp4"),
     "int4, groups of 32": Form(format="int4", group=32),
     "int4, groups of 192": Form(format="int4", group=192),
-    "mxfp4": Form(format="mxfp4"),
 }
 
 
@@ -72,10 +72,12 @@ def main(argv: list[str]) -> int:
     plain, dense = (_upcycled(args.work / name, experts) for name, experts in (("mixture", 8), ("dense", 0)))
     rows = windows(AutoTokenizer.from_pretrained(plain)(text)["input_ids"], args.tokens, args.window)
     scores = Scores(args.work / "scores.json", rows)
-    scores.of(_DENSE, lambda: transformers_loss(dense, rows))
     for name in FORMS:
-        loss = scores.of(name, lambda name=name: flexmoe_loss(_packed(plain, args.work, FORMS[name]), rows, FORMS[name]))
+        loss = scores.of(
+            name, lambda name=name: flexmoe_loss(_packed(plain, args.work, FORMS[name]), rows, FORMS[name])
+        )
         print(f"{name}: perplexity {math.exp(loss):.3f}", flush=True)
+    scores.of(_DENSE, lambda: transformers_loss(dense, rows))
     figures = figures_of(scores.losses)
     print("\n".join(figure_table(figures)))
     if args.out:
@@ -87,7 +89,9 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m scripts.packed.quality", description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=Path("build/quality"), help="checkpoints and scores, 4 GB (default: %(default)s)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/quality"), help="checkpoints and scores, 4 GB (default: %(default)s)"
+    )
     parser.add_argument("--text", type=Path, help="another text, as UTF-8 (default: pydoc's topics)")
     parser.add_argument("--tokens", type=int, default=20480, help="least tokens of it (default: %(default)s)")
     parser.add_argument("--window", type=int, default=1024, help="tokens of a prompt (default: %(default)s)")
