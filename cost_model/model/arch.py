@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cost_model.model.families import check_model_type, shape_fields
-from cost_model.model.kv_bytes import kv_head_bytes
 from cost_model.model.known_shapes import known_config, read_config
+from cost_model.model.kv_bytes import kv_head_bytes
 from cost_model.model.packed_format import PackedFormat
 from policies.common.errors import DataError, UsageError
 
