@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from cost_model.memory.memory_plan import MASK_BYTES, mask_bytes
-from flexmoe.kernels.packed_kv import copied_pages
+from flexmoe.formats.packed_kv import copied_pages
 from flexmoe.kernels.ragged import Planned, Ragged
 from flexmoe.kernels.varlen_attention import DEFAULT_PAGES
 

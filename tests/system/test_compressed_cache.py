@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from flexmoe import LLM
 from flexmoe.errors import UsageError
-from flexmoe.kernels.packed_kv import pack, unpack
+from flexmoe.formats.packed_kv import pack, unpack
 from policies import Policy
 from tests.support import flash
 from tests.support.engines import RESIDENT
@@ -19,9 +20,9 @@ from tests.support.tiny import offload, transformers_greedy
 
 pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
 _ROWS = 9
-#: One number in some thousands lies so near to the middle of two steps that the last bit of float32 decides; a step moves logits
-#: by about 1e-3.
-_MARGIN = 4e-3
+#: One number in some thousands lies so near to the middle of two steps that the last bit of float32 decides; a step moves a
+#: logit by some 1e-4.
+_MARGIN = 1e-3
 
 
 def _rounded(x):
@@ -34,6 +35,7 @@ def _attention(module, query, key, value, *rest, **options):
 
 
 AttentionInterface.register("sdpa_int8", _attention)
+AttentionMaskInterface.register("sdpa_int8", sdpa_mask)
 
 
 @pytest.fixture(scope="module")
