@@ -59,6 +59,7 @@ FORMS = {
     "int8, groups of 64": Form(format="int8", group=64, most=0.3),
     "fp8, an output": Form(format="fp8", most=0.5),
     "mxfp4": Form(format="mxfp4"),
+    "int8 KV cache": Form(most=0.3, options=(("compress_cache", True),)),
     "int4, groups of 32": Form(format="int4", group=32),
     "int4, groups of 192": Form(format="int4", group=192),
 }
@@ -72,9 +73,9 @@ def main(argv: list[str]) -> int:
     plain, dense = (_upcycled(args.work / name, experts) for name, experts in (("mixture", 8), ("dense", 0)))
     rows = windows(AutoTokenizer.from_pretrained(plain)(text)["input_ids"], args.tokens, args.window)
     scores = Scores(args.work / "scores.json", rows)
-    for name in FORMS:
+    for name, form in FORMS.items():
         loss = scores.of(
-            name, lambda name=name: flexmoe_loss(_packed(plain, args.work, FORMS[name]), rows, FORMS[name])
+            name, lambda form=form: flexmoe_loss(_packed(plain, args.work, form), rows, **dict(form.options))
         )
         print(f"{name}: perplexity {math.exp(loss):.3f}", flush=True)
     scores.of(_DENSE, lambda: transformers_loss(dense, rows))
@@ -147,9 +148,9 @@ def _packed(plain: Path, work: Path, form: Form) -> Path:
     return path
 
 
-def flexmoe_loss(checkpoint: Path, rows: Sequence[Sequence[int]], form: Form) -> float:
+def flexmoe_loss(checkpoint: Path, rows: Sequence[Sequence[int]], **options: object) -> float:
     """Mean negative log-probability of the tokens after the first of each row, computed by FlexMoE in bf16."""
-    with LLM(checkpoint, policy=None, dtype="bfloat16", **dict(form.options)) as llm:
+    with LLM(checkpoint, policy=None, dtype="bfloat16", **options) as llm:
         outputs = llm.generate([list(row) for row in rows], SamplingParams(max_tokens=0, prompt_logprobs=0))
     scored = [entry.logprob for output in outputs for entry in (output.prompt_logprobs or ())[1:] if entry]
     return -math.fsum(scored) / len(scored)

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from scripts.packed import quality
-from scripts.packed.quality import FORMS, Form, Scores, figures_of, flexmoe_loss, transformers_loss, windows
+from scripts.packed.quality import FORMS, Scores, figures_of, flexmoe_loss, transformers_loss, windows
 from tests.support.tiny import Recipe, make
 
 
@@ -25,12 +25,10 @@ def test_scores_are_kept_for_the_same_prompts_only(tmp_path):
 
 def test_the_loss_is_that_of_transformers(tmp_path):
     variant = make(Recipe({}, {}), tmp_path / "model", lengths=(40, 40))
-    own, theirs = (loss(tmp_path / "model", variant.prompts) for loss in (of_tiny, transformers_loss))
+    own, theirs = (loss(tmp_path / "model", variant.prompts) for loss in (flexmoe_loss, transformers_loss))
     assert own == pytest.approx(theirs, abs=0.02) and 4 < theirs < 12
-
-
-def of_tiny(checkpoint, rows):
-    return flexmoe_loss(checkpoint, rows, Form())
+    rounded = flexmoe_loss(tmp_path / "model", variant.prompts, **dict(FORMS["int8 KV cache"].options))
+    assert rounded != own and rounded == pytest.approx(own, abs=0.05)
 
 
 def test_a_format_that_loses_more_than_its_target_is_marked():
