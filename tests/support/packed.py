@@ -59,6 +59,20 @@ def plain(family: str, directory: Path) -> Variant:
 
 def packed(variant: Variant, form: str, directory: Path) -> Variant:
     """The model with its matrices packed; what is expected of it is computed by transformers with the values they stand for."""
+    write_packed(variant, form, directory)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory / "values", dtype=torch.float32, experts_implementation="eager"
+    ).eval()
+    if model.config.model_type == "phimoe":
+        use_long_factors(model)
+    greedy = [
+        transformers_greedy(model, prompt, eos_token_id=None, max_new_tokens=GEN_LEN) for prompt in variant.prompts
+    ]
+    return Variant(directory, model, variant.prompts, greedy, variant.eos_ids)
+
+
+def write_packed(variant: Variant, form: str, directory: Path) -> None:
+    """The packed checkpoint, and in `values` below it one of the values that it stands for."""
     tensors = {
         name: t for file in sorted(variant.directory.glob("*.safetensors")) for name, t in load_file(file).items()
     }
@@ -81,15 +95,6 @@ def packed(variant: Variant, form: str, directory: Path) -> Variant:
             stored[f"{module}.weight_shape"] = torch.tensor(weight.shape)
     _save(directory, stored, own)
     _save(directory / "values", values, config)
-    model = AutoModelForCausalLM.from_pretrained(
-        directory / "values", dtype=torch.float32, experts_implementation="eager"
-    ).eval()
-    if config["model_type"] == "phimoe":
-        use_long_factors(model)
-    greedy = [
-        transformers_greedy(model, prompt, eos_token_id=None, max_new_tokens=GEN_LEN) for prompt in variant.prompts
-    ]
-    return Variant(directory, model, variant.prompts, greedy, variant.eos_ids)
 
 
 def _is_packed(name: str) -> bool:

@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 from flexmoe.cli.main import main
 from flexmoe.errors import DataError, StorageError, UsageError
 from flexmoe.models.loader import load_model
-from flexmoe.quantizing import outputs
+from flexmoe.quantizing import beside, outputs
 from flexmoe.quantizing import quantize as job
 from flexmoe.quantizing.quantize import quantize
 from policies.common import file_io
@@ -205,6 +205,35 @@ def test_a_full_disk_leaves_nothing_under_the_name_and_the_job_resumes(source, t
     packed(source, "mixtral", "int4", tmp_path / "out")
     assert files(tmp_path / "out") == whole and os.listdir(tmp_path) == ["out"]
     assert all((tmp_path / "out" / name).stat().st_ino == inode for name, inode in there.items())
+
+
+def fails_once(monkeypatch, where, name, number):
+    """The call of that number fails as on a full disk, the others do what they do."""
+    function, calls = getattr(where, name), iter(range(1, number + 1))
+
+    def failing(*args):
+        if next(calls, None) == number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return function(*args)
+
+    monkeypatch.setattr(where, name, failing)
+
+
+@pytest.mark.parametrize(
+    "where, name, number",
+    [(file_io, "sync", 4), (file_io, "write_all", 3), (file_io, "rename", 3), (beside, "write_file", 2)],
+    ids=["sync", "journal", "rename", "config"],
+)
+def test_a_disk_that_is_full_at_any_step_leaves_nothing_under_the_name(
+    where, name, number, source, tmp_path, monkeypatch, whole
+):
+    monkeypatch.setattr(outputs, "SHARD_BYTES", 30_000)
+    fails_once(monkeypatch, where, name, number)
+    with pytest.raises(StorageError, match="No space left on device"):
+        packed(source, "mixtral", "int4", tmp_path / "out")
+    assert os.listdir(tmp_path) == [".out.quantizing"]
+    packed(source, "mixtral", "int4", tmp_path / "out")
+    assert files(tmp_path / "out") == whole and os.listdir(tmp_path) == ["out"]
 
 
 KILLED = """
