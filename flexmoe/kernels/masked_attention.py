@@ -152,4 +152,5 @@ class _Piece:
         """``[B, S, G, Dh]``: the keys, or the values, of the rows."""
         pages = self.pages.flatten()
         keys = copied_pages(pool, pages, q_THD, None if workspace is None else workspace[which])
-        return keys.unflatten(0, self.pages.shape).flatten(1, 2)
+        side_by_side: torch.Tensor = keys.unflatten(0, self.pages.shape).flatten(1, 2)
+        return side_by_side
