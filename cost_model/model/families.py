@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cost_model.model.packed_format import packed_format
-from policies.common.errors import DataError, UsageError
+from policies.common.errors import DataError, Faults, UsageError
 
 #: How weights lie in a checkpoint that can be read; for messages.
 STORED_AS = "stored as bfloat16, float16 or float32"
@@ -23,22 +23,37 @@ _QWEN_WINDOW = 4096
 Config = Mapping[str, Any]
 
 
-def shape_fields(config: Config) -> dict[str, Any]:
+def shape_fields(config: Config, faults: Faults | None = None) -> dict[str, Any]:
     """The fields of `ModelArch`, all but its name, from a parsed `config.json`.
 
     Sizes must be there; optional fields take the defaults of transformers, and without a dtype it is float32.
+
+    Args:
+        faults: keeps what would be raised; the fields are those that could be read.
 
     Raises:
         DataError: an unsupported family or option, or a missing, bad or contradictory field, which is named.
     """
     if not isinstance(config, Mapping):
         raise DataError(f"the config is {type(config).__name__}; it must be a JSON object.")
-    check_model_type(config.get("model_type"))
+    faults = faults or Faults()
+    fields: dict[str, Any] = {}
+    with faults.step():
+        check_model_type(config.get("model_type"))
+    with faults.step():
+        _check_activation(config)
+    with faults.step():
+        if config.get("model_type") in SUPPORTED_MODEL_TYPES:
+            fields = FAMILIES[config["model_type"]](config)
+    with faults.step():
+        packed = packed_format(config, _modules(config["model_type"], fields) if fields else {})
+        fields |= {"packed": packed} if packed else {}
+    return fields
+
+
+def _check_activation(config: Config) -> None:
     if config.get("hidden_act", "silu") != "silu":
         raise DataError(f"hidden_act is {config['hidden_act']!r}; only 'silu' is supported.")
-    fields = FAMILIES[config["model_type"]](config)
-    packed = packed_format(config, _modules(config["model_type"], fields))
-    return fields | ({"packed": packed} if packed else {})
 
 
 def dtype_name(dtype: Any) -> str:
