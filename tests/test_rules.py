@@ -64,10 +64,11 @@ ORDER = (
     ("flexmoe.preflight",),
     ("flexmoe.job",),
     ("flexmoe.quantizing",),
+    ("flexmoe.inspecting",),
     ("flexmoe.batch",),
     ("flexmoe",),
     ("flexmoe.cli",),
-    ("flexmoe.run", "flexmoe.merge", "flexmoe.probe", "flexmoe.quantize", "cost_model.__main__"),
+    ("flexmoe.run", "flexmoe.merge", "flexmoe.probe", "flexmoe.quantize", "flexmoe.inspect", "cost_model.__main__"),
     ("scripts",),
 )
 LINES = {name: line for line, names in enumerate(ORDER) for name in names}

@@ -199,6 +199,12 @@ class ModelArch:
         return self.embed_params + layers + self.norm_params + head
 
     @property
+    def active_parameters(self) -> int:
+        """Weights that a token passes, the embedding table whole: all but the experts that it is not routed to."""
+        unused = (self.num_layers - len(self.dense_layers)) * (self.num_experts - self.top_k)
+        return self.parameters - unused * self.expert_params
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of all weights at rest; for tied models less than the sum over `weight_units.units_of`."""
         layers = range(self.num_layers)

@@ -62,7 +62,7 @@ class Checkpoint:
                 tensors = read_tensors(root / SINGLE_FILE)
             elif INDEX_FILE in names:
                 tensors = read_sharded(root / INDEX_FILE, faults)
-            else:
+            elif _CONFIG_FILE in names:  # where there is neither, one sentence says it
                 raise DataError(no_weights_sentence(root, names))
             if not tensors and not faults.found:
                 raise DataError(f"the checkpoint {str(root)!r} has no tensors at all, so {INCOMPLETE}")
