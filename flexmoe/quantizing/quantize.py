@@ -25,7 +25,7 @@ from cost_model.model.arch import ModelArch
 from cost_model.model.packed_format import PackedFormat
 from flexmoe.checkpoint.checkpoint import Checkpoint
 from flexmoe.errors import DataError, StorageError, UsageError
-from flexmoe.models.decoder import Decoder
+from flexmoe.models.common.decoder import Decoder
 from flexmoe.models.loader import Model, load_model
 from flexmoe.models.registry import family
 from flexmoe.progress import Volume

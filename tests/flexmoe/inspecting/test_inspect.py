@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from cost_model.model.families import SUPPORTED_MODEL_TYPES
 from cost_model.model.known_shapes import SHAPES
 from flexmoe.cli.inspect import main
 from flexmoe.errors import FlexMoEError
@@ -88,7 +89,7 @@ def test_what_is_printed_of_a_checkpoint_that_runs(tmp_path, capsys):
         "context: 512 tokens; KV cache: 768 bytes a token",
         "weights: 0.2 MiB in 1 file; packed: int4 in groups of 32 (attention, expert, dense), all else is not",
         "  experts          27648 bytes  48 tensors, I32, BF16 (packed)",
-        "  dense MLPs      10368 bytes  6 tensors, I32, BF16 (packed)",
+        "  dense MLPs       10368 bytes  6 tensors, I32, BF16 (packed)",
         "  attention       41472 bytes  24 tensors, I32, BF16 (packed)",
         "  routers          1024 bytes  2 tensors, BF16",
         "  norms            1280 bytes  13 tensors, BF16",
@@ -258,7 +259,7 @@ def bad_end(d):
 
 
 RUN = "{d} cannot be run: "
-FAMILIES = "supported families: mixtral, phimoe, qwen3_moe."
+FAMILIES = f"supported families: {', '.join(SUPPORTED_MODEL_TYPES)}."
 REFUSED = {
     "unknown family": (unknown, [RUN + f"model_type 'qwen9_moe' is not supported; {FAMILIES}"]),
     "encoder": (
@@ -410,7 +411,7 @@ REFUSED = {
         fewer,
         [
             "the tensors of '{d}' are not those that its config.json describes (1 ('model.layers.1.self_attn.q_proj.weight') "
-            "missing): supported are mixtral, phimoe, qwen3_moe with the names of the hub or packed by transformers; the "
+            f"missing): supported are {', '.join(sorted(SUPPORTED_MODEL_TYPES))} with the names of the hub or packed by transformers; the "
             f"config.json may belong to another model, the checkpoint may be quantized, or {INCOMPLETE}"
         ],
     ),

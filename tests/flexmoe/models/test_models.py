@@ -1,5 +1,8 @@
 """What a family refuses, and the pieces of mathematics that only one of them has."""
 
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,7 +11,7 @@ from cost_model.model.families import SUPPORTED_MODEL_TYPES
 from cost_model.model.known_shapes import known_config
 from cost_model.model.weight_units import units_of
 from flexmoe.errors import DataError
-from flexmoe.models.decoder import Decoder
+from flexmoe.models.common.decoder import Decoder
 from flexmoe.models.registry import FAMILIES, family
 from tests.support.tiny_families import SWITCH, long_rope
 
@@ -24,11 +27,16 @@ def test_every_family_that_can_be_planned_for_runs():
     assert set(FAMILIES) == set(SUPPORTED_MODEL_TYPES)
 
 
-def test_a_family_adds_names_norm_rope_and_router_only():
-    allowed = {"names", "__init__", "norm", "rope", "route"}
+def test_a_family_adds_names_norm_router_and_multipliers_only():
+    allowed = {"names", "__init__", "norm", "routing"}
     for kind in FAMILIES.values():
         own = {name for name in vars(kind) if callable(vars(kind)[name]) or name in vars(Decoder)}
         assert {name for name in own if not name.startswith("_") or name == "__init__"} <= allowed
+
+
+def test_a_family_is_a_small_file():
+    for kind in FAMILIES.values():
+        assert len(Path(inspect.getfile(kind)).read_text().splitlines()) <= 60
 
 
 @pytest.mark.parametrize("packed", [False, True])

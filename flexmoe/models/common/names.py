@@ -7,11 +7,11 @@ a router or a dense MLP) the shape says. `Names` is what families spell differen
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import head_rows, units_of
-from flexmoe.checkpoint.unit_layout import Part
+from flexmoe.checkpoint.unit_layout import WIDE_ROUTER, Part
 from policies.units import KINDS, UnitId
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -23,21 +23,39 @@ class Names:
 
     Attributes:
         router, gate, up, down: one tensor per matrix, as on the hub; ``{}`` is the expert's number.
+        gate_up: where the hub has the experts of a layer stacked, too, under this name and ``down``.
         packed_router, packed_gate_up, packed_down: the experts of a layer stacked, ``[E, 2F, D]`` (gate first) and
             ``[E, D, F]``, as transformers writes them with ``save_original_format=False``.
         dense_gate, dense_up, dense_down: the MLP of a layer without experts, alike in both layouts.
+        dense_gate_up: where they are one matrix, gate first, the name of it.
+        qkv: where queries, keys and values have one matrix, in this order, the name of it.
+        q_norm, k_norm: of queries and keys.
+        shared: the MLP that every token passes beside its experts.
+        shared_gate: what weighs it.
+        correction, packed_correction: what the router adds for the choice only.
+        correction_rank: dimensions of that tensor; all but the last are 1.
     """
 
-    router: str
-    gate: str
-    up: str
-    down: str
+    router: str = "mlp.gate.weight"
+    gate: str = "mlp.experts.{}.gate_proj.weight"
+    up: str = "mlp.experts.{}.up_proj.weight"
+    down: str = "mlp.experts.{}.down_proj.weight"
+    gate_up: str = ""
     packed_router: str = "mlp.gate.weight"
     packed_gate_up: str = "mlp.experts.gate_up_proj"
     packed_down: str = "mlp.experts.down_proj"
     dense_gate: str = "mlp.gate_proj.weight"
     dense_up: str = "mlp.up_proj.weight"
     dense_down: str = "mlp.down_proj.weight"
+    dense_gate_up: str = ""
+    qkv: str = ""
+    q_norm: str = "self_attn.q_norm.weight"
+    k_norm: str = "self_attn.k_norm.weight"
+    shared: str = "mlp.shared_experts"
+    shared_gate: str = "mlp.shared_expert_gate.weight"
+    correction: str = "mlp.gate.e_score_correction_bias"
+    packed_correction: str = "mlp.gate.e_score_correction_bias"
+    correction_rank: int = 1
 
     def are_packed(self, on_disk: Iterable[str]) -> bool:
         """Whether these names of tensors are those of the packed layout."""
@@ -90,34 +108,78 @@ def _parts(arch: ModelArch, names: Names, packed: bool, unit: UnitId) -> Iterato
         return _head(arch, unit.first)
     at = f"model.layers.{layer}."
     if arch.is_dense(layer):
-        return _matrices(
-            arch.hidden, arch.dense_ffn, [(at + names.dense_gate, at + names.dense_up, at + names.dense_down)]
-        )
+        return _dense(arch, names, at)
     if packed:
-        return _slices(arch, names, at, unit.experts)
+        return _slices(arch, at + names.packed_gate_up, at + names.packed_down, unit.experts)
+    if names.gate_up:
+        return _slices(arch, at + names.gate_up, at + names.down, unit.experts)
     own = [tuple(at + name.format(e) for name in (names.gate, names.up, names.down)) for e in unit.experts]
     return _matrices(arch.hidden, arch.ffn, own)
 
 
 def _attention(arch: ModelArch, names: Names, packed: bool, layer: int) -> Iterator[Part]:
-    at, hidden, size = f"model.layers.{layer}.", arch.hidden, arch.head_dim
-    queries, keys = arch.num_heads * size, arch.num_kv_heads * size
-    for role, shape in {
-        "q": (queries, hidden),
-        "k": (keys, hidden),
-        "v": (keys, hidden),
-        "o": (hidden, queries),
-    }.items():
-        yield Part(role=role, tensor=f"{at}self_attn.{role}_proj.weight", shape=shape)
-        if arch.attention_bias:
-            yield Part(role=f"{role}_bias", tensor=f"{at}self_attn.{role}_proj.bias", shape=shape[:1])
-    for role in ("q_norm", "k_norm") if arch.qk_norm else ():
-        yield Part(role=role, tensor=f"{at}self_attn.{role}.weight", shape=(size,))
+    at, hidden = f"model.layers.{layer}.", arch.hidden
+    heads = {"q": arch.num_heads, "k": arch.num_kv_heads, "v": arch.num_kv_heads}
+    shapes = {role: (count * arch.head_dim, hidden) for role, count in heads.items()}
+    whole, first = (sum(rows for rows, _ in shapes.values()), hidden), 0
+    for role, shape in shapes.items():
+        if names.qkv:
+            yield Part(role=role, tensor=at + names.qkv, shape=shape, first_element=first, whole=whole)
+            first += shape[0] * hidden
+        else:
+            yield from _projection(f"{at}self_attn.{role}_proj", role, shape, arch.attention_bias)
+    out = (hidden, arch.num_heads * arch.head_dim)
+    yield from _projection(f"{at}self_attn.o_proj", "o", out, arch.attention_bias and arch.output_bias)
+    if arch.qk_norm:
+        together = arch.qk_norm == "projection"
+        for role, name, count in (("q_norm", names.q_norm, heads["q"]), ("k_norm", names.k_norm, heads["k"])):
+            yield Part(role=role, tensor=at + name, shape=((count if together else 1) * arch.head_dim,))
     yield from _norm(arch, "input_norm", f"{at}input_layernorm")
     yield from _norm(arch, "post_norm", f"{at}post_attention_layernorm")
     if not arch.is_dense(layer):
-        router = names.packed_router if packed else names.router
-        yield Part(role="router", tensor=at + router, shape=(arch.num_experts, hidden))
+        yield from _router(arch, names, packed, at)
+        yield from _shared(arch, names, at)
+
+
+def _projection(name: str, role: str, shape: tuple[int, int], bias: bool) -> Iterator[Part]:
+    yield Part(role=role, tensor=f"{name}.weight", shape=shape)
+    if bias:
+        yield Part(role=f"{role}_bias", tensor=f"{name}.bias", shape=shape[:1])
+
+
+def _router(arch: ModelArch, names: Names, packed: bool, at: str) -> Iterator[Part]:
+    router, experts = at + (names.packed_router if packed else names.router), arch.num_experts
+    role = WIDE_ROUTER if arch.router_float32 else "router"
+    yield Part(role=role, tensor=router, shape=(experts, arch.hidden))
+    if arch.router_bias:
+        yield Part(role="router_bias", tensor=f"{router.removesuffix('.weight')}.bias", shape=(experts,))
+    if arch.router_correction:
+        name = names.packed_correction if packed else names.correction
+        whole = (1,) * (names.correction_rank - 1) + (experts,)
+        yield Part(role="correction", tensor=at + name, shape=(experts,), whole=whole)
+
+
+def _shared(arch: ModelArch, names: Names, at: str) -> Iterator[Part]:
+    if not arch.shared_ffn:
+        return
+    own = tuple(f"{at}{names.shared}.{role}_proj.weight" for role in ("gate", "up", "down"))
+    for part in _matrices(arch.hidden, arch.shared_ffn, [own]):
+        yield replace(part, role=f"shared {part.role}")
+    if arch.shared_gate:
+        yield Part(role="shared gate", tensor=at + names.shared_gate, shape=(1, arch.hidden))
+
+
+def _dense(arch: ModelArch, names: Names, at: str) -> Iterator[Part]:
+    if not names.dense_gate_up:
+        own = (at + names.dense_gate, at + names.dense_up, at + names.dense_down)
+        return _matrices(arch.hidden, arch.dense_ffn, [own])
+    both, down = (2 * arch.dense_ffn, arch.hidden), (arch.hidden, arch.dense_ffn)
+    return iter(
+        [
+            Part(role="gate_up", tensor=at + names.dense_gate_up, shape=both, of=(1, *both)),
+            Part(role="down", tensor=at + names.dense_down, shape=down, of=(1, *down)),
+        ]
+    )
 
 
 def _norm(arch: ModelArch, role: str, name: str) -> Iterator[Part]:
@@ -136,15 +198,15 @@ def _matrices(hidden: int, ffn: int, experts: Sequence[Sequence[str]]) -> Iterat
         yield Part(role="down", tensor=down, shape=(hidden, ffn), of=(count, hidden, ffn), into=at * size)
 
 
-def _slices(arch: ModelArch, names: Names, at: str, experts: range) -> Iterator[Part]:
-    """Experts that lie packed on disk: one stretch of each of the layer's two tensors."""
+def _slices(arch: ModelArch, gate_up: str, down: str, experts: range) -> Iterator[Part]:
+    """Experts that lie stacked on disk: one stretch of each of the layer's two tensors."""
     for role, name, shape in (
-        ("gate_up", names.packed_gate_up, (2 * arch.ffn, arch.hidden)),
-        ("down", names.packed_down, (arch.hidden, arch.ffn)),
+        ("gate_up", gate_up, (2 * arch.ffn, arch.hidden)),
+        ("down", down, (arch.hidden, arch.ffn)),
     ):
         first = experts[0] * shape[0] * shape[1]
         whole = (arch.num_experts, *shape)
-        yield Part(role=role, tensor=at + name, shape=(len(experts), *shape), first_element=first, whole=whole)
+        yield Part(role=role, tensor=name, shape=(len(experts), *shape), first_element=first, whole=whole)
 
 
 def _head(arch: ModelArch, chunk: int) -> Iterator[Part]:
