@@ -11,6 +11,7 @@ from flexmoe.checkpoint.checkpoint import Checkpoint
 from flexmoe.checkpoint.safetensors import TensorInfo, dtype_label
 from flexmoe.formats.packed_matrix import SEPARATOR, is_packed
 from flexmoe.kernels.family import Family
+from flexmoe.models.loader import decoder_of
 from policies.units import UnitId
 
 #: Kinds of weights, in the order in which they are shown.
@@ -45,11 +46,12 @@ def stored_by_kind(checkpoint: Checkpoint, math: Family | None) -> dict[str, Sto
         return {"weights": _stored(checkpoint.tensors.values())} if checkpoint.tensors else {}
     kinds: dict[str, str] = {}
     packed = set()
-    for unit, parts in math.parts(checkpoint.tensors).items():
+    own = decoder_of(checkpoint).tensors
+    for unit, parts in math.parts(own).items():
         for part in parts:
-            kind = kinds.setdefault(part.tensor, _kind(math, unit, part.role))
-            if is_packed(part.role):
-                packed.add(kind)
+            if part.tensor in own:
+                kind = kinds.setdefault(own[part.tensor].name, _kind(math, unit, part.role))
+                packed.update([kind] * is_packed(part.role))
     found: dict[str, list[TensorInfo]] = {}
     for name, info in checkpoint.tensors.items():
         found.setdefault(kinds.get(name, "not read"), []).append(info)

@@ -20,7 +20,7 @@ from flexmoe.errors import Faults, FlexMoEError
 from flexmoe.inspecting.contents import Stored, stopped_downloads, stored_by_kind
 from flexmoe.inspecting.text_files import TextFiles, text_files
 from flexmoe.kernels.family import Family
-from flexmoe.models.loader import check_scales, check_tensors, parts_of, read_family, stored_dtype
+from flexmoe.models.loader import check_scales, check_tensors, decoder_of, parts_of, read_family, stored_dtype
 from flexmoe.text.tokenizer import eos_ids
 
 
@@ -77,7 +77,7 @@ def inspect(directory: str | os.PathLike[str], *, scales: bool = False) -> Inspe
         eos_ids(checkpoint.generation_config, checkpoint.config, None)
     arch = None if math is None else math.arch
     if math is not None and not opened.found:
-        arch = _check_weights(checkpoint, math, faults, scales=scales)
+        arch = _check_weights(decoder_of(checkpoint), math, faults, scales=scales)
     return Inspection(
         directory=root,
         model_type=checkpoint.config.get("model_type"),

@@ -22,6 +22,7 @@ from flexmoe.errors import DataError, Faults, InputMissingError, UsageError
 from flexmoe.formats.beside import UNREAD, check_beside
 from flexmoe.formats.packed_matrix import SEPARATOR
 from flexmoe.kernels.family import Family
+from flexmoe.models.common.names import decoder_tensors
 from flexmoe.models.registry import FAMILIES, family
 from flexmoe.weights.recast import Rest
 from flexmoe.weights.sources import CheckpointSource, DummySource, WeightSource
@@ -87,9 +88,15 @@ def load_model(model: str, load_format: str = "auto", dtype: str = "auto") -> Mo
     path = Path(model)
     if load_format == "dummy":
         arch = ModelArch.from_dir(path) if path.is_dir() else ModelArch.from_name(model)
+        if arch.packed is not None:
+            raise UsageError(
+                f"{model!r} has packed weights ({arch.packed.describe()}), which are not made at random: give a config.json "
+                "without quantization_config"
+            )
         return _dummy(arch, path if path.is_dir() else None)
     _refuse_an_unknown_family(path, model)
     checkpoint = Checkpoint.open(path if path.exists() else _from_hub(model))
+    checkpoint = decoder_of(checkpoint)
     math = _mathematics(checkpoint.config, model)
     parts = parts_of(checkpoint, math)
     check_tensors(checkpoint, math, parts)
@@ -129,6 +136,11 @@ def read_family(config: Mapping[str, Any], name: str, faults: Faults | None = No
         with faults.step():
             raise DataError(f"{name} cannot be run: {fault}") from fault
     return math
+
+
+def decoder_of(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without the tensors that belong to other parts of a larger model, and under the names of a decoder alone."""
+    return dataclasses.replace(checkpoint, tensors=decoder_tensors(checkpoint.tensors, checkpoint.config))
 
 
 def parts_of(checkpoint: Checkpoint, math: Family) -> list[Part]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
 import torch
 
 from tests.support.tiny import PACKED, SHARDED, Recipe
@@ -162,4 +165,170 @@ RECIPES = {
         {"intermediate_size": 96, "pad_token_id": 0, "max_position_embeddings": 512, "rope_parameters": LONG},
         {},
     ),
+}
+
+
+def drawn(seed: int) -> Recipe:
+    """A random config of a random family, in a random layout."""
+    rng = random.Random(seed)
+    family = list(_DRAWN)[seed % len(_DRAWN)]
+    kv_heads, layers = rng.randint(1, 4), rng.randint(2, 4)
+    heads, head_dim = kv_heads * rng.choice((1, 2, 3)), rng.choice((8, 16, 24))
+    config = COMMON | {
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "hidden_size": heads * head_dim,
+        "vocab_size": rng.randint(200, 400),
+        "tie_word_embeddings": rng.random() < 0.3,
+        "pad_token_id": 0,
+        "rope_parameters": rng.choice((LLAMA3, LINEAR, {"rope_type": "default", "rope_theta": rng.choice((1e4, 1e6))})),
+    }
+    layout = rng.choice((PACKED, SHARDED, {}, PACKED | SHARDED))
+    return Recipe(config | _DRAWN[family](rng, layers), layout, correct, family, {})
+
+
+def _drawn_deepseek(rng: random.Random, layers: int) -> dict:
+    groups = rng.choice((1, 2, 4))
+    experts = groups * rng.randint(2, 6)
+    best = rng.randint(1, groups)
+    return {
+        "moe_intermediate_size": 8 * rng.randint(1, 5),
+        "intermediate_size": 8 * rng.randint(2, 12),
+        "n_routed_experts": experts,
+        "num_experts_per_tok": rng.randint(1, best * experts // groups),
+        "n_shared_experts": rng.randint(1, 3),
+        "n_group": groups,
+        "topk_group": best,
+        "routed_scaling_factor": rng.choice((1.0, 2.5)),
+        "norm_topk_prob": rng.random() < 0.5,
+        "first_k_dense_replace": rng.randint(0, layers - 1),
+        "attention_bias": rng.random() < 0.5,
+        "use_qk_norm": rng.random() < 0.5,
+        "head_dim": rng.choice((8, 16, 24)),
+        "sliding_window": None,
+    }
+
+
+def _drawn_experts(rng: random.Random) -> tuple[int, int]:
+    experts = rng.randint(4, 20)
+    return experts, rng.randint(1, min(6, experts))
+
+
+def _drawn_minimax(rng: random.Random, layers: int) -> dict:
+    experts, top_k = _drawn_experts(rng)
+    head_dim = rng.choice((8, 16, 24))
+    return {
+        "intermediate_size": 8 * rng.randint(1, 6),
+        "num_local_experts": experts,
+        "num_experts_per_tok": top_k,
+        "head_dim": head_dim,
+        "rotary_dim": head_dim // rng.choice((1, 2)),
+        "rope_parameters": None,
+    }
+
+
+def _drawn_qwen2(rng: random.Random, layers: int) -> dict:
+    experts, top_k = _drawn_experts(rng)
+    return {
+        "moe_intermediate_size": 8 * rng.randint(1, 6),
+        "shared_expert_intermediate_size": 8 * rng.randint(1, 10),
+        "intermediate_size": 8 * rng.randint(2, 12),
+        "num_experts": experts,
+        "num_experts_per_tok": top_k,
+        "norm_topk_prob": rng.random() < 0.5,
+        "qkv_bias": rng.random() < 0.7,
+        "mlp_only_layers": rng.sample(range(layers), rng.randint(0, layers - 1)),
+    }
+
+
+def _drawn_olmoe(rng: random.Random, layers: int) -> dict:
+    experts, top_k = _drawn_experts(rng)
+    return {
+        "intermediate_size": 8 * rng.randint(1, 6),
+        "num_experts": experts,
+        "num_experts_per_tok": top_k,
+        "norm_topk_prob": rng.random() < 0.5,
+        "attention_bias": rng.random() < 0.3,
+    }
+
+
+def _drawn_ernie(rng: random.Random, layers: int) -> dict:
+    experts, top_k = _drawn_experts(rng)
+    return {
+        "moe_intermediate_size": 8 * rng.randint(1, 6),
+        "intermediate_size": 8 * rng.randint(2, 12),
+        "moe_num_experts": experts,
+        "moe_k": top_k,
+        "moe_num_shared_experts": rng.randint(0, 2),
+        "moe_layer_start_index": rng.randint(0, layers - 1),
+    }
+
+
+def _drawn_granite(rng: random.Random, layers: int) -> dict:
+    experts, top_k = _drawn_experts(rng)
+    return {
+        "intermediate_size": 8 * rng.randint(1, 6),
+        "num_local_experts": experts,
+        "num_experts_per_tok": top_k,
+        "attention_bias": rng.random() < 0.3,
+        "embedding_multiplier": rng.uniform(0.5, 12),
+        "attention_multiplier": rng.uniform(0.05, 0.5),
+        "residual_multiplier": rng.uniform(0.2, 1),
+        "logits_scaling": rng.uniform(0.5, 8),
+    }
+
+
+def _drawn_hunyuan(rng: random.Random, layers: int) -> dict:
+    experts, top_k = _drawn_experts(rng)
+    return {
+        "intermediate_size": 8 * rng.randint(1, 6),
+        "num_experts": experts,
+        "moe_topk": top_k,
+        "head_dim": rng.choice((8, 16, 24)),
+        "attention_bias": rng.random() < 0.3,
+        "rope_parameters": {
+            "rope_type": "dynamic",
+            "rope_theta": 1e4,
+            "alpha": rng.choice((10.0, 1000.0)),
+            "factor": 1.0,
+        },
+    }
+
+
+def _drawn_dense(rng: random.Random, layers: int) -> dict:
+    return {"intermediate_size": 8 * rng.randint(2, 20), "attention_bias": rng.random() < 0.3}
+
+
+def _drawn_mistral(rng: random.Random, layers: int) -> dict:
+    return {"intermediate_size": 8 * rng.randint(2, 20), "sliding_window": rng.choice((None, 20, 64))}
+
+
+def _drawn_phi3(rng: random.Random, layers: int) -> dict:
+    """Heads of 16 dimensions, as the factors want them."""
+    heads = rng.randint(2, 6)
+    return {
+        "intermediate_size": 8 * rng.randint(2, 20),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "hidden_size": 16 * heads,
+        "rope_parameters": rng.choice(
+            (LONG, {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})
+        ),
+    }
+
+
+_DRAWN: dict[str, Callable[[random.Random, int], dict]] = {
+    "glm4_moe": _drawn_deepseek,
+    "dots1": _drawn_deepseek,
+    "minimax_m2": _drawn_minimax,
+    "qwen2_moe": _drawn_qwen2,
+    "olmoe": _drawn_olmoe,
+    "ernie4_5_moe": _drawn_ernie,
+    "granitemoe": _drawn_granite,
+    "hunyuan_v1_moe": _drawn_hunyuan,
+    "llama": _drawn_dense,
+    "mistral": _drawn_mistral,
+    "qwen3": _drawn_dense,
+    "phi3": _drawn_phi3,
 }

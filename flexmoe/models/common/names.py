@@ -6,13 +6,19 @@ a router or a dense MLP) the shape says. `Names` is what families spell differen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import head_rows, units_of
 from flexmoe.checkpoint.unit_layout import WIDE_ROUTER, Part
 from policies.units import KINDS, UnitId
+
+#: Before the names of a decoder that is part of a larger model.
+_PART_OF_MODEL = re.compile(r"^(model\.)?language_model\.")
+Stored = TypeVar("Stored")
 
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -60,6 +66,25 @@ class Names:
     def are_packed(self, on_disk: Iterable[str]) -> bool:
         """Whether these names of tensors are those of the packed layout."""
         return any(name.endswith(self.packed_gate_up) for name in on_disk)
+
+
+def decoder_tensors(tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> dict[str, Stored]:
+    """What a checkpoint has of the decoder, by the names of a model that is nothing else.
+
+    Args:
+        tensors: by their names on disk. The decoder may be a part of a larger model (`language_model.`), and layers behind
+            the last one may only predict further tokens (``num_nextn_predict_layers``); those are left out.
+        config: the parsed `config.json`.
+    """
+    last, further = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers") or 0
+    unread = tuple(f"model.layers.{last + at}." for at in range(further)) if isinstance(last, int) else ()
+    found = {}
+    for name, tensor in tensors.items():
+        own = _PART_OF_MODEL.sub("", name)
+        own = own if own == name or own.startswith(("model.", "lm_head.")) else f"model.{own}"
+        if not own.startswith(unread):
+            found[own] = tensor
+    return found
 
 
 def unit_parts(

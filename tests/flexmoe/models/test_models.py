@@ -16,6 +16,22 @@ from flexmoe.models.registry import FAMILIES, family
 from tests.support.tiny_families import SWITCH, long_rope
 
 SHAPES = ("mixtral-8x7b", "mixtral-8x22b", "phi-3.5-moe", "qwen3-30b-a3b", "qwen3-235b-a22b")
+#: One known shape of each further family that is not packed.
+MORE = (
+    "glm-4.5-air",
+    "glm-4.5",
+    "dots.llm1",
+    "olmoe-1b-7b",
+    "qwen1.5-moe-a2.7b",
+    "ernie-4.5-21b-a3b",
+    "granite-3.0-3b-a800m",
+    "llama-3.1-8b",
+    "llama-3.2-1b",
+    "mistral-7b-v0.3",
+    "qwen3-8b",
+    "phi-4",
+)
+FLOAT32 = ("correction", "wide router")
 
 
 def phi(**changes):
@@ -40,14 +56,14 @@ def test_a_family_is_a_small_file():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", SHAPES + MORE)
 def test_the_parts_of_a_unit_are_its_planned_bytes_in_both_layouts(name, packed):
     arch = ModelArch.from_name(name)
-    on_disk = ("model.layers.0.mlp.experts.gate_up_proj",) if packed else ()
+    on_disk = (f"model.layers.0.{family(arch).names.packed_gate_up}",) if packed else ()
     parts = family(arch).parts(on_disk)
     for unit in units_of(arch):
-        size = sum(torch.Size(p.shape).numel() for p in parts[unit.id])
-        assert unit.stored_bytes == size * arch.dtype_bytes
+        own = [(torch.Size(p.shape).numel(), 4 if p.role in FLOAT32 else arch.dtype_bytes) for p in parts[unit.id]]
+        assert unit.stored_bytes == sum(count * size for count, size in own)
     expected = family(arch).expected_tensors(on_disk)
     assert sum(torch.Size(shape).numel() for shape in expected.values()) == arch.parameters
 
