@@ -68,7 +68,7 @@ def _kind(math: Family, unit: UnitId, role: str) -> str:
     name = role.split(SEPARATOR)[0]
     if "norm" in name:
         return "norms"
-    if "router" in name:
+    if "router" in name or name == "correction":
         return "routers"
     if "shared" in name:
         return "shared experts"
