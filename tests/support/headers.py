@@ -11,7 +11,7 @@ import torch
 
 from cost_model.model.arch import ModelArch
 from flexmoe.checkpoint.safetensors import dtype_label
-from flexmoe.checkpoint.unit_layout import Part
+from flexmoe.checkpoint.unit_layout import FLOAT32_ROLES, Part
 from flexmoe.models.registry import family
 
 #: Tensors by name: dtype and shape.
@@ -29,7 +29,7 @@ def tensors_of(config: Mapping, *, stacked: bool = False) -> Tensors:
 def _dtype(part: Part, arch: ModelArch) -> torch.dtype:
     """One that the part may have; of a scale, one of the bytes that the format says."""
     if not part.dtypes:
-        return torch.bfloat16
+        return torch.float32 if part.role in FLOAT32_ROLES else torch.bfloat16
     fits = (d for d in part.dtypes if d.itemsize == arch.packed.scale_bytes)
     return next(fits, part.dtypes[0]) if part.role.endswith("scale") else part.dtypes[0]
 

@@ -67,6 +67,31 @@ def test_every_layout_of_every_family_is_taken_and_its_bytes_are_those_of_the_sh
     assert ("dense MLPs" in found.stored) == bool(arch.dense_layers) and "not read" not in found.stored
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in SHAPES.glob("*.json")))
+def test_every_known_model_is_taken_in_every_layout_with_all_its_bytes(tmp_path, name):
+    config = json.loads((SHAPES / f"{name}.json").read_text())
+    config |= {"num_hidden_layers": 2, "first_k_dense_replace": 1, "mlp_only_layers": [], "moe_layer_end_index": -1}
+    # The shapes have no factors of LongRoPE.
+    config = {field: value for field, value in config.items() if field not in ("layer_types", "rope_scaling")}
+    for stacked in (False, True)[: 1 if "quantization_config" in config else 2]:
+        found = inspect(write_headers(tmp_path / str(stacked), config, stacked=stacked))
+        assert found.runs, found.faults
+        assert sum(kind.nbytes for kind in found.stored.values()) == found.arch.total_bytes
+        assert found.arch.active_parameters <= found.arch.parameters
+
+
+def test_a_part_of_a_larger_model_and_layers_that_predict_further_are_taken(tmp_path):
+    def larger(tensors):
+        further = {n.replace("layers.2", "layers.3"): each for n, each in tensors.items() if "layers.2." in n}
+        return {f"language_model.{name}": each for name, each in (tensors | further).items()}
+
+    found = inspect(write_headers(tmp_path, QWEN | {"num_nextn_predict_layers": 1}, edit=larger))
+    assert found.runs, found.faults
+    assert found.stored["not read"].tensors == 4 * 3 + 9
+    read = sum(kind.nbytes for name, kind in found.stored.items() if name != "not read")
+    assert read == found.arch.total_bytes
+
+
 @pytest.mark.parametrize("form", CONFIGS)
 def test_every_packed_format_is_taken_with_what_is_packed_of_it(tmp_path, form):
     found = inspect(write_headers(tmp_path, QWEN | {"quantization_config": CONFIGS[form]}))
