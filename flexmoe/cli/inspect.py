@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cost_model.model.arch import ModelArch
+from flexmoe.cli.inspect_record import advice, notes, record, shape_record
 from flexmoe.inspecting.contents import total_bytes
 from flexmoe.inspecting.inspection import Inspection, inspect
-from flexmoe.inspecting.record import advice, notes, record, shape_record
 from policies.common.command_line import Parser, guarded, program_name, say
 from policies.common.memory_units import in_units
 

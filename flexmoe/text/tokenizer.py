@@ -182,7 +182,9 @@ class Tokenizer:
 
     def token_id(self, piece: str) -> int | None:
         """The id of a token by what the vocabulary calls it; None where it has no such token."""
-        found = None if self._backend is None else self._backend.convert_tokens_to_ids(piece)
+        if self._backend is None:
+            return None
+        found: int | None = self._backend.convert_tokens_to_ids(piece)
         return found if found is not None and self._backend.convert_ids_to_tokens(found) == piece else None
 
     @property
