@@ -137,7 +137,11 @@ def _weight_bytes(
 def _unpacked_bytes(arch: ModelArch, b: int) -> int:
     """The buffer that packed matrices are unpacked into: the largest of them."""
     heads = arch.num_heads * arch.head_dim
-    sizes = {"attention": arch.hidden * heads, "expert": arch.hidden * arch.ffn, "dense": arch.hidden * arch.dense_ffn}
+    sizes = {
+        "attention": arch.hidden * heads,
+        "expert": arch.hidden * arch.ffn,
+        "dense": arch.hidden * max(arch.dense_ffn, arch.shared_ffn),
+    }
     return max((size * b for kind, size in sizes.items() if arch.is_packed(kind)), default=0)
 
 
@@ -239,10 +243,13 @@ def _workspaces(arch: ModelArch, policy: Policy, allocation: Allocation, device:
     heads, kv_heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     chunk = min(EXPERT_CHUNK_TOKENS[device], allocation.max_tokens)
     width = max(arch.ffn, arch.dense_ffn)
-    copied = chunk * max(width, hidden) * 4 if device == "cpu" else 0  # widened, or padded (`flexmoe.kernels.linear`)
+    # Widened, or padded (`flexmoe.kernels.linear`).
+    copied = chunk * max(width, arch.shared_ffn, hidden) * 4 if device == "cpu" else 0
+    shared = 2 * batch * hidden * b + chunk * (2 * arch.shared_ffn + 2 * hidden) * b + copied
     return {
         "attention": 2 * batch * (4 * heads + 6 * kv_heads + 2 * hidden) * b + 3 * batch * hidden * 4,
         "experts": chunk * (2 * width + 2 * hidden) * b + copied,
+        "shared": shared if arch.shared_ffn else 0,
         "logits": policy.block_size * _logit_row_bytes(arch, b) + sampling_bytes(arch, policy),
     }
 
@@ -254,7 +261,7 @@ def _activation_bytes(
     tiers = allocation.activation_tiers
     home = batch * hidden * b
     away = len(tiers) - tiers.count("gpu")
-    block = tokens * (2 * hidden + arch.num_experts) * b + tokens * arch.top_k * 32
+    block = tokens * (2 * hidden * b + arch.num_experts * (4 if arch.router_float32 else b)) + tokens * arch.top_k * 32
     resident = min(tokens * hidden * b, tiers.count("gpu") * home) + min(2, away) * home
     return {
         "gpu": {

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flexmoe.batch.options import SCHEDULES, RunOptions
-from flexmoe.cli.benchmark import Benchmark
-from flexmoe.cli.job_arguments import add_job_flags, refuse_job_flags, shard
+from flexmoe.cli.running.benchmark import Benchmark
+from flexmoe.cli.running.job_arguments import add_job_flags, refuse_job_flags, shard
 from flexmoe.errors import UsageError
 from flexmoe.models.loader import LOAD_FORMATS
 from flexmoe.weights.eviction import EXPERT_CACHES

@@ -13,12 +13,19 @@ from policies.common.command_line import seconds
 
 SLURM = "slurm"
 #: Where the values of the flags are kept.
-_NAMES = (*ROW_NAMES, "overwrite", "checkpoint_interval_s", "shard", "reserve")
+_NAMES = (*ROW_NAMES, "keep_reasoning_in_content", "overwrite", "checkpoint_interval_s", "shard", "reserve")
 
 
 def add_job_flags(p: argparse.ArgumentParser) -> None:
     """Adds the flags; without -i each of them is refused (`refuse_job_flags`)."""
     add_row_flags(p, "-i")
+    p.add_argument_group("answers (with -i)").add_argument(
+        "--keep-reasoning-in-content",
+        action="store_true",
+        default=None,
+        help="leave what a model thinks (<think> blocks, gpt-oss's analysis) in the content of a chat's answer; by default it is the "
+        "message's reasoning_content",
+    )
     _add_resuming_flags(p)
 
 

@@ -8,7 +8,7 @@ import sys
 from flexmoe.batch.job_parts import check_files, open_model, preparer_setup
 from flexmoe.batch.options import RunOptions
 from flexmoe.batch.plan import plan_run, save_policy
-from flexmoe.cli.report import dry_run_lines, plan_lines, row_lines
+from flexmoe.cli.running.report import dry_run_lines, plan_lines, row_lines
 from flexmoe.inputs.options import open_requests
 from flexmoe.inputs.request_file import Rows
 from flexmoe.models.loader import Model

@@ -11,8 +11,14 @@ from flexmoe.batch.metrics import metrics_record
 from flexmoe.batch.options import RunOptions
 from flexmoe.batch.plan import plan_run, save_policy
 from flexmoe.batch.run_batch import write_files
-from flexmoe.cli.report import cache_and_weight_lines, detail_lines, engine_file_lines, flexllmgen_lines, plan_lines
-from flexmoe.cli.summary import summary_lines
+from flexmoe.cli.running.report import (
+    cache_and_weight_lines,
+    detail_lines,
+    engine_file_lines,
+    flexllmgen_lines,
+    plan_lines,
+)
+from flexmoe.cli.running.summary import summary_lines
 from flexmoe.errors import UsageError
 from flexmoe.llm import LLM
 from flexmoe.params import EngineRequest, SamplingParams

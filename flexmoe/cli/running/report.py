@@ -9,7 +9,7 @@ from cost_model.simulation.simulate import Simulation
 from flexmoe.batch.metrics import peak_gpu_bytes
 from flexmoe.batch.options import RunOptions
 from flexmoe.batch.plan import RunPlan
-from flexmoe.cli.summary import elapsed
+from flexmoe.cli.running.summary import elapsed
 from flexmoe.engine.engine import Engine
 from flexmoe.engine.engine_plan import EnginePlan
 from flexmoe.inputs.request_file import Rows
