@@ -17,12 +17,25 @@ from tests.support.tiny_models import RECIPES, drawn
 
 pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
 
-#: Rows of up to so many tokens in the quick tests; the slow ones have all.
-SHORT = 100
+#: Prompts of the quick tests; the slow ones have all.
+FEW = (5, 65, 33, 1)
 
 
 #: Prompts of the drawn configs: of one token, around the switch of the LongRoPE, and longer than a chunk.
 LENGTHS = (1, 5, 58, 64, 17, 65, 33, 100)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """`few(name)`: a checkpoint that is made when it is asked for, with few prompts."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = make(RECIPES[name], tmp_path_factory.mktemp(name), FEW)
+        return made[name]
+
+    return get
 
 
 def cases(count, seed):
@@ -38,8 +51,8 @@ QUICK = [(name, Case(variant="", kv_tokens=480)) for name in RECIPES if not name
 
 
 @pytest.mark.parametrize("name, case", QUICK, ids=str)
-def test_greedy_ids_of_a_family_equal_transformers(name, case, variants, tmp_path, monkeypatch):
-    check(variants(name), case, "cpu", tmp_path, monkeypatch, longest=SHORT)
+def test_greedy_ids_of_a_family_equal_transformers(name, case, few, tmp_path, monkeypatch):
+    check(few(name), case, "cpu", tmp_path, monkeypatch, longest=max(FEW) + GEN_LEN)
 
 
 @pytest.mark.slow
@@ -85,8 +98,8 @@ def _with_further_layer(tensors):
     return tensors | {name.replace("layers.2.", "layers.3."): t.clone() for name, t in last.items()}
 
 
-def test_layers_that_predict_further_tokens_are_ignored(variants, tmp_path):
-    directory = _edited(variants("glm4").directory, tmp_path, _with_further_layer)
+def test_layers_that_predict_further_tokens_are_ignored(few, tmp_path):
+    directory = _edited(few("glm4").directory, tmp_path, _with_further_layer)
     assert load_model(str(directory)).arch.num_layers == 3
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
@@ -95,23 +108,23 @@ def test_layers_that_predict_further_tokens_are_ignored(variants, tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["language_model.", "model.language_model."])
-def test_a_decoder_that_is_part_of_a_larger_model_is_read_by_its_own_names(prefix, variants, tmp_path):
+def test_a_decoder_that_is_part_of_a_larger_model_is_read_by_its_own_names(prefix, few, tmp_path):
     def renamed(tensors):
         inner = prefix == "language_model."
         own = {f"{prefix}{name if inner else name.removeprefix('model.')}": t for name, t in tensors.items()}
         return own | {"vision_tower.layers.0.weight": torch.zeros(3), "rotary_emb.inv_freq": torch.zeros(8)}
 
-    plain = load_model(str(variants("qwen3-dense").directory))
-    found = load_model(str(_edited(variants("qwen3-dense").directory, tmp_path, renamed)))
+    plain = load_model(str(few("qwen3-dense").directory))
+    found = load_model(str(_edited(few("qwen3-dense").directory, tmp_path, renamed)))
     assert found.arch.parameters == plain.arch.parameters
     assert "model.layers.0.mlp.up_proj.weight" in found.checkpoint.tensors
 
 
-def test_a_correction_stays_float32_beside_16_bit_weights(variants, tmp_path):
+def test_a_correction_stays_float32_beside_16_bit_weights(few, tmp_path):
     def halved(tensors):
         return {n: t if n.endswith("correction_bias") else t.bfloat16() for n, t in tensors.items()}
 
-    model = load_model(str(_edited(variants("ernie").directory, tmp_path, halved)))
+    model = load_model(str(_edited(few("ernie").directory, tmp_path, halved)))
     assert model.stored_dtype == torch.bfloat16
     source = model.source(tmp_path)
     unit = next(unit for unit in units_of(model.arch) if unit.kind == "attention" and unit.layer == 1)
