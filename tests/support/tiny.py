@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,7 +109,8 @@ def make(
         known: a file of the greedy ids, which take longest; written if it is not there yet.
     """
     torch.manual_seed(7)
-    config = AutoConfig.for_model(recipe.family, **recipe.base | recipe.config)
+    # Copied: transformers adds the rotated share of a head to the dictionary that it is given.
+    config = AutoConfig.for_model(recipe.family, **deepcopy(recipe.base | recipe.config))
     # Its grouped experts refuse matrices whose rows are no multiple of 16 bytes.
     model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").float().eval()
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """Shapes of the families in `tests.support.tiny_models` have the weights, the FLOPs and the defaults of transformers."""
 
 import json
+from copy import deepcopy
 
 import pytest
 
@@ -43,7 +44,7 @@ EXPERTS = {
 
 def counterpart(recipe):
     """The shape of a config as transformers saves it, and the model on no device."""
-    config = transformers.AutoConfig.for_model(recipe.family, **recipe.base | recipe.config)
+    config = transformers.AutoConfig.for_model(recipe.family, **deepcopy(recipe.base | recipe.config))
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     weights = dict(model.named_parameters())
