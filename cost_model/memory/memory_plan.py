@@ -142,7 +142,7 @@ def _unpacked_bytes(arch: ModelArch, b: int) -> int:
 
 
 def _kv_bytes(arch: ModelArch, allocation: Allocation, device: str, b: int) -> dict[str, dict[str, int]]:
-    page = arch.kv_bytes_per_token_layer(b) * PAGE_TOKENS
+    page, of_group = arch.kv_bytes_per_token_layer(b) * PAGE_TOKENS, arch.kv_page_bytes(PAGE_TOKENS, b)
     staging = 2 * allocation.fetch_pages * page
     on_disk = allocation.kv_pages["disk"] > 0
     down = landing = 0
@@ -152,32 +152,33 @@ def _kv_bytes(arch: ModelArch, allocation: Allocation, device: str, b: int) -> d
         landing = allocation.fetch_pages * page // 2  # K, then V
     return {
         "gpu": {
-            "kv": allocation.kv_pages["gpu"] * page * arch.num_layers,
+            "kv": allocation.kv_pages["gpu"] * of_group,
             "kv staging": staging + landing,
             "kv gathered": allocation.gather_pages * page,
             "masks": _masks(arch, allocation, b),
         },
         "cpu": {
-            "kv": allocation.kv_pages["cpu"] * page * arch.num_layers,
+            "kv": allocation.kv_pages["cpu"] * of_group,
             "kv tails": allocation.tails * page * arch.num_layers,
             "kv buffers": staging
             + (2 * (allocation.fetch_pages + allocation.write_pages) * page if on_disk else 0)
             + down,
         },
-        "disk": {"kv": allocation.kv_pages["disk"] * page * arch.num_layers},
+        "disk": {"kv": allocation.kv_pages["disk"] * of_group},
     }
 
 
 def _masks(arch: ModelArch, allocation: Allocation, b: int) -> int:
     """Of a piece of a GPU batch: `MASK_BYTES`, no more than all queries need, and no less than one needs."""
-    one = allocation.gather_pages * PAGE_TOKENS * mask_bytes(arch.num_heads // arch.num_kv_heads, b)
+    sinks = arch.num_heads if arch.sinks else 0
+    one = allocation.gather_pages * PAGE_TOKENS * mask_bytes(arch.num_heads // arch.num_kv_heads, b, sinks)
     return min(max(MASK_BYTES, one), allocation.batch_tokens * one)
 
 
-def mask_bytes(shared: int, b: int) -> int:
+def mask_bytes(shared: int, b: int, sink_heads: int = 0) -> int:
     """Bytes of the masks of one query of a row and one key, where ``shared`` query heads share a KV head: of the row, of
-    its heads, and the latter as numbers of ``b`` bytes."""
-    return 8 + shared * (2 + b)
+    its heads, and the latter as numbers of ``b`` bytes. Where heads have sinks there are their scores, too, twice."""
+    return 8 + shared * (2 + b) + sink_heads * (4 + b)
 
 
 def allocator_bytes(memory_bytes: int) -> int:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,19 @@ _COUNTS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers whose KV lies in the same pages: alike in their window, and as many as in every other group.
+
+    Args:
+        window: tokens that they look back, the query's own included; None is all.
+        layers: their numbers.
+    """
+
+    window: int | None
+    layers: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelArch:
     """A Mixture-of-Experts decoder, as far as bytes and FLOPs depend on it.
@@ -40,6 +54,7 @@ class ModelArch:
         num_experts, top_k: experts per layer, and how many a token is routed to.
         num_heads, num_kv_heads, head_dim: attention; a group of query heads shares a KV head.
         sliding_window: tokens that attention looks back, itself included; None is all.
+        full_layers: layers that look back to the first token though the model has a window, in ascending order.
         tied: the head is the embedding table.
         dtype_bytes: bytes of one stored weight, where it is not packed.
         norm_eps, rope_theta: constants of the norms and of the rotary embedding.
@@ -47,6 +62,7 @@ class ModelArch:
         head_bias: the head adds one, also where its table is tied.
         norm_bias: the norms over the hidden state have a bias beside the weight.
         qk_norm: every head's queries and keys are normed, by one weight of `head_dim` each.
+        sinks: each query head has a score in the softmax of attention that belongs to no key.
         dense_layers: layers whose feed-forward network is one MLP that every token passes, in ascending order.
         dense_ffn: its width; 0 where there is none.
         rope_switch: longest row that the rotary embedding turns by its first set of factors; a row that grows past it is
@@ -79,6 +95,8 @@ class ModelArch:
     head_bias: bool = False
     norm_bias: bool = False
     qk_norm: bool = False
+    sinks: bool = False
+    full_layers: tuple[int, ...] = ()
     dense_layers: tuple[int, ...] = ()
     dense_ffn: int = 0
     rope_switch: int | None = None
@@ -98,14 +116,17 @@ class ModelArch:
         if self.head_dim % 2:
             raise DataError(f"head_dim is {self.head_dim}; the rotary embedding needs an even one.")
         self._check_dense_layers()
+        self._check_layers("full_layers")
+
+    def _check_layers(self, field: str) -> None:
+        layers = getattr(self, field)
+        whole = type(layers) is tuple and all(type(layer) is int for layer in layers)
+        if not whole or list(layers) != sorted({layer for layer in layers if 0 <= layer < self.num_layers}):
+            raise DataError(f"{field} is {layers!r}; it must list layers from 0 to {self.num_layers - 1} in order.")
 
     def _check_dense_layers(self) -> None:
         layers = self.dense_layers
-        whole = type(layers) is tuple and all(type(layer) is int for layer in layers)
-        if not whole or list(layers) != sorted({layer for layer in layers if 0 <= layer < self.num_layers}):
-            raise DataError(
-                f"dense_layers is {layers!r}; it must list layers from 0 to {self.num_layers - 1} in order."
-            )
+        self._check_layers("dense_layers")
         if len(layers) == self.num_layers:
             raise DataError("every layer of the model is dense; FlexMoE needs layers with experts.")
         if self.dense_ffn and not layers:
@@ -283,12 +304,38 @@ class ModelArch:
         """Weights of a layer's attention unit; a dense layer has no router."""
         return self.attention_params - (self.router_params if self.is_dense(layer) else 0)
 
+    def window_in(self, layer: int) -> int | None:
+        """Tokens that a layer's attention looks back, itself included; None is all."""
+        return None if layer in self.full_layers else self.sliding_window
+
+    @property
+    def windowed_share(self) -> float:
+        """Part of the layers that look back through the window."""
+        return 0.0 if self.sliding_window is None else 1 - len(self.full_layers) / self.num_layers
+
+    @property
+    def kv_groups(self) -> tuple[LayerGroup, ...]:
+        """The layers in groups that share pages of KV; one where all are alike."""
+        windowed = [layer for layer in range(self.num_layers) if self.window_in(layer) is not None]
+        full = [layer for layer in range(self.num_layers) if self.window_in(layer) is None]
+        size = gcd(len(full), len(windowed))
+        kinds = ((None, full), (self.sliding_window, windowed))
+        return tuple(
+            LayerGroup(window, tuple(layers[at : at + size]))
+            for window, layers in kinds
+            for at in range(0, len(layers), size)
+        )
+
+    def kv_page_bytes(self, page_tokens: int, dtype_bytes: int) -> int:
+        """Bytes of a page of KV, which has so many tokens in the layers of a group."""
+        return page_tokens * len(self.kv_groups[0].layers) * self.kv_bytes_per_token_layer(dtype_bytes)
+
     def kv_bytes_per_token_layer(self, dtype_bytes: int = 2) -> int:
         """Bytes of K and V that one token keeps in one layer."""
         return 2 * self.num_kv_heads * self.head_dim * dtype_bytes
 
     def kv_bytes_per_token(self, dtype_bytes: int = 2) -> int:
-        """Bytes of K and V that one token keeps in all layers."""
+        """Bytes of K and V that one token keeps in all layers, while all of them see it."""
         return self.num_layers * self.kv_bytes_per_token_layer(dtype_bytes)
 
     def expected_experts_touched(self, tokens: float) -> float:

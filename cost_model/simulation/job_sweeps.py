@@ -12,7 +12,7 @@ from math import ceil
 
 import numpy as np
 
-from cost_model.memory.allocation import PAGE_TOKENS, Allocation
+from cost_model.memory.allocation import Allocation
 from cost_model.timing.job_phases import JobPhases, job_phases
 from cost_model.timing.job_rows import tokens_to_generate, typical_rows, waiting_rows
 from cost_model.timing.sweep_load import MODES, RowGroup, SweepLoad
@@ -213,7 +213,7 @@ class _Job:
             ),
             pages=self._room,
             tails=ceil(allocation.tails / bundle),
-            page_tokens=PAGE_TOKENS,
+            layout=allocation.kv_layout,
             recompute_past=allocation.recompute_past,
         )
         self._groups: list[list[list[float]]] = []

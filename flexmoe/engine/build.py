@@ -120,7 +120,13 @@ class _Builder:
 
     def _cache(self) -> KVCache:
         arch, plan = self._model.arch, self._plan
-        shape = KVShape(layers=arch.num_layers, kv_heads=arch.num_kv_heads, head_dim=arch.head_dim, dtype=plan.dtype)
+        shape = KVShape(
+            layers=arch.num_layers,
+            kv_heads=arch.num_kv_heads,
+            head_dim=arch.head_dim,
+            dtype=plan.dtype,
+            groups=arch.kv_groups,
+        )
         cache = KVCache(plan.device, shape, plan.allocation.kv_pages, plan.allocation.tails, self._config.offload_dir)
         self._resources.callback(cache.close_file)
         return cache
@@ -133,7 +139,7 @@ class _Builder:
             write_pages=allocation.write_pages,
             gather_pages=allocation.gather_pages,
         )
-        kv = KVLanes(self._plan.device, self._recorder, cache, buffers, arch.num_heads, arch.sliding_window)
+        kv = KVLanes(self._plan.device, self._recorder, cache, buffers, arch.num_heads, arch.sinks)
         self._resources.callback(kv.close)
         return kv
 

@@ -1,7 +1,10 @@
 """Drives the KV cache and its lanes as the executor does, beside rows of plain tensors that tell what must come out."""
 
+from dataclasses import replace
+
 import torch
 
+from cost_model.model.arch import LayerGroup
 from flexmoe.kv.batch import Block, Run
 from flexmoe.kv.cache import KVCache, KVShape
 from flexmoe.kv.transfers import KVBuffers, KVLanes
@@ -35,14 +38,15 @@ class History:
 class Bench:
     """A cache of ``pages`` per tier with its lanes; `sweep` runs one sweep over some rows and checks its attention."""
 
-    def __init__(self, directory, pages, *, window=None, seed=0, tails=8, batch_rows=3, device=None):
-        self.recorder, self.window, self.batch_rows = Recorder(), window, batch_rows
+    def __init__(self, directory, pages, *, window=None, groups=(), seed=0, tails=8, batch_rows=3, device=None):
+        self.recorder, self.batch_rows = Recorder(), batch_rows
         device = device or Device("cpu")
         counts = dict(zip(("gpu", "cpu", "disk"), pages))
         self.uploads = Uploads(device)
-        self.cache = KVCache(device, SHAPE, counts, tails if counts["disk"] else 0, directory)
+        shape = replace(SHAPE, groups=groups or (LayerGroup(window, tuple(range(LAYERS))),))
+        self.cache = KVCache(device, shape, counts, tails if counts["disk"] else 0, directory)
         buffers = KVBuffers(staging_pages=sum(pages), batch_tokens=600, write_pages=60)
-        self.lanes = KVLanes(device, self.recorder, self.cache, buffers, HEADS, window)
+        self.lanes = KVLanes(device, self.recorder, self.cache, buffers, HEADS)
         self.generator = torch.Generator().manual_seed(seed)
 
     def open(self, kind):
@@ -74,7 +78,7 @@ class Bench:
             self._layer(layer, block)
         self.lanes.drain()
         for run in block.runs:
-            run.kv.length += len(run.tokens)
+            self.cache.advance(run.kv, run.kv.length + len(run.tokens))
 
     def _layer(self, layer, block):
         """The executor's order: batch j + 1 is loaded and stored before batch j is attended."""
@@ -111,16 +115,17 @@ class Bench:
                 row = run.owner
                 row.k[layer] = torch.cat([row.k[layer], k[here]])
                 row.v[layer] = torch.cat([row.v[layer], v[here]])
-                expected = self._attend(q[here], row.k[layer], row.v[layer])
+                expected = self._attend(layer, q[here], row.k[layer], row.v[layer])
                 got = out[start - group.start : start - group.start + len(run.tokens)]
                 torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
                 start = here.stop
 
-    def _attend(self, q, k, v):
+    def _attend(self, layer, q, k, v):
+        window = self.cache.window_of(layer)
         k, v = (x.double().repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q.double(), k) * SIZE**-0.5
         position, key = torch.arange(len(k) - len(q), len(k))[:, None], torch.arange(len(k))
         hidden = key > position
-        if self.window is not None:
-            hidden |= key <= position - self.window
+        if window is not None:
+            hidden |= key <= position - window
         return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)

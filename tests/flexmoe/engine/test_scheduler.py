@@ -210,7 +210,9 @@ def test_rows_in_flight_are_nine_tenths_of_what_the_kv_cache_holds(rows, prompt,
     """A job of equal rows ten pages long; the capacity is what the command line plans for the policy."""
     chosen = policy(rows=rows, prompt_len=prompt, gen_len=gen)
     workload = Workload(prompt_len=prompt, gen_len=gen)
-    counts = kv_pages_per_tier(chosen, kv_tokens_wanted(chosen, workload), prompt + gen)
+    counts = kv_pages_per_tier(
+        chosen, kv_tokens_wanted(chosen, workload) / PAGE_TOKENS, -(-(prompt + gen) // PAGE_TOKENS)
+    )
     mean = mean_rows_in_flight(Simulation(chosen, counts), prompt, gen, 10 * rows)
     capacity = counts["gpu"] * PAGE_TOKENS
     assert mean >= 0.9 * capacity / (prompt + gen / 2), f"{mean:.1f} rows, limit {capacity / (prompt + gen / 2):.1f}"

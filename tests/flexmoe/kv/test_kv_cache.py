@@ -98,7 +98,7 @@ def test_row_holds_the_pages_that_its_tokens_need(tmp_path, tier):
     for tokens, pages in [(1, 1), (14, 1), (1, 1), (1, 2), (30, 3), (17, 4)]:
         cache.reserve(row, tokens)
         row.length += tokens
-        assert len(row.pages) == pages == cache.pages_for(row.length)
+        assert len(row.pages) == pages == cache.layout.covering(row.length)
         assert free(cache, tier) == 10 - pages
     cache.close(row)
     assert free(cache, tier) == 10 and row.pages == [] and row.length == 0
