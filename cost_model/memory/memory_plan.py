@@ -233,7 +233,7 @@ def _activation_bytes(
     tiers = allocation.activation_tiers
     home = batch * hidden * b
     away = len(tiers) - tiers.count("gpu")
-    block = tokens * (2 * hidden + arch.num_experts) * b + tokens * arch.top_k * 32
+    block = tokens * (2 * hidden * b + arch.num_experts * (4 if arch.router_float32 else b)) + tokens * arch.top_k * 32
     resident = min(tokens * hidden * b, tiers.count("gpu") * home) + min(2, away) * home
     return {
         "gpu": {

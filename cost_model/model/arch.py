@@ -65,6 +65,9 @@ class ModelArch:
         sinks: each query head has a score in the softmax of attention that belongs to no key.
         dense_layers: layers whose feed-forward network is one MLP that every token passes, in ascending order.
         dense_ffn: its width; 0 where there is none.
+        router_bias: the router adds a bias.
+        router_correction: it adds another one for the choice only, which is kept in float32.
+        router_float32: its weight is kept, and its logits are computed, in float32 whatever the dtype of the others is.
         rope_switch: longest row that the rotary embedding turns by its first set of factors; a row that grows past it is
             computed anew with the second. None: one set for all.
         group: consecutive experts of a layer that are moved as one; None: as `weight_units.experts_per_unit` has it.
@@ -99,6 +102,9 @@ class ModelArch:
     full_layers: tuple[int, ...] = ()
     dense_layers: tuple[int, ...] = ()
     dense_ffn: int = 0
+    router_bias: bool = False
+    router_correction: bool = False
+    router_float32: bool = False
     rope_switch: int | None = None
     group: int | None = None
     packed: PackedFormat | None = None
@@ -180,8 +186,18 @@ class ModelArch:
 
     @property
     def router_params(self) -> int:
-        """Weights of one layer's router."""
+        """Weights of one layer's router, without biases."""
         return self.hidden * self.num_experts
+
+    @property
+    def routing_params(self) -> int:
+        """Weights of one layer's router, with its bias and its correction."""
+        return self.router_params + self.num_experts * (self.router_bias + self.router_correction)
+
+    @property
+    def _float32_params(self) -> int:
+        """Weights of one layer's router that are kept in float32."""
+        return (self.router_params if self.router_float32 else 0) + self.num_experts * self.router_correction
 
     @property
     def norm_params(self) -> int:
@@ -193,7 +209,7 @@ class ModelArch:
         """Weights of one attention unit: q, k, v, o and their biases, the layer's norms, and its router."""
         biases = self.head_dim * (self.num_heads + 2 * self.num_kv_heads) + self.hidden if self.attention_bias else 0
         head_norms = 2 * self.head_dim if self.qk_norm else 0
-        return self.projection_params + biases + 2 * self.norm_params + head_norms + self.router_params
+        return self.projection_params + biases + 2 * self.norm_params + head_norms + self.routing_params
 
     @property
     def expert_params(self) -> int:
@@ -215,7 +231,7 @@ class ModelArch:
         """All weights; a table that embedding and head share counts once."""
         sparse, dense = self.num_layers - len(self.dense_layers), len(self.dense_layers)
         layers = sparse * (self.attention_params + self.num_experts * self.expert_params)
-        layers += dense * (self.attention_params - self.router_params + self.dense_params)
+        layers += dense * (self.attention_params - self.routing_params + self.dense_params)
         head = (0 if self.tied else self.embed_params) + (self.vocab_size if self.head_bias else 0)
         return self.embed_params + layers + self.norm_params + head
 
@@ -240,13 +256,14 @@ class ModelArch:
 
     def attention_bytes_in(self, layer: int) -> int:
         """Stored bytes of a layer's attention unit."""
-        params = self.attention_params_in(layer)
+        wide = 0 if self.is_dense(layer) else self._float32_params
+        params, wide_bytes = self.attention_params_in(layer) - wide, 4 * wide
         if self.packed is None or "attention" not in self.packed.kinds:
-            return params * self.dtype_bytes
+            return params * self.dtype_bytes + wide_bytes
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         shapes = ((queries, self.hidden), (keys, self.hidden), (keys, self.hidden), (self.hidden, queries))
         packed = sum(self.packed.matrix_bytes(*shape) for shape in shapes)
-        return (params - self.projection_params) * self.dtype_bytes + packed
+        return (params - self.projection_params) * self.dtype_bytes + packed + wide_bytes
 
     def _mlp_bytes(self, width: int, kind: str) -> int:
         if self.packed is None or kind not in self.packed.kinds:
@@ -260,9 +277,9 @@ class ModelArch:
     def computed_bytes(self, stored: int, compute_bytes: int) -> int:
         """Bytes on the compute device of units of so many stored bytes, where numbers take ``compute_bytes``.
 
-        Packed numbers stay packed, so where there are some this is a bound.
+        Packed numbers and float32 ones stay as they are, so where there are some this is a bound.
         """
-        if self.packed is None:
+        if self.packed is None and not self._float32_params:
             return stored // self.dtype_bytes * compute_bytes
         return -(-stored * max(compute_bytes, self.dtype_bytes) // self.dtype_bytes)
 
@@ -302,7 +319,7 @@ class ModelArch:
 
     def attention_params_in(self, layer: int) -> int:
         """Weights of a layer's attention unit; a dense layer has no router."""
-        return self.attention_params - (self.router_params if self.is_dense(layer) else 0)
+        return self.attention_params - (self.routing_params if self.is_dense(layer) else 0)
 
     def window_in(self, layer: int) -> int | None:
         """Tokens that a layer's attention looks back, itself included; None is all."""

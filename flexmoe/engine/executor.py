@@ -90,7 +90,9 @@ class Executor:
         # Of the whole block, since the experts run over all of it: their inputs, their outputs, the router's logits.
         self._x_TD = torch.empty(max_tokens, arch.hidden, dtype=dtype, device=device.torch)
         self._y_TD = torch.empty(max_tokens, arch.hidden, dtype=dtype, device=device.torch)
-        self._router_TE = torch.empty(max_tokens, arch.num_experts, dtype=dtype, device=device.torch)
+        router_dtype = torch.float32 if arch.router_float32 else dtype
+        self._router_TE = torch.empty(max_tokens, arch.num_experts, dtype=router_dtype, device=device.torch)
+        self._correction_E: torch.Tensor | None = None  # of the layer under way
         self._dtype, self._logits = dtype, Logits(device, family, scored_at_once, dtype)
         self._pending: dict[int, Future[Any]] = {}  # by the id of the operation, of lanes other than the GPU
         self._qkv: dict[int, QKV] = {}  # by GPU batch, of the layer under way
@@ -252,12 +254,14 @@ class Executor:
         attended = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         unit = self._units.attention[op.layer].unit
         here = slice(batch.start, batch.stop)
-        h_TD, x_TD, router_TE = self._family.output(self._hidden[batch.index], attended, self._feed.get(unit))
+        weights = self._feed.get(unit)
+        h_TD, x_TD, router_TE = self._family.output(self._hidden[batch.index], attended, weights)
         self._hidden.put(batch.index, h_TD)
         self._x_TD[here] = x_TD
         if router_TE is not None:
             self._router_TE[here] = router_TE
         if batch is self._block.batches[-1]:
+            self._correction_E = self._family.router_correction(weights)
             self._feed.release(unit)
 
     def _attend_group(self, layer: int, batch: Batch, mode: AttentionMode, qkv: QKV) -> torch.Tensor:
@@ -281,7 +285,7 @@ class Executor:
         if self._family.arch.is_dense(op.layer):
             self._experts.route_all(tokens)
             return
-        ids_TK, weights_TK = self._family.route(self._router_TE[:tokens])
+        ids_TK, weights_TK = self._family.route(self._router_TE[:tokens], self._correction_E)
         counts = self._experts.route(ids_TK, weights_TK, self._dtype)
         self._feed.routed(op.layer, counts, tokens)
         self._router_counter.add(op.layer, ids_TK, counts)

@@ -49,7 +49,12 @@ class Family(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Residual stream after attention, its norm for the experts, and the router's logits ``[T, E]`` if it has a router."""
 
-    def route(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def router_correction(self, w: Weights) -> torch.Tensor | None:
+        """What a layer's router adds to the scores for the choice, ``[E]``, if it does; no view of the weights."""
+
+    def route(
+        self, logits_TE: torch.Tensor, correction_E: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Chosen experts and their weights (float32), both ``[T, K]``."""
 
     def expert_weights(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> ExpertWeights:

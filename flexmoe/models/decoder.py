@@ -10,7 +10,7 @@ R rows of logits.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -19,12 +19,13 @@ import torch.nn.functional as F
 
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import experts_per_unit, units_of
-from flexmoe.checkpoint.unit_layout import Part
+from flexmoe.checkpoint.unit_layout import WIDE_ROUTER, Part
 from flexmoe.formats.packed_matrix import PackedMatrix, fields_of, packed_parts
 from flexmoe.kernels.expert_weights import ExpertProducts, ExpertWeights, PackedShape
 from flexmoe.kernels.family import Rope, Weights
 from flexmoe.kernels.linear import linear
 from flexmoe.models.names import Names, unit_parts
+from flexmoe.models.router import Choice, Router, Routing
 from policies.units import UnitId
 
 #: What may be packed of a unit; norms, biases and routers are not.
@@ -47,10 +48,23 @@ class Decoder(ABC):
 
     def __init__(self, arch: ModelArch, config: Mapping[str, Any] | None = None) -> None:
         self.arch = arch
+        self._routing = self.routing(config or {})
 
-    @abstractmethod
-    def route(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Chosen experts and their weights (float32), both ``[T, K]``."""
+    def routing(self, config: Mapping[str, Any]) -> Routing:
+        """The router of all layers: the best softmax probabilities, which are made to add up to one.
+
+        Raises:
+            DataError: the config asks for something else than the family's router does.
+        """
+        return Router(top_k=self.arch.top_k)
+
+    def route(self, logits_TE: torch.Tensor, correction_E: torch.Tensor | None = None) -> Choice:
+        """Chosen experts and their weights (float32), both ``[T, K]``; the correction is that of the layer."""
+        return self._routing(logits_TE, correction_E)
+
+    def router_correction(self, w: Weights) -> torch.Tensor | None:
+        """What a layer's router adds to the scores for the choice, float32 ``[E]``, copied from its attention unit."""
+        return w["correction"].clone() if "correction" in w else None
 
     def parts(self, on_disk: Iterable[str]) -> dict[UnitId, list[Part]]:
         """Parts of every unit, given the names in the checkpoint (they tell the layout: per expert or packed)."""
@@ -137,7 +151,9 @@ class Decoder(ABC):
         out = self._matrix(w, "o", self.arch.hidden, self.arch.num_heads * self.arch.head_dim)
         h_TD = h_TD + linear(attended_THd.flatten(1), out, w.get("o_bias"))
         x_TD = self.norm(h_TD, w, "post_norm")
-        return h_TD, x_TD, linear(x_TD, w["router"]) if "router" in w else None
+        if WIDE_ROUTER in w:
+            return h_TD, x_TD, F.linear(x_TD.float(), w[WIDE_ROUTER])
+        return h_TD, x_TD, linear(x_TD, w["router"], w.get("router_bias")) if "router" in w else None
 
     def feed_forward(self, x_nD: torch.Tensor, w: ExpertProducts) -> torch.Tensor:
         """Output ``[n, D]`` of an expert (or the MLP of a dense layer), or of several experts at once."""
@@ -166,12 +182,6 @@ def rotation(
     angles = positions_T.float()[:, None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)[:, None]
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
-
-
-def best_experts(logits_TE: torch.Tensor, top_k: int, *, normalized: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``top_k`` experts of highest softmax probability, and those probabilities, normalized to a sum of one or not."""
-    weights_TK, ids_TK = torch.topk(torch.softmax(logits_TE.float(), dim=-1), top_k, dim=-1)
-    return ids_TK, weights_TK / weights_TK.sum(dim=-1, keepdim=True) if normalized else weights_TK
 
 
 def _rotate(x_THd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

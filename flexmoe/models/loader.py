@@ -16,7 +16,7 @@ import torch
 from cost_model.model.arch import ModelArch
 from flexmoe.checkpoint.checkpoint import Checkpoint
 from flexmoe.checkpoint.files import read_json_object
-from flexmoe.checkpoint.unit_layout import Part
+from flexmoe.checkpoint.unit_layout import FLOAT32_ROLES, Part
 from flexmoe.errors import DataError, InputMissingError, UsageError
 from flexmoe.formats.beside import UNREAD, check_beside
 from flexmoe.formats.packed_matrix import SEPARATOR
@@ -146,7 +146,7 @@ def _dummy(arch: ModelArch, directory: Path | None) -> Model:
 
 def _stored_dtype(checkpoint: Checkpoint, parts: Iterable[Part], asked: str) -> torch.dtype:
     """The dtype of the most bytes of weights; of several, all are float32 where that is asked for: no other holds each of them."""
-    names = {part.tensor for part in parts if not part.dtypes}
+    names = {part.tensor for part in parts if not part.dtypes and part.role not in FLOAT32_ROLES}
     sizes: Counter[torch.dtype] = Counter()
     for info in (checkpoint.tensors[name] for name in sorted(names)):
         sizes[info.dtype if info.dtype in DTYPES.values() else torch.float32] += info.nbytes

@@ -1,8 +1,6 @@
 """Mixtral: the weights of the chosen experts add up to one; everything else is the common decoder."""
 
-import torch
-
-from flexmoe.models.decoder import Decoder, best_experts
+from flexmoe.models.decoder import Decoder
 from flexmoe.models.names import Names
 
 
@@ -15,7 +13,3 @@ class Mixtral(Decoder):
         up="block_sparse_moe.experts.{}.w3.weight",
         down="block_sparse_moe.experts.{}.w2.weight",
     )
-
-    def route(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Chosen experts and their weights, both ``[T, K]``."""
-        return best_experts(logits_TE, self.arch.top_k, normalized=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import head_rows, units_of
-from flexmoe.checkpoint.unit_layout import Part
+from flexmoe.checkpoint.unit_layout import WIDE_ROUTER, Part
 from policies.units import KINDS, UnitId
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -26,6 +26,7 @@ class Names:
         packed_router, packed_gate_up, packed_down: the experts of a layer stacked, ``[E, 2F, D]`` (gate first) and
             ``[E, D, F]``, as transformers writes them with ``save_original_format=False``.
         dense_gate, dense_up, dense_down: the MLP of a layer without experts, alike in both layouts.
+        correction, packed_correction: what the router adds for the choice only.
     """
 
     router: str
@@ -38,6 +39,8 @@ class Names:
     dense_gate: str = "mlp.gate_proj.weight"
     dense_up: str = "mlp.up_proj.weight"
     dense_down: str = "mlp.down_proj.weight"
+    correction: str = "mlp.gate.e_score_correction_bias"
+    packed_correction: str = "mlp.gate.e_score_correction_bias"
 
     def are_packed(self, on_disk: Iterable[str]) -> bool:
         """Whether these names of tensors are those of the packed layout."""
@@ -117,7 +120,14 @@ def _attention(arch: ModelArch, names: Names, packed: bool, layer: int) -> Itera
     yield from _norm(arch, "post_norm", f"{at}post_attention_layernorm")
     if not arch.is_dense(layer):
         router = names.packed_router if packed else names.router
-        yield Part(role="router", tensor=at + router, shape=(arch.num_experts, hidden))
+        role = WIDE_ROUTER if arch.router_float32 else "router"
+        yield Part(role=role, tensor=at + router, shape=(arch.num_experts, hidden))
+        if arch.router_bias:
+            bias = router.removesuffix(".weight") + ".bias"
+            yield Part(role="router_bias", tensor=at + bias, shape=(arch.num_experts,))
+        if arch.router_correction:
+            name = names.packed_correction if packed else names.correction
+            yield Part(role="correction", tensor=at + name, shape=(arch.num_experts,))
 
 
 def _norm(arch: ModelArch, role: str, name: str) -> Iterator[Part]:

@@ -14,6 +14,7 @@ from flexmoe.errors import DataError
 from flexmoe.kernels.family import Rope, Weights
 from flexmoe.models.decoder import Decoder, rotation
 from flexmoe.models.names import Names
+from flexmoe.models.router import Routing, SparseMixer
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +43,7 @@ class Phimoe(Decoder):
 
     def __init__(self, arch: ModelArch, config: Mapping[str, Any] | None = None):
         super().__init__(arch, config)
-        config = config or {}
-        if arch.top_k != 2:
-            raise DataError(f"num_experts_per_tok is {arch.top_k}, but sparsemixer routes every token to exactly 2")
-        self._jitter = _number(config, "router_jitter_noise", 0.01)
-        self._long = _long_rope(arch, config)
+        self._long = _long_rope(arch, config or {})
         self._frequencies: dict[torch.device, torch.Tensor] = {}
 
     def rope(self, positions_T: torch.Tensor, lengths_T: torch.Tensor, dtype: torch.dtype) -> Rope:
@@ -62,24 +59,17 @@ class Phimoe(Decoder):
         scale_T11 = torch.where(is_long_T1, self._long.scales[1], self._long.scales[0])[:, None]
         return rotation(positions_T, torch.where(is_long_T1, long, short), dtype, scale_T11)
 
-    def route(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sparsemixer (Liu et al. 2023) without its sampling: the two best experts, each weighted among its near equals."""
-        scores_TE = logits_TE.float()
-        first_T1, weight_T1 = self._best(scores_TE, scores_TE)
-        rest_TE = scores_TE.scatter(-1, first_T1, float("-inf"))
-        second_T1, next_weight_T1 = self._best(rest_TE, scores_TE)
-        return torch.cat([first_T1, second_T1], dim=-1), torch.cat([weight_T1, next_weight_T1], dim=-1)
+    def routing(self, config: Mapping[str, Any]) -> Routing:
+        """Sparsemixer, which chooses two."""
+        if self.arch.top_k != 2:
+            raise DataError(
+                f"num_experts_per_tok is {self.arch.top_k}, but sparsemixer routes every token to exactly 2"
+            )
+        return SparseMixer(jitter=_number(config, "router_jitter_noise", 0.01))
 
     def norm(self, x: torch.Tensor, w: Weights, role: str) -> torch.Tensor:
         """LayerNorm with a bias."""
         return F.layer_norm(x, x.shape[-1:], w[role], w[f"{role}_bias"], self.arch.norm_eps)
-
-    def _best(self, candidates_TE: torch.Tensor, scores_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best candidate, and its softmax weight among those that are within 2·jitter of it, relatively."""
-        best_T1, expert_T1 = candidates_TE.max(dim=-1, keepdim=True)
-        distance_TE = (best_T1 - scores_TE) / scores_TE.abs().clamp(min=best_T1)
-        near_TE = candidates_TE.masked_fill(distance_TE > 2 * self._jitter, float("-inf"))
-        return expert_T1, torch.softmax(near_TE, dim=-1).gather(-1, expert_T1)
 
 
 def _long_rope(arch: ModelArch, config: Mapping[str, Any]) -> _LongRope | None:

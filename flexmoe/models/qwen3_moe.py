@@ -3,11 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from cost_model.model.arch import ModelArch
-from flexmoe.models.decoder import Decoder, best_experts
+from flexmoe.models.decoder import Decoder
 from flexmoe.models.names import Names
+from flexmoe.models.router import Router, Routing
 
 
 class Qwen3Moe(Decoder):
@@ -20,10 +18,6 @@ class Qwen3Moe(Decoder):
         down="mlp.experts.{}.down_proj.weight",
     )
 
-    def __init__(self, arch: ModelArch, config: Mapping[str, Any] | None = None):
-        super().__init__(arch, config)
-        self._normalized = bool((config or {}).get("norm_topk_prob"))
-
-    def route(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Chosen experts and their weights, both ``[T, K]``; the weights add up to one where ``norm_topk_prob`` is set."""
-        return best_experts(logits_TE, self.arch.top_k, normalized=self._normalized)
+    def routing(self, config: Mapping[str, Any]) -> Routing:
+        """Routing weights add up to one where ``norm_topk_prob`` is set."""
+        return Router(top_k=self.arch.top_k, normalized=bool(config.get("norm_topk_prob")))

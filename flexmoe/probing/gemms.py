@@ -339,7 +339,8 @@ def _dense_work(
     h_TD, y_TD, x_TD = (torch.zeros(count, arch.hidden, dtype=dtype, device=device.torch) for _ in range(3))
     h_TD.copy_(noise(device, dtype, count, arch.hidden))
     attended_THd = noise(device, dtype, count, arch.num_heads, arch.head_dim)
-    router_TE = torch.empty(count, arch.num_experts, dtype=dtype, device=device.torch)
+    router_dtype = torch.float32 if arch.router_float32 else dtype
+    router_TE = torch.empty(count, arch.num_experts, dtype=router_dtype, device=device.torch)
     dispatch = ExpertDispatch(device, arch.num_experts)
 
     def work() -> None:
@@ -350,7 +351,7 @@ def _dense_work(
         _, x_TD[:], logits_TE = math.output(h_TD, attended_THd, weights)
         if logits_TE is not None:
             router_TE[:] = logits_TE
-        ids_TK, weights_TK = math.route(router_TE)
+        ids_TK, weights_TK = math.route(router_TE, math.router_correction(weights))
         dispatch.route(ids_TK, weights_TK, dtype)
         y_TD.zero_()
 

@@ -25,7 +25,7 @@ def test_every_family_that_can_be_planned_for_runs():
 
 
 def test_a_family_adds_names_norm_rope_and_router_only():
-    allowed = {"names", "__init__", "norm", "rope", "route"}
+    allowed = {"names", "__init__", "norm", "rope", "routing"}
     for kind in FAMILIES.values():
         own = {name for name in vars(kind) if callable(vars(kind)[name]) or name in vars(Decoder)}
         assert {name for name in own if not name.startswith("_") or name == "__init__"} <= allowed
