@@ -137,7 +137,11 @@ def _weight_bytes(
 def _unpacked_bytes(arch: ModelArch, b: int) -> int:
     """The buffer that packed matrices are unpacked into: the largest of them."""
     heads = arch.num_heads * arch.head_dim
-    sizes = {"attention": arch.hidden * heads, "expert": arch.hidden * arch.ffn, "dense": arch.hidden * arch.dense_ffn}
+    sizes = {
+        "attention": arch.hidden * heads,
+        "expert": arch.hidden * arch.ffn * (1 + arch.gate_up_alternate),
+        "dense": arch.hidden * arch.dense_ffn,
+    }
     return max((size * b for kind, size in sizes.items() if arch.is_packed(kind)), default=0)
 
 

@@ -63,6 +63,8 @@ class ModelArch:
         norm_bias: the norms over the hidden state have a bias beside the weight.
         qk_norm: every head's queries and keys are normed, by one weight of `head_dim` each.
         sinks: each query head has a score in the softmax of attention that belongs to no key.
+        expert_bias: the matrices of experts have biases.
+        gate_up_alternate: rows of gate and up of an expert alternate in one matrix.
         dense_layers: layers whose feed-forward network is one MLP that every token passes, in ascending order.
         dense_ffn: its width; 0 where there is none.
         router_bias: the router adds a bias.
@@ -99,6 +101,8 @@ class ModelArch:
     norm_bias: bool = False
     qk_norm: bool = False
     sinks: bool = False
+    expert_bias: bool = False
+    gate_up_alternate: bool = False
     full_layers: tuple[int, ...] = ()
     dense_layers: tuple[int, ...] = ()
     dense_ffn: int = 0
@@ -208,13 +212,18 @@ class ModelArch:
     def attention_params(self) -> int:
         """Weights of one attention unit: q, k, v, o and their biases, the layer's norms, and its router."""
         biases = self.head_dim * (self.num_heads + 2 * self.num_kv_heads) + self.hidden if self.attention_bias else 0
-        head_norms = 2 * self.head_dim if self.qk_norm else 0
+        head_norms = (2 * self.head_dim if self.qk_norm else 0) + (self.num_heads if self.sinks else 0)
         return self.projection_params + biases + 2 * self.norm_params + head_norms + self.routing_params
 
     @property
     def expert_params(self) -> int:
-        """Weights of one expert: gate, up and down projections."""
+        """Weights of one expert: gate, up and down projections, without biases."""
         return 3 * self.hidden * self.ffn
+
+    @property
+    def expert_bias_params(self) -> int:
+        """Biases of one expert."""
+        return 2 * self.ffn + self.hidden if self.expert_bias else 0
 
     @property
     def dense_params(self) -> int:
@@ -230,7 +239,7 @@ class ModelArch:
     def parameters(self) -> int:
         """All weights; a table that embedding and head share counts once."""
         sparse, dense = self.num_layers - len(self.dense_layers), len(self.dense_layers)
-        layers = sparse * (self.attention_params + self.num_experts * self.expert_params)
+        layers = sparse * (self.attention_params + self.num_experts * (self.expert_params + self.expert_bias_params))
         layers += dense * (self.attention_params - self.routing_params + self.dense_params)
         head = (0 if self.tied else self.embed_params) + (self.vocab_size if self.head_bias else 0)
         return self.embed_params + layers + self.norm_params + head
@@ -248,7 +257,7 @@ class ModelArch:
     @property
     def expert_bytes(self) -> int:
         """Stored bytes of one expert."""
-        return self._mlp_bytes(self.ffn, "expert")
+        return self._mlp_bytes(self.ffn, "expert") + self.expert_bias_params * self.dtype_bytes
 
     def expert_bytes_in(self, layer: int) -> int:
         """Stored bytes of one expert of a layer, or of its MLP."""
@@ -376,6 +385,10 @@ class ModelArch:
         )
         optional = {
             "attention_bias": self.attention_bias,
+            "sliding_window": self.full_layers and self.sliding_window or 0,
+            "full_layers": list(self.full_layers),
+            "sinks": self.sinks,
+            "expert_bias": self.expert_bias,
             "head_bias": self.head_bias,
             "dense_layers": list(self.dense_layers),
             "dense_ffn": self.dense_ffn,

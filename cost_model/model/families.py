@@ -17,6 +17,17 @@ STORED_AS = "stored as bfloat16, float16 or float32"
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 #: Other names of dtypes: PyTorch's and vLLM's.
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+#: What transformers takes where a gpt-oss config says nothing of the rotary embedding.
+GPT_OSS_YARN: Mapping[str, Any] = MappingProxyType(
+    {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    }
+)
 #: What transformers takes where a Qwen3 config says nothing of the window.
 _QWEN_WINDOW = 4096
 
@@ -38,6 +49,11 @@ def shape_fields(config: Config) -> dict[str, Any]:
         raise DataError(f"hidden_act is {config['hidden_act']!r}; only 'silu' is supported.")
     fields = FAMILIES[config["model_type"]](config)
     packed = packed_format(config, _modules(config["model_type"], fields))
+    if packed and fields.get("gate_up_alternate") and (packed.method, packed.kinds) != ("mxfp4", ("expert",)):
+        raise DataError(
+            f"quantization_config asks for {packed.method} of {' and '.join(packed.kinds)}; {config['model_type']} is read with "
+            "its experts in mxfp4, as the hub has it, or in 16 bits."
+        )
     return fields | ({"packed": packed} if packed else {})
 
 
@@ -100,6 +116,52 @@ def _qwen3_moe(config: Config) -> dict[str, Any]:
     }
 
 
+def _gpt_oss(config: Config) -> dict[str, Any]:
+    """gpt-oss looks back through a window in every other layer; its rotary embedding is YaRN's where nothing is said."""
+    given = {"rope_parameters": GPT_OSS_YARN} if _lacks_rope(config) else {}
+    fields = _decoder(
+        {"head_dim": 64, **config, **given},
+        num_kv_heads=8,
+        norm_eps=1e-5,
+        rope_theta=150000.0,
+        rope_types=("default", "yarn"),
+    )
+    types = _layer_types(config, fields["num_layers"])
+    window = 128 if "sliding_window" not in config else _optional_count(config, "sliding_window")
+    if window is None and "sliding_attention" in types:
+        raise DataError("sliding_window in the config is null, but layer_types has layers with a window.")
+    full = tuple(layer for layer, kind in enumerate(types) if kind == "full_attention")
+    _positive(config, "swiglu_limit", 7.0)
+    return fields | {
+        "ffn": _count(config, "intermediate_size"),
+        "num_experts": _count(config, "num_local_experts"),
+        "sliding_window": window if len(full) < len(types) else None,
+        "full_layers": full if 0 < len(full) < len(types) else (),
+        "attention_bias": config.get("attention_bias") is None or _flag(config, "attention_bias"),
+        "sinks": True,
+        "router_bias": True,
+        "expert_bias": True,
+        "gate_up_alternate": True,
+    }
+
+
+def _lacks_rope(config: Config) -> bool:
+    return config.get("rope_parameters") is None and config.get("rope_scaling") is None
+
+
+def _layer_types(config: Config, num_layers: int) -> list[str]:
+    """What each layer attends to; without a word every other layer, from the first on, looks back through the window."""
+    kinds = ("sliding_attention", "full_attention")
+    types = (
+        [kinds[layer % 2] for layer in range(num_layers)]
+        if config.get("layer_types") is None
+        else config["layer_types"]
+    )
+    if not isinstance(types, list) or len(types) != num_layers or not all(each in kinds for each in types):
+        raise DataError(f"layer_types in the config is {types!r}; it must say {' or '.join(kinds)} for each layer.")
+    return types
+
+
 def _qwen_window(config: Config) -> int | None:
     return _optional_count(config, "sliding_window") if "sliding_window" in config else _QWEN_WINDOW
 
@@ -107,6 +169,7 @@ def _qwen_window(config: Config) -> int | None:
 #: The modules of an expert inside a layer, ``{}`` its number, and of the router beside them; all others are called alike.
 _EXPERTS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
+        "gpt_oss": ("mlp.experts", "mlp.router"),
         "mixtral": ("block_sparse_moe.experts.{}.w1", "block_sparse_moe.gate"),
         "phimoe": ("block_sparse_moe.experts.{}.w1", "block_sparse_moe.gate"),
         "qwen3_moe": ("mlp.experts.{}.gate_proj", "mlp.gate"),
@@ -134,7 +197,7 @@ def _modules(model_type: str, fields: Config) -> dict[str, list[str]]:
 
 #: A new family is one function and one entry here.
 FAMILIES: Mapping[str, Callable[[Config], dict[str, Any]]] = MappingProxyType(
-    {"mixtral": _mixtral, "phimoe": _phimoe, "qwen3_moe": _qwen3_moe}
+    {"gpt_oss": _gpt_oss, "mixtral": _mixtral, "phimoe": _phimoe, "qwen3_moe": _qwen3_moe}
 )
 SUPPORTED_MODEL_TYPES = tuple(FAMILIES)
 

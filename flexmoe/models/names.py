@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import head_rows, units_of
@@ -26,13 +27,14 @@ class Names:
         packed_router, packed_gate_up, packed_down: the experts of a layer stacked, ``[E, 2F, D]`` (gate first) and
             ``[E, D, F]``, as transformers writes them with ``save_original_format=False``.
         dense_gate, dense_up, dense_down: the MLP of a layer without experts, alike in both layouts.
+        stacked_only: there is no other layout than the packed one, and what is not quantized is ``[E, D, 2F]`` and ``[E, F, D]``.
         correction, packed_correction: what the router adds for the choice only.
     """
 
-    router: str
-    gate: str
-    up: str
-    down: str
+    router: str = ""
+    gate: str = ""
+    up: str = ""
+    down: str = ""
     packed_router: str = "mlp.gate.weight"
     packed_gate_up: str = "mlp.experts.gate_up_proj"
     packed_down: str = "mlp.experts.down_proj"
@@ -41,10 +43,11 @@ class Names:
     dense_down: str = "mlp.down_proj.weight"
     correction: str = "mlp.gate.e_score_correction_bias"
     packed_correction: str = "mlp.gate.e_score_correction_bias"
+    stacked_only: bool = False
 
     def are_packed(self, on_disk: Iterable[str]) -> bool:
         """Whether these names of tensors are those of the packed layout."""
-        return any(name.endswith(self.packed_gate_up) for name in on_disk)
+        return self.stacked_only or any(name.endswith(self.packed_gate_up) for name in on_disk)
 
 
 def unit_parts(
@@ -116,6 +119,8 @@ def _attention(arch: ModelArch, names: Names, packed: bool, layer: int) -> Itera
             yield Part(role=f"{role}_bias", tensor=f"{at}self_attn.{role}_proj.bias", shape=shape[:1])
     for role in ("q_norm", "k_norm") if arch.qk_norm else ():
         yield Part(role=role, tensor=f"{at}self_attn.{role}.weight", shape=(size,))
+    if arch.sinks:
+        yield Part(role="sinks", tensor=f"{at}self_attn.sinks", shape=(arch.num_heads,))
     yield from _norm(arch, "input_norm", f"{at}input_layernorm")
     yield from _norm(arch, "post_norm", f"{at}post_attention_layernorm")
     if not arch.is_dense(layer):
@@ -147,14 +152,17 @@ def _matrices(hidden: int, ffn: int, experts: Sequence[Sequence[str]]) -> Iterat
 
 
 def _slices(arch: ModelArch, names: Names, at: str, experts: range) -> Iterator[Part]:
-    """Experts that lie packed on disk: one stretch of each of the layer's two tensors."""
-    for role, name, shape in (
-        ("gate_up", names.packed_gate_up, (2 * arch.ffn, arch.hidden)),
-        ("down", names.packed_down, (arch.hidden, arch.ffn)),
-    ):
-        first = experts[0] * shape[0] * shape[1]
-        whole = (arch.num_experts, *shape)
-        yield Part(role=role, tensor=at + name, shape=(len(experts), *shape), first_element=first, whole=whole)
+    """Experts that lie packed on disk: one stretch of each of the layer's two tensors, and of each of their biases."""
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        "gate_up": (names.packed_gate_up, (2 * arch.ffn, arch.hidden)),
+        "down": (names.packed_down, (arch.hidden, arch.ffn)),
+    }
+    if arch.expert_bias:
+        shapes |= {f"{role}_bias": (f"{name}_bias", shape[:1]) for role, (name, shape) in shapes.items()}
+    for role, (name, shape) in shapes.items():
+        stored = shape[::-1] if names.stacked_only and not arch.is_packed("expert") else shape
+        first, whole = experts[0] * prod(shape), (arch.num_experts, *stored)
+        yield Part(role=role, tensor=at + name, shape=(len(experts), *stored), first_element=first, whole=whole)
 
 
 def _head(arch: ModelArch, chunk: int) -> Iterator[Part]:

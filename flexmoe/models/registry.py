@@ -5,11 +5,12 @@ from typing import Any
 
 from cost_model.model.arch import ModelArch
 from flexmoe.models.decoder import Decoder
+from flexmoe.models.gpt_oss import GptOss
 from flexmoe.models.mixtral import Mixtral
 from flexmoe.models.phimoe import Phimoe
 from flexmoe.models.qwen3_moe import Qwen3Moe
 
-FAMILIES: Mapping[str, type[Decoder]] = {"mixtral": Mixtral, "phimoe": Phimoe, "qwen3_moe": Qwen3Moe}
+FAMILIES: Mapping[str, type[Decoder]] = {"gpt_oss": GptOss, "mixtral": Mixtral, "phimoe": Phimoe, "qwen3_moe": Qwen3Moe}
 
 
 def family(arch: ModelArch, config: Mapping[str, Any] | None = None) -> Decoder:
