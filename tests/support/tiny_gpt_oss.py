@@ -90,7 +90,9 @@ def pack(variant, directory):
     config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": left}
     (directory / "config.json").write_text(json.dumps(config))
     greedy = [transformers_greedy(variant.model, p, eos_token_id=None) for p in variant.prompts]
-    return type(variant)(directory, variant.model, variant.prompts, greedy, (greedy[1][4], greedy[2][3]))
+    eos_ids = greedy[1][4], greedy[2][3]
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_ids}))
+    return type(variant)(directory, variant.model, variant.prompts, greedy, eos_ids)
 
 
 def made(recipe, tmp_path, lengths, *, packed):
