@@ -50,6 +50,8 @@ ORDER = (
     ("flexmoe.weights",),
     ("flexmoe.kernels",),
     ("flexmoe.sampling",),
+    ("flexmoe.models.common",),
+    ("flexmoe.models.sparse", "flexmoe.models.dense"),
     ("flexmoe.models",),
     ("flexmoe.kv",),
     ("flexmoe.engine",),

@@ -231,8 +231,9 @@ def slot_bytes(arch: ModelArch, placement: Placement) -> int:
 
 @lru_cache(maxsize=16)
 def single_expert_bytes(arch: ModelArch) -> float:
-    """Stored bytes of one expert of a sparse layer, as `units` have it."""
-    unit = next(unit for unit in units_of(arch) if unit.kind == "expert" and not arch.is_dense(unit.layer))
+    """Stored bytes of one expert of a sparse layer, as `units` have it; without such layers, of an MLP."""
+    experts = [unit for unit in units_of(arch) if unit.kind == "expert"]
+    unit = next((unit for unit in experts if not arch.is_dense(unit.layer)), experts[0])
     return unit.stored_bytes / len(unit.id.experts)
 
 

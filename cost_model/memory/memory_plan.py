@@ -140,7 +140,7 @@ def _unpacked_bytes(arch: ModelArch, b: int) -> int:
     sizes = {
         "attention": arch.hidden * heads,
         "expert": arch.hidden * arch.ffn * (1 + arch.gate_up_alternate),
-        "dense": arch.hidden * arch.dense_ffn,
+        "dense": arch.hidden * max(arch.dense_ffn, arch.shared_ffn),
     }
     return max((size * b for kind, size in sizes.items() if arch.is_packed(kind)), default=0)
 
@@ -222,10 +222,13 @@ def _workspaces(arch: ModelArch, policy: Policy, allocation: Allocation, device:
     heads, kv_heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     chunk = min(EXPERT_CHUNK_TOKENS[device], allocation.max_tokens)
     width = max(arch.ffn, arch.dense_ffn)
-    copied = chunk * max(width, hidden) * 4 if device == "cpu" else 0  # widened, or padded (`flexmoe.kernels.linear`)
+    # Widened, or padded (`flexmoe.kernels.linear`).
+    copied = chunk * max(width, arch.shared_ffn, hidden) * 4 if device == "cpu" else 0
+    shared = 2 * batch * hidden * b + chunk * (2 * arch.shared_ffn + 2 * hidden) * b + copied
     return {
         "attention": 2 * batch * (4 * heads + 6 * kv_heads + 2 * hidden) * b + 3 * batch * hidden * 4,
         "experts": chunk * (2 * width + 2 * hidden) * b + copied,
+        "shared": shared if arch.shared_ffn else 0,
         "logits": policy.block_size * _logit_row_bytes(arch, b) + sampling_bytes(arch, policy),
     }
 

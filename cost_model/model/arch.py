@@ -12,6 +12,7 @@ from cost_model.model.known_shapes import known_config, read_config
 from cost_model.model.packed_format import PackedFormat
 from policies.common.errors import DataError, UsageError
 
+QK_NORMS = ("", "head", "rotated", "projection")
 _COUNTS = (
     "num_layers",
     "hidden",
@@ -58,14 +59,23 @@ class ModelArch:
         tied: the head is the embedding table.
         dtype_bytes: bytes of one stored weight, where it is not packed.
         norm_eps, rope_theta: constants of the norms and of the rotary embedding.
-        attention_bias: q, k, v and o add a bias.
+        rotary_dim: dimensions of a head, its first ones, that the rotary embedding turns; None: all.
+        rope_interleaved: it turns neighbours together, not the two halves of a head.
+        attention_bias: q, k and v add a bias; so does o, unless not `output_bias`.
+        output_bias: of `attention_bias`.
         head_bias: the head adds one, also where its table is tied.
         norm_bias: the norms over the hidden state have a bias beside the weight.
-        qk_norm: every head's queries and keys are normed, by one weight of `head_dim` each.
         sinks: each query head has a score in the softmax of attention that belongs to no key.
         expert_bias: the matrices of experts have biases.
-        gate_up_alternate: rows of gate and up of an expert alternate in one matrix.
-        dense_layers: layers whose feed-forward network is one MLP that every token passes, in ascending order.
+        gate_up_alternate: as gpt-oss has experts: rows of gate and up alternate in one matrix, and matrices that are not packed lie
+            with inputs before outputs.
+        qk_norm: how queries and keys are normed: not (""), each "head" by one weight of `head_dim`, the same once it is
+            "rotated", or the whole "projection" by one weight for all heads.
+        shared_ffn: width of the MLP that every token of a sparse layer passes beside its experts; 0 where there is none. It is
+            part of the attention unit, as the router is.
+        shared_gate: its output is weighed by a sigmoid of the token.
+        dense_layers: layers whose feed-forward network is one MLP that every token passes, in ascending order. Where all are,
+            `num_experts` and `top_k` are 1 and `ffn` is `dense_ffn`.
         dense_ffn: its width; 0 where there is none.
         router_bias: the router adds a bias.
         router_correction: it adds another one for the choice only, which is kept in float32.
@@ -96,14 +106,19 @@ class ModelArch:
     dtype_bytes: int
     norm_eps: float
     rope_theta: float
+    rotary_dim: int | None = None
+    rope_interleaved: bool = False
     attention_bias: bool = False
+    output_bias: bool = True
     head_bias: bool = False
     norm_bias: bool = False
-    qk_norm: bool = False
     sinks: bool = False
     expert_bias: bool = False
     gate_up_alternate: bool = False
     full_layers: tuple[int, ...] = ()
+    qk_norm: str = ""
+    shared_ffn: int = 0
+    shared_gate: bool = False
     dense_layers: tuple[int, ...] = ()
     dense_ffn: int = 0
     router_bias: bool = False
@@ -115,7 +130,11 @@ class ModelArch:
 
     def __post_init__(self) -> None:
         check_model_type(self.model_type)
-        optional = [field for field in ("sliding_window", "rope_switch", "group") if getattr(self, field) is not None]
+        optional = [
+            field
+            for field in ("sliding_window", "rope_switch", "rotary_dim", "group")
+            if getattr(self, field) is not None
+        ]
         for field in (*_COUNTS, *optional, *(["dense_ffn"] if self.dense_layers else [])):
             if type(getattr(self, field)) is not int or getattr(self, field) < 1:
                 raise DataError(f"{field} is {getattr(self, field)!r}; it must be a whole number of at least 1.")
@@ -125,6 +144,15 @@ class ModelArch:
             raise DataError(f"num_heads is {self.num_heads}, which is no multiple of num_kv_heads {self.num_kv_heads}.")
         if self.head_dim % 2:
             raise DataError(f"head_dim is {self.head_dim}; the rotary embedding needs an even one.")
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
+            raise DataError(
+                f"the rotary embedding turns {self.rotary_dim} dimensions of a head of {self.head_dim}; they must be even, and "
+                "no more than it has."
+            )
+        if type(self.shared_ffn) is not int or self.shared_ffn < 0:
+            raise DataError(f"shared_ffn is {self.shared_ffn!r}; it must be a whole number of at least 0.")
+        if self.qk_norm not in QK_NORMS:
+            raise DataError(f"qk_norm is {self.qk_norm!r}; it must be one of {', '.join(map(repr, QK_NORMS))}.")
         self._check_dense_layers()
         self._check_layers("full_layers")
 
@@ -137,8 +165,8 @@ class ModelArch:
     def _check_dense_layers(self) -> None:
         layers = self.dense_layers
         self._check_layers("dense_layers")
-        if len(layers) == self.num_layers:
-            raise DataError("every layer of the model is dense; FlexMoE needs layers with experts.")
+        if len(layers) == self.num_layers and (self.num_experts, self.top_k, self.ffn) != (1, 1, self.dense_ffn):
+            raise DataError("every layer of the model is dense, but it has experts.")
         if self.dense_ffn and not layers:
             raise DataError(f"dense_ffn is {self.dense_ffn}, but no layer is dense.")
 
@@ -204,16 +232,27 @@ class ModelArch:
         return (self.router_params if self.router_float32 else 0) + self.num_experts * self.router_correction
 
     @property
+    def shared_params(self) -> int:
+        """Weights of the MLP that every token of a sparse layer passes beside its experts, with its gate."""
+        return 3 * self.hidden * self.shared_ffn + (self.hidden if self.shared_gate else 0)
+
+    @property
     def norm_params(self) -> int:
         """Weights of one norm over the hidden state: two in a layer, and a final one."""
         return self.hidden * (2 if self.norm_bias else 1)
 
     @property
     def attention_params(self) -> int:
-        """Weights of one attention unit: q, k, v, o and their biases, the layer's norms, and its router."""
-        biases = self.head_dim * (self.num_heads + 2 * self.num_kv_heads) + self.hidden if self.attention_bias else 0
-        head_norms = (2 * self.head_dim if self.qk_norm else 0) + (self.num_heads if self.sinks else 0)
-        return self.projection_params + biases + 2 * self.norm_params + head_norms + self.routing_params
+        """Weights of one attention unit: q, k, v, o and their biases, the layer's norms, its router and its shared MLP."""
+        biases = self.head_dim * (self.num_heads + 2 * self.num_kv_heads) + self.hidden * self.output_bias
+        heads = self.num_heads + self.num_kv_heads if self.qk_norm == "projection" else 2 * bool(self.qk_norm)
+        own = self.projection_params + biases * self.attention_bias + 2 * self.norm_params + self.head_dim * heads
+        return own + self._sparse_params + (self.num_heads if self.sinks else 0)
+
+    @property
+    def _sparse_params(self) -> int:
+        """Weights of an attention unit that only a sparse layer has."""
+        return self.routing_params + self.shared_params
 
     @property
     def expert_params(self) -> int:
@@ -240,7 +279,7 @@ class ModelArch:
         """All weights; a table that embedding and head share counts once."""
         sparse, dense = self.num_layers - len(self.dense_layers), len(self.dense_layers)
         layers = sparse * (self.attention_params + self.num_experts * (self.expert_params + self.expert_bias_params))
-        layers += dense * (self.attention_params - self.routing_params + self.dense_params)
+        layers += dense * (self.attention_params - self._sparse_params + self.dense_params)
         head = (0 if self.tied else self.embed_params) + (self.vocab_size if self.head_bias else 0)
         return self.embed_params + layers + self.norm_params + head
 
@@ -266,13 +305,16 @@ class ModelArch:
     def attention_bytes_in(self, layer: int) -> int:
         """Stored bytes of a layer's attention unit."""
         wide = 0 if self.is_dense(layer) else self._float32_params
-        params, wide_bytes = self.attention_params_in(layer) - wide, 4 * wide
-        if self.packed is None or "attention" not in self.packed.kinds:
-            return params * self.dtype_bytes + wide_bytes
-        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        shapes = ((queries, self.hidden), (keys, self.hidden), (keys, self.hidden), (self.hidden, queries))
-        packed = sum(self.packed.matrix_bytes(*shape) for shape in shapes)
-        return (params - self.projection_params) * self.dtype_bytes + packed + wide_bytes
+        params, packed_bytes = self.attention_params_in(layer) - wide, 0
+        if self.packed is not None and self.is_packed("attention"):
+            queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+            shapes = ((queries, self.hidden), (keys, self.hidden), (keys, self.hidden), (self.hidden, queries))
+            packed_bytes += sum(self.packed.matrix_bytes(*shape) for shape in shapes)
+            params -= self.projection_params
+        if self.shared_ffn and not self.is_dense(layer) and self.is_packed("dense"):
+            packed_bytes += self._mlp_bytes(self.shared_ffn, "dense")
+            params -= 3 * self.hidden * self.shared_ffn
+        return params * self.dtype_bytes + 4 * wide + packed_bytes
 
     def _mlp_bytes(self, width: int, kind: str) -> int:
         if self.packed is None or kind not in self.packed.kinds:
@@ -280,7 +322,8 @@ class ModelArch:
         return 2 * self.packed.matrix_bytes(width, self.hidden) + self.packed.matrix_bytes(self.hidden, width)
 
     def is_packed(self, kind: str) -> bool:
-        """Whether the matrices of attention modules (`attention`), experts (`expert`) or MLPs of dense layers (`dense`) are."""
+        """Whether the matrices of attention modules (`attention`), experts (`expert`), or MLPs of dense layers and shared ones
+        (`dense`) are."""
         return self.packed is not None and kind in self.packed.kinds
 
     def computed_bytes(self, stored: int, compute_bytes: int) -> int:
@@ -294,11 +337,11 @@ class ModelArch:
 
     @property
     def flops_per_token(self) -> int:
-        """FLOPs of one token in the linear layers it passes: projections, router, chosen experts and head.
+        """FLOPs of one token in the linear layers it passes: projections, router, chosen and shared experts, and head.
 
         A multiply-add is two. Biases, norms and attention over the context come on top.
         """
-        sparse = self.router_params + self.top_k * self.expert_params
+        sparse = self.router_params + self.shared_params + self.top_k * self.expert_params
         layers = self.num_layers * (self.projection_params + sparse)
         return 2 * (layers - len(self.dense_layers) * (sparse - self.dense_params) + self.embed_params)
 
@@ -327,8 +370,8 @@ class ModelArch:
         return self.dense_params if self.is_dense(layer) else self.expert_params
 
     def attention_params_in(self, layer: int) -> int:
-        """Weights of a layer's attention unit; a dense layer has no router."""
-        return self.attention_params - (self.routing_params if self.is_dense(layer) else 0)
+        """Weights of a layer's attention unit; a dense layer has no router and no shared MLP."""
+        return self.attention_params - (self._sparse_params if self.is_dense(layer) else 0)
 
     def window_in(self, layer: int) -> int | None:
         """Tokens that a layer's attention looks back, itself included; None is all."""

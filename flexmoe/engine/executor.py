@@ -212,7 +212,7 @@ class Executor:
 
     def _op_embed(self, op: Op) -> None:
         batch = self._batch(op)
-        self._hidden.put(batch.index, self._embedding(batch.ids_T, batch.start))
+        self._hidden.put(batch.index, self._family.embedded(self._embedding(batch.ids_T, batch.start)))
 
     def _op_load_act(self, op: Op) -> Future[Event]:
         return self._hidden.load(op.batch)

@@ -64,7 +64,7 @@ def packed_parts(packed: PackedFormat, part: Part) -> Iterator[Part]:
     Args:
         part: as it were unpacked; its last two dimensions are R and C.
     """
-    if part.whole is not None:
+    if part.whole is not None and len(part.shape) == 3:
         yield from _stacked_parts(packed, part)
         return
     rows, columns = part.shape[-2:]

@@ -41,6 +41,9 @@ class Family(Protocol):
     def rope(self, positions_T: torch.Tensor, lengths_T: torch.Tensor, dtype: torch.dtype) -> Rope:
         """Rotary embedding ``[T, 1, Dh]`` of the positions, given the length of the row of each token."""
 
+    def embedded(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """The residual stream that rows of the embedding table begin."""
+
     def project(self, h_TD: torch.Tensor, w: Weights, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries ``[T, H, Dh]``, keys and values ``[T, G, Dh]`` of the residual stream."""
 

@@ -21,6 +21,7 @@ from flexmoe.errors import DataError, InputMissingError, UsageError
 from flexmoe.formats.beside import UNREAD, check_beside
 from flexmoe.formats.packed_matrix import SEPARATOR
 from flexmoe.kernels.family import Family
+from flexmoe.models.common.names import decoder_tensors
 from flexmoe.models.registry import FAMILIES, family
 from flexmoe.weights.recast import Rest
 from flexmoe.weights.sources import CheckpointSource, DummySource, WeightSource
@@ -86,9 +87,16 @@ def load_model(model: str, load_format: str = "auto", dtype: str = "auto") -> Mo
     path = Path(model)
     if load_format == "dummy":
         arch = ModelArch.from_dir(path) if path.is_dir() else ModelArch.from_name(model)
+        if arch.packed is not None:
+            raise UsageError(
+                f"{model!r} has packed weights ({arch.packed.describe()}), which are not made at random: give a config.json "
+                "without quantization_config"
+            )
         return _dummy(arch, path if path.is_dir() else None)
     _refuse_an_unknown_family(path, model)
     checkpoint = Checkpoint.open(path if path.exists() else _from_hub(model))
+    tensors = decoder_tensors(checkpoint.tensors, checkpoint.config)
+    checkpoint = dataclasses.replace(checkpoint, tensors=tensors)
     arch = ModelArch.from_config(checkpoint.config, name=str(model))
     math = family(arch, checkpoint.config)
     parts = [part for own in math.parts(checkpoint.tensors).values() for part in own]

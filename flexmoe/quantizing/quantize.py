@@ -25,7 +25,7 @@ from cost_model.model.arch import ModelArch
 from cost_model.model.packed_format import PackedFormat
 from flexmoe.checkpoint.checkpoint import Checkpoint
 from flexmoe.errors import DataError, StorageError, UsageError
-from flexmoe.models.decoder import Decoder
+from flexmoe.models.common.decoder import Decoder
 from flexmoe.models.loader import Model, load_model
 from flexmoe.models.registry import family
 from flexmoe.progress import Volume
@@ -132,7 +132,9 @@ def _packed(model: Model, scheme: Scheme) -> tuple[dict[str, Any], Decoder]:
         )
     _check_widths(model.arch, scheme)
     names = family(model.arch, model.config).names
-    routers = {names.router, names.packed_router}
+    if names.gate_up or names.qkv:
+        raise DataError(f"matrices of {model.arch.model_type} lie together in one tensor, which cannot be packed apart")
+    routers = {names.router, names.packed_router, *([names.shared_gate] if model.arch.shared_gate else [])}
     left = ["lm_head", *sorted("model.layers.{}." + name.removesuffix(".weight") for name in routers)]
     config = model.config | {"quantization_config": scheme.config(left)}
     arch = ModelArch.from_config(config, name=model.arch.name)
@@ -140,7 +142,7 @@ def _packed(model: Model, scheme: Scheme) -> tuple[dict[str, Any], Decoder]:
 
 
 def _check_widths(arch: ModelArch, scheme: Scheme) -> None:
-    widths = {arch.hidden, arch.num_heads * arch.head_dim, arch.ffn, arch.dense_ffn} - {0}
+    widths = {arch.hidden, arch.num_heads * arch.head_dim, arch.ffn, arch.dense_ffn, arch.shared_ffn} - {0}
     uneven = sorted(width for width in widths if width % scheme.columns)
     if not uneven:
         return

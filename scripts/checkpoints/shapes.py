@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from cost_model.model.arch import ModelArch
 from flexmoe.errors import DataError, UsageError
-from flexmoe.models.names import unit_parts
+from flexmoe.models.common.names import unit_parts
 from flexmoe.models.registry import FAMILIES, family
 from policies.units import UnitId
 

@@ -10,8 +10,8 @@ from cost_model.model.arch import ModelArch
 from flexmoe import LLM, SamplingParams
 from flexmoe.errors import DataError
 from flexmoe.kernels.linear import unpack
+from flexmoe.models.common.yarn import yarn
 from flexmoe.models.loader import load_model
-from flexmoe.models.yarn import yarn
 from policies import Policy, Workload
 from tests.support.exactness import CHOICES, PLACEMENTS, Case, check, make_llm
 from tests.support.tiny import GEN_LEN
@@ -194,7 +194,7 @@ def test_kv_of_a_window_of_128_is_half_of_the_layers_and_nine_pages_of_the_other
     [
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types in the config is"),
         ({"layer_types": ["chunked_attention"] * 36}, "sliding_attention or full_attention for each layer"),
-        ({"sliding_window": None}, "sliding_window in the config is null"),
+        ({"sliding_window": 0}, "sliding_window in the config is 0"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "asks for fp8"),
     ],
     ids=str,

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from flexmoe.errors import DataError
 from flexmoe.models.loader import load_model
 from tests.support.exactness import Case, check
-from tests.support.packed import CONFIGS, FAMILIES, packed, plain
+from tests.support.packed import CONFIGS, FAMILIES, MORE_FAMILIES, packed, plain
 
 pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
 #: Weights GPU/CPU, KV GPU/CPU, activations GPU/CPU; the rest is on disk.
@@ -45,6 +45,20 @@ def variants(tmp_path_factory):
 )
 def test_ids_are_those_of_the_values(family, form, placement, staged, variants, tmp_path, monkeypatch):
     case = Case(placement=placement, batches=(2, 2), staged=staged, eos=False)
+    check(variants(family, form), case, "cpu", tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "family, form, placement",
+    [
+        pytest.param(family, form, placement, marks=[] if at == 3 and form == "fp8" else pytest.mark.slow)
+        for family in MORE_FAMILIES
+        for form in ("fp8", "fp8-channel", "int4")
+        for at, placement in enumerate(PLACEMENTS)
+    ],
+)
+def test_ids_of_further_families_are_those_of_the_values(family, form, placement, variants, tmp_path, monkeypatch):
+    case = Case(placement=placement, batches=(2, 2), eos=False)
     check(variants(family, form), case, "cpu", tmp_path, monkeypatch)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from flexmoe.models.router import SIGMOID, SOFTMAX_OF_CHOSEN, Router, SparseMixer
+from flexmoe.models.common.router import SIGMOID, SOFTMAX_OF_CHOSEN, Router, SparseMixer
 
 transformers = pytest.importorskip("transformers")
 

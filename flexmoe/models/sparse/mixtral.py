@@ -1,7 +1,7 @@
-"""Mixtral: the weights of the chosen experts add up to one; everything else is the common decoder."""
+"""Mixtral: routing weights of the chosen experts add up to one."""
 
-from flexmoe.models.decoder import Decoder
-from flexmoe.models.names import Names
+from flexmoe.models.common.decoder import Decoder
+from flexmoe.models.common.names import Names
 
 
 class Mixtral(Decoder):

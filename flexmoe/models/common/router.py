@@ -67,11 +67,11 @@ class Router:
     def _scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
         if self.score == SIGMOID:
             return torch.sigmoid(logits_TE)
-        return torch.softmax(logits_TE, dim=-1) if self.score == SOFTMAX else logits_TE
+        return logits_TE.softmax(dim=-1) if self.score == SOFTMAX else logits_TE
 
     def _in_best_groups(self, wanted_TE: torch.Tensor) -> torch.Tensor:
         """The same, and minus infinity outside the best groups."""
-        wanted_TNe = wanted_TE.unflatten(-1, (self.groups, -1))
+        wanted_TNe: torch.Tensor = wanted_TE.unflatten(-1, (self.groups, -1))
         groups_TN = wanted_TNe.topk(2, dim=-1)[0].sum(dim=-1)
         best_Tn = torch.topk(groups_TN, self.top_groups, dim=-1)[1]
         outside_TN = torch.ones_like(groups_TN, dtype=torch.bool).scatter_(-1, best_Tn, False)

@@ -3,20 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from flexmoe.models.decoder import Decoder
-from flexmoe.models.names import Names
-from flexmoe.models.router import Router, Routing
+from flexmoe.models.common.decoder import Decoder
+from flexmoe.models.common.names import Names
+from flexmoe.models.common.router import Router, Routing
 
 
 class Qwen3Moe(Decoder):
     """Qwen3-30B-A3B, 235B-A22B and every other Qwen3-MoE config."""
 
-    names = Names(
-        router="mlp.gate.weight",
-        gate="mlp.experts.{}.gate_proj.weight",
-        up="mlp.experts.{}.up_proj.weight",
-        down="mlp.experts.{}.down_proj.weight",
-    )
+    names = Names()
 
     def routing(self, config: Mapping[str, Any]) -> Routing:
         """Routing weights add up to one where ``norm_topk_prob`` is set."""

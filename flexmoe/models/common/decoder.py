@@ -10,13 +10,14 @@ R rows of logits.
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
+from cost_model.memory.memory_plan import EXPERT_CHUNK_TOKENS
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import experts_per_unit, units_of
 from flexmoe.checkpoint.unit_layout import WIDE_ROUTER, Part
@@ -24,15 +25,35 @@ from flexmoe.formats.packed_matrix import PackedMatrix, fields_of, packed_parts
 from flexmoe.kernels.expert_weights import ExpertProducts, ExpertWeights, PackedShape
 from flexmoe.kernels.family import Rope, Weights
 from flexmoe.kernels.linear import linear
-from flexmoe.models.names import Names, unit_parts
-from flexmoe.models.router import Choice, Router, Routing
+from flexmoe.models.common.names import Names, unit_parts
+from flexmoe.models.common.rotary import Rotary, rotate
+from flexmoe.models.common.router import Choice, Router, Routing
 from policies.units import UnitId
 
+#: Beginning of the roles of the MLP that every token of a layer passes beside its experts.
+_SHARED = "shared "
 #: What may be packed of a unit; norms, biases and routers are not.
-_PACKED_ROLES = frozenset(("q", "k", "v", "o", "gate_up", "down"))
+_PACKED_ROLES = frozenset(("q", "k", "v", "o", "gate_up", "down", "shared gate_up", "shared down"))
 
 
-class Decoder(ABC):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Multipliers:
+    """Constants that scale hidden states and change neither bytes nor FLOPs.
+
+    Args:
+        embedding: on rows of the embedding table.
+        attention: on the scores of attention; None: one over the root of the size of a head.
+        residual: on what attention adds to the residual stream. What experts add is scaled by their router.
+        logits: on the input of the head.
+    """
+
+    embedding: float = 1.0
+    attention: float | None = None
+    residual: float = 1.0
+    logits: float = 1.0
+
+
+class Decoder:
     """A family's mathematics over weights that it is handed per unit, and the checkpoint names of those weights.
 
     Args:
@@ -42,13 +63,15 @@ class Decoder(ABC):
 
     Attributes:
         names: the family's names of weights.
+        multipliers: constants on the way of the hidden states.
     """
 
     names: ClassVar[Names]
+    multipliers = Multipliers()
 
     def __init__(self, arch: ModelArch, config: Mapping[str, Any] | None = None) -> None:
         self.arch = arch
-        self._routing = self.routing(config or {})
+        self._routing, self._rotary = self.routing(config or {}), Rotary.of(arch, config or {})
 
     def routing(self, config: Mapping[str, Any]) -> Routing:
         """The router of all layers: the best softmax probabilities, which are made to add up to one.
@@ -84,6 +107,7 @@ class Decoder(ABC):
 
     def _is_packed(self, unit: UnitId, part: Part) -> bool:
         kind = "dense" if unit.kind == "expert" and self.arch.is_dense(unit.layer) else unit.kind
+        kind = "dense" if part.role.startswith(_SHARED) else kind
         return self.arch.is_packed(kind) and part.role in _PACKED_ROLES
 
     def expert_weights(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> ExpertWeights:
@@ -91,7 +115,7 @@ class Decoder(ABC):
         arch, dense = self.arch, self.arch.is_dense(layer)
         packed = arch.packed if arch.is_packed("dense" if dense else "expert") else None
         shape = PackedShape(packed, arch.hidden, arch.ffn_in(layer), arch.gate_up_alternate) if packed else None
-        return ExpertWeights.of(tensors, shape, arch.gate_up_alternate, self.names.stacked_only and not packed)
+        return ExpertWeights.of(tensors, shape, arch.gate_up_alternate, arch.gate_up_alternate and not packed)
 
     def _matrix(self, w: Weights, role: str, rows: int, columns: int) -> torch.Tensor | PackedMatrix:
         """A matrix of an attention module."""
@@ -120,27 +144,35 @@ class Decoder(ABC):
             lengths_T: length of the row of each token, for embeddings that depend on it.
             dtype: of the result.
         """
-        return rotation(positions_T, 1.0 / self.rope_periods(positions_T.device), dtype)
+        return self._rotary(positions_T, lengths_T, dtype)
 
-    def rope_periods(self, device: torch.device) -> torch.Tensor:
-        """Float32 ``[Dh / 2]``: the powers of the base (Su et al. 2021, equation 15)."""
-        size = self.arch.head_dim
-        return self.arch.rope_theta ** (torch.arange(0, size, 2, device=device).float() / size)
+    def embedded(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """The residual stream that rows of the embedding table begin."""
+        return x_TD if self.multipliers.embedding == 1.0 else x_TD * self.multipliers.embedding
 
     def project(self, h_TD: torch.Tensor, w: Weights, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries ``[T, H, Dh]``, keys and values ``[T, G, Dh]`` of hidden states; queries and keys are rotated."""
-        x_TD = self.norm(h_TD, w, "input_norm")
-        heads = (-1, self.arch.head_dim)
-        counts = (("q", self.arch.num_heads), ("k", self.arch.num_kv_heads), ("v", self.arch.num_kv_heads))
+        x_TD, arch = self.norm(h_TD, w, "input_norm"), self.arch
+        counts = (("q", arch.num_heads), ("k", arch.num_kv_heads), ("v", arch.num_kv_heads))
         q, k, v = (
-            linear(
-                x_TD, self._matrix(w, role, count * self.arch.head_dim, self.arch.hidden), w.get(f"{role}_bias")
-            ).unflatten(-1, heads)
+            linear(x_TD, self._matrix(w, role, count * arch.head_dim, arch.hidden), w.get(f"{role}_bias"))
             for role, count in counts
         )
-        if "q_norm" in w:
-            q, k = self.norm(q, w, "q_norm"), self.norm(k, w, "k_norm")
-        return _rotate(q, *rope), _rotate(k, *rope), v
+        q, k = self._turned(q, w, "q_norm", rope), self._turned(k, w, "k_norm", rope)
+        if self.multipliers.attention is not None:  # kernels scale by the root of the size of a head
+            q = q * (self.multipliers.attention * arch.head_dim**0.5)
+        return q, k, v.unflatten(-1, (-1, arch.head_dim))
+
+    def _turned(self, x: torch.Tensor, w: Weights, norm: str, rope: Rope) -> torch.Tensor:
+        """Heads ``[T, H, Dh]`` of a projection, normed where the shape says and rotated."""
+        arch = self.arch
+        if arch.qk_norm == "projection":
+            x = self.norm(x, w, norm)
+        x = x.unflatten(-1, (-1, arch.head_dim))
+        if arch.qk_norm == "head":
+            x = self.norm(x, w, norm)
+        x = rotate(x, rope, interleaved=arch.rope_interleaved)
+        return self.norm(x, w, norm) if arch.qk_norm == "rotated" else x
 
     def output(
         self, h_TD: torch.Tensor, attended_THd: torch.Tensor, w: Weights
@@ -150,11 +182,27 @@ class Decoder(ABC):
         A dense layer has no router; its logits are None.
         """
         out = self._matrix(w, "o", self.arch.hidden, self.arch.num_heads * self.arch.head_dim)
-        h_TD = h_TD + linear(attended_THd.flatten(1), out, w.get("o_bias"))
+        attended_TD = linear(attended_THd.flatten(1), out, w.get("o_bias"))
+        h_TD = torch.add(h_TD, attended_TD, alpha=self.multipliers.residual)
         x_TD = self.norm(h_TD, w, "post_norm")
+        if self.arch.shared_ffn:
+            self._add_shared(h_TD, x_TD, w)
         if WIDE_ROUTER in w:
             return h_TD, x_TD, F.linear(x_TD.float(), w[WIDE_ROUTER])
         return h_TD, x_TD, linear(x_TD, w["router"], w.get("router_bias")) if "router" in w else None
+
+    def _add_shared(self, h_TD: torch.Tensor, x_TD: torch.Tensor, w: Weights) -> None:
+        """Add what every token gets beside its experts to the residual stream, a few tokens at a time; not in a dense layer."""
+        own = {role.removeprefix(_SHARED): tensor for role, tensor in w.items() if role.startswith(_SHARED)}
+        if not own:
+            return
+        arch, gate = self.arch, own.pop("gate", None)
+        packed = arch.packed if arch.is_packed("dense") else None
+        weights = ExpertWeights.of(own, PackedShape(packed, arch.hidden, arch.shared_ffn) if packed else None)
+        step = EXPERT_CHUNK_TOKENS[x_TD.device.type]
+        for h_nD, x_nD in zip(h_TD.split(step), x_TD.split(step)):
+            y_nD = self.feed_forward(x_nD, weights.expert(0))
+            h_nD.add_(y_nD if gate is None else y_nD.mul_(torch.sigmoid(linear(x_nD, gate))))
 
     def feed_forward(self, x_nD: torch.Tensor, w: ExpertProducts) -> torch.Tensor:
         """Output ``[n, D]`` of an expert (or the MLP of a dense layer), or of several experts at once."""
@@ -163,7 +211,8 @@ class Decoder(ABC):
 
     def final_norm(self, h_RD: torch.Tensor, w: Weights) -> torch.Tensor:
         """Norm before the head; its weight travels with the first head unit."""
-        return self.norm(h_RD, w, "norm")
+        x_RD = self.norm(h_RD, w, "norm")
+        return x_RD if self.multipliers.logits == 1.0 else x_RD * self.multipliers.logits
 
     def head(self, x_RD: torch.Tensor, w: Weights) -> torch.Tensor:
         """Logits of the vocabulary rows of a head unit."""
@@ -174,18 +223,3 @@ class Decoder(ABC):
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.arch.norm_eps)
         return w[role] * wide.to(x.dtype)
-
-
-def rotation(
-    positions_T: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype, scale: float | torch.Tensor = 1.0
-) -> Rope:
-    """Cosine and sine ``[T, 1, Dh]`` of positions turned by ``frequencies`` (``[Dh / 2]`` or one row per token)."""
-    angles = positions_T.float()[:, None] * frequencies
-    angles = torch.cat([angles, angles], dim=-1)[:, None]
-    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
-
-
-def _rotate(x_THd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding, halves convention (Su et al. 2021, as in transformers)."""
-    first, second = x_THd.chunk(2, dim=-1)
-    return x_THd * cos + torch.cat([-second, first], dim=-1) * sin
