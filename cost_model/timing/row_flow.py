@@ -85,7 +85,7 @@ def flow(
 class _Flow:
     def __init__(self, rows: list[Bundle], block: int, pace: int, room: int, static: bool, layout: KVPages):
         self.stretches: list[Stretch] = []
-        self._layout, self._held = layout, layout.held
+        self._layout = layout
         self._queue, self._block, self._pace, self._room, self._static = rows[::-1], block, pace, room, static
         # Groups by their end, and the pages that all in flight will hold then, unless there is room for any that may be.
         self._running: list[tuple[float, float, float]] = []
@@ -152,6 +152,10 @@ class _Flow:
                 if fits < 1:
                     self._fits_at = max(self._fits_at, s + end - self._layout.longest_row(int((room - used) // 1), 1))
         return int(found + _ROUNDING)
+
+    def _held(self, tokens: float) -> int:
+        """Pages of a row."""
+        return self._layout.held(ceil(tokens))
 
     def _used_at(self, sweep: float) -> float:
         """Pages of those in flight that have not ended before."""

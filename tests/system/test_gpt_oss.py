@@ -12,9 +12,11 @@ from flexmoe.errors import DataError
 from flexmoe.kernels.linear import unpack
 from flexmoe.models.common.yarn import yarn
 from flexmoe.models.loader import load_model
+from flexmoe.params import Resumed
 from policies import Policy, Workload
 from tests.support.exactness import CHOICES, PLACEMENTS, Case, check, make_llm
-from tests.support.tiny import GEN_LEN
+from tests.support.references import DRAWN, HOMES, reference, request, run
+from tests.support.tiny import GEN_LEN, offload
 from tests.support.tiny_gpt_oss import ORIGINAL, drawn, made, recipe
 from tests.system.test_family_parity import cases
 
@@ -184,6 +186,40 @@ def test_kv_of_a_window_of_128_is_half_of_the_layers_and_nine_pages_of_the_other
     rows = 640 * (648 / 16 + 9)
     entering = policy.prefill_tokens / 512 * (32 - 9)
     assert rows + entering <= pages <= rows + entering + 1
+
+
+@pytest.mark.parametrize("home, prefill_tokens", [("gpu", 1000), ("all", 37), ("disk", 1000)])
+def test_samples_of_one_prompt_share_its_pages_of_both_kinds(home, prefill_tokens, variants, tmp_path):
+    percent, on_cpu = HOMES[home]
+    policy = Policy.from_percent(
+        percent,
+        gpu_batch_size=3,
+        num_gpu_batches=1,
+        prompt_len=100,
+        gen_len=GEN_LEN,
+        prefill_tokens=prefill_tokens,
+        cpu_attention_percent=on_cpu,
+    )
+    workload, prompt = Workload(prompt_len=100, gen_len=GEN_LEN), variants[False].prompts[8]
+    with LLM(variants[False].directory, policy=policy, workload=workload, **offload(tmp_path)) as llm:
+        (out,) = run(llm, request(prompt, max_tokens=GEN_LEN, n=3, **DRAWN)).values()
+        assert llm.metrics()["prompt_tokens"] == len(prompt)
+    want = [reference(variants[False], prompt, GEN_LEN, index=index, **DRAWN)[0] for index in range(3)]
+    assert [list(o.token_ids) for o in out.outputs] == want
+
+
+@pytest.mark.parametrize("home", ["gpu", "all"])
+def test_resumed_samples_are_those_of_rows_on_their_own(home, variants, tmp_path):
+    percent, on_cpu = HOMES[home]
+    policy = Policy.from_percent(
+        percent, gpu_batch_size=3, num_gpu_batches=1, prompt_len=100, gen_len=GEN_LEN, cpu_attention_percent=on_cpu
+    )
+    workload, prompt = Workload(prompt_len=100, gen_len=GEN_LEN), variants[False].prompts[8]
+    want = [reference(variants[False], prompt, GEN_LEN, index=index, **DRAWN)[0] for index in range(3)]
+    had = [Resumed(token_ids=tuple(ids[:count])) for ids, count in zip(want, (7, 0, 3))]
+    with LLM(variants[False].directory, policy=policy, workload=workload, **offload(tmp_path)) as llm:
+        (out,) = run(llm, request(prompt, resumed=tuple(had), max_tokens=GEN_LEN, n=3, **DRAWN)).values()
+    assert [list(o.token_ids) for o in out.outputs] == want
 
 
 # What is refused.
