@@ -225,13 +225,20 @@ def test_resumed_samples_are_those_of_rows_on_their_own(home, variants, tmp_path
 # What is refused.
 
 
+FP8 = {
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+    "modules_to_not_convert": ["lm_head", "model.layers.*.mlp.router"],
+}
+
+
 @pytest.mark.parametrize(
     "change, sentence",
     [
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types in the config is"),
         ({"layer_types": ["chunked_attention"] * 36}, "sliding_attention or full_attention for each layer"),
         ({"sliding_window": 0}, "sliding_window in the config is 0"),
-        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "asks for fp8"),
+        ({"quantization_config": FP8}, "asks for fp8 of attention and expert"),
     ],
     ids=str,
 )

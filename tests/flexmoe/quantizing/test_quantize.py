@@ -24,7 +24,7 @@ from flexmoe.quantizing import quantize as job
 from flexmoe.quantizing.quantize import quantize
 from policies.common import file_io
 from tests.support.exactness import Case, check
-from tests.support.packed import FAMILIES
+from tests.support.packed import FAMILIES, MORE_FAMILIES
 from tests.support.paths import ROOT
 from tests.support.tiny import PACKED, SHARDED, Variant, make, transformers_greedy
 from tests.support.tiny_families import use_long_factors
@@ -43,7 +43,11 @@ def source(tmp_path_factory):
     def of(family):
         if family not in made:
             directory = root / family
-            variant = make(replace(FAMILIES[family], save=SAVES[family]), directory, lengths=(5, 33, 1, 70))
+            variant = make(
+                replace((FAMILIES | MORE_FAMILIES)[family], save=SAVES.get(family, {})),
+                directory,
+                lengths=(5, 33, 1, 70),
+            )
             for file in directory.glob("*.safetensors"):
                 tensors = load_file(file)
                 halved = {name: t.bfloat16() if "experts" in name else t for name, t in tensors.items()}
@@ -107,6 +111,22 @@ def test_ids_are_those_of_the_values_that_compressed_tensors_reads(family, form,
     variant = unpacked(source(family), tmp_path / "out")
     case = Case(placement=(0, 50, 50, 0, 100, 0), batches=(2, 2), staged=False, eos=False)
     check(variant, case, "cpu", tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+@pytest.mark.parametrize("form", FORMATS)
+def test_further_families_are_packed_too(family, form, source, tmp_path, monkeypatch):
+    packed(source, family, form, tmp_path / "out")
+    variant = unpacked(source(family), tmp_path / "out")
+    case = Case(placement=(0, 50, 50, 0, 100, 0), batches=(2, 2), staged=False, eos=False)
+    check(variant, case, "cpu", tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("recipe", ["granite", "phi3"])
+def test_matrices_that_lie_together_are_not_packed(recipe, variants, tmp_path):
+    with pytest.raises(DataError, match="lie together in one tensor"):
+        quantize(variants(recipe).directory, tmp_path / "out", "fp8", None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
