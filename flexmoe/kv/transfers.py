@@ -232,8 +232,10 @@ class KVLanes:
         sinks_H: torch.Tensor | None,
     ) -> torch.Tensor:
         """On the compute device, whose stream orders the uses of the buffer for copies of K and V."""
-        about = {"window": self._cache.window_of(layer), "sinks": sinks_H}
-        return paged_attention(q_THd, k_pool, v_pool, index.ragged, workspace=self._gathered, **about)
+        window = self._cache.window_of(layer)
+        return paged_attention(
+            q_THd, k_pool, v_pool, index.ragged, window=window, sinks=sinks_H, workspace=self._gathered
+        )
 
     def drain(self) -> None:
         """Wait until all new KV is home; raises what a lane met."""

@@ -122,7 +122,7 @@ class KVBench:
         runs = []
         for past in contexts:
             blocks = -(-(past + _STORED_TOKENS) // PAGE_TOKENS)
-            row = RowKV("cpu", [ids.pop() for _ in range(blocks)], past)
+            row = RowKV("cpu", [PageTable(0, [ids.pop() for _ in range(blocks)])], past)
             runs.append(Run(row, [0] * _STORED_TOKENS, AttentionMode.FETCH, 1))
         block = Block(runs, len(runs))
         self._lanes.begin(block, Uploads(self._device))
