@@ -64,7 +64,8 @@ class LLM:
         tokenizer: another tokenizer than the checkpoint's, or its directory.
         generation_config: where `get_default_sampling_params` are from: ``auto`` (the checkpoint), ``none`` or ``vllm`` (nowhere), or
             a directory.
-        **options: ``gpu_memory_utilization``, the share of the GPU's memory that is ``gpu_mem``; further fields of `flexmoe.engine.config.EngineConfig`: ``offload_dir``, ``kv_tokens``, ``longest_row``,
+        **options: ``gpu_memory_utilization``, the share of the GPU's memory that is ``gpu_mem``; ``compress_cache``, which keeps
+            the KV cache as int8 with a scale for each token and KV head (vLLM's ``kv_cache_dtype="int8"``); further fields of `flexmoe.engine.config.EngineConfig`: ``offload_dir``, ``kv_tokens``, ``longest_row``,
             ``max_model_len``, ``gen_len``, ``eos_ids``, ``keep_spans``, ``reserve``, ``expert_cache``, ``expert_usage``, ``router_stats``.
 
     Raises:

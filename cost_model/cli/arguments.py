@@ -140,6 +140,9 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--overlap", type=flag, nargs="?", const=True, help="transfers run beside computation (default true)"
     )
+    g.add_argument(
+        "--compress-cache", action="store_true", help="KV cache as int8, with a scale for each token and KV head"
+    )
     g.add_argument("--compress-w", action="store_true", help="compressed weights: refused, the runtime has none yet")
     g.add_argument("--ignore-memory", action="store_true", help="judge a policy that does not fit, too")
 
@@ -202,7 +205,8 @@ def _check_files(args: argparse.Namespace) -> None:
 def _given(args: argparse.Namespace) -> list[str]:
     names = ("percent", "gpu_batch_size", "num_gpu_batches", "prefill_tokens", "schedule", "overlap")
     flags = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
-    return flags + (["--cpu-cache-compute"] if args.cpu_cache_compute else [])
+    switches = ("cpu_cache_compute", "compress_cache")
+    return flags + [f"--{name.replace('_', '-')}" for name in switches if getattr(args, name)]
 
 
 def _refuse(sentence: str, flags: list[str]) -> None:

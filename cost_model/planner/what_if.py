@@ -172,10 +172,10 @@ class Packed(ModelArch):
 
     kv_bits: int = 0
 
-    def kv_bytes_per_token_layer(self, dtype_bytes: int = 2) -> int:
+    def kv_bytes_per_token_layer(self, dtype_bytes: int = 2, *, compressed: bool = False) -> int:
         """Bytes of K and V that one token keeps in one layer."""
-        full = ModelArch.kv_bytes_per_token_layer(self, dtype_bytes)
-        return full * self.kv_bits // (8 * dtype_bytes) if self.kv_bits else full
+        full = ModelArch.kv_bytes_per_token_layer(self, dtype_bytes, compressed=compressed)
+        return full * self.kv_bits // (8 * dtype_bytes) if self.kv_bits and not compressed else full
 
 
 def _packed_weights(bits: int) -> Callable[[ModelArch], ModelArch]:

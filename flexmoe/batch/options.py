@@ -22,7 +22,7 @@ from flexmoe.weights.eviction import EXPERT_CACHES
 from policies.common.checks import check_count, check_number
 from policies.common.directories import OFFLOAD_DIR
 from policies.common.option_names import option
-from policies.policy import Policy
+from policies.policy import Policy, PolicyFile
 
 PathLike = str | os.PathLike[str]
 #: Instead of a file: this machine's own, measured once, or the best policy for the job.
@@ -50,7 +50,15 @@ _CHOICES = {
     "reserve": RESERVES,
 }
 #: What a policy says already.
-_FIXABLE = ("gpu_batch_size", "num_gpu_batches", "prefill_tokens", "schedule", "overlap", "pin_weight")
+_FIXABLE = (
+    "gpu_batch_size",
+    "num_gpu_batches",
+    "prefill_tokens",
+    "schedule",
+    "overlap",
+    "pin_weight",
+    "compress_cache",
+)
 _OF_A_POLICY = ("percent", *_FIXABLE, "cpu_cache_compute")
 
 
@@ -89,6 +97,7 @@ class RunOptions:
         schedule: ``rolling`` or ``static`` (``rolling``).
         cpu_cache_compute: attend all KV in CPU memory on the CPU.
         overlap, pin_weight: run transfers beside computation, keep CPU weights pinned; None is true.
+        compress_cache: keep the KV cache as int8, with a scale for each token and KV head; None is false.
         expert_usage: file that says how often each expert was chosen in another run.
         device: ``auto``, ``cuda`` or ``cpu``.
         hardware: this machine's rates, for a prediction: a file of ``python -m flexmoe.probe`` or ``auto``.
@@ -134,6 +143,7 @@ class RunOptions:
     cpu_cache_compute: bool = False
     overlap: bool | None = None
     pin_weight: bool | None = None
+    compress_cache: bool | None = None
     expert_usage: Path | None = None
     device: str = "auto"
     hardware: Path | None = None
@@ -191,6 +201,19 @@ class RunOptions:
     def policy_file(self) -> Path | None:
         """The policy's file, where it is one."""
         return self.policy if isinstance(self.policy, Path) and not is_auto(self.policy) else None
+
+    @property
+    def asks_for_compressed_cache(self) -> bool:
+        """Whether the KV cache is int8, by the option or the given policy.
+
+        Raises:
+            FlexMoEError: the policy's file cannot be used.
+        """
+        if self.policy_file is not None:
+            return PolicyFile.load(self.policy_file).policy.compress_cache
+        if isinstance(self.policy, Policy):
+            return self.policy.compress_cache
+        return bool(self.compress_cache)
 
     @property
     def block_size(self) -> int:

@@ -299,6 +299,7 @@ def _policy_of_options(
         "schedule": options.schedule,
         "overlap": options.overlap,
         "pin_weight": options.pin_weight,
+        "compress_cache": options.compress_cache,
         "prefill_tokens": options.prefill_tokens,
     }
     if options.prefill_tokens is None and _is_one_block(measured, options.block_size):

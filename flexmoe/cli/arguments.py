@@ -194,6 +194,13 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--pin-weight", type=flag, nargs="?", const=True, help="CUDA: keep CPU weights pinned (default true)"
     )
+    g.add_argument(
+        "--compress-cache",
+        type=flag,
+        nargs="?",
+        const=True,
+        help="keep the KV cache as int8 with a scale for each token and KV head, about half the bytes in every tier (default false)",
+    )
 
 
 def _machine_flags(p: argparse.ArgumentParser) -> None:

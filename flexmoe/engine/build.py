@@ -126,6 +126,7 @@ class _Builder:
             head_dim=arch.head_dim,
             dtype=plan.dtype,
             groups=arch.kv_groups,
+            compressed=self._config.policy.compress_cache,
         )
         cache = KVCache(plan.device, shape, plan.allocation.kv_pages, plan.allocation.tails, self._config.offload_dir)
         self._resources.callback(cache.close_file)

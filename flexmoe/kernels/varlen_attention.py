@@ -2,7 +2,7 @@
 
 The pages of all rows of a call are copied side by side, K once and V once, and one kernel attends to all of them. Query
 heads that share a KV head are grouped by the kernel. Rows that lie in the pool one after another, as fetched rows do, are
-attended where they are.
+attended where they are, unless they are compressed: those are unpacked side by side.
 
 Rows that decode are attended apart from longer runs: with one query a row the kernel takes the heads that share a KV head
 for queries of it, and reads K and V once for all of them.
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from flexmoe.formats.packed_kv import copied_pages, is_packed
 from flexmoe.kernels.ragged import Planned, Ragged
 
 #: Of `torch.ops.aten._flash_attention_forward`; the first of what it returns is used.
@@ -124,7 +125,7 @@ def _attend(
     workspace: torch.Tensor | None,
     sinks_H: torch.Tensor | None,
 ) -> torch.Tensor:
-    k, v = (_side_by_side(pool, call.pages, workspace, which) for which, pool in enumerate((k_pool, v_pool)))
+    k, v = (_side_by_side(pool, call.pages, q_THD, workspace, which) for which, pool in enumerate((k_pool, v_pool)))
     out_THD, lse_HT, *_ = flash(
         q_THD,
         k,
@@ -152,13 +153,12 @@ def _with_sinks(out_THD: torch.Tensor, lse_HT: torch.Tensor, sinks_H: torch.Tens
 
 
 def _side_by_side(
-    pool: torch.Tensor, pages: slice | torch.Tensor, workspace: torch.Tensor | None, which: int
+    pool: torch.Tensor, pages: slice | torch.Tensor, q_THD: torch.Tensor, workspace: torch.Tensor | None, which: int
 ) -> torch.Tensor:
     """``[P · page_tokens, G, Dh]``: the pages one after another."""
-    if isinstance(pages, slice):
+    if isinstance(pages, slice) and not is_packed(pool):
         return pool[pages].flatten(0, 1)
-    target = None if workspace is None else workspace[which, : len(pages)]
-    return torch.index_select(pool, 0, pages, out=target).flatten(0, 1)
+    return copied_pages(pool, pages, q_THD, None if workspace is None else workspace[which]).flatten(0, 1)
 
 
 def plan_varlen(rows: Ragged, page_tokens: int, room: int, window: int | None) -> Planned:

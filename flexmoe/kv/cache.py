@@ -1,7 +1,8 @@
 """Ragged KV cache: pages of a fixed number of tokens in three tiers, a page table per row, reference counts.
 
 A page has some tokens of a row in the layers of one group (`LayerGroup`). All groups have equally many layers, L, and share the
-pages of a pool: ``[L, 2, pages, page_tokens, G, Dh]``. A row lives in one tier, and has a page table for each group. Where
+pages of a pool: ``[L, 2, pages, page_tokens, G, w]``, where w is the head size, or the words of a compressed
+head (`flexmoe.formats.packed_kv`). A row lives in one tier, and has a page table for each group. Where
 layers have a window, pages that no query to come sees are given back (`policies.admission.kv_pages`). On the disk tier only full
 pages are on disk; the growing tail page of a row stays in host memory, of all layers. This file knows where bytes live;
 `flexmoe.kv.transfers` moves them.
@@ -19,8 +20,10 @@ import torch
 
 from cost_model.memory.allocation import PAGE_TOKENS, kv_layout
 from cost_model.model.arch import LayerGroup
+from flexmoe.formats.packed_kv import WORD, head_words, pack
 from flexmoe.system.device import Device, forget_pages
 from flexmoe.system.direct_io import DirectFile
+from policies.common.memory_units import align_up
 
 
 class KVExhausted(Exception):
@@ -122,7 +125,8 @@ class KVShape:
 
     Args:
         layers: how many.
-        kv_heads, head_dim, dtype: of K and of V.
+        kv_heads, head_dim: of K and of V.
+        dtype: what they are computed in, and stored in unless ``compressed``.
         groups: the layers in groups of equally many; default: one, which sees all tokens.
     """
 
@@ -130,6 +134,7 @@ class KVShape:
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    compressed: bool = False
     groups: tuple[LayerGroup, ...] = ()
 
     def __post_init__(self) -> None:
@@ -137,9 +142,24 @@ class KVShape:
             object.__setattr__(self, "groups", (LayerGroup(None, tuple(range(self.layers))),))
 
     @property
+    def stored_dtype(self) -> torch.dtype:
+        """Dtype of the pools."""
+        return WORD if self.compressed else self.dtype
+
+    @property
+    def stored_token(self) -> tuple[int, int]:
+        """Keys, or values, of a token in one layer as they are stored: heads, and elements of each."""
+        return self.kv_heads, head_words(self.head_dim) if self.compressed else self.head_dim
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of K and V of one token in one layer."""
-        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+        heads, width = self.stored_token
+        return 2 * heads * width * self.stored_dtype.itemsize
+
+    def as_stored(self, x_TGd: torch.Tensor) -> torch.Tensor:
+        """Keys or values as they are stored, `[T, G, w]`."""
+        return pack(x_TGd) if self.compressed else x_TGd
 
 
 class KVCache:
@@ -152,6 +172,10 @@ class KVCache:
         tails: rows that the disk tier can hold at once (one host page each).
         offload_dir: directory of the disk tier's file.
         page_tokens: tokens per page.
+
+    Attributes:
+        page_bytes: of a page in one layer.
+        disk_page_bytes: what it takes in the file, where direct reads and writes want it to begin at a boundary.
     """
 
     def __init__(
@@ -171,6 +195,7 @@ class KVCache:
         places = {layer: (at, place) for at, g in enumerate(shape.groups) for place, layer in enumerate(g.layers)}
         #: Of each layer, the number of its group, and its place in the pools.
         self.group_of, self._place_of = ([places[layer][i] for layer in range(shape.layers)] for i in (0, 1))
+        self.disk_page_bytes = align_up(self.page_bytes)
         self.gpu = self._pool(device, pages["gpu"], on_device=True)
         self.cpu = self._pool(device, pages["cpu"], on_device=False)
         self.tail = self._pool(device, tails, on_device=False, layers=shape.layers)
@@ -356,13 +381,13 @@ class KVCache:
 
     def disk_offset(self, layer: int, page: int) -> int:
         """Byte offset of a page of a layer in the disk tier's file: a row's neighbouring pages are neighbours."""
-        return (self._place_of[layer] * self.total("disk") + page) * self.page_bytes
+        return (self._place_of[layer] * self.total("disk") + page) * self.disk_page_bytes
 
     def _pool(self, device: Device, pages: int, *, on_device: bool, layers: int | None = None) -> torch.Tensor:
         s, layers = self.shape, layers or len(self.shape.groups[0].layers)
-        shape = (layers, 2, pages, self.page_tokens, s.kv_heads, s.head_dim)
+        shape = (layers, 2, pages, self.page_tokens, *s.stored_token)
         size = layers * pages * self.page_bytes
         if on_device and device.is_cuda:
             # Rows of a benchmark attend pages that nobody wrote; what lies there by chance may not be finite.
-            return torch.zeros(shape, dtype=s.dtype, device=device.torch)
-        return device.host_buffer(size)[:size].view(s.dtype).view(shape)
+            return torch.zeros(shape, dtype=s.stored_dtype, device=device.torch)
+        return device.host_buffer(size)[:size].view(s.stored_dtype).view(shape)

@@ -73,17 +73,17 @@ class KVLanes:
         self._stores: list[Future[None]] = []
         self._loads = 0
         s = cache.shape
-        token = (s.kv_heads, s.head_dim)
+        token, stored = s.stored_token, s.stored_dtype
         flat = (2, buffers.staging_pages * cache.page_tokens, *token)
-        self._staging = [torch.zeros(flat, dtype=s.dtype, device=device.torch) for _ in range(2)]
-        self._packed = [self._host(flat) for _ in range(2)]
-        self._landing = torch.empty(flat[1:], dtype=s.dtype, device=device.torch) if device.is_cuda else None
-        gathered = (2, buffers.gather_pages, cache.page_tokens, *token)
+        self._staging = [torch.zeros(flat, dtype=stored, device=device.torch) for _ in range(2)]
+        self._packed = [self._host(flat, stored) for _ in range(2)]
+        self._landing = torch.empty(flat[1:], dtype=stored, device=device.torch) if device.is_cuda else None
+        gathered = (2, buffers.gather_pages, cache.page_tokens, s.kv_heads, s.head_dim)
         self._gathered = torch.empty(gathered, dtype=s.dtype, device=device.torch) if buffers.gather_pages else None
         host_tokens = buffers.batch_tokens if device.is_cuda else 0  # on cpu the tensors already are host memory
-        self._down = [self._host((2, host_tokens, *token)) for _ in range(2)]
-        self._queries = [self._host((2, host_tokens, query_heads, s.head_dim)) for _ in range(2)]
-        self._sinks = [self._host((1, query_heads)) if sinks and device.is_cuda else None for _ in range(2)]
+        self._down = [self._host((2, host_tokens, *token), stored) for _ in range(2)]
+        self._queries = [self._host((2, host_tokens, query_heads, s.head_dim), s.dtype) for _ in range(2)]
+        self._sinks = [self._host((1, query_heads), s.dtype) if sinks and device.is_cuda else None for _ in range(2)]
         self._staging_read = [device.record(), device.record()]
         self._packed_read = [device.record(), device.record()]
         self._placed = device.record()
@@ -132,14 +132,18 @@ class KVLanes:
         """That of a batch's rows of a mode, for a layer."""
         return batch.kv[mode][self._cache.group_of[layer]]
 
+    def as_stored(self, k_TGd: torch.Tensor, v_TGd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """New keys and values as the cache stores them, ``[T, G, w]``, which the operations below take."""
+        return self._cache.shape.as_stored(k_TGd), self._cache.shape.as_stored(v_TGd)
+
     # Operations of the schedule. Those that return a future have been handed to a lane.
 
-    def append(self, layer: int, batch: Batch, k_TGd: torch.Tensor, v_TGd: torch.Tensor) -> None:
+    def append(self, layer: int, batch: Batch, k_TGw: torch.Tensor, v_TGw: torch.Tensor) -> None:
         """Write the new KV of the batch's ``gpu`` rows into the device pool."""
         if AttentionMode.GPU in batch.kv:
             index: GroupIndex = self._index(layer, batch, AttentionMode.GPU)
             tokens = slice(index.group.start, index.group.stop)
-            for pool, new in zip(self._cache.on_gpu(layer), (k_TGd, v_TGd)):
+            for pool, new in zip(self._cache.on_gpu(layer), (k_TGw, v_TGw)):
                 pool.flatten(0, 1).index_copy_(0, index.home, new[tokens])
 
     def load(self, layer: int, batch: Batch) -> Future[Event]:
@@ -155,8 +159,8 @@ class KVLanes:
         layer: int,
         batch: Batch,
         q_THd: torch.Tensor,
-        k_TGd: torch.Tensor,
-        v_TGd: torch.Tensor,
+        k_TGw: torch.Tensor,
+        v_TGw: torch.Tensor,
         loaded: Future[Event] | None,
         sinks_H: torch.Tensor | None = None,
     ) -> Future[None]:
@@ -167,7 +171,7 @@ class KVLanes:
         side = batch.index % 2
         produced = self._device.record()
         future = self._lanes["d2h"].submit(
-            self._store, layer, batch, side, (q_THd, k_TGd, v_TGd, sinks_H), produced, loaded
+            self._store, layer, batch, side, (q_THd, k_TGw, v_TGw, sinks_H), produced, loaded
         )
         self._stores.append(future)
         return future
@@ -204,8 +208,8 @@ class KVLanes:
         layer: int,
         batch: Batch,
         q_THd: torch.Tensor,
-        k_TGd: torch.Tensor,
-        v_TGd: torch.Tensor,
+        k_TGw: torch.Tensor,
+        v_TGw: torch.Tensor,
         loaded: Event,
         sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -215,7 +219,7 @@ class KVLanes:
         loaded.wait(self._device.compute)
         tokens = slice(index.group.start, index.group.stop)
         staging = self._staging[side]
-        for flat, new in zip(staging, (k_TGd, v_TGd)):
+        for flat, new in zip(staging, (k_TGw, v_TGw)):
             flat.index_copy_(0, index.staged_new, new[tokens])
         k_pool, v_pool = staging.view(2, -1, self._cache.page_tokens, *staging.shape[2:])
         out = self._attend(layer, q_THd[tokens], k_pool, v_pool, index, sinks_H)
@@ -374,8 +378,7 @@ class KVLanes:
         self._device.link.small(arrived.event)
         return arrived
 
-    def _host(self, shape: tuple[int, ...]) -> torch.Tensor:
-        dtype = self._cache.shape.dtype
+    def _host(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         size = torch.Size(shape).numel() * dtype.itemsize
         return self._device.host_buffer(size)[:size].view(dtype).view(shape)
 

@@ -12,7 +12,7 @@ from flexmoe.kernels.native import library as native
 from flexmoe.weights import supply
 from flexmoe.weights.stream import WeightStream
 from policies import Policy, Workload
-from tests.support.tiny import GEN_LEN, LONGEST_ROW, RECIPES, assert_greedy, offload
+from tests.support.tiny import GEN_LEN, LONGEST_ROW, MARGIN, RECIPES, assert_greedy, offload
 
 DEVICES = [
     "cpu",
@@ -53,6 +53,7 @@ class Case:
     disturbed: str = ""
     pin_weight: bool = True
     experts_per_unit: int | None = None
+    compress_cache: bool = False
 
     def __str__(self):
         own = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -60,6 +61,7 @@ class Case:
         words = [text["variant"], text["placement"], text["schedule"], "x".join(map(str, self.batches))]
         words += [f"att{self.cpu_attention}", f"pre{self.prefill_tokens}", f"kv{self.kv_tokens}"]
         flags = {"serial": not self.overlap, "eos": self.eos, "staged": self.staged, "torch": not self.native}
+        flags["int8"] = self.compress_cache
         return "-".join(words + [name for name, on in flags.items() if on] + [self.disturbed] * bool(self.disturbed))
 
 
@@ -108,6 +110,7 @@ def make_llm(variant, case, device, tmp_path, monkeypatch, **options):
         cpu_attention_percent=case.cpu_attention,
         pin_weight=case.pin_weight,
         experts_per_unit=case.experts_per_unit,
+        compress_cache=case.compress_cache,
     )
     options = offload(tmp_path) | {"device": device, "kv_tokens": case.kv_tokens, "workload": workload} | options
     llm = LLM(variant.directory, policy=policy, **options)
@@ -136,14 +139,14 @@ def _send_rows_back(engine, times=6):
     engine.step = disturbed_step
 
 
-def check(variant, case, device, tmp_path, monkeypatch, *, longest=LONGEST_ROW):
+def check(variant, case, device, tmp_path, monkeypatch, *, longest=LONGEST_ROW, margin=MARGIN):
     """Run all prompts that fit and compare; returns the run's metrics."""
     llm = make_llm(variant, case, device, tmp_path, monkeypatch, longest_row=longest)
     try:
         rows = [row for row, prompt in enumerate(variant.prompts) if len(prompt) + GEN_LEN <= longest]
         params = SamplingParams(max_tokens=GEN_LEN, ignore_eos=not case.eos)
         for row, output in zip(rows, llm.generate([variant.prompts[row] for row in rows], params), strict=True):
-            assert_greedy(variant, row, list(output.outputs[0].token_ids), variant.expected(row, eos=case.eos))
+            assert_greedy(variant, row, list(output.outputs[0].token_ids), variant.expected(row, eos=case.eos), margin)
         assert llm.engine.unfinished == 0
         assert all(llm.engine.cache.free(tier) == llm.engine.cache.total(tier) for tier in ("gpu", "cpu", "disk"))
         return llm.metrics()
