@@ -244,7 +244,6 @@ def _hunyuan_v1_moe(config: Config) -> dict[str, Any]:
 #: A new family with experts is one function and one entry here.
 FAMILIES: Mapping[str, Callable[[Config], dict[str, Any]]] = MappingProxyType(
     {
-        "gpt_oss": _gpt_oss,
         "mixtral": _mixtral,
         "phimoe": _phimoe,
         "qwen3_moe": _qwen3_moe,
@@ -256,6 +255,7 @@ FAMILIES: Mapping[str, Callable[[Config], dict[str, Any]]] = MappingProxyType(
         "ernie4_5_moe": _ernie4_5_moe,
         "granitemoe": _granitemoe,
         "hunyuan_v1_moe": _hunyuan_v1_moe,
+        "gpt_oss": _gpt_oss,
     }
 )
 

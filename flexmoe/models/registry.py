@@ -23,7 +23,6 @@ from flexmoe.models.sparse.qwen2_moe import Qwen2Moe
 from flexmoe.models.sparse.qwen3_moe import Qwen3Moe
 
 FAMILIES: Mapping[str, type[Decoder]] = {
-    "gpt_oss": GptOss,
     "mixtral": Mixtral,
     "phimoe": Phimoe,
     "qwen3_moe": Qwen3Moe,
@@ -35,6 +34,7 @@ FAMILIES: Mapping[str, type[Decoder]] = {
     "ernie4_5_moe": Ernie45Moe,
     "granitemoe": GraniteMoe,
     "hunyuan_v1_moe": HunyuanV1Moe,
+    "gpt_oss": GptOss,
     "llama": Llama,
     "mistral": Mistral,
     "qwen3": Qwen3,
