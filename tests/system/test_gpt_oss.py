@@ -1,5 +1,7 @@
 """gpt-oss: float32 greedy ids are transformers', in both layouts, and KV is held and moved by window."""
 
+import random
+
 import pytest
 import torch
 from transformers import GptOssConfig
@@ -18,9 +20,16 @@ from tests.support.exactness import CHOICES, PLACEMENTS, Case, check, make_llm
 from tests.support.references import DRAWN, HOMES, reference, request, run
 from tests.support.tiny import GEN_LEN, offload
 from tests.support.tiny_gpt_oss import ORIGINAL, drawn, made, recipe
-from tests.system.test_family_parity import cases
 
 pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
+
+
+def cases(count, seed):
+    """Random ways to run; `CHOICES` has the values of every field."""
+    rng = random.Random(seed)
+    names = [name for name in CHOICES if name != "variant"]
+    return [Case(variant="", **{name: rng.choice(CHOICES[name]) for name in names}) for _ in range(count)]
+
 
 #: Prompts of one token, around the window and the pages, beyond YaRN's original context and longer than a chunk.
 LENGTHS = (1, 5, 15, 16, 17, 33, ORIGINAL - 6, ORIGINAL + 1, 100, 150)
@@ -253,4 +262,4 @@ def test_known_shapes_are_those_of_the_hub():
     small, large = (ModelArch.from_name(f"openai/gpt-oss-{size}") for size in ("20b", "120b"))
     assert (small.parameters, large.parameters) == (20_914_757_184, 116_829_156_672)
     assert (large.expert_bytes, large.total_bytes) == (13_236_480, 65_248_815_744)
-    assert large.full_layers == tuple(range(1, 36, 2)) and large.sinks and CHOICES["placement"]
+    assert large.full_layers == tuple(range(1, 36, 2)) and large.sinks
