@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,19 @@ _COUNTS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers whose KV lies in the same pages: alike in their window, and as many as in every other group.
+
+    Args:
+        window: tokens that they look back, the query's own included; None is all.
+        layers: their numbers.
+    """
+
+    window: int | None
+    layers: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelArch:
     """A Mixture-of-Experts decoder, as far as bytes and FLOPs depend on it.
@@ -42,6 +56,7 @@ class ModelArch:
         num_experts, top_k: experts per layer, and how many a token is routed to.
         num_heads, num_kv_heads, head_dim: attention; a group of query heads shares a KV head.
         sliding_window: tokens that attention looks back, itself included; None is all.
+        full_layers: layers that look back to the first token though the model has a window, in ascending order.
         tied: the head is the embedding table.
         dtype_bytes: bytes of one stored weight, where it is not packed.
         norm_eps, rope_theta: constants of the norms and of the rotary embedding.
@@ -51,6 +66,10 @@ class ModelArch:
         output_bias: of `attention_bias`.
         head_bias: the head adds one, also where its table is tied.
         norm_bias: the norms over the hidden state have a bias beside the weight.
+        sinks: each query head has a score in the softmax of attention that belongs to no key.
+        expert_bias: the matrices of experts have biases.
+        gate_up_alternate: as gpt-oss has experts: rows of gate and up alternate in one matrix, and matrices that are not packed lie
+            with inputs before outputs.
         qk_norm: how queries and keys are normed: not (""), each "head" by one weight of `head_dim`, the same once it is
             "rotated", or the whole "projection" by one weight for all heads.
         shared_ffn: width of the MLP that every token of a sparse layer passes beside its experts; 0 where there is none. It is
@@ -94,6 +113,10 @@ class ModelArch:
     output_bias: bool = True
     head_bias: bool = False
     norm_bias: bool = False
+    sinks: bool = False
+    expert_bias: bool = False
+    gate_up_alternate: bool = False
+    full_layers: tuple[int, ...] = ()
     qk_norm: str = ""
     shared_ffn: int = 0
     shared_gate: bool = False
@@ -132,14 +155,17 @@ class ModelArch:
         if self.qk_norm not in QK_NORMS:
             raise DataError(f"qk_norm is {self.qk_norm!r}; it must be one of {', '.join(map(repr, QK_NORMS))}.")
         self._check_dense_layers()
+        self._check_layers("full_layers")
+
+    def _check_layers(self, field: str) -> None:
+        layers = getattr(self, field)
+        whole = type(layers) is tuple and all(type(layer) is int for layer in layers)
+        if not whole or list(layers) != sorted({layer for layer in layers if 0 <= layer < self.num_layers}):
+            raise DataError(f"{field} is {layers!r}; it must list layers from 0 to {self.num_layers - 1} in order.")
 
     def _check_dense_layers(self) -> None:
         layers = self.dense_layers
-        whole = type(layers) is tuple and all(type(layer) is int for layer in layers)
-        if not whole or list(layers) != sorted({layer for layer in layers if 0 <= layer < self.num_layers}):
-            raise DataError(
-                f"dense_layers is {layers!r}; it must list layers from 0 to {self.num_layers - 1} in order."
-            )
+        self._check_layers("dense_layers")
         if len(layers) == self.num_layers and (self.num_experts, self.top_k, self.ffn) != (1, 1, self.dense_ffn):
             raise DataError("every layer of the model is dense, but it has experts.")
         if self.dense_ffn and not layers:
@@ -222,7 +248,7 @@ class ModelArch:
         biases = self.head_dim * (self.num_heads + 2 * self.num_kv_heads) + self.hidden * self.output_bias
         heads = self.num_heads + self.num_kv_heads if self.qk_norm == "projection" else 2 * bool(self.qk_norm)
         own = self.projection_params + biases * self.attention_bias + 2 * self.norm_params + self.head_dim * heads
-        return own + self._sparse_params
+        return own + self._sparse_params + (self.num_heads if self.sinks else 0)
 
     @property
     def _sparse_params(self) -> int:
@@ -231,8 +257,13 @@ class ModelArch:
 
     @property
     def expert_params(self) -> int:
-        """Weights of one expert: gate, up and down projections."""
+        """Weights of one expert: gate, up and down projections, without biases."""
         return 3 * self.hidden * self.ffn
+
+    @property
+    def expert_bias_params(self) -> int:
+        """Biases of one expert."""
+        return 2 * self.ffn + self.hidden if self.expert_bias else 0
 
     @property
     def dense_params(self) -> int:
@@ -248,7 +279,7 @@ class ModelArch:
     def parameters(self) -> int:
         """All weights; a table that embedding and head share counts once."""
         sparse, dense = self.num_layers - len(self.dense_layers), len(self.dense_layers)
-        layers = sparse * (self.attention_params + self.num_experts * self.expert_params)
+        layers = sparse * (self.attention_params + self.num_experts * (self.expert_params + self.expert_bias_params))
         layers += dense * (self.attention_params - self._sparse_params + self.dense_params)
         head = (0 if self.tied else self.embed_params) + (self.vocab_size if self.head_bias else 0)
         return self.embed_params + layers + self.norm_params + head
@@ -272,7 +303,7 @@ class ModelArch:
     @property
     def expert_bytes(self) -> int:
         """Stored bytes of one expert."""
-        return self._mlp_bytes(self.ffn, "expert")
+        return self._mlp_bytes(self.ffn, "expert") + self.expert_bias_params * self.dtype_bytes
 
     def expert_bytes_in(self, layer: int) -> int:
         """Stored bytes of one expert of a layer, or of its MLP."""
@@ -349,12 +380,39 @@ class ModelArch:
         """Weights of a layer's attention unit; a dense layer has no router and no shared MLP."""
         return self.attention_params - (self._sparse_params if self.is_dense(layer) else 0)
 
+    def window_in(self, layer: int) -> int | None:
+        """Tokens that a layer's attention looks back, itself included; None is all."""
+        return None if layer in self.full_layers else self.sliding_window
+
+    @property
+    def windowed_share(self) -> float:
+        """Part of the layers that look back through the window."""
+        return 0.0 if self.sliding_window is None else 1 - len(self.full_layers) / self.num_layers
+
+    @property
+    def kv_groups(self) -> tuple[LayerGroup, ...]:
+        """The layers in groups that share pages of KV; one where all are alike."""
+        windowed = [layer for layer in range(self.num_layers) if self.window_in(layer) is not None]
+        full = [layer for layer in range(self.num_layers) if self.window_in(layer) is None]
+        size = gcd(len(full), len(windowed))
+        kinds = ((None, full), (self.sliding_window, windowed))
+        return tuple(
+            LayerGroup(window, tuple(layers[at : at + size]))
+            for window, layers in kinds
+            for at in range(0, len(layers), size)
+        )
+
+    def kv_page_bytes(self, page_tokens: int, dtype_bytes: int, *, compressed: bool = False) -> int:
+        """Bytes of a page of KV, which has so many tokens in the layers of a group."""
+        each = self.kv_bytes_per_token_layer(dtype_bytes, compressed=compressed)
+        return page_tokens * len(self.kv_groups[0].layers) * each
+
     def kv_bytes_per_token_layer(self, dtype_bytes: int = 2, *, compressed: bool = False) -> int:
         """Bytes of K and V that one token keeps in one layer; ``compressed``: as int8 (`cost_model.model.kv_bytes`)."""
         return 2 * self.num_kv_heads * kv_head_bytes(self.head_dim, dtype_bytes, compressed=compressed)
 
     def kv_bytes_per_token(self, dtype_bytes: int = 2, *, compressed: bool = False) -> int:
-        """Bytes of K and V that one token keeps in all layers."""
+        """Bytes of K and V that one token keeps in all layers, while all of them see it."""
         return self.num_layers * self.kv_bytes_per_token_layer(dtype_bytes, compressed=compressed)
 
     def expected_experts_touched(self, tokens: float) -> float:
@@ -378,6 +436,10 @@ class ModelArch:
         )
         optional = {
             "attention_bias": self.attention_bias,
+            "sliding_window": self.full_layers and self.sliding_window or 0,
+            "full_layers": list(self.full_layers),
+            "sinks": self.sinks,
+            "expert_bias": self.expert_bias,
             "head_bias": self.head_bias,
             "dense_layers": list(self.dense_layers),
             "dense_ffn": self.dense_ffn,

@@ -6,7 +6,7 @@ from typing import Any
 
 from cost_model.model import dense_families, sparse_families
 from cost_model.model.config_fields import DTYPE_BYTES, Config
-from cost_model.model.packed_format import packed_format
+from cost_model.model.packed_format import PackedFormat, packed_format
 from policies.common.errors import DataError, Faults, UsageError
 
 #: How weights lie in a checkpoint that can be read; for messages.
@@ -39,8 +39,17 @@ def shape_fields(config: Config, faults: Faults | None = None) -> dict[str, Any]
             fields = FAMILIES[config["model_type"]](config)
     with faults.step():
         packed = packed_format(config, _modules(config["model_type"], fields) if fields else {})
+        _check_alternating(config, fields, packed)
         fields |= {"packed": packed} if packed else {}
     return fields
+
+
+def _check_alternating(config: Config, fields: Mapping[str, Any], packed: PackedFormat | None) -> None:
+    if packed and fields.get("gate_up_alternate") and (packed.method, packed.kinds) != ("mxfp4", ("expert",)):
+        raise DataError(
+            f"quantization_config asks for {packed.method} of {' and '.join(packed.kinds)}; {config['model_type']} is read with "
+            "its experts in mxfp4, as the hub has it, or in 16 bits."
+        )
 
 
 def _check_activation(config: Config) -> None:
@@ -86,7 +95,13 @@ SUPPORTED_MODEL_TYPES = tuple(FAMILIES)
 _QWEN = ("mlp.experts.{}.gate_proj", "mlp.gate")
 _MIXTRAL = ("block_sparse_moe.experts.{}.w1", "block_sparse_moe.gate")
 _EXPERTS: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {"mixtral": _MIXTRAL, "phimoe": _MIXTRAL, "minimax_m2": _MIXTRAL, "hunyuan_v1_moe": (_QWEN[0], "mlp.gate.wg")}
+    {
+        "gpt_oss": ("mlp.experts", "mlp.router"),
+        "mixtral": _MIXTRAL,
+        "phimoe": _MIXTRAL,
+        "minimax_m2": _MIXTRAL,
+        "hunyuan_v1_moe": (_QWEN[0], "mlp.gate.wg"),
+    }
 )
 #: The MLP that every token passes beside the experts of a layer.
 _SHARED = MappingProxyType({"qwen2_moe": "mlp.shared_expert", "hunyuan_v1_moe": "mlp.shared_mlp"})

@@ -15,6 +15,8 @@ SHAPE_OF_HUB_ID = {
     "mistralai/mixtral-8x22b-v0.1": "mixtral-8x22b",
     "mistralai/mixtral-8x22b-instruct-v0.1": "mixtral-8x22b-instruct",
     "microsoft/phi-3.5-moe-instruct": "phi-3.5-moe",
+    "openai/gpt-oss-20b": "gpt-oss-20b",
+    "openai/gpt-oss-120b": "gpt-oss-120b",
     "qwen/qwen3-30b-a3b": "qwen3-30b-a3b",
     "qwen/qwen3-30b-a3b-base": "qwen3-30b-a3b-base",
     "qwen/qwen3-30b-a3b-instruct-2507": "qwen3-30b-a3b-2507",

@@ -19,11 +19,25 @@ from cost_model.model.config_fields import (
     positive,
     refuse,
     rope_switch,
+    rope_type,
+    rope_values,
     same_count,
     uniform_window,
 )
 from policies.common.errors import DataError
 
+#: What transformers takes where a gpt-oss config says nothing.
+_GPT_OSS_WINDOW = 128
+_GPT_OSS_ROPE: Mapping[str, Any] = MappingProxyType(
+    {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    }
+)
 #: What transformers takes where a Qwen config says nothing of the window.
 _QWEN_WINDOW = 4096
 
@@ -53,6 +67,49 @@ def _qwen3_moe(config: Config) -> dict[str, Any]:
         "attention_bias": flag(config, "attention_bias"),
         "qk_norm": "head",
     }
+
+
+def _gpt_oss(config: Config) -> dict[str, Any]:
+    """gpt-oss looks back through a window in every other layer; its rotary embedding is YaRN's where nothing is said."""
+    config = gpt_oss_config(config)
+    values = rope_values(config)
+    if rope_type(values) == "yarn":
+        count(values, "original_max_position_embeddings")
+    fields = decoder_fields(
+        config, num_kv_heads=8, norm_eps=1e-5, rope_theta=150000.0, rope_types=("default", "yarn"), head_dim=64
+    )
+    positive(config, "swiglu_limit", 7.0)
+    positive(config, "swiglu_alpha", 1.702)
+    full = _full_layers(config, fields["num_layers"])
+    return fields | {
+        "top_k": count(config, "num_experts_per_tok"),
+        "ffn": count(config, "intermediate_size"),
+        "num_experts": count(config, "num_local_experts"),
+        "sliding_window": None if len(full) == fields["num_layers"] else count(config, "sliding_window"),
+        "full_layers": () if len(full) == fields["num_layers"] else full,
+        "attention_bias": flag(config, "attention_bias", True),
+        "sinks": True,
+        "router_bias": True,
+        "expert_bias": True,
+        "gate_up_alternate": True,
+    }
+
+
+def gpt_oss_config(config: Config) -> Config:
+    """The config with what transformers takes where it says nothing."""
+    given = {name: value for name, value in config.items() if value is not None}
+    if "rope_scaling" in given or "rope_parameters" in given:
+        return {"sliding_window": _GPT_OSS_WINDOW, **given}
+    return {"sliding_window": _GPT_OSS_WINDOW, "rope_parameters": _GPT_OSS_ROPE, **given}
+
+
+def _full_layers(config: Config, num_layers: int) -> tuple[int, ...]:
+    """Layers that attend to all tokens; without a word it is every other one, from the second on."""
+    kinds = ("sliding_attention", "full_attention")
+    types = config.get("layer_types", [kinds[layer % 2] for layer in range(num_layers)])
+    if not isinstance(types, list) or len(types) != num_layers or not all(each in kinds for each in types):
+        raise DataError(f"layer_types in the config is {types!r}; it must say {' or '.join(kinds)} for each layer.")
+    return tuple(layer for layer, kind in enumerate(types) if kind == "full_attention")
 
 
 def _qwen2_moe(config: Config) -> dict[str, Any]:
@@ -198,6 +255,7 @@ FAMILIES: Mapping[str, Callable[[Config], dict[str, Any]]] = MappingProxyType(
         "ernie4_5_moe": _ernie4_5_moe,
         "granitemoe": _granitemoe,
         "hunyuan_v1_moe": _hunyuan_v1_moe,
+        "gpt_oss": _gpt_oss,
     }
 )
 

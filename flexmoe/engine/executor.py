@@ -237,7 +237,7 @@ class Executor:
 
     def _op_store_kv(self, op: Op) -> Future[None]:
         batch = self._batch(op)
-        batch.stored = self._kv.store(op.layer, batch, *self._qkv[batch.index], batch.loaded)
+        batch.stored = self._kv.store(op.layer, batch, *self._qkv[batch.index], batch.loaded, self._sinks(op.layer))
         return batch.stored
 
     def _op_write_kv(self, op: Op) -> Future[None]:
@@ -267,11 +267,14 @@ class Executor:
 
     def _attend_group(self, layer: int, batch: Batch, mode: AttentionMode, qkv: QKV) -> torch.Tensor:
         if mode is AttentionMode.GPU:
-            return self._kv.attend_gpu(layer, batch, qkv[0])
+            return self._kv.attend_gpu(layer, batch, qkv[0], self._sinks(layer))
         if mode is AttentionMode.FETCH:
-            return self._kv.attend_fetched(layer, batch, *qkv, begun(batch.loaded).result())
+            return self._kv.attend_fetched(layer, batch, *qkv, begun(batch.loaded).result(), self._sinks(layer))
         arrived, batch.attended = begun(batch.attended), None  # the output is kept no longer than it is needed
         return self._device.use_here(arrived.result().tensor)
+
+    def _sinks(self, layer: int) -> torch.Tensor | None:
+        return self._feed.get(self._units.attention[layer].unit).get("sinks")
 
     def _expert_output(self, batch: Batch) -> torch.Tensor:
         """What the experts of the layer before gave for a batch, not yet part of its residual stream."""

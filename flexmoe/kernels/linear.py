@@ -66,8 +66,9 @@ def linear(
 
 
 def _unpacked_product(x_nC: torch.Tensor, weight: PackedMatrix, bias_R: torch.Tensor | None) -> torch.Tensor:
-    if len(x_nC) <= few_packed_tokens(x_nC.dtype) and bias_R is None and _is_native(x_nC):
-        return packed_products(x_nC.contiguous(), [weight], torch.tensor([len(x_nC)], dtype=torch.int32))
+    if len(x_nC) <= few_packed_tokens(x_nC.dtype) and _is_native(x_nC):
+        product_nR = packed_products(x_nC.contiguous(), [weight], torch.tensor([len(x_nC)], dtype=torch.int32))
+        return product_nR if bias_R is None else product_nR.add_(bias_R)
     out_nR = x_nC.new_empty(len(x_nC), weight.shape[0])
     for rows, piece_RC in unpacked_pieces(weight, x_nC.dtype):
         out_nR[:, rows] = linear(x_nC, piece_RC, None if bias_R is None else bias_R[rows])

@@ -12,6 +12,7 @@ from flexmoe.models.dense.qwen3 import Qwen3
 from flexmoe.models.sparse.dots1 import Dots1
 from flexmoe.models.sparse.ernie4_5_moe import Ernie45Moe
 from flexmoe.models.sparse.glm4_moe import Glm4Moe
+from flexmoe.models.sparse.gpt_oss import GptOss
 from flexmoe.models.sparse.granitemoe import GraniteMoe
 from flexmoe.models.sparse.hunyuan_v1_moe import HunyuanV1Moe
 from flexmoe.models.sparse.minimax_m2 import MiniMaxM2
@@ -33,6 +34,7 @@ FAMILIES: Mapping[str, type[Decoder]] = {
     "ernie4_5_moe": Ernie45Moe,
     "granitemoe": GraniteMoe,
     "hunyuan_v1_moe": HunyuanV1Moe,
+    "gpt_oss": GptOss,
     "llama": Llama,
     "mistral": Mistral,
     "qwen3": Qwen3,

@@ -313,7 +313,7 @@ def dense_bench(
     blocks = max(-(-most // PAGE_TOKENS), min(most, _DECODE_TOKENS))
     cache = KVCache(device, shape, {"gpu": blocks, "cpu": 0, "disk": 0})
     buffers = KVBuffers(staging_pages=0, batch_tokens=0, write_pages=0)
-    lanes = KVLanes(device, Recorder(), cache, buffers, arch.num_heads, None)
+    lanes = KVLanes(device, Recorder(), cache, buffers, arch.num_heads)
     sets = arena.sets(family(arch).parts(())[UnitId("attention", 0)], effort.cycle_bytes)
     try:
         with torch.inference_mode():

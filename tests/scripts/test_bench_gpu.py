@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cost_model import Hardware
-from cost_model.memory.allocation import kv_pages_per_tier, kv_tokens_wanted
+from cost_model.memory.allocation import PAGE_TOKENS, kv_pages_per_tier, kv_tokens_wanted
 from cost_model.model.arch import ModelArch
 from cost_model.timing.evaluate import evaluate
 from flexmoe.engine.scheduler import Row, Scheduler
@@ -242,7 +242,9 @@ def _aged_scheduler(rows, prompt, gen):
         cpu_attention_percent=100,
     )
     workload = Workload(prompt_len=prompt, gen_len=gen)
-    blocks = kv_pages_per_tier(chosen, kv_tokens_wanted(chosen, workload), prompt + gen)
+    blocks = kv_pages_per_tier(
+        chosen, kv_tokens_wanted(chosen, workload) / PAGE_TOKENS, -(-(prompt + gen) // PAGE_TOKENS)
+    )
     shape = KVShape(layers=1, kv_heads=1, head_dim=2, dtype=torch.bfloat16)
     return Scheduler(chosen, KVCache(Device("cpu"), shape, blocks))
 

@@ -114,7 +114,8 @@ class Decoder:
         """The weights of a layer's experts, or of its MLP, of the tensors of a unit."""
         arch, dense = self.arch, self.arch.is_dense(layer)
         packed = arch.packed if arch.is_packed("dense" if dense else "expert") else None
-        return ExpertWeights.of(tensors, PackedShape(packed, arch.hidden, arch.ffn_in(layer)) if packed else None)
+        shape = PackedShape(packed, arch.hidden, arch.ffn_in(layer), arch.gate_up_alternate) if packed else None
+        return ExpertWeights.of(tensors, shape, arch.gate_up_alternate, arch.gate_up_alternate and not packed)
 
     def _matrix(self, w: Weights, role: str, rows: int, columns: int) -> torch.Tensor | PackedMatrix:
         """A matrix of an attention module."""

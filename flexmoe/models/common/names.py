@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, TypeVar
 
 from cost_model.model.arch import ModelArch
@@ -155,6 +156,8 @@ def _attention(arch: ModelArch, names: Names, packed: bool, layer: int) -> Itera
             yield from _projection(f"{at}self_attn.{role}_proj", role, shape, arch.attention_bias)
     out = (hidden, arch.num_heads * arch.head_dim)
     yield from _projection(f"{at}self_attn.o_proj", "o", out, arch.attention_bias and arch.output_bias)
+    if arch.sinks:
+        yield Part(role="sinks", tensor=f"{at}self_attn.sinks", shape=(arch.num_heads,))
     if arch.qk_norm:
         together = arch.qk_norm == "projection"
         for role, name, count in (("q_norm", names.q_norm, heads["q"]), ("k_norm", names.k_norm, heads["k"])):
@@ -224,14 +227,17 @@ def _matrices(hidden: int, ffn: int, experts: Sequence[Sequence[str]]) -> Iterat
 
 
 def _slices(arch: ModelArch, gate_up: str, down: str, experts: range) -> Iterator[Part]:
-    """Experts that lie stacked on disk: one stretch of each of the layer's two tensors."""
-    for role, name, shape in (
-        ("gate_up", gate_up, (2 * arch.ffn, arch.hidden)),
-        ("down", down, (arch.hidden, arch.ffn)),
-    ):
-        first = experts[0] * shape[0] * shape[1]
-        whole = (arch.num_experts, *shape)
-        yield Part(role=role, tensor=name, shape=(len(experts), *shape), first_element=first, whole=whole)
+    """Experts that lie stacked on disk: one stretch of each of the layer's two tensors, and of each of their biases."""
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        "gate_up": (gate_up, (2 * arch.ffn, arch.hidden)),
+        "down": (down, (arch.hidden, arch.ffn)),
+    }
+    if arch.expert_bias:
+        shapes |= {f"{role}_bias": (f"{name}_bias", shape[:1]) for role, (name, shape) in shapes.items()}
+    for role, (name, shape) in shapes.items():
+        stored = shape[::-1] if arch.gate_up_alternate and not arch.is_packed("expert") else shape
+        first, whole = experts[0] * prod(shape), (arch.num_experts, *stored)
+        yield Part(role=role, tensor=name, shape=(len(experts), *stored), first_element=first, whole=whole)
 
 
 def _head(arch: ModelArch, chunk: int) -> Iterator[Part]:

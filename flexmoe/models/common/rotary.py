@@ -16,6 +16,7 @@ from cost_model.model.arch import ModelArch
 from cost_model.model.config_fields import rope_type, rope_values
 from flexmoe.errors import DataError
 from flexmoe.kernels.family import Rope
+from flexmoe.models.common.yarn import yarn
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,6 +126,10 @@ def _dynamic(periods: torch.Tensor, arch: ModelArch, values: Mapping[str, Any]) 
     return Angles(1.0 / base ** (torch.arange(0, size, 2).float() / size))
 
 
+def _yarn(periods: torch.Tensor, arch: ModelArch, values: Mapping[str, Any]) -> Angles:
+    return Angles(*yarn(periods, arch.rope_theta, arch.max_position, values))
+
+
 #: Angles from the periods of the plain embedding, the shape and what the config says, by type. A type is known where a family
 #: names it in `cost_model.model`.
 SCALINGS: Mapping[str, Callable[[torch.Tensor, ModelArch, Mapping[str, Any]], Angles]] = {
@@ -132,6 +137,7 @@ SCALINGS: Mapping[str, Callable[[torch.Tensor, ModelArch, Mapping[str, Any]], An
     "linear": _linear,
     "llama3": _llama3,
     "dynamic": _dynamic,
+    "yarn": _yarn,
 }
 
 

@@ -43,8 +43,8 @@ def test_every_family_that_can_be_planned_for_runs():
     assert set(FAMILIES) == set(SUPPORTED_MODEL_TYPES)
 
 
-def test_a_family_adds_names_norm_router_and_multipliers_only():
-    allowed = {"names", "__init__", "norm", "routing"}
+def test_a_family_adds_names_norm_router_gated_unit_and_multipliers_only():
+    allowed = {"names", "__init__", "feed_forward", "norm", "routing"}
     for kind in FAMILIES.values():
         own = {name for name in vars(kind) if callable(vars(kind)[name]) or name in vars(Decoder)}
         assert {name for name in own if not name.startswith("_") or name == "__init__"} <= allowed
