@@ -17,6 +17,7 @@ from cost_model.hardware.hardware import Hardware
 from cost_model.model.families import dtype_name
 from flexmoe.checkpoint.generation_config import SamplingDefaults, generation_config
 from flexmoe.engine.engine import Engine
+from flexmoe.engine.engine_plan import EnginePlan
 from flexmoe.engine.requests import RefusedError
 from flexmoe.engine.router_counter import LayerStats
 from flexmoe.errors import UsageError
@@ -26,6 +27,7 @@ from flexmoe.params import DEFAULT_MAX_TOKENS, EngineRequest, InFlight, Sampling
 from flexmoe.planning.configure import ARGUMENTS, configure
 from flexmoe.progress import Progress
 from flexmoe.prompts import Conversation, Prompt, one_each, read_conversations, read_prompts
+from flexmoe.quantizing.packed_copy import packed_copy
 from flexmoe.results import as_asked
 from flexmoe.text.tokenizer import Tokenizer, eos_ids
 from flexmoe.vllm_arguments import CALL, ENGINE, only_ours
@@ -64,6 +66,8 @@ class LLM:
         tokenizer: another tokenizer than the checkpoint's, or its directory.
         generation_config: where `get_default_sampling_params` are from: ``auto`` (the checkpoint), ``none`` or ``vllm`` (nowhere), or
             a directory.
+        compress_weight: pack 16-bit weights once below ``offload_dir``, in ``int4``, ``int8``, ``fp8`` or ``mxfp4``, and run those; a
+            policy that is given says it itself.
         **options: ``gpu_memory_utilization``, the share of the GPU's memory that is ``gpu_mem``; further fields of `flexmoe.engine.config.EngineConfig`: ``offload_dir``, ``kv_tokens``, ``longest_row``,
             ``max_model_len``, ``gen_len``, ``eos_ids``, ``keep_spans``, ``reserve``, ``expert_cache``, ``expert_usage``, ``router_stats``.
 
@@ -92,6 +96,7 @@ class LLM:
         seed: int | None = None,
         tokenizer: str | Path | Tokenizer | None = None,
         generation_config: str = "auto",
+        compress_weight: str | None = None,
         **options: Any,
     ) -> None:
         options |= {"gpu_mem": gpu_mem, "cpu_mem": cpu_mem, "nvme_mem": nvme_mem}
@@ -102,10 +107,14 @@ class LLM:
         if self.tokenizer.problem is not None:
             log.warning("%s; prompts of token ids run without it", self.tokenizer.problem)
         self._generation_config = generation_config
-        config = configure(self.model, policy, workload, hardware, **options)
+        config = configure(self.model, policy, workload, hardware, compress_weight, **options)
         if not config.eos_ids:
             ids = eos_ids(self.model.generation_config, self.model.config, self.tokenizer)
             config = replace(config, eos_ids=ids)
+        if config.policy.compress_weight is not None:
+            EnginePlan.of(self.model, config)  # what does not fit is refused before the weights are packed
+            about = {"dtype": config.dtype, "bar": sys.stderr is not None and sys.stderr.isatty()}
+            self.model = packed_copy(self.model, config.policy.compress_weight, config.offload_dir, **about)
         self.engine = Engine(self.model, config, self.tokenizer.detokenize)
         self._streaming = False
         self._left: list[InFlight] = []

@@ -110,6 +110,5 @@ class EngineConfig:
     def _check_policy(self) -> None:
         if not isinstance(self.policy, Policy):
             raise UsageError(f"the policy is {self.policy!r}; give a Policy or the path of a policy file")
-        for name in ("compress_weight", "compress_cache"):
-            if getattr(self.policy, name):
-                raise UsageError(f"the policy asks for {name}, which this runtime does not have; set it to false")
+        if self.policy.compress_cache:
+            raise UsageError("the policy asks for compress_cache, which this runtime does not have; set it to false")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cost_model.hardware.hardware import Hardware
+from cost_model.model.packing import check_unpacked, packed_as
+from cost_model.planner.constraints import Fixed
 from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.router_counter import coactivation_bytes
 from flexmoe.errors import UsageError
@@ -22,7 +24,7 @@ from policies.workload import Workload
 log = logging.getLogger(__name__)
 #: What `LLM` takes.
 ARGUMENTS = (
-    *("model", "tokenizer", "load_format", "hardware", "generation_config", "gpu_memory_utilization"),
+    *("model", "tokenizer", "load_format", "hardware", "generation_config", "gpu_memory_utilization", "compress_weight"),
     *(field.name for field in fields(EngineConfig)),
 )
 #: Has the planner choose the policy, or this machine be measured.
@@ -39,6 +41,7 @@ def configure(
     policy: Policy | str | Path | None,
     workload: Workload | None,
     hardware: Hardware | str | Path | None,
+    compress_weight: str | None = None,
     **options: Any,
 ) -> EngineConfig:
     """The configuration of an engine for a model.
@@ -48,6 +51,7 @@ def configure(
             device.
         workload: lengths of the rows; default: those of the policy file, else the usual ones within the model's context.
         hardware: what ``"auto"`` plans with; default: this machine, measured now or before.
+        compress_weight: what the weights are to be packed in, where no policy is given that says it.
         **options: the other fields of `EngineConfig`, and ``gpu_memory_utilization``.
 
     Raises:
@@ -57,13 +61,16 @@ def configure(
     options = _in_our_words(model, options)
     usual = workload or _usual_workload(options.get("max_model_len") or model.arch.max_position)
     # What can be known to be wrong is told before a machine is measured.
-    asked = EngineConfig(policy=_resident(usual), workload=usual, **options)
+    check_unpacked(model.arch, compress_weight)
+    asked = EngineConfig(policy=_resident(usual, compress_weight), workload=usual, **options)
     if policy is None or policy == AUTO:
         return _planned(model, asked, hardware) if policy == AUTO else _without(asked, hardware)
+    if compress_weight is not None:
+        raise UsageError("the policy already says what compress_weight would; give one or the other")
     if not isinstance(policy, (str, Path)):
         return replace(_without(asked, hardware), policy=policy)
     file = PolicyFile.load(policy)
-    file.check_model(model.arch.fingerprint())
+    file.check_model(packed_as(model.arch, file.policy.compress_weight).fingerprint())
     return replace(_without(asked, hardware), policy=file.policy, workload=workload or file.planned_workload() or usual)
 
 
@@ -94,8 +101,9 @@ def _gpu_gib(share: Any, gpu_mem: float | None, device: str) -> float | None:
 
 def _planned(model: Model, asked: EngineConfig, hardware: Hardware | str | Path | None) -> EngineConfig:
     """With the planner's policy, and the memory of the process that it was planned with."""
+    format = asked.policy.compress_weight
     forecaster = Forecaster.of_machine(
-        model.arch,
+        packed_as(model.arch, format),
         asked.workload,
         compute_dtype(asked.dtype, model, Device(asked.device).torch),
         hardware=hardware or AUTO,
@@ -111,7 +119,7 @@ def _planned(model: Model, asked: EngineConfig, hardware: Hardware | str | Path 
         on_demand=asked.expert_cache != "off",
         held_bytes=coactivation_bytes(model.arch) if asked.router_stats else 0,
     )
-    policy = forecaster.plan(asked.kv_tokens)
+    policy = forecaster.plan(asked.kv_tokens, Fixed(compress_weight=format))
     return replace(asked, policy=policy, process_bytes=asked.process_bytes or forecaster.hardware.process_bytes)
 
 
@@ -131,11 +139,12 @@ def _usual_workload(context: int) -> Workload:
     return Workload(prompt_len=max(1, prompt), gen_len=max(1, completion), longest_row=min(_USUAL_LONGEST, context))
 
 
-def _resident(workload: Workload) -> Policy:
+def _resident(workload: Workload, compress_weight: str | None) -> Policy:
     return Policy.from_percent(
         RESIDENT,
         gpu_batch_size=_RESIDENT_ROWS,
         num_gpu_batches=1,
         prompt_len=workload.prompt_len,
         gen_len=workload.gen_len,
+        compress_weight=compress_weight,
     )
