@@ -66,9 +66,9 @@ class LLM:
         tokenizer: another tokenizer than the checkpoint's, or its directory.
         generation_config: where `get_default_sampling_params` are from: ``auto`` (the checkpoint), ``none`` or ``vllm`` (nowhere), or
             a directory.
-        compress_weight: pack 16-bit weights once below ``offload_dir``, in ``int4``, ``int8``, ``fp8`` or ``mxfp4``, and run those; a
-            policy that is given says it itself.
-        **options: ``gpu_memory_utilization``, the share of the GPU's memory that is ``gpu_mem``; further fields of `flexmoe.engine.config.EngineConfig`: ``offload_dir``, ``kv_tokens``, ``longest_row``,
+        **options: ``gpu_memory_utilization``, the share of the GPU's memory that is ``gpu_mem``; ``compress_weight``, which packs
+            16-bit weights once below ``offload_dir`` (in ``int4``, ``int8``, ``fp8`` or ``mxfp4``) and runs those; ``compress_cache``, which keeps
+            the KV cache as int8 with a scale for each token and KV head (vLLM's ``kv_cache_dtype="int8"``); further fields of `flexmoe.engine.config.EngineConfig`: ``offload_dir``, ``kv_tokens``, ``longest_row``,
             ``max_model_len``, ``gen_len``, ``eos_ids``, ``keep_spans``, ``reserve``, ``expert_cache``, ``expert_usage``, ``router_stats``.
 
     Raises:
@@ -96,7 +96,6 @@ class LLM:
         seed: int | None = None,
         tokenizer: str | Path | Tokenizer | None = None,
         generation_config: str = "auto",
-        compress_weight: str | None = None,
         **options: Any,
     ) -> None:
         options |= {"gpu_mem": gpu_mem, "cpu_mem": cpu_mem, "nvme_mem": nvme_mem}
@@ -107,7 +106,7 @@ class LLM:
         if self.tokenizer.problem is not None:
             log.warning("%s; prompts of token ids run without it", self.tokenizer.problem)
         self._generation_config = generation_config
-        config = configure(self.model, policy, workload, hardware, compress_weight, **options)
+        config = configure(self.model, policy, workload, hardware, **options)
         if not config.eos_ids:
             ids = eos_ids(self.model.generation_config, self.model.config, self.tokenizer)
             config = replace(config, eos_ids=ids)

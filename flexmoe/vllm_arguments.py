@@ -113,7 +113,6 @@ ENGINE: dict[str, Foreign] = {
     "enable_expert_parallel": Foreign((None, False), _ONE_GPU),
     "trust_remote_code": Foreign(),  # no code of a checkpoint is ever run
     "quantization": Foreign((None,), "weights are computed in 16 or 32 bits; give a checkpoint of those, and dtype"),
-    "kv_cache_dtype": Foreign((None, "auto"), "the KV cache has the dtype of the computation; give dtype"),
     "cpu_offload_gb": Foreign((None, 0, 0.0), _PLANNED),
     "kv_cache_memory_bytes": Foreign((None,), "give kv_tokens"),
     "max_logprobs": Foreign((None, *range(21)), "20 are reported at most"),

@@ -141,12 +141,17 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
         "--overlap", type=flag, nargs="?", const=True, help="transfers run beside computation (default true)"
     )
     g.add_argument(
-        "--compress-weight", choices=WEIGHT_FORMATS, help="plan for 16-bit weights packed in it, as flexmoe.run packs them"
+        "--compress-cache", action="store_true", help="KV cache as int8, with a scale for each token and KV head"
+    )
+    g.add_argument(
+        "--compress-weight",
+        choices=WEIGHT_FORMATS,
+        help="plan for 16-bit weights packed in it, as flexmoe.run packs them",
     )
     g.add_argument(
         "--allow-compression",
         action="store_true",
-        help="compress what gains by it; without it the report says what would gain, and how to ask for it",
+        help="compress weights and KV cache where that gains; without it the report says what would gain, and how to ask for it",
     )
     g.add_argument("--ignore-memory", action="store_true", help="judge a policy that does not fit, too")
 
@@ -206,7 +211,8 @@ def _check_files(args: argparse.Namespace) -> None:
 def _given(args: argparse.Namespace) -> list[str]:
     names = ("percent", "gpu_batch_size", "num_gpu_batches", "prefill_tokens", "schedule", "overlap", "compress_weight")
     flags = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
-    return flags + (["--cpu-cache-compute"] if args.cpu_cache_compute else [])
+    switches = ("cpu_cache_compute", "compress_cache")
+    return flags + [f"--{name.replace('_', '-')}" for name in switches if getattr(args, name)]
 
 
 def _refuse(sentence: str, flags: list[str]) -> None:

@@ -189,6 +189,7 @@ def _fixed(args: argparse.Namespace) -> Fixed:
     values |= {field: getattr(args, name) for name, field in SHARES.items()}
     if args.cpu_cache_compute:
         values["cpu_attention_percent"] = 100.0
+    values["compress_cache"] = args.compress_cache
     return Fixed(**{name: value for name, value in values.items() if value is not None})
 
 
@@ -206,6 +207,7 @@ def _given_policy(args: argparse.Namespace, arch: ModelArch, workload: Workload,
         prompt_len=workload.prompt_len,
         gen_len=workload.gen_len,
         cpu_attention_percent=100.0 if args.cpu_cache_compute else 0.0,
+        compress_cache=args.compress_cache,
         expert_order=usage.unit_order(arch) if usage else None,
         **{name: value for name, value in flags.items() if value is not None},
     )

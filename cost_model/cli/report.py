@@ -163,7 +163,9 @@ class Report:
         arch = self.arch
         packed = f" in {arch.packed.describe()}" if arch.packed else ""
         size = f"{arch.parameters / 1e9:.2f} G parameters, {_gib(arch.total_bytes)}{packed}"
-        kv = f"{arch.kv_bytes_per_token(self.dtype_bytes) / 1024:.0f} KiB of KV a token"
+        compressed = self.policy.compress_cache
+        kv_bytes = arch.kv_bytes_per_token(self.dtype_bytes, compressed=compressed)
+        kv = f"{kv_bytes / 1024:.0f} KiB of {'int8 ' if compressed else ''}KV a token"
         return [f"{arch.name or arch.model_type}: {size}; computes in {8 * self.dtype_bytes} bits, {kv}"]
 
     def _job(self) -> list[str]:

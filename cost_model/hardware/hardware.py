@@ -74,6 +74,8 @@ class Gpu:
             format that was not measured, what reading and writing it takes.
         grouped_experts: like ``experts``, one of a unit of several whose weights lie stacked, by grouped products; without
             the sizes of numbers that were not measured, or for which the runtime has none.
+        int8_attention: what decode attention takes over a token of compressed KV, as a part of what it takes over one of 16
+            bits; 1 where it was not measured.
 
     Raises:
         UsageError: a value is of the wrong type or out of range; the sentence names it.
@@ -99,6 +101,7 @@ class Gpu:
     h2d_busy_latency_s: Cost = 0.0
     grouped_experts: SomeRates = field(default_factory=dict)
     unpack_s: Annotated[Mapping[str, float], _SECONDS_BY_NAME] = field(default_factory=dict)
+    int8_attention: Rate = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self, "of the GPU")
@@ -166,6 +169,7 @@ class Hardware:
         disk_read_curve: reads by the bytes of a unit, a few units under way; empty where not measured.
         process_bytes: host memory that the process takes beside what the plan places: Python, libraries with what they keep,
             threads; 0 where not measured.
+        cpu_int8_attention: as `Gpu.int8_attention`, of attention in host memory.
 
     Raises:
         UsageError: a value is of the wrong type or out of range; the sentence names it.
@@ -197,6 +201,7 @@ class Hardware:
     cpu_budget_bytes: Annotated[int | None, optional(whole(0))] = None
     disk_read_curve: LinkCurve = ()
     process_bytes: Annotated[int, whole(0)] = 0
+    cpu_int8_attention: Rate = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self, "of the machine")

@@ -12,7 +12,7 @@ from cost_model.memory.allocation import PAGE_TOKENS, Allocation, entry_bytes, s
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import head_chunks, unit_slack_bytes
 from policies.common.errors import InfeasibleError
-from policies.common.memory_units import GIB, MIB, SYSTEM_PAGE_BYTES, in_units
+from policies.common.memory_units import GIB, MIB, SYSTEM_PAGE_BYTES, align_up, in_units
 from policies.common.option_names import option
 from policies.placement import TIERS
 from policies.policy import Policy
@@ -102,7 +102,7 @@ def plan_memory(
     """
     arch = arch.grouped(policy.experts_per_unit)
     weights = _weight_bytes(arch, allocation, device, compute_bytes, policy)
-    kv = _kv_bytes(arch, allocation, device, compute_bytes)
+    kv = _kv_bytes(arch, allocation, device, compute_bytes, compressed=policy.compress_cache)
     act = _activation_bytes(arch, policy, allocation, device, compute_bytes)
     parts = {tier: {**weights[tier], **kv[tier], **act[tier]} for tier in TIERS}
     parts["cpu"][PROCESS] = process_bytes
@@ -141,31 +141,53 @@ def _unpacked_bytes(arch: ModelArch, b: int) -> int:
     return max((size * b for kind, size in sizes.items() if arch.is_packed(kind)), default=0)
 
 
-def _kv_bytes(arch: ModelArch, allocation: Allocation, device: str, b: int) -> dict[str, dict[str, int]]:
-    page = arch.kv_bytes_per_token_layer(b) * PAGE_TOKENS
+def kv_page_bytes(arch: ModelArch, b: int, *, compressed: bool) -> int:
+    """Bytes of a KV page of one layer."""
+    return arch.kv_bytes_per_token_layer(b, compressed=compressed) * PAGE_TOKENS
+
+
+def kv_disk_page_bytes(arch: ModelArch, b: int, *, compressed: bool) -> int:
+    """The same in the disk tier's file, where each page begins at a boundary that direct reads and writes can have."""
+    return align_up(kv_page_bytes(arch, b, compressed=compressed))
+
+
+def _kv_bytes(
+    arch: ModelArch, allocation: Allocation, device: str, b: int, *, compressed: bool
+) -> dict[str, dict[str, int]]:
+    page = kv_page_bytes(arch, b, compressed=compressed)
+    disk_page = kv_disk_page_bytes(arch, b, compressed=compressed)
     staging = 2 * allocation.fetch_pages * page
     on_disk = allocation.kv_pages["disk"] > 0
     down = landing = 0
     if device == "cuda":
         query = arch.num_heads * arch.head_dim * b
-        down = 2 * allocation.batch_tokens * (arch.kv_bytes_per_token_layer(b) + 2 * query)
+        down = 2 * allocation.batch_tokens * (page // PAGE_TOKENS + 2 * query)
         landing = allocation.fetch_pages * page // 2  # K, then V
     return {
         "gpu": {
             "kv": allocation.kv_pages["gpu"] * page * arch.num_layers,
             "kv staging": staging + landing,
-            "kv gathered": allocation.gather_pages * page,
+            "kv gathered": allocation.gather_pages * _gathered_page_bytes(arch, b, compressed=compressed),
             "masks": _masks(arch, allocation, b),
         },
         "cpu": {
             "kv": allocation.kv_pages["cpu"] * page * arch.num_layers,
             "kv tails": allocation.tails * page * arch.num_layers,
             "kv buffers": staging
-            + (2 * (allocation.fetch_pages + allocation.write_pages) * page if on_disk else 0)
+            + (2 * (allocation.fetch_pages + allocation.write_pages) * disk_page if on_disk else 0)
             + down,
         },
-        "disk": {"kv": allocation.kv_pages["disk"] * page * arch.num_layers},
+        "disk": {"kv": allocation.kv_pages["disk"] * disk_page * arch.num_layers},
     }
+
+
+def _gathered_page_bytes(arch: ModelArch, b: int, *, compressed: bool) -> int:
+    """Of a page that is copied for attention: K and V as they are attended; compressed ones, first K and then V, also as they
+    are stored, and their scales in float32."""
+    attended = kv_page_bytes(arch, b, compressed=False)
+    if not compressed:
+        return attended
+    return attended + kv_page_bytes(arch, b, compressed=True) // 2 + PAGE_TOKENS * arch.num_kv_heads * 4
 
 
 def _masks(arch: ModelArch, allocation: Allocation, b: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from cost_model.model.families import check_model_type, shape_fields
 from cost_model.model.known_shapes import known_config, read_config
+from cost_model.model.kv_bytes import kv_head_bytes
 from cost_model.model.packed_format import PackedFormat
 from policies.common.errors import DataError, UsageError
 
@@ -283,13 +284,13 @@ class ModelArch:
         """Weights of a layer's attention unit; a dense layer has no router."""
         return self.attention_params - (self.router_params if self.is_dense(layer) else 0)
 
-    def kv_bytes_per_token_layer(self, dtype_bytes: int = 2) -> int:
-        """Bytes of K and V that one token keeps in one layer."""
-        return 2 * self.num_kv_heads * self.head_dim * dtype_bytes
+    def kv_bytes_per_token_layer(self, dtype_bytes: int = 2, *, compressed: bool = False) -> int:
+        """Bytes of K and V that one token keeps in one layer; ``compressed``: as int8 (`cost_model.model.kv_bytes`)."""
+        return 2 * self.num_kv_heads * kv_head_bytes(self.head_dim, dtype_bytes, compressed=compressed)
 
-    def kv_bytes_per_token(self, dtype_bytes: int = 2) -> int:
+    def kv_bytes_per_token(self, dtype_bytes: int = 2, *, compressed: bool = False) -> int:
         """Bytes of K and V that one token keeps in all layers."""
-        return self.num_layers * self.kv_bytes_per_token_layer(dtype_bytes)
+        return self.num_layers * self.kv_bytes_per_token_layer(dtype_bytes, compressed=compressed)
 
     def expected_experts_touched(self, tokens: float) -> float:
         """Experts of a sparse layer that `tokens` tokens reach under uniform routing: E·(1 − (1 − k/E)^T)."""

@@ -42,6 +42,7 @@ class Fixed:
     compress_weight: str | None = None
     overlap: bool = True
     pin_weight: bool = True
+    compress_cache: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -50,7 +51,7 @@ class Fixed:
                 continue
             if field.name.endswith("_percent"):
                 object.__setattr__(self, field.name, check_percent(field.name, value))
-            elif field.name in ("overlap", "pin_weight"):
+            elif field.name in ("overlap", "pin_weight", "compress_cache"):
                 if not isinstance(value, bool):
                     raise UsageError(f"{field.name} is {value!r}; it must be true or false.")
             elif field.name != "schedule":
@@ -98,7 +99,7 @@ class Choice:
         streams: weights may live outside the GPU.
         disk_weights: weights may live on disk.
         act_percents: activations on the GPU and in host memory.
-        overlap, pin_weight: as in `Policy`.
+        overlap, pin_weight, compress_cache: as in `Policy`.
     """
 
     schedule: str
@@ -112,6 +113,7 @@ class Choice:
     act_percents: tuple[float, float] = (100.0, 0.0)
     overlap: bool = True
     pin_weight: bool = True
+    compress_cache: bool = False
 
     def policy(self, workload: Workload, rows: float, mode: str) -> Policy:
         """A block of about so many rows, all in one mode; a few weights are on the GPU, or all."""
@@ -133,4 +135,5 @@ class Choice:
             schedule=self.schedule,
             overlap=self.overlap,
             pin_weight=self.pin_weight,
+            compress_cache=self.compress_cache,
         )

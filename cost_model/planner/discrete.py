@@ -90,6 +90,7 @@ class Choices:
             act_percents=(act_gpu, fixed.act_cpu_percent or 0.0),
             overlap=fixed.overlap,
             pin_weight=fixed.pin_weight,
+            compress_cache=fixed.compress_cache,
         )
         tried = []
         for streams, modes in self._placements():
@@ -162,6 +163,7 @@ def choice_of(policy: Policy, problem: Problem) -> Choice:
         act_percents=(policy.act_gpu_percent, policy.act_cpu_percent),
         overlap=policy.overlap,
         pin_weight=policy.pin_weight,
+        compress_cache=policy.compress_cache,
     )
 
 

@@ -96,7 +96,7 @@ def solve(
             are alike.
         on_demand: sweeps of few rows move only the experts that were routed to.
         advice: find out, too, what would help most.
-        allow_compression: pack weights where that gains and ``fixed`` does not say.
+        allow_compression: compress weights and KV cache where that gains and ``fixed`` does not say.
         effort: how long to search, by evaluations and not by the clock; less is quicker and may find a little less.
 
     Raises:
@@ -199,7 +199,7 @@ def _with_compression(problem: Problem, fixed: Fixed, effort: float) -> _Found:
     tried = most_gaining(plain.problem, fixed, plain.best.policy)
     if tried is None:
         return plain
-    packed = _best(tried.problem, tried.fixed, effort)
+    packed = _best(*tried, effort)
     if packed.best.tokens_per_s < (1 + LEAST_GAIN) * plain.best.tokens_per_s:
         return plain.counting([packed.best])
     return packed.counting([plain.best])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from cost_model.hardware.hardware import Gpu, Hardware
@@ -54,9 +55,7 @@ class Advice:
         if not self.ask:
             return f"{self.change}: {gain}"
         then = (1 + self.gain) * tokens_per_s
-        return (
-            f"{self.change}: at least {f'{then:,.0f}' if then >= 100 else f'{then:.3g}'} tokens/s, {gain}; ask by {self.ask}"
-        )
+        return f"{self.change}: at least {f'{then:,.0f}' if then >= 100 else f'{then:.3g}'} tokens/s, {gain}; ask by {self.ask}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,14 +77,13 @@ def advise(problem: Problem, fixed: Fixed, found: Optimum, bottleneck: str) -> H
     scarce = {price.name for price in found.prices} | {bottleneck}
     now = improved(problem, fixed, found.policy).tokens_per_s
     advice, programmes, evaluations = [], 0, 0
-    for changed in (*_machines(problem, fixed, scarce), *_compressions(problem, fixed, _SHOWN_FORMATS)):
+    fewer_bytes = *_weights(problem, fixed, _SHOWN_FORMATS), *_cache(problem, fixed)
+    for changed in (*_machines(problem, fixed, scarce), *fewer_bytes):
         then = improved(changed.problem, changed.fixed, found.policy)
         programmes, evaluations = programmes + then.programmes, evaluations + then.evaluations
         gain = then.tokens_per_s / now - 1
         if gain >= LEAST_GAIN:
-            advice.append(
-                Advice(change=changed.change, tokens_per_s=then.tokens_per_s, gain=gain, ask=" and ".join(changed.ask))
-            )
+            advice.append(Advice(change=changed.change, tokens_per_s=then.tokens_per_s, gain=gain, ask=changed.ask))
     advice.sort(key=lambda each: -each.gain)
     shown = [each for each in advice if not each.ask][:_MOST_OF_MACHINE] + [each for each in advice if each.ask]
     best_first = tuple(sorted(shown, key=lambda each: -each.gain))
@@ -98,13 +96,13 @@ class Changed:
 
     Attributes:
         change: in words.
-        ask: the options that ask for it; none for another machine.
+        ask: the option that asks for it; empty for another machine.
     """
 
     change: str
     problem: Problem
     fixed: Fixed
-    ask: tuple[str, ...] = ()
+    ask: str = ""
 
 
 def _machines(problem: Problem, fixed: Fixed, scarce: set[str]) -> Iterator[Changed]:
@@ -116,25 +114,34 @@ def _machines(problem: Problem, fixed: Fixed, scarce: set[str]) -> Iterator[Chan
 # Fewer bytes.
 
 
-def compressed(problem: Problem, fixed: Fixed) -> list[Changed]:
-    """All that can be compressed of a problem, what changes numbers least first."""
-    return list(_compressions(problem, fixed, _FORMATS))
+def compressed(problem: Problem, fixed: Fixed) -> Iterator[Changed]:
+    """All ways to compress a problem, one thing before both, and what changes numbers least first."""
+    weights, cache = list(_weights(problem, fixed, _FORMATS)), list(_cache(problem, fixed))
+    yield from (*cache, *weights)
+    yield from (both for own in weights for both in _cache(own.problem, own.fixed))
 
 
-def most_gaining(problem: Problem, fixed: Fixed, policy: Policy) -> Changed | None:
+def most_gaining(problem: Problem, fixed: Fixed, policy: Policy) -> tuple[Problem, Fixed] | None:
     """The compression that gains most by a short search from a policy; None where none gains.
 
     One that changes numbers more is taken only where it gains beside those that change them less.
     """
-    best, tokens_per_s = None, improved(problem, fixed, policy).tokens_per_s
-    for changed in compressed(problem, fixed):
-        then = improved(changed.problem, changed.fixed, policy).tokens_per_s
-        if then >= (1 + LEAST_GAIN) * tokens_per_s:
-            best, tokens_per_s = changed, then
-    return best
+    best, tokens_per_s = (problem, fixed), improved(problem, fixed, policy).tokens_per_s
+    for tried in (partial(_weights, formats=_FORMATS), _cache):
+        for changed in tried(*best):
+            then = improved(changed.problem, changed.fixed, policy).tokens_per_s
+            if then >= (1 + LEAST_GAIN) * tokens_per_s:
+                best, tokens_per_s = (changed.problem, changed.fixed), then
+    return None if best == (problem, fixed) else best
 
 
-def _compressions(problem: Problem, fixed: Fixed, formats: Iterable[str]) -> Iterator[Changed]:
+def _cache(problem: Problem, fixed: Fixed) -> Iterator[Changed]:
+    if not fixed.compress_cache:
+        ask = option("compress_cache", True)
+        yield Changed(change="int8 KV", problem=problem, fixed=replace(fixed, compress_cache=True), ask=ask)
+
+
+def _weights(problem: Problem, fixed: Fixed, formats: Iterable[str]) -> Iterator[Changed]:
     if problem.arch.packed is None:
         for format in formats:
             with contextlib.suppress(UsageError):  # no group of the format fits the widths
@@ -151,7 +158,7 @@ def _with_weights(problem: Problem, fixed: Fixed, format: str) -> Changed:
         change=f"{format} weights",
         problem=replace(problem, arch=arch),
         fixed=replace(fixed, compress_weight=format),
-        ask=(option("compress_weight", format),),
+        ask=option("compress_weight", format),
     )
 
 

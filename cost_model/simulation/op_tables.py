@@ -86,14 +86,14 @@ def table_of_bytes(costs: Costs, cut: Sequence[BatchLoad], demand: Demand | None
         read, copied = costs.demanded_bytes(demand)
         table[sweep_place("read_routed")], table[sweep_place("copy_routed")] = read, copied
     for batch in cut:
-        new, past, width = batch.new, batch.past, costs.kv_bytes
+        new, past, width, disk_width = batch.new, batch.past, costs.kv_bytes, costs.kv_disk_bytes
         act = costs.activation_bytes(batch)
         moved = {
             "cpu_attend": (past["cpu"] + new["cpu"]) * width,
             "load_kv": (past["fetch"] + past["disk"]) * width,
-            "read_kv": past["disk"] * width,
+            "read_kv": past["disk"] * disk_width,
             "store_kv": (new["fetch"] + new["disk"] + new["cpu"]) * width,
-            "write_kv": new["disk"] * width,
+            "write_kv": new["disk"] * disk_width,
             "load_act": act,
             "read_act": act,
             "store_act": act,

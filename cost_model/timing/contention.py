@@ -142,7 +142,7 @@ def _host_memory(costs: Costs) -> dict[str, float]:
     """The part of host memory's rate that each user takes; device cuda."""
     hw, gpu = costs.hardware, costs.hardware.gpu
     rates = {
-        "cpu": hw.cpu_attention_bytes_per_s,
+        "cpu": costs.cpu_attention_bytes_per_s,
         "h2d": costs.stream_bytes_per_s["h2d"],
         "h2d/kv": _PASSES_OF_KV * gpu.kv_load_bytes_per_s,
         "h2d/attended": gpu.h2d_bytes_per_s,

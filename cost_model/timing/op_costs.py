@@ -13,7 +13,7 @@ from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import Hardware
 from cost_model.hardware.link_curves import transfer_s
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation, single_expert_bytes
-from cost_model.memory.memory_plan import scored_at_once
+from cost_model.memory.memory_plan import kv_disk_page_bytes, scored_at_once
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import are_grouped
 from cost_model.routing.demand import Demand, Routing
@@ -61,6 +61,7 @@ class Costs:
     Attributes:
         routing: which experts tokens are routed to.
         overlap: as in `Policy`.
+        kv_bytes, kv_disk_bytes: of a token in a layer, in memory and on disk.
         stages_host_units: units in host memory are not pinned, so each is copied to a pinned buffer first.
         stream_bytes_per_s: rates at which the links bring a mean streamed unit, by user of `cost_model.timing.contention`.
         lane_share: part of all cores that an operation on a lane keeps busy (device cpu, where all lanes share them).
@@ -84,7 +85,14 @@ class Costs:
         self._scored_at_once = scored_at_once(arch, policy, allocation, device=hardware.device, compute_bytes=b)
         self.overlap = policy.overlap
         self.stages_host_units = hardware.device == "cuda" and not policy.pin_weight
-        self.kv_bytes = arch.kv_bytes_per_token_layer(b)
+        compressed = policy.compress_cache
+        self.kv_bytes = arch.kv_bytes_per_token_layer(b, compressed=compressed)
+        self.kv_disk_bytes = kv_disk_page_bytes(arch, b, compressed=compressed) / PAGE_TOKENS
+        # Seconds of a token of context: compressed ones are measured beside those of 16 bits.
+        stored = arch.kv_bytes_per_token_layer(2 if compressed else b)
+        self._attend_s = stored / gpu.attention_bytes_per_s * (gpu.int8_attention if compressed else 1)
+        self._cpu_attend_s = stored / hardware.cpu_attention_bytes_per_s
+        self._cpu_attend_s *= hardware.cpu_int8_attention if compressed else 1
         self._experts, self._dense = gpu.experts[b], gpu.dense[b]
         self._module = arch.projection_params + arch.router_params
         # Part of the module's weights that make queries, keys and values; the rest are output projection and router.
@@ -123,7 +131,7 @@ class Costs:
 
     def _kv_read_cores(self) -> float:
         """Cores that are busy while KV is read from disk, in stretches that lie side by side: core-seconds over seconds."""
-        hw, nbytes = self.hardware, self.kv_bytes * self.allocation.stretch_tokens
+        hw, nbytes = self.hardware, self.kv_disk_bytes * self.allocation.stretch_tokens
         core_s = hw.kv_block_core_s + nbytes * hw.disk_read_core_s_per_byte
         return core_s / (hw.kv_block_read_s + nbytes / hw.disk_read_bytes_per_s)
 
@@ -211,21 +219,27 @@ class Costs:
         """Attention of what is attended on the compute device; output projection, norm and router of all."""
         context = batch.context["gpu"] + batch.context["fetch"] + batch.context["disk"]
         pairs = batch.pairs["gpu"] + batch.pairs["fetch"] + batch.pairs["disk"]
-        attention = context * self.kv_bytes / self._gpu.attention_bytes_per_s
+        attention = context * self._attend_s
         attention += pairs * self._pair_flops / self._gpu.attention_flops_per_s
         return attention + (1 - self._projected) * self._module_s(batch)
+
+    @property
+    def cpu_attention_bytes_per_s(self) -> float:
+        """Bytes of host memory that decode attention there reads."""
+        return self.kv_bytes / self._cpu_attend_s
 
     def cpu_attend_s(self, batch: BatchLoad) -> float:
         """Attention in host memory."""
         hw = self.hardware
-        read = batch.context["cpu"] * self.kv_bytes / hw.cpu_attention_bytes_per_s
+        read = batch.context["cpu"] * self._cpu_attend_s
         read += batch.pairs["cpu"] * self._pair_flops / hw.cpu_attention_flops_per_s
         return read + hw.handoff_s if read else 0.0
 
     def read_kv_s(self, batch: BatchLoad) -> float:
         """Past KV of the batch's disk rows, disk to host; what lies side by side is read at once."""
         hw, past = self.hardware, batch.past["disk"]
-        return past * (self.kv_bytes / hw.disk_read_bytes_per_s + hw.kv_block_read_s / self.allocation.stretch_tokens)
+        read_s = self.kv_disk_bytes / hw.disk_read_bytes_per_s
+        return past * (read_s + hw.kv_block_read_s / self.allocation.stretch_tokens)
 
     def load_kv_s(self, batch: BatchLoad) -> float:
         """Past KV of the fetched rows into the staging buffer; attended outputs of the CPU's rows up."""
@@ -248,7 +262,8 @@ class Costs:
     def write_kv_s(self, batch: BatchLoad) -> float:
         """New KV of the batch's disk rows; a page is written when it is full, so this is the mean over sweeps."""
         hw = self.hardware
-        return batch.new["disk"] * (self.kv_bytes / hw.disk_write_bytes_per_s + hw.kv_block_write_s / PAGE_TOKENS)
+        write_s = self.kv_disk_bytes / hw.disk_write_bytes_per_s
+        return batch.new["disk"] * (write_s + hw.kv_block_write_s / PAGE_TOKENS)
 
     def expert_s(self, tokens: float, elements: float) -> float:
         """One expert of so many weights over its tokens, by itself."""

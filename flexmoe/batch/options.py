@@ -58,6 +58,7 @@ _FIXABLE = (
     "schedule",
     "overlap",
     "pin_weight",
+    "compress_cache",
     "compress_weight",
 )
 _OF_A_POLICY = ("percent", *_FIXABLE, "cpu_cache_compute")
@@ -98,6 +99,7 @@ class RunOptions:
         schedule: ``rolling`` or ``static`` (``rolling``).
         cpu_cache_compute: attend all KV in CPU memory on the CPU.
         overlap, pin_weight: run transfers beside computation, keep CPU weights pinned; None is true.
+        compress_cache: keep the KV cache as int8, with a scale for each token and KV head; None is false.
         compress_weight: pack 16-bit weights once below ``offload_dir``, in ``int4``, ``int8``, ``fp8`` or ``mxfp4``, and run those.
         expert_usage: file that says how often each expert was chosen in another run.
         device: ``auto``, ``cuda`` or ``cpu``.
@@ -144,6 +146,7 @@ class RunOptions:
     cpu_cache_compute: bool = False
     overlap: bool | None = None
     pin_weight: bool | None = None
+    compress_cache: bool | None = None
     compress_weight: str | None = None
     expert_usage: Path | None = None
     device: str = "auto"
@@ -182,7 +185,9 @@ class RunOptions:
             raise UsageError(f"{option('policy')} already says what {others} would; give one or the other")
         if self.compress_weight is not None and self.load_format == "dummy":
             what = f"{option('load_format', 'dummy')} has random weights"
-            raise UsageError(f"{what}, which are not packed; leave {option('compress_weight', self.compress_weight)} out")
+            raise UsageError(
+                f"{what}, which are not packed; leave {option('compress_weight', self.compress_weight)} out"
+            )
         self.input_options()
 
     @property

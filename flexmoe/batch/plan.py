@@ -307,6 +307,7 @@ def _policy_of_options(
         "schedule": options.schedule,
         "overlap": options.overlap,
         "pin_weight": options.pin_weight,
+        "compress_cache": options.compress_cache,
         "prefill_tokens": options.prefill_tokens,
         "compress_weight": options.compress_weight,
     }

@@ -196,6 +196,13 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
         "--pin-weight", type=flag, nargs="?", const=True, help="CUDA: keep CPU weights pinned (default true)"
     )
     g.add_argument(
+        "--compress-cache",
+        type=flag,
+        nargs="?",
+        const=True,
+        help="keep the KV cache as int8 with a scale for each token and KV head, about half the bytes in every tier (default false)",
+    )
+    g.add_argument(
         "--compress-weight",
         choices=WEIGHT_FORMATS,
         help="pack the 16-bit weights of the checkpoint once, as flexmoe.quantize does, into --offload-dir, and run those; later runs "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from policies.workload import Workload
 log = logging.getLogger(__name__)
 #: What `LLM` takes.
 ARGUMENTS = (
-    *("model", "tokenizer", "load_format", "hardware", "generation_config", "gpu_memory_utilization", "compress_weight"),
+    *("model", "tokenizer", "load_format", "hardware", "generation_config", "gpu_memory_utilization"),
+    *("compress_weight", "compress_cache", "kv_cache_dtype"),
     *(field.name for field in fields(EngineConfig)),
 )
 #: Has the planner choose the policy, or this machine be measured.
@@ -41,7 +43,6 @@ def configure(
     policy: Policy | str | Path | None,
     workload: Workload | None,
     hardware: Hardware | str | Path | None,
-    compress_weight: str | None = None,
     **options: Any,
 ) -> EngineConfig:
     """The configuration of an engine for a model.
@@ -51,22 +52,24 @@ def configure(
             device.
         workload: lengths of the rows; default: those of the policy file, else the usual ones within the model's context.
         hardware: what ``"auto"`` plans with; default: this machine, measured now or before.
-        compress_weight: what the weights are to be packed in, where no policy is given that says it.
-        **options: the other fields of `EngineConfig`, and ``gpu_memory_utilization``.
+        **options: the other fields of `EngineConfig`, ``gpu_memory_utilization``, ``compress_weight``, and ``compress_cache`` or,
+            in vLLM's words, ``kv_cache_dtype="int8"``.
 
     Raises:
         UsageError: an option cannot be used.
         FlexMoEError: no policy fits, the file is another model's, or the machine cannot be measured.
     """
     options = _in_our_words(model, options)
+    given = {name: options.pop(name, None) for name in ("compress_weight", "compress_cache")}
+    compression = {name: value for name, value in given.items() if value is not None}
     usual = workload or _usual_workload(options.get("max_model_len") or model.arch.max_position)
     # What can be known to be wrong is told before a machine is measured.
-    check_unpacked(model.arch, compress_weight)
-    asked = EngineConfig(policy=_resident(usual, compress_weight), workload=usual, **options)
+    check_unpacked(model.arch, compression.get("compress_weight"))
+    asked = EngineConfig(policy=_resident(usual, compression), workload=usual, **options)
     if policy is None or policy == AUTO:
         return _planned(model, asked, hardware) if policy == AUTO else _without(asked, hardware)
-    if compress_weight is not None:
-        raise UsageError("the policy already says what compress_weight would; give one or the other")
+    if compression:
+        raise UsageError(f"the policy already says what {', '.join(compression)} would; give one or the other")
     if not isinstance(policy, (str, Path)):
         return replace(_without(asked, hardware), policy=policy)
     file = PolicyFile.load(policy)
@@ -75,7 +78,7 @@ def configure(
 
 
 def _in_our_words(model: Model, options: dict[str, Any]) -> dict[str, Any]:
-    """Options with vLLM's ways to say how much memory there is and how long a row may be in our terms."""
+    """Options with vLLM's ways to say how much memory there is, how long a row may be and what its KV is stored as in our terms."""
     share, most = options.pop("gpu_memory_utilization", None), options.get("max_model_len")
     if share is not None:
         options["gpu_mem"] = _gpu_gib(share, options.get("gpu_mem"), options.get("device", "auto"))
@@ -83,7 +86,21 @@ def _in_our_words(model: Model, options: dict[str, Any]) -> dict[str, Any]:
         if check_count("max_model_len", most) > model.arch.max_position:
             raise UsageError(f"max_model_len is {most}; the model's context is {model.arch.max_position}, give less")
         options["longest_row"] = options.get("longest_row") or most
+    if "kv_cache_dtype" in options:
+        options["compress_cache"] = _is_compressed(options.pop("kv_cache_dtype"), options.get("compress_cache"))
     return options
+
+
+def _is_compressed(kv_cache_dtype: Any, compress_cache: bool | None) -> bool | None:
+    """What vLLM's ``kv_cache_dtype`` asks for."""
+    if kv_cache_dtype in (None, "auto"):
+        return compress_cache
+    if kv_cache_dtype != "int8" or compress_cache is False:
+        raise UsageError(
+            f'kv_cache_dtype is {kv_cache_dtype!r}; give "int8", which is compress_cache=True, or "auto", the dtype of the '
+            "computation"
+        )
+    return True
 
 
 def _gpu_gib(share: Any, gpu_mem: float | None, device: str) -> float | None:
@@ -119,7 +136,7 @@ def _planned(model: Model, asked: EngineConfig, hardware: Hardware | str | Path 
         on_demand=asked.expert_cache != "off",
         held_bytes=coactivation_bytes(model.arch) if asked.router_stats else 0,
     )
-    policy = forecaster.plan(asked.kv_tokens, Fixed(compress_weight=format))
+    policy = forecaster.plan(asked.kv_tokens, Fixed(compress_weight=format, compress_cache=asked.policy.compress_cache))
     return replace(asked, policy=policy, process_bytes=asked.process_bytes or forecaster.hardware.process_bytes)
 
 
@@ -139,12 +156,12 @@ def _usual_workload(context: int) -> Workload:
     return Workload(prompt_len=max(1, prompt), gen_len=max(1, completion), longest_row=min(_USUAL_LONGEST, context))
 
 
-def _resident(workload: Workload, compress_weight: str | None) -> Policy:
+def _resident(workload: Workload, compression: Mapping[str, Any]) -> Policy:
     return Policy.from_percent(
         RESIDENT,
         gpu_batch_size=_RESIDENT_ROWS,
         num_gpu_batches=1,
         prompt_len=workload.prompt_len,
         gen_len=workload.gen_len,
-        compress_weight=compress_weight,
+        **compression,
     )

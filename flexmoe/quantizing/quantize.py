@@ -25,7 +25,7 @@ from cost_model.model.arch import ModelArch
 from cost_model.model.packed_format import PackedFormat
 from cost_model.model.packing import check_group
 from flexmoe.checkpoint.checkpoint import Checkpoint
-from flexmoe.errors import DataError, StorageError, UsageError
+from flexmoe.errors import DataError, StorageError
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.loader import Model, load_model
 from flexmoe.models.registry import family
