@@ -12,7 +12,7 @@ from cost_model.hardware.hardware import Gpu, Hardware
 from cost_model.hardware.link_curves import scaled
 from cost_model.hardware.speeds import with_speeds
 from cost_model.model.packing import packed_as
-from cost_model.model.weight_units import group_on
+from cost_model.model.weight_units import experts_per_unit, group_on
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.search import Optimum, improved
 from cost_model.timing.problem import Problem
@@ -149,11 +149,10 @@ def _weights(problem: Problem, fixed: Fixed, formats: Iterable[str]) -> Iterator
 
 
 def _with_weights(problem: Problem, fixed: Fixed, format: str) -> Changed:
-    """Weights in a format, in units of the size that suits them, but where the order of experts is given for other units."""
-    arch = packed_as(problem.arch, format)
-    if fixed.expert_order is None:
-        arch = replace(arch, group=None)
-        arch = arch.grouped(group_on(problem.hardware, arch))
+    """Weights in a format, in units of the size that suits them, or of as many experts as the order of experts is given for."""
+    arch = packed_as(replace(problem.arch, group=None), format)
+    given = fixed.expert_order is not None
+    arch = arch.grouped(experts_per_unit(problem.arch) if given else group_on(problem.hardware, arch))
     return Changed(
         change=f"{format} weights",
         problem=replace(problem, arch=arch),
