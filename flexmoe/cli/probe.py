@@ -35,6 +35,7 @@ _UNITS = {
     "_bytes": ("GB", 1e9),
     "_core_s": ("core-us", 1e-6),
     "unpack_s": ("ps", 1e-12),
+    "int8_attention": ("x that of 16 bits", 1),
     "_s": ("us", 1e-6),
 }
 _SHOWN_TOKENS = (1, 8, 64, 512, 4096)

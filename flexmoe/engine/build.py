@@ -120,7 +120,13 @@ class _Builder:
 
     def _cache(self) -> KVCache:
         arch, plan = self._model.arch, self._plan
-        shape = KVShape(layers=arch.num_layers, kv_heads=arch.num_kv_heads, head_dim=arch.head_dim, dtype=plan.dtype)
+        shape = KVShape(
+            layers=arch.num_layers,
+            kv_heads=arch.num_kv_heads,
+            head_dim=arch.head_dim,
+            dtype=plan.dtype,
+            compressed=self._config.policy.compress_cache,
+        )
         cache = KVCache(plan.device, shape, plan.allocation.kv_pages, plan.allocation.tails, self._config.offload_dir)
         self._resources.callback(cache.close_file)
         return cache

@@ -229,6 +229,7 @@ class Executor:
             self._hidden.add(batch.index, self._expert_output(batch))
         weights = self._feed.get(self._units.attention[op.layer].unit)
         q, k, v = self._family.project(self._hidden[batch.index], weights, batch.rope)
+        k, v = self._kv.as_stored(k, v)
         self._kv.append(op.layer, batch, k, v)
         self._qkv[batch.index] = (q, k, v)
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from cost_model.memory.memory_plan import MASK_BYTES, mask_bytes
+from flexmoe.kernels.packed_kv import copied_pages
 from flexmoe.kernels.ragged import Planned, Ragged
 from flexmoe.kernels.varlen_attention import DEFAULT_PAGES
 
@@ -122,7 +123,7 @@ class _Piece:
         mask_BqS = self._mask(self.pages.shape[1] * k_pool.shape[1], window)
         unused_BS11 = ~mask_BqS.any(1)[:, :, None, None]  # slots that no query sees may hold anything, NaN included
         k_BGSd, v_BGSd = (
-            self._gathered(pool, workspace, which).masked_fill_(unused_BS11, 0).transpose(1, 2)
+            self._gathered(pool, q_THD, workspace, which).masked_fill_(unused_BS11, 0).transpose(1, 2)
             for which, pool in enumerate((k_pool, v_pool))
         )
         # The heads that share a KV head are queries of it: SDPA's own grouping takes no mask in its fused kernels, and
@@ -145,9 +146,10 @@ class _Piece:
             mask_BqS &= keys_S > last_Bq1 - window
         return mask_BqS
 
-    def _gathered(self, pool: torch.Tensor, workspace: torch.Tensor | None, which: int) -> torch.Tensor:
+    def _gathered(
+        self, pool: torch.Tensor, q_THD: torch.Tensor, workspace: torch.Tensor | None, which: int
+    ) -> torch.Tensor:
         """``[B, S, G, Dh]``: the keys, or the values, of the rows."""
         pages = self.pages.flatten()
-        target = None if workspace is None else workspace[which, : len(pages)]
-        keys: torch.Tensor = torch.index_select(pool, 0, pages, out=target).unflatten(0, self.pages.shape).flatten(1, 2)
-        return keys
+        keys = copied_pages(pool, pages, q_THD, None if workspace is None else workspace[which])
+        return keys.unflatten(0, self.pages.shape).flatten(1, 2)

@@ -50,12 +50,13 @@ def paged_attention(
 
     Args:
         q_THD: queries ``[T, H, Dh]``, rotated.
-        k_pool, v_pool: ``[pages, page_tokens, G, Dh]``; the runs' own keys and values are already in them.
+        k_pool, v_pool: ``[pages, page_tokens, G, Dh]``, or of compressed heads (`flexmoe.kernels.packed_kv`); the runs' own keys
+            and values are already in them.
         rows: the rows, in the order of the queries.
         window: a query at position p sees keys in ``(p - window, p]``; None sees all.
         out: contiguous, where the result goes; made when absent.
-        workspace: ``[2, P, page_tokens, G, Dh]``, where K and V are copied to by kernels that need them side by side; no
-            row has more pages. Made when absent.
+        workspace: ``[2, P, page_tokens, G, Dh]``, in the dtype of ``q_THD``, where K and V are copied to by kernels that
+            need them side by side; no row has more pages. Made when absent.
 
     Returns:
         torch.Tensor: ``[T, H, Dh]`` in the dtype of ``q_THD``.

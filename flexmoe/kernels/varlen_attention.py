@@ -2,7 +2,7 @@
 
 The pages of all rows of a call are copied side by side, K once and V once, and one kernel attends to all of them. Query
 heads that share a KV head are grouped by the kernel. Rows that lie in the pool one after another, as fetched rows do, are
-attended where they are.
+attended where they are, unless they are compressed: those are unpacked side by side.
 
 Rows that decode are attended apart from longer runs: with one query a row the kernel takes the heads that share a KV head
 for queries of it, and reads K and V once for all of them.
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from flexmoe.kernels.packed_kv import copied_pages, is_packed
 from flexmoe.kernels.ragged import Planned, Ragged
 
 #: Of `torch.ops.aten._flash_attention_forward`; the first of what it returns is used.
@@ -95,7 +96,7 @@ def _attend(
     scale: float,
     workspace: torch.Tensor | None,
 ) -> torch.Tensor:
-    k, v = (_side_by_side(pool, call.pages, workspace, which) for which, pool in enumerate((k_pool, v_pool)))
+    k, v = (_side_by_side(pool, call.pages, q_THD, workspace, which) for which, pool in enumerate((k_pool, v_pool)))
     return flash(
         q_THD,
         k,
@@ -115,13 +116,12 @@ def _attend(
 
 
 def _side_by_side(
-    pool: torch.Tensor, pages: slice | torch.Tensor, workspace: torch.Tensor | None, which: int
+    pool: torch.Tensor, pages: slice | torch.Tensor, q_THD: torch.Tensor, workspace: torch.Tensor | None, which: int
 ) -> torch.Tensor:
     """``[P · page_tokens, G, Dh]``: the pages one after another."""
-    if isinstance(pages, slice):
+    if isinstance(pages, slice) and not is_packed(pool):
         return pool[pages].flatten(0, 1)
-    target = None if workspace is None else workspace[which, : len(pages)]
-    return torch.index_select(pool, 0, pages, out=target).flatten(0, 1)
+    return copied_pages(pool, pages, q_THD, None if workspace is None else workspace[which]).flatten(0, 1)
 
 
 def plan_varlen(rows: Ragged, page_tokens: int, room: int, window: int | None) -> Planned:

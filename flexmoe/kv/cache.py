@@ -1,6 +1,7 @@
 """Ragged KV cache: pages of a fixed number of tokens in three tiers, a page table per row, reference counts.
 
-A pool holds, per layer, K and V of its pages: ``[L, 2, pages, page_tokens, G, Dh]``. A row lives in one tier. On the
+A pool holds, per layer, K and V of its pages: ``[L, 2, pages, page_tokens, G, w]``, where w is the head size, or the words of
+a compressed head (`flexmoe.kernels.packed_kv`). A row lives in one tier. On the
 disk tier only full pages are on disk; the growing tail page of a row stays in host memory. This file knows
 where bytes live; `flexmoe.kv.transfers` moves them.
 
@@ -16,8 +17,10 @@ from pathlib import Path
 import torch
 
 from cost_model.memory.allocation import PAGE_TOKENS
+from flexmoe.kernels.packed_kv import WORD, head_words, pack
 from flexmoe.system.device import Device, forget_pages
 from flexmoe.system.direct_io import DirectFile
+from policies.common.memory_units import align_up
 
 
 class KVExhausted(Exception):
@@ -97,17 +100,33 @@ class RowKV:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVShape:
-    """What a token's KV looks like."""
+    """What a token's KV looks like: ``dtype`` is what it is computed in, and stored in unless it is ``compressed``."""
 
     layers: int
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    compressed: bool = False
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Dtype of the pools."""
+        return WORD if self.compressed else self.dtype
+
+    @property
+    def stored_token(self) -> tuple[int, int]:
+        """Keys, or values, of a token in one layer as they are stored: heads, and elements of each."""
+        return self.kv_heads, head_words(self.head_dim) if self.compressed else self.head_dim
 
     @property
     def token_bytes(self) -> int:
         """Bytes of K and V of one token in one layer."""
-        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+        heads, width = self.stored_token
+        return 2 * heads * width * self.stored_dtype.itemsize
+
+    def as_stored(self, x_TGd: torch.Tensor) -> torch.Tensor:
+        """Keys or values as they are stored, `[T, G, w]`."""
+        return pack(x_TGd) if self.compressed else x_TGd
 
 
 class KVCache:
@@ -120,6 +139,10 @@ class KVCache:
         tails: rows that the disk tier can hold at once (one host page each).
         offload_dir: directory of the disk tier's file.
         page_tokens: tokens per page.
+
+    Attributes:
+        page_bytes: of a page in one layer.
+        disk_page_bytes: what it takes in the file, where direct reads and writes want it to begin at a boundary.
     """
 
     def __init__(
@@ -135,6 +158,7 @@ class KVCache:
         self._allocators = {tier: PageAllocator(n) for tier, n in pages.items()}
         self._tails = PageAllocator(tails)
         self.page_bytes = shape.token_bytes * page_tokens
+        self.disk_page_bytes = align_up(self.page_bytes)
         self.gpu = self._pool(device, pages["gpu"], on_device=True)
         self.cpu = self._pool(device, pages["cpu"], on_device=False)
         self.tail = self._pool(device, tails, on_device=False)
@@ -261,13 +285,13 @@ class KVCache:
 
     def disk_offset(self, layer: int, page: int) -> int:
         """Byte offset of a page of a layer in the disk tier's file: a row's neighbouring pages are neighbours."""
-        return (layer * self.total("disk") + page) * self.page_bytes
+        return (layer * self.total("disk") + page) * self.disk_page_bytes
 
     def _pool(self, device: Device, pages: int, *, on_device: bool) -> torch.Tensor:
         s = self.shape
-        shape = (s.layers, 2, pages, self.page_tokens, s.kv_heads, s.head_dim)
+        shape = (s.layers, 2, pages, self.page_tokens, *s.stored_token)
         size = s.layers * pages * self.page_bytes
         if on_device and device.is_cuda:
             # Rows of a benchmark attend pages that nobody wrote; what lies there by chance may not be finite.
-            return torch.zeros(shape, dtype=s.dtype, device=device.torch)
-        return device.host_buffer(size)[:size].view(s.dtype).view(shape)
+            return torch.zeros(shape, dtype=s.stored_dtype, device=device.torch)
+        return device.host_buffer(size)[:size].view(s.stored_dtype).view(shape)

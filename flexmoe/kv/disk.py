@@ -19,13 +19,14 @@ from flexmoe.system.trace import Recorder
 class DiskIndex:
     """Index tensors of the disk rows of one group for one sweep.
 
-    A layer's past is read from the file and the tails: ``full_slots`` are the tokens of full pages in the read buffer,
-    ``tail_slots`` those in the tails. Its new tokens are assembled in the write buffer, in pages numbered from 0.
+    A layer's past is read from the file, in full pages, and from the tails. Its new tokens are assembled in the write buffer, in
+    pages numbered from 0.
 
     Attributes:
         pages: the full pages to read, in order.
-        full_slots, tail_slots: merged by ``order`` into the rows' token order.
-        new_slots: where the new tokens go in the write buffer.
+        tail_slots: the tokens in the tails.
+        order: merges the tokens of the pages and those of the tails into the rows' token order.
+        new_slots: where the new tokens go: (pages of the write buffer, tokens of the page).
         begun: (pages of the write buffer, tails) whose tokens are in the tails already.
         left: (pages of the write buffer, tails) that do not become full, and are tails again.
         filled: (page of the write buffer, page of the file) that become full.
@@ -33,10 +34,9 @@ class DiskIndex:
     """
 
     pages: list[int]
-    full_slots: torch.Tensor
     tail_slots: torch.Tensor
     order: torch.Tensor
-    new_slots: torch.Tensor
+    new_slots: tuple[torch.Tensor, torch.Tensor]
     begun: tuple[torch.Tensor, torch.Tensor]
     left: tuple[torch.Tensor, torch.Tensor]
     filled: list[tuple[int, int]]
@@ -48,38 +48,31 @@ class DiskIndex:
         size, touched = page_tokens, 0  # pages of the write buffer that the runs so far touch
         pages: list[int] = []
         filled: list[tuple[int, int]] = []
-        full, tails, order, new, begun, left = [], [], [], [], [], []
+        tails, order, new_pages, new_tokens, begun, left = [], [], [], [], [], []
         for run in runs:
             kv, past, end = run.kv, run.kv.length, run.kv.length + len(run.tokens)
             first, last, whole = past // size, (end - 1) // size, past // size * size
-            full.append(_slots(len(pages), np.arange(whole), size))
             tails.append(kv.tail * size + np.arange(past - whole))
             order += [(0, whole), (1, past - whole)]
             pages += kv.pages[:first]
             if past % size:
                 begun.append((touched, kv.tail))
-            new.append(_slots(touched - first, np.arange(past, end), size))
+            new = np.arange(past, end)
+            new_pages.append(touched - first + new // size)
+            new_tokens.append(new % size)
             filled += [(touched + page - first, kv.pages[page]) for page in range(first, end // size)]
             touched += last - first + 1
             if end % size:
                 left.append((touched - 1, kv.tail))
-        full_slots = _index(full)
         return cls(
             pages=pages,
-            full_slots=full_slots,
             tail_slots=_index(tails),
-            order=_interleave(order, len(full_slots)),
-            new_slots=_index(new),
+            order=_interleave(order, len(pages) * size),
+            new_slots=(_index(new_pages), _index(new_tokens)),
             begun=_pairs(begun),
             left=_pairs(left),
             filled=filled,
         )
-
-
-def _slots(first_page: int, tokens: np.ndarray, size: int) -> np.ndarray:
-    """Flat slots of K in a buffer of ``[2, page_tokens]`` pages; V lies ``page_tokens`` further."""
-    slots: np.ndarray = (first_page + tokens // size) * 2 * size + tokens % size
-    return slots
 
 
 def _index(pieces: list[np.ndarray]) -> torch.Tensor:
@@ -103,7 +96,7 @@ def _interleave(spans: list[tuple[int, int]], second: int) -> torch.Tensor:
 class DiskKV:
     """Reads, assembles and writes the pages of disk rows.
 
-    A page in a buffer is ``[2 (K, V), page_tokens, G, Dh]``, as in the file.
+    A page in a buffer is ``[2 (K, V), page_tokens, G, w]``, as in the file, and what is left up to the boundary of the next.
 
     Args:
         device, recorder, cache: as in `KVLanes`.
@@ -117,18 +110,17 @@ class DiskKV:
     def __init__(self, device: Device, recorder: Recorder, cache: KVCache, read_pages: int, write_pages: int):
         if cache.file is None:
             raise ValueError("this KV cache has no disk tier")
-        self._cache, self._file, s = cache, cache.file, cache.shape
-        self._tokens = (s.kv_heads, s.head_dim)
-        self._read_buffers = [device.host_buffer(read_pages * cache.page_bytes) for _ in range(2)]
-        self._write_buffers = [device.host_buffer(write_pages * cache.page_bytes) for _ in range(2)]
+        self._cache, self._file = cache, cache.file
+        self._read_buffers = [device.host_buffer(read_pages * cache.disk_page_bytes) for _ in range(2)]
+        self._write_buffers = [device.host_buffer(write_pages * cache.disk_page_bytes) for _ in range(2)]
         self._writing: list[Pending | None] = [None, None]
         self._stored = 0
         self._reader = DiskPool(recorder, "disk_read", threads=2, worker="kv")  # last, since it starts threads
         self._writer = DiskPool(recorder, "disk_write", threads=2, worker="kv")
 
     def read(self, layer: int, index: DiskIndex, side: int) -> torch.Tensor:
-        """Read the full pages of the index; returns them as flat token slots ``[pages * 2 * page_tokens, G, Dh]``."""
-        size, buffer = self._cache.page_bytes, self._read_buffers[side]
+        """Read the full pages of the index; returns them, ``[pages, 2, page_tokens, G, w]``."""
+        size, buffer = self._cache.disk_page_bytes, self._read_buffers[side]
         bytes_, transfers, i = buffer.numpy().data, [], 0
         while i < len(index.pages):
             stop = i + 1
@@ -138,12 +130,11 @@ class DiskKV:
             transfers.append(Transfer(self._file, self._cache.disk_offset(layer, index.pages[i]), piece, len(piece)))
             i = stop
         self._reader.submit(transfers, f"kv {layer}").wait()
-        return self._flat(buffer, len(index.pages))
+        return self._pages(buffer)[: len(index.pages)]
 
     def gather(self, layer: int, which: int, index: DiskIndex, raw: torch.Tensor, out: torch.Tensor) -> None:
-        """Past K (``which`` 0) or V (1) of the disk rows into ``out`` ``[tokens, G, Dh]``, in row order."""
-        shift = which * self._cache.page_tokens
-        full = raw.index_select(0, index.full_slots + shift)
+        """Past K (``which`` 0) or V (1) of the disk rows into ``out`` ``[tokens, G, w]``, in row order."""
+        full = raw[:, which].flatten(0, 1)
         tails = self._cache.tail[layer, which].flatten(0, 1).index_select(0, index.tail_slots)
         torch.index_select(torch.cat([full, tails]), 0, index.order, out=out)
 
@@ -155,20 +146,18 @@ class DiskKV:
             pending.wait()
             self._writing[side] = None
         index.sides[layer] = side
-        size = self._cache.page_tokens
-        flat = self._flat(self._write_buffers[side], len(self._write_buffers[side]) // self._cache.page_bytes)
-        pages = flat.view(-1, 2, size, *self._tokens)
+        pages = self._pages(self._write_buffers[side])
         (begun, begun_tails), (left, left_tails) = index.begun, index.left
         for which, new in enumerate((k, v)):
             tail = self._cache.tail[layer, which]
             pages[:, which].index_copy_(0, begun, tail.index_select(0, begun_tails))
-            flat.index_copy_(0, index.new_slots + which * size, new)
+            pages[:, which].index_put_(index.new_slots, new)
             tail.index_copy_(0, left_tails, pages[:, which].index_select(0, left))
 
     def write(self, layer: int, index: DiskIndex) -> None:
         """Start writing the pages that are full; `drain` or the buffer's next use waits for them."""
         side = index.sides.pop(layer)
-        size = self._cache.page_bytes
+        size = self._cache.disk_page_bytes
         bytes_ = self._write_buffers[side].numpy().data
         transfers = []
         for at, page in index.filled:
@@ -187,6 +176,8 @@ class DiskKV:
         self._reader.close()
         self._writer.close()
 
-    def _flat(self, buffer: torch.Tensor, pages: int) -> torch.Tensor:
-        used = buffer[: pages * self._cache.page_bytes].view(self._cache.shape.dtype)
-        return used.view(pages * 2 * self._cache.page_tokens, *self._tokens)
+    def _pages(self, buffer: torch.Tensor) -> torch.Tensor:
+        """All pages that a buffer holds, ``[pages, 2, page_tokens, G, w]``."""
+        cache, size = self._cache, self._cache.disk_page_bytes
+        pages = buffer[: len(buffer) // size * size].view(-1, size)[:, : cache.page_bytes]
+        return pages.view(cache.shape.stored_dtype).unflatten(1, (2, cache.page_tokens, *cache.shape.stored_token))

@@ -72,16 +72,16 @@ class KVLanes:
         self._stores: list[Future[None]] = []
         self._loads = 0
         s = cache.shape
-        token = (s.kv_heads, s.head_dim)
+        token, stored = s.stored_token, s.stored_dtype
         flat = (2, buffers.staging_pages * cache.page_tokens, *token)
-        self._staging = [torch.zeros(flat, dtype=s.dtype, device=device.torch) for _ in range(2)]
-        self._packed = [self._host(flat) for _ in range(2)]
-        self._landing = torch.empty(flat[1:], dtype=s.dtype, device=device.torch) if device.is_cuda else None
-        gathered = (2, buffers.gather_pages, cache.page_tokens, *token)
+        self._staging = [torch.zeros(flat, dtype=stored, device=device.torch) for _ in range(2)]
+        self._packed = [self._host(flat, stored) for _ in range(2)]
+        self._landing = torch.empty(flat[1:], dtype=stored, device=device.torch) if device.is_cuda else None
+        gathered = (2, buffers.gather_pages, cache.page_tokens, s.kv_heads, s.head_dim)
         self._gathered = torch.empty(gathered, dtype=s.dtype, device=device.torch) if buffers.gather_pages else None
         host_tokens = buffers.batch_tokens if device.is_cuda else 0  # on cpu the tensors already are host memory
-        self._down = [self._host((2, host_tokens, *token)) for _ in range(2)]
-        self._queries = [self._host((2, host_tokens, query_heads, s.head_dim)) for _ in range(2)]
+        self._down = [self._host((2, host_tokens, *token), stored) for _ in range(2)]
+        self._queries = [self._host((2, host_tokens, query_heads, s.head_dim), s.dtype) for _ in range(2)]
         self._staging_read = [device.record(), device.record()]
         self._packed_read = [device.record(), device.record()]
         self._placed = device.record()
@@ -119,14 +119,18 @@ class KVLanes:
                 window=self._window,
             )
 
+    def as_stored(self, k_TGd: torch.Tensor, v_TGd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """New keys and values as the cache stores them, ``[T, G, w]``, which the operations below take."""
+        return self._cache.shape.as_stored(k_TGd), self._cache.shape.as_stored(v_TGd)
+
     # Operations of the schedule. Those that return a future have been handed to a lane.
 
-    def append(self, layer: int, batch: Batch, k_TGd: torch.Tensor, v_TGd: torch.Tensor) -> None:
+    def append(self, layer: int, batch: Batch, k_TGw: torch.Tensor, v_TGw: torch.Tensor) -> None:
         """Write the new KV of the batch's ``gpu`` rows into the device pool."""
         index: GroupIndex | None = batch.kv.get(AttentionMode.GPU)
         if index is not None:
             tokens = slice(index.group.start, index.group.stop)
-            for pool, new in zip(self._cache.gpu[layer], (k_TGd, v_TGd)):
+            for pool, new in zip(self._cache.gpu[layer], (k_TGw, v_TGw)):
                 pool.flatten(0, 1).index_copy_(0, index.home, new[tokens])
 
     def load(self, layer: int, batch: Batch) -> Future[Event]:
@@ -142,8 +146,8 @@ class KVLanes:
         layer: int,
         batch: Batch,
         q_THd: torch.Tensor,
-        k_TGd: torch.Tensor,
-        v_TGd: torch.Tensor,
+        k_TGw: torch.Tensor,
+        v_TGw: torch.Tensor,
         loaded: Future[Event] | None,
     ) -> Future[None]:
         """Take the new KV of the batch's ``fetch`` and ``cpu`` rows to its home (and the ``cpu`` rows' queries down).
@@ -152,7 +156,7 @@ class KVLanes:
         """
         side = batch.index % 2
         produced = self._device.record()
-        future = self._lanes["d2h"].submit(self._store, layer, batch, side, (q_THd, k_TGd, v_TGd), produced, loaded)
+        future = self._lanes["d2h"].submit(self._store, layer, batch, side, (q_THd, k_TGw, v_TGw), produced, loaded)
         self._stores.append(future)
         return future
 
@@ -185,8 +189,8 @@ class KVLanes:
         layer: int,
         batch: Batch,
         q_THd: torch.Tensor,
-        k_TGd: torch.Tensor,
-        v_TGd: torch.Tensor,
+        k_TGw: torch.Tensor,
+        v_TGw: torch.Tensor,
         loaded: Event,
     ) -> torch.Tensor:
         """Attention of the batch's ``fetch`` rows over the staging buffer."""
@@ -195,7 +199,7 @@ class KVLanes:
         loaded.wait(self._device.compute)
         tokens = slice(index.group.start, index.group.stop)
         staging = self._staging[side]
-        for flat, new in zip(staging, (k_TGd, v_TGd)):
+        for flat, new in zip(staging, (k_TGw, v_TGw)):
             flat.index_copy_(0, index.staged_new, new[tokens])
         k_pool, v_pool = staging.view(2, -1, self._cache.page_tokens, *staging.shape[2:])
         out = self._attend(q_THd[tokens], k_pool, v_pool, index)
@@ -335,8 +339,7 @@ class KVLanes:
         self._device.link.small(arrived.event)
         return arrived
 
-    def _host(self, shape: tuple[int, ...]) -> torch.Tensor:
-        dtype = self._cache.shape.dtype
+    def _host(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         size = torch.Size(shape).numel() * dtype.itemsize
         return self._device.host_buffer(size)[:size].view(dtype).view(shape)
 

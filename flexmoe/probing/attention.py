@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from cost_model.memory.allocation import PAGE_TOKENS
 from flexmoe.kernels.paged_attention import paged_attention
 from flexmoe.kernels.ragged import Ragged
+from flexmoe.kv.cache import KVShape
 from flexmoe.probing.effort import Effort
 from flexmoe.probing.timing import fill_with_noise, repeat_s
 from flexmoe.system.device import Device
@@ -28,10 +28,12 @@ _PREFILL_ROWS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionRates:
-    """``bytes_per_s`` of KV read by so many ``rows`` that decode, ``flops_per_s`` of prompts."""
+    """``bytes_per_s`` of KV read by so many ``rows`` that decode, ``flops_per_s`` of prompts; ``int8``: what the same rows take
+    over compressed KV, as a part of what they take over KV of the dtype."""
 
     bytes_per_s: float
     flops_per_s: float
+    int8: float
     rows: int
 
 
@@ -45,6 +47,7 @@ class AttentionCase:
         heads: (H, G, Dh).
         runs: query tokens of each row.
         contexts: tokens of each row in the cache, its run included.
+        compressed: the KV is stored as int8.
     """
 
     def __init__(
@@ -55,22 +58,29 @@ class AttentionCase:
         heads: tuple[int, int, int],
         runs: list[int],
         contexts: list[int],
+        compressed: bool = False,
     ):
         query_heads, kv_heads, size = heads
         per_row = [-(-n // PAGE_TOKENS) for n in contexts]
-        shape = (_LAYERS, 2, sum(per_row), PAGE_TOKENS, kv_heads, size)
+        kv = KVShape(layers=_LAYERS, kv_heads=kv_heads, head_dim=size, dtype=dtype, compressed=compressed)
+        shape = (_LAYERS, 2, sum(per_row), PAGE_TOKENS, *kv.stored_token)
         count = torch.Size(shape).numel()
         self._here = on_host or not device.is_cuda
         if self._here:
-            pools = device.host_buffer(count * dtype.itemsize)[: count * dtype.itemsize].view(dtype)
+            nbytes = count * kv.stored_dtype.itemsize
+            pools = device.host_buffer(nbytes)[:nbytes].view(kv.stored_dtype)
         else:
-            pools = torch.empty(count, dtype=dtype, device=device.torch)
-        fill_with_noise(pools)
+            pools = torch.empty(count, dtype=kv.stored_dtype, device=device.torch)
+        if compressed:  # the bytes of a page are those of any other
+            page = kv.as_stored(torch.randn(PAGE_TOKENS, kv_heads, size).to(pools.device, dtype))
+            pools.view(-1, page.numel()).copy_(page.flatten())
+        else:
+            fill_with_noise(pools)
         self._layers = itertools.cycle(pools.view(shape))
         ids = torch.randperm(sum(per_row), generator=torch.Generator().manual_seed(0)).split(per_row)
         self._ragged = Ragged.of(runs, contexts, [table.tolist() for table in ids])
         self._q_THd = torch.randn(sum(runs), query_heads, size).to(dtype).to(pools.device)
-        self.kv_bytes = sum(contexts) * 2 * kv_heads * size * dtype.itemsize
+        self.kv_bytes = sum(contexts) * kv.token_bytes
         # A query attends to what was there before its run and, on average, to half of the run.
         self.flops = sum(4 * query_heads * size * q * (n - q + q / 2) for q, n in zip(runs, contexts, strict=True))
         self._clock = Device("cpu") if self._here else device
@@ -100,9 +110,12 @@ def attention_rates(device: Device, dtype: torch.dtype, effort: Effort, *, on_ho
             for q in effort.prompts
             for chunks in (1, 2)
         ]
+    plain, compressed = (_measured(decoding, effort, compressed=each) for each in (False, True))
+    prompts = _measured(prefilling, effort)
     return AttentionRates(
-        bytes_per_s=_rate(decoding, lambda case: case.kv_bytes, effort),
-        flops_per_s=_rate(prefilling, lambda case: case.flops, effort),
+        bytes_per_s=plain.kv_bytes / plain.seconds,
+        flops_per_s=prompts.flops / prompts.seconds,
+        int8=compressed.seconds / plain.seconds,
         rows=rows,
     )
 
@@ -114,10 +127,20 @@ def decode_rows(dtype: torch.dtype, effort: Effort) -> int:
     return max(1, min(effort.decode_rows, effort.buffer_bytes // 2 // row_bytes))
 
 
-def _rate(cases: list[tuple[Any, ...]], amount: Callable[[AttentionCase], float], effort: Effort) -> float:
-    total, total_s = 0.0, 0.0
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Measured:
+    """KV bytes, FLOPs and seconds of one call of each of some cases."""
+
+    kv_bytes: float
+    flops: float
+    seconds: float
+
+
+def _measured(cases: list[tuple[Any, ...]], effort: Effort, *, compressed: bool = False) -> _Measured:
+    """The cases, one after the other."""
+    kv_bytes, flops, seconds = 0.0, 0.0, 0.0
     for arguments in cases:
-        case = AttentionCase(*arguments)
-        total += amount(case)
-        total_s += case.seconds(3 * effort.point_s / len(cases))
-    return total / total_s
+        case = AttentionCase(*arguments, compressed=compressed)
+        kv_bytes, flops = kv_bytes + case.kv_bytes, flops + case.flops
+        seconds += case.seconds(3 * effort.point_s / len(cases))
+    return _Measured(kv_bytes=kv_bytes, flops=flops, seconds=seconds)

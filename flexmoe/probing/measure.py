@@ -227,6 +227,7 @@ def _attention(s: Setting, found: Found) -> None:
     for prefix, rates, where in (("", on_device, "torch" if s.device.is_cuda else kernel), ("cpu_", on_host, kernel)):
         found.put(f"{decode}, {where}", **{f"{prefix}attention_bytes_per_s": rates.bytes_per_s})
         found.put(f"{prefill}, {where}", **{f"{prefix}attention_flops_per_s": rates.flops_per_s})
+        found.put(f"{decode}, KV of int8 beside that, {where}", **{f"{prefix}int8_attention": rates.int8})
 
 
 def _linear(s: Setting, found: Found) -> None:

@@ -23,6 +23,7 @@ COPY_PASSES = 3
 #: Passes over device memory of attention: blocks gathered (2), unseen slots cleared (2), and the fused kernel's read.
 ATTENTION_PASSES = 5
 PREFILL_SHARE = 0.4
+INT8_ATTENTION_SOURCE = "not measured: a token of compressed KV takes what one of 16 bits takes"
 DISK_CORE_S_PER_BYTE, KV_BLOCK_CORE_S, OP_S, ROW_S, SWEEP_S, HANDOFF_S = 5e-11, 10e-6, 30e-6, 30e-6, 2e-3, 100e-6
 #: The runtime's threads that read KV, and those that write it.
 KV_THREADS = 2
@@ -162,6 +163,7 @@ def machine(name: str, device: str, gpu: Gpu, host: Host, gpu_sources: dict[str,
         **gpu_sources,
         "op_s": "estimate",
         "unpack_s": "not measured: reads and writes at memory_bytes_per_s",
+        **dict.fromkeys(("int8_attention", "cpu_int8_attention"), INT8_ATTENTION_SOURCE),
         "h2d_busy_latency_s": "a thread copies what it is asked for"
         if device == "cpu"
         else "estimate: two pieces of 12 MiB of weights are before it",

@@ -40,6 +40,8 @@ SOURCES = {
     "score_s": _ABSENT,
     "h2d_busy_latency_s": _ABSENT,
     "unpack_s": _ABSENT,
+    "int8_attention": _ABSENT,
+    "cpu_int8_attention": _ABSENT,
     "process_bytes": "FlexLLMGen's planner counts none: 0",
     "cores": "no constant; chosen as in the preset t4",
     "host_memory_bytes": "cmem 204 GB; FlexLLMGen takes 80 % of it (alpha_c) when it plans",

@@ -53,6 +53,7 @@ class Case:
     disturbed: str = ""
     pin_weight: bool = True
     experts_per_unit: int | None = None
+    compress_cache: bool = False
 
     def __str__(self):
         own = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -60,6 +61,7 @@ class Case:
         words = [text["variant"], text["placement"], text["schedule"], "x".join(map(str, self.batches))]
         words += [f"att{self.cpu_attention}", f"pre{self.prefill_tokens}", f"kv{self.kv_tokens}"]
         flags = {"serial": not self.overlap, "eos": self.eos, "staged": self.staged, "torch": not self.native}
+        flags["int8"] = self.compress_cache
         return "-".join(words + [name for name, on in flags.items() if on] + [self.disturbed] * bool(self.disturbed))
 
 
@@ -108,6 +110,7 @@ def make_llm(variant, case, device, tmp_path, monkeypatch, **options):
         cpu_attention_percent=case.cpu_attention,
         pin_weight=case.pin_weight,
         experts_per_unit=case.experts_per_unit,
+        compress_cache=case.compress_cache,
     )
     options = offload(tmp_path) | {"device": device, "kv_tokens": case.kv_tokens, "workload": workload} | options
     llm = LLM(variant.directory, policy=policy, **options)

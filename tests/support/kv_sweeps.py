@@ -1,7 +1,10 @@
 """Drives the KV cache and its lanes as the executor does, beside rows of plain tensors that tell what must come out."""
 
+from dataclasses import replace
+
 import torch
 
+from flexmoe.kernels.packed_kv import is_packed, unpack
 from flexmoe.kv.batch import Block, Run
 from flexmoe.kv.cache import KVCache, KVShape
 from flexmoe.kv.transfers import KVBuffers, KVLanes
@@ -35,12 +38,13 @@ class History:
 class Bench:
     """A cache of ``pages`` per tier with its lanes; `sweep` runs one sweep over some rows and checks its attention."""
 
-    def __init__(self, directory, pages, *, window=None, seed=0, tails=8, batch_rows=3, device=None):
+    def __init__(self, directory, pages, *, window=None, seed=0, tails=8, batch_rows=3, device=None, compressed=False):
         self.recorder, self.window, self.batch_rows = Recorder(), window, batch_rows
         device = device or Device("cpu")
         counts = dict(zip(("gpu", "cpu", "disk"), pages))
         self.uploads = Uploads(device)
-        self.cache = KVCache(device, SHAPE, counts, tails if counts["disk"] else 0, directory)
+        shape = replace(SHAPE, compressed=compressed)
+        self.cache = KVCache(device, shape, counts, tails if counts["disk"] else 0, directory)
         buffers = KVBuffers(staging_pages=sum(pages), batch_tokens=600, write_pages=60)
         self.lanes = KVLanes(device, self.recorder, self.cache, buffers, HEADS, window)
         self.generator = torch.Generator().manual_seed(seed)
@@ -90,6 +94,7 @@ class Bench:
         tokens = batch.stop - batch.start
         q = torch.randn(tokens, HEADS, SIZE, generator=self.generator)
         k, v = (torch.randn(tokens, KV_HEADS, SIZE, generator=self.generator) for _ in range(2))
+        k, v = self.lanes.as_stored(k, v)
         self.lanes.append(layer, batch, k, v)
         stored = self.lanes.store(layer, batch, q, k, v, loaded) if set(modes) - {AttentionMode.GPU} else None
         if any(run.kv.tier == "disk" for g in batch.groups for run in g.runs):
@@ -109,12 +114,16 @@ class Bench:
             for run in group.runs:
                 here = slice(start, start + len(run.tokens))
                 row = run.owner
-                row.k[layer] = torch.cat([row.k[layer], k[here]])
-                row.v[layer] = torch.cat([row.v[layer], v[here]])
+                row.k[layer] = torch.cat([row.k[layer], self._values(k[here])])
+                row.v[layer] = torch.cat([row.v[layer], self._values(v[here])])
                 expected = self._attend(q[here], row.k[layer], row.v[layer])
                 got = out[start - group.start : start - group.start + len(run.tokens)]
                 torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
                 start = here.stop
+
+    def _values(self, stored):
+        """Of keys or values as the cache stores them."""
+        return unpack(stored, torch.empty(*stored.shape[:-1], SIZE)) if is_packed(stored) else stored
 
     def _attend(self, q, k, v):
         k, v = (x.double().repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (k, v))

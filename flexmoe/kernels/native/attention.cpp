@@ -49,17 +49,18 @@ extern "C" {
 // are that runtime's and no second pool spins beside it. Null: plain threads, started and joined in every call.
 void flexmoe_set_parallel(void* gomp_parallel) { parallel = reinterpret_cast<Parallel>(gomp_parallel); }
 
-// dtype 0 fp32, 1 bf16, 2 fp16; strides in elements; see flexmoe/native/__init__.py for the meaning of the arguments.
-int flexmoe_attention(int dtype, const void* q, int64_t q_stride, int64_t tokens, const void* k_pool,
+// dtype 0 fp32, 1 bf16, 2 fp16; strides in elements, those of compressed pools in bytes; `width` is of a head in a pool. See
+// attention.py for the meaning of the arguments.
+int flexmoe_attention(int dtype, int compressed, int width, const void* q, int64_t q_stride, int64_t tokens, const void* k_pool,
                       const void* v_pool, int64_t page_stride, int64_t num_pages, const int32_t* page_tables,
                       int64_t table_stride, int64_t table_width, const int32_t* q_starts, const int32_t* context_lens,
                       void* out, int B, int H, int G, int D, int page_tokens, int window, float scale,
                       int num_threads) {
   Call call{q, k_pool, v_pool, out, q_stride, page_stride, table_stride, page_tables, q_starts, context_lens,
-            B, H, G, D, page_tokens, H / G, window, scale};
+            B, H, G, D, page_tokens, H / G, window, scale, width};
   try {
     if (Status status = check(call, tokens, num_pages, table_width)) return status;
-    Job job(call, dtype, num_threads);
+    Job job(call, dtype, compressed, num_threads);
     run_on_threads(job, int(std::min<size_t>(num_threads, job.claims.size() - 1)));
     return job.failed ? NO_MEMORY : OK;
   } catch (const std::exception&) {

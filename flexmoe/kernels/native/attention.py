@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from flexmoe.kernels.native import library as native
+from flexmoe.kernels.packed_kv import head_words, is_packed
 
 _INT_LIMIT = 2**31
 _STATUS_SENTENCES = {
@@ -39,7 +40,8 @@ def paged_attention(
 
     Args:
         q_THD: queries, fp32, bf16 or fp16; the token stride is free, the rest contiguous.
-        k_pool, v_pool: [pages, page_tokens, G, D], same dtype; the page stride is free, the rest contiguous.
+        k_pool, v_pool: [pages, page_tokens, G, D], same dtype; or compressed heads
+            (`flexmoe.kernels.packed_kv`). The page stride is free, the rest contiguous.
         page_tables: int32 [B, W]; entries that no query of the row sees may be anything.
         q_starts: int32 [B + 1]. A row without queries is skipped.
         context_lens: int32 [B], tokens in the cache including this run.
@@ -64,12 +66,14 @@ def paged_attention(
     rows, width = page_tables.shape
     if rows == 0:
         return out
-    queries = native.DTYPE_CODES[q_THD.dtype], q_THD.data_ptr(), q_THD.stride(0), tokens
-    pools = k_pool.data_ptr(), v_pool.data_ptr(), k_pool.stride(0), pages
+    compressed, element = is_packed(k_pool), k_pool.element_size() if is_packed(k_pool) else 1
+    stored = native.DTYPE_CODES[q_THD.dtype], compressed, k_pool.shape[3] * element
+    queries = q_THD.data_ptr(), q_THD.stride(0), tokens
+    pools = k_pool.data_ptr(), v_pool.data_ptr(), k_pool.stride(0) * element, pages
     tables = page_tables.data_ptr(), page_tables.stride(0), width, q_starts.data_ptr(), context_lens.data_ptr()
     threads = torch.get_num_threads() if num_threads is None else max(1, num_threads)
     sizes = rows, heads, kv_heads, size, page_tokens, window, scale, threads
-    status = library.flexmoe_attention(*queries, *pools, *tables, out.data_ptr(), *sizes)
+    status = library.flexmoe_attention(*stored, *queries, *pools, *tables, out.data_ptr(), *sizes)
     if status in _STATUS_SENTENCES:
         raise ValueError(_STATUS_SENTENCES[status])
     if status:
@@ -88,13 +92,16 @@ def _check(
     window: int,
 ) -> None:
     """Raise ValueError unless the tensors fit together. Plain comparisons: this runs once per layer and sweep."""
-    if q.dtype not in native.DTYPE_CODES or not q.dtype == k.dtype == v.dtype == out.dtype:
+    wanted = k.dtype if is_packed(k) else q.dtype
+    if q.dtype not in native.DTYPE_CODES or q.dtype != out.dtype or not wanted == k.dtype == v.dtype:
         raise ValueError(
-            f"q, k_pool, v_pool and out must share fp32, bf16 or fp16, not {q.dtype}, {k.dtype}, {v.dtype}, {out.dtype}"
+            f"q and out must share fp32, bf16 or fp16, and the pools it too or be compressed, not {q.dtype}, {k.dtype}, "
+            f"{v.dtype}, {out.dtype}"
         )
     if not all(x.device.type == "cpu" for x in (q, k, v, out, tables, starts, lens)):
         raise ValueError("native attention takes CPU tensors only")
-    if q.dim() != 3 or k.dim() != 4 or k.shape != v.shape or k.shape[3] != q.shape[2] or 0 in k.shape[1:]:
+    width = head_words(q.shape[-1]) if is_packed(k) else q.shape[-1]
+    if q.dim() != 3 or k.dim() != 4 or k.shape != v.shape or k.shape[3] != width or 0 in k.shape[1:]:
         raise ValueError(f"q {[*q.shape]} and pools {[*k.shape]}, {[*v.shape]} are not [T, H, D] and [N, tokens, G, D]")
     if q.shape[1] == 0 or q.shape[1] % k.shape[2]:
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[2]} KV heads evenly")

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "numbers.h"
 
@@ -20,7 +21,16 @@ struct Call {
   const int32_t *page_tables, *q_starts, *context_lens;
   int B, H, G, D, page_tokens, N, window;
   float scale;
+  int width;  // stored elements of a head of a token: D, or those of a compressed head with its scale
 };
+
+// What a head of a token in a pool is times; 1 where it is not compressed. Its place follows the numbers, at an even byte.
+template <class E> INLINE float head_scale(const E*, int) { return 1.0f; }
+INLINE float head_scale(const i8* head, int D) {
+  bf16 scale;
+  std::memcpy(&scale, head + D + D % 2, sizeof scale);
+  return widen(scale);
+}
 
 struct Item { int32_t row, head_begin, head_end, tile; };  // tile -1: the stream path
 
@@ -36,7 +46,7 @@ INLINE int first_key(const Call& c, int row) {
 INLINE void token_offsets(const Call& c, int row, int t, int count, int64_t* offsets) {
   const int32_t* table = c.page_tables + row * c.table_stride;
   int page = t / c.page_tokens, slot = t % c.page_tokens;
-  const int64_t token = int64_t(c.G) * c.D;
+  const int64_t token = int64_t(c.G) * c.width;
   for (int i = 0; i < count; page++, slot = 0) {
     int64_t base = table[page] * c.page_stride;
     for (; slot < c.page_tokens && i < count; slot++, i++) offsets[i] = base + slot * token;
@@ -52,9 +62,9 @@ struct Ahead {
   int64_t element_bytes;
   int token = 0, end, byte = 0, bytes;
   Ahead(const Call& c, size_t element, const int64_t* token_offsets, int count, int head, int heads)
-      : k((const char*)c.k_pool + int64_t(head) * c.D * element),
+      : k((const char*)c.k_pool + int64_t(head) * c.width * element),
         v_minus_k((const char*)c.v_pool - (const char*)c.k_pool), offsets(token_offsets), element_bytes(element),
-        end(count), bytes(heads * c.D * int(element)) {}
+        end(count), bytes(heads * c.width * int(element)) {}
   INLINE void fetch(int most) {
     while (most > 0 && token < end) {
       const char* p = k + offsets[token] * element_bytes + byte;

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "call.h"
 #include "lanes.h"
@@ -43,9 +44,26 @@ INLINE void stream_values(const T* const* v, int from, int keys, const float* p,
     UNROLL for (int d = 0; d < DV; d++) store(o + l * padded + d * W, acc[l][d]);
 }
 
+// A chunk of keys and values of one KV head: pointers to them, and what they are times where they are compressed.
+template <class E> struct Chunk {
+  static constexpr bool scaled = std::is_same<E, i8>::value;
+  const E *k[STREAM_CHUNK], *v[STREAM_CHUNK];
+  float k_scale[scaled ? STREAM_CHUNK : 1], v_scale[scaled ? STREAM_CHUNK : 1];
+  INLINE void set(int i, const E* key, const E* value, int D) {
+    k[i] = key, v[i] = value;
+    if constexpr (scaled) k_scale[i] = head_scale(key, D), v_scale[i] = head_scale(value, D);
+  }
+  INLINE void set_zero(int i, const E* zeros) {
+    k[i] = v[i] = zeros;
+    if constexpr (scaled) k_scale[i] = v_scale[i] = 0.0f;
+  }
+};
+
 template <int LINES, class T>
-__attribute__((noinline)) void stream_chunk(const StreamLines& s, const T* const* k, const T* const* v, int first_key,
-                                            int keys, int window, int padded, Ahead& ahead) {
+__attribute__((noinline)) void stream_chunk(const StreamLines& s, const Chunk<T>& chunk, int first_key, int keys, int window,
+                                            int padded, Ahead& ahead) {
+  const T* const* k = chunk.k;
+  const T* const* v = chunk.v;
   constexpr int KEYS = W / LINES;
   alignas(64) float score[STREAM_CHUNK * LINES];
   alignas(64) float alpha[W];
@@ -72,6 +90,7 @@ __attribute__((noinline)) void stream_chunk(const StreamLines& s, const T* const
       }
     }
     vf x = sum_each<W>(acc);
+    if constexpr (Chunk<T>::scaled) x *= repeated<KEYS>(chunk.k_scale + j * KEYS);
     if (masked) {
       vi key = lane_key + j * KEYS;
       vi hidden = key > last;
@@ -87,6 +106,7 @@ __attribute__((noinline)) void stream_chunk(const StreamLines& s, const T* const
   for (int j = 0; j < groups; j++) {
     vf p = exp2_nonpositive(scores[j] - highest);
     sum += p;
+    if constexpr (Chunk<T>::scaled) p *= repeated<KEYS>(chunk.v_scale + j * KEYS);
     scores[j] = p;
   }
   s.max_sum[0] = highest, s.max_sum[1] = sum;
@@ -98,16 +118,17 @@ __attribute__((noinline)) void stream_chunk(const StreamLines& s, const T* const
 }
 
 template <class T>
-INLINE void stream_lines(int lines, const StreamLines& s, const T* const* k, const T* const* v, int first_key, int keys,
-                         int window, int padded, Ahead& ahead) {
-  if (lines == 4) stream_chunk<4>(s, k, v, first_key, keys, window, padded, ahead);
-  else if (lines == 2) stream_chunk<2>(s, k, v, first_key, keys, window, padded, ahead);
-  else stream_chunk<1>(s, k, v, first_key, keys, window, padded, ahead);
+INLINE void stream_lines(int lines, const StreamLines& s, const Chunk<T>& chunk, int first_key, int keys, int window,
+                         int padded, Ahead& ahead) {
+  if (lines == 4) stream_chunk<4>(s, chunk, first_key, keys, window, padded, ahead);
+  else if (lines == 2) stream_chunk<2>(s, chunk, first_key, keys, window, padded, ahead);
+  else stream_chunk<1>(s, chunk, first_key, keys, window, padded, ahead);
 }
 
 INLINE int cut_lines(int left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
 
-template <class T> struct Stream {
+// T: queries and outputs; E: keys and values as they are stored.
+template <class T, class E> struct Stream {
   const Call& c;
   const int row, heads, lines, padded;
   const int64_t first_token;
@@ -145,7 +166,7 @@ template <class T> struct Stream {
       const int t_ahead = done ? first_key(c, item_ahead.row) : t + count;
       const int next = std::min(STREAM_CHUNK, c.context_lens[item_ahead.row] - t_ahead);
       token_offsets(c, item_ahead.row, t_ahead, next, offsets[now ^ 1]);
-      Ahead ahead(c, sizeof(T), offsets[now ^ 1], next, item_ahead.head_begin, heads);
+      Ahead ahead(c, sizeof(E), offsets[now ^ 1], next, item_ahead.head_begin, heads);
       for (int h = item.head_begin; h < item.head_end; h++)
         step(h, h - item.head_begin, offsets[now], t, count, position, ahead);
       t += count, count = next;
@@ -167,35 +188,34 @@ template <class T> struct Stream {
     std::fill(kv, kv + padded, 0.0f);  // the row of zeros behind the last key
   }
 
-  template <class E>
-  void step_lines(int h, const E* const* k, const E* const* v, int t, int keys, const int32_t* position,
-                  Ahead& ahead) {
+  template <class X>
+  void step_lines(int h, const Chunk<X>& chunk, int t, int keys, const int32_t* position, Ahead& ahead) {
     for (int l = 0, take; l < lines; l += take) {
       take = cut_lines(lines - l);
       const int at = h * STREAM_LINES + l;
       StreamLines s{q + at * padded, o + at * padded, max_sum + at * 2, position + l};
-      stream_lines(take, s, k, v, t, keys, c.window, padded, ahead);
+      stream_lines(take, s, chunk, t, keys, c.window, padded, ahead);
     }
   }
 
   void step(int head, int h, const int64_t* offsets, int t, int count, const int32_t* position, Ahead& ahead) {
-    const T *k = (const T*)c.k_pool + int64_t(head) * c.D, *v = (const T*)c.v_pool + int64_t(head) * c.D;
+    const E *k = (const E*)c.k_pool + int64_t(head) * c.width, *v = (const E*)c.v_pool + int64_t(head) * c.width;
     const int keys = round_up(count, W);  // whole vectors for every number of lines
     if (padded == c.D) {
-      const T *ks[STREAM_CHUNK], *vs[STREAM_CHUNK];
-      for (int i = 0; i < count; i++) ks[i] = k + offsets[i], vs[i] = v + offsets[i];
-      for (int i = count; i < keys; i++) ks[i] = vs[i] = (const T*)kv;
-      step_lines(h, ks, vs, t, keys, position, ahead);
+      Chunk<E> chunk;
+      for (int i = 0; i < count; i++) chunk.set(i, k + offsets[i], v + offsets[i], c.D);
+      for (int i = count; i < keys; i++) chunk.set_zero(i, (const E*)kv);
+      step_lines(h, chunk, t, keys, position, ahead);
     } else {
-      const float *ks[STREAM_CHUNK], *vs[STREAM_CHUNK];
-      for (int i = 0; i < keys; i++) ks[i] = vs[i] = kv;
+      Chunk<float> chunk;
+      for (int i = count; i < keys; i++) chunk.set_zero(i, kv);
       for (int i = 0; i < count; i++) {
         float* to = kv + size_t(2 * i + 1) * padded;
-        widen_row(k + offsets[i], to, c.D, padded);
-        widen_row(v + offsets[i], to + padded, c.D, padded);
-        ks[i] = to, vs[i] = to + padded;
+        widen_row(k + offsets[i], to, c.D, padded, head_scale(k + offsets[i], c.D));
+        widen_row(v + offsets[i], to + padded, c.D, padded, head_scale(v + offsets[i], c.D));
+        chunk.set(i, to, to + padded, c.D);
       }
-      step_lines(h, ks, vs, t, keys, position, ahead);
+      step_lines(h, chunk, t, keys, position, ahead);
     }
   }
 

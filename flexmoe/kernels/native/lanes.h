@@ -43,6 +43,20 @@ template <int COUNT> INLINE vf sum_each(vf (&x)[W]) {
   }
   return x[0];
 }
+// KEYS numbers, again and again.
+template <int KEYS> INLINE vf repeated(const float* p) {
+#if defined(__AVX512F__)
+  if constexpr (KEYS == 4) return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
+  if constexpr (KEYS == 8) return (vf)_mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_castps_pd(_mm256_loadu_ps(p))));
+#elif defined(__AVX__)
+  if constexpr (KEYS == 2) return (vf)_mm256_castpd_ps(_mm256_broadcast_sd((const double*)p));
+  if constexpr (KEYS == 4) return (vf)_mm256_broadcast_ps((const __m128*)p);
+#endif
+  if constexpr (KEYS == W) return load(p);
+  vf x;
+  for (int i = 0; i < W; i++) x[i] = p[i % KEYS];
+  return x;
+}
 template <int KEYS> INLINE vf max_in_groups(vf x) {  // over each KEYS neighbouring lanes
   if constexpr (KEYS > 1) x = vmax(x, exchange<1>(x, Lanes()));
   if constexpr (KEYS > 2) x = vmax(x, exchange<2>(x, Lanes()));

@@ -66,7 +66,7 @@ def _declare(library: ctypes.CDLL) -> None:
     pointer, int64, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.flexmoe_set_parallel.argtypes = [pointer]
     library.flexmoe_set_parallel.restype = None
-    queries, pools = (integer, pointer, int64, int64), (pointer, pointer, int64, int64)
+    queries, pools = (integer, integer, integer, pointer, int64, int64), (pointer, pointer, int64, int64)
     tables, sizes = (pointer, int64, int64, pointer, pointer), (integer,) * 6
     library.flexmoe_attention.argtypes = (*queries, *pools, *tables, pointer, *sizes, ctypes.c_float, integer)
     library.flexmoe_attention.restype = integer

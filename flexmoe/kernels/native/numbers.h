@@ -39,6 +39,7 @@ typedef uint16_t vh_any __attribute__((vector_size(W * 2), aligned(2), may_alias
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
+struct i8 { int8_t number; };  // of a compressed head, whose scale lies behind its numbers
 
 template <class To, class From> INLINE To bits_of(From x) {
   static_assert(sizeof(To) == sizeof(From), "bit cast");
@@ -55,6 +56,8 @@ INLINE float widen(f16 x) {
   // A half's exponent field moved into a float's is 112 too small; the product also normalises subnormals.
   return bits_of<float>(sign | bits_of<uint32_t>(bits_of<float>(rest << 13) * 0x1p112f));
 }
+
+INLINE float widen(i8 x) { return x.number; }
 
 INLINE void narrow(float x, float* out) { *out = x; }
 INLINE void narrow(float x, bf16* out) {
@@ -87,6 +90,17 @@ INLINE vf load(const f16* p) {
 #else
   vf x;
   for (int i = 0; i < W; i++) x[i] = widen(p[i]);
+  return x;
+#endif
+}
+INLINE vf load(const i8* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  vf x;
+  for (int i = 0; i < W; i++) x[i] = p[i].number;
   return x;
 #endif
 }

@@ -89,7 +89,8 @@ template <int NV> struct TileState {
   }
 };
 
-template <class T, int NV> struct Tile : TileState<NV> {
+// T: queries and outputs; E: keys and values as they are stored.
+template <class T, class E, int NV> struct Tile : TileState<NV> {
   using State = TileState<NV>;
   using State::D, State::q, State::o, State::s, State::k, State::v, State::LINES;
   const Call& c;
@@ -152,10 +153,10 @@ template <class T, int NV> struct Tile : TileState<NV> {
   void widen_keys(int t, int count, int keys) {
     int64_t offsets[CHUNK];
     token_offsets(c, row, t, count, offsets);
-    const T *from_k = (const T*)c.k_pool + int64_t(head) * D, *from_v = (const T*)c.v_pool + int64_t(head) * D;
+    const E *from_k = (const E*)c.k_pool + int64_t(head) * c.width, *from_v = (const E*)c.v_pool + int64_t(head) * c.width;
     for (int i = 0; i < count; i++) {
-      widen_row(from_k + offsets[i], k + i * D, D, D);
-      widen_row(from_v + offsets[i], v + i * D, D, D);
+      widen_row(from_k + offsets[i], k + i * D, D, D, head_scale(from_k + offsets[i], D));
+      widen_row(from_v + offsets[i], v + i * D, D, D, head_scale(from_v + offsets[i], D));
     }
     std::fill(k + count * D, k + keys * D, 0.0f);
     std::fill(v + count * D, v + keys * D, 0.0f);
@@ -181,11 +182,11 @@ template <class T, int NV> struct Tile : TileState<NV> {
   }
 };
 
-template <class T> void run_tile(const Call& c, const Item& item, float* scratch) {
+template <class T, class E> void run_tile(const Call& c, const Item& item, float* scratch) {
   const int lines = (c.q_starts[item.row + 1] - c.q_starts[item.row]) * c.N - item.tile * TILE_LINES;
-  if (lines <= W) Tile<T, 1>(c, item, scratch).run();
-  else if (TILE_VECTORS > 2 && lines <= 2 * W) Tile<T, 2>(c, item, scratch).run();
-  else Tile<T, TILE_VECTORS>(c, item, scratch).run();
+  if (lines <= W) Tile<T, E, 1>(c, item, scratch).run();
+  else if (TILE_VECTORS > 2 && lines <= 2 * W) Tile<T, E, 2>(c, item, scratch).run();
+  else Tile<T, E, TILE_VECTORS>(c, item, scratch).run();
 }
 
 }  // namespace

@@ -33,24 +33,29 @@ struct Scratch {
   }
 };
 
-template <class T> bool run_item(const Call& c, const Item& item, const Item* following) {
+template <class T, class E> bool run_item(const Call& c, const Item& item, const Item* following) {
   static thread_local Scratch scratch;
-  float* memory = scratch.get(std::max(Stream<T>::scratch_floats(c, c.G), Tile<T, 1>::scratch_floats(c)));
+  float* memory = scratch.get(std::max(Stream<T, E>::scratch_floats(c, c.G), Tile<T, E, 1>::scratch_floats(c)));
   if (!memory) return false;
-  if (item.tile < 0) Stream<T>(c, item, memory).run(item, following);
-  else run_tile<T>(c, item, memory);
+  if (item.tile < 0) Stream<T, E>(c, item, memory).run(item, following);
+  else run_tile<T, E>(c, item, memory);
   return true;
+}
+
+template <class T> bool run_stored(bool compressed, const Call& c, const Item& item, const Item* following) {
+  return compressed ? run_item<T, i8>(c, item, following) : run_item<T, T>(c, item, following);
 }
 
 struct Job {
   const Call& call;
   const int dtype;
+  const bool compressed;
   std::vector<Item> items;
   std::vector<size_t> claims;  // a thread takes items [claims[i], claims[i + 1]) at once
   std::atomic<size_t> next{0};
   std::atomic<bool> failed{false};
 
-  Job(const Call& c, int type, int threads) : call(c), dtype(type) {
+  Job(const Call& c, int type, bool is_compressed, int threads) : call(c), dtype(type), compressed(is_compressed) {
     add_tiles();
     for (size_t i = 0; i < items.size(); i++) claims.push_back(i);
     const size_t first = items.size();
@@ -80,9 +85,9 @@ void work(void* argument) {
     for (size_t at = job.claims[i]; at < job.claims[i + 1]; at++) {
       const Item& item = job.items[at];
       const Item* following = at + 1 < job.claims[i + 1] ? &item + 1 : nullptr;
-      const bool ok = job.dtype == 0 ? run_item<float>(job.call, item, following)
-                      : job.dtype == 1 ? run_item<bf16>(job.call, item, following)
-                                       : run_item<f16>(job.call, item, following);
+      const bool ok = job.dtype == 0 ? run_stored<float>(job.compressed, job.call, item, following)
+                      : job.dtype == 1 ? run_stored<bf16>(job.compressed, job.call, item, following)
+                                       : run_stored<f16>(job.compressed, job.call, item, following);
       if (!ok) job.failed.store(true, std::memory_order_relaxed);
     }
 }

@@ -56,6 +56,7 @@ POLICIES = {
     "CPU attention": ((10, 20, 0, 100, 100, 0), {"cpu_attention_percent": 100.0}),
     "half CPU attention, serial": ((10, 20, 50, 50, 0, 100), {"cpu_attention_percent": 50.0, "overlap": False}),
     "static": ((50, 0, 0, 60, 100, 0), {"schedule": "static"}),
+    "compressed cache": ((30, 30, 30, 40, 34, 33), {"compress_cache": True}),
 }
 
 
@@ -173,12 +174,14 @@ def test_unit_layouts_stay_within_the_planned_slack(checkpoint):
         assert unit.stored_bytes <= layout.host_bytes <= unit.stored_bytes + unit_slack_bytes(model.arch)
 
 
-def test_disk_tier_is_counted_as_written(checkpoint, tmp_path, arch):
-    policy = policy_of((0, 0, 0, 0, 0, 0))
+@pytest.mark.parametrize("compressed", [False, True])
+def test_disk_tier_is_counted_as_written(compressed, checkpoint, tmp_path, arch):
+    policy = policy_of((0, 0, 0, 0, 0, 0), compress_cache=compressed)
     allocation = allocate(arch, policy, WORKLOAD, device="cpu")
     plan = plan_memory(arch, policy, allocation, device="cpu", compute_bytes=4)
     assert plan.parts["disk"]["weights"] == sum(u.stored_bytes for u in units_of(arch))
-    assert plan.parts["disk"]["kv"] == allocation.kv_pages["disk"] * PAGE_TOKENS * arch.kv_bytes_per_token(4)
+    page = pages(PAGE_TOKENS * arch.kv_bytes_per_token_layer(4, compressed=compressed))
+    assert plan.parts["disk"]["kv"] == allocation.kv_pages["disk"] * arch.num_layers * page
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -13,6 +13,7 @@ from flexmoe.kv.batch import Block, Run
 from flexmoe.kv.cache import KVCache, KVExhausted, PageAllocator
 from flexmoe.system.device import Device
 from policies.admission.row_state import AttentionMode
+from policies.common.memory_units import SYSTEM_PAGE_BYTES
 from tests.support.kv_sweeps import LAYERS, SHAPE, Bench
 from tests.support.pretend_cuda import Event, PretendCuda
 
@@ -261,8 +262,10 @@ def test_many_random_rows_never_leak_a_block(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [None, 20])
-def test_kv_written_over_many_sweeps_comes_back_equal(bench, kind, window):
-    b, rng = bench((60, 60, 60), window=window, seed=KINDS.index(kind)), random.Random(KINDS.index(kind))
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "int8"])
+def test_kv_written_over_many_sweeps_comes_back_equal(bench, kind, window, compressed):
+    b = bench((60, 60, 60), window=window, seed=KINDS.index(kind), compressed=compressed)
+    rng = random.Random(KINDS.index(kind))
     rows = [b.open(kind) for _ in range(4)]
     for _ in range(9):
         b.sweep(rows, [rng.choice([1, 1, 2, 15, 16, 17, 40]) for _ in rows])
@@ -278,8 +281,10 @@ def test_page_boundaries_are_crossed_one_token_at_a_time_on_disk(bench):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_mixed_groups_in_one_batch_come_back_equal_while_rows_come_and_go(bench, seed):
-    b, rng = bench((40, 80, 60), seed=seed, batch_rows=(2, 3, 5, 8)[seed]), random.Random(seed)
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "int8"])
+def test_mixed_groups_in_one_batch_come_back_equal_while_rows_come_and_go(bench, seed, compressed):
+    b = bench((40, 80, 60), seed=seed, batch_rows=(2, 3, 5, 8)[seed], compressed=compressed)
+    rng = random.Random(seed)
     rows = []
     for _ in range(12):
         for row in list(rows):
@@ -292,8 +297,9 @@ def test_mixed_groups_in_one_batch_come_back_equal_while_rows_come_and_go(bench,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_forked_rows_grow_apart_and_both_come_back_equal(bench, kind):
-    b = bench((60, 60, 60))
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "int8"])
+def test_forked_rows_grow_apart_and_both_come_back_equal(bench, kind, compressed):
+    b = bench((60, 60, 60), compressed=compressed)
     row = b.open(kind)
     for length in (35, 1, 1):
         b.sweep([row], [length])
@@ -335,15 +341,26 @@ def test_only_used_tokens_are_fetched_and_stored(bench):
     assert b.moved("disk_read") == b.moved("disk_write") == b.moved("cpu") == 0
 
 
+def test_compressed_kv_moves_as_it_is_stored(bench):
+    b = bench((0, 60, 60), compressed=True)
+    token, page = b.cache.shape.token_bytes, b.cache.disk_page_bytes
+    assert token == 2 * 2 * (8 + 2) and page == SYSTEM_PAGE_BYTES
+    rows = [b.open("fetch"), b.open("disk")]
+    b.sweep(rows, [17, B + 5])
+    assert b.moved("d2h") == LAYERS * (17 + B + 5) * token and b.moved("disk_write") == LAYERS * page
+    b.sweep(rows, [1, 1])
+    assert b.moved("h2d") == LAYERS * (17 + B + 5) * token and b.moved("disk_read") == LAYERS * page
+
+
 def test_disk_rows_read_their_full_pages_and_write_only_what_became_full(bench):
     b = bench((0, 0, 60))
     rows = [b.open("disk") for _ in range(3)]
     b.sweep(rows, [B - 1, 2 * B, 3 * B + 5])
-    assert b.moved("disk_read") == 0 and b.moved("disk_write") == LAYERS * 5 * B * TOKEN_BYTES
+    assert b.moved("disk_read") == 0 and b.moved("disk_write") == LAYERS * 5 * b.cache.disk_page_bytes
     b.sweep(rows, [1, 1, 1])
-    assert b.moved("disk_read") == LAYERS * 5 * B * TOKEN_BYTES
+    assert b.moved("disk_read") == LAYERS * 5 * b.cache.disk_page_bytes
     assert b.moved("h2d") == LAYERS * (B - 1 + 2 * B + 3 * B + 5) * TOKEN_BYTES
-    assert b.moved("disk_write") == LAYERS * 6 * B * TOKEN_BYTES
+    assert b.moved("disk_write") == LAYERS * 6 * b.cache.disk_page_bytes
 
 
 def test_gpu_rows_move_nothing_and_cpu_rows_are_attended_where_they_are(bench):

@@ -1,0 +1,130 @@
+"""Compressed KV: stored as a plain reference says, and attended as its values are."""
+
+import pytest
+import torch
+
+from cost_model.model.kv_bytes import kv_head_bytes
+from flexmoe.kernels.masked_attention import masked_paged_attention
+from flexmoe.kernels.native import attention as native_attention
+from flexmoe.kernels.native import library as native
+from flexmoe.kernels.packed_kv import head_words, pack, unpack
+from flexmoe.kernels.paged_attention import paged_attention
+from flexmoe.kernels.ragged import Ragged
+from flexmoe.kernels.varlen_attention import varlen_paged_attention
+from tests.support import flash
+
+PAGE = 16
+PATHS = [
+    pytest.param(varlen_paged_attention, id="varlen"),
+    pytest.param(masked_paged_attention, id="masked"),
+    pytest.param(
+        paged_attention,
+        id="native",
+        marks=pytest.mark.skipif(not native.available(), reason="no native library on this machine"),
+    ),
+]
+#: (queries, past tokens) of a row: decode at borders of pages, verification, chunks, whole prompts.
+MIXED = [(1, 0), (1, 15), (1, 16), (4, 31), (33, 0), (1, 250), (17, 64), (48, 100)]
+
+
+def reference(head):
+    """(numbers, scale) of one head, number by number."""
+    largest = max(abs(x) for x in head)
+    scale = torch.tensor(largest / 127, dtype=torch.float32).to(torch.bfloat16).item()
+    numbers = [0 if scale == 0 else round(float(torch.tensor(x) / torch.tensor(scale))) for x in head]
+    return [max(-127, min(127, n)) for n in numbers], scale
+
+
+def values(words, size):
+    return unpack(words, torch.empty(*words.shape[:-1], size))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads, size", [(1, 1), (3, 7), (2, 16), (4, 33), (1, 128)])
+def test_a_head_is_stored_as_its_rounded_numbers_and_one_scale(heads, size, dtype):
+    generator = torch.Generator().manual_seed(size)
+    x = (torch.randn(5, heads, size, generator=generator) * 10.0 ** torch.arange(-3, 2)[:, None, None]).to(dtype)
+    words = pack(x)
+    assert words.shape == (5, heads, head_words(size))
+    assert words.element_size() * words.shape[-1] == kv_head_bytes(size, 2, compressed=True)
+    raw, scales = words.view(torch.int8), words[..., -1:].view(torch.bfloat16)
+    for t in range(5):
+        for g in range(heads):
+            numbers, scale = reference(x[t, g].tolist())
+            assert raw[t, g, :size].tolist() == numbers and scales[t, g].item() == scale
+    error = (values(words, size) - x.float()).abs()
+    assert bool((error <= 0.51 * x.float().abs().amax(-1, keepdim=True) / 127 * (1 + 2**-8)).all())
+
+
+def test_zeros_stay_zeros_and_the_extremes_of_float32_keep_their_size():
+    x = torch.tensor([[0.0, 0.0], [3e38, -1e38], [1e-36, 2e-37], [1e-45, 0.0]]).unsqueeze(1)
+    found = values(pack(x), 2)
+    assert found[0].tolist() == [[0.0, 0.0]] and not found.isnan().any()
+    torch.testing.assert_close(found[1:3], x[1:3], rtol=0.02, atol=0)
+    assert abs(found[3]).max() <= 1e-44
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_head_with_a_value_that_is_not_finite_becomes_nan_and_the_others_do_not(bad):
+    x = torch.ones(1, 3, 8)
+    x[0, 1, 4] = bad
+    found = values(pack(x), 8)
+    assert found[0, 1].isnan().all() and not found[0, [0, 2]].isnan().any()
+
+
+class Rows:
+    """Ragged rows over compressed pools of permuted pages, and the same pools unpacked."""
+
+    def __init__(self, *, heads, kv_heads, size, dtype, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        lengths = [q + past for q, past in MIXED]
+        pages = [-(-n // PAGE) for n in lengths]
+        order = torch.randperm(sum(pages), generator=generator).split(pages)
+        x = torch.randn(2, sum(pages), PAGE, kv_heads, size, generator=generator).to(dtype)
+        x[:, 3, 5] = 0  # a token of zeros
+        self.pools = pack(x)
+        self.plain = values(self.pools, size)
+        self.q = torch.randn(sum(q for q, _ in MIXED), heads, size, generator=generator).to(dtype)
+        self.ragged = Ragged.of([q for q, _ in MIXED], lengths, [table.tolist() for table in order])
+
+    def expected(self, window):
+        """Over the unpacked values in float32."""
+        return masked_paged_attention(self.q.float(), *self.plain, self.ragged, window=window)
+
+
+@pytest.mark.parametrize("attend", PATHS)
+@pytest.mark.parametrize(
+    "heads, kv_heads, size", [(8, 2, 64), (4, 4, 128), (6, 1, 16), (12, 1, 80), (6, 3, 33), (16, 2, 7)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_compressed_pages_are_attended_as_their_values(attend, heads, kv_heads, size, dtype, monkeypatch):
+    flash.pretended(monkeypatch)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    rows = Rows(heads=heads, kv_heads=kv_heads, size=size, dtype=dtype)
+    for window in (None, 20):
+        out = attend(rows.q, *rows.pools, rows.ragged, window=window)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.float(), rows.expected(window), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("attend", PATHS[:2])
+@pytest.mark.parametrize("room", [64, 17])
+def test_compressed_pages_are_unpacked_into_the_workspace(attend, room, monkeypatch):
+    flash.pretended(monkeypatch)
+    rows = Rows(heads=4, kv_heads=2, size=16, dtype=torch.float32)
+    workspace = torch.full((2, room, PAGE, 2, 16), torch.nan)
+    out = attend(rows.q, *rows.pools, rows.ragged, window=None, workspace=workspace)
+    torch.testing.assert_close(out, rows.expected(None), atol=1e-5, rtol=1e-5)
+    assert not workspace[:, 0].isnan().all()
+
+
+@pytest.mark.skipif(not native.available(), reason="no native library on this machine")
+@pytest.mark.parametrize("width", [7, 10])
+def test_compressed_heads_of_another_size_are_refused(width):
+    rows = Rows(heads=4, kv_heads=2, size=16, dtype=torch.float32)
+    pool = rows.pools[0, ..., :1].expand(-1, -1, -1, width).contiguous()
+    ragged = rows.ragged
+    with pytest.raises(ValueError, match="are not"):
+        native_attention.paged_attention(
+            rows.q, pool, pool, ragged.tables, ragged.q_starts, ragged.contexts, scale=0.25
+        )
