@@ -112,8 +112,9 @@ class LLM:
             config = replace(config, eos_ids=ids)
         if config.policy.compress_weight is not None:
             EnginePlan.of(self.model, config)  # what does not fit is refused before the weights are packed
-            about = {"dtype": config.dtype, "bar": sys.stderr is not None and sys.stderr.isatty()}
-            self.model = packed_copy(self.model, config.policy.compress_weight, config.offload_dir, **about)
+            bar = sys.stderr is not None and sys.stderr.isatty()
+            format, directory = config.policy.compress_weight, config.offload_dir
+            self.model = packed_copy(self.model, format, directory, dtype=config.dtype, bar=bar)
         self.engine = Engine(self.model, config, self.tokenizer.detokenize)
         self._streaming = False
         self._left: list[InFlight] = []

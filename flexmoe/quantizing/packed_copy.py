@@ -57,8 +57,13 @@ def packed_copy(model: Model, format: str, offload_dir: Path, *, dtype: str = "a
         _make(model, packed, directory, bar)
     found = load_model(str(directory), dtype=dtype)
     arch = replace(found.arch, name=model.arch.name)
-    own = {"generation_config": model.generation_config, "directory": model.directory}
-    return replace(found, arch=arch, family=family(arch, found.config), **own)
+    return replace(
+        found,
+        arch=arch,
+        family=family(arch, found.config),
+        generation_config=model.generation_config,
+        directory=model.directory,
+    )
 
 
 def _make(model: Model, packed: PackedFormat, directory: Path, bar: bool) -> None:
