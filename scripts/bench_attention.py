@@ -22,9 +22,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cost_model.model.kv_bytes import kv_head_bytes  # noqa: E402
+from flexmoe.formats.packed_kv import pack, unpack  # noqa: E402
 from flexmoe.kernels.native import library as native  # noqa: E402
 from flexmoe.kernels.native.attention import paged_attention  # noqa: E402
-from flexmoe.kernels.packed_kv import pack, unpack  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-3}

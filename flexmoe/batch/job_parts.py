@@ -133,6 +133,7 @@ def _identity(options: RunOptions, model: Model, template: str | None) -> dict[s
         "chat_template": template and digest({"": template})[:12],
         "strict_model": sorted(ServedModel.of(options.model).names) if options.strict_model else False,
         "dtype": stored if options.dtype == "auto" else options.dtype,
+        "compress_cache": options.asks_for_compressed_cache,
         "gen_len": options.gen_len,
         "seed": options.seed,
         **({} if packed is None else {"compress_weight": packed}),

@@ -22,7 +22,7 @@ from flexmoe.weights.eviction import EXPERT_CACHES
 from policies.common.checks import check_count, check_number
 from policies.common.directories import OFFLOAD_DIR
 from policies.common.option_names import option
-from policies.policy import WEIGHT_FORMATS, Policy
+from policies.policy import WEIGHT_FORMATS, Policy, PolicyFile
 
 PathLike = str | os.PathLike[str]
 #: Instead of a file: this machine's own, measured once, or the best policy for the job.
@@ -210,6 +210,19 @@ class RunOptions:
     def policy_file(self) -> Path | None:
         """The policy's file, where it is one."""
         return self.policy if isinstance(self.policy, Path) and not is_auto(self.policy) else None
+
+    @property
+    def asks_for_compressed_cache(self) -> bool:
+        """Whether the KV cache is int8, by the option or the given policy.
+
+        Raises:
+            FlexMoEError: the policy's file cannot be used.
+        """
+        if self.policy_file is not None:
+            return PolicyFile.load(self.policy_file).policy.compress_cache
+        if isinstance(self.policy, Policy):
+            return self.policy.compress_cache
+        return bool(self.compress_cache)
 
     @property
     def block_size(self) -> int:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from cost_model.memory.memory_plan import MASK_BYTES, mask_bytes
-from flexmoe.kernels.packed_kv import copied_pages
+from flexmoe.formats.packed_kv import copied_pages
 from flexmoe.kernels.ragged import Planned, Ragged
 from flexmoe.kernels.varlen_attention import DEFAULT_PAGES
 
@@ -152,4 +152,5 @@ class _Piece:
         """``[B, S, G, Dh]``: the keys, or the values, of the rows."""
         pages = self.pages.flatten()
         keys = copied_pages(pool, pages, q_THD, None if workspace is None else workspace[which])
-        return keys.unflatten(0, self.pages.shape).flatten(1, 2)
+        side_by_side: torch.Tensor = keys.unflatten(0, self.pages.shape).flatten(1, 2)
+        return side_by_side

@@ -50,7 +50,7 @@ def paged_attention(
 
     Args:
         q_THD: queries ``[T, H, Dh]``, rotated.
-        k_pool, v_pool: ``[pages, page_tokens, G, Dh]``, or of compressed heads (`flexmoe.kernels.packed_kv`); the runs' own keys
+        k_pool, v_pool: ``[pages, page_tokens, G, Dh]``, or of compressed heads (`flexmoe.formats.packed_kv`); the runs' own keys
             and values are already in them.
         rows: the rows, in the order of the queries.
         window: a query at position p sees keys in ``(p - window, p]``; None sees all.

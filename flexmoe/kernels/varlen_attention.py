@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flexmoe.kernels.packed_kv import copied_pages, is_packed
+from flexmoe.formats.packed_kv import copied_pages, is_packed
 from flexmoe.kernels.ragged import Planned, Ragged
 
 #: Of `torch.ops.aten._flash_attention_forward`; the first of what it returns is used.

@@ -1,7 +1,7 @@
 """Ragged KV cache: pages of a fixed number of tokens in three tiers, a page table per row, reference counts.
 
 A pool holds, per layer, K and V of its pages: ``[L, 2, pages, page_tokens, G, w]``, where w is the head size, or the words of
-a compressed head (`flexmoe.kernels.packed_kv`). A row lives in one tier. On the
+a compressed head (`flexmoe.formats.packed_kv`). A row lives in one tier. On the
 disk tier only full pages are on disk; the growing tail page of a row stays in host memory. This file knows
 where bytes live; `flexmoe.kv.transfers` moves them.
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from cost_model.memory.allocation import PAGE_TOKENS
-from flexmoe.kernels.packed_kv import WORD, head_words, pack
+from flexmoe.formats.packed_kv import WORD, head_words, pack
 from flexmoe.system.device import Device, forget_pages
 from flexmoe.system.direct_io import DirectFile
 from policies.common.memory_units import align_up

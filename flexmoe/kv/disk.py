@@ -180,4 +180,6 @@ class DiskKV:
         """All pages that a buffer holds, ``[pages, 2, page_tokens, G, w]``."""
         cache, size = self._cache, self._cache.disk_page_bytes
         pages = buffer[: len(buffer) // size * size].view(-1, size)[:, : cache.page_bytes]
-        return pages.view(cache.shape.stored_dtype).unflatten(1, (2, cache.page_tokens, *cache.shape.stored_token))
+        elements = pages.view(cache.shape.stored_dtype)
+        shaped: torch.Tensor = elements.unflatten(1, (2, cache.page_tokens, *cache.shape.stored_token))
+        return shaped

@@ -58,6 +58,7 @@ class AttentionCase:
         heads: tuple[int, int, int],
         runs: list[int],
         contexts: list[int],
+        *,
         compressed: bool = False,
     ):
         query_heads, kv_heads, size = heads

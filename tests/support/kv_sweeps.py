@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from flexmoe.kernels.packed_kv import is_packed, unpack
+from flexmoe.formats.packed_kv import is_packed, unpack
 from flexmoe.kv.batch import Block, Run
 from flexmoe.kv.cache import KVCache, KVShape
 from flexmoe.kv.transfers import KVBuffers, KVLanes

@@ -127,6 +127,26 @@ def check_killed(job, tiny, start, rows, kills, seed):
     assert sorted(path.name for path in work.iterdir()) == ["manifest.json"]
 
 
+def test_a_job_with_a_compressed_cache_resumes_with_one_only(job, tiny, capsys):
+    """Its ids are those of one start but where the last bit of float32 decides what a number is rounded to."""
+    job.write([{"custom_id": f"c{row}", "prompt": tiny().prompts[row % 9], "max_tokens": 12} for row in range(24)])
+    args = job.args(*POLICIES[1], "--compress-cache", "--checkpoint-interval", "0.02")
+    assert command.main([*args, "-o", str(job.directory / "whole.jsonl")]) == 0
+    journal = job.directory / "out.jsonl.flexmoe" / "journal"
+    assert kill_when_grown(forked(args), journal, (job.directory / "whole.jsonl").stat().st_size // 3) is None
+    capsys.readouterr()
+    assert command.main(job.args(*POLICIES[1])) == 2
+    assert "--compress-cache was True and is False" in capsys.readouterr().err
+    assert command.main(args) == 0
+    whole, resumed = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (job.directory / "whole.jsonl", job.output)
+    )
+    assert [line["custom_id"] for line in resumed] == [f"c{row}" for row in range(24)]
+    same = [body(a)["choices"] == body(b)["choices"] for a, b in zip(whole, resumed, strict=True)]
+    assert sum(same) >= 20
+
+
 def test_a_job_of_24_rows_that_is_killed_3_times(job, tiny):
     check_killed(job, tiny, forked, rows=24, kills=3, seed=1)
 

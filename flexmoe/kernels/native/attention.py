@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from flexmoe.formats.packed_kv import head_words, is_packed
 from flexmoe.kernels.native import library as native
-from flexmoe.kernels.packed_kv import head_words, is_packed
 
 _INT_LIMIT = 2**31
 _STATUS_SENTENCES = {
@@ -41,7 +41,7 @@ def paged_attention(
     Args:
         q_THD: queries, fp32, bf16 or fp16; the token stride is free, the rest contiguous.
         k_pool, v_pool: [pages, page_tokens, G, D], same dtype; or compressed heads
-            (`flexmoe.kernels.packed_kv`). The page stride is free, the rest contiguous.
+            (`flexmoe.formats.packed_kv`). The page stride is free, the rest contiguous.
         page_tables: int32 [B, W]; entries that no query of the row sees may be anything.
         q_starts: int32 [B + 1]. A row without queries is skipped.
         context_lens: int32 [B], tokens in the cache including this run.

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from cost_model.model.kv_bytes import kv_head_bytes
+from flexmoe.formats.packed_kv import head_words, pack, unpack
 from flexmoe.kernels.masked_attention import masked_paged_attention
 from flexmoe.kernels.native import attention as native_attention
 from flexmoe.kernels.native import library as native
-from flexmoe.kernels.packed_kv import head_words, pack, unpack
 from flexmoe.kernels.paged_attention import paged_attention
 from flexmoe.kernels.ragged import Ragged
 from flexmoe.kernels.varlen_attention import varlen_paged_attention
