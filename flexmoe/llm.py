@@ -19,6 +19,7 @@ from flexmoe.calls.prompts import Conversation, Prompt, one_each, read_conversat
 from flexmoe.calls.results import as_asked
 from flexmoe.checkpoint.generation_config import SamplingDefaults, generation_config
 from flexmoe.engine.engine import Engine
+from flexmoe.engine.engine_plan import EnginePlan
 from flexmoe.engine.requests import RefusedError
 from flexmoe.engine.router_counter import LayerStats
 from flexmoe.errors import UsageError
@@ -27,6 +28,7 @@ from flexmoe.outputs import RequestOutput
 from flexmoe.params import DEFAULT_MAX_TOKENS, EngineRequest, InFlight, SamplingParams
 from flexmoe.planning.configure import ARGUMENTS, configure
 from flexmoe.progress import Progress
+from flexmoe.quantizing.packed_copy import packed_copy
 from flexmoe.text.tokenizer import Tokenizer, eos_ids
 from flexmoe.vllm_arguments import CALL, ENGINE, only_ours
 from policies.policy import Policy
@@ -64,7 +66,8 @@ class LLM:
         tokenizer: another tokenizer than the checkpoint's, or its directory.
         generation_config: where `get_default_sampling_params` are from: ``auto`` (the checkpoint), ``none`` or ``vllm`` (nowhere), or
             a directory.
-        **options: ``gpu_memory_utilization``, the share of the GPU's memory that is ``gpu_mem``; ``compress_cache``, which keeps
+        **options: ``gpu_memory_utilization``, the share of the GPU's memory that is ``gpu_mem``; ``compress_weight``, which packs
+            16-bit weights once below ``offload_dir`` (in ``int4``, ``int8``, ``fp8`` or ``mxfp4``) and runs those; ``compress_cache``, which keeps
             the KV cache as int8 with a scale for each token and KV head (vLLM's ``kv_cache_dtype="int8"``); further fields of `flexmoe.engine.config.EngineConfig`: ``offload_dir``, ``kv_tokens``, ``longest_row``,
             ``max_model_len``, ``gen_len``, ``eos_ids``, ``keep_spans``, ``reserve``, ``expert_cache``, ``expert_usage``, ``router_stats``.
 
@@ -107,6 +110,11 @@ class LLM:
         if not config.eos_ids:
             ids = eos_ids(self.model.generation_config, self.model.config, self.tokenizer)
             config = replace(config, eos_ids=ids)
+        if config.policy.compress_weight is not None:
+            EnginePlan.of(self.model, config)  # what does not fit is refused before the weights are packed
+            bar = sys.stderr is not None and sys.stderr.isatty()
+            format, directory = config.policy.compress_weight, config.offload_dir
+            self.model = packed_copy(self.model, format, directory, dtype=config.dtype, bar=bar)
         self.engine = Engine(self.model, config, self.tokenizer.detokenize)
         self._streaming = False
         self._left: list[InFlight] = []

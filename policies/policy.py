@@ -16,6 +16,8 @@ from policies.workload import Workload
 KIND = "flexmoe.policy"
 SCHEMA_VERSION = 1
 SCHEDULES = ("rolling", "static")
+#: What a run can pack the weights of a 16-bit checkpoint in.
+WEIGHT_FORMATS = ("int4", "int8", "fp8", "mxfp4")
 #: For each layer the numbers of its expert units.
 Order = tuple[tuple[int, ...], ...]
 _LAYER_SCHEMA = {"type": "array", "minItems": 1, "uniqueItems": True, "items": {"type": "integer", "minimum": 0}}
@@ -52,6 +54,18 @@ def _known_order(name: str, order: Order) -> Order:
 _ORDER = Rule(check=_checked_order, schema={"type": "array", "minItems": 1, "items": _LAYER_SCHEMA})
 
 
+def _checked_format(name: str, value: Any) -> str | None:
+    """A format or None; a file of before formats had names says false."""
+    if value is None or value is False:
+        return None
+    if value not in WEIGHT_FORMATS or not isinstance(value, str):
+        raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(WEIGHT_FORMATS)}, or null.")
+    return value
+
+
+_FORMAT = Rule(check=_checked_format, schema={"enum": [*WEIGHT_FORMATS, None, False]})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """Where things live, how many rows run together, and in which order. Names follow FlexLLMGen.
@@ -66,7 +80,8 @@ class Policy:
         prefill_tokens: prompt tokens that may enter one sweep.
         overlap: copies and computation run at the same time; off, one after the other.
         pin_weight: host weights are pinned, so that copies to the GPU run asynchronously.
-        compress_weight: weights are stored compressed.
+        compress_weight: what a 16-bit checkpoint is packed in, one of `WEIGHT_FORMATS`: attention projections, experts and the
+            MLPs of dense layers. None leaves a checkpoint as it is, packed or not.
         compress_cache: the KV cache is stored compressed.
         cpu_attention_percent: share of the host-resident KV that is attended to on the CPU, 0 to 100.
         schedule: "rolling" (a finished row's place is refilled in the next sweep) or "static" (a block starts and
@@ -93,7 +108,7 @@ class Policy:
     prefill_tokens: Count
     overlap: Switch = True
     pin_weight: Switch = True
-    compress_weight: Switch = False
+    compress_weight: Annotated[str | None, _FORMAT] = None
     compress_cache: Switch = False
     cpu_attention_percent: Percent = 0.0
     schedule: Annotated[str, one_of(*SCHEDULES)] = "rolling"

@@ -22,6 +22,7 @@ _MODEL = {
     "head_bias": _SWITCH,
     "dense_layers": {"type": "array", "items": _SIZE},
     "dense_ffn": _COUNT,
+    "weight_format": {"description": "What its weights are packed in; absent: nothing.", **_TEXT},
 }
 _HARDWARE = {
     "name": _TEXT,

@@ -1,11 +1,13 @@
 """Is the cost model true? Probe the machine once, run configurations it has never seen, print predicted beside measured.
 
-``python -m scripts.validate_cost_model`` has two sets, with placements over three tiers and both schedules:
+``python -m scripts.validate_cost_model`` has three sets, with placements over three tiers and both schedules:
 
 - even: two synthetic models, rows of like lengths, in three classes by what bounds them (disk, compute, both);
 - mixed: MT-Bench prompts with 1 to 512 new tokens, Zipf's and two-peaked lengths, few rows, prompts that are scored, samples
   of one prompt, and a real model (SmolLM2 as a mixture of experts, downloaded once; without a network a synthetic one whose
-  routers have favourites).
+  routers have favourites);
+- packed: the two synthetic models with weights in int4, int8, fp8 and mxfp4, on the disk, over all tiers and resident, with
+  many rows and few; two of the twelve keep their KV cache as int8.
 
 No constant comes from these runs. Disks drift, so the disk rate just before and after a run is fed to its prediction. A run
 is repeated when its two disk rates differ by more than 20 %, or when the cores, timed before and after it, are more than 20 %
@@ -30,7 +32,9 @@ from cost_model.hardware.speeds import with_speeds
 from cost_model.model.arch import ModelArch
 from cost_model.simulation.simulate import Simulation, simulate
 from flexmoe.errors import FlexMoEError
+from flexmoe.quantizing.quantize import quantize
 from flexmoe.text.tokenizer import Tokenizer
+from policies.policy import WEIGHT_FORMATS
 from scripts.benchmark.probes import machine, versions
 from scripts.checkpoints.shapes import SIZES
 from scripts.demonstration.models import REAL
@@ -39,6 +43,7 @@ from scripts.support.corpus import corpus_words
 from scripts.validation.configs import Configuration, draw
 from scripts.validation.drift import corrected_s
 from scripts.validation.jobs import REAL_WEIGHTS, draw_jobs
+from scripts.validation.packed import draw_packed
 from scripts.validation.record import lines, summary, write
 from scripts.validation.runs import Run, Subject, cpu_rate, measure
 
@@ -48,7 +53,7 @@ MODELS = {
 }
 #: What takes the place of the real model where it cannot be had: routers prefer experts by Zipf's law.
 SKEWED = {**SIZES["demo"], "num_hidden_layers": 12, "num_local_experts": 8}
-EVEN, MIXED = "even", "mixed"
+EVEN, MIXED, PACKED = "even", "mixed", "packed"
 EACH = {EVEN: 8, MIXED: 3}
 REPEATS, MOST_TRIES, DRIFT = 3, 7, 0.2
 
@@ -56,9 +61,13 @@ REPEATS, MOST_TRIES, DRIFT = 3, 7, 0.2
 def main(argv: list[str] | None = None) -> int:
     """Run the validation; 1 when it misses its targets."""
     args = _arguments(argv)
-    sets = (EVEN, MIXED) if args.set == "both" else (args.set,)
+    sets = (EVEN, MIXED, PACKED) if args.set == "all" else (args.set,)
     subjects = {name: _subject(_checkpoint(args.work / name, config)) for name, config in MODELS.items()}
     synthetic = {name: s.arch for name, s in subjects.items()}
+    if PACKED in sets:
+        subjects |= {
+            f"{name}-{format}": _packed(subjects[name], format) for name in MODELS for format in WEIGHT_FORMATS
+        }
     if MIXED in sets:
         subjects[REAL_WEIGHTS] = _real(args.work)
     archs = {name: s.arch for name, s in subjects.items()}
@@ -67,11 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, list[dict]] = {name: [] for name in sets}
     print(f"{machine()['cpu']}, {machine()['cores']} cores", flush=True)
     for name in sets:
-        each = args.each or EACH[name]
-        configurations = (
-            draw(synthetic, hardware, args.seed, each) if name == EVEN else draw_jobs(archs, hardware, args.seed, each)
-        )
-        for c in configurations:
+        for c in _configurations(name, args, archs, synthetic, hardware):
             if args.only is None or c.name in args.only:
                 results[name].append(validate(c, subjects[c.model], hardware, args.work, cpu_then))
                 print(*lines(results[name][-1]), sep="\n", flush=True)
@@ -81,6 +86,21 @@ def main(argv: list[str] | None = None) -> int:
         about = {"machine": machine(), "versions": versions(), "seed": args.seed, "hardware": hardware.to_json()}
         write(args.record, about | {"results": sum(results.values(), []), "summaries": summaries})
     return 0 if summaries and all(found["met"] for found in summaries.values()) else 1
+
+
+def _configurations(
+    name: str,
+    args: argparse.Namespace,
+    archs: dict[str, ModelArch],
+    synthetic: dict[str, ModelArch],
+    hardware: Hardware,
+) -> list[Configuration]:
+    if name == EVEN:
+        return draw(synthetic, hardware, args.seed, args.each or EACH[name])
+    if name == PACKED:
+        return draw_packed({model: arch for model, arch in archs.items() if arch.packed}, hardware, args.seed)
+    plain = {model: arch for model, arch in archs.items() if arch.packed is None}
+    return draw_jobs(plain, hardware, args.seed, args.each or EACH[name])
 
 
 def validate(
@@ -144,6 +164,15 @@ def _subject(path: Path) -> Subject:
     return Subject(arch=ModelArch.from_dir(path), path=path, disk_files=tuple(sorted(path.glob("*.safetensors"))))
 
 
+def _packed(plain: Subject, format: str) -> Subject:
+    """The model with its weights packed, beside it."""
+    path = plain.path.with_name(f"{plain.path.name}-{format}")
+    if not path.exists():
+        print(f"packing {path} …", file=sys.stderr, flush=True)
+        quantize(plain.path, path, format)
+    return _subject(path)
+
+
 def _real(work: Path) -> Subject:
     """The real model with text of its language; where it cannot be had, one whose routers have favourites."""
     try:
@@ -167,7 +196,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--work", type=Path, default=Path("build"), help="where checkpoints and disk tiers go (default build)"
     )
     p.add_argument("--hardware", type=Path, help="a file of `python -m flexmoe.probe`, instead of probing now")
-    p.add_argument("--set", choices=[EVEN, MIXED, "both"], default="both", help="what is run (default both)")
+    p.add_argument("--set", choices=[EVEN, MIXED, PACKED, "all"], default="all", help="what is run (default all)")
     p.add_argument("--seed", type=int, default=1, help="of the drawn configurations (default 1)")
     p.add_argument("--each", type=int, help="configurations of a class (default 8) and of a kind of job (default 3)")
     p.add_argument("--only", nargs="+", help="names of the configurations to run")

@@ -10,7 +10,7 @@ from cost_model.cli.row_arguments import ROW_NAMES, add_row_flags
 from cost_model.model.config_fields import DTYPE_BYTES
 from policies.common.command_line import Parser, count, flag, fraction, percent, program_name, size_gib
 from policies.common.errors import UsageError
-from policies.policy import SCHEDULES
+from policies.policy import SCHEDULES, WEIGHT_FORMATS
 
 #: Flags that fix one share each, and the policy's field; 0 means 0.
 SHARES = {
@@ -143,7 +143,16 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--compress-cache", action="store_true", help="KV cache as int8, with a scale for each token and KV head"
     )
-    g.add_argument("--compress-w", action="store_true", help="compressed weights: refused, the runtime has none yet")
+    g.add_argument(
+        "--compress-weight",
+        choices=WEIGHT_FORMATS,
+        help="plan for 16-bit weights packed in it, as flexmoe.run packs them",
+    )
+    g.add_argument(
+        "--allow-compression",
+        action="store_true",
+        help="compress weights and KV cache where that gains; without it the report says what would gain, and how to ask for it",
+    )
     g.add_argument("--ignore-memory", action="store_true", help="judge a policy that does not fit, too")
 
 
@@ -161,11 +170,6 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UsageError: flags contradict each other or one is missing; the sentence names them.
     """
-    if args.compress_w:
-        raise UsageError(
-            "--compress-w asks for compressed weights, which the runtime does not have yet; leave it out, and the "
-            "report says what they would gain"
-        )
     if args.prompts and args.prompt_len:
         raise UsageError("--prompts already says how long the prompts are; leave out --prompt-len")
     if not args.prompts:
@@ -182,6 +186,8 @@ def check(args: argparse.Namespace) -> None:
             if value is None
         ]
         _refuse("--percent needs {} too", missing)
+    if args.allow_compression and (args.percent or args.policy):
+        raise UsageError("--allow-compression is for the search; leave it out, or --percent and --policy")
     if args.ignore_memory and not (args.percent or args.policy):
         raise UsageError("--ignore-memory is for a given policy; give --percent or --policy, too")
     _check_files(args)
@@ -203,7 +209,7 @@ def _check_files(args: argparse.Namespace) -> None:
 
 
 def _given(args: argparse.Namespace) -> list[str]:
-    names = ("percent", "gpu_batch_size", "num_gpu_batches", "prefill_tokens", "schedule", "overlap")
+    names = ("percent", "gpu_batch_size", "num_gpu_batches", "prefill_tokens", "schedule", "overlap", "compress_weight")
     flags = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
     switches = ("cpu_cache_compute", "compress_cache")
     return flags + [f"--{name.replace('_', '-')}" for name in switches if getattr(args, name)]

@@ -16,6 +16,7 @@ from cost_model.hardware.cache import last_measured
 from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
 from cost_model.model.config_fields import DTYPE_BYTES
+from cost_model.model.packing import check_unpacked, packed_as
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.solve import Plan, solve
 from cost_model.timing.evaluate import Prediction, evaluate
@@ -50,6 +51,7 @@ def _run(args: argparse.Namespace, read_lengths: ReadLengths) -> int:
 
         check_plot(args.plot)
     arch = _model(args.model)
+    check_unpacked(arch, args.compress_weight)
     hardware, origin = _machine(args)
     workload, notes = read_lengths(args, arch) if args.prompts else (_equal_rows(args, arch), ())
     usage = _usage(args.expert_usage, arch) if args.expert_usage else None
@@ -158,7 +160,7 @@ def _report(
         plan = _plan(args, arch, hardware, workload, dtype_bytes=b, usage=usage)
         policy, explanation, prediction = plan.policy, plan.explanation, plan.prediction
     return Report(
-        arch=arch,
+        arch=packed_as(arch, policy.compress_weight),
         hardware=hardware,
         workload=workload,
         dtype_bytes=b,
@@ -173,6 +175,7 @@ def _report(
 
 def _plan(args: argparse.Namespace, arch: ModelArch, hardware: Hardware, workload: Workload, **about: Any) -> Plan:
     try:
+        about["allow_compression"] = args.allow_compression
         return solve(arch, hardware, workload, fixed=_fixed(args), advice=True, **about)
     except InfeasibleError as error:  # it speaks of what may be used
         parts = {"gpu": args.alpha_g, "cpu": args.alpha_c, "nvme": args.alpha_n}
@@ -181,7 +184,7 @@ def _plan(args: argparse.Namespace, arch: ModelArch, hardware: Hardware, workloa
 
 
 def _fixed(args: argparse.Namespace) -> Fixed:
-    names = ("gpu_batch_size", "num_gpu_batches", "prefill_tokens", "schedule", "overlap")
+    names = ("gpu_batch_size", "num_gpu_batches", "prefill_tokens", "schedule", "overlap", "compress_weight")
     values = {name: getattr(args, name) for name in names}
     values |= {field: getattr(args, name) for name, field in SHARES.items()}
     if args.cpu_cache_compute:
@@ -193,9 +196,10 @@ def _fixed(args: argparse.Namespace) -> Fixed:
 def _given_policy(args: argparse.Namespace, arch: ModelArch, workload: Workload, usage: ExpertUsage | None) -> Policy:
     if args.policy:
         file = PolicyFile.load(args.policy)
-        file.check_model(arch.fingerprint())
+        file.check_model(packed_as(arch, file.policy.compress_weight).fingerprint())
         return file.policy
-    flags = {"schedule": args.schedule, "overlap": args.overlap, "prefill_tokens": args.prefill_tokens}
+    names = ("schedule", "overlap", "prefill_tokens", "compress_weight")
+    flags = {name: getattr(args, name) for name in names}
     return Policy.from_percent(
         args.percent,
         gpu_batch_size=args.gpu_batch_size,

@@ -80,7 +80,8 @@ class Report:
     @property
     def advice(self) -> tuple[str, ...]:
         """What would help most, a phrase each; nothing for a given policy."""
-        return tuple(map(str, self.explanation.advice)) if self.explanation else ()
+        now = self.predicted()["tokens_per_s"]
+        return tuple(each.describe(now) for each in self.explanation.advice) if self.explanation else ()
 
     def achieved(self) -> dict[str, tuple[float, float, float]]:
         """(GPU, CPU, disk) in percent of weights, KV cache and activations, after rounding to whole pieces."""
@@ -160,7 +161,8 @@ class Report:
 
     def _model(self) -> list[str]:
         arch = self.arch
-        size = f"{arch.parameters / 1e9:.2f} G parameters, {_gib(arch.total_bytes)}"
+        packed = f" in {arch.packed.describe()}" if arch.packed else ""
+        size = f"{arch.parameters / 1e9:.2f} G parameters, {_gib(arch.total_bytes)}{packed}"
         compressed = self.policy.compress_cache
         kv_bytes = arch.kv_bytes_per_token(self.dtype_bytes, compressed=compressed)
         kv = f"{kv_bytes / 1024:.0f} KiB of {'int8 ' if compressed else ''}KV a token"

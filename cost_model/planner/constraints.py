@@ -39,6 +39,7 @@ class Fixed:
     schedule: str | None = None
     weight_slots: int | None = None
     expert_order: tuple[tuple[int, ...], ...] | None = None
+    compress_weight: str | None = None
     overlap: bool = True
     pin_weight: bool = True
     compress_cache: bool = False
@@ -46,7 +47,7 @@ class Fixed:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is None or field.name == "expert_order":  # the policies that get it check it
+            if value is None or field.name in ("expert_order", "compress_weight"):  # the policies that get it check it
                 continue
             if field.name.endswith("_percent"):
                 object.__setattr__(self, field.name, check_percent(field.name, value))

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from cost_model.hardware.hardware import Hardware
 from cost_model.memory.allocation import Allocation
 from cost_model.model.arch import ModelArch
+from cost_model.model.packing import packed_as
 from cost_model.model.weight_units import group_on
 from cost_model.planner.constraints import Fixed
 from cost_model.timing.evaluate import Prediction, predict
 from policies.common.checks import check_number
+from policies.common.errors import InfeasibleError
 from policies.placement import TIERS
 from policies.policy import Policy
 from policies.workload import Workload
 
 if TYPE_CHECKING:
     from cost_model.planner.lp_model import Price
+    from cost_model.planner.search import Optimum
     from cost_model.planner.what_if import Advice
     from cost_model.routing.expert_usage import ExpertUsage
     from cost_model.timing.problem import Problem
@@ -77,6 +82,7 @@ def solve(
     usage: ExpertUsage | None = None,
     on_demand: bool = True,
     advice: bool = False,
+    allow_compression: bool = False,
     effort: float = 1.0,
 ) -> Plan:
     """The best policy of the model on the machine for the job. The same arguments give the same plan.
@@ -90,60 +96,113 @@ def solve(
             are alike.
         on_demand: sweeps of few rows move only the experts that were routed to.
         advice: find out, too, what would help most.
+        allow_compression: compress weights and KV cache where that gains and ``fixed`` does not say.
         effort: how long to search, by evaluations and not by the clock; less is quicker and may find a little less.
 
     Raises:
         InfeasibleError: nothing fits; the sentence names the limit, and how much of each capacity alone would do.
             Or the usage is of another model.
-        UsageError: what is fixed contradicts itself.
+        UsageError: what is fixed contradicts itself, or the model's widths.
     """
     from cost_model.timing.problem import Problem  # with numpy, which help and flags do not need
 
     fixed = fixed or Fixed()
     if schedule is not None:
         fixed = replace(fixed, schedule=schedule)
-    group = group_on(hardware, arch)
-    arch = arch.grouped(group)
+    arch = packed_as(arch, fixed.compress_weight)
+    arch = arch.grouped(group_on(hardware, arch))
     problem = Problem.of(
         arch, hardware, workload, dtype_bytes=dtype_bytes, usage=usage, kv_tokens=kv_tokens, on_demand=on_demand
     )
     if usage is not None:
         fixed = replace(fixed, expert_order=usage.unit_order(arch))
-    return _plan(problem, fixed, group, advice=advice, effort=check_number("effort", effort))
+    search = _with_compression if allow_compression else _best
+    return _plan(problem, fixed, search, advice=advice, effort=check_number("effort", effort))
 
 
-def _plan(problem: Problem, fixed: Fixed, experts_per_unit: int | None, *, advice: bool, effort: float) -> Plan:
-    # The programme's library is loaded only where a plan is made.
-    from cost_model.planner.infeasible import refusal, smallest_policies
-    from cost_model.planner.search import improved, optimum
-    from cost_model.planner.what_if import Hints, advise
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The best policy, and the problem that it solves."""
+
+    problem: Problem
+    fixed: Fixed
+    best: Optimum
+
+    def counting(self, others: Iterable[Optimum]) -> _Found:
+        """With what the search for others took."""
+        programmes = self.best.programmes + sum(other.programmes for other in others)
+        evaluations = self.best.evaluations + sum(other.evaluations for other in others)
+        return replace(self, best=replace(self.best, programmes=programmes, evaluations=evaluations))
+
+
+_Search = Callable[["Problem", Fixed, float], _Found]
+
+
+def _plan(problem: Problem, fixed: Fixed, search: _Search, *, advice: bool, effort: float) -> Plan:
+    from cost_model.planner.what_if import Hints, advise  # the programme's library is loaded only where a plan is made
 
     start = time.perf_counter()
-    smallest = smallest_policies(problem, fixed)
-    if not smallest:
-        raise refusal(problem, fixed)
-    found = optimum(problem, fixed, smallest, effort)
-    if experts_per_unit is not None and fixed.expert_order is None and _is_of_few_rows(problem):
-        one_by_one = replace(problem, arch=replace(problem.arch, group=None))
-        other = improved(one_by_one, fixed, found.policy)
-        if other.tokens_per_s > found.tokens_per_s:
-            programmes, evaluations = found.programmes + other.programmes, found.evaluations + other.evaluations
-            problem, found, experts_per_unit = one_by_one, other, None
-            found = replace(found, programmes=programmes, evaluations=evaluations)
-    policy = replace(achieved(problem, found.policy), experts_per_unit=experts_per_unit)
+    found = search(problem, fixed, effort)
+    problem, fixed = found.problem, found.fixed
+    policy = replace(achieved(problem, found.best.policy), experts_per_unit=problem.arch.group)
     prediction = predict(problem, policy)
-    found = replace(found, policy=policy)
-    hints = advise(problem, fixed, found, prediction.bottleneck) if advice else Hints()
+    best = replace(found.best, policy=policy)
+    hints = advise(problem, fixed, best, prediction.bottleneck) if advice else Hints()
     explanation = Explanation(
         bottleneck=prediction.bottleneck,
-        prices=found.prices,
-        lp_tokens_per_s=found.lp_tokens_per_s,
+        prices=best.prices,
+        lp_tokens_per_s=best.lp_tokens_per_s,
         advice=hints.advice,
-        programmes=found.programmes + hints.programmes,
-        evaluations=found.evaluations + hints.evaluations,
+        programmes=best.programmes + hints.programmes,
+        evaluations=best.evaluations + hints.evaluations,
         seconds=time.perf_counter() - start,
     )
     return Plan(policy=policy, prediction=prediction, explanation=explanation)
+
+
+def _best(problem: Problem, fixed: Fixed, effort: float) -> _Found:
+    """The best policy of a problem.
+
+    Raises:
+        InfeasibleError: nothing fits.
+    """
+    from cost_model.planner.infeasible import refusal, smallest_policies
+    from cost_model.planner.search import improved, optimum
+
+    smallest = smallest_policies(problem, fixed)
+    if not smallest:
+        raise refusal(problem, fixed)
+    found = _Found(problem, fixed, optimum(problem, fixed, smallest, effort))
+    if problem.arch.group is not None and fixed.expert_order is None and _is_of_few_rows(problem):
+        one_by_one = replace(problem, arch=replace(problem.arch, group=None))
+        other = _Found(one_by_one, fixed, improved(one_by_one, fixed, found.best.policy))
+        if other.best.tokens_per_s > found.best.tokens_per_s:
+            return other.counting([found.best])
+    return found
+
+
+def _with_compression(problem: Problem, fixed: Fixed, effort: float) -> _Found:
+    """The best policy, compressed where that gains; where nothing fits, with what changes numbers least of what does.
+
+    Raises:
+        InfeasibleError: nothing fits, however it is compressed.
+    """
+    from cost_model.planner.what_if import LEAST_GAIN, compressed, most_gaining
+
+    try:
+        plain = _best(problem, fixed, effort)
+    except InfeasibleError:
+        for changed in compressed(problem, fixed):
+            with contextlib.suppress(InfeasibleError):
+                return _best(changed.problem, changed.fixed, effort)
+        raise
+    tried = most_gaining(plain.problem, fixed, plain.best.policy)
+    if tried is None:
+        return plain
+    packed = _best(*tried, effort)
+    if packed.best.tokens_per_s < (1 + LEAST_GAIN) * plain.best.tokens_per_s:
+        return plain.counting([packed.best])
+    return packed.counting([plain.best])
 
 
 def _is_of_few_rows(problem: Problem) -> bool:

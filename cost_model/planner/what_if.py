@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from cost_model.hardware.hardware import Gpu, Hardware
 from cost_model.hardware.link_curves import scaled
 from cost_model.hardware.speeds import with_speeds
-from cost_model.model.arch import ModelArch
-from cost_model.model.packed_format import PackedFormat
+from cost_model.model.packing import packed_as
+from cost_model.model.weight_units import experts_per_unit, group_on
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.search import Optimum, improved
 from cost_model.timing.problem import Problem
+from policies.common.errors import UsageError
 from policies.common.memory_units import GIB
+from policies.common.option_names import option
+from policies.policy import Policy
 
-#: So many changes are shown that the runtime could use at once, and so many that it could not.
-_MOST_OF_MACHINE, _MOST_OF_MODEL = 3, 2
-_LEAST_GAIN = 0.01
+#: So many changes of the machine are shown.
+_MOST_OF_MACHINE = 3
+#: What a change has to give to be worth a word, and a compression to be chosen.
+LEAST_GAIN = 0.01
+#: Formats of weights, those that change them least first; and those that are spoken of, as others gain much the same.
+_FORMATS, _SHOWN_FORMATS = ("int8", "fp8", "int4", "mxfp4"), ("int8", "int4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,18 +36,26 @@ class Advice:
     Attributes:
         change: in words.
         tokens_per_s: what the best policy then gives.
-        gain: its ratio to what is had now, less 1.
-        available: the runtime has it; else it is a prospect.
+        gain: its ratio to what is had now, less 1; at least, as the search for it is short.
+        ask: the option that asks for it; empty for another machine.
     """
 
     change: str
     tokens_per_s: float
     gain: float
-    available: bool = True
+    ask: str = ""
 
-    def __str__(self) -> str:
+    def describe(self, tokens_per_s: float) -> str:
+        """The change and its gain; of what can be asked for also the speed, and how.
+
+        Args:
+            tokens_per_s: that is predicted now.
+        """
         gain = f"{self.gain + 1:.1f}x" if self.gain >= 1 else f"+{100 * self.gain:.0f} %"
-        return f"{self.change}: {gain}" + ("" if self.available else " (not in the runtime yet)")
+        if not self.ask:
+            return f"{self.change}: {gain}"
+        then = (1 + self.gain) * tokens_per_s
+        return f"{self.change}: at least {f'{then:,.0f}' if then >= 100 else f'{then:.3g}'} tokens/s, {gain}; ask by {self.ask}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,25 +77,88 @@ def advise(problem: Problem, fixed: Fixed, found: Optimum, bottleneck: str) -> H
     scarce = {price.name for price in found.prices} | {bottleneck}
     now = improved(problem, fixed, found.policy).tokens_per_s
     advice, programmes, evaluations = [], 0, 0
-    for change, better, available in _changes(problem, scarce):
-        then = improved(better, fixed, found.policy)
+    fewer_bytes = *_weights(problem, fixed, _SHOWN_FORMATS), *_cache(problem, fixed)
+    for changed in (*_machines(problem, fixed, scarce), *fewer_bytes):
+        then = improved(changed.problem, changed.fixed, found.policy)
         programmes, evaluations = programmes + then.programmes, evaluations + then.evaluations
         gain = then.tokens_per_s / now - 1
-        if gain >= _LEAST_GAIN:
-            advice.append(Advice(change=change, tokens_per_s=then.tokens_per_s, gain=gain, available=available))
+        if gain >= LEAST_GAIN:
+            advice.append(Advice(change=changed.change, tokens_per_s=then.tokens_per_s, gain=gain, ask=changed.ask))
     advice.sort(key=lambda each: -each.gain)
-    shown = [each for each in advice if each.available][:_MOST_OF_MACHINE]
-    shown += [each for each in advice if not each.available][:_MOST_OF_MODEL]
+    shown = [each for each in advice if not each.ask][:_MOST_OF_MACHINE] + [each for each in advice if each.ask]
     best_first = tuple(sorted(shown, key=lambda each: -each.gain))
     return Hints(advice=best_first, programmes=programmes, evaluations=evaluations)
 
 
-def _changes(problem: Problem, scarce: set[str]) -> Iterator[tuple[str, Problem, bool]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changed:
+    """A problem and what is fixed of it after a change.
+
+    Attributes:
+        change: in words.
+        ask: the option that asks for it; empty for another machine.
+    """
+
+    change: str
+    problem: Problem
+    fixed: Fixed
+    ask: str = ""
+
+
+def _machines(problem: Problem, fixed: Fixed, scarce: set[str]) -> Iterator[Changed]:
     for names, change, better in _MACHINES:
         if scarce & set(names):
-            yield change, replace(problem, hardware=better(problem.hardware)), True
-    for change, fewer in _MODELS:
-        yield change, replace(problem, arch=fewer(problem.arch)), False
+            yield Changed(change=change, problem=replace(problem, hardware=better(problem.hardware)), fixed=fixed)
+
+
+# Fewer bytes.
+
+
+def compressed(problem: Problem, fixed: Fixed) -> Iterator[Changed]:
+    """All ways to compress a problem, one thing before both, and what changes numbers least first."""
+    weights, cache = list(_weights(problem, fixed, _FORMATS)), list(_cache(problem, fixed))
+    yield from (*cache, *weights)
+    yield from (both for own in weights for both in _cache(own.problem, own.fixed))
+
+
+def most_gaining(problem: Problem, fixed: Fixed, policy: Policy) -> tuple[Problem, Fixed] | None:
+    """The compression that gains most by a short search from a policy; None where none gains.
+
+    One that changes numbers more is taken only where it gains beside those that change them less.
+    """
+    best, tokens_per_s = (problem, fixed), improved(problem, fixed, policy).tokens_per_s
+    for tried in (partial(_weights, formats=_FORMATS), _cache):
+        for changed in tried(*best):
+            then = improved(changed.problem, changed.fixed, policy).tokens_per_s
+            if then >= (1 + LEAST_GAIN) * tokens_per_s:
+                best, tokens_per_s = (changed.problem, changed.fixed), then
+    return None if best == (problem, fixed) else best
+
+
+def _cache(problem: Problem, fixed: Fixed) -> Iterator[Changed]:
+    if not fixed.compress_cache:
+        ask = option("compress_cache", True)
+        yield Changed(change="int8 KV", problem=problem, fixed=replace(fixed, compress_cache=True), ask=ask)
+
+
+def _weights(problem: Problem, fixed: Fixed, formats: Iterable[str]) -> Iterator[Changed]:
+    if problem.arch.packed is None:
+        for format in formats:
+            with contextlib.suppress(UsageError):  # no group of the format fits the widths
+                yield _with_weights(problem, fixed, format)
+
+
+def _with_weights(problem: Problem, fixed: Fixed, format: str) -> Changed:
+    """Weights in a format, in units of the size that suits them, or of as many experts as the order of experts is given for."""
+    arch = packed_as(replace(problem.arch, group=None), format)
+    given = fixed.expert_order is not None
+    arch = arch.grouped(experts_per_unit(problem.arch) if given else group_on(problem.hardware, arch))
+    return Changed(
+        change=f"{format} weights",
+        problem=replace(problem, arch=arch),
+        fixed=replace(fixed, compress_weight=format),
+        ask=option("compress_weight", format),
+    )
 
 
 # Machines.
@@ -152,47 +231,4 @@ _MACHINES: Iterable[tuple[tuple[str, ...], str, _Better]] = (
     (("disk_read", "disk_write", "kv loads", "on demand"), "a disk twice as fast", _faster_disk),
     (("cpu", "host memory"), "host memory and CPU attention twice as fast", _faster_host),
     (("gpu", "cores", "schedule"), "a compute device twice as fast", _faster_device),
-)
-
-
-# Models.
-
-
-#: Inputs that share a scale.
-_GROUP = 128
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Packed(ModelArch):
-    """The model with KV in fewer bits: at rest and on the links.
-
-    Attributes:
-        kv_bits: of one number of the KV cache; 0 is the compute dtype's.
-    """
-
-    kv_bits: int = 0
-
-    def kv_bytes_per_token_layer(self, dtype_bytes: int = 2, *, compressed: bool = False) -> int:
-        """Bytes of K and V that one token keeps in one layer."""
-        full = ModelArch.kv_bytes_per_token_layer(self, dtype_bytes, compressed=compressed)
-        return full * self.kv_bits // (8 * dtype_bytes) if self.kv_bits and not compressed else full
-
-
-def _packed_weights(bits: int) -> Callable[[ModelArch], ModelArch]:
-    packed = PackedFormat(method="compressed-tensors", codec="integer", bits=bits, columns=_GROUP)
-    return lambda arch: arch if arch.packed else replace(arch, packed=packed)
-
-
-def _packed_kv(bits: int) -> Callable[[ModelArch], ModelArch]:
-    def pack(arch: ModelArch) -> ModelArch:
-        values = {field.name: getattr(arch, field.name) for field in fields(ModelArch)}
-        return Packed(**values, kv_bits=bits)
-
-    return pack
-
-
-_MODELS: Iterable[tuple[str, Callable[[ModelArch], ModelArch]]] = (
-    ("int8 weights", _packed_weights(8)),
-    ("int4 weights", _packed_weights(4)),
-    ("int8 KV", _packed_kv(8)),
 )

@@ -17,6 +17,7 @@ from cost_model.hardware.hardware import Hardware
 from cost_model.memory.allocation import PAGE_TOKENS
 from cost_model.memory.memory_plan import MemoryPlan
 from cost_model.model.arch import ModelArch
+from cost_model.model.packing import packed_as
 from cost_model.routing.expert_usage import ExpertUsage
 from cost_model.simulation.job_sweeps import JobSweeps, job_sweeps
 from cost_model.simulation.replay import replay
@@ -127,13 +128,14 @@ def simulate(
 
     Raises:
         UsageError: the workload is endless, or has another number of rows.
-        InfeasibleError: a row fits no tier's KV cache; or the usage, or the policy's order of experts, is of another
-            model.
+        InfeasibleError: a row fits no tier's KV cache; or the usage, or the policy's order of experts or format of weights, is
+            of another model.
     """
     if workload.num_requests is None:
         raise UsageError("an endless job cannot be simulated; give the workload num_requests")
     if rows is not None and len(rows) != workload.num_requests:
         raise UsageError(f"{len(rows)} rows are given for a job of {workload.num_requests}")
+    arch = packed_as(arch, policy.compress_weight)
     problem = Problem.of(
         arch,
         hardware,

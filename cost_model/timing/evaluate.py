@@ -10,6 +10,7 @@ from cost_model.hardware.hardware import Hardware
 from cost_model.memory.allocation import Allocation
 from cost_model.memory.memory_plan import MemoryPlan, remedies
 from cost_model.model.arch import ModelArch
+from cost_model.model.packing import packed_as
 from cost_model.timing.job_phases import job_phases
 from cost_model.timing.op_costs import Costs
 from cost_model.timing.phase_loads import Phase
@@ -104,8 +105,9 @@ def evaluate(
 
     Raises:
         InfeasibleError: a tier has too few bytes; the sentence says how many are missing. Or the usage, or the policy's
-            order of experts, is of another model.
+            order of experts or format of weights, is of another model.
     """
+    arch = packed_as(arch, policy.compress_weight)
     problem = Problem.of(
         arch, hardware, workload, dtype_bytes=dtype_bytes, kv_tokens=kv_tokens, usage=usage, on_demand=on_demand
     )

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cost_model.model.packing import check_unpacked, packed_as
 from flexmoe.batch.options import RunOptions, is_auto
 from flexmoe.checkpoint.generation_config import generation_config
 from flexmoe.job.identity import digest, model_identity, tokenizer_identity
@@ -17,6 +18,7 @@ from flexmoe.preflight.prepare_setup import PreparerSetup
 from flexmoe.preflight.served_model import ServedModel
 from flexmoe.system.interrupts import Interrupts
 from flexmoe.text.chat_template import read_template
+from policies.policy import Policy, PolicyFile
 
 
 def check_files(options: RunOptions) -> None:
@@ -51,6 +53,24 @@ def open_model(options: RunOptions) -> Model:
     """
     model = load_model(options.model, options.load_format, options.dtype)
     return replace(model, generation_config=generation_config(options.generation_config, model.generation_config))
+
+
+def weight_format(options: RunOptions, model: Model) -> str | None:
+    """What the run packs the model's weights in, as an option or the given policy says; None where it packs none.
+
+    Raises:
+        UsageError: an option asks for it, and they are packed already.
+        InfeasibleError: the policy is for another format than they are packed in.
+        FlexMoEError: the policy's file cannot be used.
+    """
+    check_unpacked(model.arch, options.compress_weight)
+    if options.policy_file is not None:
+        asked = PolicyFile.load(options.policy_file).policy.compress_weight
+    elif isinstance(options.policy, Policy):
+        asked = options.policy.compress_weight
+    else:
+        asked = options.compress_weight
+    return None if packed_as(model.arch, asked) is model.arch else asked
 
 
 def open_job(options: RunOptions, model: Model, interrupts: Interrupts | None = None, *, show_bar: bool = False) -> Job:
@@ -105,6 +125,7 @@ def _template(options: RunOptions) -> str | None:
 def _identity(options: RunOptions, model: Model, template: str | None) -> dict[str, Any]:
     """What decides the completions, beside the input. The compute dtype does as it was asked for: one that a device cannot
     do is replaced, and devices may change."""
+    packed = weight_format(options, model)
     stored = str(model.stored_dtype).removeprefix("torch.")
     return {
         **model_identity(model),
@@ -117,4 +138,5 @@ def _identity(options: RunOptions, model: Model, template: str | None) -> dict[s
         "compress_cache": options.asks_for_compressed_cache,
         "gen_len": options.gen_len,
         "seed": options.seed,
+        **({} if packed is None else {"compress_weight": packed}),
     }

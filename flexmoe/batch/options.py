@@ -22,7 +22,7 @@ from flexmoe.weights.eviction import EXPERT_CACHES
 from policies.common.checks import check_count, check_number
 from policies.common.directories import OFFLOAD_DIR
 from policies.common.option_names import option
-from policies.policy import Policy, PolicyFile
+from policies.policy import WEIGHT_FORMATS, Policy, PolicyFile
 
 PathLike = str | os.PathLike[str]
 #: Instead of a file: this machine's own, measured once, or the best policy for the job.
@@ -48,6 +48,7 @@ _CHOICES = {
     "schedule": SCHEDULES,
     "expert_cache": EXPERT_CACHES,
     "reserve": RESERVES,
+    "compress_weight": WEIGHT_FORMATS,
 }
 #: What a policy says already.
 _FIXABLE = (
@@ -58,6 +59,7 @@ _FIXABLE = (
     "overlap",
     "pin_weight",
     "compress_cache",
+    "compress_weight",
 )
 _OF_A_POLICY = ("percent", *_FIXABLE, "cpu_cache_compute")
 
@@ -100,6 +102,7 @@ class RunOptions:
         cpu_cache_compute: attend all KV in CPU memory on the CPU.
         overlap, pin_weight: run transfers beside computation, keep CPU weights pinned; None is true.
         compress_cache: keep the KV cache as int8, with a scale for each token and KV head; None is false.
+        compress_weight: pack 16-bit weights once below ``offload_dir``, in ``int4``, ``int8``, ``fp8`` or ``mxfp4``, and run those.
         expert_usage: file that says how often each expert was chosen in another run.
         device: ``auto``, ``cuda`` or ``cpu``.
         hardware: this machine's rates, for a prediction: a file of ``python -m flexmoe.probe`` or ``auto``.
@@ -147,6 +150,7 @@ class RunOptions:
     overlap: bool | None = None
     pin_weight: bool | None = None
     compress_cache: bool | None = None
+    compress_weight: str | None = None
     expert_usage: Path | None = None
     device: str = "auto"
     hardware: Path | None = None
@@ -173,7 +177,7 @@ class RunOptions:
         check_number(option("checkpoint_interval_s"), self.checkpoint_interval_s, zero=True)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if value not in choices and not (value is None and name == "schedule"):
+            if value not in choices and not (value is None and name in ("schedule", "compress_weight")):
                 raise UsageError(f"{option(name)} is {value!r}; choose {', '.join(choices)}")
         defaults = {each.name: each.default for each in fields(self)}
         given = [name for name in _OF_A_POLICY if getattr(self, name) != defaults[name]]
@@ -182,6 +186,11 @@ class RunOptions:
         if self.policy is not None and given:
             others = ", ".join(map(option, given))
             raise UsageError(f"{option('policy')} already says what {others} would; give one or the other")
+        if self.compress_weight is not None and self.load_format == "dummy":
+            what = f"{option('load_format', 'dummy')} has random weights"
+            raise UsageError(
+                f"{what}, which are not packed; leave {option('compress_weight', self.compress_weight)} out"
+            )
         self.input_options()
 
     @property

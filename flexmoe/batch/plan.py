@@ -9,8 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cost_model.memory.allocation import PAGE_TOKENS
+from cost_model.model.arch import ModelArch
+from cost_model.model.packing import packed_as
 from cost_model.routing.expert_usage import ExpertUsage
 from cost_model.simulation.simulate import Simulation
+from flexmoe.batch.job_parts import weight_format
 from flexmoe.batch.options import AUTO, GPU_BATCH_SIZE, NUM_GPU_BATCHES, RunOptions
 from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine_plan import EnginePlan
@@ -65,11 +68,12 @@ def plan_run(
     Raises:
         FlexMoEError: nothing fits, or what the options ask for cannot be used.
     """
+    arch = packed_as(model.arch, weight_format(options, model))
     usage = _expert_usage(options, model)
     wanted = measured.rows and (predict or options.hardware is not None or options.plans_itself)
-    forecaster = _forecaster(options, model, measured, usage) if wanted else None
+    forecaster = _forecaster(options, model, arch, measured, usage) if wanted else None
     own = forecaster.hardware.process_bytes if forecaster else process_bytes()
-    planner = _Planner(options=options, model=model, usage=usage, forecaster=forecaster, process_bytes=own)
+    planner = _Planner(options=options, model=model, arch=arch, usage=usage, forecaster=forecaster, process_bytes=own)
     if lengths is not None and measured.open_rows and options.kv_tokens is not None:
         # Open rows make do with the capacity that is asked for.
         measured = lengths.measured(model.arch.max_position, max(options.kv_tokens, max(lengths.needed)))
@@ -104,7 +108,7 @@ def save_policy(options: RunOptions, model: Model, plan: RunPlan) -> None:
     said = {} if predicted is None else {"tokens_per_s": predicted.tokens_per_s, "job_s": predicted.job_s}
     PolicyFile(
         policy=plan.policy,
-        model=model.arch.fingerprint(),
+        model=packed_as(model.arch, plan.policy.compress_weight).fingerprint(),
         workload=plan.measured.workload.to_json(),
         predicted=said,
     ).save(options.save_policy)
@@ -115,6 +119,7 @@ class _Planner:
     """Plans one run for different sets of its rows.
 
     Args:
+        arch: of the model, with its weights packed as the run has them.
         usage: how often each expert was chosen in another run, where that is known.
         forecaster: the cost model's view, where the run asks for it; its workload is replaced by that of the rows.
         process_bytes: what the process takes beside what is planned: one number for the planner and the engine.
@@ -122,6 +127,7 @@ class _Planner:
 
     options: RunOptions
     model: Model
+    arch: ModelArch
     usage: ExpertUsage | None
     forecaster: Forecaster | None
     process_bytes: int
@@ -196,9 +202,9 @@ class _Planner:
         if options.policy_file is not None:
             file = PolicyFile.load(options.policy_file)
             if not options.force_policy:
-                file.check_model(self.model.arch.fingerprint())
+                file.check_model(self.arch.fingerprint())
             return file.policy
-        order = None if self.usage is None else self.usage.unit_order(self.model.arch)
+        order = None if self.usage is None else self.usage.unit_order(self.arch)
         return _policy_of_options(options, measured, order)
 
     def _engine_plan(self, measured: Measured, policy: Policy, options: dict[str, Any]) -> EnginePlan:
@@ -250,14 +256,16 @@ def _expert_usage(options: RunOptions, model: Model) -> ExpertUsage | None:
     return usage
 
 
-def _forecaster(options: RunOptions, model: Model, measured: Measured, usage: ExpertUsage | None) -> Forecaster:
+def _forecaster(
+    options: RunOptions, model: Model, arch: ModelArch, measured: Measured, usage: ExpertUsage | None
+) -> Forecaster:
     """The planner of this machine.
 
     Raises:
         FlexMoEError: the machine cannot be measured, or the file of its rates cannot be used.
     """
     return Forecaster.of_machine(
-        model.arch,
+        arch,
         measured.workload,
         compute_dtype(options.dtype, model, Device(options.device).torch),
         hardware=options.hardware or AUTO,
@@ -301,6 +309,7 @@ def _policy_of_options(
         "pin_weight": options.pin_weight,
         "compress_cache": options.compress_cache,
         "prefill_tokens": options.prefill_tokens,
+        "compress_weight": options.compress_weight,
     }
     if options.prefill_tokens is None and _is_one_block(measured, options.block_size):
         given["prefill_tokens"] = min(measured.rows * workload.prompt_len, _MOST_PREFILL_TOKENS)

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cost_model.model.packing import FORMATS
 from flexmoe.quantizing.quantize import quantize
-from flexmoe.quantizing.scheme import DEFAULT_GROUPS
 from policies.common.command_line import Parser, count, guarded, program_name, say
 from policies.common.memory_units import in_units
 
@@ -38,12 +38,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("model", metavar="DIR", help="a checkpoint of bfloat16, float16 or float32 weights, or a hub id")
     p.add_argument("out", metavar="OUT", type=Path, help="the directory to make")
-    p.add_argument("--format", choices=list(DEFAULT_GROUPS), required=True, help="what the weights are packed in")
+    p.add_argument("--format", choices=list(FORMATS), required=True, help="what the weights are packed in")
     p.add_argument(
         "--group-size",
         type=_group,
         metavar="N",
-        help="inputs that share a scale, or 'channel' for all of an output (default 128); with fp8 N x N weights share one "
+        help="inputs that share a scale, or 'channel' for all of an output (default 128, or 64 or 32 where a "
+        "width of the model is no multiple of it); with fp8 N x N weights share one "
         "(default channel); mxfp4 has groups of 32",
     )
     p.add_argument("-v", "--verbose", action="store_true", help="log what is done, to stderr")

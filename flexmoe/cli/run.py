@@ -72,7 +72,8 @@ def _run(command: Command, interrupts: Interrupts) -> int:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO if command.verbose else logging.WARNING, format="%(message)s"
     )
-    logging.getLogger("flexmoe.progress").setLevel(logging.INFO)
+    for name in ("flexmoe.progress", "flexmoe.quantizing"):
+        logging.getLogger(name).setLevel(logging.INFO)
     options, benchmark = command.options, command.benchmark
     if command.dry_run:
         return dry_run(options, None if benchmark is None else benchmark.rows(options))

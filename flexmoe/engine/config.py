@@ -110,5 +110,3 @@ class EngineConfig:
     def _check_policy(self) -> None:
         if not isinstance(self.policy, Policy):
             raise UsageError(f"the policy is {self.policy!r}; give a Policy or the path of a policy file")
-        if self.policy.compress_weight:
-            raise UsageError("the policy asks for compress_weight, which this runtime does not have; set it to false")

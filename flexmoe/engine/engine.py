@@ -16,7 +16,7 @@ from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine_plan import EnginePlan
 from flexmoe.engine.requests import Detokenizer, RefusedError, RequestRules, RequestState
 from flexmoe.engine.sweep_log import Sweep, SweepLog
-from flexmoe.errors import UsageError
+from flexmoe.errors import InfeasibleError, UsageError
 from flexmoe.kv.batch import Block, Run
 from flexmoe.models.loader import Model
 from flexmoe.outputs import RequestOutput
@@ -26,6 +26,7 @@ from flexmoe.system.memory_watch import MemoryWatch, lacks_memory
 from policies.admission.row_state import AttentionMode
 from policies.common.option_names import option
 from policies.placement import TIERS
+from policies.policy import Policy
 
 log = logging.getLogger(__name__)
 _DAMAGED = "weights of the checkpoint are probably damaged; compare its files with the original's"
@@ -48,13 +49,15 @@ class Engine:
 
     Raises:
         UsageError: no such device or dtype.
-        InfeasibleError: the policy needs more bytes than a tier has; raised before anything is loaded.
+        InfeasibleError: the policy needs more bytes than a tier has, or weights in another format than the model's; raised
+            before anything is loaded.
         StorageError: the offload directory cannot be written.
     """
 
     def __init__(self, model: Model, config: EngineConfig, detokenize: Detokenizer | None = None):
         self.config, self.model = config, model.grouped(config.policy.experts_per_unit)
         self.plan = EnginePlan.of(self.model, config)
+        _check_format(self.model, config.policy)
         self.device = self.plan.device
         log.info("%s", self.plan.describe_weights())
         self._rules = _rules(self.model, config, self.plan, detokenize)
@@ -296,6 +299,15 @@ class Engine:
 def _overflow() -> str:
     other = option("dtype", "bfloat16")
     return f"numbers beyond float16's largest, 65504, have probably come up; run with {other}, or float32"
+
+
+def _check_format(model: Model, policy: Policy) -> None:
+    """That the weights are packed as the policy has them."""
+    if policy.compress_weight is not None and model.arch.packed is None:
+        raise InfeasibleError(
+            f"the policy is for weights in {policy.compress_weight}, and those of {model.arch.name or 'the model'} are not "
+            "packed: pack them first, as LLM does below its offload_dir"
+        )
 
 
 def _rules(model: Model, config: EngineConfig, plan: EnginePlan, detokenize: Detokenizer | None) -> RequestRules:

@@ -12,6 +12,7 @@ import torch
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation, allocate, entry_bytes
 from cost_model.memory.memory_plan import MemoryPlan, allocator_bytes, plan_memory
 from cost_model.model.arch import ModelArch
+from cost_model.model.packing import packed_as
 from cost_model.routing.on_demand import OnDemand
 from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.router_counter import coactivation_bytes
@@ -60,11 +61,15 @@ class EnginePlan:
     def of(cls, model: Model, config: EngineConfig) -> EnginePlan:
         """Plan an engine and check that it fits.
 
+        Weights count as the policy has them packed, also where the model's are still to be packed.
+
         Raises:
-            InfeasibleError: a tier has too few bytes; the sentence says how many are missing.
+            InfeasibleError: a tier has too few bytes; the sentence says how many are missing. Or the model is packed in another
+                format than the policy's.
             UsageError: no such device or dtype.
         """
-        device, arch = Device(config.device), model.arch.grouped(config.policy.experts_per_unit)
+        device, policy = Device(config.device), config.policy
+        arch = packed_as(model.arch, policy.compress_weight).grouped(policy.experts_per_unit)
         dtype = compute_dtype(config.dtype, model, device.torch)
         kind = "cuda" if device.is_cuda else "cpu"
         allocation = allocate(

@@ -1,26 +1,20 @@
 """What a model and its tokenizer are, in a few hashes that do not depend on where their files lie, and the versions of the
-programs that make a result.
-
-The weights of a large model take minutes to read, so a sample of their bytes stands for them: any other training or
-merge changes nearly every tensor, and the names, shapes and dtypes of all of them are part of the hash.
-"""
+programs that make a result."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from flexmoe.checkpoint.files import open_file, read_bytes
-from flexmoe.checkpoint.safetensors import TensorInfo
+from flexmoe.checkpoint.weights_hash import weights_hash
 from flexmoe.models.loader import Model
 
-#: Most tensors of which a piece is read, evenly spread, and the bytes of a piece.
-_SAMPLED_TENSORS, _SAMPLE_BYTES = 512, 4096
 #: What the library that saved the checkpoint notes about itself.
 _NOTES = ("_name_or_path", "transformers_version")
 _PACKAGES = ("flexmoe", "torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -48,7 +42,7 @@ def model_identity(model: Model) -> dict[str, str]:
     """
     shape = {name: value for name, value in model.config.items() if name not in _NOTES}
     shape |= {"shape": model.arch.fingerprint()}
-    weights = "dummy" if model.checkpoint is None else _weights(model.checkpoint.tensors.values())
+    weights = "dummy" if model.checkpoint is None else weights_hash(model.checkpoint.tensors.values())
     return {"model": digest(shape), "weights": weights}
 
 
@@ -82,22 +76,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _weights(tensors: Iterable[TensorInfo]) -> str:
-    ordered = sorted(tensors, key=lambda info: info.name)
-    total = hashlib.sha256()
-    for info in ordered:
-        total.update(json.dumps([info.name, str(info.dtype), list(info.shape)]).encode())
-    sampled = ordered[:: -(-len(ordered) // _SAMPLED_TENSORS)]
-    for path in dict.fromkeys(info.path for info in sampled):
-        with open_file(path) as (descriptor, _):
-            for info in sampled:
-                if info.path == path:
-                    total.update(_piece(descriptor, info))
-    return total.hexdigest()
-
-
-def _piece(descriptor: int, info: TensorInfo) -> bytes:
-    size = min(info.nbytes, _SAMPLE_BYTES)
-    return read_bytes(descriptor, size, info.offset + (info.nbytes - size) // 2)

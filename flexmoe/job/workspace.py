@@ -14,9 +14,9 @@ from pathlib import Path
 
 from flexmoe.errors import DataError, StorageError, UsageError
 from flexmoe.job.journal import Journal
-from flexmoe.job.lock import Lock
 from flexmoe.job.manifest import Finished, Manifest, work_directory
 from flexmoe.job.output_files import is_as_published, remove, remove_temporaries
+from flexmoe.system.lock import Lock
 from policies.common import file_io
 from policies.common.file_io import storage_errors
 from policies.common.option_names import option

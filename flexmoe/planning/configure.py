@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from cost_model.hardware.hardware import Hardware
+from cost_model.model.packing import check_unpacked, packed_as
 from cost_model.planner.constraints import Fixed
 from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.router_counter import coactivation_bytes
@@ -24,7 +26,7 @@ log = logging.getLogger(__name__)
 #: What `LLM` takes.
 ARGUMENTS = (
     *("model", "tokenizer", "load_format", "hardware", "generation_config", "gpu_memory_utilization"),
-    *("compress_cache", "kv_cache_dtype"),
+    *("compress_weight", "compress_cache", "kv_cache_dtype"),
     *(field.name for field in fields(EngineConfig)),
 )
 #: Has the planner choose the policy, or this machine be measured.
@@ -50,26 +52,28 @@ def configure(
             device.
         workload: lengths of the rows; default: those of the policy file, else the usual ones within the model's context.
         hardware: what ``"auto"`` plans with; default: this machine, measured now or before.
-        **options: the other fields of `EngineConfig`, ``gpu_memory_utilization``, and ``compress_cache`` or, in vLLM's words,
-            ``kv_cache_dtype="int8"``.
+        **options: the other fields of `EngineConfig`, ``gpu_memory_utilization``, ``compress_weight``, and ``compress_cache`` or,
+            in vLLM's words, ``kv_cache_dtype="int8"``.
 
     Raises:
         UsageError: an option cannot be used.
         FlexMoEError: no policy fits, the file is another model's, or the machine cannot be measured.
     """
     options = _in_our_words(model, options)
-    compressed = options.pop("compress_cache", None)
+    given = {name: options.pop(name, None) for name in ("compress_weight", "compress_cache")}
+    compression = {name: value for name, value in given.items() if value is not None}
     usual = workload or _usual_workload(options.get("max_model_len") or model.arch.max_position)
     # What can be known to be wrong is told before a machine is measured.
-    asked = EngineConfig(policy=_resident(usual, compressed or False), workload=usual, **options)
+    check_unpacked(model.arch, compression.get("compress_weight"))
+    asked = EngineConfig(policy=_resident(usual, compression), workload=usual, **options)
     if policy is None or policy == AUTO:
         return _planned(model, asked, hardware) if policy == AUTO else _without(asked, hardware)
-    if compressed is not None:
-        raise UsageError("the policy already says what compress_cache would; give one or the other")
+    if compression:
+        raise UsageError(f"the policy already says what {', '.join(compression)} would; give one or the other")
     if not isinstance(policy, (str, Path)):
         return replace(_without(asked, hardware), policy=policy)
     file = PolicyFile.load(policy)
-    file.check_model(model.arch.fingerprint())
+    file.check_model(packed_as(model.arch, file.policy.compress_weight).fingerprint())
     return replace(_without(asked, hardware), policy=file.policy, workload=workload or file.planned_workload() or usual)
 
 
@@ -114,8 +118,9 @@ def _gpu_gib(share: Any, gpu_mem: float | None, device: str) -> float | None:
 
 def _planned(model: Model, asked: EngineConfig, hardware: Hardware | str | Path | None) -> EngineConfig:
     """With the planner's policy, and the memory of the process that it was planned with."""
+    format = asked.policy.compress_weight
     forecaster = Forecaster.of_machine(
-        model.arch,
+        packed_as(model.arch, format),
         asked.workload,
         compute_dtype(asked.dtype, model, Device(asked.device).torch),
         hardware=hardware or AUTO,
@@ -131,7 +136,7 @@ def _planned(model: Model, asked: EngineConfig, hardware: Hardware | str | Path 
         on_demand=asked.expert_cache != "off",
         held_bytes=coactivation_bytes(model.arch) if asked.router_stats else 0,
     )
-    policy = forecaster.plan(asked.kv_tokens, Fixed(compress_cache=asked.policy.compress_cache))
+    policy = forecaster.plan(asked.kv_tokens, Fixed(compress_weight=format, compress_cache=asked.policy.compress_cache))
     return replace(asked, policy=policy, process_bytes=asked.process_bytes or forecaster.hardware.process_bytes)
 
 
@@ -151,12 +156,12 @@ def _usual_workload(context: int) -> Workload:
     return Workload(prompt_len=max(1, prompt), gen_len=max(1, completion), longest_row=min(_USUAL_LONGEST, context))
 
 
-def _resident(workload: Workload, compress_cache: bool) -> Policy:
+def _resident(workload: Workload, compression: Mapping[str, Any]) -> Policy:
     return Policy.from_percent(
         RESIDENT,
         gpu_batch_size=_RESIDENT_ROWS,
         num_gpu_batches=1,
         prompt_len=workload.prompt_len,
         gen_len=workload.gen_len,
-        compress_cache=compress_cache,
+        **compression,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
 from cost_model.model.config_fields import DTYPE_BYTES
 from cost_model.model.families import dtype_name
+from cost_model.model.packing import check_unpacked
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.solve import Plan, solve
 from flexmoe.planning.machine import this_machine
@@ -33,6 +35,8 @@ def plan(
     fixed: Fixed | None = None,
     kv_tokens: int | None = None,
     advice: bool = True,
+    compress_weight: str | None = None,
+    allow_compression: bool = False,
 ) -> Plan:
     """The policy with the most tokens per second, what it will do, and why it is that one; nothing is loaded or run.
 
@@ -49,6 +53,8 @@ def plan(
         fixed: fields of the policy that are decided already.
         kv_tokens: KV capacity over all tiers; default: what keeps the block in flight.
         advice: find out what would help most, too, which takes about as long again.
+        compress_weight: plan for 16-bit weights packed in ``int4``, ``int8``, ``fp8`` or ``mxfp4``, as a run packs them.
+        allow_compression: compress where that gains.
 
     Returns:
         Plan: ``policy``, ``prediction`` and ``explanation``.
@@ -63,6 +69,9 @@ def plan(
         >>> found.policy.block_size, found.prediction.tokens_per_s, found.prediction.bottleneck
     """
     arch = model if isinstance(model, ModelArch) else _shape(model)
+    check_unpacked(arch, compress_weight)
+    if compress_weight is not None:
+        fixed = replace(fixed or Fixed(), compress_weight=compress_weight)
     workload = workload or _USUAL
     arch.check_rows(workload.longest_row)
     budgets = {"gpu_mem": gpu_mem, "cpu_mem": cpu_mem, "nvme_mem": nvme_mem, "memory_limit": memory_limit}
@@ -78,6 +87,7 @@ def plan(
         dtype_bytes=DTYPE_BYTES.get(dtype_name(dtype)),
         kv_tokens=kv_tokens,
         advice=advice,
+        allow_compression=allow_compression,
     )
 
 

@@ -23,8 +23,9 @@ import torch
 
 from cost_model.model.arch import ModelArch
 from cost_model.model.packed_format import PackedFormat
+from cost_model.model.packing import check_group
 from flexmoe.checkpoint.checkpoint import Checkpoint
-from flexmoe.errors import DataError, StorageError, UsageError
+from flexmoe.errors import DataError, StorageError
 from flexmoe.models.common.decoder import Decoder
 from flexmoe.models.loader import Model, load_model
 from flexmoe.models.registry import family
@@ -32,13 +33,12 @@ from flexmoe.progress import Volume
 from flexmoe.quantizing.beside import copy_beside
 from flexmoe.quantizing.outputs import Shard, shards_of
 from flexmoe.quantizing.pieces import HEADER, Made, pieces, write
-from flexmoe.quantizing.scheme import DEFAULT_GROUPS, Scheme
+from flexmoe.quantizing.scheme import Scheme
 from flexmoe.quantizing.work import Finished, Work
 from flexmoe.system.machine import free_disk_bytes, usable_cores
 from policies.common import file_io
 from policies.common.file_io import storage_errors
 from policies.common.memory_units import in_units
-from policies.common.option_names import option
 
 log = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
@@ -88,7 +88,8 @@ def quantize(
         model: a checkpoint directory or a hub id, of 16-bit or 32-bit floats.
         out: the directory to make; not there yet, or empty.
         format: ``int4``, ``int8``, ``fp8`` or ``mxfp4``.
-        group_size: inputs that share a scale, 0 for all of an output; None: 128, in ``fp8`` 0. In ``fp8`` a block of so many
+        group_size: inputs that share a scale, 0 for all of an output; None: 128, or 64 or 32 where a width is no multiple of
+            it; in ``fp8`` 0. In ``fp8`` a block of so many
             inputs and outputs shares one.
         bar: draw a bar on stderr.
 
@@ -98,8 +99,8 @@ def quantize(
             was written before has changed.
         StorageError: a disk is full or reports an error; nothing is under the name of ``out``.
     """
-    scheme = Scheme(format, DEFAULT_GROUPS.get(format, 0) if group_size is None else group_size)
     loaded = load_model(os.fspath(model))
+    scheme = Scheme.of(format, loaded.arch, group_size)
     if loaded.checkpoint is None:
         raise DataError(f"{os.fspath(model)!r} has no weights")
     config, packed_family = _packed(loaded, scheme)
@@ -130,7 +131,7 @@ def _packed(model: Model, scheme: Scheme) -> tuple[dict[str, Any], Decoder]:
         raise DataError(
             f"{model.arch.name!r} is packed already, in {model.arch.packed.describe()}; give the original checkpoint"
         )
-    _check_widths(model.arch, scheme)
+    check_group(model.arch, scheme.format, scheme.columns)
     names = family(model.arch, model.config).names
     if names.gate_up or names.qkv:
         raise DataError(f"matrices of {model.arch.model_type} lie together in one tensor, which cannot be packed apart")
@@ -139,22 +140,6 @@ def _packed(model: Model, scheme: Scheme) -> tuple[dict[str, Any], Decoder]:
     config = model.config | {"quantization_config": scheme.config(left)}
     arch = ModelArch.from_config(config, name=model.arch.name)
     return config, family(dataclasses.replace(arch, dtype_bytes=model.arch.dtype_bytes), config)
-
-
-def _check_widths(arch: ModelArch, scheme: Scheme) -> None:
-    widths = {arch.hidden, arch.num_heads * arch.head_dim, arch.ffn, arch.dense_ffn, arch.shared_ffn} - {0}
-    uneven = sorted(width for width in widths if width % scheme.columns)
-    if not uneven:
-        return
-    common = math.gcd(*widths)
-    fitting = [size for size in range(32, min(common, 256) + 1, 32) if common % size == 0]
-    choice = f"{option('group_size')} can be {', '.join(map(str, fitting))}" if fitting else "fp8 needs no groups"
-    if scheme.format == "mxfp4":
-        choice = "int4, int8 and fp8 take other widths"
-    raise UsageError(
-        f"the model has matrices of {' and '.join(map(str, uneven))} inputs, which are no multiple of the {scheme.columns} that "
-        f"share a scale: {choice}"
-    )
 
 
 def _scale_dtype(model: Model) -> torch.dtype:

@@ -7,16 +7,15 @@ names their activations, too; whoever computes with 16-bit activations, as FlexM
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
+from cost_model.model.arch import ModelArch
+from cost_model.model.packing import FORMATS, standard_group
 from flexmoe.errors import UsageError
 from policies.common.option_names import option
 
-#: Formats, and the inputs that share a scale where nothing else is asked for; 0: all of an output.
-DEFAULT_GROUPS: Mapping[str, int] = MappingProxyType({"int4": 128, "int8": 128, "fp8": 0, "mxfp4": 32})
 #: The release of compressed-tensors whose fields these are.
 _VERSION = "0.20.1"
 _LAYOUTS = {
@@ -32,7 +31,7 @@ class Scheme:
     """A format and its groups.
 
     Args:
-        format: one of `DEFAULT_GROUPS`.
+        format: one of `cost_model.model.packing.FORMATS`.
         group: inputs that share a scale; 0: all of an output. In FP8 a block of so many inputs and outputs.
 
     Raises:
@@ -43,12 +42,23 @@ class Scheme:
     group: int
 
     def __post_init__(self) -> None:
-        if self.format not in DEFAULT_GROUPS:
-            raise UsageError(f"there is no format {self.format!r}: choose {', '.join(DEFAULT_GROUPS)}")
-        if self.format == "mxfp4" and self.group != DEFAULT_GROUPS["mxfp4"]:
+        if self.format not in FORMATS:
+            raise UsageError(f"there is no format {self.format!r}: choose {', '.join(FORMATS)}")
+        if self.format == "mxfp4" and self.group != FORMATS["mxfp4"].columns:
             raise UsageError(f"mxfp4 has groups of 32 by definition; leave {option('group_size')} away")
         if self.group < 0:
             raise UsageError(f"{option('group_size')} is {self.group}; it must be at least 1")
+
+    @classmethod
+    def of(cls, format: str, arch: ModelArch, group: int | None = None) -> Scheme:
+        """For a model; None: the usual group of its widths.
+
+        Raises:
+            UsageError: there is no such format, or it has no such groups.
+        """
+        if group is None and format in FORMATS:
+            group = standard_group(arch, format)
+        return cls(format, group or 0)
 
     @property
     def columns(self) -> int:

@@ -16,8 +16,8 @@ from typing import Any
 
 from flexmoe.checkpoint.files import open_file, read_bytes
 from flexmoe.errors import DataError, UsageError
-from flexmoe.job.lock import Lock
 from flexmoe.quantizing.pieces import Stretch, digest
+from flexmoe.system.lock import Lock
 from policies.common import file_io
 from policies.common.file_io import storage_errors
 

@@ -120,7 +120,7 @@ def draw_jobs(
             for policy, rows in islice(_drawn(rng, kind, new_tokens, SCHEDULES[(at + number) % 2]), turns):
                 model = rng.choice(models)
                 candidate = Configuration(model=model, policy=policy, rows=rows, **about)
-                if _has_offloaded(policy, tier) and _suits(archs[model], hardware, candidate, seconds or kind.seconds):
+                if _has_offloaded(policy, tier) and suits(archs[model], hardware, candidate, seconds or kind.seconds):
                     found.append(candidate)
                     break
     return found
@@ -145,7 +145,7 @@ def _has_offloaded(policy: Policy, tier: str | None) -> bool:
     return tier is None or placed[tier] >= OFFLOADED[tier]
 
 
-def _suits(arch: ModelArch, hardware: Hardware, c: Configuration, seconds: tuple[float, float]) -> bool:
+def suits(arch: ModelArch, hardware: Hardware, c: Configuration, seconds: tuple[float, float]) -> bool:
     """Whether it fits the machine, and takes as long as it should. Closed forms are quick, and rough here."""
     workload = c.workload
     try:

@@ -79,10 +79,26 @@ def test_a_pair_sums_to_at_most_a_hundred(pair):
     replace(make_policy(), **{f"{pair}_gpu_percent": 60, f"{pair}_cpu_percent": 40.0000005})
 
 
-@pytest.mark.parametrize("name", ["overlap", "pin_weight", "compress_weight", "compress_cache"])
+@pytest.mark.parametrize("name", ["overlap", "pin_weight", "compress_cache"])
 def test_a_switch_is_true_or_false(name):
     with pytest.raises(UsageError, match=name):
         replace(make_policy(), **{name: 1})
+
+
+def test_a_format_of_weights_is_one_that_a_run_can_pack():
+    for name in ("int4", "int8", "fp8", "mxfp4", None):
+        assert make_policy(compress_weight=name).compress_weight == name
+    for bad in (True, "int3", "", 4):
+        with pytest.raises(UsageError, match="compress_weight.* int4, int8, fp8, mxfp4"):
+            make_policy(compress_weight=bad)
+
+
+def test_a_file_of_before_formats_had_names_loads(tmp_path):
+    path = tmp_path / "policy.json"
+    document = PolicyFile(make_policy()).to_json()
+    document["policy"]["compress_weight"] = False
+    path.write_text(json.dumps(document))
+    assert PolicyFile.load(path).policy == make_policy()
 
 
 def test_an_unknown_schedule_is_refused_with_the_known_ones():

@@ -16,6 +16,7 @@ from flexmoe.models.loader import LOAD_FORMATS
 from flexmoe.weights.eviction import EXPERT_CACHES
 from policies.common.command_line import Parser, count, flag, program_name
 from policies.common.directories import OFFLOAD_DIR
+from policies.policy import WEIGHT_FORMATS
 
 _EPILOG = """\
 --percent W W C C A A: six numbers, in percent; what is left of each pair is on disk
@@ -200,6 +201,12 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
         nargs="?",
         const=True,
         help="keep the KV cache as int8 with a scale for each token and KV head, about half the bytes in every tier (default false)",
+    )
+    g.add_argument(
+        "--compress-weight",
+        choices=WEIGHT_FORMATS,
+        help="pack the 16-bit weights of the checkpoint once, as flexmoe.quantize does, into --offload-dir, and run those; later runs "
+        "find them there",
     )
 
 

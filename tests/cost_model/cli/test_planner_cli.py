@@ -298,7 +298,9 @@ def test_a_policy_that_is_too_large_is_told_what_the_context_takes(main):
         ([*SHAPE, *GIVEN, "--nvme-mem", "inf"], 2, ["--nvme-mem", "'inf'"]),
         ([*SHAPE, *GIVEN, "--alpha-g", "0"], 2, ["--alpha-g", "above 0"]),
         ([*SHAPE, *GIVEN, "--alpha-c", "1.5"], 2, ["--alpha-c", "at most 1"]),
-        ([*SHAPE, *GIVEN, "--compress-w"], 2, ["--compress-w", "does not have"]),
+        ([*SHAPE, *GIVEN, "--compress-weight", "int3"], 2, ["--compress-weight", "'int3'"]),
+        ([*SHAPE, *GIVEN, "--allow-compression"], 2, ["--allow-compression", "--percent"]),
+        ([*SHAPE, "--policy", "x.json", "--compress-weight", "int4"], 2, ["--policy", "--compress-weight"]),
         ([*SHAPE, *GIVEN, "--prompts", "x", "--prompt-len", "4"], 2, ["--prompts", "--prompt-len"]),
         (
             [*SHAPE, *GIVEN, "--prompt-len", "32768"],
@@ -440,3 +442,63 @@ def test_usage_that_cannot_be_used_is_refused(main, usage_file, tmp_path):
     assert_one_sentence(main("--model", "Qwen3-30B-A3B", "--expert-usage", usage_file), 4, "of another model")
     assert_one_sentence(main(*SHAPE, "--expert-usage", str(tmp_path / "none.json")), 66, "none.json")
     assert_one_sentence(main(*SHAPE, "--expert-usage", usage_file, "-o", usage_file), 2, "--expert-usage and --output")
+
+
+# Compression.
+
+
+def test_a_given_policy_is_judged_with_packed_weights(judged, main, tmp_path):
+    path = tmp_path / "policy.json"
+    plain = judged(*SHAPE, *MACHINE, *GIVEN)
+    packed = judged(*SHAPE, *MACHINE, *GIVEN, "--compress-weight", "int4", "--compress-cache", "-o", str(path))
+    file = packed["policy_file"]
+    assert (file["policy"]["compress_weight"], file["policy"]["compress_cache"]) == ("int4", True)
+    assert file["model"]["weight_format"] == "int4 in groups of 128 (attention, expert)"
+    assert packed["memory_bytes"]["cpu"]["weights"] < 0.3 * plain["memory_bytes"]["cpu"]["weights"]
+    assert packed["memory_bytes"]["cpu"]["kv"] < 0.6 * plain["memory_bytes"]["cpu"]["kv"]
+    again = judged(*SHAPE, *MACHINE, "--policy", str(path))
+    assert again["memory_bytes"] == packed["memory_bytes"]
+    code, out, _ = main(*SHAPE, *MACHINE, "--policy", str(path))
+    assert code == 0 and "GiB in int4 in groups of 128" in out
+
+
+def test_a_packed_model_is_packed_no_further(main, tmp_path):
+    config = json.loads((ROOT / "cost_model/model/shapes/mixtral-8x7b.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head", "gate"],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = ["--model", str(tmp_path)]
+    assert_one_sentence(
+        main(*model, *GIVEN, "--compress-weight", "int4"), 2, "--compress-weight int4", "packed already"
+    )
+    policy = tmp_path / "policy.json"
+    assert main(*SHAPE, *MACHINE, *GIVEN, "--compress-weight", "int4", "-o", str(policy))[0] == 0
+    assert_one_sentence(main(*model, "--policy", str(policy)), 4, "weights in int4", "packed in fp8")
+
+
+def test_what_gains_is_compressed_where_that_is_allowed(judged):
+    """All weights are on the disk."""
+    asked = [
+        *SHAPE,
+        "--hardware",
+        "rtx4090",
+        "--cpu-mem",
+        "20",
+        *FIXED,
+        "--wc",
+        "0",
+        "--num-gb",
+        "4",
+        "--prompt-len",
+        "64",
+    ]
+    plain = judged(*asked)
+    allowed = judged(*asked, "--allow-compression")
+    assert allowed["policy_file"]["policy"]["compress_weight"] in ("int4", "mxfp4")
+    gained = [each for each in plain["advice"] if each.endswith("; ask by --compress-weight int4")]
+    assert len(gained) == 1 and " tokens/s, " in gained[0]
+    speeds = [each["policy_file"]["predicted"]["tokens_per_s"] for each in (plain, allowed)]
+    assert speeds[1] > 2 * speeds[0]

@@ -9,6 +9,7 @@ from cost_model.cli.block_size_curve import block_sizes, curve, wall, with_rows
 from cost_model.cli.report import BOUND_BY, Report, bar
 from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
+from cost_model.model.packing import packed_as
 from cost_model.planner.solve import Explanation
 from cost_model.planner.what_if import Advice
 from cost_model.simulation.simulate import simulate
@@ -27,7 +28,7 @@ POLICY = Policy.from_percent(
 
 ADVICE = (
     Advice(change="+16 GiB host memory", tokens_per_s=12.1, gain=0.21),
-    Advice(change="int4 weights", tokens_per_s=31.0, gain=2.1, available=False),
+    Advice(change="int4 weights", tokens_per_s=31.0, gain=2.1, ask="--compress-weight int4"),
     Advice(change="host memory and CPU attention twice as fast", tokens_per_s=10.4, gain=0.04),
     Advice(change="+8 GiB GPU memory", tokens_per_s=10.3, gain=0.03),
 )
@@ -80,9 +81,18 @@ def test_sections_stand_in_the_order_in_which_they_are_read():
     assert not [each for each in report().lines() if each.startswith("advice")], "a given policy gets none"
 
 
-def test_advice_says_what_the_runtime_does_not_have_yet():
-    text = "\n".join(report(explanation=EXPLANATION).lines())
-    assert "+16 GiB host memory: +21 %" in text and "int4 weights: 3.1x (not in the runtime yet)" in text
+def test_advice_says_what_to_ask_for_and_what_it_would_give():
+    found = report(explanation=EXPLANATION)
+    text = "\n".join(found.lines())
+    then = 3.1 * found.predicted()["tokens_per_s"]
+    assert "+16 GiB host memory: +21 %" in text
+    shown = f"{then:,.0f}" if then >= 100 else f"{then:.3g}"
+    assert f"int4 weights: at least {shown} tokens/s, 3.1x; ask by --compress-weight int4" in text
+
+
+def test_the_model_is_shown_as_the_policy_packs_it():
+    text = " ".join(" ".join(report(arch=packed_as(ARCH, "int4")).lines()).split())
+    assert "46.70 G parameters, 2" in text and "GiB in int4 in groups of 128 (attention, expert);" in text
 
 
 def test_a_job_with_an_end_is_predicted_by_its_simulation():

@@ -1,40 +1,100 @@
-"""What a change of the model would give: shapes in fewer bytes."""
+"""What a change would give: other machines, and fewer bytes, which are chosen only where they gain."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 
-from cost_model.model.arch import ModelArch
-from cost_model.model.packed_format import PackedFormat
-from cost_model.model.weight_units import units_of
-from cost_model.planner.what_if import Packed
-from policies.units import UnitId
+from cost_model import Fixed, Hardware, ModelArch, Workload, solve
+from cost_model.model.weight_units import experts_per_unit
+from cost_model.planner.what_if import Advice, compressed, most_gaining
+from cost_model.timing.problem import Problem
+from policies.common.errors import InfeasibleError
+from tests.support.sweeps import SMALL as SIX_LAYERS
 
-MIXTRAL = ModelArch.from_name("mixtral-8x7b")
-
-
-def packed(**bits):
-    return Packed(**{field.name: getattr(MIXTRAL, field.name) for field in fields(ModelArch)}, **bits)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_packed_weights_take_fewer_bytes_in_attention_and_experts_alone(bits):
-    """A scale of 16 bits for each 128 weights comes on top; router and norms stay, and the head comes in smaller chunks."""
-    small = replace(MIXTRAL, packed=PackedFormat(method="compressed-tensors", codec="integer", bits=bits, columns=128))
-    whole, less = ({unit.id: unit.stored_bytes for unit in units_of(arch)} for arch in (MIXTRAL, small))
-    part = (bits + 16 / 128) / 16
-    for layer in (0, 31):
-        expert = UnitId("expert", layer, 7)
-        assert less[expert] == whole[expert] * part
-        attention = UnitId("attention", layer)
-        kept = 2 * (MIXTRAL.router_params + 2 * MIXTRAL.hidden)
-        assert less[attention] - kept == (whole[attention] - kept) * part
-    heads = [sum(size for unit, size in sizes.items() if unit.kind == "head") for sizes in (whole, less)]
-    assert heads[0] == heads[1] and sum(less.values()) == small.total_bytes
-    assert small.total_bytes == pytest.approx(part * MIXTRAL.total_bytes, rel=0.03)
+SMALL = replace(SIX_LAYERS, num_layers=2)
+JOB = Workload(prompt_len=64, gen_len=16, num_requests=200)
+QUICK = 0.01
+#: What is decided already, so that the search is short.
+GIVEN = {"schedule": "rolling", "gpu_batch_size": 16}
 
 
-def test_a_packed_kv_cache_takes_fewer_bytes_and_the_weights_do_not():
-    small = packed(kv_bits=8)
-    assert small.kv_bytes_per_token() * 2 == MIXTRAL.kv_bytes_per_token()
-    assert [unit.stored_bytes for unit in units_of(small)] == [unit.stored_bytes for unit in units_of(MIXTRAL)]
+def machine(*, memory, disk_bytes_per_s=5e8, unpack_s=1e-13):
+    """A CPU whose host memory holds so many GiB of what is placed, and whose disk and unpacking are so fast."""
+    cpu = replace(Hardware.preset("cpu"), process_bytes=0, disk_read_bytes_per_s=disk_bytes_per_s, disk_read_curve=())
+    gpu = replace(cpu.gpu, unpack_s=dict.fromkeys(("int4", "int8", "fp8", "mxfp4"), unpack_s))
+    return replace(cpu, gpus=(gpu,)).with_budgets(memory_limit=memory)
+
+
+#: The weights are on disk, or all of them in memory where unpacking takes longer than anything else.
+ON_DISK, RESIDENT = machine(memory=0.1), machine(memory=8, unpack_s=1e-8)
+
+
+def found(hardware, *, fixed=None, **options):
+    return solve(SMALL, hardware, JOB, fixed=Fixed(**GIVEN | (fixed or {})), effort=QUICK, **options)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The plan on the machine whose weights are on disk, with advice."""
+    return found(ON_DISK, advice=True)
+
+
+def test_weights_are_packed_where_that_gains_and_it_is_allowed(plain):
+    packed = found(ON_DISK, allow_compression=True)
+    assert plain.policy.compress_weight is None and not plain.policy.compress_cache
+    assert packed.policy.compress_weight in ("int4", "mxfp4")
+    assert packed.prediction.tokens_per_s > 1.5 * plain.prediction.tokens_per_s
+    assert packed.explanation.evaluations > plain.explanation.evaluations
+
+
+def test_nothing_is_compressed_that_loses():
+    kept = found(RESIDENT, allow_compression=True, advice=True)
+    assert kept.policy.compress_weight is None
+    assert not [each for each in kept.explanation.advice if "weights" in each.change]
+
+
+def test_what_is_asked_for_is_not_chosen_otherwise(plain):
+    plan = found(ON_DISK, fixed={"compress_weight": "int8"}, allow_compression=True, advice=True)
+    assert plan.policy.compress_weight == "int8" and plan.prediction.tokens_per_s > plain.prediction.tokens_per_s
+    assert not [each for each in plan.explanation.advice if "weights" in each.change]
+
+
+def test_where_nothing_fits_what_changes_numbers_least_makes_it_fit():
+    small = replace(ON_DISK, disk_bytes=int(0.8 * SMALL.total_bytes))
+    with pytest.raises(InfeasibleError):
+        found(small)
+    assert found(small, allow_compression=True).policy.compress_weight == "int8"
+    with pytest.raises(InfeasibleError):
+        found(replace(small, disk_bytes=1000), allow_compression=True)
+
+
+def test_advice_says_what_is_gained_and_how_to_ask_for_it(plain):
+    told = {each.change: each for each in plain.explanation.advice}
+    assert told["int4 weights"].gain > told["int8 weights"].gain > 0.3
+    assert told["int4 weights"].describe(10.0).startswith("int4 weights: at least ")
+    assert told["int4 weights"].describe(10.0).endswith("; ask by compress_weight='int4'")
+
+
+def test_speed_is_told_of_what_can_be_asked_for_alone():
+    asked = Advice(change="int8 KV", tokens_per_s=1.0, gain=0.5, ask="compress_cache=True")
+    assert asked.describe(20.0) == "int8 KV: at least 30 tokens/s, +50 %; ask by compress_cache=True"
+    assert replace(asked, ask="", gain=1.5).describe(20.0) == "int8 KV: 2.5x"
+
+
+def test_a_packed_model_is_not_packed_again(plain):
+    problem = Problem.of(SMALL, ON_DISK, JOB)
+    changes = [each.change for each in compressed(problem, Fixed())]
+    assert changes == ["int8 KV", "int8 weights", "fp8 weights", "int4 weights", "mxfp4 weights", *["int8 KV"] * 4]
+    packed = next(compressed(problem, Fixed(compress_cache=True))).problem
+    assert [each.change for each in compressed(packed, Fixed())] == ["int8 KV"]
+    assert not list(compressed(packed, Fixed(compress_cache=True)))
+    assert most_gaining(packed, Fixed(compress_cache=True), plain.policy) is None
+
+
+def test_units_of_packed_weights_have_the_size_that_suits_them():
+    qwen = ModelArch.from_name("qwen3-30b-a3b")
+    problem = Problem.of(qwen, Hardware.preset("rtx4090"), JOB)
+    own, kept = Fixed(compress_cache=True), Fixed(compress_cache=True, expert_order=((0,),))
+    sizes = {each.change: experts_per_unit(each.problem.arch) for each in compressed(problem, own)}
+    assert sizes["int4 weights"] > sizes["int8 weights"] > experts_per_unit(qwen)
+    assert {experts_per_unit(each.problem.arch) for each in compressed(problem, kept)} == {experts_per_unit(qwen)}

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -381,15 +380,6 @@ def test_a_policy_file_and_a_flag_that_it_already_answers_do_not_go_together(fla
     code, _, err = main(job.args("--policy", str(other_policy(job)), *flags))
     assert code == 2
     assert_one_sentence(err, "--policy", flags[0])
-
-
-def test_a_policy_that_asks_for_what_the_runtime_has_not_is_refused(job, main):
-    path = job.directory / "policy.json"
-    policy = PolicyFile.load(other_policy(job)).policy
-    PolicyFile(policy=replace(policy, compress_weight=True)).save(path)
-    code, _, err = main(job.args("--policy", str(path)))
-    assert code == 2
-    assert_one_sentence(err, "compress_weight")
 
 
 def test_an_offload_directory_that_cannot_be_made_exits_74(job, main):

@@ -47,7 +47,13 @@ def test_models_and_machines_are_taken_in_every_form(asked, tmp_path):
     for arch, given, workload, options in asked:
         assert arch.fingerprint() == ModelArch.from_name("mixtral-8x7b").fingerprint()
         assert given == machine.with_budgets(cpu_mem=100) and workload == JOB
-        assert options == {"fixed": QUICK, "dtype_bytes": 4, "kv_tokens": 640, "advice": True}
+        assert options == {
+            "fixed": QUICK,
+            "dtype_bytes": 4,
+            "kv_tokens": 640,
+            "advice": True,
+            "allow_compression": False,
+        }
     assert len(asked) == 4
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
+from cost_model.model.packing import packed_as
 from flexmoe.cli.main import main
 from flexmoe.errors import DataError, StorageError, UsageError
 from flexmoe.models.loader import load_model
@@ -389,5 +390,13 @@ def test_the_command_says_what_was_made(source, tmp_path, capsys):
     assert main(["quantize", directory, out, "--format", "int4", "--group-size", "32"]) == 0
     said = capsys.readouterr().out
     assert "packed: int4 in groups of 32 (attention, expert)" in said and out in said and "root mean square" in said
-    assert main(["quantize", directory, out, "--format", "int4"]) == 2
+    assert main(["quantize", directory, str(tmp_path / "two"), "--format", "int4", "--group-size", "128"]) == 2
     assert "--group-size can be 32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_planner_counts_is_what_is_written(family, source, tmp_path):
+    plain = load_model(str(source(family).directory)).arch
+    for form in ("int4", "int8", "fp8", "mxfp4"):
+        made = quantize(source(family).directory, tmp_path / form, form)
+        assert made.packed == packed_as(plain, form).packed == load_model(str(tmp_path / form)).arch.packed

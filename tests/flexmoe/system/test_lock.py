@@ -9,7 +9,7 @@ import pytest
 
 from flexmoe.errors import UsageError
 from flexmoe.job import lock
-from flexmoe.job.lock import Lock
+from flexmoe.system.lock import Lock
 from tests.support.paths import ROOT
 
 
@@ -18,7 +18,7 @@ def names(directory):
 
 
 def test_the_lock_of_a_killed_process_holds_nobody_up(tmp_path):
-    code = f"import os, signal; from flexmoe.job.lock import Lock; Lock({str(tmp_path / 'lock')!r}); os.kill(os.getpid(), 9)"
+    code = f"import os, signal; from flexmoe.system.lock import Lock; Lock({str(tmp_path / 'lock')!r}); os.kill(os.getpid(), 9)"
     code = code.replace("Lock('", "Lock(__import__('pathlib').Path('").replace("'); os", "')); os")
     subprocess.run([sys.executable, "-c", code], timeout=60, cwd=ROOT)
     assert (tmp_path / "lock").exists()
