@@ -19,7 +19,7 @@ from cost_model.model.packed_format import PackedFormat
 from flexmoe.checkpoint.unit_layout import tensors_of
 from flexmoe.formats.packed_matrix import CODECS, SEPARATOR, PackedMatrix
 from flexmoe.kernels.grouped_product import can_group, grouped_product, product_in_turn
-from flexmoe.kernels.linear import linear
+from flexmoe.kernels.linear import linear, linears
 
 
 class ExpertProducts:
@@ -29,22 +29,30 @@ class ExpertProducts:
         gate_up: gate above up in one, or gate and up.
         down: the same of down.
         product: ``(x, weight)`` to ``x · weight^T``.
+        products: ``(x, weights)`` to the product with each of them; default: one after the other.
 
     Packed matrices are unpacked by the product.
     """
 
-    __slots__ = ("_down", "_gate_up", "_product")
+    __slots__ = ("_down", "_gate_up", "_product", "_products")
 
-    def __init__(self, gate_up: Sequence[Any], down: Any, product: Callable[..., torch.Tensor]):
+    def __init__(
+        self,
+        gate_up: Sequence[Any],
+        down: Any,
+        product: Callable[..., torch.Tensor],
+        products: Callable[..., Sequence[torch.Tensor]] | None = None,
+    ):
         self._gate_up, self._down, self._product = gate_up, down, product
+        self._products = products or (lambda x, weights: [product(x, weight) for weight in weights])
 
     def gate_up(self, x_nD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens' gates and what they gate, both ``[n, F]``; they may be overwritten."""
         if len(self._gate_up) == 1:
             gate_nF, up_nF = self._product(x_nD, self._gate_up[0]).chunk(2, dim=-1)
             return gate_nF, up_nF
-        gate, up = self._gate_up
-        return self._product(x_nD, gate), self._product(x_nD, up)
+        gate_nF, up_nF = self._products(x_nD, self._gate_up)
+        return gate_nF, up_nF
 
     def down(self, h_nF: torch.Tensor) -> torch.Tensor:
         """Back to ``[n, D]``."""
@@ -119,7 +127,7 @@ class ExpertWeights:
         Args:
             number: its place in the unit.
         """
-        return ExpertProducts([m[number] for m in self._gate_up], self._down[number], linear)
+        return ExpertProducts([m[number] for m in self._gate_up], self._down[number], linear, linears)
 
     def grouped(self, ends_e: torch.Tensor) -> ExpertProducts:
         """The products of all experts at once, where `can_group`.

@@ -265,3 +265,19 @@ def test_a_matrix_without_outputs_or_inputs_is_empty():
         assert unpack(matrix, torch.empty(rows, columns)).shape == (rows, columns)
         found = packed_products(torch.ones(2, columns), [matrix], torch.tensor([2], dtype=torch.int32))
         assert torch.equal(found, torch.zeros(2, rows))
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens", [0, 1, 5, 600])
+def test_products_with_several_weights_are_those_with_each(tokens, monkeypatch, two_threads):
+    calls = []
+    monkeypatch.setattr(linear, "packed_products", lambda *args: calls.append(args) or packed_products(*args))
+    pair = [packed_matrix(CASES["int4-128"][0], 130, 256, seeded(seed)) for seed in range(2)]
+    x = torch.randn(tokens, 256, generator=seeded()).to(torch.bfloat16)
+    found = linear.linears(x, pair)
+    if tokens:
+        assert len(calls) == (tokens <= linear.few_packed_tokens(x.dtype))
+    wanted = [linear.linear(x, matrix) for matrix in pair]
+    assert all(torch.equal(mine, other) for mine, other in zip(found, wanted, strict=True))
+    other_shape = packed_matrix(CASES["int4-128"][0], 37, 256, seeded())
+    assert [each.shape[1] for each in linear.linears(x, [pair[0], other_shape])] == [130, 37]
