@@ -22,8 +22,18 @@ _ROWS, _COLUMNS = 8, 256
 
 
 @triton.jit
-def _store(out, value, at, C, inside):  # type: ignore[no-untyped-def]
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+def _rounded(value, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 in another dtype, the nearest number, of two the even one: Triton's interpreter would cut bits of bfloat16 off."""
+    if DTYPE == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        near = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        value = tl.where(value != value, value, near)
+    return value.to(DTYPE)
+
+
+@triton.jit
+def _store(out, value, at, inside):  # type: ignore[no-untyped-def]
+    tl.store(out + at, _rounded(value.to(tl.float32), out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -59,8 +69,8 @@ def _integers(  # type: ignore[no-untyped-def]
     else:
         number -= 1 << (BITS - 1)
     by = tl.load(scale + r * scale_r + group * scale_g, mask=inside, other=0)
-    value = (number.to(tl.float32) * by.to(tl.float32)).to(scale.dtype.element_ty)
-    _store(out, value, own * C + c, C, inside)
+    value = _rounded(number.to(tl.float32) * by.to(tl.float32), scale.dtype.element_ty)
+    _store(out, value, own * C + c, inside)
 
 
 @triton.jit
@@ -79,8 +89,8 @@ def _e4m3(  # type: ignore[no-untyped-def]
     size = tl.where(rest == 0x7F, float("nan"), size)
     number = tl.where(code > 0x7F, -size, size)
     by = tl.load(scale + r // tall * scale_r + c // wide, mask=inside, other=0)
-    value = (number * by.to(tl.float32)).to(scale.dtype.element_ty)
-    _store(out, value, own * C + c, C, inside)
+    value = _rounded(number * by.to(tl.float32), scale.dtype.element_ty)
+    _store(out, value, own * C + c, inside)
 
 
 @triton.jit
@@ -99,7 +109,7 @@ def _e2m1(  # type: ignore[no-untyped-def]
     stored = tl.load(scale + r * scale_r + c // columns, mask=inside, other=0).to(tl.int32)
     power = tl.where(stored > 1, (stored - 1) << 23, 0x200000 << tl.minimum(stored, 1)).to(tl.float32, bitcast=True)
     value = tl.where(code > 7, -size, size) * power
-    _store(out, value, own * C + c, C, inside)
+    _store(out, value, own * C + c, inside)
 
 
 def unpack(matrix: PackedMatrix, out_RC: torch.Tensor, first: int = 0) -> torch.Tensor:

@@ -11,8 +11,7 @@ import torch
 
 from flexmoe.formats.packed_matrix import PackedMatrix
 from flexmoe.kernels import linear
-from tests.flexmoe.kernels.test_unpacking import CASES, FLOATS, MXFP4, fp8, same, seeded
-from tests.support.packed_matrices import packed_matrix
+from tests.support.packed_matrices import CASES, FLOATS, MXFP4, fp8, packed_matrix, same, seeded
 
 pytestmark = pytest.mark.slow
 
