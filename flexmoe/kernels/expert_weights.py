@@ -19,7 +19,7 @@ from cost_model.model.packed_format import PackedFormat
 from flexmoe.checkpoint.unit_layout import tensors_of
 from flexmoe.formats.packed_matrix import CODECS, SEPARATOR, PackedMatrix
 from flexmoe.kernels.grouped_product import can_group, grouped_product, product_in_turn, with_biases
-from flexmoe.kernels.linear import linear
+from flexmoe.kernels.linear import linear, linears
 
 
 class ExpertProducts:
@@ -31,11 +31,12 @@ class ExpertProducts:
         product: ``(x, weight, bias)`` to ``x · weight^T + bias``.
         biases: of gate and up in one, and of down; None: there are none.
         alternate: rows of gate and up alternate.
+        products: ``(x, weights)`` to the product with each of them; default: one after the other.
 
     Packed matrices are unpacked by the product.
     """
 
-    __slots__ = ("_alternate", "_biases", "_down", "_gate_up", "_product")
+    __slots__ = ("_alternate", "_biases", "_down", "_gate_up", "_product", "_products")
 
     def __init__(
         self,
@@ -44,8 +45,10 @@ class ExpertProducts:
         product: Callable[..., torch.Tensor],
         biases: tuple[Any, Any] | None = None,
         alternate: bool = False,
+        products: Callable[..., Sequence[torch.Tensor]] | None = None,
     ):
         self._gate_up, self._down, self._product = gate_up, down, product
+        self._products = products or (lambda x, weights: [product(x, weight, None) for weight in weights])
         self._biases, self._alternate = biases or (None, None), alternate
 
     def gate_up(self, x_nD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,8 +57,8 @@ class ExpertProducts:
             both = self._product(x_nD, self._gate_up[0], self._biases[0])
             gate_nF, up_nF = both.unflatten(-1, (-1, 2)).unbind(-1) if self._alternate else both.chunk(2, dim=-1)
             return gate_nF, up_nF
-        gate, up = self._gate_up
-        return self._product(x_nD, gate, None), self._product(x_nD, up, None)
+        gate_nF, up_nF = self._products(x_nD, self._gate_up)
+        return gate_nF, up_nF
 
     def down(self, h_nF: torch.Tensor) -> torch.Tensor:
         """Back to ``[n, D]``."""
@@ -152,7 +155,8 @@ class ExpertWeights:
             number: its place in the unit.
         """
         own = None if self._biases is None else (self._biases[0][number], self._biases[1][number])
-        return self._products([m[number] for m in self._gate_up], self._down[number], linear, own)
+        gate_up = [m[number] for m in self._gate_up]
+        return ExpertProducts(gate_up, self._down[number], linear, own, self._alternate, linears)
 
     def grouped(self, ends_e: torch.Tensor) -> ExpertProducts:
         """The products of all experts at once, where `can_group`.

@@ -184,6 +184,9 @@ def rehearsed(stage, tmp_path):
 @pytest.mark.slow
 def test_rehearsal_of_the_probes_has_a_rate_beside_every_limit(tmp_path):
     figures = rehearsed("probe", tmp_path)["figures"]
+    assert {"expert in int4, 512 tokens", "unpack mxfp4 to bf16, read and written"} <= {
+        figure["what"] for figure in figures
+    }
     assert len(figures) > 15 and all(figure["beside"] for figure in figures)
 
 
