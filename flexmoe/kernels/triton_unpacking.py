@@ -24,7 +24,7 @@ _ROWS, _COLUMNS = 8, 256
 @triton.jit
 def _rounded(value, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """float32 in another dtype, the nearest number, of two the even one: Triton's interpreter would cut bits of bfloat16 off."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         bits = value.to(tl.int32, bitcast=True)
         near = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
         value = tl.where(value != value, value, near)
