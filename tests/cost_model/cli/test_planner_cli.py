@@ -7,10 +7,12 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 import cost_model.__main__ as command
+from cost_model.cli import plan
 from cost_model.hardware.hardware import Hardware
 from policies.common.memory_units import GIB
 from policies.policy import PolicyFile
@@ -479,8 +481,9 @@ def test_a_packed_model_is_packed_no_further(main, tmp_path):
     assert_one_sentence(main(*model, "--policy", str(policy)), 4, "weights in int4", "packed in fp8")
 
 
-def test_what_gains_is_compressed_where_that_is_allowed(judged):
+def test_what_gains_is_compressed_where_that_is_allowed(judged, monkeypatch):
     """All weights are on the disk."""
+    monkeypatch.setattr(plan, "solve", partial(plan.solve, effort=0.001))
     asked = [
         *SHAPE,
         "--hardware",

@@ -44,7 +44,6 @@ def test_weights_are_packed_where_that_gains_and_it_is_allowed(plain):
     assert plain.policy.compress_weight is None and not plain.policy.compress_cache
     assert packed.policy.compress_weight in ("int4", "mxfp4")
     assert packed.prediction.tokens_per_s > 1.5 * plain.prediction.tokens_per_s
-    assert packed.explanation.evaluations > plain.explanation.evaluations
 
 
 def test_nothing_is_compressed_that_loses():

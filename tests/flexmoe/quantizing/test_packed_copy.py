@@ -6,9 +6,11 @@ import logging
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
+from cost_model import solve
 from flexmoe import LLM, SamplingParams
 from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine import Engine
@@ -142,9 +144,11 @@ def test_a_dry_run_plans_packed_weights_and_packs_none(job, main, machine):
     assert "weights in int4" in packed[1] and "weights in int4" not in plain[1]
 
 
-def test_the_planner_of_a_run_keeps_to_the_format(job, main, machine):
+def test_the_planner_of_a_run_keeps_to_the_format(job, main, machine, monkeypatch):
+    monkeypatch.setattr("cost_model.solve", partial(solve, effort=0.001))
     metrics = job.directory / "metrics.json"
     asked = ["--policy", "auto", "--hardware", str(machine), "--metrics-json", str(metrics)]
+    asked += ["--schedule", "rolling", "--gpu-batch-size", "4", "--num-gpu-batches", "2"]
     code, out, err = main(job.args(*asked, *INT4))
     assert (code, err) == (0, "") and "weights in int4" in out and len(copies(job)) == 1
     assert json.loads(metrics.read_text())["policy"]["compress_weight"] == "int4"
