@@ -37,14 +37,15 @@ def has_grouped_product(device: torch.device, dtype: torch.dtype) -> bool:
 def can_group(matrices: Sequence[Matrices]) -> bool:
     """Whether `grouped_product` takes each of these.
 
-    Torch's product wants a stack whose rows begin at multiples of 16 bytes, and a device that has it.
+    Torch's product wants a stack whose rows begin at multiples of 16 bytes, as those of the tokens do, and a device that has it.
     """
     stacked = [m for m in matrices if isinstance(m, torch.Tensor)]
     if len(stacked) < len(matrices):
         return matrices[-1][0].device.type == "cpu" and native.available()
     if not has_grouped_product(stacked[0].device, stacked[0].dtype):
         return False
-    return all(_row_step(m) * m.element_size() % ROW_BYTES == 0 and m.data_ptr() % ROW_BYTES == 0 for m in stacked)
+    sizes = [(m.data_ptr(), *(step * m.element_size() for step in (_row_step(m), m.shape[-1]))) for m in stacked]
+    return all(size % ROW_BYTES == 0 for of_one in sizes for size in of_one)
 
 
 def _row_step(stack: torch.Tensor) -> int:
