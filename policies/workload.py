@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from policies.common.checks import check_count
+from policies.common.checks import check_count, check_number
 from policies.common.errors import UsageError
 from policies.common.fields import Count, Rule, Size, check_fields, optional, whole
 
@@ -22,6 +22,14 @@ def _checked_lengths(name: str, value: Any) -> Histogram:
     return tuple((s, n, rows) for s, n, rows in counts)
 
 
+def _checked_mean(name: str, value: Any) -> float:
+    checked = check_number(name, value)
+    if checked < 1:
+        raise UsageError(f"{name} is {value!r}; it must be at least 1.")
+    return checked
+
+
+_MEAN = Rule(check=_checked_mean, schema={"type": "number", "minimum": 1})
 _TRIPLE_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 3, "maxItems": 3}
 _LENGTHS = Rule(check=_checked_lengths, schema={"type": "array", "items": _TRIPLE_SCHEMA})
 
@@ -37,9 +45,10 @@ class Workload:
         lengths: (prompt tokens, generated tokens, rows) of the rows' length histogram; empty: all rows have the means.
         longest_row: tokens of the longest row, prompt and completion; 0 stands for the longest of the histogram.
         scored_tokens: mean tokens of a prompt whose log-probabilities are asked.
+        rows_per_prompt: rows that are samples of one prompt, on average; whole KV pages of it are computed once for them.
 
     Raises:
-        UsageError: a value is not a whole number of at least 1, or the histogram is no list of such triples.
+        UsageError: a length is not a whole number of at least 1, or the histogram is no list of such triples.
     """
 
     prompt_len: Count
@@ -48,11 +57,14 @@ class Workload:
     lengths: Annotated[Histogram, _LENGTHS] = ()
     longest_row: Size = 0
     scored_tokens: Size = 0
+    rows_per_prompt: Annotated[float, _MEAN] = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self)
         longest = max((s + n for s, n, _ in self.lengths), default=self.prompt_len + self.gen_len)
         object.__setattr__(self, "longest_row", max(longest, self.longest_row))
+        if self.rows_per_prompt > 1 and not self.lengths:  # followed as rows that differ are
+            object.__setattr__(self, "lengths", ((self.prompt_len, self.gen_len, self.num_requests or 1),))
 
     @property
     def scored_share(self) -> float:
@@ -99,6 +111,7 @@ class Workload:
             "lengths": [list(entry) for entry in self.lengths],
             "longest_row": self.longest_row,
             "scored_tokens": self.scored_tokens,
+            "rows_per_prompt": self.rows_per_prompt if self.rows_per_prompt > 1 else None,
         }
         return {name: value for name, value in values.items() if value}
 

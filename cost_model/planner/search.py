@@ -206,14 +206,27 @@ class Climb:
         A few slots more do not help, so no step leads to that; nor, at another pace, to sweeps with so few prompt tokens that
         most experts stay away.
         """
-        problem, slots = self.objective.problem, _MANY_SLOTS
-        slow = max(1, problem.workload.prompt_len // _SLOW_PACE)
-        while slots < len(residency(problem.arch).order):
-            for pace in (policy.prefill_tokens, slow):
-                found = self.objective.fitted(replace(policy, weight_slots=slots, prefill_tokens=pace))
-                if found is not None:
-                    yield found
-            slots = slots * 3 // 2
+        job, most = self.objective.problem.workload, len(residency(self.objective.problem.arch).order) - 1
+        slow, even = job.prompt_len // _SLOW_PACE, policy.block_size * job.prompt_len // job.gen_len
+        for pace in dict.fromkeys(max(1, each) for each in (policy.prefill_tokens, slow, even)):
+            fits, slots = None, _MANY_SLOTS
+            while slots <= most and (found := self._with(policy, slots, pace)):
+                yield found
+                fits, slots = found, slots * 3 // 2
+            if fits:
+                yield self._filled(fits, min(slots, most + 1))
+
+    def _with(self, policy: Policy, slots: int, pace: int) -> Policy | None:
+        return self.objective.fitted(replace(policy, weight_slots=slots, prefill_tokens=pace))
+
+    def _filled(self, policy: Policy, beyond: int) -> Policy:
+        """The policy with the most slots, fewer than ``beyond``, that fit."""
+        low = policy.weight_slots or 0
+        while beyond - low > 1:
+            middle = (low + beyond) // 2
+            found = self._with(policy, middle, policy.prefill_tokens)
+            policy, low, beyond = (found, middle, beyond) if found else (policy, low, middle)
+        return policy
 
     def run(self, policy: Policy, effort: float, steps: tuple[float, ...] = _STEPS) -> Policy:
         """The best policy met on the way up by single moves, each repeated while it helps."""

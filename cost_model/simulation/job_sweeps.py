@@ -6,19 +6,20 @@ to match, and once the job is in its steady state one period of it is followed a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from itertools import repeat
+from math import ceil, floor
 
 import numpy as np
 
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation
 from cost_model.timing.job_phases import JobPhases, job_phases
-from cost_model.timing.job_rows import tokens_to_generate, typical_rows, waiting_rows
+from cost_model.timing.job_rows import Row, by_prompt, tokens_to_generate, typical_rows, waiting_prompts
 from cost_model.timing.sweep_load import MODES, RowGroup, SweepLoad
 from policies.admission.admission import Admission
 from policies.admission.order import WINDOW_BLOCKS, longest_first
-from policies.admission.row_state import AttentionMode, RowLengths
+from policies.admission.row_state import AttentionMode, Prefix, RowLengths
 from policies.common.errors import InfeasibleError
 from policies.placement import TIERS
 from policies.policy import Policy
@@ -127,7 +128,8 @@ def job_sweeps(
     endless, total = job_phases(policy, allocation, replace(workload, num_requests=None)), workload.num_requests or 0
     small = total * endless.row_sweeps <= ROW_SWEEPS
     if whole or small:
-        waiting = waiting_rows(workload, WINDOW_BLOCKS * policy.block_size, seed) if rows is None else iter(rows)
+        window, each = WINDOW_BLOCKS * policy.block_size, workload.rows_per_prompt
+        waiting = waiting_prompts(workload, window, seed) if rows is None else by_prompt(iter(rows), each)
         return _Job(policy, allocation, waiting, total).follow()
     return _followed_in_part(policy, allocation, workload, endless, seed)
 
@@ -150,7 +152,8 @@ def _followed_in_part(
         settling = 1 if static else max(1, int(min(_MOST_SETTLING, lives / 2)))
         periods = int(min(_MOST_PERIODS, lives - settling))
     total = (workload.num_requests or 0) / bundle
-    found = _Job(policy, allocation, rows, total, bundle, settling, max(1, periods), mixed).follow()
+    prompts = by_prompt(_repeated(rows, workload.rows_per_prompt), workload.rows_per_prompt)
+    found = _Job(policy, allocation, prompts, total, bundle, settling, max(1, periods), mixed).follow()
     return found.generating(tokens_to_generate(workload))
 
 
@@ -175,11 +178,32 @@ def _block_bundles(policy: Policy, bundle: float) -> int:
     return max(1, int(policy.block_size / bundle + 1e-9))
 
 
+def _repeated(rows: Iterable[Row], rows_per_prompt: float) -> Iterator[Row]:
+    """Rows as alike as those of a prompt are."""
+    if rows_per_prompt == 1:
+        yield from rows
+    for at, row in enumerate(rows):
+        yield from repeat(row, floor(rows_per_prompt * (at + 1)) - floor(rows_per_prompt * at))
+
+
+def _after_prefix(first: RowLengths, others: list[RowLengths]) -> list[RowLengths]:
+    """Those that wait like any row; none where they begin after the pages of a prompt that the first computes."""
+    for row in others:
+        row.prompt_done = row.prompt
+    pages = (min(row.prompt for row in (first, *others)) - 1) // PAGE_TOKENS
+    if not pages or not others:
+        return others
+    prefix = Prefix(tokens=pages * PAGE_TOKENS, pages=pages, waiting=dict.fromkeys(others))
+    for row in (first, *others):
+        row.prefix = prefix
+    return []
+
+
 class _Job:
     """Follows a job sweep by sweep.
 
     Args:
-        rows: lengths of the rows, or bundles, in the order in which they wait.
+        prompts: lengths of the rows, or bundles, of each prompt, in the order in which they wait.
         total: how many there are.
         bundle: rows that each stands for.
         settling: lives of a row, or static blocks, to follow before the steady state; windows where rows differ.
@@ -191,14 +215,14 @@ class _Job:
         self,
         policy: Policy,
         allocation: Allocation,
-        rows: Iterator[tuple[int, int]],
+        prompts: Iterator[Sequence[Row]],
         total: float,
         bundle: float = 1.0,
         settling: int = 0,
         periods: int = 0,
         mixed: bool = False,
     ):
-        self._rows, self._left, self._bundle = rows, total, bundle
+        self._prompts, self._left, self._bundle = prompts, total, bundle
         self._settling, self._periods = settling, periods
         self._static = policy.schedule == "static"
         self._room = {tier: int(allocation.kv_pages[tier] / bundle) for tier in TIERS}
@@ -258,9 +282,12 @@ class _Job:
     def _fill_queue(self) -> None:
         waiting = self._admission.waiting
         while len(waiting) < self._block and self._left >= 0.5:
-            s, n = next(self._rows)
-            waiting.append(RowLengths(prompt=s, limit=s + n))
-            self._left -= 1
+            first, *others = [RowLengths(prompt=s, limit=s + n) for s, n in next(self._prompts)][
+                : ceil(self._left - 0.5)
+            ]
+            self._left -= 1 + len(others)
+            waiting.append(first)
+            waiting.extend(_after_prefix(first, others))
 
     def _sweep(self, rows: list[RowLengths]) -> int:
         """One sweep; returns how many rows end in it."""

@@ -53,7 +53,7 @@ def job_phases(policy: Policy, allocation: Allocation, workload: Workload) -> Jo
     """How the job proceeds under a policy."""
     m = row_moments(workload)
     loads = PhaseLoads(moments=m, shares=mode_shares(policy, allocation), prefill_tokens=policy.prefill_tokens)
-    if m.mixed:
+    if m.mixed or workload.rows_per_prompt > 1:
         return _mixed_job(policy, allocation, workload, loads)
     block, fill = _rows_in_flight(policy, allocation, loads)
     life, total = loads.life_sweeps, workload.num_requests
@@ -165,7 +165,7 @@ def _followed(workload: Workload, block: int, pace: int, room: int, static: bool
     """
     window, total = WINDOW_BLOCKS * block, workload.num_requests
     rows, windows = followed_rows(workload, window, STATIC_BUNDLES if static else BUNDLES)
-    stretches = flow(rows, block=block, pace=pace, room=room, static=static)
+    stretches = flow(rows, block=block, pace=pace, room=room, static=static, rows_per_prompt=workload.rows_per_prompt)
     recurring = 1 + (total / window - windows) / (windows - 1) if windows and total is not None else 1.0
     once = 0.0 if windows and total is None else 1.0
     recurs = _after(stretches, window) if windows else [False] * len(stretches)

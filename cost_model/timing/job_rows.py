@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import accumulate, repeat
-from math import ceil, isqrt
+from itertools import accumulate, chain, islice, repeat
+from math import ceil, floor, isqrt
 from statistics import fmean
 
 from policies.admission.order import WINDOW_BLOCKS, longest_first
 from policies.workload import Workload
 
+#: (prompt tokens, generated tokens) of a row.
+Row = tuple[int, int]
 #: (prompt tokens, generated tokens, rows that are so long).
 Bundle = tuple[int, int, int]
 
@@ -45,9 +47,31 @@ def shuffled_rows(workload: Workload, seed: int) -> Iterator[tuple[int, int]]:
     return iter(rows)
 
 
-def waiting_rows(workload: Workload, window: int, seed: int) -> Iterator[tuple[int, int]]:
+def waiting_rows(workload: Workload, window: int, seed: int) -> Iterator[Row]:
     """`shuffled_rows` in the order in which the runtime lets them wait."""
-    return longest_first(shuffled_rows(workload, seed), sum, window)
+    return chain.from_iterable(waiting_prompts(workload, window, seed))
+
+
+def waiting_prompts(workload: Workload, window: int, seed: int) -> Iterator[Sequence[Row]]:
+    """The rows of each prompt, in the order in which the runtime lets the prompts wait.
+
+    Args:
+        window: prompts whose longest wait first.
+    """
+    rows = shuffled_rows(workload, seed)
+    if workload.rows_per_prompt == 1:
+        return ((row,) for row in longest_first(rows, sum, window))
+    prompts = list(by_prompt(iter(sorted(rows)), workload.rows_per_prompt))  # a prompt's rows are alike
+    random.Random(seed).shuffle(prompts)
+    return longest_first(prompts, lambda prompt: sum(prompt[0]), window)
+
+
+def by_prompt(rows: Iterator[Row], rows_per_prompt: float) -> Iterator[Sequence[Row]]:
+    """Neighbouring rows together, as many as make that mean."""
+    before, reached = 0, rows_per_prompt
+    while prompt := tuple(islice(rows, floor(reached) - before)):
+        yield prompt
+        before, reached = floor(reached), reached + rows_per_prompt
 
 
 @lru_cache(maxsize=256)

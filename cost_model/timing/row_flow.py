@@ -62,7 +62,9 @@ class Stretch:
         return self.sweeps * (self.decode_rows + self.entered)
 
 
-def flow(rows: Iterable[Bundle], *, block: int, pace: int, room: int, static: bool) -> list[Stretch]:
+def flow(
+    rows: Iterable[Bundle], *, block: int, pace: int, room: int, static: bool, rows_per_prompt: float = 1.0
+) -> list[Stretch]:
     """The stretches of a job.
 
     Args:
@@ -71,15 +73,17 @@ def flow(rows: Iterable[Bundle], *, block: int, pace: int, room: int, static: bo
         pace: prompt tokens that may enter a sweep.
         room: pages of the KV cache. A row that is larger runs alone.
         static: between the end of a row and that of the last one in flight, none enters.
+        rows_per_prompt: of so many rows one computes the pages of a prompt, and the others begin after them.
     """
-    job = _Flow(list(rows), block, pace, room, static)
+    job = _Flow(list(rows), block, pace, room, static, 1 / rows_per_prompt)
     job.run()
     return job.stretches
 
 
 class _Flow:
-    def __init__(self, rows: list[Bundle], block: int, pace: int, room: int, static: bool):
+    def __init__(self, rows: list[Bundle], block: int, pace: int, room: int, static: bool, computing: float):
         self.stretches: list[Stretch] = []
+        self._computing = computing  # part of the rows
         self._queue, self._block, self._pace, self._room, self._static = rows[::-1], block, pace, room, static
         # Groups by their end, and the pages that all in flight will hold then, unless there is room for any that may be.
         self._running: list[tuple[float, float, float]] = []
@@ -156,14 +160,15 @@ class _Flow:
 
     def _enter(self, s: int, n: int, count: int) -> int:
         """Up to ``count`` rows enter, in this sweep or as fast as the pace allows, but not beyond the next end."""
-        if count * s > self._budget:
+        own = self._own_tokens(s)
+        if count * own > self._budget:
             sweeps = max(0.0, self._next_end(n - 1 if self._static else inf) - self._at + _WITHIN)
             if sweeps < inf:
-                count = max(1, min(count, int((self._budget + int(sweeps) * self._pace) / s)))
-        if count * s > self._budget:
+                count = max(1, min(count, int((self._budget + int(sweeps) * self._pace) / own)))
+        if count * own > self._budget:
             self._enter_over_sweeps(s, n, count)
         else:
-            self._compute(s, count * s)
+            self._compute(s, count * own)
             self._start(s, n, count, self._at, count)
         return count
 
@@ -173,11 +178,11 @@ class _Flow:
 
     def _enter_over_sweeps(self, s: int, n: int, count: int) -> None:
         """Rows that this sweep has no room for enter one after the other; those that were first decode meanwhile."""
-        begin, left = self._at, count * s - self._budget
+        begin, left = self._at, count * self._own_tokens(s) - self._budget
         more = ceil(left / self._pace)
         self._compute(s, self._budget)
         self._end_sweep()
-        each = self._pace / s
+        each = self._pace / self._own_tokens(s)
         own = min((count - 1) / 2, each * (n - 1))
         self._pass(more - 1, s, own)
         self._compute(s, left - (more - 1) * self._pace)
@@ -208,13 +213,20 @@ class _Flow:
 
     def _compute(self, s: int, tokens: float) -> None:
         """So many tokens of prompts of ``s`` are computed in this sweep, a chunk of at most the pace of each."""
-        chunks = tokens / min(s, self._pace)
+        rows = tokens / self._own_tokens(s)
+        whole, prefix = rows * self._computing, _shared_tokens(s)
+        after = rows - whole
+        chunks = whole * s / min(s, self._pace)
         self._budget -= tokens
         self._tokens += tokens
-        self._chunks += chunks
-        self._past += chunks * max(0.0, s - self._pace) / 2
-        self._pairs += tokens * s / 2
-        self._entered += tokens / s
+        self._chunks += chunks + after
+        self._past += chunks * max(0.0, s - self._pace) / 2 + after * prefix
+        self._pairs += whole * s * s / 2 + after * (s * s - prefix * prefix) / 2
+        self._entered += rows
+
+    def _own_tokens(self, s: int) -> float:
+        """Prompt tokens that a row computes, on average."""
+        return s - (1 - self._computing) * _shared_tokens(s)
 
     def _end_sweep(self) -> bool:
         """The sweep is full; whether rows end with it."""
@@ -258,3 +270,8 @@ class _Flow:
         if left:
             self._closed, self._fresh = self._static, False
         return left > 0
+
+
+def _shared_tokens(s: int) -> int:
+    """Of a prompt: whole pages, and fewer tokens than it has."""
+    return (s - 1) // PAGE_TOKENS * PAGE_TOKENS

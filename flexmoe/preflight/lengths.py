@@ -215,9 +215,12 @@ class Lengths:
         longest = max((min(most, self._room(row)) for row in rows), default=0)
         longest = max(measured.longest_row, longest)
         scored = -(-sum(self._scored_tokens[row] for row in rows) // max(1, measured.rows))
+        rows_per_prompt = max(1.0, measured.rows / max(1, sum(self._prompts[row] for row in rows)))
         return replace(
             measured,
-            workload=replace(measured.workload, longest_row=longest, scored_tokens=scored),
+            workload=replace(
+                measured.workload, longest_row=longest, scored_tokens=scored, rows_per_prompt=rows_per_prompt
+            ),
             longest_row=longest,
             open_rows=sum(self._samples[row] for row in open_rows),
             open_tokens=self._open_tokens,

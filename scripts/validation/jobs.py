@@ -29,8 +29,8 @@ MT_BENCH = (
 )
 #: The name of the model with real weights.
 REAL_WEIGHTS = "real"
-#: Seconds that a run may be predicted to take.
-SECONDS = (3.0, 12.0)
+#: Seconds that a run may be predicted to take: most kinds, and those whose rows generate long on two cores.
+SECONDS, LONG_SECONDS = (3.0, 12.0), (3.0, 40.0)
 #: What the first of a kind has at least of its weights outside the compute device, by tier; the others are as they are drawn.
 OFFLOADED = {"cpu": 30.0, "disk": 30.0}
 
@@ -48,6 +48,7 @@ class Kind:
         batches: rows of a GPU batch, one of these.
         real: whether the model with real weights runs it.
         samples: completions of each request.
+        seconds: shortest and longest time that a run may be predicted to take.
     """
 
     row: Callable[[random.Random, int], Row]
@@ -56,6 +57,7 @@ class Kind:
     batches: tuple[int, ...] = (4, 8, 16)
     real: bool = False
     samples: int = 1
+    seconds: tuple[float, float] = SECONDS
 
 
 def _mt_bench(rng: random.Random, most: int) -> Row:
@@ -78,13 +80,13 @@ def _long_prompt(rng: random.Random, most: int) -> Row:
 
 
 KINDS: Mapping[str, Kind] = {
-    "mt-bench": Kind(row=_mt_bench, new_tokens=(512, 128)),
+    "mt-bench": Kind(row=_mt_bench, new_tokens=(512, 128), requests=(4, 64), seconds=LONG_SECONDS),
     "zipf": Kind(row=_zipf, new_tokens=(256,)),
     "bimodal": Kind(row=_bimodal, new_tokens=(200, 64)),
     "few": Kind(row=_mt_bench, new_tokens=(128, 32), requests=(1, 6), batches=(1, 2, 4)),
     "scoring": Kind(row=_long_prompt, new_tokens=(0,)),
-    "samples": Kind(row=_long_prompt, new_tokens=(48, 16), requests=(4, 24), samples=6),
-    "real": Kind(row=_mt_bench, new_tokens=(64, 16), real=True),
+    "samples": Kind(row=_long_prompt, new_tokens=(48, 16), requests=(4, 24), samples=6, seconds=LONG_SECONDS),
+    "real": Kind(row=_mt_bench, new_tokens=(64, 16), real=True, seconds=LONG_SECONDS),
     "real-few": Kind(row=_mt_bench, new_tokens=(64, 16), requests=(1, 6), batches=(1, 2, 4), real=True),
 }
 
@@ -95,7 +97,7 @@ def draw_jobs(
     seed: int,
     each: int,
     *,
-    seconds: tuple[float, float] = SECONDS,
+    seconds: tuple[float, float] | None = None,
     turns: int = 2000,
 ) -> list[Configuration]:
     """``each`` configurations of every kind, the schedules in turn; the first has weights in host memory, the second on disk.
@@ -104,7 +106,8 @@ def draw_jobs(
 
     Args:
         archs: models by name; `REAL_WEIGHTS` is the name of the one with real weights.
-        seconds: shortest and longest time that a run may be predicted to take.
+        seconds: shortest and longest time that a run may be predicted to take, instead of the kind's.
+        turns: draws of each configuration at most.
     """
     found = []
     for at, (name, kind) in enumerate(KINDS.items()):
@@ -117,7 +120,7 @@ def draw_jobs(
             for policy, rows in islice(_drawn(rng, kind, new_tokens, SCHEDULES[(at + number) % 2]), turns):
                 model = rng.choice(models)
                 candidate = Configuration(model=model, policy=policy, rows=rows, **about)
-                if _has_offloaded(policy, tier) and _suits(archs[model], hardware, candidate, seconds):
+                if _has_offloaded(policy, tier) and _suits(archs[model], hardware, candidate, seconds or kind.seconds):
                     found.append(candidate)
                     break
     return found

@@ -9,6 +9,7 @@ from itertools import groupby, islice, pairwise
 import pytest
 
 from cost_model.hardware.hardware import Hardware
+from cost_model.memory.allocation import PAGE_TOKENS
 from cost_model.simulation import job_sweeps as job_sweeps_module
 from cost_model.simulation import simulate as simulate_module
 from cost_model.simulation.simulate import simulate
@@ -265,3 +266,28 @@ def test_simulated_operations_are_those_that_the_engine_runs(tiny, tmp_path, one
     tracks = {lane.rstrip("0123456789") for lane, *_ in found.spans}
     # The recorder tells what the host gathers and scatters from the copies of KV.
     assert tracks == {lane.rstrip("0123456789") for lane, *_ in ran} - {"h2d/gather", "d2h/home"}
+
+
+# Samples of one prompt.
+
+
+@pytest.mark.parametrize("schedule", ["rolling", "static"])
+@pytest.mark.parametrize("row_sweeps", [1_000_000, 2_000], ids=["every row", "in bundles"])
+def test_samples_compute_the_pages_of_their_prompt_once(by_groups, row_sweeps, schedule):
+    by_groups(row_sweeps)
+    prompt, samples, prompts = 100, 4, 30
+    workload = replace(job(samples * prompts, prompt_len=prompt, gen_len=8), rows_per_prompt=samples)
+    policy = policy_of(ON_HOST, prefill_tokens=800, prompt_len=prompt, gen_len=8, schedule=schedule)
+    found = simulate(SMALL, MACHINE, workload, policy)
+    shared = (prompt - 1) // PAGE_TOKENS * PAGE_TOKENS
+    computed = prompts * (samples * prompt - (samples - 1) * shared) + samples * prompts * 7
+    recurring = 1.0 if row_sweeps == 1_000_000 else found.job_s / (found.timeline.end_s[-1])
+    assert found.timeline.tokens.sum() * recurring == pytest.approx(computed, rel=1e-9 if recurring == 1.0 else 0.1)
+
+
+def test_rows_given_in_order_share_prompts_in_that_order():
+    rows = [(90, 3)] * 2 + [(40, 5)] * 2
+    workload = replace(Workload.of_lengths(rows), rows_per_prompt=2.0)
+    found = simulate(SMALL, MACHINE, workload, policy_of(ON_HOST, prefill_tokens=2000), rows=rows)
+    after = [length - (length - 1) // PAGE_TOKENS * PAGE_TOKENS for length in (90, 40)]
+    assert list(found.timeline.tokens[:2]) == [90 + 40, sum(after) + 2], "the others enter one sweep later"

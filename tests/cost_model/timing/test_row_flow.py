@@ -137,3 +137,22 @@ def test_a_long_job_is_followed_in_part():
         predicted = evaluate(SMALL, MACHINE, workload, policy).job_s
         simulated = simulate(SMALL, MACHINE, workload, policy, full=True).job_s
         assert predicted == pytest.approx(simulated, rel=0.05)
+
+
+@pytest.mark.parametrize("schedule", ["rolling", "static"])
+@pytest.mark.parametrize("samples", [2.0, 2.5, 6.0])
+def test_samples_of_a_prompt_compute_its_pages_once(samples, schedule):
+    """As many prompt tokens as the admission gives them, in about as many sweeps."""
+    workload = replace(
+        Workload.of_lengths([(s, 12) for s in (40, 100, 170, 260) for _ in range(30)]), rows_per_prompt=samples
+    )
+    policy, allocation = policy_and_allocation(workload, 24, schedule, prefill_tokens=500)
+    rows = [(s, n, 1) for s, n in waiting_rows(workload, WINDOW_BLOCKS * policy.block_size, 0)]
+    limits = {"block": policy.block_size, "pace": policy.prefill_tokens, "room": sum(allocation.kv_pages.values())}
+    found = flow(rows, **limits, static=schedule == "static", rows_per_prompt=samples)
+    whole = job_sweeps(policy, allocation, workload, whole=True)
+    assert sum(each.sweeps * each.prompt_tokens for each in found) == pytest.approx(
+        (whole.tokens.sum() - whole.groups[:, :, 0].sum()), rel=0.03
+    )
+    assert sum(each.sweeps for each in found) == pytest.approx(len(whole.logits), rel=0.25)
+    assert sum(each.sweeps * (each.decode_rows + each.entered) for each in found) == pytest.approx(120 * 12, rel=0.01)

@@ -211,6 +211,7 @@ def test_a_plan_knows_how_much_of_the_prompts_is_scored():
     lengths[1] = RowLength.of([request(10, 4)], 100)
     workload = lengths.measured(100).workload
     assert workload.num_requests == 3 and workload.scored_tokens == 10  # 30 of three samples
+    assert workload.rows_per_prompt == 1.5
     assert Lengths(1).measured(100).workload.scored_tokens == 0
 
 
