@@ -22,22 +22,29 @@ _ROWS, _COLUMNS = 8, 256
 
 
 @triton.jit
-def _rounded(value, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32 in another dtype, the nearest number, of two the even one: Triton's interpreter would cut bits of bfloat16 off."""
-    if tl.bfloat16 == DTYPE:
-        bits = value.to(tl.int32, bitcast=True)
-        near = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-        value = tl.where(value != value, value, near)
-    return value.to(DTYPE)
+def _bf16_bits(value):
+    """The nearest bfloat16 of two the even one, as int32: Triton's interpreter cuts bits off, and takes subnormal ones for 0."""
+    bits = value.to(tl.int32, bitcast=True)
+    return tl.where(value != value, 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
 
 
 @triton.jit
-def _store(out, value, at, inside):  # type: ignore[no-untyped-def]
-    tl.store(out + at, _rounded(value.to(tl.float32), out.dtype.element_ty), mask=inside)
+def _rounded(value, DTYPE: tl.constexpr):
+    """float32 to the nearest number of another dtype, in float32."""
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        return (_bf16_bits(value) << 16).to(tl.float32, bitcast=True)
+    return value.to(DTYPE).to(tl.float32)
 
 
 @triton.jit
-def _place(r, PER_WORD: tl.constexpr, IS_AWQ: tl.constexpr):  # type: ignore[no-untyped-def]
+def _store(out, value, at, inside):
+    if out.dtype.element_ty == tl.bfloat16:
+        value = _bf16_bits(value).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _place(r, PER_WORD: tl.constexpr, IS_AWQ: tl.constexpr):
     """The place in a word of output r: in order, or as AWQ has it, 0 4 1 5 2 6 3 7."""
     at = r % PER_WORD
     if IS_AWQ:
@@ -46,7 +53,7 @@ def _place(r, PER_WORD: tl.constexpr, IS_AWQ: tl.constexpr):  # type: ignore[no-
 
 
 @triton.jit
-def _integers(  # type: ignore[no-untyped-def]
+def _integers(
     packed, scale, zero, out, first, rows, C, columns, shift,
     packed_r, packed_c, scale_r, scale_g, zero_r, zero_g,
     BITS: tl.constexpr, BY_INPUTS: tl.constexpr, IS_AWQ: tl.constexpr, ZEROS: tl.constexpr,
@@ -74,7 +81,7 @@ def _integers(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _e4m3(  # type: ignore[no-untyped-def]
+def _e4m3(
     packed, scale, out, first, rows, C, tall, wide, packed_r, scale_r,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +101,7 @@ def _e4m3(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _e2m1(  # type: ignore[no-untyped-def]
+def _e2m1(
     packed, scale, out, first, rows, C, columns, packed_r, scale_r,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
