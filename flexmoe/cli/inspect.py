@@ -88,13 +88,14 @@ def _shape_lines(arch: ModelArch) -> list[str]:
         f"{count} layers see {'all tokens' if window is None else f'the last {window} tokens'}"
         for window, count in shape_record(arch)["windows"]
     ]
-    kv = arch.kv_bytes_per_token(arch.dtype_bytes)
+    kv, int8_kv = (arch.kv_bytes_per_token(arch.dtype_bytes, compressed=compressed) for compressed in (False, True))
+    of_all = " while all layers see it" if arch.windowed_share else ""
     return [
         f"layers: {arch.num_layers}{dense}; {'; '.join(windows)}",
         f"experts: {arch.num_experts} in a layer, {arch.top_k} for a token, {arch.ffn} wide; hidden size {arch.hidden}",
         f"attention: {arch.num_heads} query heads, {arch.num_kv_heads} KV heads of size {arch.head_dim}",
         f"parameters: {arch.parameters / 1e9:.2f} billion, of which a token uses {arch.active_parameters / 1e9:.2f} billion",
-        f"context: {arch.max_position} tokens; KV cache: {kv} bytes a token",
+        f"context: {arch.max_position} tokens; KV cache: {kv} bytes a token{of_all}, {int8_kv} as int8 (--compress-cache)",
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from cost_model.model.arch import ModelArch
@@ -60,11 +61,17 @@ def shape_record(arch: ModelArch) -> dict[str, Any]:
         "head_size": arch.head_dim,
         "vocabulary": arch.vocab_size,
         "context": arch.max_position,
-        "windows": [[arch.sliding_window, arch.num_layers]],
+        "windows": [[window, count] for window, count in _windows(arch).items()],
         "parameters": arch.parameters,
         "active_parameters": arch.active_parameters,
         "kv_bytes_per_token": arch.kv_bytes_per_token(arch.dtype_bytes),
+        "int8_kv_bytes_per_token": arch.kv_bytes_per_token(arch.dtype_bytes, compressed=True),
     }
+
+
+def _windows(arch: ModelArch) -> Counter[int | None]:
+    """How many layers look back so far; None is all."""
+    return Counter(arch.window_in(layer) for layer in range(arch.num_layers))
 
 
 def notes(found: Inspection) -> list[str]:

@@ -111,7 +111,7 @@ def test_what_is_printed_of_a_checkpoint_that_runs(tmp_path, capsys):
         "experts: 4 in a layer, 2 for a token, 32 wide; hidden size 64",
         "attention: 4 query heads, 2 KV heads of size 32",
         "parameters: 0.00 billion, of which a token uses 0.00 billion",
-        "context: 512 tokens; KV cache: 768 bytes a token",
+        "context: 512 tokens; KV cache: 768 bytes a token, 408 as int8 (--compress-cache)",
         "weights: 0.2 MiB in 1 file; packed: int4 in groups of 32 (attention, expert, dense), all else is not",
         "  experts          27648 bytes  48 tensors, I32, BF16 (packed)",
         "  dense MLPs       10368 bytes  6 tensors, I32, BF16 (packed)",
@@ -134,6 +134,7 @@ def test_the_json_has_what_is_printed(tmp_path, capsys):
     record = json.loads(capsys.readouterr().out)
     assert record["runs"] and record["refused"] == [] and record["weights"]["packed"] is None
     assert record["shape"]["windows"] == [[128, 2]] and record["shape"]["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 2
+    assert record["shape"]["int8_kv_bytes_per_token"] == 2 * 2 * 2 * (16 + 2)
     unused = 2 * 2 * 3 * 64 * 32
     assert record["shape"]["active_parameters"] == record["shape"]["parameters"] - unused
     assert record["next"][1] == f"python -m flexmoe.quantize {tmp_path} OUT --format int4"
