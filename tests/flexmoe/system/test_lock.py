@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from flexmoe.errors import UsageError
-from flexmoe.job import lock
+from flexmoe.system import lock
 from flexmoe.system.lock import Lock
 from tests.support.paths import ROOT
 
