@@ -77,7 +77,6 @@ def check_unpacked(arch: ModelArch, format: str | None) -> None:
         )
 
 
-@lru_cache(maxsize=64)
 def packed_as(arch: ModelArch, format: str | None) -> ModelArch:
     """The shape under a policy's ``compress_weight``: with its matrices in that format, or as it is where they are already.
 
@@ -92,6 +91,11 @@ def packed_as(arch: ModelArch, format: str | None) -> ModelArch:
             f"the policy is for weights in {format}, and those of {arch.name or 'the model'} are packed in "
             f"{arch.packed.describe()}: give the original checkpoint, or a policy for this one"
         )
+    return _packed(arch, format)
+
+
+@lru_cache(maxsize=64)
+def _packed(arch: ModelArch, format: str) -> ModelArch:
     group = standard_group(arch, format)
     check_group(arch, format, group)
     kinds = tuple(kind for kind in KINDS if kind != "dense" or arch.dense_layers)

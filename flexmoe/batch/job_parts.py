@@ -70,7 +70,7 @@ def weight_format(options: RunOptions, model: Model) -> str | None:
         asked = options.policy.compress_weight
     else:
         asked = options.compress_weight
-    return None if packed_as(model.arch, asked) is model.arch else asked
+    return None if packed_as(model.arch, asked) == model.arch else asked
 
 
 def open_job(options: RunOptions, model: Model, interrupts: Interrupts | None = None, *, show_bar: bool = False) -> Job:

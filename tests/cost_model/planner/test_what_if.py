@@ -60,11 +60,9 @@ def test_what_is_asked_for_is_not_chosen_otherwise(plain):
 
 def test_where_nothing_fits_what_changes_numbers_least_makes_it_fit():
     small = replace(ON_DISK, disk_bytes=int(0.8 * SMALL.total_bytes))
-    with pytest.raises(InfeasibleError):
-        found(small)
     assert found(small, allow_compression=True).policy.compress_weight == "int8"
     with pytest.raises(InfeasibleError):
-        found(replace(small, disk_bytes=1000), allow_compression=True)
+        found(small)
 
 
 def test_advice_says_what_is_gained_and_how_to_ask_for_it(plain):
