@@ -73,7 +73,8 @@ def main(argv: list[str]) -> int:
     plain, dense = (_upcycled(args.work / name, experts) for name, experts in (("mixture", 8), ("dense", 0)))
     rows = windows(AutoTokenizer.from_pretrained(plain)(text)["input_ids"], args.tokens, args.window)
     scores = Scores(args.work / "scores.json", rows)
-    for name, form in FORMS.items():
+    for name in (_PLAIN, *(args.forms or (other for other in FORMS if other != _PLAIN))):
+        form = FORMS[name]
         loss = scores.of(
             name, lambda form=form: flexmoe_loss(_packed(plain, args.work, form), rows, **dict(form.options))
         )
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", type=Path, help="another text, as UTF-8 (default: pydoc's topics)")
     parser.add_argument("--tokens", type=int, default=20480, help="least tokens of it (default: %(default)s)")
     parser.add_argument("--window", type=int, default=1024, help="tokens of a prompt (default: %(default)s)")
+    parser.add_argument("--forms", nargs="+", choices=[*FORMS], help="only these beside bf16 (default: all)")
     parser.add_argument("--out", type=Path, help="JSON record; a table is written beside it")
     return parser
 
@@ -168,7 +170,7 @@ def transformers_loss(checkpoint: Path, rows: Sequence[Sequence[int]]) -> float:
 
 
 def figures_of(losses: dict[str, float]) -> list[Figure]:
-    """A line for each format: its perplexity, and that divided by bf16's."""
+    """A line for each format that was measured: its perplexity, and that divided by bf16's."""
     plain, dense = math.exp(losses[_PLAIN]), math.exp(losses[_DENSE])
     found = [
         Figure(
@@ -179,7 +181,7 @@ def figures_of(losses: dict[str, float]) -> list[Figure]:
         )
     ]
     for name, form in FORMS.items():
-        if name != _PLAIN:
+        if name != _PLAIN and name in losses:
             ratio = math.exp(losses[name]) / plain
             found.append(
                 Figure(
