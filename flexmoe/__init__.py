@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from cost_model.hardware.hardware import Hardware
     from cost_model.planner.solve import Plan
     from flexmoe.batch.run_batch import run_batch
+    from flexmoe.calls.prompts import TextPrompt, TokensPrompt
     from flexmoe.job.result import JobResult
     from flexmoe.llm import LLM
     from flexmoe.outputs import RequestOutput
     from flexmoe.params import EngineRequest, SamplingParams
     from flexmoe.planning.plan import plan
     from flexmoe.probing.measure import probe
-    from flexmoe.prompts import TextPrompt, TokensPrompt
     from policies.common.errors import FlexMoEError
     from policies.policy import Policy
     from policies.workload import Workload
@@ -57,8 +57,8 @@ _MODULES = {
     "Policy": "policies.policy",
     "RequestOutput": "flexmoe.outputs",
     "SamplingParams": "flexmoe.params",
-    "TextPrompt": "flexmoe.prompts",
-    "TokensPrompt": "flexmoe.prompts",
+    "TextPrompt": "flexmoe.calls.prompts",
+    "TokensPrompt": "flexmoe.calls.prompts",
     "Workload": "policies.workload",
     "plan": "flexmoe.planning.plan",
     "probe": "flexmoe.probing.measure",

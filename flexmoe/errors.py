@@ -2,6 +2,7 @@
 
 from policies.common.errors import (
     DataError,
+    Faults,
     FlexMoEError,
     InfeasibleError,
     InputMissingError,
@@ -9,4 +10,12 @@ from policies.common.errors import (
     UsageError,
 )
 
-__all__ = ["DataError", "FlexMoEError", "InfeasibleError", "InputMissingError", "StorageError", "UsageError"]
+__all__ = [
+    "DataError",
+    "Faults",
+    "FlexMoEError",
+    "InfeasibleError",
+    "InputMissingError",
+    "StorageError",
+    "UsageError",
+]

@@ -15,6 +15,8 @@ import torch
 
 from cost_model.hardware.hardware import Hardware
 from cost_model.model.families import dtype_name
+from flexmoe.calls.prompts import Conversation, Prompt, one_each, read_conversations, read_prompts
+from flexmoe.calls.results import as_asked
 from flexmoe.checkpoint.generation_config import SamplingDefaults, generation_config
 from flexmoe.engine.engine import Engine
 from flexmoe.engine.engine_plan import EnginePlan
@@ -26,9 +28,7 @@ from flexmoe.outputs import RequestOutput
 from flexmoe.params import DEFAULT_MAX_TOKENS, EngineRequest, InFlight, SamplingParams
 from flexmoe.planning.configure import ARGUMENTS, configure
 from flexmoe.progress import Progress
-from flexmoe.prompts import Conversation, Prompt, one_each, read_conversations, read_prompts
 from flexmoe.quantizing.packed_copy import packed_copy
-from flexmoe.results import as_asked
 from flexmoe.text.tokenizer import Tokenizer, eos_ids
 from flexmoe.vllm_arguments import CALL, ENGINE, only_ours
 from policies.policy import Policy

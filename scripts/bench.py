@@ -6,7 +6,8 @@
 
 Sections: `check` outputs against transformers'; `limit` three classes of jobs against max(D, C) and a bare loop;
 `resident` and `ragged` prompts against transformers in memory; `offload` against accelerate's disk offload; `rows` tokens/s against rows in
-flight; `memory` peak against plan; `steady` rows in flight against the KV capacity. Nothing else should run meanwhile.
+flight; `memory` peak against plan; `steady` rows in flight against the KV capacity; `packed` the model in int8, fp8, int4
+and mxfp4 against bf16 and against its own limits. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from scripts.benchmark.offload import offload
 from scripts.benchmark.probes import machine, versions
 from scripts.benchmark.record import Figure, Record, figure_table
 from scripts.benchmark.worker import WorkerError
+from scripts.packed.section import packed
 
 Section = Callable[[Bench], tuple[list[Figure], dict]]
 SECTIONS: dict[str, Section] = {
@@ -39,6 +41,7 @@ SECTIONS: dict[str, Section] = {
     "resident": resident,
     "ragged": ragged,
     "offload": offload,
+    "packed": packed,
 }
 
 

@@ -1,6 +1,7 @@
 """Writes the policies that ship with the package: `policies/presets/<machine>/<model>-<prompt>-<completion>.json`.
 
-    python -m scripts.make_policies
+    python -m scripts.make_policies             # all of them
+    python -m scripts.make_policies MODEL …     # those of some models
 
 They are planned with the rates of `cost_model/hardware/machines` (datasheets and estimates), for jobs without end whose rows are
 all alike. No machine has all of its nominal memory free: of host memory `HOST_SHARE` is planned with, and the file's
@@ -11,7 +12,9 @@ is left alone. A plan for a measured machine and the job's own rows (`--policy a
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import policies
@@ -25,7 +28,9 @@ from policies.workload import Workload
 
 POLICIES = Path(policies.__file__).parent / "presets"
 HOST_SHARE = 0.93
+#: Planned for every common machine and job, and for consumer cards of 24 GB and one job.
 MODELS = ("mixtral-8x7b",)
+MODELS_OF_24_GB = ("qwen3-30b-a3b", "qwen3-235b-a22b", "glm-4.5-air")
 WORKLOADS = (
     Workload(prompt_len=512, gen_len=32),
     Workload(prompt_len=512, gen_len=256),
@@ -70,6 +75,9 @@ MACHINES = (
 )
 
 
+MACHINES_OF_24_GB = (Machine(preset="rtx4090", host_gib=64), Machine(preset="rtx4090", host_gib=128))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
     """One ready policy: a model on a machine for a job."""
@@ -104,17 +112,15 @@ class Ready:
 
 def all_ready() -> list[Ready]:
     """Every policy that ships with the package."""
-    return [
-        Ready(machine=machine, model=model, workload=workload)
-        for machine in MACHINES
-        for model in MODELS
-        for workload in WORKLOADS
-    ]
+    every = (*product(MACHINES, MODELS, WORKLOADS), *product(MACHINES_OF_24_GB, MODELS_OF_24_GB, WORKLOADS[1:2]))
+    return [Ready(machine=machine, model=model, workload=workload) for machine, model, workload in every]
 
 
-def write_all(directory: Path) -> None:
-    """Plans and writes each policy, and prints it in one line."""
+def write_all(directory: Path, models: Sequence[str] = ()) -> None:
+    """Plans and writes each policy, or those of some models, and prints it in one line."""
     for ready in all_ready():
+        if models and ready.model not in models:
+            continue
         plan = ready.plan()
         path = directory / ready.path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,5 +143,5 @@ def summary(plan: Plan) -> str:
 
 
 if __name__ == "__main__":
-    write_all(POLICIES)
+    write_all(POLICIES, sys.argv[1:])
     sys.exit(0)

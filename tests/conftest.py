@@ -33,10 +33,10 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def variants(tmp_path_factory):
-    """`variants(name)`: likewise from `tests.support.tiny_families`."""
-    from tests.support.tiny_families import RECIPES
+    """`variants(name)`: likewise from `tests.support.tiny_families` and `tiny_models`."""
+    from tests.support import tiny_families, tiny_models
 
-    return _made_once(RECIPES, tmp_path_factory)
+    return _made_once(tiny_families.RECIPES | tiny_models.RECIPES, tmp_path_factory)
 
 
 def _made_once(recipes, tmp_path_factory):

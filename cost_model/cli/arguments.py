@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from cost_model.cli.row_arguments import ROW_NAMES, add_row_flags
-from cost_model.model.families import DTYPE_BYTES
+from cost_model.model.config_fields import DTYPE_BYTES
 from policies.common.command_line import Parser, count, flag, fraction, percent, program_name, size_gib
 from policies.common.errors import UsageError
 from policies.policy import SCHEDULES, WEIGHT_FORMATS

@@ -15,7 +15,7 @@ from cost_model.cli.report import Report
 from cost_model.hardware.cache import last_measured
 from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
-from cost_model.model.families import DTYPE_BYTES
+from cost_model.model.config_fields import DTYPE_BYTES
 from cost_model.model.packing import check_unpacked, packed_as
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.solve import Plan, solve

@@ -6,13 +6,14 @@ and `cost_model.timing.op_costs` turn the numbers into bytes and seconds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
-from cost_model.model.arch import ModelArch
+from cost_model.model.arch import LayerGroup, ModelArch
 from cost_model.model.weight_units import expert_units, unit_slack_bytes, units_of
+from policies.admission.kv_pages import KVPages
 from policies.common.errors import InfeasibleError, UsageError
 from policies.common.memory_units import GIB, align_up
 from policies.placement import Placement, Residency, place_batches, place_pieces
@@ -34,7 +35,8 @@ class Allocation:
     Attributes:
         placement: tier of every weight unit.
         activation_tiers: tier of each GPU batch's hidden states.
-        kv_pages: KV pages per tier (each of all layers).
+        kv_pages: KV pages per tier (each of the layers of a group).
+        kv_layout: pages of a row.
         tails: rows that the disk tier holds at once.
         max_tokens: most tokens of a sweep.
         batch_tokens: most tokens of a GPU batch in a sweep.
@@ -51,6 +53,7 @@ class Allocation:
     placement: Placement
     activation_tiers: tuple[str, ...]
     kv_pages: dict[str, int]
+    kv_layout: KVPages
     tails: int
     max_tokens: int
     batch_tokens: int
@@ -83,15 +86,22 @@ def allocate(
     arch = arch.grouped(policy.experts_per_unit)
     placement = residency(arch, policy.expert_order).place(policy.w_gpu_percent, policy.w_cpu_percent)
     longest = longest_row or workload.longest_row
-    together = ceil((workload.prompt_len + workload.gen_len) / PAGE_TOKENS) if policy.schedule == "static" else 1
-    pages = kv_pages_per_tier(policy, kv_tokens or kv_tokens_wanted(policy, workload), longest, together)
+    layout = kv_layout(arch.kv_groups)
+    together = layout.held(workload.prompt_len + workload.gen_len) if policy.schedule == "static" else 1
+    pages = kv_pages_per_tier(
+        policy,
+        _kv_pages_wanted(layout, policy, workload, kv_tokens),
+        layout.most(longest, min(longest, policy.prefill_tokens)),
+        together,
+    )
     batch_tokens = policy.prefill_tokens + policy.gpu_batch_size
     slots, staging_slots = _slots(arch, policy, placement, device)
-    fetch_pages = _fetch_pages(policy, pages, longest_row)
+    fetch_pages = _fetch_pages(policy, layout, pages, longest_row)
     return Allocation(
         placement=placement,
         activation_tiers=place_batches(policy.num_gpu_batches, policy.act_gpu_percent, policy.act_cpu_percent),
         kv_pages=pages,
+        kv_layout=layout,
         tails=_tails(policy) if pages["disk"] else 0,
         max_tokens=policy.prefill_tokens + policy.block_size,
         batch_tokens=batch_tokens,
@@ -103,6 +113,13 @@ def allocate(
         stretch_tokens=_stretch_tokens(workload),
         recompute_past=arch.rope_switch,
     )
+
+
+def kv_layout(groups: Sequence[LayerGroup], page_tokens: int = PAGE_TOKENS) -> KVPages:
+    """Pages of a row, given the groups of its layers."""
+    windows = [group.window for group in groups if group.window is not None]
+    full = len(groups) - len(windows)
+    return KVPages(page_tokens=page_tokens, full=full, windowed=len(windows), window=windows[0] if windows else 0)
 
 
 def _slots(arch: ModelArch, policy: Policy, placement: Placement, device: str) -> tuple[int, int]:
@@ -121,11 +138,13 @@ def _tails(policy: Policy) -> int:
     return min(policy.block_size, max(1, ceil(policy.block_size * disk_share)))
 
 
-def _fetch_pages(policy: Policy, pages: Mapping[str, int], longest_row: int) -> int:
+def _fetch_pages(policy: Policy, layout: KVPages, pages: Mapping[str, int], longest_row: int) -> int:
     """Pages of one layer that a GPU batch may bring to the device; a run's own tokens may open one more per row."""
     if not pages["disk"] and (not pages["cpu"] or policy.cpu_attention_percent >= 100):
         return 0
-    row_pages = ceil(longest_row / PAGE_TOKENS) if longest_row else max(pages.values())
+    row_pages = max(pages.values())
+    if longest_row:
+        row_pages = layout.seen(longest_row, policy.prefill_tokens)
     return min(policy.gpu_batch_size * row_pages, pages["cpu"] + pages["disk"]) + policy.gpu_batch_size
 
 
@@ -167,23 +186,36 @@ def kv_tokens_wanted(policy: Policy, workload: Workload) -> int:
 
     Rolling rows are of all ages, so their mean context is s + n/2; a static block marches to s + n together.
     """
+    return policy.block_size * _row_tokens(policy, workload)
+
+
+def _row_tokens(policy: Policy, workload: Workload) -> int:
     s, n = workload.prompt_len, workload.gen_len
     if policy.schedule == "static":
-        return policy.block_size * ceil((s + n) / PAGE_TOKENS) * PAGE_TOKENS
-    return policy.block_size * (s + ceil((n + PAGE_TOKENS) / 2))
+        return ceil((s + n) / PAGE_TOKENS) * PAGE_TOKENS
+    return s + ceil((n + PAGE_TOKENS) / 2)
 
 
-def kv_pages_per_tier(policy: Policy, kv_tokens: int, longest_row: int, together: int = 1) -> dict[str, int]:
-    """KV pages per tier, the policy's shares rounded once; a row of ``longest_row`` tokens fits the largest tier.
+def _kv_pages_wanted(layout: KVPages, policy: Policy, workload: Workload, kv_tokens: int | None) -> float:
+    """Pages that hold so many tokens of context, in rows of the workload, and what enters in a sweep beside them."""
+    tokens, each = kv_tokens or kv_tokens_wanted(policy, workload), _row_tokens(policy, workload)
+    if not layout.windowed:
+        return layout.full * tokens / PAGE_TOKENS
+    rows = max(1.0, tokens / each)
+    return rows * layout.mean(tokens / rows) + layout.entering(workload.prompt_len, policy.prefill_tokens)
+
+
+def kv_pages_per_tier(policy: Policy, kv_pages: float, longest_row: int, together: int = 1) -> dict[str, int]:
+    """KV pages per tier, the policy's shares rounded once; a row of ``longest_row`` pages fits the largest tier.
 
     Args:
-        kv_tokens: capacity over all tiers; so many fit at least.
+        kv_pages: over all tiers; so many there are at least.
         together: pages that go to a tier together: those of a mean row where all rows of a block grow at once, so that no
             tier is left with the room of a part of a row.
     """
-    pieces = max(1, ceil(kv_tokens / (PAGE_TOKENS * together)))
+    pieces = max(1, ceil(kv_pages / together))
     shares = policy.cache_gpu_percent, policy.cache_cpu_percent
-    needed = ceil(longest_row / (PAGE_TOKENS * together))
+    needed = ceil(longest_row / together)
     placed = place_pieces(pieces, *shares)
     while max(placed.values()) < needed:
         pieces += needed - max(placed.values())
@@ -199,8 +231,9 @@ def slot_bytes(arch: ModelArch, placement: Placement) -> int:
 
 @lru_cache(maxsize=16)
 def single_expert_bytes(arch: ModelArch) -> float:
-    """Stored bytes of one expert of a sparse layer, as `units` have it."""
-    unit = next(unit for unit in units_of(arch) if unit.kind == "expert" and not arch.is_dense(unit.layer))
+    """Stored bytes of one expert of a sparse layer, as `units` have it; without such layers, of an MLP."""
+    experts = [unit for unit in units_of(arch) if unit.kind == "expert"]
+    unit = next((unit for unit in experts if not arch.is_dense(unit.layer)), experts[0])
     return unit.stored_bytes / len(unit.id.experts)
 
 

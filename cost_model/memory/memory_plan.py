@@ -137,7 +137,11 @@ def _weight_bytes(
 def _unpacked_bytes(arch: ModelArch, b: int) -> int:
     """The buffer that packed matrices are unpacked into: the largest of them."""
     heads = arch.num_heads * arch.head_dim
-    sizes = {"attention": arch.hidden * heads, "expert": arch.hidden * arch.ffn, "dense": arch.hidden * arch.dense_ffn}
+    sizes = {
+        "attention": arch.hidden * heads,
+        "expert": arch.hidden * arch.ffn * (1 + arch.gate_up_alternate),
+        "dense": arch.hidden * max(arch.dense_ffn, arch.shared_ffn),
+    }
     return max((size * b for kind, size in sizes.items() if arch.is_packed(kind)), default=0)
 
 
@@ -155,6 +159,7 @@ def _kv_bytes(
     arch: ModelArch, allocation: Allocation, device: str, b: int, *, compressed: bool
 ) -> dict[str, dict[str, int]]:
     page = kv_page_bytes(arch, b, compressed=compressed)
+    layers = len(arch.kv_groups[0].layers)  # of a page
     disk_page = kv_disk_page_bytes(arch, b, compressed=compressed)
     staging = 2 * allocation.fetch_pages * page
     on_disk = allocation.kv_pages["disk"] > 0
@@ -165,19 +170,19 @@ def _kv_bytes(
         landing = allocation.fetch_pages * page // 2  # K, then V
     return {
         "gpu": {
-            "kv": allocation.kv_pages["gpu"] * page * arch.num_layers,
+            "kv": allocation.kv_pages["gpu"] * page * layers,
             "kv staging": staging + landing,
             "kv gathered": allocation.gather_pages * _gathered_page_bytes(arch, b, compressed=compressed),
             "masks": _masks(arch, allocation, b),
         },
         "cpu": {
-            "kv": allocation.kv_pages["cpu"] * page * arch.num_layers,
+            "kv": allocation.kv_pages["cpu"] * page * layers,
             "kv tails": allocation.tails * page * arch.num_layers,
             "kv buffers": staging
             + (2 * (allocation.fetch_pages + allocation.write_pages) * disk_page if on_disk else 0)
             + down,
         },
-        "disk": {"kv": allocation.kv_pages["disk"] * disk_page * arch.num_layers},
+        "disk": {"kv": allocation.kv_pages["disk"] * disk_page * layers},
     }
 
 
@@ -192,14 +197,15 @@ def _gathered_page_bytes(arch: ModelArch, b: int, *, compressed: bool) -> int:
 
 def _masks(arch: ModelArch, allocation: Allocation, b: int) -> int:
     """Of a piece of a GPU batch: `MASK_BYTES`, no more than all queries need, and no less than one needs."""
-    one = allocation.gather_pages * PAGE_TOKENS * mask_bytes(arch.num_heads // arch.num_kv_heads, b)
+    sinks = arch.num_heads if arch.sinks else 0
+    one = allocation.gather_pages * PAGE_TOKENS * mask_bytes(arch.num_heads // arch.num_kv_heads, b, sinks)
     return min(max(MASK_BYTES, one), allocation.batch_tokens * one)
 
 
-def mask_bytes(shared: int, b: int) -> int:
+def mask_bytes(shared: int, b: int, sink_heads: int = 0) -> int:
     """Bytes of the masks of one query of a row and one key, where ``shared`` query heads share a KV head: of the row, of
-    its heads, and the latter as numbers of ``b`` bytes."""
-    return 8 + shared * (2 + b)
+    its heads, and the latter as numbers of ``b`` bytes. Where heads have sinks there are their scores, too, twice."""
+    return 8 + shared * (2 + b) + sink_heads * (4 + b)
 
 
 def allocator_bytes(memory_bytes: int) -> int:
@@ -239,10 +245,13 @@ def _workspaces(arch: ModelArch, policy: Policy, allocation: Allocation, device:
     heads, kv_heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     chunk = min(EXPERT_CHUNK_TOKENS[device], allocation.max_tokens)
     width = max(arch.ffn, arch.dense_ffn)
-    copied = chunk * max(width, hidden) * 4 if device == "cpu" else 0  # widened, or padded (`flexmoe.kernels.linear`)
+    # Widened, or padded (`flexmoe.kernels.linear`).
+    copied = chunk * max(width, arch.shared_ffn, hidden) * 4 if device == "cpu" else 0
+    shared = 2 * batch * hidden * b + chunk * (2 * arch.shared_ffn + 2 * hidden) * b + copied
     return {
         "attention": 2 * batch * (4 * heads + 6 * kv_heads + 2 * hidden) * b + 3 * batch * hidden * 4,
         "experts": chunk * (2 * width + 2 * hidden) * b + copied,
+        "shared": shared if arch.shared_ffn else 0,
         "logits": policy.block_size * _logit_row_bytes(arch, b) + sampling_bytes(arch, policy),
     }
 
@@ -254,7 +263,7 @@ def _activation_bytes(
     tiers = allocation.activation_tiers
     home = batch * hidden * b
     away = len(tiers) - tiers.count("gpu")
-    block = tokens * (2 * hidden + arch.num_experts) * b + tokens * arch.top_k * 32
+    block = tokens * (2 * hidden * b + arch.num_experts * (4 if arch.router_float32 else b)) + tokens * arch.top_k * 32
     resident = min(tokens * hidden * b, tiers.count("gpu") * home) + min(2, away) * home
     return {
         "gpu": {

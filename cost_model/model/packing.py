@@ -104,4 +104,4 @@ def _packed(arch: ModelArch, format: str) -> ModelArch:
 
 def _widths(arch: ModelArch) -> set[int]:
     """Inputs of the matrices that are packed."""
-    return {arch.hidden, arch.num_heads * arch.head_dim, arch.ffn, arch.dense_ffn} - {0}
+    return {arch.hidden, arch.num_heads * arch.head_dim, arch.ffn, arch.dense_ffn, arch.shared_ffn} - {0}

@@ -94,7 +94,8 @@ def group_on(hardware: Hardware, arch: ModelArch) -> int | None:
 def unit_slack_bytes(arch: ModelArch) -> int:
     """What a unit takes at most beyond its stored bytes: each of its tensors may lie in file pages of its own (on the
     device, between 256-byte boundaries), which costs less than two pages."""
-    attention = 4 * (2 if arch.attention_bias else 1) + 2 * (2 if arch.norm_bias else 1) + 2 * arch.qk_norm + 1
+    attention = 4 * (2 if arch.attention_bias else 1) + 2 * (2 if arch.norm_bias else 1) + 2 * bool(arch.qk_norm)
+    attention += 1 + arch.sinks + arch.router_bias + arch.router_correction + (4 if arch.shared_ffn else 0)
     return max(_LEAST_SLACK_BYTES, 2 * SYSTEM_PAGE_BYTES * max(attention, 3 * experts_per_unit(arch)))
 
 

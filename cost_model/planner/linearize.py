@@ -122,7 +122,9 @@ class Slopes:
         timeline = job_phases(policy, allocation, problem.workload)
         self.tokens = timeline.tokens / self.rows
         self.phases = [
-            self._phase(p.sweeps, p.load.groups["gpu"], p.load.logits) for p in timeline.phases if p.sweeps > 0
+            self._phase(p.sweeps, p.load.seen(problem.arch).groups["gpu"], p.load.logits)
+            for p in timeline.phases
+            if p.sweeps > 0
         ]
         self._read_bytes()
 

@@ -62,7 +62,7 @@ class Objective:
         ]
         self._on_cpu = [size + count * slack for count, size in enumerate(bytes_before)]
         self._percent = [100 * size / bytes_before[-1] for size in bytes_before]
-        self._block_bytes = arch.kv_bytes_per_token(problem.dtype_bytes, compressed=fixed.compress_cache) * PAGE_TOKENS
+        self._block_bytes = arch.kv_page_bytes(PAGE_TOKENS, problem.dtype_bytes, compressed=fixed.compress_cache)
 
     def tokens_per_s(self, policy: Policy) -> float:
         """What the judge says; 0 where the policy does not fit."""

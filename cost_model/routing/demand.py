@@ -66,7 +66,7 @@ class Routing:
             return self._arch.expected_experts_touched(tokens)
         from cost_model.routing.on_demand import touched
 
-        return float(touched(self._shares, tokens).sum()) / (self._arch.num_layers - len(self._arch.dense_layers))
+        return float(touched(self._shares, tokens).sum()) / max(1, self._arch.num_layers - len(self._arch.dense_layers))
 
     def on_demand(self, tokens: float, already: bool = False) -> Demand | None:
         """What a sweep of so many tokens moves and computes if it is on demand; None where it is not.

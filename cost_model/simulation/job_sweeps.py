@@ -13,11 +13,12 @@ from math import ceil, floor
 
 import numpy as np
 
-from cost_model.memory.allocation import PAGE_TOKENS, Allocation
+from cost_model.memory.allocation import Allocation
 from cost_model.timing.job_phases import JobPhases, job_phases
 from cost_model.timing.job_rows import Row, by_prompt, tokens_to_generate, typical_rows, waiting_prompts
 from cost_model.timing.sweep_load import MODES, RowGroup, SweepLoad
 from policies.admission.admission import Admission
+from policies.admission.kv_pages import KVPages
 from policies.admission.order import WINDOW_BLOCKS, longest_first
 from policies.admission.row_state import AttentionMode, Prefix, RowLengths
 from policies.common.errors import InfeasibleError
@@ -186,14 +187,15 @@ def _repeated(rows: Iterable[Row], rows_per_prompt: float) -> Iterator[Row]:
         yield from repeat(row, floor(rows_per_prompt * (at + 1)) - floor(rows_per_prompt * at))
 
 
-def _after_prefix(first: RowLengths, others: list[RowLengths]) -> list[RowLengths]:
+def _after_prefix(first: RowLengths, others: list[RowLengths], layout: KVPages) -> list[RowLengths]:
     """Those that wait like any row; none where they begin after the pages of a prompt that the first computes."""
     for row in others:
         row.prompt_done = row.prompt
-    pages = (min(row.prompt for row in (first, *others)) - 1) // PAGE_TOKENS
-    if not pages or not others:
+    size = layout.page_tokens
+    tokens = (min(row.prompt for row in (first, *others)) - 1) // size * size
+    if not tokens or not others:
         return others
-    prefix = Prefix(tokens=pages * PAGE_TOKENS, pages=pages, waiting=dict.fromkeys(others))
+    prefix = Prefix(tokens=tokens, pages=layout.before(tokens), waiting=dict.fromkeys(others))
     for row in (first, *others):
         row.prefix = prefix
     return []
@@ -224,7 +226,7 @@ class _Job:
     ):
         self._prompts, self._left, self._bundle = prompts, total, bundle
         self._settling, self._periods = settling, periods
-        self._static = policy.schedule == "static"
+        self._static, self._layout = policy.schedule == "static", allocation.kv_layout
         self._room = {tier: int(allocation.kv_pages[tier] / bundle) for tier in TIERS}
         self._block = _block_bundles(policy, bundle)
         self._window = WINDOW_BLOCKS * self._block if mixed else 0
@@ -237,7 +239,7 @@ class _Job:
             ),
             pages=self._room,
             tails=ceil(allocation.tails / bundle),
-            page_tokens=PAGE_TOKENS,
+            layout=allocation.kv_layout,
             recompute_past=allocation.recompute_past,
         )
         self._groups: list[list[list[float]]] = []
@@ -287,7 +289,7 @@ class _Job:
             ]
             self._left -= 1 + len(others)
             waiting.append(first)
-            waiting.extend(_after_prefix(first, others))
+            waiting.extend(_after_prefix(first, others, self._layout))
 
     def _sweep(self, rows: list[RowLengths]) -> int:
         """One sweep; returns how many rows end in it."""

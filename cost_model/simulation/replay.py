@@ -99,7 +99,7 @@ class Replayer:
         )
         demand = None
         for load in loads:
-            cut, start = batches(load, self._rows), loop.now
+            cut, start = batches(load.seen(self._costs.arch), self._rows), loop.now
             demand = self._costs.routing.on_demand(load.tokens, already=demand is not None)
             on_demand = demand.layers if demand else frozenset()
             loop.turn_to(*self._stream(on_demand))

@@ -153,7 +153,7 @@ def simulate(
     replayed = full or operations(costs, batches / len(job.logits)) * len(job.logits) <= REPLAYED_OPS
     times = (replayed_times if replayed else like_times)(costs, size, job)
     memory = problem.memory(policy, allocation)
-    page_bytes = arch.kv_bytes_per_token(problem.dtype_bytes, compressed=policy.compress_cache) * PAGE_TOKENS
+    page_bytes = arch.kv_page_bytes(PAGE_TOKENS, problem.dtype_bytes, compressed=policy.compress_cache)
     spans = replay(
         costs, [job.load(at) for at in range(min(keep_trace_sweeps, len(job.logits)))], size, keep_spans=True
     )

@@ -23,6 +23,7 @@ from cost_model.timing.length_moments import row_moments
 from cost_model.timing.phase_loads import Phase, PhaseLoads
 from cost_model.timing.row_flow import Stretch, flow
 from cost_model.timing.sweep_load import RowGroup, SweepLoad
+from policies.admission.kv_pages import KVPages
 from policies.admission.order import WINDOW_BLOCKS
 from policies.policy import Policy
 from policies.workload import Workload
@@ -96,11 +97,12 @@ def _rows_in_flight(policy: Policy, allocation: Allocation, loads: PhaseLoads) -
     m, life = loads.moments, loads.life_sweeps
     pace = policy.prefill_tokens / m.s
     staggered = m.s + (m.n + PAGE_TOKENS) / 2
+    pages = sum(allocation.kv_pages.values()) - allocation.kv_layout.entering(m.s, policy.prefill_tokens)
     rows = float(policy.block_size)
     for _ in range(3):
         apart = min(1.0, rows / pace / life) if policy.schedule == "rolling" else 0.0
         each = m.held - max(0.0, m.held - staggered) * apart
-        room = sum(allocation.kv_pages.values()) * PAGE_TOKENS / each
+        room = pages / allocation.kv_layout.mean(each)
         rows = max(1.0, min(policy.block_size, room, pace * life))
     return rows, max(1.0, rows / pace)
 
@@ -135,7 +137,8 @@ class _Part:
 def _mixed_job(policy: Policy, allocation: Allocation, workload: Workload, loads: PhaseLoads) -> JobPhases:
     """Rows of many lengths, followed through the admission."""
     room, static = sum(allocation.kv_pages.values()), policy.schedule == "static"
-    parts = _followed(workload, policy.block_size, policy.prefill_tokens, room, static)
+    room -= ceil(allocation.kv_layout.entering(loads.moments.s, policy.prefill_tokens))
+    parts = _followed(workload, policy.block_size, policy.prefill_tokens, room, static, allocation.kv_layout)
     phases = [
         Phase(
             name=part.name,
@@ -157,7 +160,7 @@ def _mixed_job(policy: Policy, allocation: Allocation, workload: Workload, loads
 
 
 @lru_cache(maxsize=4096)
-def _followed(workload: Workload, block: int, pace: int, room: int, static: bool) -> tuple[_Part, ...]:
+def _followed(workload: Workload, block: int, pace: int, room: int, static: bool, layout: KVPages) -> tuple[_Part, ...]:
     """The sweeps of a job of rows of many lengths, or of one period where it is endless.
 
     Of a long job the first windows are followed, and what recurs of these counts as often as makes all its rows: the sweeps
@@ -165,7 +168,15 @@ def _followed(workload: Workload, block: int, pace: int, room: int, static: bool
     """
     window, total = WINDOW_BLOCKS * block, workload.num_requests
     rows, windows = followed_rows(workload, window, STATIC_BUNDLES if static else BUNDLES)
-    stretches = flow(rows, block=block, pace=pace, room=room, static=static, rows_per_prompt=workload.rows_per_prompt)
+    stretches = flow(
+        rows,
+        block=block,
+        pace=pace,
+        room=room,
+        static=static,
+        layout=layout,
+        rows_per_prompt=workload.rows_per_prompt,
+    )
     recurring = 1 + (total / window - windows) / (windows - 1) if windows and total is not None else 1.0
     once = 0.0 if windows and total is None else 1.0
     recurs = _after(stretches, window) if windows else [False] * len(stretches)

@@ -94,8 +94,8 @@ class Costs:
         self._cpu_attend_s = stored / hardware.cpu_attention_bytes_per_s
         self._cpu_attend_s *= hardware.cpu_int8_attention if compressed else 1
         self._experts, self._dense = gpu.experts[b], gpu.dense[b]
-        self._module = arch.projection_params + arch.router_params
-        # Part of the module's weights that make queries, keys and values; the rest are output projection and router.
+        self._module = arch.projection_params + arch.router_params + arch.shared_params
+        # Part of the module's weights that make queries, keys and values; the rest are output projection, router and shared MLP.
         self._projected = arch.hidden * arch.head_dim * (arch.num_heads + 2 * arch.num_kv_heads) / self._module
         self._pair_flops = 4 * arch.num_heads * arch.head_dim  # a multiply-add for the score, one for the weighted sum
         self._query_bytes = arch.num_heads * arch.head_dim * b
@@ -212,7 +212,9 @@ class Costs:
 
     def _module_s(self, batch: BatchLoad) -> float:
         """The linear part of an attention module; each GPU batch unpacks it anew."""
-        unpacked_s = self.unpack_s("attention", self.arch.projection_params) if batch.tokens else 0.0
+        arch, unpacked_s = self.arch, 0.0
+        if batch.tokens:
+            unpacked_s = self.unpack_s("attention", arch.projection_params) + self.unpack_s("dense", arch.shared_params)
         return self._dense.seconds(batch.tokens, self._module) + unpacked_s
 
     def attend_s(self, batch: BatchLoad) -> float:

@@ -19,10 +19,12 @@ from math import ceil, inf
 
 from cost_model.memory.allocation import PAGE_TOKENS
 from cost_model.timing.job_rows import Bundle
+from policies.admission.kv_pages import KVPages
 
 #: Ends may lie between two sweeps, where a group entered over several; they count to the nearer one.
 _WITHIN = 0.5
 _ROUNDING = 1e-6
+_ALL_SEE_ALL = KVPages(page_tokens=PAGE_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,14 @@ class Stretch:
 
 
 def flow(
-    rows: Iterable[Bundle], *, block: int, pace: int, room: int, static: bool, rows_per_prompt: float = 1.0
+    rows: Iterable[Bundle],
+    *,
+    block: int,
+    pace: int,
+    room: int,
+    static: bool,
+    layout: KVPages = _ALL_SEE_ALL,
+    rows_per_prompt: float = 1.0,
 ) -> list[Stretch]:
     """The stretches of a job.
 
@@ -72,25 +81,33 @@ def flow(
         block: rows that may be in flight.
         pace: prompt tokens that may enter a sweep.
         room: pages of the KV cache. A row that is larger runs alone.
+        layout: pages of a row; default: all layers see all tokens.
         static: between the end of a row and that of the last one in flight, none enters.
         rows_per_prompt: of so many rows one computes the pages of a prompt, and the others begin after them.
     """
-    job = _Flow(list(rows), block, pace, room, static, 1 / rows_per_prompt)
+    job = _Flow(list(rows), block, pace, room, static, layout, 1 / rows_per_prompt)
     job.run()
     return job.stretches
 
 
 class _Flow:
-    def __init__(self, rows: list[Bundle], block: int, pace: int, room: int, static: bool, computing: float):
+    def __init__(
+        self,
+        rows: list[Bundle],
+        block: int,
+        pace: int,
+        room: int,
+        static: bool,
+        layout: KVPages,
+        computing: float,
+    ):
         self.stretches: list[Stretch] = []
-        self._computing = computing  # part of the rows
+        self._layout, self._computing = layout, computing  # the latter: part of the rows
         self._queue, self._block, self._pace, self._room, self._static = rows[::-1], block, pace, room, static
         # Groups by their end, and the pages that all in flight will hold then, unless there is room for any that may be.
         self._running: list[tuple[float, float, float]] = []
         self._used: list[float] = []
-        most = sorted((-(-(s + n - 1) // PAGE_TOKENS) for s, n, count in rows for _ in range(min(count, block))))[
-            -block:
-        ]
+        most = sorted((self._held(s + n - 1) for s, n, count in rows for _ in range(min(count, block))))[-block:]
         self._ample = sum(most) <= room
         self._at, self._budget = 0, float(pace)
         self._closed, self._fresh, self._blocks = False, True, 0
@@ -137,7 +154,7 @@ class _Flow:
             return most
         at, room, running = self._at, self._room, self._running
         own = at + n - 1
-        free, needed = room - self._used_at(own), -(-(s + n - 1) // PAGE_TOKENS)
+        free, needed = room - self._used_at(own), self._held(s + n - 1)
         found, self._fits_at = min(float(most), free / needed), float(at)
         if free < needed:  # perhaps when it ends after the next of those that end no earlier
             later = bisect_left(running, (own,))
@@ -146,17 +163,21 @@ class _Flow:
         for (end, _, _), used in zip(running, self._used):
             if end > own:
                 break
-            fits = (room - used) / -(-(held + end) // PAGE_TOKENS)
+            fits = (room - used) / self._held(held + end)
             if fits < found:
                 found = fits
                 if fits < 1:
-                    self._fits_at = max(self._fits_at, s + end - (room - used) // 1 * PAGE_TOKENS)
+                    self._fits_at = max(self._fits_at, s + end - self._layout.longest_row(int((room - used) // 1), 1))
         return int(found + _ROUNDING)
+
+    def _held(self, tokens: float) -> int:
+        """Pages of a row."""
+        return self._layout.held(ceil(tokens))
 
     def _used_at(self, sweep: float) -> float:
         """Pages of those in flight that have not ended before."""
         later = self._running[bisect_left(self._running, (sweep,)) :]
-        return sum([-(-(base + sweep) // PAGE_TOKENS) * rows for _, base, rows in later])
+        return sum([self._held(base + sweep) * rows for _, base, rows in later])
 
     def _enter(self, s: int, n: int, count: int) -> int:
         """Up to ``count`` rows enter, in this sweep or as fast as the pace allows, but not beyond the next end."""
@@ -197,9 +218,9 @@ class _Flow:
         running, used = self._running, self._used
         at = bisect_left(running, (end,))
         if not self._ample:
-            own = self._used_at(end) + rows * -(-(s + n - 1) // PAGE_TOKENS)
+            own = self._used_at(end) + rows * self._held(s + n - 1)
             for place in range(at):
-                used[place] += rows * -(-(base + running[place][0]) // PAGE_TOKENS)
+                used[place] += rows * self._held(base + running[place][0])
             for place in range(at, len(running)):
                 if running[place][0] > end:
                     break

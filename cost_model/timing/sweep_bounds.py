@@ -94,7 +94,8 @@ class SweepForm:
 
     def time(self, load: SweepLoad) -> SweepTime:
         """Seconds of one sweep in a row of like ones."""
-        costs, layers, cut = self._costs, self._layers, batches(load, self._rows)
+        costs, layers, load = self._costs, self._layers, load.seen(self._costs.arch)
+        cut = batches(load, self._rows)
         demand, attention = costs.routing.on_demand(load.tokens), AttentionPhase(costs, cut)
         stream = self._stream_beside(demand)
         experts = _experts(costs, load.tokens, demand, stream)

@@ -6,7 +6,9 @@ Counts are real numbers: in a mean sweep of the steady state 3.7 rows may enter.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from cost_model.model.arch import ModelArch
 
 #: Attended on the device from device memory; fetched from host memory or from disk; attended in host memory. A block
 #: lines its rows up in this order (`flexmoe.kv.batch`).
@@ -32,6 +34,28 @@ class RowGroup:
     prompt_tokens: float = 0.0
     prompt_past: float = 0.0
     pairs: float = 0.0
+
+    def seen(self, share: float, window: int) -> RowGroup:
+        """The same in a mean layer, where a share of the layers looks back through a window: context, past and pairs that rows of
+        these mean lengths see.
+
+        A query at position i sees min(i + 1, window) keys, so a chunk of q tokens behind p others sees the sum of that over its
+        queries.
+        """
+        if not share:
+            return self
+        rows, prompts = max(self.decode_rows, 1e-12), max(self.prompt_rows, 1e-12)
+        past, chunk = self.prompt_past / prompts, self.prompt_tokens / prompts
+        rising = min(chunk, max(0.0, window - past))
+        pairs = rising * (past + rising / 2) + (chunk - rising) * window
+        return replace(
+            self,
+            decode_context=_mean(
+                share, self.decode_rows * min(self.decode_context / rows, window), self.decode_context
+            ),
+            prompt_past=_mean(share, self.prompt_rows * min(past, window), self.prompt_past),
+            pairs=_mean(share, min(self.pairs, self.prompt_rows * pairs), self.pairs),
+        )
 
     @property
     def rows(self) -> float:
@@ -62,6 +86,14 @@ class SweepLoad:
     groups: Mapping[str, RowGroup]
     logits: float
 
+    def seen(self, arch: ModelArch) -> SweepLoad:
+        """The load of a mean layer, whose rows see what the windows of the layers let them see."""
+        share = arch.windowed_share
+        if not share or arch.sliding_window is None:
+            return self
+        groups = {mode: group.seen(share, arch.sliding_window) for mode, group in self.groups.items()}
+        return replace(self, groups=groups)
+
     @property
     def rows(self) -> float:
         """Rows in flight that take part."""
@@ -76,6 +108,10 @@ class SweepLoad:
     def prompt_tokens(self) -> float:
         """Those of them that are prompt."""
         return sum(group.prompt_tokens for group in self.groups.values())
+
+
+def _mean(share: float, windowed: float, full: float) -> float:
+    return share * windowed + (1 - share) * full
 
 
 def _zeros() -> dict[str, float]:

@@ -91,6 +91,7 @@ def open_job(options: RunOptions, model: Model, interrupts: Interrupts | None = 
         _identity(options, model, template),
         model_name=options.model,
         choices={"generation_config": options.generation_config},
+        keep_reasoning=options.keep_reasoning_in_content,
         stream=stream,
         interrupts=interrupts,
     )
@@ -132,6 +133,7 @@ def _identity(options: RunOptions, model: Model, template: str | None) -> dict[s
         "generation_config": digest(model.generation_config),
         "chat_template": template and digest({"": template})[:12],
         "strict_model": sorted(ServedModel.of(options.model).names) if options.strict_model else False,
+        "keep_reasoning_in_content": options.keep_reasoning_in_content,
         "dtype": stored if options.dtype == "auto" else options.dtype,
         "compress_cache": options.asks_for_compressed_cache,
         "gen_len": options.gen_len,

@@ -82,6 +82,8 @@ class RunOptions:
         chat_template: text of a template or its file, instead of the tokenizer's own.
         generation_config: sampling defaults: ``auto`` (the model's generation_config.json), ``none``, or a directory.
         strict_model: a row that names another model fails.
+        keep_reasoning_in_content: leave what a model thinks (``<think>`` blocks, gpt-oss's analysis) in the content of a chat's
+            answer, instead of its ``reasoning_content``.
         gen_len: ``max_tokens`` of rows without one; None: 32 for prompts, and chats may take the rest of the context.
         seed: of rows without one.
         overwrite: start a new job instead of the one that is there; the old output stays until the new job has made progress.
@@ -129,6 +131,7 @@ class RunOptions:
     chat_template: str | None = None
     generation_config: str = "auto"
     strict_model: bool = False
+    keep_reasoning_in_content: bool = False
     gen_len: int | None = None
     seed: int = 0
     overwrite: bool = False

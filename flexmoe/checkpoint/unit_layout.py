@@ -17,6 +17,10 @@ from flexmoe.checkpoint.safetensors import TensorInfo
 from policies.common.memory_units import align_down, align_up
 
 DEVICE_ALIGNMENT = 256
+#: A router whose weight is kept in float32, whatever the dtype of the others is.
+WIDE_ROUTER = "wide router"
+#: Roles of tensors that are float32 at rest and in use.
+FLOAT32_ROLES = frozenset((WIDE_ROUTER, "correction"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from policies.common.errors import EXIT_USAGE
 _COMMANDS = {
     "run": ("flexmoe.cli.run", "a file of requests to a JSONL of completions"),
     "plan": ("cost_model.__main__", "find the policy with the most tokens per second for a model, a machine and a job"),
+    "inspect": ("flexmoe.cli.inspect", "what a checkpoint is, and whether a run would take it"),
     "probe": ("flexmoe.cli.probe", "measure this machine's rates for the planner"),
     "quantize": ("flexmoe.cli.quantize", "pack the weights of a checkpoint: int4, int8, fp8 or mxfp4"),
     "merge": ("flexmoe.cli.merge", "put the outputs of shards together"),

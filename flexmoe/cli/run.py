@@ -10,17 +10,17 @@ from flexmoe.batch.failures import as_user_errors
 from flexmoe.batch.options import RunOptions
 from flexmoe.batch.plan import RunPlan
 from flexmoe.batch.run_batch import Listener, run_job
-from flexmoe.cli.arguments import Command, read_command
-from flexmoe.cli.benchmark import run_benchmark
-from flexmoe.cli.dry_run import dry_run
-from flexmoe.cli.report import (
+from flexmoe.cli.running.arguments import Command, read_command
+from flexmoe.cli.running.benchmark import run_benchmark
+from flexmoe.cli.running.dry_run import dry_run
+from flexmoe.cli.running.report import (
     cache_and_weight_lines,
     detail_lines,
     engine_file_lines,
     nothing_ran_lines,
     plan_lines,
 )
-from flexmoe.cli.summary import note_lines, result_lines, summary_lines
+from flexmoe.cli.running.summary import note_lines, result_lines, summary_lines
 from flexmoe.engine.engine import Engine
 from flexmoe.job.result import JobResult
 from flexmoe.system.interrupts import Interrupts, Terminated

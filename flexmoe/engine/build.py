@@ -125,6 +125,7 @@ class _Builder:
             kv_heads=arch.num_kv_heads,
             head_dim=arch.head_dim,
             dtype=plan.dtype,
+            groups=arch.kv_groups,
             compressed=self._config.policy.compress_cache,
         )
         cache = KVCache(plan.device, shape, plan.allocation.kv_pages, plan.allocation.tails, self._config.offload_dir)
@@ -139,7 +140,7 @@ class _Builder:
             write_pages=allocation.write_pages,
             gather_pages=allocation.gather_pages,
         )
-        kv = KVLanes(self._plan.device, self._recorder, cache, buffers, arch.num_heads, arch.sliding_window)
+        kv = KVLanes(self._plan.device, self._recorder, cache, buffers, arch.num_heads, arch.sinks)
         self._resources.callback(kv.close)
         return kv
 

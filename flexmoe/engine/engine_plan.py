@@ -102,7 +102,7 @@ class EnginePlan:
             limit_bytes=process_limit_bytes(config.memory_limit),
             written_bytes=written,
             policy=config.policy,
-            largest_row_tokens=_largest_row_tokens(allocation, config.longest_row),
+            largest_row_tokens=_largest_row_tokens(allocation, config),
         )
 
     @property
@@ -148,8 +148,9 @@ def _three(gpu: float, cpu: float) -> tuple[float, float, float]:
     return gpu, cpu, max(0.0, 100 - gpu - cpu)
 
 
-def _largest_row_tokens(allocation: Allocation, longest_row: int | None) -> int:
-    held = max(allocation.kv_pages.values()) * PAGE_TOKENS
+def _largest_row_tokens(allocation: Allocation, config: EngineConfig) -> int:
+    pages, longest_row = max(allocation.kv_pages.values()), config.longest_row
+    held = allocation.kv_layout.longest_row(pages, config.policy.prefill_tokens)
     if allocation.fetch_pages and longest_row:  # the buffers of fetched KV are made for rows of this length
         return min(held, -(-longest_row // PAGE_TOKENS) * PAGE_TOKENS)
     return held

@@ -90,7 +90,9 @@ class Executor:
         # Of the whole block, since the experts run over all of it: their inputs, their outputs, the router's logits.
         self._x_TD = torch.empty(max_tokens, arch.hidden, dtype=dtype, device=device.torch)
         self._y_TD = torch.empty(max_tokens, arch.hidden, dtype=dtype, device=device.torch)
-        self._router_TE = torch.empty(max_tokens, arch.num_experts, dtype=dtype, device=device.torch)
+        router_dtype = torch.float32 if arch.router_float32 else dtype
+        self._router_TE = torch.empty(max_tokens, arch.num_experts, dtype=router_dtype, device=device.torch)
+        self._correction_E: torch.Tensor | None = None  # of the layer under way
         self._dtype, self._logits = dtype, Logits(device, family, scored_at_once, dtype)
         self._pending: dict[int, Future[Any]] = {}  # by the id of the operation, of lanes other than the GPU
         self._qkv: dict[int, QKV] = {}  # by GPU batch, of the layer under way
@@ -210,7 +212,7 @@ class Executor:
 
     def _op_embed(self, op: Op) -> None:
         batch = self._batch(op)
-        self._hidden.put(batch.index, self._embedding(batch.ids_T, batch.start))
+        self._hidden.put(batch.index, self._family.embedded(self._embedding(batch.ids_T, batch.start)))
 
     def _op_load_act(self, op: Op) -> Future[Event]:
         return self._hidden.load(op.batch)
@@ -235,7 +237,7 @@ class Executor:
 
     def _op_store_kv(self, op: Op) -> Future[None]:
         batch = self._batch(op)
-        batch.stored = self._kv.store(op.layer, batch, *self._qkv[batch.index], batch.loaded)
+        batch.stored = self._kv.store(op.layer, batch, *self._qkv[batch.index], batch.loaded, self._sinks(op.layer))
         return batch.stored
 
     def _op_write_kv(self, op: Op) -> Future[None]:
@@ -253,21 +255,26 @@ class Executor:
         attended = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         unit = self._units.attention[op.layer].unit
         here = slice(batch.start, batch.stop)
-        h_TD, x_TD, router_TE = self._family.output(self._hidden[batch.index], attended, self._feed.get(unit))
+        weights = self._feed.get(unit)
+        h_TD, x_TD, router_TE = self._family.output(self._hidden[batch.index], attended, weights)
         self._hidden.put(batch.index, h_TD)
         self._x_TD[here] = x_TD
         if router_TE is not None:
             self._router_TE[here] = router_TE
         if batch is self._block.batches[-1]:
+            self._correction_E = self._family.router_correction(weights)
             self._feed.release(unit)
 
     def _attend_group(self, layer: int, batch: Batch, mode: AttentionMode, qkv: QKV) -> torch.Tensor:
         if mode is AttentionMode.GPU:
-            return self._kv.attend_gpu(layer, batch, qkv[0])
+            return self._kv.attend_gpu(layer, batch, qkv[0], self._sinks(layer))
         if mode is AttentionMode.FETCH:
-            return self._kv.attend_fetched(layer, batch, *qkv, begun(batch.loaded).result())
+            return self._kv.attend_fetched(layer, batch, *qkv, begun(batch.loaded).result(), self._sinks(layer))
         arrived, batch.attended = begun(batch.attended), None  # the output is kept no longer than it is needed
         return self._device.use_here(arrived.result().tensor)
+
+    def _sinks(self, layer: int) -> torch.Tensor | None:
+        return self._feed.get(self._units.attention[layer].unit).get("sinks")
 
     def _expert_output(self, batch: Batch) -> torch.Tensor:
         """What the experts of the layer before gave for a batch, not yet part of its residual stream."""
@@ -279,7 +286,7 @@ class Executor:
         if self._family.arch.is_dense(op.layer):
             self._experts.route_all(tokens)
             return
-        ids_TK, weights_TK = self._family.route(self._router_TE[:tokens])
+        ids_TK, weights_TK = self._family.route(self._router_TE[:tokens], self._correction_E)
         counts = self._experts.route(ids_TK, weights_TK, self._dtype)
         self._feed.routed(op.layer, counts, tokens)
         self._router_counter.add(op.layer, ids_TK, counts)

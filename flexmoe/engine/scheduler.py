@@ -94,7 +94,7 @@ class Scheduler:
             policy,
             pages={tier: cache.total(tier) for tier in TIERS},
             tails=cache.free_tails,
-            page_tokens=cache.page_tokens,
+            layout=cache.layout,
             expected_end=expected_end,
             recompute_past=recompute_past,
         )
@@ -133,11 +133,14 @@ class Scheduler:
         for row in others:
             row.prompt_done = row.prompt  # the first row counts these tokens
         self.waiting.append(first)
-        past, pages = self._recompute_past, (first.prompt - 1) // self._cache.page_tokens
+        past, layout = self._recompute_past, self._cache.layout
+        pages = (first.prompt - 1) // layout.page_tokens
+        if layout.windowed and first.generated:
+            pages = 0  # when its run is stored, layers with a window have nothing of the prompt's end left
         alike = [row for row in others if row.is_past(past) == first.is_past(past)]
         if pages and alike:
-            tokens = pages * self._cache.page_tokens
-            prefix = SharedPrompt(tokens=tokens, pages=pages, waiting=dict.fromkeys(alike))
+            tokens = pages * layout.page_tokens
+            prefix = SharedPrompt(tokens=tokens, pages=layout.before(tokens), waiting=dict.fromkeys(alike))
             for row in (first, *alike):
                 row.prefix = prefix
             self._behind += len(alike)
@@ -157,7 +160,7 @@ class Scheduler:
                 row.kv = self._cache.fork(row.prefix.kv)
         self._close_prefixes()  # what they held is counted as free already
         for row in rows:
-            if row.kv is None or len(row.kv.pages) < row.pages:
+            if row.kv is None or row.run > 1 or row.cached % self._cache.page_tokens == 0:
                 self._reserve(row, row.run)
         return [row.next_run() for row in rows]
 
@@ -171,7 +174,7 @@ class Scheduler:
             row.tokens.append(token)
         first_computed = self.admission.commit(row, generated=token is not None)
         kv, prefix = row.held_kv(), row.prefix
-        kv.length = row.cached
+        self._cache.advance(kv, row.cached)
         if prefix is not None and row.shares and prefix.tier and prefix.kv is None:
             prefix.kv = self._cache.share(kv, prefix.tokens)
             self._behind -= len(prefix.waiting)
@@ -237,8 +240,7 @@ class Scheduler:
         """
         if not self.admission.enter_aged(row):
             raise KVExhausted
-        self._reserve(row, row.cached)
-        row.held_kv().length = row.cached
+        row.kv = self._cache.open_aged(row.tier, row.cached)
 
     def _reserve(self, row: Row, tokens: int) -> None:
         """Give the row in the cache what admission has counted for it."""

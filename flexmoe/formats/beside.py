@@ -29,6 +29,8 @@ UNREAD = (
     "activation_scale",
 )
 _ORDER = ("g_idx", "weight_g_idx")
+#: Of e8m0, in which exponents are stored: no number. Source: the OCP Microscaling specification 1.0.
+_E8M0_NAN = 255
 
 
 def check_beside(scales: Iterable[TensorInfo], tensors: Iterable[TensorInfo], group: int) -> None:
@@ -70,7 +72,7 @@ def _check(info: TensorInfo, values: torch.Tensor, group: int) -> None:
                 f"tensor {info.name!r} in {str(info.path)!r} gives inputs in another order (activation order), which is not read: "
                 "use a checkpoint without desc_act, or the original one"
             )
-    elif info.dtype.is_floating_point and not bool(values.isfinite().all()):
+    elif bool((~values.isfinite() if info.dtype.is_floating_point else values == _E8M0_NAN).any()):
         raise DataError(
             f"tensor {info.name!r} in {str(info.path)!r} has scales that are not finite: the file is damaged, fetch it again"
         )

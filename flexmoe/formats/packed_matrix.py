@@ -14,6 +14,7 @@ import torch
 
 from cost_model.model.packed_format import PackedFormat
 from flexmoe.checkpoint.unit_layout import Part
+from flexmoe.errors import DataError
 from flexmoe.formats.codec import Codec, Fields
 from flexmoe.formats.columns import Awq, Gptq
 from flexmoe.formats.float8 import Float8
@@ -63,6 +64,9 @@ def packed_parts(packed: PackedFormat, part: Part) -> Iterator[Part]:
     Args:
         part: as it were unpacked; its last two dimensions are R and C.
     """
+    if part.whole is not None and len(part.shape) == 3:
+        yield from _stacked_parts(packed, part)
+        return
     rows, columns = part.shape[-2:]
     module = part.tensor.removesuffix(_WEIGHT)
     number = part.into // (rows * columns)
@@ -74,6 +78,30 @@ def packed_parts(packed: PackedFormat, part: Part) -> Iterator[Part]:
             shape=field.shape,
             of=of,
             into=number * prod(field.shape),
+            dtypes=field.dtypes,
+        )
+
+
+def _stacked_parts(packed: PackedFormat, part: Part) -> Iterator[Part]:
+    """Matrices of experts that lie one behind the other in two tensors, as gpt-oss has them in MXFP4 (`integrations/mxfp4.py` of
+    transformers): numbers ``[E, R, C / 32, 16]`` and scales ``[E, R, C / 32]``.
+
+    Raises:
+        DataError: in another format.
+    """
+    if packed.method != "mxfp4" or part.whole is None:
+        raise DataError(
+            f"{part.tensor} has the matrices of all experts, which is read in mxfp4 and not in {packed.method}"
+        )
+    count, rows, columns = part.shape
+    for field, suffix in zip(CODECS["mxfp4"].fields(packed, rows, columns), ("blocks", "scales")):
+        groups = (part.whole[0], rows, columns // packed.columns)
+        yield Part(
+            role=f"{part.role}{SEPARATOR}{field.name}",
+            tensor=f"{part.tensor}_{suffix}",
+            shape=(count, *field.shape),
+            first_element=part.first_element // (rows * columns) * prod(field.shape),
+            whole=(*groups, packed.columns // 2) if suffix == "blocks" else groups,
             dtypes=field.dtypes,
         )
 

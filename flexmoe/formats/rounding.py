@@ -1,7 +1,8 @@
 """Scales of groups of weights, and the weights as numbers of few bits: what `flexmoe.quantizing` writes and the codecs read.
 
 A scale costs the same at run time whatever its value, so the one with the smallest squared error is taken. The largest weight
-of a group is clipped where the others gain more by it.
+of a group is clipped where the others gain more by it. A scale of integers has the sign that makes the largest weight negative:
+of 4 bits -8 is a number, and 8 is none.
 
 Legend: R outputs, C inputs, G groups of inputs, n weights that share a scale.
 """
@@ -17,8 +18,8 @@ from flexmoe.formats.bits import packed_words
 from flexmoe.formats.codec import Fields
 from flexmoe.formats.mxfp4 import BIAS, VALUES
 
-#: Scales that are tried, relative to the one that clips nothing.
-_CLIPPED = {4: tuple(1.08 - 0.04 * step for step in range(18)), 8: (1.0, 0.99, 0.98, 0.97, 0.95, 0.92)}
+#: Scales that are tried, relative to that with which the largest weight of a group is the lowest integer.
+_CLIPPED = {4: tuple(1.04 - 0.04 * step for step in range(12)), 8: (1.0, 0.99, 0.98, 0.97, 0.95, 0.92)}
 _E4M3_MAX = 448.0
 #: Half-way between the magnitudes that follow each other in e2m1.
 _E2M1_BOUNDS = tuple((low + high) / 2 for low, high in zip(VALUES[:7], VALUES[1:8]))
@@ -45,16 +46,16 @@ def packed_fields(packed: PackedFormat, weights_RC: torch.Tensor, scale_dtype: t
 
 
 def _integers(packed: PackedFormat, weights_RC: torch.Tensor, scale_dtype: torch.dtype) -> Fields:
-    """Symmetric integers: -2^(bits - 1) to 2^(bits - 1) - 1."""
+    """Symmetric integers: -2^(bits - 1) to 2^(bits - 1) - 1. Weights that were such numbers before are kept exactly."""
     half = 1 << (packed.bits - 1)
     groups_RGn = weights_RC.unflatten(1, (-1, packed.columns or weights_RC.shape[1]))
 
     def rounded(weights: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return (weights / scale).round_().clamp_(-half, half - 1)
 
-    largest_RG1 = groups_RGn.abs().amax(-1, keepdim=True)
-    tried = (largest_RG1 * (ratio / (half - 1)) for ratio in _CLIPPED[packed.bits])
-    scale_RG1 = _best(groups_RGn, tried, rounded, scale_dtype)
+    largest_RG1 = groups_RGn.gather(-1, groups_RGn.abs().argmax(-1, keepdim=True))
+    parts = [*(-ratio / half for ratio in _CLIPPED[packed.bits]), 1 / (half - 1)]
+    scale_RG1 = _best(groups_RGn, (largest_RG1 * part for part in parts), rounded, scale_dtype)
     numbers_RC = rounded(groups_RGn, scale_RG1).add_(half).to(torch.uint8).flatten(1)
     return {"packed": packed_words(numbers_RC, packed.bits, 1), "scale": scale_RG1.squeeze(-1).to(scale_dtype)}
 
@@ -115,6 +116,7 @@ def _best(
 
 
 def _usable(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A scale as its dtype has it, in float32; 1 for a group of zeros, and no less than the dtype's smallest normal number."""
+    """A scale as its dtype has it, in float32; 1 for a group of zeros, and no nearer to zero than the smallest normal number."""
     stored = scale.to(dtype).float()
-    return torch.where(scale == 0, torch.ones_like(stored), stored.clamp(min=torch.finfo(dtype).tiny))
+    usable = stored.abs().clamp_(min=torch.finfo(dtype).tiny).copysign_(stored)
+    return torch.where(scale == 0, torch.ones_like(stored), usable)

@@ -87,6 +87,7 @@ class Job:
         identity: what decides the completions, beside the input: a job that was begun with another one is not resumed.
         model_name: reported for rows that name no model.
         choices: values of flags behind the identity, for the message of a refusal (`Manifest.choices`).
+        keep_reasoning: leave what a model thinks in the content of its answers.
         stream: how it is run.
         interrupts: what may ask it to stop.
 
@@ -110,12 +111,14 @@ class Job:
         *,
         model_name: str = "flexmoe",
         choices: Mapping[str, str] | None = None,
+        keep_reasoning: bool = False,
         stream: StreamOptions | None = None,
         interrupts: Interrupts | None = None,
     ) -> None:
         self._start_s, self._now = time.monotonic(), creation_time_s()
         self._files, self._stream_options = files, stream or StreamOptions(bar=sys.stderr.isatty())
         self._interrupts = interrupts or Interrupts()
+        self._keep_reasoning = keep_reasoning
         self._parts = contextlib.ExitStack()
         self._output, self._errors = files.outputs()
         try:
@@ -250,6 +253,7 @@ class Job:
             fingerprint=manifest.fingerprint,
             model_name=manifest.model_name,
             created_s=manifest.created_s,
+            keep_reasoning=self._keep_reasoning,
         )
         journal = self._workspace.journal
         return RowStream(self._rows, found, journal, preparer, encoder, self._stream_options, self._interrupts)

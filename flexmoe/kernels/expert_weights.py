@@ -18,8 +18,8 @@ import torch
 from cost_model.model.packed_format import PackedFormat
 from flexmoe.checkpoint.unit_layout import tensors_of
 from flexmoe.formats.packed_matrix import CODECS, SEPARATOR, PackedMatrix
-from flexmoe.kernels.grouped_product import can_group, grouped_product, product_in_turn
-from flexmoe.kernels.linear import linear
+from flexmoe.kernels.grouped_product import can_group, grouped_product, product_in_turn, with_biases
+from flexmoe.kernels.linear import linear, linears
 
 
 class ExpertProducts:
@@ -28,27 +28,41 @@ class ExpertProducts:
     Args:
         gate_up: gate above up in one, or gate and up.
         down: the same of down.
-        product: ``(x, weight)`` to ``x · weight^T``.
+        product: ``(x, weight, bias)`` to ``x · weight^T + bias``.
+        biases: of gate and up in one, and of down; None: there are none.
+        alternate: rows of gate and up alternate.
+        products: ``(x, weights)`` to the product with each of them; default: one after the other.
 
     Packed matrices are unpacked by the product.
     """
 
-    __slots__ = ("_down", "_gate_up", "_product")
+    __slots__ = ("_alternate", "_biases", "_down", "_gate_up", "_product", "_products")
 
-    def __init__(self, gate_up: Sequence[Any], down: Any, product: Callable[..., torch.Tensor]):
+    def __init__(
+        self,
+        gate_up: Sequence[Any],
+        down: Any,
+        product: Callable[..., torch.Tensor],
+        biases: tuple[Any, Any] | None = None,
+        alternate: bool = False,
+        products: Callable[..., Sequence[torch.Tensor]] | None = None,
+    ):
         self._gate_up, self._down, self._product = gate_up, down, product
+        self._products = products or (lambda x, weights: [product(x, weight, None) for weight in weights])
+        self._biases, self._alternate = biases or (None, None), alternate
 
     def gate_up(self, x_nD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens' gates and what they gate, both ``[n, F]``; they may be overwritten."""
         if len(self._gate_up) == 1:
-            gate_nF, up_nF = self._product(x_nD, self._gate_up[0]).chunk(2, dim=-1)
+            both = self._product(x_nD, self._gate_up[0], self._biases[0])
+            gate_nF, up_nF = both.unflatten(-1, (-1, 2)).unbind(-1) if self._alternate else both.chunk(2, dim=-1)
             return gate_nF, up_nF
-        gate, up = self._gate_up
-        return self._product(x_nD, gate), self._product(x_nD, up)
+        gate_nF, up_nF = self._products(x_nD, self._gate_up)
+        return gate_nF, up_nF
 
     def down(self, h_nF: torch.Tensor) -> torch.Tensor:
         """Back to ``[n, D]``."""
-        return self._product(h_nF, self._down)
+        return self._product(h_nF, self._down, self._biases[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +72,17 @@ class PackedShape:
     Args:
         format: of all of them.
         hidden, ffn: D and F.
+        together: gate and up of an expert are one matrix.
     """
 
     format: PackedFormat
     hidden: int
     ffn: int
+    together: bool = False
 
     def matrices(self, tensors: Mapping[str, torch.Tensor], role: str) -> list[PackedMatrix]:
-        """The matrices of a role, in order; gate and up of an expert are two."""
-        rows, columns = (self.ffn, self.hidden) if role == "gate_up" else (self.hidden, self.ffn)
+        """The matrices of a role, in order; gate and up of an expert are two, unless together."""
+        rows, columns = (self.ffn * (1 + self.together), self.hidden) if role == "gate_up" else (self.hidden, self.ffn)
         names = [field.name for field in CODECS[self.format.codec].fields(self.format, rows, columns)]
         found = {name: tensors_of(tensors, f"{role}{SEPARATOR}{name}") for name in names}
         count = len(found["packed"])
@@ -82,33 +98,52 @@ class ExpertWeights:
     Args:
         gate_up: gate above up of each expert in one ``[2F, D]``, or the gates and the ups, each ``[F, D]``.
         down: of each expert, ``[D, F]``.
+        biases: of each expert, ``[2F]`` and ``[D]``; None: there are none.
+        alternate: rows of gate and up alternate; they are in one.
     """
 
-    __slots__ = ("_down", "_gate_up")
+    __slots__ = ("_alternate", "_biases", "_down", "_gate_up")
 
-    def __init__(self, gate_up: Sequence[Any], down: Any):
-        self._gate_up, self._down = gate_up, down
+    def __init__(
+        self, gate_up: Sequence[Any], down: Any, biases: tuple[Any, Any] | None = None, alternate: bool = False
+    ):
+        self._gate_up, self._down, self._biases, self._alternate = gate_up, down, biases, alternate
 
     @classmethod
-    def of(cls, tensors: Mapping[str, torch.Tensor], packed: PackedShape | None = None) -> ExpertWeights:
+    def of(
+        cls,
+        tensors: Mapping[str, torch.Tensor],
+        packed: PackedShape | None = None,
+        alternate: bool = False,
+        transposed: bool = False,
+    ) -> ExpertWeights:
         """From the tensors of a unit, as they lie on the compute device or as they were read.
 
         Args:
             packed: format and shape of the experts where their matrices are packed.
+            alternate: rows of gate and up alternate.
+            transposed: the matrices lie stacked, inputs before outputs.
         """
+        biases = (tensors["gate_up_bias"], tensors["down_bias"]) if "gate_up_bias" in tensors else None
         if packed is not None:
-            halves, down_e = packed.matrices(tensors, "gate_up"), packed.matrices(tensors, "down")
-            return cls((halves[::2], halves[1::2]), down_e)
+            gate_up_e, down_e = packed.matrices(tensors, "gate_up"), packed.matrices(tensors, "down")
+            halves = (gate_up_e,) if packed.together else (gate_up_e[::2], gate_up_e[1::2])
+            return cls(halves, down_e, biases, alternate)
         gate_up, down = tensors_of(tensors, "gate_up"), tensors_of(tensors, "down")
+        if transposed:
+            stacked = tensors["gate_up"].transpose(1, 2), tensors["down"].transpose(1, 2)
+            return cls((stacked[0],), stacked[1], biases, alternate)
         apart = len(gate_up) == 2 * len(down)
-        return cls((gate_up[::2], gate_up[1::2]) if apart else (gate_up,), down)
+        return cls((gate_up[::2], gate_up[1::2]) if apart else (gate_up,), down, biases, alternate)
 
     @classmethod
     def together(cls, each: Sequence[ExpertWeights]) -> ExpertWeights:
         """Of experts that are each a unit alone, wherever they lie."""
         down = [one._down[0] for one in each]
         if all(len(one._gate_up) == 1 for one in each):
-            return cls(([one._gate_up[0][0] for one in each],), down)
+            own = [one._biases for one in each if one._biases is not None]
+            biases = (torch.cat([gate_up for gate_up, _ in own]), torch.cat([down for _, down in own])) if own else None
+            return cls(([one._gate_up[0][0] for one in each],), down, biases, each[0]._alternate)
         # Some were read as they lie in the file and others copied.
         gates, ups = zip(*(one._halves() for one in each))
         return cls((gates, ups), down)
@@ -119,7 +154,9 @@ class ExpertWeights:
         Args:
             number: its place in the unit.
         """
-        return ExpertProducts([m[number] for m in self._gate_up], self._down[number], linear)
+        own = None if self._biases is None else (self._biases[0][number], self._biases[1][number])
+        gate_up = [m[number] for m in self._gate_up]
+        return ExpertProducts(gate_up, self._down[number], linear, own, self._alternate, linears)
 
     def grouped(self, ends_e: torch.Tensor) -> ExpertProducts:
         """The products of all experts at once, where `can_group`.
@@ -127,7 +164,8 @@ class ExpertWeights:
         Args:
             ends_e: int32, where the tokens of each expert end among those that are multiplied.
         """
-        return ExpertProducts(self._gate_up, self._down, partial(grouped_product, ends_e=ends_e))
+        product = partial(with_biases, grouped_product, ends_e=ends_e)
+        return self._products(self._gate_up, self._down, product, self._biases)
 
     def in_turn(self, tokens: Sequence[tuple[int, slice]]) -> ExpertProducts:
         """The products of several experts at once, one after the other on any device.
@@ -135,7 +173,13 @@ class ExpertWeights:
         Args:
             tokens: (number of the expert, its tokens among those that are multiplied) of each expert that has some.
         """
-        return ExpertProducts(self._gate_up, self._down, partial(product_in_turn, tokens=tokens))
+        product = partial(product_in_turn, tokens=tokens)
+        return self._products(self._gate_up, self._down, product, self._biases)
+
+    def _products(
+        self, gate_up: Sequence[Any], down: Any, product: Callable[..., torch.Tensor], biases: tuple[Any, Any] | None
+    ) -> ExpertProducts:
+        return ExpertProducts(gate_up, down, product, biases, self._alternate)
 
     def can_group(self) -> bool:
         """Whether the device has a grouped product for these weights as they lie."""

@@ -41,6 +41,9 @@ class Family(Protocol):
     def rope(self, positions_T: torch.Tensor, lengths_T: torch.Tensor, dtype: torch.dtype) -> Rope:
         """Rotary embedding ``[T, 1, Dh]`` of the positions, given the length of the row of each token."""
 
+    def embedded(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """The residual stream that rows of the embedding table begin."""
+
     def project(self, h_TD: torch.Tensor, w: Weights, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries ``[T, H, Dh]``, keys and values ``[T, G, Dh]`` of the residual stream."""
 
@@ -49,7 +52,12 @@ class Family(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Residual stream after attention, its norm for the experts, and the router's logits ``[T, E]`` if it has a router."""
 
-    def route(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def router_correction(self, w: Weights) -> torch.Tensor | None:
+        """What a layer's router adds to the scores for the choice, ``[E]``, if it does; no view of the weights."""
+
+    def route(
+        self, logits_TE: torch.Tensor, correction_E: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Chosen experts and their weights (float32), both ``[T, K]``."""
 
     def expert_weights(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> ExpertWeights:

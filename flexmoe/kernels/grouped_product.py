@@ -8,7 +8,7 @@ Legend: n tokens, C columns and R rows of a weight, e experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -37,20 +37,49 @@ def has_grouped_product(device: torch.device, dtype: torch.dtype) -> bool:
 def can_group(matrices: Sequence[Matrices]) -> bool:
     """Whether `grouped_product` takes each of these.
 
-    Torch's product wants a stack whose rows begin at multiples of 16 bytes, and a device that has it.
+    Torch's product wants a stack whose rows begin at multiples of 16 bytes, as those of the tokens do, and a device that has it.
     """
     stacked = [m for m in matrices if isinstance(m, torch.Tensor)]
     if len(stacked) < len(matrices):
         return matrices[-1][0].device.type == "cpu" and native.available()
     if not has_grouped_product(stacked[0].device, stacked[0].dtype):
         return False
-    return all(m.shape[-1] * m.element_size() % ROW_BYTES == 0 and m.data_ptr() % ROW_BYTES == 0 for m in stacked)
+    sizes = [(m.data_ptr(), *(step * m.element_size() for step in (_row_step(m), m.shape[-1]))) for m in stacked]
+    return all(size % ROW_BYTES == 0 for of_one in sizes for size in of_one)
 
 
-def product_in_turn(x_nC: torch.Tensor, matrices: Matrices, tokens: Sequence[tuple[int, slice]]) -> torch.Tensor:
+def _row_step(stack: torch.Tensor) -> int:
+    """Numbers from one row in memory to the next: inputs or, where they come first, outputs of a matrix."""
+    return max(stack.stride()[1:])
+
+
+def with_biases(
+    product: Callable[..., torch.Tensor],
+    x_nC: torch.Tensor,
+    matrices: Matrices,
+    biases_eR: torch.Tensor | None,
+    *,
+    ends_e: torch.Tensor,
+) -> torch.Tensor:
+    """A grouped product, with the bias of its expert added to each token's; on the device, without a wait."""
+    out_nR = product(x_nC, matrices, ends_e=ends_e)
+    if biases_eR is None:
+        return out_nR
+    tokens = torch.arange(len(x_nC), dtype=ends_e.dtype, device=ends_e.device)
+    return out_nR.add_(biases_eR.index_select(0, torch.searchsorted(ends_e, tokens, right=True)))
+
+
+def product_in_turn(
+    x_nC: torch.Tensor,
+    matrices: Matrices,
+    biases_eR: torch.Tensor | None = None,
+    *,
+    tokens: Sequence[tuple[int, slice]],
+) -> torch.Tensor:
     """The same, ``[n, R]``, by a product for each expert that has tokens, wherever its weights lie.
 
     Args:
+        biases_eR: of the experts.
         tokens: (number of the expert, its tokens); together they are all tokens.
     """
     out_nR = x_nC.new_empty(len(x_nC), matrices[0].shape[0])
@@ -60,6 +89,8 @@ def product_in_turn(x_nC: torch.Tensor, matrices: Matrices, tokens: Sequence[tup
             torch.mm(x_nC[own], matrix.t(), out=out_nR[own])
         else:
             out_nR[own] = linear(x_nC[own], matrix)
+        if biases_eR is not None:
+            out_nR[own] += biases_eR[number]
     return out_nR
 
 
@@ -68,7 +99,12 @@ def grouped_product(x_nC: torch.Tensor, matrices: Matrices, ends_e: torch.Tensor
     if not isinstance(matrices, torch.Tensor) and isinstance(matrices[0], PackedMatrix):
         return _packed_product(x_nC, cast(Sequence[PackedMatrix], matrices), ends_e)
     few = len(x_nC) <= _NATIVE_TOKENS * len(matrices)
-    if not isinstance(matrices, torch.Tensor) or (few and x_nC.device.type == "cpu" and native.available()):
+    native_rows = cast(torch.Tensor, matrices[0]).stride(-1) == 1  # else inputs come first
+    if not native_rows and not isinstance(matrices, torch.Tensor):
+        return _one_by_one(x_nC, matrices, ends_e)
+    if not isinstance(matrices, torch.Tensor) or (
+        few and native_rows and x_nC.device.type == "cpu" and native.available()
+    ):
         return grouped_products(x_nC, cast(torch.Tensor | Sequence[torch.Tensor], matrices), ends_e)
     if x_nC.device.type == "cpu" and x_nC.dtype != torch.float32:
         return _one_by_one(x_nC, matrices, ends_e)

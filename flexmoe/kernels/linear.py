@@ -13,8 +13,9 @@ Legend: n tokens, C columns and R rows of a weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -65,9 +66,29 @@ def linear(
     return out_nR
 
 
+def linears(x_nC: torch.Tensor, weights: Sequence[torch.Tensor | PackedMatrix]) -> list[torch.Tensor]:
+    """`linear` with each of some weights: ``[n, R]`` each, in order.
+
+    Packed ones of one shape are multiplied by few tokens in one call, whose threads meet once.
+    """
+    packed = [weight for weight in weights if isinstance(weight, PackedMatrix)]
+    alike = len(packed) == len(weights) and len({weight.shape for weight in packed}) == 1
+    if not alike or not len(x_nC) or not _multiplies_packed(x_nC):
+        return [linear(x_nC, weight) for weight in weights]
+    count, tokens = len(packed), len(x_nC)
+    ends = torch.arange(1, count + 1, dtype=torch.int32) * tokens
+    return list(packed_products(x_nC.repeat(count, 1), packed, ends).chunk(count))
+
+
+def _multiplies_packed(x_nC: torch.Tensor) -> bool:
+    """Whether our own product of a packed weight is taken for these tokens."""
+    return len(x_nC) <= few_packed_tokens(x_nC.dtype) and _is_native(x_nC)
+
+
 def _unpacked_product(x_nC: torch.Tensor, weight: PackedMatrix, bias_R: torch.Tensor | None) -> torch.Tensor:
-    if len(x_nC) <= few_packed_tokens(x_nC.dtype) and bias_R is None and _is_native(x_nC):
-        return packed_products(x_nC.contiguous(), [weight], torch.tensor([len(x_nC)], dtype=torch.int32))
+    if _multiplies_packed(x_nC):
+        product_nR = packed_products(x_nC.contiguous(), [weight], torch.tensor([len(x_nC)], dtype=torch.int32))
+        return product_nR if bias_R is None else product_nR.add_(bias_R)
     out_nR = x_nC.new_empty(len(x_nC), weight.shape[0])
     for rows, piece_RC in unpacked_pieces(weight, x_nC.dtype):
         out_nR[:, rows] = linear(x_nC, piece_RC, None if bias_R is None else bias_R[rows])
@@ -85,8 +106,21 @@ def unpacked_pieces(weight: PackedMatrix, dtype: torch.dtype) -> Iterator[tuple[
 
 
 def unpack(weight: PackedMatrix, out_RC: torch.Tensor, first: int = 0) -> torch.Tensor:
-    """`PackedMatrix.unpack`, on the CPU in native code where there is some; the values are the same."""
-    return native_unpack(weight, out_RC, first) if _is_native(out_RC) else weight.unpack(out_RC, first)
+    """`PackedMatrix.unpack`, on the CPU in native code and on CUDA by Triton where they are there; the values are the same."""
+    if _is_native(out_RC):
+        return native_unpack(weight, out_RC, first)
+    by_triton = _triton_unpack() if out_RC.is_cuda else None
+    return weight.unpack(out_RC, first) if by_triton is None else by_triton(weight, out_RC, first)
+
+
+@cache
+def _triton_unpack() -> Callable[[PackedMatrix, torch.Tensor, int], torch.Tensor] | None:
+    """None where Triton is not installed."""
+    if find_spec("triton") is None:
+        return None
+    from flexmoe.kernels.triton_unpacking import unpack
+
+    return unpack
 
 
 @cache

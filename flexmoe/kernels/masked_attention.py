@@ -31,6 +31,7 @@ def masked_paged_attention(
     rows: Ragged,
     *,
     window: int | None,
+    sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -41,18 +42,19 @@ def masked_paged_attention(
     """
     out_THD = torch.empty_like(q_THD) if out is None else out
     room = DEFAULT_PAGES if workspace is None else workspace.shape[1]
-    pair_bytes = mask_bytes(q_THD.shape[1] // k_pool.shape[2], q_THD.element_size())
-    pieces: list[_Piece] = plan_masked(rows, k_pool.shape[1], room, pair_bytes).on_device(q_THD.device, _Piece)
-    for piece in pieces:
-        piece.attend(q_THD, k_pool, v_pool, out_THD, window, workspace)
+    heads = q_THD.shape[1]
+    pair_bytes = mask_bytes(heads // k_pool.shape[2], q_THD.element_size(), 0 if sinks is None else heads)
+    planned = plan_masked(rows, k_pool.shape[1], room, pair_bytes, window)
+    for piece in planned.on_device(q_THD.device, _Piece):
+        piece.attend(q_THD, k_pool, v_pool, out_THD, window, sinks, workspace)
     return out_THD
 
 
-def plan_masked(rows: Ragged, page_tokens: int, room: int, pair_bytes: int) -> Planned:
+def plan_masked(rows: Ragged, page_tokens: int, room: int, pair_bytes: int, window: int | None) -> Planned:
     """The pieces of rows whose pages are copied ``room`` at a time; for ``pair_bytes`` see `mask_bytes`."""
-    key = ("masked", page_tokens, room, pair_bytes)
+    key = ("masked", page_tokens, room, pair_bytes, window)
     if key not in rows.plans:
-        rows.plans[key] = Planned.of(list(_described(rows, page_tokens, room, pair_bytes)))
+        rows.plans[key] = Planned.of(list(_described(rows, page_tokens, room, pair_bytes, window)))
     return rows.plans[key]
 
 
@@ -69,7 +71,9 @@ def buckets_of(rows: Ragged) -> list[list[int]]:
     return buckets
 
 
-def _described(rows: Ragged, page_tokens: int, room: int, pair_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+def _described(
+    rows: Ragged, page_tokens: int, room: int, pair_bytes: int, window: int | None
+) -> Iterator[dict[str, np.ndarray]]:
     """The pieces of every bucket.
 
     Args:
@@ -79,6 +83,8 @@ def _described(rows: Ragged, page_tokens: int, room: int, pair_bytes: int) -> It
     lengths, contexts, starts = rows.q_lengths, rows.contexts.numpy().astype(np.int64), rows.q_starts.numpy()
     for bucket in buckets_of(rows):
         run, pages = int(lengths[bucket[0]]), -(-int(contexts[bucket].max()) // page_tokens)
+        if window is not None:  # pages that no query of a run sees are left out
+            pages = min(pages, -(-(window + run - 2) // page_tokens) + 1)
         pairs = max(1, MASK_BYTES // (pair_bytes * page_tokens * pages))
         step, together = min(run, pairs), max(1, min(room // pages, pairs // run))
         for at in range(0, len(bucket), together):
@@ -86,11 +92,16 @@ def _described(rows: Ragged, page_tokens: int, room: int, pair_bytes: int) -> It
             for first in range(0, run, step):
                 queries = np.arange(first, min(run, first + step))
                 positions_Bq = (contexts[members] - run)[:, None] + queries
-                seen = -(-(int(positions_Bq.max()) + 1) // page_tokens)  # later keys are seen by later queries
+                begin_B = np.zeros_like(members)
+                if window is not None:
+                    begin_B = np.maximum(0, positions_Bq[:, 0] + 1 - window) // page_tokens
+                # Later keys are seen by later queries.
+                seen = int((positions_Bq[:, -1] // page_tokens + 1 - begin_B).max())
+                columns = np.minimum(begin_B[:, None] + np.arange(seen), rows.tables.shape[1] - 1)
                 yield {
                     "queries_Bq": starts[members][:, None] + queries,
-                    "positions_Bq": positions_Bq,
-                    "pages": np.maximum(0, rows.tables[members, :seen].numpy()),
+                    "positions_Bq": positions_Bq - begin_B[:, None] * page_tokens,
+                    "pages": np.maximum(0, rows.tables.numpy()[members[:, None], columns]),
                 }
 
 
@@ -100,8 +111,8 @@ class _Piece:
 
     Attributes:
         queries_Bq: places of the queries.
-        positions_Bq: their positions in their rows.
-        pages: page tables of the rows.
+        positions_Bq: their positions among the keys of their rows' pages.
+        pages: page tables of the rows, from the first page that the piece sees.
     """
 
     queries_Bq: torch.Tensor
@@ -115,6 +126,7 @@ class _Piece:
         v_pool: torch.Tensor,
         out_THD: torch.Tensor,
         window: int | None,
+        sinks_H: torch.Tensor | None,
         workspace: torch.Tensor | None,
     ) -> None:
         """Attend, and write the queries' places of ``out_THD``."""
@@ -131,7 +143,11 @@ class _Piece:
         q_BqHd = q_THD.index_select(0, self.queries_Bq.flatten()).unflatten(0, (count, -1))
         q_BGnd = q_BqHd.unflatten(2, (heads, shared)).permute(0, 2, 3, 1, 4).flatten(2, 3)
         mask_B1nS = mask_BqS[:, None, None].expand(-1, -1, shared, -1, -1).flatten(2, 3)
-        attended = F.scaled_dot_product_attention(q_BGnd, k_BGSd, v_BGSd, attn_mask=mask_B1nS)
+        if sinks_H is None:
+            attended = F.scaled_dot_product_attention(q_BGnd, k_BGSd, v_BGSd, attn_mask=mask_B1nS)
+        else:
+            sinks_GN = sinks_H.view(heads, shared)
+            attended = _attention_with_sinks(q_BGnd, k_BGSd, v_BGSd, mask_B1nS, sinks_GN)
         attended_THd = attended.unflatten(2, (shared, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
         out_THD.index_copy_(0, self.queries_Bq.flatten().long(), attended_THd)
 
@@ -154,3 +170,16 @@ class _Piece:
         keys = copied_pages(pool, pages, q_THD, None if workspace is None else workspace[which])
         side_by_side: torch.Tensor = keys.unflatten(0, self.pages.shape).flatten(1, 2)
         return side_by_side
+
+
+def _attention_with_sinks(
+    q_BGnd: torch.Tensor, k_BGSd: torch.Tensor, v_BGSd: torch.Tensor, mask_B1nS: torch.Tensor, sinks_GN: torch.Tensor
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` with one more score in the softmax of each head, that of no key."""
+    scores_BGnS = (q_BGnd @ k_BGSd.transpose(2, 3)).float().mul_(q_BGnd.shape[-1] ** -0.5)
+    scores_BGnS.masked_fill_(~mask_B1nS, -torch.inf)
+    sinks_Gn1 = sinks_GN.float().repeat_interleave(q_BGnd.shape[2] // sinks_GN.shape[1], dim=1).unsqueeze(-1)
+    largest_BGn1 = torch.maximum(scores_BGnS.amax(-1, keepdim=True), sinks_Gn1)
+    scores_BGnS.sub_(largest_BGn1).exp_()
+    sums_BGn1 = scores_BGnS.sum(-1, keepdim=True).add_((sinks_Gn1 - largest_BGn1).exp())
+    return scores_BGnS.div_(sums_BGn1).to(v_BGSd.dtype) @ v_BGSd

@@ -20,7 +20,7 @@ from flexmoe.kernels.masked_attention import masked_paged_attention, plan_masked
 from flexmoe.kernels.native import attention as native_attention
 from flexmoe.kernels.native import library as native
 from flexmoe.kernels.ragged import Planned, Ragged
-from flexmoe.kernels.varlen_attention import plan_varlen, varlen_paged_attention
+from flexmoe.kernels.varlen_attention import gives_log_sums, plan_varlen, varlen_paged_attention
 from flexmoe.system.cuda_features import has_flash_attention
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ def paged_attention(
     rows: Ragged,
     *,
     window: int | None,
+    sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -54,6 +55,7 @@ def paged_attention(
             and values are already in them.
         rows: the rows, in the order of the queries.
         window: a query at position p sees keys in ``(p - window, p]``; None sees all.
+        sinks: ``[H]``, a score of each head that counts in the softmax beside those of the keys and belongs to none.
         out: contiguous, where the result goes; made when absent.
         workspace: ``[2, P, page_tokens, G, Dh]``, in the dtype of ``q_THD``, where K and V are copied to by kernels that
             need them side by side; no row has more pages. Made when absent.
@@ -61,13 +63,21 @@ def paged_attention(
     Returns:
         torch.Tensor: ``[T, H, Dh]`` in the dtype of ``q_THD``.
     """
-    kernel = choose_kernel(q_THD.device, q_THD.dtype, q_THD.shape[-1])
+    kernel = choose_kernel(q_THD.device, q_THD.dtype, q_THD.shape[-1], sinks is not None)
     attend = _KERNELS[kernel.name]
-    return attend(q_THD, k_pool, v_pool, rows, window=window, out=out, workspace=workspace)
+    return attend(q_THD, k_pool, v_pool, rows, window=window, sinks=sinks, out=out, workspace=workspace)
 
 
 def plan_attention(
-    rows: Ragged, kernel: Kernel, dtype: torch.dtype, *, shared: int, page_tokens: int, room: int, window: int | None
+    rows: Ragged,
+    kernel: Kernel,
+    dtype: torch.dtype,
+    *,
+    shared: int,
+    page_tokens: int,
+    room: int,
+    window: int | None,
+    sink_heads: int = 0,
 ) -> Planned | None:
     """The calls of a sweep's `paged_attention`, before its first layer, so that their index arrays can be brought to the
     device together with others; None where the kernel has none.
@@ -78,27 +88,32 @@ def plan_attention(
         page_tokens: tokens of a page.
         room: pages of the workspace.
         window: as for `paged_attention`.
+        sink_heads: query heads that have a sink.
     """
     if kernel.name == "varlen":
         return plan_varlen(rows, page_tokens, room, window)
     if kernel.name == "masked":
-        return plan_masked(rows, page_tokens, room, mask_bytes(shared, dtype.itemsize))
+        return plan_masked(rows, page_tokens, room, mask_bytes(shared, dtype.itemsize, sink_heads), window)
     return None
 
 
-def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:
-    """The kernel for a device; logged when it is first chosen."""
-    return _logged(device, dtype, head_dim, device.type == "cpu" and native.available())
+def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, sinks: bool = False) -> Kernel:
+    """The kernel for a device; logged when it is first chosen.
+
+    Args:
+        sinks: heads have scores that belong to no key.
+    """
+    return _logged(device, dtype, head_dim, sinks, device.type == "cpu" and native.available())
 
 
 @cache
-def _logged(device: torch.device, dtype: torch.dtype, head_dim: int, has_native: bool) -> Kernel:
-    kernel = _chosen(device, dtype, head_dim, has_native)
+def _logged(device: torch.device, dtype: torch.dtype, head_dim: int, sinks: bool, has_native: bool) -> Kernel:
+    kernel = _chosen(device, dtype, head_dim, sinks, has_native)
     log.info("attention on %s in %s: %s, because %s", device, dtype, kernel.name, kernel.reason)
     return kernel
 
 
-def _chosen(device: torch.device, dtype: torch.dtype, head_dim: int, has_native: bool) -> Kernel:
+def _chosen(device: torch.device, dtype: torch.dtype, head_dim: int, sinks: bool, has_native: bool) -> Kernel:
     if device.type == "cpu":
         if has_native:
             return Kernel("native", "it streams the pages in place")
@@ -109,6 +124,8 @@ def _chosen(device: torch.device, dtype: torch.dtype, head_dim: int, has_native:
         return Kernel("masked", f"flash attention takes no heads of {head_dim}")
     if not has_flash_attention(device):
         return Kernel("masked", "flash attention needs compute capability 8.0 and a torch that was built with it")
+    if sinks and not gives_log_sums(device, dtype):
+        return Kernel("masked", "flash attention here does not give the sums that sinks are added to")
     return Kernel("varlen", "one call serves rows of any lengths, without a mask")
 
 
@@ -119,6 +136,7 @@ def _native(
     rows: Ragged,
     *,
     window: int | None,
+    sinks: torch.Tensor | None,
     out: torch.Tensor | None,
     workspace: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -130,6 +148,7 @@ def _native(
         rows.q_starts,
         rows.contexts,
         window=window or 0,
+        sinks=None if sinks is None else sinks.float(),
         scale=q_THD.shape[-1] ** -0.5,
         out=out,
     )

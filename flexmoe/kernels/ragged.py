@@ -40,10 +40,11 @@ class Ragged:
         starts = np.concatenate([[0], np.cumsum(q_lengths)]).astype(np.int32)
         return cls(torch.from_numpy(starts), torch.tensor(contexts, dtype=torch.int32), torch.from_numpy(padded))
 
-    @property
-    def kv_tokens(self) -> int:
-        """Context tokens over all rows."""
-        return int(self.contexts.sum())
+    def seen_tokens(self, window: int | None = None) -> int:
+        """Context tokens that the rows' queries see, over all rows."""
+        if window is None:
+            return int(self.contexts.sum())
+        return int(np.minimum(self.contexts.numpy(), self.q_lengths + window - 1).sum())
 
     @property
     def q_lengths(self) -> np.ndarray:

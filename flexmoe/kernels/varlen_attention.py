@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,7 @@ def varlen_paged_attention(
     rows: Ragged,
     *,
     window: int | None,
+    sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -77,15 +79,41 @@ def varlen_paged_attention(
     calls: list[_Call] = plan_varlen(rows, k_pool.shape[1], room, window).on_device(q_THD.device, _Call)
     scale = q_THD.shape[-1] ** -0.5
     if out is None and len(calls) == 1 and isinstance(calls[0].queries, slice):
-        return _attend(calls[0], q_THD, k_pool, v_pool, scale, workspace)
+        return _attend(calls[0], q_THD, k_pool, v_pool, scale, workspace, sinks)
     out_THD = torch.empty_like(q_THD) if out is None else out
     for call in calls:
         if isinstance(call.queries, slice):
-            out_THD[call.queries] = _attend(call, q_THD[call.queries], k_pool, v_pool, scale, workspace)
+            out_THD[call.queries] = _attend(call, q_THD[call.queries], k_pool, v_pool, scale, workspace, sinks)
         else:
-            attended = _attend(call, q_THD.index_select(0, call.queries), k_pool, v_pool, scale, workspace)
+            attended = _attend(call, q_THD.index_select(0, call.queries), k_pool, v_pool, scale, workspace, sinks)
             out_THD.index_copy_(0, call.queries.long(), attended)
     return out_THD
+
+
+@cache
+def gives_log_sums(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether flash attention on a device gives the logarithms of its sums as ``[H, T]``, which sinks need. The layout is another
+    one in some versions, so it is tried: rows that decode, and longer ones."""
+    generator = torch.Generator().manual_seed(0)
+    return all(_gives_log_sums(device, dtype, queries, generator) for queries in (1, 3))
+
+
+def _gives_log_sums(device: torch.device, dtype: torch.dtype, queries: int, generator: torch.Generator) -> bool:
+    rows, keys, heads, shared, size = 3, 16, 4, 2, 64
+    q_THd = torch.randn(rows * queries, heads, size, generator=generator).to(dtype)
+    k_SGd = torch.randn(rows * keys, heads // shared, size, generator=generator).to(dtype)
+    q_starts, k_starts = (torch.arange(rows + 1, dtype=torch.int32, device=device) * each for each in (queries, keys))
+    lengths = k_starts[1:] - k_starts[:-1]
+    on_device = q_THd.to(device), k_SGd.to(device), k_SGd.to(device)
+    _, lse, *_ = flash(
+        *on_device, q_starts, k_starts, queries, keys, 0.0, True, False, scale=size**-0.5, window_size_left=None,
+        window_size_right=None, seqused_k=lengths,
+    )  # fmt: skip
+    q_BqHd, k_BSHd = q_THd.double().unflatten(0, (rows, -1)), k_SGd.double().unflatten(0, (rows, -1))
+    scores = torch.einsum("bqhd,bkhd->hbqk", q_BqHd, k_BSHd.repeat_interleave(shared, dim=2)) * size**-0.5
+    scores = scores.masked_fill(torch.ones(queries, keys).triu(keys - queries + 1).bool(), -torch.inf)
+    expected = scores.logsumexp(-1).flatten(1)
+    return lse.shape == expected.shape and torch.allclose(lse.cpu().double(), expected, atol=0.05)
 
 
 def _attend(
@@ -95,9 +123,10 @@ def _attend(
     v_pool: torch.Tensor,
     scale: float,
     workspace: torch.Tensor | None,
+    sinks_H: torch.Tensor | None,
 ) -> torch.Tensor:
     k, v = (_side_by_side(pool, call.pages, q_THD, workspace, which) for which, pool in enumerate((k_pool, v_pool)))
-    return flash(
+    out_THD, lse_HT, *_ = flash(
         q_THD,
         k,
         v,
@@ -112,7 +141,15 @@ def _attend(
         window_size_left=call.window if call.window >= 0 else None,
         window_size_right=0 if call.window >= 0 else None,
         seqused_k=call.k_lengths,
-    )[0]
+    )
+    return out_THD if sinks_H is None else _with_sinks(out_THD, lse_HT, sinks_H)
+
+
+def _with_sinks(out_THD: torch.Tensor, lse_HT: torch.Tensor, sinks_H: torch.Tensor) -> torch.Tensor:
+    """What attention gives with one more score s in each softmax: e^lse / (e^lse + e^s) of it, where lse is the logarithm of the
+    sum over the keys."""
+    share_TH = torch.sigmoid(lse_HT.transpose(0, 1)[: len(out_THD)] - sinks_H.float())
+    return (out_THD.float() * share_TH.unsqueeze(-1)).to(out_THD.dtype)
 
 
 def _side_by_side(

@@ -80,7 +80,8 @@ class Batch:
         ids_T: token ids.
         positions_T, lengths_T: each token's place in its row, and that row's length.
         logit_rows, score_rows: places of the batch whose hidden states the head wants.
-        kv: where the KV of each group lies (`flexmoe.kv.group_index`); like ``rope``, derived once per sweep.
+        kv: where the KV of each group lies, by group of layers (`flexmoe.kv.group_index`); like ``rope``, derived once per
+            sweep.
         loaded, stored, attended: transfers and CPU attention of the current layer.
     """
 
@@ -93,7 +94,7 @@ class Batch:
     lengths_T: torch.Tensor
     logit_rows: torch.Tensor
     score_rows: torch.Tensor
-    kv: dict[AttentionMode, Any] = field(default_factory=dict)
+    kv: dict[AttentionMode, list[Any]] = field(default_factory=dict)
     rope: Any = None
     loaded: Future[Event] | None = None
     stored: Future[None] | None = None

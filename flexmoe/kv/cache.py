@@ -1,11 +1,13 @@
 """Ragged KV cache: pages of a fixed number of tokens in three tiers, a page table per row, reference counts.
 
-A pool holds, per layer, K and V of its pages: ``[L, 2, pages, page_tokens, G, w]``, where w is the head size, or the words of
-a compressed head (`flexmoe.formats.packed_kv`). A row lives in one tier. On the
-disk tier only full pages are on disk; the growing tail page of a row stays in host memory. This file knows
-where bytes live; `flexmoe.kv.transfers` moves them.
+A page has some tokens of a row in the layers of one group (`LayerGroup`). All groups have equally many layers, L, and share the
+pages of a pool: ``[L, 2, pages, page_tokens, G, w]``, where w is the head size, or the words of a compressed
+head (`flexmoe.formats.packed_kv`). A row lives in one tier, and has a page table for each group. Where
+layers have a window, pages that no query to come sees are given back (`policies.admission.kv_pages`). On the disk tier only full
+pages are on disk; the growing tail page of a row stays in host memory, of all layers. This file knows where bytes live;
+`flexmoe.kv.transfers` moves them.
 
-Legend: L layers, G KV heads, Dh head size.
+Legend: L layers of a group, G KV heads, Dh head size.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from cost_model.memory.allocation import PAGE_TOKENS
+from cost_model.memory.allocation import PAGE_TOKENS, kv_layout
+from cost_model.model.arch import LayerGroup
 from flexmoe.formats.packed_kv import WORD, head_words, pack
 from flexmoe.system.device import Device, forget_pages
 from flexmoe.system.direct_io import DirectFile
@@ -86,27 +89,57 @@ class PageAllocator:
 
 
 @dataclass(slots=True)
+class PageTable:
+    """The pages of a row in one group of layers, from its page number ``first`` on; those before are given back."""
+
+    first: int = 0
+    pages: list[int] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        """The number behind its last page."""
+        return self.first + len(self.pages)
+
+
+@dataclass(slots=True)
 class RowKV:
-    """The cache of one row: its tier, its page table and how many tokens are stored.
+    """The cache of one row: its tier, a page table for each group of layers and how many tokens are stored.
 
     ``tail`` is the host slot of a disk row's growing page, -1 elsewhere.
     """
 
     tier: str
-    pages: list[int] = field(default_factory=list)
+    tables: list[PageTable]
     length: int = 0
     tail: int = -1
+
+    @property
+    def pages(self) -> list[int]:
+        """All pages that it holds, group by group."""
+        return [page for table in self.tables for page in table.pages]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVShape:
-    """What a token's KV looks like: ``dtype`` is what it is computed in, and stored in unless it is ``compressed``."""
+    """What a token's KV looks like.
+
+    Args:
+        layers: how many.
+        kv_heads, head_dim: of K and of V.
+        dtype: what they are computed in, and stored in unless ``compressed``.
+        groups: the layers in groups of equally many; default: one, which sees all tokens.
+    """
 
     layers: int
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
     compressed: bool = False
+    groups: tuple[LayerGroup, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.groups:
+            object.__setattr__(self, "groups", (LayerGroup(None, tuple(range(self.layers))),))
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -158,19 +191,31 @@ class KVCache:
         self._allocators = {tier: PageAllocator(n) for tier, n in pages.items()}
         self._tails = PageAllocator(tails)
         self.page_bytes = shape.token_bytes * page_tokens
+        self.layout = kv_layout(shape.groups, page_tokens)
+        places = {layer: (at, place) for at, g in enumerate(shape.groups) for place, layer in enumerate(g.layers)}
+        #: Of each layer, the number of its group, and its place in the pools.
+        self.group_of, self._place_of = ([places[layer][i] for layer in range(shape.layers)] for i in (0, 1))
         self.disk_page_bytes = align_up(self.page_bytes)
         self.gpu = self._pool(device, pages["gpu"], on_device=True)
         self.cpu = self._pool(device, pages["cpu"], on_device=False)
-        self.tail = self._pool(device, tails, on_device=False)
+        self.tail = self._pool(device, tails, on_device=False, layers=shape.layers)
         self.file: DirectFile | None = None
         if pages["disk"]:
             path = Path(offload_dir or ".") / f"kv-{os.getpid()}-{id(self)}.bin"
             self.file = DirectFile(path, writable=True)
             os.unlink(path)  # the descriptor keeps it; a killed run leaves nothing behind
 
-    def pages_for(self, tokens: int) -> int:
-        """Pages that hold ``tokens`` tokens of one row."""
-        return -(-tokens // self.page_tokens)
+    def on_gpu(self, layer: int) -> torch.Tensor:
+        """K and V of a layer, ``[2, pages, page_tokens, G, Dh]``, in the ``gpu`` pool."""
+        return self.gpu[self._place_of[layer]]
+
+    def on_cpu(self, layer: int) -> torch.Tensor:
+        """The same in the ``cpu`` pool."""
+        return self.cpu[self._place_of[layer]]
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a layer looks back."""
+        return self.shape.groups[self.group_of[layer]].window
 
     def total(self, tier: str) -> int:
         """Pages of a tier."""
@@ -196,39 +241,76 @@ class KVCache:
         Raises:
             KVExhausted: the disk tier has no tail slot left.
         """
-        return RowKV(tier, tail=self._tails.take() if tier == "disk" else -1)
+        tail = self._tails.take() if tier == "disk" else -1
+        return RowKV(tier, [PageTable() for _ in self.shape.groups], tail=tail)
 
     def reserve(self, row: RowKV, tokens: int) -> None:
-        """Make room for ``tokens`` more tokens of the row; all or nothing.
+        """Make room for a run of ``tokens`` more tokens of the row, all or nothing; pages that it does not see are given back.
 
         Raises:
             KVExhausted: its tier has too few free pages.
         """
-        allocator = self._allocators[row.tier]
-        missing = self.pages_for(row.length + tokens) - len(row.pages)
-        if missing > allocator.free:
+        allocator, end = self._allocators[row.tier], self.layout.covering(row.length + tokens)
+        self._drop_before(row, self.layout.run_from(row.length, tokens))
+        missing = [max(0, end - table.end) for table in row.tables]
+        if sum(missing) > allocator.free:
             raise KVExhausted
-        for _ in range(missing):
-            row.pages.append(allocator.take(after=row.pages[-1] if row.pages else -1))
+        for table, count in zip(row.tables, missing):
+            for _ in range(count):
+                table.pages.append(allocator.take(after=table.pages[-1] if table.pages else -1))
+
+    def advance(self, row: RowKV, length: int) -> None:
+        """The row's run is stored, and so are ``length`` tokens: what only the run needed is given back."""
+        row.length = length
+        self._drop_before(row, self.layout.kept_from(length))
+
+    def open_aged(self, tier: str, length: int) -> RowKV:
+        """A row of which so many tokens are stored, whatever its pages hold.
+
+        Raises:
+            KVExhausted: the tier has too few free pages.
+        """
+        row = self.open(tier)
+        row.length = length
+        for table, group in zip(row.tables, self.shape.groups):
+            table.first = 0 if group.window is None else self.layout.kept_from(length)
+        self.reserve(row, 0)
+        return row
+
+    def _drop_before(self, row: RowKV, first: int) -> None:
+        """Give back the pages of windowed layers before number ``first``."""
+        for table, group in zip(row.tables, self.shape.groups):
+            if group.window is None or table.first >= first:
+                continue
+            for page in table.pages[: first - table.first]:
+                self._allocators[row.tier].drop(page)
+            del table.pages[: first - table.first]
+            table.first = first
 
     def truncate(self, row: RowKV, length: int) -> None:
         """Forget the tokens from ``length`` on and free the pages that only they needed.
 
         Raises:
             ValueError: the row has fewer tokens; or its next token would be written into a page that it shares or, on
-                disk, that has been written already.
+                disk, that has been written already, or would see a page that has been given back.
         """
         if not 0 <= length <= row.length:
             raise ValueError(f"cannot truncate a row of {row.length} tokens to {length}")
-        keep = self.pages_for(length)
-        if row.tier == "disk" and length % self.page_tokens and keep < self.pages_for(row.length + 1):
+        keep, inside = self.layout.covering(length), length % self.page_tokens
+        if row.tier == "disk" and inside and keep < self.layout.covering(row.length + 1):
             raise ValueError("a disk row can only be cut inside its tail or at a page boundary")
+        if length and any(table.first > self.layout.first(length) for table in row.tables):
+            raise ValueError("a row cannot be cut where its next token sees what is behind the window already")
         allocator = self._allocators[row.tier]
-        if length % self.page_tokens and allocator.is_shared(row.pages[keep - 1]):
+        if inside and any(allocator.is_shared(table.pages[keep - 1 - table.first]) for table in row.tables):
             raise ValueError("a row cannot be cut inside a page that is shared with another row")
-        for page in reversed(row.pages[keep:]):  # the next row then begins where this one did
-            allocator.drop(page)
-        del row.pages[keep:]
+        for table in row.tables:
+            for page in reversed(
+                table.pages[max(0, keep - table.first) :]
+            ):  # the next row then begins where this one did
+                allocator.drop(page)
+            del table.pages[max(0, keep - table.first) :]
+            table.first = table.first if length else 0
         row.length = length
 
     def close(self, row: RowKV) -> None:
@@ -245,27 +327,41 @@ class KVCache:
             KVExhausted: no page is free for the copy.
         """
         allocator = self._allocators[row.tier]
-        full = row.length // self.page_tokens
-        grows = self.pages_for(row.length) > full
-        if grows and not allocator.free:
+        full, grows = row.length // self.page_tokens, row.length % self.page_tokens > 0
+        if grows and allocator.free < len(row.tables):
             raise KVExhausted
         twin = self.open(row.tier)
-        twin.pages = [allocator.share(b) for b in row.pages[:full]]
-        twin.length = row.length
-        if grows:
-            twin.pages.append(allocator.take())
-            pool = {"gpu": self.gpu, "cpu": self.cpu, "disk": self.tail}[row.tier]
-            source = row.tail if row.tier == "disk" else row.pages[full]
-            target = twin.tail if row.tier == "disk" else twin.pages[full]
-            pool[:, :, target] = pool[:, :, source]
+        twin.tables, twin.length = self._shared_tables(row, 0, full), row.length
+        for own, source in zip(twin.tables, row.tables) if grows else ():
+            own.pages.append(allocator.take())
+            if row.tier != "disk":
+                pool = self.gpu if row.tier == "gpu" else self.cpu
+                pool[:, :, own.pages[-1]] = pool[:, :, source.pages[full - source.first]]
+        if grows and row.tier == "disk":
+            self.tail[:, :, twin.tail] = self.tail[:, :, row.tail]
         return twin
 
+    def _shared_tables(self, row: RowKV, first: int, end: int) -> list[PageTable]:
+        """Holds on the row's pages up to number ``end``, of windowed layers from number ``first`` on."""
+        tables, share = [], self._allocators[row.tier].share
+        for table, group in zip(row.tables, self.shape.groups):
+            begin = table.first if group.window is None else max(table.first, first)
+            pages = table.pages[begin - table.first : end - table.first]
+            tables.append(PageTable(begin, [share(page) for page in pages]))
+        return tables
+
     def share(self, row: RowKV, tokens: int) -> RowKV:
-        """A hold on the row's first ``tokens`` tokens, whole pages that are filled: rows are forked from it, and the
-        pages stay while it or any of them is open. It takes no page and no tail, and does not grow."""
-        allocator = self._allocators[row.tier]
-        pages = [allocator.share(b) for b in row.pages[: tokens // self.page_tokens]]
-        return RowKV(row.tier, pages=pages, length=len(pages) * self.page_tokens)
+        """A hold on the row's first ``tokens`` tokens, whole pages that are filled, as far as what follows them sees them: rows
+        are forked from it, and the pages stay while it or any of them is open. It takes no page and no tail, and does not grow.
+
+        Raises:
+            ValueError: the row has given back a page that what follows would see.
+        """
+        end = tokens // self.page_tokens
+        first = self.layout.first(end * self.page_tokens)
+        if any(table.first > (0 if g.window is None else first) for table, g in zip(row.tables, self.shape.groups)):
+            raise ValueError(f"the row has gone on, and what follows its first {tokens} tokens would see what is gone")
+        return RowKV(row.tier, self._shared_tables(row, first, end), length=end * self.page_tokens)
 
     def forget_free(self) -> None:
         """Give the memory of pages that no row holds back to the system, as far as it is neither pinned nor a GPU's."""
@@ -285,12 +381,12 @@ class KVCache:
 
     def disk_offset(self, layer: int, page: int) -> int:
         """Byte offset of a page of a layer in the disk tier's file: a row's neighbouring pages are neighbours."""
-        return (layer * self.total("disk") + page) * self.disk_page_bytes
+        return (self._place_of[layer] * self.total("disk") + page) * self.disk_page_bytes
 
-    def _pool(self, device: Device, pages: int, *, on_device: bool) -> torch.Tensor:
-        s = self.shape
-        shape = (s.layers, 2, pages, self.page_tokens, *s.stored_token)
-        size = s.layers * pages * self.page_bytes
+    def _pool(self, device: Device, pages: int, *, on_device: bool, layers: int | None = None) -> torch.Tensor:
+        s, layers = self.shape, layers or len(self.shape.groups[0].layers)
+        shape = (layers, 2, pages, self.page_tokens, *s.stored_token)
+        size = layers * pages * self.page_bytes
         if on_device and device.is_cuda:
             # Rows of a benchmark attend pages that nobody wrote; what lies there by chance may not be finite.
             return torch.zeros(shape, dtype=s.stored_dtype, device=device.torch)

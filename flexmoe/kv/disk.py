@@ -19,8 +19,8 @@ from flexmoe.system.trace import Recorder
 class DiskIndex:
     """Index tensors of the disk rows of one group for one sweep.
 
-    A layer's past is read from the file, in full pages, and from the tails. Its new tokens are assembled in the write buffer, in
-    pages numbered from 0.
+    What a layer sees of the past is read from the file, in full pages, and from the tails. Its new tokens are assembled in the write
+    buffer, in pages numbered from 0.
 
     Attributes:
         pages: the full pages to read, in order.
@@ -43,24 +43,36 @@ class DiskIndex:
     sides: dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, runs: Sequence[Run], page_tokens: int) -> DiskIndex:
-        """Of runs of disk rows, each of at least one token."""
-        size, touched = page_tokens, 0  # pages of the write buffer that the runs so far touch
+    def of(cls, runs: Sequence[Run], cache: KVCache, layers: int = 0) -> DiskIndex:
+        """Of runs of disk rows, each of at least one token.
+
+        Args:
+            layers: number of a group of layers. With a window, pages that are not seen are neither read nor written.
+        """
+        size, layout = cache.page_tokens, cache.layout
+        windowed = cache.shape.groups[layers].window is not None
+        touched = 0  # pages of the write buffer that the runs so far touch
         pages: list[int] = []
         filled: list[tuple[int, int]] = []
         tails, order, new_pages, new_tokens, begun, left = [], [], [], [], [], []
         for run in runs:
             kv, past, end = run.kv, run.kv.length, run.kv.length + len(run.tokens)
             first, last, whole = past // size, (end - 1) // size, past // size * size
+            table, seen, kept = kv.tables[layers], 0, 0
+            if windowed:
+                seen, kept = layout.first(past), layout.kept_from(end)
             tails.append(kv.tail * size + np.arange(past - whole))
-            order += [(0, whole), (1, past - whole)]
-            pages += kv.pages[:first]
+            order += [(0, whole - seen * size), (1, past - whole)]
+            pages += table.pages[seen - table.first : first - table.first]
             if past % size:
                 begun.append((touched, kv.tail))
             new = np.arange(past, end)
             new_pages.append(touched - first + new // size)
             new_tokens.append(new % size)
-            filled += [(touched + page - first, kv.pages[page]) for page in range(first, end // size)]
+            filled += [
+                (touched + page - first, table.pages[page - table.first])
+                for page in range(max(first, kept), end // size)
+            ]
             touched += last - first + 1
             if end % size:
                 left.append((touched - 1, kv.tail))

@@ -1,4 +1,4 @@
-"""Where the KV of a GPU batch's rows lies in one sweep: index tensors, derived once and used by every layer."""
+"""Where the KV of a GPU batch's rows lies in one sweep: index tensors, derived once and used by every layer of a group."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ class HostIndex(GroupIndex):
     """Rows attended on the CPU.
 
     Attributes:
-        queries: of the layer under way, on the host; each store replaces them.
+        queries, sinks: of the layer under way, on the host; each store replaces them.
     """
 
     queries: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    sinks: torch.Tensor | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,11 +67,15 @@ class FetchIndex(GroupIndex):
         return len(self.staged_past)
 
 
-def index_group(group: Group, cache: KVCache) -> GroupIndex:
-    """Index tensors of a group, on the host; `on_device` says which of them belong on the compute device."""
-    rows = _Rows.of(group.runs, cache.page_tokens)
+def index_group(group: Group, cache: KVCache, layers: int = 0) -> GroupIndex:
+    """Index tensors of a group of rows, on the host; `on_device` says which of them belong on the compute device.
+
+    Args:
+        layers: number of a group of layers.
+    """
+    rows = _Rows.of(group.runs, cache, layers)
     if group.mode is AttentionMode.FETCH:
-        return _index_fetched(group, rows, cache)
+        return _index_fetched(group, rows, cache, layers)
     home, ragged = torch.from_numpy(rows.new_slots()), rows.ragged()
     kind = GroupIndex if group.mode is AttentionMode.GPU else HostIndex
     return kind(group=group, home=home, ragged=ragged)
@@ -84,7 +89,7 @@ def on_device(index: GroupIndex) -> list[Wanted]:
     return [*((index, name) for name in names), *((plan, "packed") for plan in index.ragged.plans.values())]
 
 
-def _index_fetched(group: Group, rows: _Rows, cache: KVCache) -> FetchIndex:
+def _index_fetched(group: Group, rows: _Rows, cache: KVCache, layers: int) -> FetchIndex:
     in_pool = sum(r.kv.tier != "disk" for r in group.runs)  # the first ones
     on_disk, pooled, staged = group.runs[in_pool:], rows.first(in_pool), rows.side_by_side()
     return FetchIndex(
@@ -92,9 +97,11 @@ def _index_fetched(group: Group, rows: _Rows, cache: KVCache) -> FetchIndex:
         home=torch.from_numpy(pooled.new_slots()),
         ragged=staged.ragged(),
         past_home=torch.from_numpy(pooled.past_slots()),
-        staged_past=torch.from_numpy(ranges(staged.first_page * rows.size, rows.past)),
+        staged_past=torch.from_numpy(
+            ranges((staged.first_page + rows.seen) * rows.size, rows.past - rows.seen * rows.size)
+        ),
         staged_new=torch.from_numpy(ranges(staged.first_page * rows.size + rows.past, rows.new)),
-        disk=DiskIndex.of(on_disk, cache.page_tokens) if on_disk else None,
+        disk=DiskIndex.of(on_disk, cache, layers) if on_disk else None,
     )
 
 
@@ -105,33 +112,42 @@ class _Rows:
     Attributes:
         size: tokens of a page.
         past, new: ``[B]``, tokens of each row in the cache, and of its run.
+        seen: ``[B]``, number of the first page that the run sees.
         pages: the rows' page tables, one after the other.
-        first_page: ``[B]``, where that of each row begins.
+        first_page: ``[B]``, where each row's page number 0 stands, or would.
     """
 
     size: int
     past: np.ndarray
     new: np.ndarray
+    seen: np.ndarray
     pages: np.ndarray
     first_page: np.ndarray
 
     @classmethod
-    def of(cls, runs: Sequence[Run], size: int) -> _Rows:
+    def of(cls, runs: Sequence[Run], cache: KVCache, layers: int) -> _Rows:
+        size, window = cache.page_tokens, cache.shape.groups[layers].window
         past = np.array([r.kv.length for r in runs], dtype=np.int64)
         new = np.array([len(r.tokens) for r in runs], dtype=np.int64)
-        counts = [len(r.kv.pages) for r in runs]
-        pages = np.fromiter(chain.from_iterable(r.kv.pages for r in runs), np.int64, sum(counts))
-        return cls(size=size, past=past, new=new, pages=pages, first_page=np.cumsum([0, *counts])[:-1])
+        tables = [r.kv.tables[layers] for r in runs]
+        counts = [len(table.pages) for table in tables]
+        pages = np.fromiter(chain.from_iterable(table.pages for table in tables), np.int64, sum(counts))
+        first_page, seen = np.cumsum([0, *counts])[:-1], np.zeros_like(past)
+        if window is not None:
+            first_page -= np.array([table.first for table in tables], dtype=np.int64)
+            seen = np.maximum(0, past + 1 - window) // size
+        return cls(size=size, past=past, new=new, seen=seen, pages=pages, first_page=first_page)
 
     def first(self, count: int) -> _Rows:
         """So many of them."""
-        return replace(self, past=self.past[:count], new=self.new[:count], first_page=self.first_page[:count])
+        cut = {name: getattr(self, name)[:count] for name in ("past", "new", "seen", "first_page")}
+        return replace(self, **cut)
 
     def side_by_side(self) -> _Rows:
         """The same rows in a buffer where each has the pages that it needs behind those of the one before."""
-        needed = -(-(self.past + self.new) // self.size)
+        needed = -(-(self.past + self.new) // self.size) - self.seen
         total = int(needed.sum())
-        return replace(self, pages=np.arange(total), first_page=np.cumsum(needed) - needed)
+        return replace(self, pages=np.arange(total), first_page=np.cumsum(needed) - needed - self.seen)
 
     def new_slots(self) -> np.ndarray:
         """Flat token slots of the runs' tokens."""
@@ -141,11 +157,11 @@ class _Rows:
         return slots
 
     def past_slots(self) -> np.ndarray:
-        """Flat token slots of the tokens before the runs, page by page, since there may be millions."""
-        pages = -(-self.past // self.size)
+        """Flat token slots of the tokens before the runs, page by page, since there may be millions; of those that are seen."""
+        pages = -(-self.past // self.size) - self.seen
         own = np.arange(self.size)
-        left = np.repeat(self.past, pages) - ranges(np.zeros_like(pages), pages) * self.size
-        whole = self.pages[ranges(self.first_page, pages)][:, None] * self.size + own
+        left = np.repeat(self.past, pages) - ranges(self.seen, pages) * self.size
+        whole = self.pages[ranges(self.first_page + self.seen, pages)][:, None] * self.size + own
         slots: np.ndarray = whole[own < left[:, None]]
         return slots
 
@@ -154,7 +170,8 @@ class _Rows:
         contexts = self.past + self.new
         pages = -(-contexts // self.size)
         places = np.arange(max(1, int(pages.max(initial=0))))
-        table = np.minimum(self.first_page[:, None] + places, len(self.pages) - 1)
-        tables = np.where(places < pages[:, None], self.pages[table], 0).astype(np.int32)
+        table = np.clip(self.first_page[:, None] + places, 0, len(self.pages) - 1)
+        held = (places < pages[:, None]) & (places >= self.seen[:, None])
+        tables = np.where(held, self.pages[table], 0).astype(np.int32)
         starts = np.concatenate([[0], np.cumsum(self.new)]).astype(np.int32)
         return Ragged(torch.from_numpy(starts), torch.from_numpy(contexts.astype(np.int32)), torch.from_numpy(tables))

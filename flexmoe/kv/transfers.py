@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from flexmoe.kernels.paged_attention import choose_kernel, paged_attention, plan_attention
-from flexmoe.kv.batch import Arrived, Batch, Block
+from flexmoe.kv.batch import Arrived, Batch, Block, Group
 from flexmoe.kv.cache import KVCache
 from flexmoe.kv.disk import DiskKV
 from flexmoe.kv.group_index import FetchIndex, GroupIndex, HostIndex, index_group, on_device
@@ -52,7 +53,7 @@ class KVLanes:
         cache: the pools.
         buffers: planned sizes; zero staging pages when no row is ever fetched.
         query_heads: H.
-        window: sliding window, or None.
+        sinks: heads have sinks.
     """
 
     def __init__(
@@ -62,10 +63,10 @@ class KVLanes:
         cache: KVCache,
         buffers: KVBuffers,
         query_heads: int,
-        window: int | None,
+        sinks: bool = False,
     ):
-        self._device, self._recorder, self._cache, self._window = device, recorder, cache, window
-        self._query_heads = query_heads
+        self._device, self._recorder, self._cache = device, recorder, cache
+        self._query_heads, self._has_sinks = query_heads, sinks
         self._lanes = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("h2d", "d2h", "cpu")}
         # Outputs of CPU attention, which the GPU waits for, do not queue behind KV on its way up.
         self._streams = {name: device.stream(urgent=name == "up") for name in ("h2d", "d2h", "up")}
@@ -82,6 +83,7 @@ class KVLanes:
         host_tokens = buffers.batch_tokens if device.is_cuda else 0  # on cpu the tensors already are host memory
         self._down = [self._host((2, host_tokens, *token), stored) for _ in range(2)]
         self._queries = [self._host((2, host_tokens, query_heads, s.head_dim), s.dtype) for _ in range(2)]
+        self._sinks = [self._host((1, query_heads), s.dtype) if sinks and device.is_cuda else None for _ in range(2)]
         self._staging_read = [device.record(), device.record()]
         self._packed_read = [device.record(), device.record()]
         self._placed = device.record()
@@ -98,16 +100,22 @@ class KVLanes:
         """
         for batch in block.batches:
             for group in batch.groups:
-                index = batch.kv[group.mode] = index_group(group, self._cache)
-                if group.mode is not AttentionMode.CPU:
-                    self._plan_attention(index)
-        indices = (wanted for batch in block.batches for index in batch.kv.values() for wanted in on_device(index))
-        self._placed = uploads.place([*others, *indices])
+                batch.kv[group.mode] = [
+                    self._indexed(group, at, layers.window) for at, layers in enumerate(self._cache.shape.groups)
+                ]
+        indices = (index for batch in block.batches for each in batch.kv.values() for index in each)
+        self._placed = uploads.place([*others, *(wanted for index in indices for wanted in on_device(index))])
 
-    def _plan_attention(self, index: GroupIndex) -> None:
+    def _indexed(self, group: Group, layers: int, window: int | None) -> GroupIndex:
+        index = index_group(group, self._cache, layers)
+        if group.mode is not AttentionMode.CPU:
+            self._plan_attention(index, window)
+        return index
+
+    def _plan_attention(self, index: GroupIndex, window: int | None) -> None:
         """Of rows that the compute device attends to."""
         shape, room = self._cache.shape, 0 if self._gathered is None else self._gathered.shape[1]
-        kernel = choose_kernel(self._device.torch, shape.dtype, shape.head_dim)
+        kernel = choose_kernel(self._device.torch, shape.dtype, shape.head_dim, self._has_sinks)
         if room:
             plan_attention(
                 index.ragged,
@@ -116,8 +124,13 @@ class KVLanes:
                 shared=self._query_heads // shape.kv_heads,
                 page_tokens=self._cache.page_tokens,
                 room=room,
-                window=self._window,
+                window=window,
+                sink_heads=self._query_heads if self._has_sinks else 0,
             )
+
+    def _index(self, layer: int, batch: Batch, mode: AttentionMode) -> Any:
+        """That of a batch's rows of a mode, for a layer."""
+        return batch.kv[mode][self._cache.group_of[layer]]
 
     def as_stored(self, k_TGd: torch.Tensor, v_TGd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """New keys and values as the cache stores them, ``[T, G, w]``, which the operations below take."""
@@ -127,17 +140,17 @@ class KVLanes:
 
     def append(self, layer: int, batch: Batch, k_TGw: torch.Tensor, v_TGw: torch.Tensor) -> None:
         """Write the new KV of the batch's ``gpu`` rows into the device pool."""
-        index: GroupIndex | None = batch.kv.get(AttentionMode.GPU)
-        if index is not None:
+        if AttentionMode.GPU in batch.kv:
+            index: GroupIndex = self._index(layer, batch, AttentionMode.GPU)
             tokens = slice(index.group.start, index.group.stop)
-            for pool, new in zip(self._cache.gpu[layer], (k_TGw, v_TGw)):
+            for pool, new in zip(self._cache.on_gpu(layer), (k_TGw, v_TGw)):
                 pool.flatten(0, 1).index_copy_(0, index.home, new[tokens])
 
     def load(self, layer: int, batch: Batch) -> Future[Event]:
         """Bring the past KV of the batch's ``fetch`` rows to the device; the future gives the event to wait for."""
         side = self._loads % 2
         self._loads += 1
-        index: FetchIndex = batch.kv[AttentionMode.FETCH]
+        index: FetchIndex = self._index(layer, batch, AttentionMode.FETCH)
         index.sides[layer] = side
         return self._lanes["h2d"].submit(self._load, layer, index, side)
 
@@ -149,14 +162,17 @@ class KVLanes:
         k_TGw: torch.Tensor,
         v_TGw: torch.Tensor,
         loaded: Future[Event] | None,
+        sinks_H: torch.Tensor | None = None,
     ) -> Future[None]:
-        """Take the new KV of the batch's ``fetch`` and ``cpu`` rows to its home (and the ``cpu`` rows' queries down).
+        """Take the new KV of the batch's ``fetch`` and ``cpu`` rows to its home (and the ``cpu`` rows' queries down, with sinks).
 
         It waits until the batch's past KV is ``loaded``, because storing moves the tails of disk rows on.
         """
         side = batch.index % 2
         produced = self._device.record()
-        future = self._lanes["d2h"].submit(self._store, layer, batch, side, (q_THd, k_TGw, v_TGw), produced, loaded)
+        future = self._lanes["d2h"].submit(
+            self._store, layer, batch, side, (q_THd, k_TGw, v_TGw, sinks_H), produced, loaded
+        )
         self._stores.append(future)
         return future
 
@@ -166,7 +182,7 @@ class KVLanes:
         Raises:
             ValueError: no row of the batch is on disk.
         """
-        index: FetchIndex = batch.kv[AttentionMode.FETCH]
+        index: FetchIndex = self._index(layer, batch, AttentionMode.FETCH)
         if index.disk is None:
             raise ValueError("no row of this batch has its KV on disk")
         future = self._lanes["d2h"].submit(self._on_disk.write, layer, index.disk)
@@ -175,14 +191,17 @@ class KVLanes:
 
     def cpu_attend(self, layer: int, batch: Batch, stored: Future[None]) -> Future[Arrived]:
         """Attend the batch's ``cpu`` rows on the host; the future gives `Arrived` with ``[tokens, H, Dh]``."""
-        return self._lanes["cpu"].submit(self._cpu_attend, layer, batch.kv[AttentionMode.CPU], batch.index % 2, stored)
+        index: HostIndex = self._index(layer, batch, AttentionMode.CPU)
+        return self._lanes["cpu"].submit(self._cpu_attend, layer, index, batch.index % 2, stored)
 
-    def attend_gpu(self, layer: int, batch: Batch, q_THd: torch.Tensor) -> torch.Tensor:
+    def attend_gpu(
+        self, layer: int, batch: Batch, q_THd: torch.Tensor, sinks_H: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Attention of the batch's ``gpu`` rows."""
-        index: GroupIndex = batch.kv[AttentionMode.GPU]
-        k_pool, v_pool = self._cache.gpu[layer]
+        index: GroupIndex = self._index(layer, batch, AttentionMode.GPU)
+        k_pool, v_pool = self._cache.on_gpu(layer)
         q_THd = q_THd[index.group.start : index.group.stop]
-        return self._attend(q_THd, k_pool, v_pool, index)
+        return self._attend(layer, q_THd, k_pool, v_pool, index, sinks_H)
 
     def attend_fetched(
         self,
@@ -192,9 +211,10 @@ class KVLanes:
         k_TGw: torch.Tensor,
         v_TGw: torch.Tensor,
         loaded: Event,
+        sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of the batch's ``fetch`` rows over the staging buffer."""
-        index: FetchIndex = batch.kv[AttentionMode.FETCH]
+        index: FetchIndex = self._index(layer, batch, AttentionMode.FETCH)
         side = index.sides.pop(layer)
         loaded.wait(self._device.compute)
         tokens = slice(index.group.start, index.group.stop)
@@ -202,15 +222,24 @@ class KVLanes:
         for flat, new in zip(staging, (k_TGw, v_TGw)):
             flat.index_copy_(0, index.staged_new, new[tokens])
         k_pool, v_pool = staging.view(2, -1, self._cache.page_tokens, *staging.shape[2:])
-        out = self._attend(q_THd[tokens], k_pool, v_pool, index)
+        out = self._attend(layer, q_THd[tokens], k_pool, v_pool, index, sinks_H)
         self._staging_read[side] = self._device.record()
         return out
 
     def _attend(
-        self, q_THd: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, index: GroupIndex
+        self,
+        layer: int,
+        q_THd: torch.Tensor,
+        k_pool: torch.Tensor,
+        v_pool: torch.Tensor,
+        index: GroupIndex,
+        sinks_H: torch.Tensor | None,
     ) -> torch.Tensor:
         """On the compute device, whose stream orders the uses of the buffer for copies of K and V."""
-        return paged_attention(q_THd, k_pool, v_pool, index.ragged, window=self._window, workspace=self._gathered)
+        window = self._cache.window_of(layer)
+        return paged_attention(
+            q_THd, k_pool, v_pool, index.ragged, window=window, sinks=sinks_H, workspace=self._gathered
+        )
 
     def drain(self) -> None:
         """Wait until all new KV is home; raises what a lane met."""
@@ -248,7 +277,7 @@ class KVLanes:
             packed = self._packed[side][which, : index.past_tokens]
             with self._recorder.span("h2d/gather", f"gather kv {layer}"):
                 count = len(index.past_home)
-                pool = self._cache.cpu[layer, which].flatten(0, 1)
+                pool = self._cache.on_cpu(layer)[which].flatten(0, 1)
                 torch.index_select(pool, 0, index.past_home, out=packed[:count])
                 if index.disk is not None and raw is not None:
                     self._on_disk.gather(layer, which, index.disk, raw, packed[count:])
@@ -266,16 +295,18 @@ class KVLanes:
         layer: int,
         batch: Batch,
         side: int,
-        made: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        made: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
         produced: Event,
         loaded: Future[Event] | None,
     ) -> None:
-        """Take ``made``, queries, keys and values, to the host and KV on to its home."""
+        """Take ``made``, queries, keys, values and sinks, to the host and KV on to its home."""
         if loaded is not None:
             loaded.result()
-        indices: list[GroupIndex] = [index for mode, index in batch.kv.items() if mode is not AttentionMode.GPU]
+        indices: list[GroupIndex] = [
+            self._index(layer, batch, mode) for mode in batch.kv if mode is not AttentionMode.GPU
+        ]
         start, stop = min(i.group.start for i in indices), max(i.group.stop for i in indices)
-        q, k, v = made
+        q, k, v, sinks = made
         nbytes = (stop - start) * self._cache.shape.token_bytes
         k, v, *queries = self._bring_down(
             side,
@@ -284,19 +315,20 @@ class KVLanes:
             produced,
             k[start:stop],
             v[start:stop],
-            *(_own(q, i) for i in _on_host(indices)),
+            *(tensor for i in _on_host(indices) for tensor in (_own(q, i), sinks) if tensor is not None),
         )
         with self._recorder.span("d2h/home", f"kv {layer}"):
             for index in indices:
                 here = slice(index.group.start - start, index.group.stop - start)
                 self._store_group(layer, index, k[here], v[here])
-        for host, own in zip(_on_host(indices), queries):
-            host.queries = own
+        for host in _on_host(indices):
+            host.queries, *given = queries
+            host.sinks = given[0] if given else None
 
     def _store_group(self, layer: int, index: GroupIndex, k: torch.Tensor, v: torch.Tensor) -> None:
         """New KV of a group, on the host, to its home; rows on disk are the last of a group."""
         count = len(index.home)
-        for pool, new in zip(self._cache.cpu[layer], (k, v)):
+        for pool, new in zip(self._cache.on_cpu(layer), (k, v)):
             pool.flatten(0, 1).index_copy_(0, index.home, new[:count])
         if isinstance(index, FetchIndex) and index.disk is not None:
             self._on_disk.store(layer, index.disk, k[count:], v[count:])
@@ -314,7 +346,9 @@ class KVLanes:
         if stream is None:
             with self._recorder.span("d2h", name, nbytes):  # they are there
                 return list(tensors)
+        sinks = self._sinks[side]
         buffers = [self._down[side][0], self._down[side][1], self._queries[side][0]]
+        buffers += [] if sinks is None else [sinks[0]]
         produced.wait(stream)
         with self._device.on(stream), self._device.timed(self._recorder, "d2h", name, nbytes, stream):
             down = [buffer[: len(tensor)].copy_(tensor, non_blocking=True) for tensor, buffer in zip(tensors, buffers)]
@@ -323,10 +357,15 @@ class KVLanes:
 
     def _cpu_attend(self, layer: int, index: HostIndex, side: int, stored: Future[None]) -> Arrived:
         stored.result()
-        k_pool, v_pool = self._cache.cpu[layer]
+        k_pool, v_pool = self._cache.on_cpu(layer)
+        window = self._cache.window_of(layer)
         pinned = self._queries[side][1][: len(index.queries)] if self._device.is_cuda else None
-        with self._recorder.span("cpu", f"attend {layer}", index.ragged.kv_tokens * self._cache.shape.token_bytes):
-            out = paged_attention(index.queries, k_pool, v_pool, index.ragged, window=self._window, out=pinned)
+        with self._recorder.span(
+            "cpu", f"attend {layer}", index.ragged.seen_tokens(window) * self._cache.shape.token_bytes
+        ):
+            out = paged_attention(
+                index.queries, k_pool, v_pool, index.ragged, window=window, sinks=index.sinks, out=pinned
+            )
         stream, nbytes = self._streams["up"], out.numel() * out.element_size()
         if stream is None:
             return Arrived(out, self._device.record())  # it is there

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ from typing import Any
 import torch
 
 from cost_model.model.arch import ModelArch
+from cost_model.model.families import shape_fields
 from flexmoe.checkpoint.checkpoint import Checkpoint
 from flexmoe.checkpoint.files import read_json_object
-from flexmoe.checkpoint.unit_layout import Part
-from flexmoe.errors import DataError, InputMissingError, UsageError
+from flexmoe.checkpoint.unit_layout import FLOAT32_ROLES, Part
+from flexmoe.errors import DataError, Faults, InputMissingError, UsageError
 from flexmoe.formats.beside import UNREAD, check_beside
 from flexmoe.formats.packed_matrix import SEPARATOR
 from flexmoe.kernels.family import Family
+from flexmoe.models.common.names import decoder_tensors
 from flexmoe.models.registry import FAMILIES, family
 from flexmoe.weights.recast import Rest
 from flexmoe.weights.sources import CheckpointSource, DummySource, WeightSource
@@ -86,15 +88,21 @@ def load_model(model: str, load_format: str = "auto", dtype: str = "auto") -> Mo
     path = Path(model)
     if load_format == "dummy":
         arch = ModelArch.from_dir(path) if path.is_dir() else ModelArch.from_name(model)
+        if arch.packed is not None:
+            raise UsageError(
+                f"{model!r} has packed weights ({arch.packed.describe()}), which are not made at random: give a config.json "
+                "without quantization_config"
+            )
         return _dummy(arch, path if path.is_dir() else None)
     _refuse_an_unknown_family(path, model)
     checkpoint = Checkpoint.open(path if path.exists() else _from_hub(model))
-    arch = ModelArch.from_config(checkpoint.config, name=str(model))
-    math = family(arch, checkpoint.config)
-    parts = [part for own in math.parts(checkpoint.tensors).values() for part in own]
-    _check(checkpoint, math, parts)
-    stored = _stored_dtype(checkpoint, parts, dtype)
-    arch = dataclasses.replace(arch, dtype_bytes=stored.itemsize)
+    checkpoint = decoder_of(checkpoint)
+    math = _mathematics(checkpoint.config, model)
+    parts = parts_of(checkpoint, math)
+    check_tensors(checkpoint, math, parts)
+    check_scales(checkpoint, math, parts)
+    stored = stored_dtype(checkpoint, parts, dtype)
+    arch = dataclasses.replace(math.arch, dtype_bytes=stored.itemsize)
     return Model(
         arch=arch,
         family=family(arch, checkpoint.config),
@@ -106,13 +114,68 @@ def load_model(model: str, load_format: str = "auto", dtype: str = "auto") -> Mo
     )
 
 
-def _check(checkpoint: Checkpoint, math: Family, parts: Iterable[Part]) -> None:
-    """Hold the tensors against what the config asks for; of packed matrices their scales, too."""
+def read_family(config: Mapping[str, Any], name: str, faults: Faults | None = None) -> Family | None:
+    """The family of a config.
+
+    Args:
+        name: of the model, for messages.
+        faults: keeps what would be raised; the result is None then.
+
+    Raises:
+        DataError: the config asks for something that cannot be run.
+    """
+    own = Faults(keep=True)
+    with own.step():
+        shape_fields(config, own)
+    math = None
+    if not own.found:
+        with own.step():
+            math = _mathematics(config, name)
+    faults = faults or Faults()
+    for fault in own.found:
+        with faults.step():
+            raise DataError(f"{name} cannot be run: {fault}") from fault
+    return math
+
+
+def decoder_of(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without the tensors that belong to other parts of a larger model, and under the names of a decoder alone."""
+    return dataclasses.replace(checkpoint, tensors=decoder_tensors(checkpoint.tensors, checkpoint.config))
+
+
+def parts_of(checkpoint: Checkpoint, math: Family) -> list[Part]:
+    """Where a checkpoint should have what a family's units consist of."""
+    return [part for own in math.parts(checkpoint.tensors).values() for part in own]
+
+
+def check_tensors(checkpoint: Checkpoint, math: Family, parts: Iterable[Part], faults: Faults | None = None) -> None:
+    """Hold the tensors against what the config asks for.
+
+    Args:
+        parts: of the checkpoint.
+        faults: keeps what would be raised.
+
+    Raises:
+        DataError: they are others.
+    """
     dtypes = {part.tensor: part.dtypes for part in parts if part.dtypes}
-    checkpoint.check(math.expected_tensors(checkpoint.tensors), FAMILIES, dtypes, UNREAD if dtypes else ())
+    unread = UNREAD if dtypes else ()
+    checkpoint.check(math.expected_tensors(checkpoint.tensors), FAMILIES, dtypes, unread, faults)
+
+
+def check_scales(checkpoint: Checkpoint, math: Family, parts: Iterable[Part]) -> None:
+    """Read what lies beside packed numbers, and refuse what cannot be computed with.
+
+    Raises:
+        DataError, StorageError: as `check_beside`.
+    """
     if math.arch.packed is not None:
         scales = [checkpoint.tensors[part.tensor] for part in parts if part.role.endswith(f"{SEPARATOR}scale")]
         check_beside(scales, checkpoint.tensors.values(), math.arch.packed.columns)
+
+
+def _mathematics(config: Mapping[str, Any], name: str) -> Family:
+    return family(ModelArch.from_config(config, name=name), config)
 
 
 def compute_dtype(name: str, model: Model, device: torch.device) -> torch.dtype:
@@ -144,9 +207,9 @@ def _dummy(arch: ModelArch, directory: Path | None) -> Model:
     )
 
 
-def _stored_dtype(checkpoint: Checkpoint, parts: Iterable[Part], asked: str) -> torch.dtype:
+def stored_dtype(checkpoint: Checkpoint, parts: Iterable[Part], asked: str = "auto") -> torch.dtype:
     """The dtype of the most bytes of weights; of several, all are float32 where that is asked for: no other holds each of them."""
-    names = {part.tensor for part in parts if not part.dtypes}
+    names = {part.tensor for part in parts if not part.dtypes and part.role not in FLOAT32_ROLES}
     sizes: Counter[torch.dtype] = Counter()
     for info in (checkpoint.tensors[name] for name in sorted(names)):
         sizes[info.dtype if info.dtype in DTYPES.values() else torch.float32] += info.nbytes
@@ -157,11 +220,7 @@ def _refuse_an_unknown_family(directory: Path, name: str) -> None:
     """From the config alone: before the headers of thousands of tensors are read, or their files fetched."""
     config = directory / "config.json"
     if os.path.isfile(config):
-        values = read_json_object(config)
-        try:
-            family(ModelArch.from_config(values, name=name), values)
-        except DataError as e:
-            raise DataError(f"{name} cannot be run: {e}") from e
+        read_family(read_json_object(config), name)
 
 
 def _from_hub(name: str) -> Path:

@@ -13,6 +13,7 @@ from flexmoe.errors import UsageError
 from flexmoe.openai.batch_line import Prompt, Request
 from flexmoe.openai.fields import RowError
 from flexmoe.openai.logprobs import Alignment, chat_logprobs, completion_logprobs
+from flexmoe.openai.reasoning import Answer, ReasoningParser
 from flexmoe.outputs import CompletionOutput, RequestOutput
 from flexmoe.text.tokenizer import Tokenizer
 
@@ -25,11 +26,16 @@ class ResponseEncoder:
         fingerprint: of the job; with a row's `custom_id` it decides the row's ids.
         model_name: reported for rows that name no model.
         created_s: reported as the time of every completion, in seconds since 1970.
+        keep_reasoning: leave what a model thinks in the content of its answer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, fingerprint: str, model_name: str, created_s: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, fingerprint: str, model_name: str, created_s: int, keep_reasoning: bool = False
+    ) -> None:
         self._tokenizer, self._fingerprint = tokenizer, fingerprint
         self._model_name, self._created_s = model_name, created_s
+        parser = None if keep_reasoning else ReasoningParser(tokenizer)
+        self._reasoning = parser if parser is not None and parser.style is not None else None
 
     def success(self, request: Request, results: Sequence[RequestOutput]) -> bytes:
         """The line of a row that ran, with its line end.
@@ -40,17 +46,21 @@ class ResponseEncoder:
         """
         key = self._key(request)
         prompt_tokens, generated_tokens = count_tokens(results)
+        choices, reasoning_tokens = self._choices(request, results)
+        usage: dict[str, Any] = {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": generated_tokens,
+            "total_tokens": prompt_tokens + generated_tokens,
+        }
+        if reasoning_tokens is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
         body = {
             "id": f"{'chatcmpl' if request.kind == 'chat' else 'cmpl'}-{key}",
             "object": "chat.completion" if request.kind == "chat" else "text_completion",
             "created": self._created_s,
             "model": self._model_name if request.model is None else request.model,
-            "choices": self._choices(request, results),
-            "usage": {
-                "prompt_tokens": prompt_tokens,
-                "completion_tokens": generated_tokens,
-                "total_tokens": prompt_tokens + generated_tokens,
-            },
+            "choices": choices,
+            "usage": usage,
         }
         return _line(key, request, {"status_code": 200, "request_id": f"req_{key}", "body": body}, None)
 
@@ -66,21 +76,40 @@ class ResponseEncoder:
         body = {"message": error.message, "type": "invalid_request_error", "param": error.param, "code": error.code}
         return _line(key, request, {"status_code": status, "request_id": f"req_{key}", "body": {"error": body}}, None)
 
-    def _choices(self, request: Request, results: Sequence[RequestOutput]) -> list[dict[str, Any]]:
-        """All completions of the first prompt, then those of the second, and so on, as OpenAI numbers them."""
+    def _choices(self, request: Request, results: Sequence[RequestOutput]) -> tuple[list[dict[str, Any]], int | None]:
+        """All completions of the first prompt, then those of the second, and so on, as OpenAI numbers them; and how many of
+        their tokens are reasoning, None where nobody knows."""
         choices: list[dict[str, Any]] = []
+        reasoning_tokens: list[int | None] = []
         for number, result in enumerate(results):
             prompt = request.prompts[number] if request.echo and request.prompts else None
             for output in result.outputs:
-                choices.append({"index": len(choices)} | self._choice(request, prompt, result, output))
-        return choices
+                answer = self._answer(request, result, output)
+                reasoning_tokens.append(None if answer is None else answer.reasoning_tokens)
+                choices.append({"index": len(choices)} | self._choice(request, prompt, result, output, answer))
+        known = [tokens for tokens in reasoning_tokens if tokens is not None]
+        return choices, sum(known) if known and len(known) == len(reasoning_tokens) else None
+
+    def _answer(self, request: Request, result: RequestOutput, output: CompletionOutput) -> Answer | None:
+        """A chat's completion apart from its reasoning; None where the two are not told apart."""
+        if request.kind != "chat" or self._reasoning is None:
+            return None
+        skip = request.sampling.get("skip_special_tokens") is not False
+        return self._reasoning.split(
+            result.prompt_token_ids, output.token_ids, self._text(output), skip_special_tokens=skip
+        )
 
     def _choice(
-        self, request: Request, prompt: Prompt | None, result: RequestOutput, output: CompletionOutput
+        self,
+        request: Request,
+        prompt: Prompt | None,
+        result: RequestOutput,
+        output: CompletionOutput,
+        answer: Answer | None,
     ) -> dict[str, Any]:
         text = self._text(output)
         if request.kind == "chat":
-            message = {"role": "assistant", "content": request.prefix + text, "refusal": None}
+            message = {"role": "assistant", **_message(request.prefix, text, answer), "refusal": None}
             choice: dict[str, Any] = {"message": message, "logprobs": chat_logprobs(self._tokenizer, output)}
         else:
             before = self._prompt_text(prompt, result) if request.echo else ""
@@ -103,6 +132,14 @@ class ResponseEncoder:
     def _key(self, request: Request) -> str:
         """The same for the same row of the same job, so that a repeated or resumed job writes the same bytes."""
         return hashlib.sha256(f"{self._fingerprint}\n{request.custom_id}".encode()).hexdigest()[:32]
+
+
+def _message(prefix: str, text: str, answer: Answer | None) -> dict[str, str | None]:
+    """The texts of a chat's message. A model that may think has `reasoning_content`, null where it did not."""
+    if answer is None:
+        return {"content": prefix + text}
+    content = None if answer.content is None and not prefix else prefix + (answer.content or "")
+    return {"reasoning_content": answer.reasoning, "content": content}
 
 
 def count_tokens(results: Sequence[RequestOutput]) -> tuple[int, int]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
-from cost_model.model.families import DTYPE_BYTES, dtype_name
+from cost_model.model.config_fields import DTYPE_BYTES
+from cost_model.model.families import dtype_name
 from cost_model.model.packing import check_unpacked
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.solve import Plan, solve

@@ -313,7 +313,7 @@ def dense_bench(
     blocks = max(-(-most // PAGE_TOKENS), min(most, _DECODE_TOKENS))
     cache = KVCache(device, shape, {"gpu": blocks, "cpu": 0, "disk": 0})
     buffers = KVBuffers(staging_pages=0, batch_tokens=0, write_pages=0)
-    lanes = KVLanes(device, Recorder(), cache, buffers, arch.num_heads, None)
+    lanes = KVLanes(device, Recorder(), cache, buffers, arch.num_heads)
     sets = arena.sets(family(arch).parts(())[UnitId("attention", 0)], effort.cycle_bytes)
     try:
         with torch.inference_mode():
@@ -339,7 +339,8 @@ def _dense_work(
     h_TD, y_TD, x_TD = (torch.zeros(count, arch.hidden, dtype=dtype, device=device.torch) for _ in range(3))
     h_TD.copy_(noise(device, dtype, count, arch.hidden))
     attended_THd = noise(device, dtype, count, arch.num_heads, arch.head_dim)
-    router_TE = torch.empty(count, arch.num_experts, dtype=dtype, device=device.torch)
+    router_dtype = torch.float32 if arch.router_float32 else dtype
+    router_TE = torch.empty(count, arch.num_experts, dtype=router_dtype, device=device.torch)
     dispatch = ExpertDispatch(device, arch.num_experts)
 
     def work() -> None:
@@ -350,7 +351,7 @@ def _dense_work(
         _, x_TD[:], logits_TE = math.output(h_TD, attended_THd, weights)
         if logits_TE is not None:
             router_TE[:] = logits_TE
-        ids_TK, weights_TK = math.route(router_TE)
+        ids_TK, weights_TK = math.route(router_TE, math.router_correction(weights))
         dispatch.route(ids_TK, weights_TK, dtype)
         y_TD.zero_()
 

@@ -22,7 +22,7 @@ import torch
 
 from cost_model.memory.allocation import PAGE_TOKENS
 from flexmoe.kv.batch import Batch, Block, Run
-from flexmoe.kv.cache import KVCache, KVShape, RowKV
+from flexmoe.kv.cache import KVCache, KVShape, PageTable, RowKV
 from flexmoe.kv.disk import DiskIndex, DiskKV
 from flexmoe.kv.transfers import KVBuffers, KVLanes
 from flexmoe.probing.disk import DiskRates, file_bytes, probe_directory
@@ -70,7 +70,7 @@ class KVBench:
         fill_with_noise(self._cache.cpu.view(-1))
         new_tokens = len(contexts) * _STORED_TOKENS
         buffers = KVBuffers(staging_pages=blocks, batch_tokens=new_tokens, write_pages=0)
-        self._lanes = KVLanes(device, Recorder(), self._cache, buffers, _QUERY_HEADS, None)
+        self._lanes = KVLanes(device, Recorder(), self._cache, buffers, _QUERY_HEADS)
         self._batch = self._plan(contexts)
         self._past_bytes, self._new_bytes = (n * self._shape.token_bytes for n in (sum(contexts), new_tokens))
         q = noise(device, dtype, new_tokens, _QUERY_HEADS, _HEAD_DIM)
@@ -122,7 +122,7 @@ class KVBench:
         runs = []
         for past in contexts:
             blocks = -(-(past + _STORED_TOKENS) // PAGE_TOKENS)
-            row = RowKV("cpu", [ids.pop() for _ in range(blocks)], past)
+            row = RowKV("cpu", [PageTable(0, [ids.pop() for _ in range(blocks)])], past)
             runs.append(Run(row, [0] * _STORED_TOKENS, AttentionMode.FETCH, 1))
         block = Block(runs, len(runs))
         self._lanes.begin(block, Uploads(self._device))
@@ -227,10 +227,10 @@ class BlockBench:
     def _rows(self, ids: list[int]) -> Rows:
         tokens = len(ids) * PAGE_TOKENS
         fills, follows = (
-            Run(RowKV("disk", ids, past, tail=0), [0] * count, AttentionMode.FETCH, 1)
+            Run(RowKV("disk", [PageTable(0, ids)], past, tail=0), [0] * count, AttentionMode.FETCH, 1)
             for past, count in ((0, tokens), (tokens, 1))
         )
-        return Rows(write=DiskIndex.of([fills], PAGE_TOKENS), read=DiskIndex.of([follows], PAGE_TOKENS))
+        return Rows(write=DiskIndex.of([fills], self._cache), read=DiskIndex.of([follows], self._cache))
 
 
 def kv_block_costs(

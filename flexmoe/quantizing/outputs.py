@@ -18,8 +18,8 @@ from flexmoe.checkpoint.checkpoint import Checkpoint
 from flexmoe.checkpoint.safetensors import TensorInfo, dtype_label
 from flexmoe.checkpoint.unit_layout import Part
 from flexmoe.formats.packed_matrix import SEPARATOR, is_packed
-from flexmoe.models.decoder import Decoder
-from flexmoe.models.names import HubMatrix, hub_matrices
+from flexmoe.models.common.decoder import Decoder
+from flexmoe.models.common.names import HubMatrix, hub_matrices
 from policies.common.memory_units import GIB
 
 #: A file holds no more, unless it holds one unit; what is not yet whole when a job is killed is made again.

@@ -26,7 +26,7 @@ from cost_model.model.packed_format import PackedFormat
 from cost_model.model.packing import check_group
 from flexmoe.checkpoint.checkpoint import Checkpoint
 from flexmoe.errors import DataError, StorageError
-from flexmoe.models.decoder import Decoder
+from flexmoe.models.common.decoder import Decoder
 from flexmoe.models.loader import Model, load_model
 from flexmoe.models.registry import family
 from flexmoe.progress import Volume
@@ -133,7 +133,9 @@ def _packed(model: Model, scheme: Scheme) -> tuple[dict[str, Any], Decoder]:
         )
     check_group(model.arch, scheme.format, scheme.columns)
     names = family(model.arch, model.config).names
-    routers = {names.router, names.packed_router}
+    if names.gate_up or names.qkv:
+        raise DataError(f"matrices of {model.arch.model_type} lie together in one tensor, which cannot be packed apart")
+    routers = {names.router, names.packed_router, *([names.shared_gate] if model.arch.shared_gate else [])}
     left = ["lm_head", *sorted("model.layers.{}." + name.removesuffix(".weight") for name in routers)]
     config = model.config | {"quantization_config": scheme.config(left)}
     arch = ModelArch.from_config(config, name=model.arch.name)

@@ -58,6 +58,22 @@ def build(directory: Path) -> Any:
         raise TokenizerError(f"the tokenizer in {directory} cannot be built: {_reason(directory, error)}") from error
 
 
+def check_files(directory: Path) -> None:
+    """Shows that the tokenizer's files are files, and that the packages are there which they need; they are not parsed.
+
+    Raises:
+        TokenizerError: as `build`.
+    """
+    reason = _missing_packages(directory)
+    for path in _files(directory):
+        try:
+            _head(path)
+        except FlexMoEError as error:
+            reason = reason or str(error)
+    if reason is not None:
+        raise TokenizerError(f"the tokenizer in {directory} cannot be built: {reason}")
+
+
 @contextmanager
 def _as_text(directory: Path) -> Iterator[str]:
     """A path of the directory that is Unicode, as the tokenizers' libraries want it: names on a disk are any bytes."""

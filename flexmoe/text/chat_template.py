@@ -50,6 +50,9 @@ class ChatTemplate:
         created_s: the time that the template may ask for, in seconds since 1970; None means the time of rendering.
         timeout_s: CPU seconds that a rendering may take.
 
+    Attributes:
+        source: as given.
+
     Raises:
         DataError: the source is no template.
     """
@@ -62,6 +65,7 @@ class ChatTemplate:
         created_s: int | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
+        self.source = source
         self._variables, self._budget = dict(variables), _Budget(timeout_s)
         environment = _Environment(self._budget, created_s)
         try:

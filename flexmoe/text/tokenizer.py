@@ -180,6 +180,20 @@ class Tokenizer:
         """A single token as log-probabilities show it."""
         return TokenText.unknown(token_id) if self._texts is None else self._texts.token(token_id)
 
+    def token_id(self, piece: str) -> int | None:
+        """The id of a token by what the vocabulary calls it; None where it has no such token."""
+        if self._backend is None:
+            return None
+        found: int | None = self._backend.convert_tokens_to_ids(piece)
+        return found if found is not None and self._backend.convert_ids_to_tokens(found) == piece else None
+
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the chat template; None where there is none, or one that cannot be read."""
+        if self._template is None and self._no_template is None and self._backend is not None:
+            self._compile()
+        return None if self._template is None else self._template.source
+
     @property
     def eos_token_id(self) -> int | None:
         return None if self._backend is None else self._backend.eos_token_id

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from flexmoe.checkpoint.safetensors import TensorInfo
-from flexmoe.checkpoint.unit_layout import Part
+from flexmoe.checkpoint.unit_layout import FLOAT32_ROLES, Part
 from flexmoe.system.direct_io import DirectFile
 from policies.units import UnitId
 
@@ -41,6 +41,14 @@ class Rest:
     def of(cls, stored: torch.dtype, compute: torch.dtype) -> Rest:
         """Others are cast to the compute dtype at once where that takes as many bytes: then they are rounded once."""
         return cls(stored=stored, cast=compute if compute.itemsize == stored.itemsize else stored)
+
+    def of_role(self, role: str) -> torch.dtype:
+        """The dtype that weights of a role stay in."""
+        return torch.float32 if role in FLOAT32_ROLES else self.stored
+
+    def cast_of_role(self, role: str) -> torch.dtype:
+        """What others of the role are cast to."""
+        return torch.float32 if role in FLOAT32_ROLES else self.cast
 
 
 class RecastFile:
@@ -75,14 +83,15 @@ class RecastFile:
     @classmethod
     def of(cls, tensors: Mapping[str, TensorInfo], units: Mapping[UnitId, Sequence[Part]], rest: Rest) -> RecastFile:
         """Of the tensors that `units` consist of; where one of a role has to be cast, all of the role in the unit are."""
-        cast, moved = set(), set()
+        cast: dict[str, torch.dtype] = {}
+        moved = set()
         for parts in units.values():
             floats = [part for part in parts if not part.dtypes]
-            others = {part.role for part in floats if tensors[part.tensor].dtype != rest.stored}
-            cast |= {part.tensor for part in parts if part.role in others}
+            others = {part.role for part in floats if tensors[part.tensor].dtype != rest.of_role(part.role)}
+            cast |= {part.tensor: rest.cast_of_role(part.role) for part in parts if part.role in others}
             moved |= {part.tensor for part in parts if _is_misplaced(tensors[part.tensor], part, rest)}
-        ordered = sorted((tensors[name] for name in cast | moved), key=lambda info: (str(info.path), info.offset))
-        return cls((info, rest.cast if info.name in cast else info.dtype) for info in ordered)
+        ordered = sorted((tensors[name] for name in {*cast, *moved}), key=lambda info: (str(info.path), info.offset))
+        return cls((info, cast.get(info.name, info.dtype)) for info in ordered)
 
     def read_into(self, buffer: memoryview, offset: int, needed: int | None = None) -> None:
         """Fill ``buffer`` from ``offset``; only the first ``needed`` bytes (default all) must exist. Both are whole numbers
@@ -120,4 +129,4 @@ class RecastFile:
 
 
 def _is_misplaced(info: TensorInfo, part: Part, rest: Rest) -> bool:
-    return bool(info.offset % (info.dtype.itemsize if part.dtypes else rest.stored.itemsize))
+    return bool(info.offset % (info.dtype.itemsize if part.dtypes else rest.of_role(part.role).itemsize))

@@ -17,7 +17,7 @@ import torch
 
 from flexmoe.checkpoint.checkpoint import Checkpoint
 from flexmoe.checkpoint.safetensors import TensorInfo
-from flexmoe.checkpoint.unit_layout import Part, UnitLayout, unit_layout, views
+from flexmoe.checkpoint.unit_layout import FLOAT32_ROLES, Part, UnitLayout, unit_layout, views
 from flexmoe.errors import StorageError
 from flexmoe.system.direct_io import DirectFile, OnDone, Pending, Transfer, TransferQueue
 from flexmoe.weights.recast import RecastFile, Rest
@@ -177,14 +177,15 @@ class DummySource:
         offset = 0
         for unit, ps in parts.items():
             for p in ps:
-                name, size = _number_name(p), prod(p.shape) * dtype.itemsize
+                own = torch.float32 if p.role in FLOAT32_ROLES else dtype
+                name, size = _number_name(p), prod(p.shape) * own.itemsize
                 self._tensors[name] = TensorInfo(
-                    name=name, path=self._path, offset=offset, nbytes=size, dtype=dtype, shape=p.shape
+                    name=name, path=self._path, offset=offset, nbytes=size, dtype=own, shape=p.shape
                 )
                 offset += size
-            own = _by_number_name(ps)
-            self._names[unit] = {(p.role, p.into): p.tensor for p in own}
-            self._layouts[unit] = unit_layout(own, self._tensors)
+            numbered = _by_number_name(ps)
+            self._names[unit] = {(p.role, p.into): p.tensor for p in numbered}
+            self._layouts[unit] = unit_layout(numbered, self._tensors)
             offset = align_up(offset)
         generator = torch.Generator().manual_seed(0)
         count = self._PATTERN_BYTES // dtype.itemsize
@@ -250,7 +251,7 @@ class DummySource:
         for piece in self._layouts[unit].pieces:
             (tensor,) = views(buffer, {piece.role: piece.place}).values()
             if tensor.dim() == 1:
-                tensor.fill_(0.0 if piece.role.endswith("bias") else 1.0)
+                tensor.fill_(0.0 if piece.role.endswith(("bias", "correction")) else 1.0)
                 continue
             flat, done, start = tensor.view(-1), 0, self._start(self._names[unit][piece.role, piece.into])
             while done < flat.numel():

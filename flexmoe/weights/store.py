@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from cost_model.memory.memory_plan import LOADS_IN_FLIGHT
-from flexmoe.checkpoint.unit_layout import UnitLayout, pack, views
+from flexmoe.checkpoint.unit_layout import FLOAT32_ROLES, UnitLayout, pack, views
 from flexmoe.formats.packed_matrix import is_packed
 from flexmoe.system.device import Device
 from flexmoe.system.direct_io import DiskPool, OnDone, Pending
@@ -21,9 +21,14 @@ from flexmoe.weights.sources import WeightSource
 from policies.units import UnitId
 
 
+def _keeps_dtype(role: str) -> bool:
+    """Whether a tensor is used in the dtype that it has at rest: a field of a packed matrix, or what is always float32."""
+    return is_packed(role) or role in FLOAT32_ROLES
+
+
 def as_compute(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Tensors of a unit in the compute dtype: the one place where stored weights are cast. Fields of packed ones stay."""
-    return {role: t if t.dtype == dtype or is_packed(role) else t.to(dtype) for role, t in tensors.items()}
+    """Tensors of a unit in the compute dtype: the one place where stored weights are cast. Some keep theirs."""
+    return {role: t if t.dtype == dtype or _keeps_dtype(role) else t.to(dtype) for role, t in tensors.items()}
 
 
 class WeightStore:
@@ -138,7 +143,7 @@ class WeightStore:
     def _computed(self, unit: UnitId) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of a unit's tensors on the device."""
         places = self.layouts[unit].device.items()
-        return {role: (place.dtype if is_packed(role) else self.dtype, place.shape) for role, place in places}
+        return {role: (place.dtype if _keeps_dtype(role) else self.dtype, place.shape) for role, place in places}
 
     def _upload(self, unit: UnitId, buffer: torch.Tensor, pending: Pending) -> torch.Tensor:
         pending.wait()

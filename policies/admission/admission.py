@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Generic
 
+from policies.admission.kv_pages import KVPages
 from policies.admission.kv_projection import Projection, growth
 from policies.admission.row_state import AttentionMode, RowT
 from policies.admission.shared_prefix import Prefixes
@@ -23,14 +24,14 @@ from policies.policy import Policy
 class Admission(Generic[RowT]):
     """Decides each sweep's runs: ``plan_sweep``, then ``commit`` each row, ``finish`` those that have ended, ``end_sweep``.
 
-    A row of c tokens holds ceil(c / page_tokens) pages of its tier; a row of the disk tier also holds a tail, the
-    host page that it grows in.
+    How many pages of its tier a row holds its length says (`policies.admission.kv_pages`); a row of the disk tier also holds a
+    tail, the host page that it grows in.
 
     Args:
         policy: block size, pace, shares, rolling or static.
         pages: KV pages per tier; all three tiers are present.
         tails: rows that the disk tier can hold at once.
-        page_tokens: tokens per page.
+        layout: pages of a row.
         expected_end: length that a row is expected to reach; default its limit. A row that outgrows it may find its
             tier full; then the youngest row of the tier is preempted.
         recompute_past: a row that grows past this length is preempted, so that all of it is computed as one run: its
@@ -51,11 +52,11 @@ class Admission(Generic[RowT]):
         *,
         pages: Mapping[str, int],
         tails: int,
-        page_tokens: int,
+        layout: KVPages,
         expected_end: Callable[[RowT], int] | None = None,
         recompute_past: int | None = None,
     ):
-        self._policy, self._page_tokens = policy, page_tokens
+        self._policy, self._layout = policy, layout
         self._expected_end = expected_end or (lambda row: row.limit)
         self._recompute_past = recompute_past
         self._pages = {tier: pages[tier] for tier in TIERS}
@@ -101,17 +102,17 @@ class Admission(Generic[RowT]):
 
     def largest_row_tokens(self) -> int:
         """Tokens of the longest row that an empty tier can hold."""
-        return max(self._pages.values()) * self._page_tokens
+        return self._layout.longest_row(max(self._pages.values()), self._policy.prefill_tokens)
 
     def plan_sweep(self) -> list[RowT]:
         """Choose the runs of the next sweep and take the pages they need; returns the rows that have one."""
         self.preempted = []
-        budget, page_tokens = self._policy.prefill_tokens, self._page_tokens
+        budget, page_tokens = self._policy.prefill_tokens, self._layout.page_tokens
         for row in self.running:
             cached = row.cached
             if row.stale:
                 self.preempt(row)
-            elif row.generated and row.prompt + row.generated == cached + 1 and cached < row.pages * page_tokens:
+            elif row.generated and row.prompt + row.generated == cached + 1 and cached % page_tokens:
                 row.run, row.logits = 1, True  # nearly every row: one token, into a page that it holds already
             elif row.tier:  # else it was preempted while an older row was served
                 budget -= self._give_run(row, budget)
@@ -125,6 +126,8 @@ class Admission(Generic[RowT]):
             int: prompt tokens computed for the first time.
         """
         row.cached += row.run
+        if row.run > 1 and self._layout.windowed:
+            self._keep(row)
         row.run = 0
         row.generated += generated
         row.stale = generated and row.length - 1 == self._recompute_past
@@ -170,8 +173,8 @@ class Admission(Generic[RowT]):
         if tier is None:
             return False
         self._enter(row, tier, curve, shares=False)
-        self._hold(row, row.length - 1)
         row.cached = row.length - 1
+        self._keep(row)
         row.prompt_done = min(row.cached, row.prompt)
         return True
 
@@ -182,7 +185,7 @@ class Admission(Generic[RowT]):
         run = 1 if decodes else min(left, budget)
         if run == 0:
             return 0
-        while not self._hold(row, row.cached + run):
+        while not self._hold(row, run):
             if not self.prefixes.evict(row.tier):
                 self._preempt_youngest(row.tier)
             if not row.tier:
@@ -190,9 +193,15 @@ class Admission(Generic[RowT]):
         row.run, row.logits = run, run == left
         return 0 if decodes else run
 
-    def _hold(self, row: RowT, tokens: int) -> bool:
-        """Take the pages that the row lacks to store ``tokens`` tokens: all of them, or none and return False."""
-        missing = -(-tokens // self._page_tokens) - row.pages
+    def _keep(self, row: RowT) -> None:
+        """The row holds the pages of what it has cached: those that only its run needed are free."""
+        pages = self._layout.held(row.cached)
+        self._free[row.tier] += row.pages - pages
+        row.pages = pages
+
+    def _hold(self, row: RowT, run: int) -> bool:
+        """Take the pages that the row lacks for a run of so many tokens: all of them, or none and return False."""
+        missing = self._layout.during(row.cached, run) - row.pages
         if missing <= 0:
             return True
         if missing > self._free[row.tier]:
@@ -247,7 +256,8 @@ class Admission(Generic[RowT]):
         chunks = 1 + -(-max(0, tokens - cached - budget) // self._policy.prefill_tokens)
         # The last token a row generates never enters the cache.
         decode = max(0, self._expected_end(row) - tokens - 1)
-        return growth(tokens, chunks, decode, self._page_tokens)
+        chunk = min(max(1, tokens - cached), self._policy.prefill_tokens)
+        return growth(tokens, chunks, decode, self._layout, chunk)
 
     def _choose_tier(self, curve: list[int]) -> str | None:
         """The tier that the policy's shares ask for, else any with room; None when the row has to wait."""

@@ -9,27 +9,32 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from operator import add, sub
 
+from policies.admission.kv_pages import KVPages
 
-def growth(tokens_after_prefill: int, prefill_sweeps: int, decode_sweeps: int, page_tokens: int) -> list[int]:
+
+def growth(
+    tokens_after_prefill: int, prefill_sweeps: int, decode_sweeps: int, layout: KVPages, chunk: int = 1
+) -> list[int]:
     """Pages that a row holds in each coming sweep.
 
     Args:
         tokens_after_prefill: tokens in the cache once its run so far is complete; all are reserved at once.
         prefill_sweeps: sweeps until then, at least 1.
         decode_sweeps: sweeps of one token each after that.
-        page_tokens: tokens per page.
+        layout: pages of a row.
+        chunk: most tokens of a run until then.
 
     Returns:
-        list[int]: one count per sweep, ``prefill_sweeps + decode_sweeps`` in all; it never falls.
+        list[int]: one count per sweep, ``prefill_sweeps + decode_sweeps`` in all; with the prefill over it never falls again.
     """
-    pages = -(-tokens_after_prefill // page_tokens)
-    within = min(decode_sweeps, pages * page_tokens - tokens_after_prefill)
-    curve = [pages] * (prefill_sweeps + within)
+    size, tokens = layout.page_tokens, tokens_after_prefill
+    within = min(decode_sweeps, layout.covering(tokens) * size - tokens)
+    curve = [layout.most(tokens, chunk)] * prefill_sweeps + [layout.held(tokens)] * within
     left = decode_sweeps - within
     while left > 0:
-        pages += 1
-        curve += [pages] * min(left, page_tokens)
-        left -= page_tokens
+        tokens += size
+        curve += [layout.held(tokens)] * min(left, size)
+        left -= size
     return curve
 
 

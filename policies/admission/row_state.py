@@ -72,7 +72,7 @@ class Prefix(Generic[RowT]):
 
     Attributes:
         tokens: a whole number of pages, at least one, and fewer than the prompt has: every row ends its own prompt.
-        pages: as many.
+        pages: those of them that a run behind it sees, in all layers.
         waiting: the rows that have not entered yet, in order; the one that computes the prefix is not among them.
         tier: where it is; "" before it is computed, and when nobody waits for it any longer.
         sharers: rows in flight that hold it.

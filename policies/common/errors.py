@@ -1,5 +1,8 @@
 """The one family of errors a user sees, and every exit code; the command lines map an error to its code and a single sentence."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 EXIT_INTERNAL = 1  #: a fault of the program
 EXIT_USAGE = 2  #: a flag or its value
 EXIT_ROWS_FAILED = 3  #: finished, and some rows failed
@@ -45,3 +48,29 @@ class StorageError(FlexMoEError):
     """Reading or writing failed: an I/O error, or a full or read-only disk."""
 
     exit_code = EXIT_IO
+
+
+class Faults:
+    """What is wrong with something that is checked in steps: the first fault is raised, unless all are to be found.
+
+    Args:
+        keep: keep what a step raises, so that the next one follows.
+
+    Attributes:
+        found: what was kept, each sentence once.
+    """
+
+    def __init__(self, *, keep: bool = False) -> None:
+        self._keep = keep
+        self.found: list[FlexMoEError] = []
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """A check that does not depend on others; its error is raised or kept."""
+        try:
+            yield
+        except FlexMoEError as error:
+            if not self._keep:
+                raise
+            if str(error) not in map(str, self.found):
+                self.found.append(error)

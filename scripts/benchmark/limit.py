@@ -21,13 +21,13 @@ def limit(bench: Bench) -> tuple[list[Figure], dict]:
     with Worker("scripts.benchmark.engine") as engine:
         compute = bench.calibrate(engine)
         for kind in loads.CLASSES:
-            pairs = _pairs(bench, engine, kind, compute)
+            pairs = measured_pairs(bench, engine, kind, compute)
             raw[kind] = {"pairs": pairs, "bare": _bare(bench, kind, pairs)}
             figures += _figures(kind, raw[kind], SMALL_EXPERTS_TARGET if bench.has_small_experts else TARGETS[kind])
     return figures, raw
 
 
-def _pairs(bench: Bench, engine: Worker, kind: str, compute: loads.Compute) -> list[dict]:
+def measured_pairs(bench: Bench, engine: Worker, kind: str, compute: loads.Compute) -> list[dict]:
     """Repeat until enough pairs count; those that do not are kept, with the reason."""
     pairs: list[dict] = []
     disk_rate = bench.probe()["best"]

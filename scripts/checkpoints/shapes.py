@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from cost_model.model.arch import ModelArch
 from flexmoe.errors import DataError, UsageError
-from flexmoe.models.names import unit_parts
+from flexmoe.models.common.names import unit_parts
 from flexmoe.models.registry import FAMILIES, family
 from policies.units import UnitId
 
@@ -81,11 +81,27 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 #: What a family calls an argument, by what Mixtral calls it.
 _SPELLING: Mapping[str, Mapping[str, str]] = MappingProxyType(
-    {"qwen3_moe": {"num_local_experts": "num_experts", "intermediate_size": "moe_intermediate_size"}}
+    {
+        "qwen3_moe": {"num_local_experts": "num_experts", "intermediate_size": "moe_intermediate_size"},
+        "qwen2_moe": {"num_local_experts": "num_experts", "intermediate_size": "moe_intermediate_size"},
+        "olmoe": {"num_local_experts": "num_experts"},
+        "hunyuan_v1_moe": {"num_local_experts": "num_experts"},
+        "glm4_moe": {"num_local_experts": "n_routed_experts", "intermediate_size": "moe_intermediate_size"},
+        "dots1": {"num_local_experts": "n_routed_experts", "intermediate_size": "moe_intermediate_size"},
+        "ernie4_5_moe": {
+            "num_local_experts": "moe_num_experts",
+            "num_experts_per_tok": "moe_k",
+            "intermediate_size": "moe_intermediate_size",
+        },
+    }
 )
 #: What the family's models on the hub have and its config's defaults have not.
-_OPTIONS: Mapping[str, Mapping[str, bool]] = MappingProxyType(
-    {"phimoe": {"attention_bias": True, "lm_head_bias": True}, "qwen3_moe": {"norm_topk_prob": True}}
+_OPTIONS: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "phimoe": {"attention_bias": True, "lm_head_bias": True},
+        "qwen3_moe": {"norm_topk_prob": True},
+        "dots1": {"n_shared_experts": 1},
+    }
 )
 
 

@@ -28,6 +28,8 @@ TINY = {
     "vocab_size": 1000,
 }
 GEMM_TOKENS = [1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
+#: Tokens of an expert in the products of packed weights.
+PACKED_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +131,7 @@ class Context:
             found = {
                 "copies": worker.ask("copies", device=self.device, scale=self.scale),
                 "gemm": worker.ask("gemm", device=self.device, model=self.model, tokens=GEMM_TOKENS),
+                "packed": worker.ask("packed", device=self.device, model=self.model, tokens=PACKED_TOKENS),
                 "hbm": worker.ask("hbm", device=self.device, scale=self.scale),
                 "host": worker.ask("host", device=self.device, model=self.model, scale=self.scale),
                 "disk": worker.ask(

@@ -8,12 +8,14 @@ against.
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from cost_model.model.arch import ModelArch
 from flexmoe.kernels.expert_weights import ExpertWeights
+from flexmoe.kernels.linear import linear, unpack
 from flexmoe.models.registry import family
 from flexmoe.probing.attention import AttentionCase
 from flexmoe.probing.copies import Lane, copy_rates, lane_rates, memory_rate
@@ -27,6 +29,7 @@ from flexmoe.system.direct_io import DirectFile
 from policies.common.memory_units import MIB, align_down
 from scripts.benchmark.probes import disk_rate
 from scripts.benchmark.worker import serve
+from scripts.packed.products import FORMATS, SCALES, drawn
 
 UNIT_BYTES = 336 << 20
 COPY_SECONDS = 0.4
@@ -84,6 +87,23 @@ def gemm(device: str, model: str, tokens: list[int], seconds: float = 0.15) -> d
             each_s = repeat_s(dev, lambda: math.feed_forward(x_TD, weights.expert(0)), seconds, warm=2)  # noqa: B023
             curve.append([count, 6 * count * arch.hidden * arch.ffn / each_s])
     return {"curve": curve, "weight_bytes": 6 * arch.hidden * arch.ffn}
+
+
+def packed(device: str, model: str, tokens: int, seconds: float = 0.15) -> dict:
+    """Of each packed format the bytes/s of unpacking a matrix of the model's experts, read and written, and what a product over so
+    many tokens takes beside one of bf16: `{name: {"bytes_per_s", "of_bf16"}}`."""
+    dev, arch, found = Device(device), _arch(model), {}
+    rows, columns = arch.ffn, arch.hidden
+    x_TD, plain = noise(dev, torch.bfloat16, tokens, columns), noise(dev, torch.bfloat16, rows, columns)
+    with torch.inference_mode():
+        plain_s = repeat_s(dev, partial(linear, x_TD, plain), seconds, warm=2)
+        for name, layout in FORMATS.items():
+            matrix = drawn(layout, rows, columns, SCALES.get(name, torch.bfloat16), device)
+            unpack_s = repeat_s(dev, partial(unpack, matrix, torch.empty_like(plain)), seconds, warm=2)
+            product_s = repeat_s(dev, partial(linear, x_TD, matrix), seconds, warm=2)
+            moved = layout.matrix_bytes(rows, columns) + plain.nbytes
+            found[name] = {"bytes_per_s": moved / unpack_s, "of_bf16": plain_s / product_s}
+    return found
 
 
 def hbm(device: str, scale: float = 1.0) -> dict:
@@ -158,4 +178,15 @@ def _under_copies(dev: Device, case: AttentionCase, lane: Lane) -> tuple[float, 
 
 
 if __name__ == "__main__":
-    serve({"about": about, "machine": machine, "copies": copies, "gemm": gemm, "hbm": hbm, "host": host, "disk": disk})
+    serve(
+        {
+            "about": about,
+            "machine": machine,
+            "copies": copies,
+            "gemm": gemm,
+            "packed": packed,
+            "hbm": hbm,
+            "host": host,
+            "disk": disk,
+        }
+    )

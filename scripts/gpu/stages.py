@@ -13,13 +13,15 @@ from policies.policy import Workload
 from scripts.benchmark.record import Figure
 from scripts.benchmark.worker import Worker, WorkerError
 from scripts.gpu.capped import REHEARSAL_CAP_BYTES, engine_arguments, tokens_figure
-from scripts.gpu.context import Context, rates_of, reduced_model
+from scripts.gpu.context import PACKED_TOKENS, Context, rates_of, reduced_model
 from scripts.gpu.plan import Budget, plan
 
 PEER_LAYERS, PEER_GPU_BYTES, PEER_SPARE_BYTES, PEER_HOST_BYTES = 8, int(8e9), int(2e9), int(32e9)
 PEER_WORKLOAD = Workload(prompt_len=512, gen_len=32)
 PEER_BATCHES = (8, 32, 64, 128)
 LOGITS_BOUND = 0.1
+#: Of the speed of a product of bf16 weights.
+PACKED_TARGET = 0.9
 
 
 def probe(run: Context) -> tuple[list[Figure], dict]:
@@ -44,6 +46,17 @@ def probe(run: Context) -> tuple[list[Figure], dict]:
                 ratio=rate / most,
             )
         )
+    for name, own in found["packed"].items():
+        figures += [
+            _rate(f"unpack {name} to bf16, read and written", own["bytes_per_s"], "HBM reads", hbm),
+            Figure(
+                what=f"expert in {name}, {PACKED_TOKENS} tokens",
+                value=f"{own['of_bf16']:.2f} of bf16's speed",
+                beside="bf16, the same matrix on the GPU",
+                ratio=own["of_bf16"],
+                target=PACKED_TARGET,
+            ),
+        ]
     attention = f"host reads, best of {', '.join(host['reads'])}: {host['read'] / 1e9:.0f} GB/s"
     figures += [
         _rate(

@@ -106,7 +106,7 @@ def ring(name: str, rows: int, columns: int) -> list[PackedMatrix]:
     """Matrices of a format that are as many bytes as a cache does not hold; the first is compared with torch's values."""
     packed = FORMATS[name]
     count = max(1, _RING_BYTES // packed.matrix_bytes(rows, columns) // 2)
-    matrices = [_drawn(packed, rows, columns, SCALES.get(name, torch.bfloat16)) for _ in range(count)]
+    matrices = [drawn(packed, rows, columns, SCALES.get(name, torch.bfloat16)) for _ in range(count)]
     wanted = matrices[0].unpack(torch.empty(rows, columns, dtype=torch.bfloat16))
     found = torch.cat([piece.clone() for _, piece in unpacked_pieces(matrices[0], torch.bfloat16)])
     if not torch.equal(found.view(torch.int16), wanted.view(torch.int16)):
@@ -114,7 +114,8 @@ def ring(name: str, rows: int, columns: int) -> list[PackedMatrix]:
     return matrices
 
 
-def _drawn(packed: PackedFormat, rows: int, columns: int, scale: torch.dtype) -> PackedMatrix:
+def drawn(packed: PackedFormat, rows: int, columns: int, scale: torch.dtype, device: str = "cpu") -> PackedMatrix:
+    """A matrix of drawn numbers and scales."""
     fields = {}
     for field in CODECS[packed.codec].fields(packed, rows, columns):
         dtype = scale if scale in field.dtypes else field.dtypes[0]
@@ -124,7 +125,7 @@ def _drawn(packed: PackedFormat, rows: int, columns: int, scale: torch.dtype) ->
             low, high = (120, 130) if field.name == "scale" else (0, 127)
             bits = torch.randint(low, high, (*field.shape, dtype.itemsize), dtype=torch.uint8)
             fields[field.name] = bits.view(dtype).view(field.shape)
-    return PackedMatrix(packed, fields, (rows, columns))
+    return PackedMatrix(packed, {name: field.to(device) for name, field in fields.items()}, (rows, columns))
 
 
 def read_rate(seconds: float) -> float:

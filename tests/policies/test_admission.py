@@ -6,6 +6,7 @@ import pytest
 
 from policies import Policy
 from policies.admission.admission import Admission
+from policies.admission.kv_pages import KVPages
 from policies.admission.row_state import AttentionMode, RowLengths
 from policies.placement import TIERS
 from tests.support.scheduling import Simulation
@@ -31,7 +32,7 @@ def admission_of(kv=GPU, *, gpu=0, cpu=0, disk=0, tails=0, expected_end=None, re
         policy_of(kv, **policy),
         pages={"gpu": gpu, "cpu": cpu, "disk": disk},
         tails=tails,
-        page_tokens=BLOCK,
+        layout=KVPages(page_tokens=BLOCK),
         expected_end=expected_end,
         recompute_past=recompute_past,
     )
@@ -338,7 +339,7 @@ def test_admission_decides_in_every_sweep_what_the_scheduler_over_a_real_cache_d
     for seed in range(part * 12, part * 12 + 12):
         policy, pages, tails, expected_end, lengths = random_job(seed)
         sim = Simulation(policy, pages, tails=tails, expected_end=expected_end, tmp_path=tmp_path)
-        pure = Admission(policy, pages=pages, tails=tails, page_tokens=BLOCK, expected_end=expected_end)
+        pure = Admission(policy, pages=pages, tails=tails, layout=KVPages(page_tokens=BLOCK), expected_end=expected_end)
         real = {sim.submit(prompt, most, ends): number for number, (prompt, most, ends) in enumerate(lengths)}
         rows = {row: number for number, row in enumerate(wait(pure, *[(prompt, most) for prompt, most, _ in lengths]))}
         seen = set()

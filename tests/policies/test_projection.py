@@ -4,15 +4,17 @@ import random
 
 import pytest
 
+from policies.admission.kv_pages import KVPages
 from policies.admission.kv_projection import Projection, growth
 
 BLOCK = 16
+PAGES = KVPages(page_tokens=BLOCK)
 
 
 def test_a_row_holds_its_prompt_while_it_is_prefilled_then_grows_by_one_token_a_sweep():
-    assert growth(30, 2, 4, BLOCK) == [2, 2, 2, 2, 3, 3]
-    assert growth(1, 1, 0, BLOCK) == [1]
-    assert growth(16, 1, 1, BLOCK) == [1, 2]
+    assert growth(30, 2, 4, PAGES) == [2, 2, 2, 2, 3, 3]
+    assert growth(1, 1, 0, PAGES) == [1]
+    assert growth(16, 1, 1, PAGES) == [1, 2]
 
 
 def test_rows_that_together_exceed_the_tier_at_one_sweep_do_not_fit():
@@ -74,7 +76,7 @@ def test_random_rows_leave_the_sum_of_those_present(seed):
     rng, projection, present, now = random.Random(seed), Projection(10**6), {}, 0
     for step in range(200):
         if rng.random() < 0.4:
-            curve = growth(rng.randint(1, 80), rng.randint(1, 4), rng.randint(0, 40), BLOCK)
+            curve = growth(rng.randint(1, 80), rng.randint(1, 4), rng.randint(0, 40), PAGES)
             projection.add(step, curve)
             present[step] = (now, curve)
         if present and rng.random() < 0.3:

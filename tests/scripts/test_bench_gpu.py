@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cost_model import Hardware
-from cost_model.memory.allocation import kv_pages_per_tier, kv_tokens_wanted
+from cost_model.memory.allocation import PAGE_TOKENS, kv_pages_per_tier, kv_tokens_wanted
 from cost_model.model.arch import ModelArch
 from cost_model.timing.evaluate import evaluate
 from flexmoe.engine.scheduler import Row, Scheduler
@@ -184,6 +184,9 @@ def rehearsed(stage, tmp_path):
 @pytest.mark.slow
 def test_rehearsal_of_the_probes_has_a_rate_beside_every_limit(tmp_path):
     figures = rehearsed("probe", tmp_path)["figures"]
+    assert {"expert in int4, 512 tokens", "unpack mxfp4 to bf16, read and written"} <= {
+        figure["what"] for figure in figures
+    }
     assert len(figures) > 15 and all(figure["beside"] for figure in figures)
 
 
@@ -242,7 +245,9 @@ def _aged_scheduler(rows, prompt, gen):
         cpu_attention_percent=100,
     )
     workload = Workload(prompt_len=prompt, gen_len=gen)
-    blocks = kv_pages_per_tier(chosen, kv_tokens_wanted(chosen, workload), prompt + gen)
+    blocks = kv_pages_per_tier(
+        chosen, kv_tokens_wanted(chosen, workload) / PAGE_TOKENS, -(-(prompt + gen) // PAGE_TOKENS)
+    )
     shape = KVShape(layers=1, kv_heads=1, head_dim=2, dtype=torch.bfloat16)
     return Scheduler(chosen, KVCache(Device("cpu"), shape, blocks))
 

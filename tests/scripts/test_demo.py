@@ -8,7 +8,7 @@ import pytest
 from transformers import MixtralConfig
 
 from cost_model import Hardware, ModelArch, Workload, solve
-from flexmoe.cli.arguments import parser
+from flexmoe.cli.running.arguments import parser
 from flexmoe.errors import InputMissingError
 from flexmoe.system.device import Device
 from scripts.demo import Setting, command, introduction

@@ -29,13 +29,13 @@ class Flash:
         assert shaped.shape == q.shape
         self.calls.append((most_q, len(lengths), len(k)))
         with _disable_current_modes():
-            out = self._computed(q, k, v, q_starts, k_starts, lengths, scale, left)
-        return self._returned(q, k, most_q, out)
+            out, lse = self._computed(q, k, v, q_starts, k_starts, lengths, scale, left)
+        return self._returned(q, k, most_q, out, lse)
 
     @staticmethod
-    def _returned(q, k, most_q, out):
+    def _returned(q, k, most_q, out, sums):
         """The result, with what the kernel allocates beside it."""
-        lse, given = torch.empty(q.shape[1], len(q)), torch.empty_like(q).copy_(out)
+        lse, given = torch.empty(q.shape[1], len(q)).copy_(sums), torch.empty_like(q).copy_(out)
         if most_q == 1 and q.shape[1] > k.shape[1]:  # heads that share a KV head become queries of it, and heads again
             kept = [q.clone(), q.clone(), given.clone()]
             del kept
@@ -44,6 +44,7 @@ class Flash:
     @staticmethod
     def _computed(q, k, v, q_starts, k_starts, lengths, scale, left):
         out, shared = torch.empty_like(q), q.shape[1] // k.shape[1]
+        lse = torch.empty(q.shape[1], len(q))
         for row, (a, b) in enumerate(zip(q_starts.tolist(), q_starts[1:].tolist())):
             first, keys = int(k_starts[row]), int(lengths[row])
             own = [x[first : first + keys].double().repeat_interleave(shared, dim=1) for x in (k, v)]
@@ -53,8 +54,10 @@ class Flash:
             hidden = beyond > 0
             if left is not None:
                 hidden |= beyond < -left
-            out[a:b] = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), own[1]).to(q)
-        return out
+            scores = scores.masked_fill(hidden, -torch.inf)
+            lse[:, a:b] = scores.logsumexp(-1)
+            out[a:b] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), own[1]).to(q)
+        return out, lse
 
 
 def everywhere(monkeypatch):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from cost_model.model.arch import LayerGroup
 from flexmoe.formats.packed_kv import is_packed, unpack
 from flexmoe.kv.batch import Block, Run
 from flexmoe.kv.cache import KVCache, KVShape
@@ -38,15 +39,28 @@ class History:
 class Bench:
     """A cache of ``pages`` per tier with its lanes; `sweep` runs one sweep over some rows and checks its attention."""
 
-    def __init__(self, directory, pages, *, window=None, seed=0, tails=8, batch_rows=3, device=None, compressed=False):
-        self.recorder, self.window, self.batch_rows = Recorder(), window, batch_rows
+    def __init__(
+        self,
+        directory,
+        pages,
+        *,
+        window=None,
+        groups=(),
+        seed=0,
+        tails=8,
+        batch_rows=3,
+        device=None,
+        compressed=False,
+    ):
+        self.recorder, self.batch_rows = Recorder(), batch_rows
         device = device or Device("cpu")
         counts = dict(zip(("gpu", "cpu", "disk"), pages))
         self.uploads = Uploads(device)
-        shape = replace(SHAPE, compressed=compressed)
+        groups = groups or (LayerGroup(window, tuple(range(LAYERS))),)
+        shape = replace(SHAPE, groups=groups, compressed=compressed)
         self.cache = KVCache(device, shape, counts, tails if counts["disk"] else 0, directory)
         buffers = KVBuffers(staging_pages=sum(pages), batch_tokens=600, write_pages=60)
-        self.lanes = KVLanes(device, self.recorder, self.cache, buffers, HEADS, window)
+        self.lanes = KVLanes(device, self.recorder, self.cache, buffers, HEADS)
         self.generator = torch.Generator().manual_seed(seed)
 
     def open(self, kind):
@@ -78,7 +92,7 @@ class Bench:
             self._layer(layer, block)
         self.lanes.drain()
         for run in block.runs:
-            run.kv.length += len(run.tokens)
+            self.cache.advance(run.kv, run.kv.length + len(run.tokens))
 
     def _layer(self, layer, block):
         """The executor's order: batch j + 1 is loaded and stored before batch j is attended."""
@@ -116,7 +130,7 @@ class Bench:
                 row = run.owner
                 row.k[layer] = torch.cat([row.k[layer], self._values(k[here])])
                 row.v[layer] = torch.cat([row.v[layer], self._values(v[here])])
-                expected = self._attend(q[here], row.k[layer], row.v[layer])
+                expected = self._attend(layer, q[here], row.k[layer], row.v[layer])
                 got = out[start - group.start : start - group.start + len(run.tokens)]
                 torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
                 start = here.stop
@@ -125,11 +139,12 @@ class Bench:
         """Of keys or values as the cache stores them."""
         return unpack(stored, torch.empty(*stored.shape[:-1], SIZE)) if is_packed(stored) else stored
 
-    def _attend(self, q, k, v):
+    def _attend(self, layer, q, k, v):
+        window = self.cache.window_of(layer)
         k, v = (x.double().repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q.double(), k) * SIZE**-0.5
         position, key = torch.arange(len(k) - len(q), len(k))[:, None], torch.arange(len(k))
         hidden = key > position
-        if self.window is not None:
-            hidden |= key <= position - self.window
+        if window is not None:
+            hidden |= key <= position - window
         return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)

@@ -15,6 +15,7 @@ from flexmoe.formats.bits import packed_words
 from flexmoe.formats.packed_matrix import CODECS, PackedMatrix
 from tests.support.tiny import BASE, GEN_LEN, Recipe, Variant, make, transformers_greedy
 from tests.support.tiny_families import COMMON, RECIPES, use_long_factors
+from tests.support.tiny_models import DEEPSEEK, correct
 
 GROUP = 32
 _LINEAR = {"targets": ["Linear"]}
@@ -50,15 +51,46 @@ FAMILIES = {
         COMMON,
     ),
 }
+#: Of the families in `tests.support.tiny_models`, those of which FP8 uploads are common, with a shared expert or without.
+MORE_FAMILIES = {
+    "glm4_moe": Recipe(
+        DEEPSEEK | {"moe_intermediate_size": 32, "intermediate_size": 96, "head_dim": 16, "attention_bias": True},
+        {},
+        correct,
+        "glm4_moe",
+        COMMON,
+    ),
+    "minimax_m2": Recipe(
+        {"intermediate_size": 32, "num_local_experts": 16, "num_experts_per_tok": 4, "head_dim": 16, "rotary_dim": 8},
+        {},
+        correct,
+        "minimax_m2",
+        COMMON,
+    ),
+}
 
 
 def plain(family: str, directory: Path) -> Variant:
     """The unpacked model of a family."""
-    return make(FAMILIES[family], directory, lengths=(5, 33, 1, 70))
+    return make((FAMILIES | MORE_FAMILIES)[family], directory, lengths=(5, 33, 1, 70))
 
 
 def packed(variant: Variant, form: str, directory: Path) -> Variant:
     """The model with its matrices packed; what is expected of it is computed by transformers with the values they stand for."""
+    write_packed(variant, form, directory)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory / "values", dtype=torch.float32, experts_implementation="eager"
+    ).eval()
+    if model.config.model_type == "phimoe":
+        use_long_factors(model)
+    greedy = [
+        transformers_greedy(model, prompt, eos_token_id=None, max_new_tokens=GEN_LEN) for prompt in variant.prompts
+    ]
+    return Variant(directory, model, variant.prompts, greedy, variant.eos_ids)
+
+
+def write_packed(variant: Variant, form: str, directory: Path) -> None:
+    """The packed checkpoint, and in `values` below it one of the values that it stands for."""
     tensors = {
         name: t for file in sorted(variant.directory.glob("*.safetensors")) for name, t in load_file(file).items()
     }
@@ -81,15 +113,6 @@ def packed(variant: Variant, form: str, directory: Path) -> Variant:
             stored[f"{module}.weight_shape"] = torch.tensor(weight.shape)
     _save(directory, stored, own)
     _save(directory / "values", values, config)
-    model = AutoModelForCausalLM.from_pretrained(
-        directory / "values", dtype=torch.float32, experts_implementation="eager"
-    ).eval()
-    if config["model_type"] == "phimoe":
-        use_long_factors(model)
-    greedy = [
-        transformers_greedy(model, prompt, eos_token_id=None, max_new_tokens=GEN_LEN) for prompt in variant.prompts
-    ]
-    return Variant(directory, model, variant.prompts, greedy, variant.eos_ids)
 
 
 def _is_packed(name: str) -> bool:

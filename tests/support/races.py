@@ -62,7 +62,8 @@ def disturb(rng, replace):
         release(self, unit)
 
     def poisoned_attend_fetched(self, layer, batch, *about):
-        (index,) = (i for i in batch.kv.values() if hasattr(i, "sides"))
+        indexes = [index for groups in batch.kv.values() for index in groups]
+        (index,) = (i for i in indexes if layer in getattr(i, "sides", ()))
         side = index.sides[layer]
         out = attend_fetched(self, layer, batch, *about)
         self._staging[side].fill_(torch.nan)

@@ -16,8 +16,10 @@ MIXED_KV = (100, 0, 30, 40, 100, 0)
 class Simulation:
     """Runs a scheduler to the end; every row generates up to `ends[row]` tokens (default: its limit)."""
 
-    def __init__(self, policy, pages, *, tails=0, expected_end=None, tmp_path=None):
-        shape = KVShape(layers=1, kv_heads=1, head_dim=1, dtype=torch.float32)
+    def __init__(self, policy, pages, *, tails=0, expected_end=None, tmp_path=None, groups=()):
+        shape = KVShape(
+            layers=sum(len(g.layers) for g in groups) or 1, kv_heads=1, head_dim=1, dtype=torch.float32, groups=groups
+        )
         self.cache = KVCache(Device("cpu"), shape, pages, tails, tmp_path)
         self.scheduler = Scheduler(policy, self.cache, expected_end)
         self.policy, self.ends = policy, {}

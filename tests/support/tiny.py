@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,8 @@ PROMPT_LENGTHS = (1, 5, 17, 64, 300, 33, 2, 120, 15, 16, 31, 80, 9, 48, 3, 150)
 LONGEST_ROW = max(PROMPT_LENGTHS) + GEN_LEN
 #: A difference from transformers is excused only where its own margin at that token is below this.
 MARGIN = 1e-5
+#: Families whose routers choose by softmax alone, and Phimoe.
+_SOFTMAX_ROUTERS = ("mixtral", "phimoe", "qwen3_moe", "qwen2_moe", "olmoe")
 
 
 def _favour_two_experts(model: MixtralForCausalLM) -> None:
@@ -106,7 +109,8 @@ def make(
         known: a file of the greedy ids, which take longest; written if it is not there yet.
     """
     torch.manual_seed(7)
-    config = AutoConfig.for_model(recipe.family, **recipe.base | recipe.config)
+    # Copied: transformers adds the rotated share of a head to the dictionary that it is given.
+    config = AutoConfig.for_model(recipe.family, **deepcopy(recipe.base | recipe.config))
     # Its grouped experts refuse matrices whose rows are no multiple of 16 bytes.
     model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").float().eval()
     with torch.no_grad():
@@ -153,10 +157,11 @@ def transformers_greedy(model, prompt: list[int], *, eos_token_id, max_new_token
 @torch.no_grad()
 def margins(model, ids: list[int]) -> tuple[float, float]:
     """Transformers' gaps at the token that follows ``ids``: between its two best logits, and the smallest one of its
-    routers, between the last expert chosen and the first one left out."""
-    out = model(torch.tensor([ids]), output_router_logits=True)
+    routers, between the last expert chosen and the first one left out; infinite where that is not known."""
+    asked = {"output_router_logits": True} if model.config.model_type in _SOFTMAX_ROUTERS else {}
+    out = model(torch.tensor([ids]), **asked)
     best, second = out.logits[0, -1].float().topk(2).values.tolist()
-    return best - second, router_margin(model, [layer[-1] for layer in out.router_logits])
+    return best - second, router_margin(model, [layer[-1] for layer in out.router_logits]) if asked else float("inf")
 
 
 def router_margin(model, logits: list[torch.Tensor]) -> float:

@@ -61,3 +61,35 @@ def build_sentencepiece(directory):
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     fast.save_pretrained(directory)
+
+
+#: As Qwen3's: `<think>` is a token that texts show.
+THINK_TOKENS = (("<|im_start|>", True), ("<|im_end|>", True), ("<think>", False), ("</think>", False))
+#: As gpt-oss's.
+HARMONY_TOKENS = tuple(
+    (f"<|{name}|>", True) for name in ("start", "end", "message", "channel", "return", "call", "constrain")
+)
+#: The assistant's answer begins with the thinking, or with an empty one.
+THINK_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}{% endif %}"
+)
+HARMONY_TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+
+def build_reasoning_tokenizer(directory, tokens, chat_template):
+    """The byte-level BPE with tokens of its own for marks.
+
+    Args:
+        tokens: each with whether it is special, and so left out of texts.
+    """
+    from transformers import AddedToken, AutoTokenizer
+
+    build_tokenizer(directory, chat_template)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens([AddedToken(text, special=special) for text, special in tokens])
+    tokenizer.save_pretrained(directory)

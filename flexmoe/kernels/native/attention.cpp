@@ -54,10 +54,10 @@ void flexmoe_set_parallel(void* gomp_parallel) { parallel = reinterpret_cast<Par
 int flexmoe_attention(int dtype, int compressed, int width, const void* q, int64_t q_stride, int64_t tokens, const void* k_pool,
                       const void* v_pool, int64_t page_stride, int64_t num_pages, const int32_t* page_tables,
                       int64_t table_stride, int64_t table_width, const int32_t* q_starts, const int32_t* context_lens,
-                      void* out, int B, int H, int G, int D, int page_tokens, int window, float scale,
+                      const float* sinks, void* out, int B, int H, int G, int D, int page_tokens, int window, float scale,
                       int num_threads) {
   Call call{q, k_pool, v_pool, out, q_stride, page_stride, table_stride, page_tables, q_starts, context_lens,
-            B, H, G, D, page_tokens, H / G, window, scale, width};
+            B, H, G, D, page_tokens, H / G, window, scale, sinks, width};
   try {
     if (Status status = check(call, tokens, num_pages, table_width)) return status;
     Job job(call, dtype, compressed, num_threads);

@@ -29,6 +29,7 @@ def paged_attention(
     scale: float,
     out: torch.Tensor | None = None,
     window: int = 0,
+    sinks: torch.Tensor | None = None,
     num_threads: int | None = None,
 ) -> torch.Tensor:
     """Causal grouped-query attention of ragged rows over a paged KV cache, on CPU cores.
@@ -48,6 +49,7 @@ def paged_attention(
         scale: factor of the scores.
         out: contiguous [T, H, D] to write to; made when absent. Tokens outside q_starts are left alone.
         window: 0, or a query at p sees keys in (p - window, p].
+        sinks: fp32 [H], a score of each head that counts in the softmax beside those of the keys.
         num_threads: torch's number of threads when absent.
 
     Returns:
@@ -73,12 +75,21 @@ def paged_attention(
     tables = page_tables.data_ptr(), page_tables.stride(0), width, q_starts.data_ptr(), context_lens.data_ptr()
     threads = torch.get_num_threads() if num_threads is None else max(1, num_threads)
     sizes = rows, heads, kv_heads, size, page_tokens, window, scale, threads
-    status = library.flexmoe_attention(*stored, *queries, *pools, *tables, out.data_ptr(), *sizes)
+    sink_scores = None if sinks is None else _checked_sinks(sinks, heads).data_ptr()
+    status = library.flexmoe_attention(*stored, *queries, *pools, *tables, sink_scores, out.data_ptr(), *sizes)
     if status in _STATUS_SENTENCES:
         raise ValueError(_STATUS_SENTENCES[status])
     if status:
         raise MemoryError("native attention could not allocate its scratch memory")
     return out
+
+
+def _checked_sinks(sinks_H: torch.Tensor, heads: int) -> torch.Tensor:
+    if sinks_H.shape != (heads,) or sinks_H.dtype != torch.float32 or not sinks_H.is_contiguous():
+        raise ValueError(f"sinks must be fp32 [{heads}], not {sinks_H.dtype} {[*sinks_H.shape]}")
+    if sinks_H.device.type != "cpu":
+        raise ValueError("native attention takes CPU tensors only")
+    return sinks_H
 
 
 def _check(

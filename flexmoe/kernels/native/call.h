@@ -21,6 +21,7 @@ struct Call {
   const int32_t *page_tables, *q_starts, *context_lens;
   int B, H, G, D, page_tokens, N, window;
   float scale;
+  const float* sinks;  // [H], a score in every softmax that belongs to no key; null: none
   int width;  // stored elements of a head of a token: D, or those of a compressed head with its scale
 };
 
@@ -33,6 +34,12 @@ INLINE float head_scale(const i8* head, int D) {
 }
 
 struct Item { int32_t row, head_begin, head_end, tile; };  // tile -1: the stream path
+
+constexpr float LOG2E = 1.44269504088896340736f;
+
+// Where the softmax of a query head begins: its largest score so far, in base 2, and the sum of what counts so far.
+INLINE float first_score(const Call& c, int head) { return c.sinks ? c.sinks[head] * LOG2E : LOWEST; }
+INLINE float first_sum(const Call& c) { return c.sinks ? 1.0f : 0.0f; }
 
 INLINE int round_up(int x, int to) { return (x + to - 1) / to * to; }
 

@@ -175,17 +175,31 @@ template <class T, class E> struct Stream {
   }
 
   void start(int head_begin) {
-    const float factor = c.scale * 1.44269504088896340736f;
-    for (int h = 0; h < heads; h++)
+    const float factor = c.scale * LOG2E;
+    for (int h = 0; h < heads; h++) {
       for (int l = 0; l < lines; l++) {
         const T* from = (const T*)c.q + (first_token + l / c.N) * c.q_stride
                         + int64_t((head_begin + h) * c.N + l % c.N) * c.D;
         widen_row(from, q + (h * STREAM_LINES + l) * padded, c.D, padded, factor);
-        max_sum[(h * STREAM_LINES + l) * 2] = (vf){} + LOWEST;
-        max_sum[(h * STREAM_LINES + l) * 2 + 1] = (vf){};
       }
+      start_softmax(h, (head_begin + h) * c.N);
+    }
     std::fill(o, o + size_t(heads) * STREAM_LINES * padded, 0.0f);
     std::fill(kv, kv + padded, 0.0f);  // the row of zeros behind the last key
+  }
+
+  // A line's maximum is in all its lanes; of its sum each lane has a part.
+  void start_softmax(int h, int first_head) {
+    for (int l = 0, take; l < lines; l += take) {
+      take = cut_lines(lines - l);
+      vf highest = {}, sum = {};
+      for (int i = 0; i < W; i++) {
+        const int line = i / (W / take);
+        highest[i] = first_score(c, first_head + (l + line) % c.N);
+        sum[i] = i % (W / take) ? 0.0f : first_sum(c);
+      }
+      max_sum[(h * STREAM_LINES + l) * 2] = highest, max_sum[(h * STREAM_LINES + l) * 2 + 1] = sum;
+    }
   }
 
   template <class X>

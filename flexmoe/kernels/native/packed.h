@@ -109,22 +109,42 @@ INLINE __m256i narrowed(vf x, bf16) {
 }
 INLINE __m256i narrowed(vf x, f16) { return _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
+#if defined(__AVX512BF16__)
+// The conversion of the CPU takes subnormal numbers for 0: no product may be one.
+INLINE bool is_plain(float scale) {
+  const float size = std::fabs(scale);
+  return size == 0 || (size > 0x1p-100f && size < 0x1p100f);
+}
+#endif
+
 template <class S> INLINE vf table_of_codes(Kind kind, float zero, float scale) {
-  const vu codes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return rounded((kind == E2M1 ? values<E2M1>(codes, 0) : values<UNSIGNED>(codes, zero)) * scale, S());
+  const vf counted = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const vf doubled = {0, 1, 2, 3, 4, 6, 8, 12, -0.0f, -1, -2, -3, -4, -6, -8, -12};  // `values` of E2M1
+  return rounded((kind == E2M1 ? doubled : counted - zero) * scale, S());
+}
+// The same in 16 bits.
+template <class S> INLINE __m256i narrow_table(Kind kind, float zero, float scale, bf16) {
+  const vf table = table_of_codes<S>(kind, zero, scale);
+#if defined(__AVX512BF16__)
+  if (is_plain(scale)) return (__m256i)_mm512_cvtneps_pbh((__m512)table);
+#endif
+  return narrowed(table, bf16());
+}
+template <class S> INLINE __m256i narrow_table(Kind kind, float zero, float scale, f16) {
+  return narrowed(table_of_codes<S>(kind, zero, scale), f16());
 }
 
 // 4 bits: an index takes the low bits of its lane alone, so the table is there twice and nothing is masked.
 template <Kind K, class S, class T> INLINE int nibbles(const uint8_t* p, int c, int end, float zero, float scale, T* out) {
-  const vf table = table_of_codes<S>(K, zero, scale);
   if constexpr (sizeof(T) == 2) {
-    const __m512i both = _mm512_broadcast_i64x4(narrowed(table, T()));
+    const __m512i both = _mm512_broadcast_i64x4(narrow_table<S>(K, zero, scale, T()));
     for (; c + 32 <= end; c += 32) {
       const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + c / 2)));
       const __m512i codes = _mm512_or_si512(x, _mm512_slli_epi32(x, 12));
       _mm512_storeu_si512(out + c, _mm512_permutexvar_epi16(codes, both));
     }
   } else {
+    const vf table = table_of_codes<S>(K, zero, scale);
     for (; c + 16 <= end; c += 16) {
       const __m512i x = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)(p + c / 2)));
       const __m512i codes = _mm512_or_si512(x, _mm512_slli_epi64(x, 28));
@@ -136,12 +156,6 @@ template <Kind K, class S, class T> INLINE int nibbles(const uint8_t* p, int c, 
 #endif
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-// The conversion of the CPU takes subnormal numbers for 0: no product may be one.
-INLINE bool is_plain(float scale) {
-  const float size = std::fabs(scale);
-  return size == 0 || (size > 0x1p-100f && size < 0x1p100f);
-}
-
 template <Kind K> INLINE bool wide(const uint8_t* p, float zero, vf& low, vf& high) {
   if constexpr (K == UNSIGNED) {
     low = values<K>(codes_at<8>(p), zero), high = values<K>(codes_at<8>(p + 16), zero);
@@ -224,9 +238,32 @@ template <class S> struct Beside {
   }
 };
 
+// Groups of 32 numbers of e2m1, from `begin` on, up to one whose values are no normal numbers: a power of two is added to exponents.
+template <class S, class T>
+INLINE int e2m1_groups(const Packed& p, const Beside<S>& beside, const uint8_t* numbers, int begin, int end, T* out) {
+  int c = begin;
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (std::is_same<T, bf16>::value) {
+    if (p.columns != 32 || begin % 32) return c;
+    const __m512i ones = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+        0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, short(0x8000), short(0xbf00), short(0xbf80),
+        short(0xbfc0), short(0xc000), short(0xc040), short(0xc080), short(0xc0c0)));
+    for (; c + 32 <= end; c += 32) {
+      const int stored = uint8_t(beside.scale[c / 32]);
+      if (stored < 3 || stored > 251) return c;
+      const __m512i table = _mm512_mask_add_epi16(ones, 0xfefefefe, ones, _mm512_set1_epi16(short((stored - 127) * 128)));
+      const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(numbers + c / 2)));
+      _mm512_storeu_si512(out + c, _mm512_permutexvar_epi16(_mm512_or_si512(x, _mm512_slli_epi32(x, 12)), table));
+    }
+  }
+#endif
+  return c;
+}
+
 // Inputs [begin, end) of output r, whose numbers lie beside each other; `numbers` is where input 0 were.
 template <Kind K, int BITS, class S, class T>
 INLINE void stretch(const Packed& p, const Beside<S>& beside, const uint8_t* numbers, int begin, int end, T* out) {
+  if constexpr (K == E2M1) begin = e2m1_groups(p, beside, numbers, begin, end, out);
   for (int g = begin / p.columns, c = begin; c < end; g++) {
     const int last = int(std::min<int64_t>(end, int64_t(g + 1) * p.columns));
     const float scale = K == E2M1 ? beside.half_power_of(g) : beside.scale_of(g);
@@ -235,8 +272,9 @@ INLINE void stretch(const Packed& p, const Beside<S>& beside, const uint8_t* num
   }
 }
 
+// Not inlined: its loop has all registers to itself.
 template <Kind K, int BITS, class S, class T>
-void rows_as_they_lie(const Packed& p, const Matrix& m, int first, int last, T* out) {
+__attribute__((noinline)) void rows_as_they_lie(const Packed& p, const Matrix& m, int first, int last, T* out) {
   for (int r = first; r < last; r++, out += p.C) {
     const uint8_t* numbers = (const uint8_t*)m.packed + r * p.packed_stride;
     stretch<K, BITS, S>(p, Beside<S>(p, m, r), numbers, 0, p.C, out);
@@ -300,7 +338,7 @@ template <class S, class T> struct AwqBlock {
     int c = begin;
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
     if constexpr (sizeof(T) == 2) {
-      const __m512i table = _mm512_cvtepu16_epi32(narrowed(table_of_codes<S>(UNSIGNED, zero, scale), T()));
+      const __m512i table = _mm512_cvtepu16_epi32(narrow_table<S>(UNSIGNED, zero, scale, T()));
       const __m128i by = _mm_cvtsi32_si128(shift);
       __m512i low_words = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22,
                                            20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);

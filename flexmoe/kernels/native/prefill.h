@@ -119,7 +119,10 @@ template <class T, class E, int NV> struct Tile : TileState<NV> {
   void run() {
     pack_queries();
     std::fill(o, o + D * LINES, 0.0f);
-    for (int n = 0; n < NV; n++) this->highest[n] = (vf){} + LOWEST, this->sum[n] = (vf){};
+    for (int l = 0; l < LINES; l++) {
+      this->highest[l / W][l % W] = first_score(c, head * c.N + member[l]);
+      this->sum[l / W][l % W] = first_sum(c);
+    }
     const int end = this->last_position + 1;
     for (int t = c.window ? std::max(0, this->first_position - c.window + 1) : 0; t < end; t += CHUNK) {
       const int count = std::min(CHUNK, end - t), keys = round_up(count, State::BLOCKING);
@@ -132,7 +135,7 @@ template <class T, class E, int NV> struct Tile : TileState<NV> {
   }
 
   void pack_queries() {
-    const float factor = c.scale * 1.44269504088896340736f;
+    const float factor = c.scale * LOG2E;
     for (int n = 0; n < NV; n++) {
       const T* from[W];
       for (int i = 0; i < W; i++)

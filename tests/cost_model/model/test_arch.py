@@ -243,7 +243,7 @@ def hf_flops_per_token(arch, parameters):
     [
         ({"sliding_window": 0}, "sliding_window"),
         ({"num_layers": True}, "num_layers"),
-        ({"model_type": "llama"}, "llama"),
+        ({"model_type": "gpt2"}, "gpt2"),
         ({"dense_layers": (0,)}, "dense_ffn"),
         ({"dense_ffn": 64}, "dense_ffn"),
         ({"dense_layers": (1, 0), "dense_ffn": 64}, "dense_layers"),

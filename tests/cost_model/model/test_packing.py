@@ -25,7 +25,7 @@ def test_packed_weights_take_as_many_bytes_as_the_format_has(format, part):
     packed = packed_as(MIXTRAL, format)
     assert packed.packed.name == format and packed.packed.kinds == ("attention", "expert")
     assert packed.expert_bytes / MIXTRAL.expert_bytes == pytest.approx(part, abs=0.006)
-    assert packed_as(packed, format) is packed and packed_as(MIXTRAL, None) is MIXTRAL
+    assert packed_as(packed, format) == packed and packed_as(MIXTRAL, None) == MIXTRAL
 
 
 @pytest.mark.parametrize("widths, group", [((256, 384), 128), ((576, 1536), 64), ((96, 128), 32)])

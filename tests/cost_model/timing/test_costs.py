@@ -217,7 +217,7 @@ def test_kv_capacity_follows_the_ages_of_the_rows():
 @pytest.mark.parametrize("longest", [1, 16, 17, 500])
 def test_longest_row_always_fits_the_largest_tier(gpu, cpu, kv_tokens, longest):
     policy = policy_of((100, 0, gpu, cpu, 100, 0))
-    blocks = kv_pages_per_tier(policy, kv_tokens, longest)
+    blocks = kv_pages_per_tier(policy, kv_tokens / PAGE_TOKENS, -(-longest // PAGE_TOKENS))
     assert max(blocks.values()) * PAGE_TOKENS >= longest
     assert sum(blocks.values()) * PAGE_TOKENS >= kv_tokens
     for share, tier in zip((gpu, cpu, 100 - gpu - cpu), TIERS):

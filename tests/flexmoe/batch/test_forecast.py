@@ -14,7 +14,7 @@ from cost_model.hardware.speeds import with_speeds
 from cost_model.planner.constraints import Fixed
 from cost_model.timing.evaluate import evaluate
 from flexmoe.cli import run as command
-from flexmoe.cli.report import comparison_lines
+from flexmoe.cli.running.report import comparison_lines
 from flexmoe.engine.router_counter import coactivation_bytes
 from flexmoe.planning import drift, kept_plans
 from flexmoe.planning.forecast import Forecaster

@@ -7,7 +7,7 @@ import pytest
 
 from cost_model.planner.constraints import Fixed
 from flexmoe.batch.options import RunOptions
-from flexmoe.cli.arguments import parser, read_command
+from flexmoe.cli.running.arguments import parser, read_command
 from flexmoe.errors import UsageError
 from flexmoe.job.shards import Shard
 from policies.policy import Policy

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flexmoe.cli.summary import bottleneck, elapsed, summary_lines
+from flexmoe.cli.running.summary import bottleneck, elapsed, summary_lines
 
 
 def metrics(wall_s=10.0, **busy_s):

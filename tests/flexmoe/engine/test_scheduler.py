@@ -5,6 +5,7 @@ import random
 import pytest
 
 from cost_model.memory.allocation import PAGE_TOKENS, kv_pages_per_tier, kv_tokens_wanted
+from cost_model.model.arch import LayerGroup
 from policies import Policy, Workload
 from policies.admission.row_state import AttentionMode
 from policies.placement import TIERS
@@ -210,7 +211,9 @@ def test_rows_in_flight_are_nine_tenths_of_what_the_kv_cache_holds(rows, prompt,
     """A job of equal rows ten pages long; the capacity is what the command line plans for the policy."""
     chosen = policy(rows=rows, prompt_len=prompt, gen_len=gen)
     workload = Workload(prompt_len=prompt, gen_len=gen)
-    counts = kv_pages_per_tier(chosen, kv_tokens_wanted(chosen, workload), prompt + gen)
+    counts = kv_pages_per_tier(
+        chosen, kv_tokens_wanted(chosen, workload) / PAGE_TOKENS, -(-(prompt + gen) // PAGE_TOKENS)
+    )
     mean = mean_rows_in_flight(Simulation(chosen, counts), prompt, gen, 10 * rows)
     capacity = counts["gpu"] * PAGE_TOKENS
     assert mean >= 0.9 * capacity / (prompt + gen / 2), f"{mean:.1f} rows, limit {capacity / (prompt + gen / 2):.1f}"
@@ -229,3 +232,23 @@ def test_rows_in_flight_are_nine_tenths_where_only_the_kv_cache_limits_them(prom
     mean = mean_rows_in_flight(Simulation(roomy, pages(gpu=capacity)), prompt, gen, 10 * rows)
     limit = capacity * PAGE_TOKENS / (prompt + gen / 2)
     assert mean >= 0.9 * limit, f"{mean:.1f} rows, limit {limit:.1f}"
+
+
+@pytest.mark.parametrize("percent", [GPU_KV, CPU_KV, DISK_KV, MIXED_KV], ids=str)
+@pytest.mark.parametrize("window", [1, 17, 40])
+def test_admission_and_cache_count_alike_where_layers_have_windows(percent, window, tmp_path):
+    """The cache refuses what admission has not counted, and `Simulation.run` finds what either of them forgets."""
+    groups = LayerGroup(None, (1,)), LayerGroup(window, (0,))
+    chosen = policy(percent, rows=6, prefill_tokens=50)
+    sim = Simulation(chosen, pages(60, 60, 60), tails=6, tmp_path=tmp_path, groups=groups)
+    rng = random.Random(window)
+    for _ in range(40):
+        sim.submit(rng.randint(1, 150), rng.randint(1, 40))
+    while sim.scheduler.running or sim.scheduler.waiting:
+        sim.sweep()
+        admission = sim.scheduler.admission
+        assert all(admission.held(tier) == sim.used(tier) for tier in TIERS)
+        for row in sim.scheduler.running:
+            assert row.pages == len(row.held_kv().pages) == sim.cache.layout.held(row.cached)
+    sim.run()
+    assert len(sim.done) == 40

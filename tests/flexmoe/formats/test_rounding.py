@@ -64,7 +64,7 @@ def test_compressed_tensors_reads_the_same_values(name, dtype):
 
 
 #: Largest root mean square of the errors of a row relative to its weights.
-ERRORS = {"int4": 0.11, "int4-channel": 0.15, "int8": 0.01, "fp8": 0.04, "fp8-block": 0.04, "mxfp4": 0.14}
+ERRORS = {"int4": 0.11, "int4-channel": 0.13, "int8": 0.01, "fp8": 0.04, "fp8-block": 0.04, "mxfp4": 0.14}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -103,6 +103,9 @@ def test_numbers_of_a_format_are_kept_exactly():
     numbers[:, ::32] = 7
     _, read = packed_and_read("int4", numbers * 0.125)
     assert torch.equal(read, numbers * 0.125)
+    numbers[:, ::32] = 8  # of four bits the lowest is -8, so only a negative scale holds it
+    fields, read = packed_and_read("int4", numbers * 0.125)
+    assert torch.equal(read, numbers * 0.125) and bool((fields["scale"] < 0).all())
     codes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.5, -1, -1.5, -2, -3, -4, -6, 6] * 4).repeat(8, 1)
     _, read = packed_and_read("mxfp4", codes * 2.0**-9)
     assert torch.equal(read, codes * 2.0**-9)

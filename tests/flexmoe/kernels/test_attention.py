@@ -13,7 +13,7 @@ from flexmoe.kernels.masked_attention import buckets_of, masked_paged_attention
 from flexmoe.kernels.native import library as native
 from flexmoe.kernels.paged_attention import paged_attention
 from flexmoe.kernels.ragged import Ragged
-from flexmoe.kernels.varlen_attention import varlen_paged_attention
+from flexmoe.kernels.varlen_attention import gives_log_sums, varlen_paged_attention
 from tests.support import flash
 from tests.support.allocations import Allocations
 
@@ -45,7 +45,7 @@ class Rows:
         self.q = torch.randn(sum(q for q, _ in rows), heads, size, generator=generator).to(dtype)
         self.ragged = Ragged.of([q for q, _ in rows], lengths, tables)
 
-    def reference(self, window=None):
+    def reference(self, window=None, sinks=None):
         out, start = [], 0
         for (count, past), k, v in zip(self.runs, self.k, self.v):
             q = self.q[start : start + count].double()
@@ -56,7 +56,10 @@ class Rows:
             hidden = key > position
             if window is not None:
                 hidden |= key <= position - window
-            out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
+            scores = scores.masked_fill(hidden, -torch.inf)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, count, 1)], dim=-1)
+            out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., : len(k)], v))
         return torch.cat(out)
 
 
@@ -96,6 +99,44 @@ def test_every_grouping_and_head_size_agrees_with_float64(attend, heads, kv_head
     rows = Rows(MIXED, heads=heads, kv_heads=kv_heads, size=size, seed=size)
     out = attend(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=None)
     torch.testing.assert_close(out.double(), rows.reference(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attend", PATHS)
+@pytest.mark.parametrize("window", [None, 7, 40])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_sinks_count_in_the_softmax_of_their_heads(attend, window, dtype):
+    rows = Rows(MIXED, dtype=dtype)
+    sinks = torch.linspace(-4, 4, 8).to(dtype)
+    out = attend(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=window, sinks=sinks)
+    want = rows.reference(window, sinks)
+    assert out.dtype == dtype and (want - rows.reference(window)).abs().max() > 0.1
+    torch.testing.assert_close(out.double(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_flash_attention_serves_sinks_only_where_its_sums_are_right(op, monkeypatch):
+    device, dtype = torch.device("cpu"), torch.bfloat16
+    assert gives_log_sums.__wrapped__(device, dtype)
+    right = op._returned
+    monkeypatch.setattr(op, "_returned", lambda *made: (right(*made)[0], right(*made)[1].mT.contiguous()))
+    assert not gives_log_sums.__wrapped__(device, dtype)
+    monkeypatch.setattr(choice, "has_flash_attention", lambda device: True)
+    monkeypatch.setattr(choice, "gives_log_sums", lambda device, dtype: False)
+    cuda = torch.device("cuda")
+    assert choice._chosen(cuda, dtype, 64, False, False).name == "varlen"
+    kernel = choice._chosen(cuda, dtype, 64, True, False)
+    assert kernel.name == "masked" and "sinks" in kernel.reason
+
+
+@pytest.mark.parametrize("attend", PATHS)
+@pytest.mark.parametrize("window, pages", [(1, 1), (16, 2), (17, 2), (18, 3), (40, 4)])
+def test_rows_that_decode_read_the_pages_of_their_window_alone(attend, window, pages):
+    rows = Rows([(1, past) for past in range(200, 232)], size=8)
+    for table, length in zip(rows.ragged.tables, rows.ragged.contexts.tolist()):
+        unseen = (length - window) // PAGE
+        rows.k_pool[table[:unseen].long()] = rows.v_pool[table[:unseen].long()] = torch.nan
+        table[:unseen] = -1
+    out = attend(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=window, workspace=workspace_of(rows, pages))
+    torch.testing.assert_close(out.double(), rows.reference(window), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("attend", PATHS)
@@ -146,7 +187,7 @@ def test_bucket_holds_equal_runs_of_like_contexts():
 
 def test_ragged_counts_the_context_tokens():
     ragged = Ragged.of([1, 3], [17, 3], [[4, 2], [1]])
-    assert ragged.kv_tokens == 20
+    assert (ragged.seen_tokens(), ragged.seen_tokens(4), ragged.seen_tokens(1)) == (20, 4 + 3, 1 + 3)
     assert ragged.q_starts.tolist() == [0, 1, 4]
     assert ragged.tables.tolist() == [[4, 2], [1, 0]]
 

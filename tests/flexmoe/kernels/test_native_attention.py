@@ -58,7 +58,7 @@ class Case:
         options = {"window": self.window, "scale": self.scale, "num_threads": 2} | options
         return paged_attention(self.q, self.k_pool, self.v_pool, self.tables, self.starts, self.lengths, **options)
 
-    def expected(self):
+    def expected(self, sinks=None):
         out = torch.empty(self.q.shape, dtype=torch.float64)
         for row, (queries, past) in enumerate(self.rows):
             at = slice(int(self.starts[row]), int(self.starts[row + 1]))
@@ -66,7 +66,10 @@ class Case:
             scores = torch.einsum("qhd,khd->hqk", self.q[at].double(), k) * self.scale
             position, key = torch.arange(past, past + queries)[:, None], torch.arange(past + queries)
             hidden = (key > position) | ((key <= position - self.window) if self.window else False)
-            out[at] = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+            scores = scores.masked_fill(hidden, -torch.inf)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, queries, 1)], dim=-1)
+            out[at] = torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., : len(k)], v)
         return out
 
 
@@ -97,6 +100,22 @@ def test_every_group_size_agrees_with_float64(heads, kv_heads, size):
 def test_window_and_page_size_agree_with_float64_and_read_no_unseen_page(page_tokens, window):
     case = Case(MIXED, page_tokens=page_tokens, window=window)
     assert_close(case.run(), case.expected())
+
+
+@pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
+@pytest.mark.parametrize("heads, kv_heads", [(16, 2), (8, 4), (6, 2), (7, 7), (40, 1)])
+@pytest.mark.parametrize("window, size", [(0, 64), (20, 24), (128, 64)])
+def test_sinks_count_in_the_softmax_of_their_heads(dtype, heads, kv_heads, window, size):
+    case = Case(MIXED, heads=heads, kv_heads=kv_heads, size=size, window=window, dtype=dtype)
+    sinks = torch.linspace(-30, 12, heads)
+    assert_close(case.run(sinks=sinks), case.expected(sinks))
+
+
+def test_sinks_of_another_shape_or_dtype_are_refused():
+    case = Case(MIXED)
+    for wrong in (torch.zeros(7), torch.zeros(8, dtype=torch.bfloat16), torch.zeros(16)[::2]):
+        with pytest.raises(ValueError, match=r"sinks must be fp32 \[8\]"):
+            case.run(sinks=wrong)
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from cost_model.model.arch import ModelArch
-from cost_model.model.packed_format import PackedFormat
 from flexmoe.formats.packed_matrix import PackedMatrix
 from flexmoe.kernels import grouped_product, linear
 from flexmoe.kernels.expert_dispatch import ExpertDispatch
@@ -16,60 +15,13 @@ from flexmoe.kernels.native.products import grouped_products
 from flexmoe.kernels.native.unpacking import packed_products, unpack
 from flexmoe.models.registry import family
 from flexmoe.system.device import Device
-from tests.support.packed_matrices import packed_matrix
+from tests.support.packed_matrices import CASES, FLOATS, MXFP4, fp8, packed_matrix, same, seeded
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
 
 
-def integer(bits, columns, zeros=False):
-    return PackedFormat(method="compressed-tensors", codec="integer", bits=bits, columns=columns, zeros=zeros)
-
-
-def fp8(rows, columns):
-    return PackedFormat(method="fp8", codec="fp8", bits=8, rows=rows, columns=columns, scale_bytes=4)
-
-
-def by_columns(codec, bits, columns, shift=0):
-    return PackedFormat(method=codec, codec=codec, bits=bits, columns=columns, zeros=True, zero_shift=shift)
-
-
-MXFP4 = PackedFormat(method="mxfp4", codec="mxfp4", bits=4, columns=32, scale_bytes=1)
-#: Formats, and shapes: a row, less than a vector, no whole number of groups, several blocks of what is transposed at once.
-CASES = {
-    **{
-        f"int{bits}-{columns}{'-zeros' * zeros}": (
-            integer(bits, columns, zeros),
-            ((1, 1), (3, 33), (37, 300), (130, 256)),
-        )
-        for bits, columns, zeros in itertools.product((4, 8), (0, 7, 32, 128), (False, True))
-    },
-    **{
-        f"fp8-{rows}x{columns}": (fp8(rows, columns), ((1, 1), (5, 31), (200, 300)))
-        for rows, columns in ((128, 128), (0, 0), (1, 0), (3, 5))
-    },
-    "mxfp4": (MXFP4, ((1, 32), (37, 96), (66, 512))),
-    **{
-        f"gptq{bits}-{columns}-v{2 - shift}": (
-            by_columns("gptq", bits, columns, shift),
-            ((8, 8), (40, 264), (72, 1032)),
-        )
-        for bits, columns, shift in itertools.product((4, 8), (0, 12, 128), (0, 1))
-    },
-    **{f"awq-{columns}": (by_columns("awq", 4, columns), ((8, 8), (40, 72), (264, 264))) for columns in (0, 12, 128)},
-}
 #: Formats of which a product is taken.
 PRODUCTS = ("int4-128", "int4-32-zeros", "int8-0", "fp8-128x128", "mxfp4", "gptq4-128-v1", "awq-128")
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def same(found, wanted):
-    """Bit for bit, but NaN is NaN."""
-    bits = {2: torch.int16, 4: torch.int32}[wanted.element_size()]
-    return bool(((found.view(bits) == wanted.view(bits)) | (found.isnan() & wanted.isnan())).all())
 
 
 @needs_compiler
@@ -265,3 +217,19 @@ def test_a_matrix_without_outputs_or_inputs_is_empty():
         assert unpack(matrix, torch.empty(rows, columns)).shape == (rows, columns)
         found = packed_products(torch.ones(2, columns), [matrix], torch.tensor([2], dtype=torch.int32))
         assert torch.equal(found, torch.zeros(2, rows))
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens", [0, 1, 5, 600])
+def test_products_with_several_weights_are_those_with_each(tokens, monkeypatch, two_threads):
+    calls = []
+    monkeypatch.setattr(linear, "packed_products", lambda *args: calls.append(args) or packed_products(*args))
+    pair = [packed_matrix(CASES["int4-128"][0], 130, 256, seeded(seed)) for seed in range(2)]
+    x = torch.randn(tokens, 256, generator=seeded()).to(torch.bfloat16)
+    found = linear.linears(x, pair)
+    if tokens:
+        assert len(calls) == (tokens <= linear.few_packed_tokens(x.dtype))
+    wanted = [linear.linear(x, matrix) for matrix in pair]
+    assert all(torch.equal(mine, other) for mine, other in zip(found, wanted, strict=True))
+    other_shape = packed_matrix(CASES["int4-128"][0], 37, 256, seeded())
+    assert [each.shape[1] for each in linear.linears(x, [pair[0], other_shape])] == [130, 37]

@@ -4,10 +4,12 @@ import errno
 import os
 import random
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
+from cost_model.model.arch import LayerGroup
 from flexmoe.errors import StorageError
 from flexmoe.kv.batch import Block, Run
 from flexmoe.kv.cache import KVCache, KVExhausted, PageAllocator
@@ -99,7 +101,7 @@ def test_row_holds_the_pages_that_its_tokens_need(tmp_path, tier):
     for tokens, pages in [(1, 1), (14, 1), (1, 1), (1, 2), (30, 3), (17, 4)]:
         cache.reserve(row, tokens)
         row.length += tokens
-        assert len(row.pages) == pages == cache.pages_for(row.length)
+        assert len(row.pages) == pages == cache.layout.covering(row.length)
         assert free(cache, tier) == 10 - pages
     cache.close(row)
     assert free(cache, tier) == 10 and row.pages == [] and row.length == 0
@@ -269,6 +271,57 @@ def test_kv_written_over_many_sweeps_comes_back_equal(bench, kind, window, compr
     rows = [b.open(kind) for _ in range(4)]
     for _ in range(9):
         b.sweep(rows, [rng.choice([1, 1, 2, 15, 16, 17, 40]) for _ in rows])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("window", [1, 17, 40])
+def test_layers_with_and_without_a_window_come_back_equal_and_hold_what_they_see(bench, kind, window):
+    groups = LayerGroup(None, (1,)), LayerGroup(window, (0,))
+    b, rng = bench((90, 90, 90), groups=groups, seed=window), random.Random(window)
+    rows = [b.open(kind) for _ in range(4)]
+    for at in range(12):
+        if at == 6:  # the twin has the row's pages, and what is behind the window is gone in both
+            b.cache.close(rows[3].kv)
+            rows[3] = b.fork(rows[0])
+        b.sweep(rows, [rng.choice([1, 1, 1, 2, 16, 50]) for _ in rows])
+        for row in rows:
+            full, windowed = row.kv.tables
+            assert len(full.pages) == b.cache.layout.covering(row.kv.length)
+            assert len(row.kv.pages) == b.cache.layout.held(row.kv.length)
+            assert windowed.first == b.cache.layout.kept_from(row.kv.length)
+    for row in rows:
+        b.cache.close(row.kv)
+    assert all(b.cache.free(tier) == 90 for tier in TIERS)
+
+
+def test_layers_with_a_window_move_what_it_shows(bench):
+    b = bench((0, 40, 40), groups=(LayerGroup(None, (1,)), LayerGroup(33, (0,))))
+    row = b.open("fetch")
+    b.sweep([row], [200])
+    before = b.moved("h2d")
+    b.sweep([row], [1])  # from the page of the first token that is seen
+    assert b.moved("h2d") - before == TOKEN_BYTES * (200 + 200 - (200 - 32) // B * B)
+
+
+def test_a_beginning_is_shared_while_what_follows_it_sees_it(tmp_path):
+    shape = replace(SHAPE, groups=(LayerGroup(None, (1,)), LayerGroup(20, (0,))))
+    cache = KVCache(Device("cpu"), shape, {"gpu": 40, "cpu": 0, "disk": 0})
+    row = cache.open("gpu")
+    cache.reserve(row, 100)
+    cache.advance(row, 100)
+    beginning = cache.share(row, 96)
+    assert [(t.first, len(t.pages)) for t in beginning.tables] == [(0, 6), (4, 2)]
+    assert len(beginning.pages) == cache.layout.before(96)
+    twin = cache.fork(beginning)
+    cache.reserve(twin, 1)
+    assert len(twin.pages) == cache.layout.during(96, 1)
+    with pytest.raises(ValueError, match="would see what is gone"):
+        cache.share(row, 48)
+    with pytest.raises(ValueError, match="behind the window"):
+        cache.truncate(row, 48)
+    for held in (row, twin, beginning):
+        cache.close(held)
+    assert cache.free("gpu") == 40
 
 
 def test_page_boundaries_are_crossed_one_token_at_a_time_on_disk(bench):

@@ -14,12 +14,12 @@ from cost_model.model.weight_units import units_of
 from flexmoe.errors import DataError, InputMissingError
 from flexmoe.models.loader import load_model
 
-UNKNOWN = "model_type 'llama' is not supported; supported families: mixtral, phimoe, qwen3_moe"
+UNKNOWN = "model_type 'gpt2' is not supported; supported families: mixtral, phimoe, qwen3_moe"
 
 
 def write_config(directory):
     values = json.loads((SHAPES / "mixtral-8x7b.json").read_text())
-    (directory / "config.json").write_text(json.dumps(values | {"model_type": "llama"}))
+    (directory / "config.json").write_text(json.dumps(values | {"model_type": "gpt2"}))
 
 
 def test_a_checkpoint_of_an_unknown_family_is_refused_from_its_config_alone(tmp_path):
@@ -66,9 +66,7 @@ def test_weights_with_other_names_are_refused_with_the_first_of_them_and_the_fam
     found = load_file(tiny("tied").directory / "model.safetensors")
     save_file({name.replace(old, new): tensor for name, tensor in found.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((tiny("tied").directory / "config.json").read_bytes())
-    with pytest.raises(
-        DataError, match="supported are mixtral, phimoe, qwen3_moe with the names of the hub"
-    ) as refusal:
+    with pytest.raises(DataError, match="supported are .*mixtral, olmoe, .* with the names of the hub") as refusal:
         load_model(str(tmp_path))
     first = next(name for name in found if old in name)
     assert first.split(".weight")[0].rsplit(".", 1)[0] in str(refusal.value)

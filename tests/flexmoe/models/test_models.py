@@ -1,5 +1,8 @@
 """What a family refuses, and the pieces of mathematics that only one of them has."""
 
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,11 +11,27 @@ from cost_model.model.families import SUPPORTED_MODEL_TYPES
 from cost_model.model.known_shapes import known_config
 from cost_model.model.weight_units import units_of
 from flexmoe.errors import DataError
-from flexmoe.models.decoder import Decoder
+from flexmoe.models.common.decoder import Decoder
 from flexmoe.models.registry import FAMILIES, family
 from tests.support.tiny_families import SWITCH, long_rope
 
 SHAPES = ("mixtral-8x7b", "mixtral-8x22b", "phi-3.5-moe", "qwen3-30b-a3b", "qwen3-235b-a22b")
+#: One known shape of each further family that is not packed.
+MORE = (
+    "glm-4.5-air",
+    "glm-4.5",
+    "dots.llm1",
+    "olmoe-1b-7b",
+    "qwen1.5-moe-a2.7b",
+    "ernie-4.5-21b-a3b",
+    "granite-3.0-3b-a800m",
+    "llama-3.1-8b",
+    "llama-3.2-1b",
+    "mistral-7b-v0.3",
+    "qwen3-8b",
+    "phi-4",
+)
+FLOAT32 = ("correction", "wide router")
 
 
 def phi(**changes):
@@ -24,22 +43,27 @@ def test_every_family_that_can_be_planned_for_runs():
     assert set(FAMILIES) == set(SUPPORTED_MODEL_TYPES)
 
 
-def test_a_family_adds_names_norm_rope_and_router_only():
-    allowed = {"names", "__init__", "norm", "rope", "route"}
+def test_a_family_adds_names_norm_router_gated_unit_and_multipliers_only():
+    allowed = {"names", "__init__", "feed_forward", "norm", "routing"}
     for kind in FAMILIES.values():
         own = {name for name in vars(kind) if callable(vars(kind)[name]) or name in vars(Decoder)}
         assert {name for name in own if not name.startswith("_") or name == "__init__"} <= allowed
 
 
+def test_a_family_is_a_small_file():
+    for kind in FAMILIES.values():
+        assert len(Path(inspect.getfile(kind)).read_text().splitlines()) <= 60
+
+
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", SHAPES + MORE)
 def test_the_parts_of_a_unit_are_its_planned_bytes_in_both_layouts(name, packed):
     arch = ModelArch.from_name(name)
-    on_disk = ("model.layers.0.mlp.experts.gate_up_proj",) if packed else ()
+    on_disk = (f"model.layers.0.{family(arch).names.packed_gate_up}",) if packed else ()
     parts = family(arch).parts(on_disk)
     for unit in units_of(arch):
-        size = sum(torch.Size(p.shape).numel() for p in parts[unit.id])
-        assert unit.stored_bytes == size * arch.dtype_bytes
+        own = [(torch.Size(p.shape).numel(), 4 if p.role in FLOAT32 else arch.dtype_bytes) for p in parts[unit.id]]
+        assert unit.stored_bytes == sum(count * size for count, size in own)
     expected = family(arch).expected_tensors(on_disk)
     assert sum(torch.Size(shape).numel() for shape in expected.values()) == arch.parameters
 

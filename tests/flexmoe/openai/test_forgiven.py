@@ -5,10 +5,10 @@ import random
 
 import pytest
 
+from flexmoe.calls.prompts import read_conversations
 from flexmoe.openai.batch_line import BATCH_KEYS, parse_line
 from flexmoe.openai.fields import HARMLESS, INTEGERS, KNOWN, LIMITS, NEUTRAL
 from flexmoe.openai.json_line import InvalidLine
-from flexmoe.prompts import read_conversations
 
 NAMES = sorted({*KNOWN, *NEUTRAL, *HARMLESS, *BATCH_KEYS})
 PARTS = [{"type": "text", "text": "hi"}]

@@ -22,7 +22,7 @@ from flexmoe.cli import probe as command
 from flexmoe.engine import executor
 from flexmoe.errors import FlexMoEError, InfeasibleError, StorageError
 from flexmoe.kernels.expert_weights import ExpertWeights
-from flexmoe.models.mixtral import Mixtral
+from flexmoe.models.sparse.mixtral import Mixtral
 from flexmoe.probing import (
     attention,
     cache,

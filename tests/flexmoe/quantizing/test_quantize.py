@@ -20,15 +20,16 @@ from cost_model.model.packing import packed_as
 from flexmoe.cli.main import main
 from flexmoe.errors import DataError, StorageError, UsageError
 from flexmoe.models.loader import load_model
-from flexmoe.quantizing import outputs
+from flexmoe.quantizing import beside, outputs
 from flexmoe.quantizing import quantize as job
 from flexmoe.quantizing.quantize import quantize
 from policies.common import file_io
 from tests.support.exactness import Case, check
-from tests.support.packed import FAMILIES
+from tests.support.packed import FAMILIES, MORE_FAMILIES
 from tests.support.paths import ROOT
 from tests.support.tiny import PACKED, SHARDED, Variant, make, transformers_greedy
 from tests.support.tiny_families import use_long_factors
+from tests.support.tiny_models import RECIPES
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_disk")
 FORMATS = {"int4": 32, "int8": 0, "fp8": None, "fp8-block": 32, "mxfp4": None}
@@ -44,7 +45,11 @@ def source(tmp_path_factory):
     def of(family):
         if family not in made:
             directory = root / family
-            variant = make(replace(FAMILIES[family], save=SAVES[family]), directory, lengths=(5, 33, 1, 70))
+            variant = make(
+                replace((FAMILIES | MORE_FAMILIES)[family], save=SAVES.get(family, {})),
+                directory,
+                lengths=(5, 33, 1, 70),
+            )
             for file in directory.glob("*.safetensors"):
                 tensors = load_file(file)
                 halved = {name: t.bfloat16() if "experts" in name else t for name, t in tensors.items()}
@@ -108,6 +113,23 @@ def test_ids_are_those_of_the_values_that_compressed_tensors_reads(family, form,
     variant = unpacked(source(family), tmp_path / "out")
     case = Case(placement=(0, 50, 50, 0, 100, 0), batches=(2, 2), staged=False, eos=False)
     check(variant, case, "cpu", tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+@pytest.mark.parametrize("form", FORMATS)
+def test_further_families_are_packed_too(family, form, source, tmp_path, monkeypatch):
+    packed(source, family, form, tmp_path / "out")
+    variant = unpacked(source(family), tmp_path / "out")
+    case = Case(placement=(0, 50, 50, 0, 100, 0), batches=(2, 2), staged=False, eos=False)
+    check(variant, case, "cpu", tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("recipe", ["granite", "phi3"])
+def test_matrices_that_lie_together_are_not_packed(recipe, tmp_path):
+    variant = make(RECIPES[recipe], tmp_path / "plain", lengths=(1, 2))
+    with pytest.raises(DataError, match="lie together in one tensor"):
+        quantize(variant.directory, tmp_path / "out", "fp8", None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -206,6 +228,35 @@ def test_a_full_disk_leaves_nothing_under_the_name_and_the_job_resumes(source, t
     packed(source, "mixtral", "int4", tmp_path / "out")
     assert files(tmp_path / "out") == whole and os.listdir(tmp_path) == ["out"]
     assert all((tmp_path / "out" / name).stat().st_ino == inode for name, inode in there.items())
+
+
+def fails_once(monkeypatch, where, name, number):
+    """The call of that number fails as on a full disk, the others do what they do."""
+    function, calls = getattr(where, name), iter(range(1, number + 1))
+
+    def failing(*args):
+        if next(calls, None) == number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return function(*args)
+
+    monkeypatch.setattr(where, name, failing)
+
+
+@pytest.mark.parametrize(
+    "where, name, number",
+    [(file_io, "sync", 4), (file_io, "write_all", 3), (file_io, "rename", 3), (beside, "write_file", 2)],
+    ids=["sync", "journal", "rename", "config"],
+)
+def test_a_disk_that_is_full_at_any_step_leaves_nothing_under_the_name(
+    where, name, number, source, tmp_path, monkeypatch, whole
+):
+    monkeypatch.setattr(outputs, "SHARD_BYTES", 30_000)
+    fails_once(monkeypatch, where, name, number)
+    with pytest.raises(StorageError, match="No space left on device"):
+        packed(source, "mixtral", "int4", tmp_path / "out")
+    assert os.listdir(tmp_path) == [".out.quantizing"]
+    packed(source, "mixtral", "int4", tmp_path / "out")
+    assert files(tmp_path / "out") == whole and os.listdir(tmp_path) == ["out"]
 
 
 KILLED = """
