@@ -30,7 +30,7 @@ POLICIES = Path(policies.__file__).parent / "presets"
 HOST_SHARE = 0.93
 #: Planned for every common machine and job, and for consumer cards of 24 GB and one job.
 MODELS = ("mixtral-8x7b",)
-MODELS_OF_24_GB = ("qwen3-30b-a3b", "qwen3-235b-a22b", "glm-4.5-air")
+MODELS_OF_24_GB = ("gpt-oss-120b", "qwen3-30b-a3b", "qwen3-235b-a22b", "glm-4.5-air")
 WORKLOADS = (
     Workload(prompt_len=512, gen_len=32),
     Workload(prompt_len=512, gen_len=256),

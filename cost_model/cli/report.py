@@ -165,7 +165,8 @@ class Report:
         size = f"{arch.parameters / 1e9:.2f} G parameters, {_gib(arch.total_bytes)}{packed}"
         compressed = self.policy.compress_cache
         kv_bytes = arch.kv_bytes_per_token(self.dtype_bytes, compressed=compressed)
-        kv = f"{kv_bytes / 1024:.0f} KiB of {'int8 ' if compressed else ''}KV a token"
+        windows = " while all layers see it" if arch.windowed_share else ""
+        kv = f"{kv_bytes / 1024:.0f} KiB of {'int8 ' if compressed else ''}KV a token{windows}"
         return [f"{arch.name or arch.model_type}: {size}; computes in {8 * self.dtype_bytes} bits, {kv}"]
 
     def _job(self) -> list[str]:

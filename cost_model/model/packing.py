@@ -17,6 +17,8 @@ from policies.common.errors import InfeasibleError, UsageError
 from policies.common.option_names import option
 
 _METHOD = "compressed-tensors"
+#: Families whose gate and up, or queries, keys and values, are one tensor on the hub: it cannot be packed apart.
+TOGETHER = frozenset(("gpt_oss", "granitemoe", "phi3"))
 #: Formats of integers have groups of the first of these that every width is a multiple of.
 GROUPS = (128, 64, 32)
 #: As `flexmoe.quantize` writes them; integers in groups of the first of `GROUPS`.
@@ -61,6 +63,16 @@ def check_group(arch: ModelArch, format: str, columns: int) -> None:
     )
 
 
+def check_apart(arch: ModelArch) -> None:
+    """Shows that the matrices of a model can be packed one by one.
+
+    Raises:
+        UsageError: some lie together.
+    """
+    if arch.model_type in TOGETHER:
+        raise UsageError(f"matrices of {arch.model_type} lie together in one tensor, which cannot be packed apart")
+
+
 def check_unpacked(arch: ModelArch, format: str | None) -> None:
     """Shows that the weights of a model can be packed, where that is asked for.
 
@@ -82,7 +94,7 @@ def packed_as(arch: ModelArch, format: str | None) -> ModelArch:
 
     Raises:
         InfeasibleError: they are packed in another format.
-        UsageError: the format has no group that fits the widths.
+        UsageError: the format has no group that fits the widths, or matrices lie together.
     """
     if format is None or (arch.packed is not None and arch.packed.name == format):
         return arch
@@ -96,9 +108,10 @@ def packed_as(arch: ModelArch, format: str | None) -> ModelArch:
 
 @lru_cache(maxsize=64)
 def _packed(arch: ModelArch, format: str) -> ModelArch:
+    check_apart(arch)
     group = standard_group(arch, format)
     check_group(arch, format, group)
-    kinds = tuple(kind for kind in KINDS if kind != "dense" or arch.dense_layers)
+    kinds = tuple(kind for kind in KINDS if kind != "dense" or arch.dense_layers or arch.shared_ffn)
     return replace(arch, packed=replace(FORMATS[format], columns=group, kinds=kinds))
 
 

@@ -144,7 +144,7 @@ def _cache(problem: Problem, fixed: Fixed) -> Iterator[Changed]:
 def _weights(problem: Problem, fixed: Fixed, formats: Iterable[str]) -> Iterator[Changed]:
     if problem.arch.packed is None:
         for format in formats:
-            with contextlib.suppress(UsageError):  # no group of the format fits the widths
+            with contextlib.suppress(UsageError):  # no group of the format fits the widths, or matrices lie together
                 yield _with_weights(problem, fixed, format)
 
 

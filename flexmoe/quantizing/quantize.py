@@ -23,7 +23,7 @@ import torch
 
 from cost_model.model.arch import ModelArch
 from cost_model.model.packed_format import PackedFormat
-from cost_model.model.packing import check_group
+from cost_model.model.packing import check_apart, check_group
 from flexmoe.checkpoint.checkpoint import Checkpoint
 from flexmoe.errors import DataError, StorageError
 from flexmoe.models.common.decoder import Decoder
@@ -133,8 +133,7 @@ def _packed(model: Model, scheme: Scheme) -> tuple[dict[str, Any], Decoder]:
         )
     check_group(model.arch, scheme.format, scheme.columns)
     names = family(model.arch, model.config).names
-    if names.gate_up or names.qkv:
-        raise DataError(f"matrices of {model.arch.model_type} lie together in one tensor, which cannot be packed apart")
+    check_apart(model.arch)
     routers = {names.router, names.packed_router, *([names.shared_gate] if model.arch.shared_gate else [])}
     left = ["lm_head", *sorted("model.layers.{}." + name.removesuffix(".weight") for name in routers)]
     config = model.config | {"quantization_config": scheme.config(left)}

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from cost_model.model.arch import ModelArch
-from cost_model.model.packing import FORMATS, check_unpacked, packed_as
+from cost_model.model.packing import FORMATS, TOGETHER, check_unpacked, packed_as
 from cost_model.timing.evaluate import evaluate
 from policies.common.errors import InfeasibleError, UsageError
 from policies.policy import WEIGHT_FORMATS, Policy
@@ -47,6 +47,20 @@ def test_widths_that_no_group_fits_are_refused():
 def test_dense_layers_are_packed_where_there_are_some():
     arch = replace(MIXTRAL, dense_layers=(0,), dense_ffn=1024)
     assert packed_as(arch, "int4").packed.kinds == ("attention", "expert", "dense")
+
+
+def test_shared_experts_are_packed_as_dense_mlps_are():
+    assert packed_as(ModelArch.from_name("qwen2-57b-a14b-instruct"), "fp8").packed.kinds == (
+        "attention",
+        "expert",
+        "dense",
+    )
+
+
+@pytest.mark.parametrize("model_type", sorted(TOGETHER))
+def test_matrices_that_lie_together_are_not_packed(model_type):
+    with pytest.raises(UsageError, match="lie together"):
+        packed_as(replace(MIXTRAL, model_type=model_type), "int4")
 
 
 def test_what_is_packed_in_another_format_cannot_be_had():

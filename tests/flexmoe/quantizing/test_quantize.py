@@ -128,7 +128,7 @@ def test_further_families_are_packed_too(family, form, source, tmp_path, monkeyp
 @pytest.mark.parametrize("recipe", ["granite", "phi3"])
 def test_matrices_that_lie_together_are_not_packed(recipe, tmp_path):
     variant = make(RECIPES[recipe], tmp_path / "plain", lengths=(1, 2))
-    with pytest.raises(DataError, match="lie together in one tensor"):
+    with pytest.raises(UsageError, match="lie together in one tensor"):
         quantize(variant.directory, tmp_path / "out", "fp8", None)
 
 
