@@ -30,6 +30,7 @@ import flexmoe  # noqa: F401 - sets how idle threads wait, before torch is loade
 from cost_model.hardware.hardware import Hardware
 from cost_model.hardware.speeds import with_speeds
 from cost_model.model.arch import ModelArch
+from cost_model.model.packing import packed_as
 from cost_model.simulation.simulate import Simulation, simulate
 from flexmoe.errors import FlexMoEError
 from flexmoe.quantizing.quantize import quantize
@@ -64,10 +65,6 @@ def main(argv: list[str] | None = None) -> int:
     sets = (EVEN, MIXED, PACKED) if args.set == "all" else (args.set,)
     subjects = {name: _subject(_checkpoint(args.work / name, config)) for name, config in MODELS.items()}
     synthetic = {name: s.arch for name, s in subjects.items()}
-    if PACKED in sets:
-        subjects |= {
-            f"{name}-{format}": _packed(subjects[name], format) for name in MODELS for format in WEIGHT_FORMATS
-        }
     if MIXED in sets:
         subjects[REAL_WEIGHTS] = _real(args.work)
     archs = {name: s.arch for name, s in subjects.items()}
@@ -78,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in sets:
         for c in _configurations(name, args, archs, synthetic, hardware):
             if args.only is None or c.name in args.only:
-                results[name].append(validate(c, subjects[c.model], hardware, args.work, cpu_then))
+                subject = _packed(subjects, c.model) if name == PACKED else subjects[c.model]
+                results[name].append(validate(c, subject, hardware, args.work, cpu_then))
                 print(*lines(results[name][-1]), sep="\n", flush=True)
     summaries = {name: summary(found) for name, found in results.items() if found}
     print(*(f"{name}: {found['text']}" for name, found in summaries.items()), sep="\n")
@@ -98,9 +96,10 @@ def _configurations(
     if name == EVEN:
         return draw(synthetic, hardware, args.seed, args.each or EACH[name])
     if name == PACKED:
-        return draw_packed({model: arch for model, arch in archs.items() if arch.packed}, hardware, args.seed)
-    plain = {model: arch for model, arch in archs.items() if arch.packed is None}
-    return draw_jobs(plain, hardware, args.seed, args.each or EACH[name])
+        pairs = [(model, format) for model in MODELS for format in WEIGHT_FORMATS]
+        packed = {f"{model}-{format}": packed_as(synthetic[model], format) for model, format in pairs}
+        return draw_packed(packed, hardware, args.seed)
+    return draw_jobs(archs, hardware, args.seed, args.each or EACH[name])
 
 
 def validate(
@@ -164,12 +163,13 @@ def _subject(path: Path) -> Subject:
     return Subject(arch=ModelArch.from_dir(path), path=path, disk_files=tuple(sorted(path.glob("*.safetensors"))))
 
 
-def _packed(plain: Subject, format: str) -> Subject:
-    """The model with its weights packed, beside it."""
-    path = plain.path.with_name(f"{plain.path.name}-{format}")
+def _packed(subjects: dict[str, Subject], name: str) -> Subject:
+    """A model with its weights packed, beside the one that it is made of; the name ends in the format."""
+    model, format = name.rsplit("-", 1)
+    path = subjects[model].path.with_name(name)
     if not path.exists():
         print(f"packing {path} …", file=sys.stderr, flush=True)
-        quantize(plain.path, path, format)
+        quantize(subjects[model].path, path, format)
     return _subject(path)
 
 

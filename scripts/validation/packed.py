@@ -15,7 +15,7 @@ from policies.admission.order import WINDOW_BLOCKS, longest_first
 from policies.policy import SCHEDULES, WEIGHT_FORMATS
 from policies.workload import Workload
 from scripts.validation.configs import Configuration, drawn_policy
-from scripts.validation.jobs import SECONDS, suits
+from scripts.validation.jobs import LONG_SECONDS, suits
 
 #: Percents of the weights (GPU, CPU), at least and at most; the rest is on the disk.
 PLACEMENTS = {"disk": ((0, 0), (0, 0)), "tiers": ((15, 40), (15, 40)), "resident": ((100, 100), (0, 0))}
@@ -30,7 +30,7 @@ class Rows:
     new_tokens: tuple[int, int]
 
 
-MANY = Rows(requests=(48, 256), batches=(8, 16, 32), new_tokens=(8, 48))
+MANY = Rows(requests=(24, 96), batches=(8, 16), new_tokens=(4, 24))
 FEW = Rows(requests=(2, 6), batches=(1, 2), new_tokens=(8, 128))
 #: Where KV is compressed, by format and placement.
 INT8_KV = {("int8", "resident"), ("mxfp4", "tiers")}
@@ -41,7 +41,7 @@ def draw_packed(
     hardware: Hardware,
     seed: int,
     *,
-    seconds: tuple[float, float] = SECONDS,
+    seconds: tuple[float, float] = LONG_SECONDS,
     turns: int = 2000,
 ) -> list[Configuration]:
     """A configuration of every format and placement, few rows and many in turn.
@@ -69,7 +69,7 @@ def draw_packed(
 def _drawn(rng: random.Random, model: str, format: str, placement: str, kind: Rows, schedule: str) -> Configuration:
     (least, most), (shortest, longest) = kind.requests, kind.new_tokens
     rows = [
-        (rng.randint(16, 192), rng.randint(shortest, longest))
+        (rng.randint(16, 96), rng.randint(shortest, longest))
         for _ in range(round(least * (most / least) ** rng.random()))
     ]
     batch = rng.choice(kind.batches)
