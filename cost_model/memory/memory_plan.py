@@ -145,20 +145,20 @@ def _unpacked_bytes(arch: ModelArch, b: int) -> int:
     return max((size * b for kind, size in sizes.items() if arch.is_packed(kind)), default=0)
 
 
-def kv_page_bytes(arch: ModelArch, b: int, *, compressed: bool) -> int:
+def _layer_page_bytes(arch: ModelArch, b: int, *, compressed: bool) -> int:
     """Bytes of a KV page of one layer."""
     return arch.kv_bytes_per_token_layer(b, compressed=compressed) * PAGE_TOKENS
 
 
 def kv_disk_page_bytes(arch: ModelArch, b: int, *, compressed: bool) -> int:
-    """The same in the disk tier's file, where each page begins at a boundary that direct reads and writes can have."""
-    return align_up(kv_page_bytes(arch, b, compressed=compressed))
+    """A KV page of one layer in the disk tier's file, where each page begins at a boundary that direct reads and writes can have."""
+    return align_up(_layer_page_bytes(arch, b, compressed=compressed))
 
 
 def _kv_bytes(
     arch: ModelArch, allocation: Allocation, device: str, b: int, *, compressed: bool
 ) -> dict[str, dict[str, int]]:
-    page = kv_page_bytes(arch, b, compressed=compressed)
+    page = _layer_page_bytes(arch, b, compressed=compressed)
     layers = len(arch.kv_groups[0].layers)  # of a page
     disk_page = kv_disk_page_bytes(arch, b, compressed=compressed)
     staging = 2 * allocation.fetch_pages * page
@@ -189,10 +189,10 @@ def _kv_bytes(
 def _gathered_page_bytes(arch: ModelArch, b: int, *, compressed: bool) -> int:
     """Of a page that is copied for attention: K and V as they are attended; compressed ones, first K and then V, also as they
     are stored, and their scales in float32."""
-    attended = kv_page_bytes(arch, b, compressed=False)
+    attended = _layer_page_bytes(arch, b, compressed=False)
     if not compressed:
         return attended
-    return attended + kv_page_bytes(arch, b, compressed=True) // 2 + PAGE_TOKENS * arch.num_kv_heads * 4
+    return attended + _layer_page_bytes(arch, b, compressed=True) // 2 + PAGE_TOKENS * arch.num_kv_heads * 4
 
 
 def _masks(arch: ModelArch, allocation: Allocation, b: int) -> int:

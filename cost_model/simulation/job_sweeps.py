@@ -6,21 +6,20 @@ to match, and once the job is in its steady state one period of it is followed a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
-from math import ceil, floor
+from math import ceil
 
 import numpy as np
 
 from cost_model.memory.allocation import Allocation
 from cost_model.timing.job_phases import JobPhases, job_phases
-from cost_model.timing.job_rows import Row, by_prompt, tokens_to_generate, typical_rows, waiting_prompts
+from cost_model.timing.job_rows import Row, by_prompt, prompt_sizes, tokens_to_generate, typical_rows, waiting_prompts
 from cost_model.timing.sweep_load import MODES, RowGroup, SweepLoad
 from policies.admission.admission import Admission
-from policies.admission.kv_pages import KVPages
 from policies.admission.order import WINDOW_BLOCKS, longest_first
-from policies.admission.row_state import AttentionMode, Prefix, RowLengths
+from policies.admission.row_state import AttentionMode, RowLengths
+from policies.admission.shared_prefix import share
 from policies.common.errors import InfeasibleError
 from policies.placement import TIERS
 from policies.policy import Policy
@@ -153,7 +152,7 @@ def _followed_in_part(
         settling = 1 if static else max(1, int(min(_MOST_SETTLING, lives / 2)))
         periods = int(min(_MOST_PERIODS, lives - settling))
     total = (workload.num_requests or 0) / bundle
-    prompts = by_prompt(_repeated(rows, workload.rows_per_prompt), workload.rows_per_prompt)
+    prompts = ((row,) * size for row, size in zip(rows, prompt_sizes(workload.rows_per_prompt)))
     found = _Job(policy, allocation, prompts, total, bundle, settling, max(1, periods), mixed).follow()
     return found.generating(tokens_to_generate(workload))
 
@@ -177,28 +176,6 @@ def _bundle(policy: Policy, rows_in_flight: float, bundles: float) -> float:
 
 def _block_bundles(policy: Policy, bundle: float) -> int:
     return max(1, int(policy.block_size / bundle + 1e-9))
-
-
-def _repeated(rows: Iterable[Row], rows_per_prompt: float) -> Iterator[Row]:
-    """Rows as alike as those of a prompt are."""
-    if rows_per_prompt == 1:
-        yield from rows
-    for at, row in enumerate(rows):
-        yield from repeat(row, floor(rows_per_prompt * (at + 1)) - floor(rows_per_prompt * at))
-
-
-def _after_prefix(first: RowLengths, others: list[RowLengths], layout: KVPages) -> list[RowLengths]:
-    """Those that wait like any row; none where they begin after the pages of a prompt that the first computes."""
-    for row in others:
-        row.prompt_done = row.prompt
-    size = layout.page_tokens
-    tokens = (min(row.prompt for row in (first, *others)) - 1) // size * size
-    if not tokens or not others:
-        return others
-    prefix = Prefix(tokens=tokens, pages=layout.before(tokens), waiting=dict.fromkeys(others))
-    for row in (first, *others):
-        row.prefix = prefix
-    return []
 
 
 class _Job:
@@ -226,7 +203,8 @@ class _Job:
     ):
         self._prompts, self._left, self._bundle = prompts, total, bundle
         self._settling, self._periods = settling, periods
-        self._static, self._layout = policy.schedule == "static", allocation.kv_layout
+        self._static = policy.schedule == "static"
+        self._layout, self._recompute_past = allocation.kv_layout, allocation.recompute_past
         self._room = {tier: int(allocation.kv_pages[tier] / bundle) for tier in TIERS}
         self._block = _block_bundles(policy, bundle)
         self._window = WINDOW_BLOCKS * self._block if mixed else 0
@@ -239,8 +217,8 @@ class _Job:
             ),
             pages=self._room,
             tails=ceil(allocation.tails / bundle),
-            layout=allocation.kv_layout,
-            recompute_past=allocation.recompute_past,
+            layout=self._layout,
+            recompute_past=self._recompute_past,
         )
         self._groups: list[list[list[float]]] = []
         self._logits: list[int] = []
@@ -284,12 +262,9 @@ class _Job:
     def _fill_queue(self) -> None:
         waiting = self._admission.waiting
         while len(waiting) < self._block and self._left >= 0.5:
-            first, *others = [RowLengths(prompt=s, limit=s + n) for s, n in next(self._prompts)][
-                : ceil(self._left - 0.5)
-            ]
-            self._left -= 1 + len(others)
-            waiting.append(first)
-            waiting.extend(_after_prefix(first, others, self._layout))
+            rows = [RowLengths(prompt=s, limit=s + n) for s, n in next(self._prompts)][: ceil(self._left - 0.5)]
+            self._left -= len(rows)
+            waiting.extend(share(rows, self._layout, self._recompute_past))
 
     def _sweep(self, rows: list[RowLengths]) -> int:
         """One sweep; returns how many rows end in it."""

@@ -68,9 +68,16 @@ def waiting_prompts(workload: Workload, window: int, seed: int) -> Iterator[Sequ
 
 def by_prompt(rows: Iterator[Row], rows_per_prompt: float) -> Iterator[Sequence[Row]]:
     """Neighbouring rows together, as many as make that mean."""
-    before, reached = 0, rows_per_prompt
-    while prompt := tuple(islice(rows, floor(reached) - before)):
+    sizes = prompt_sizes(rows_per_prompt)
+    while prompt := tuple(islice(rows, next(sizes))):
         yield prompt
+
+
+def prompt_sizes(rows_per_prompt: float) -> Iterator[int]:
+    """Whole numbers of rows, without end, that make that mean."""
+    before, reached = 0, rows_per_prompt
+    while True:
+        yield floor(reached) - before
         before, reached = floor(reached), reached + rows_per_prompt
 
 

@@ -20,6 +20,7 @@ from math import ceil, inf
 from cost_model.memory.allocation import PAGE_TOKENS
 from cost_model.timing.job_rows import Bundle
 from policies.admission.kv_pages import KVPages
+from policies.admission.shared_prefix import shared_tokens
 
 #: Ends may lie between two sweeps, where a group entered over several; they count to the nearer one.
 _WITHIN = 0.5
@@ -235,7 +236,7 @@ class _Flow:
     def _compute(self, s: int, tokens: float) -> None:
         """So many tokens of prompts of ``s`` are computed in this sweep, a chunk of at most the pace of each."""
         rows = tokens / self._own_tokens(s)
-        whole, prefix = rows * self._computing, _shared_tokens(s)
+        whole, prefix = rows * self._computing, shared_tokens(s, PAGE_TOKENS)
         after = rows - whole
         chunks = whole * s / min(s, self._pace)
         self._budget -= tokens
@@ -247,7 +248,7 @@ class _Flow:
 
     def _own_tokens(self, s: int) -> float:
         """Prompt tokens that a row computes, on average."""
-        return s - (1 - self._computing) * _shared_tokens(s)
+        return s - (1 - self._computing) * shared_tokens(s, PAGE_TOKENS)
 
     def _end_sweep(self) -> bool:
         """The sweep is full; whether rows end with it."""
@@ -291,8 +292,3 @@ class _Flow:
         if left:
             self._closed, self._fresh = self._static, False
         return left > 0
-
-
-def _shared_tokens(s: int) -> int:
-    """Of a prompt: whole pages, and fewer tokens than it has."""
-    return (s - 1) // PAGE_TOKENS * PAGE_TOKENS

@@ -18,7 +18,6 @@ from flexmoe.preflight.prepare_setup import PreparerSetup
 from flexmoe.preflight.served_model import ServedModel
 from flexmoe.system.interrupts import Interrupts
 from flexmoe.text.chat_template import read_template
-from policies.policy import Policy, PolicyFile
 
 
 def check_files(options: RunOptions) -> None:
@@ -64,12 +63,7 @@ def weight_format(options: RunOptions, model: Model) -> str | None:
         FlexMoEError: the policy's file cannot be used.
     """
     check_unpacked(model.arch, options.compress_weight)
-    if options.policy_file is not None:
-        asked = PolicyFile.load(options.policy_file).policy.compress_weight
-    elif isinstance(options.policy, Policy):
-        asked = options.policy.compress_weight
-    else:
-        asked = options.compress_weight
+    asked: str | None = options.decided("compress_weight")
     return None if packed_as(model.arch, asked) == model.arch else asked
 
 
@@ -135,7 +129,7 @@ def _identity(options: RunOptions, model: Model, template: str | None) -> dict[s
         "strict_model": sorted(ServedModel.of(options.model).names) if options.strict_model else False,
         "keep_reasoning_in_content": options.keep_reasoning_in_content,
         "dtype": stored if options.dtype == "auto" else options.dtype,
-        "compress_cache": options.asks_for_compressed_cache,
+        "compress_cache": bool(options.decided("compress_cache")),
         "gen_len": options.gen_len,
         "seed": options.seed,
         **({} if packed is None else {"compress_weight": packed}),

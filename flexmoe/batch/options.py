@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cost_model.model.families import dtype_name
 from cost_model.planner.constraints import Fixed
@@ -214,18 +214,15 @@ class RunOptions:
         """The policy's file, where it is one."""
         return self.policy if isinstance(self.policy, Path) and not is_auto(self.policy) else None
 
-    @property
-    def asks_for_compressed_cache(self) -> bool:
-        """Whether the KV cache is int8, by the option or the given policy.
+    def decided(self, field: str) -> Any:
+        """A field of the policy, as the given policy or the option of its name says; None: neither does.
 
         Raises:
             FlexMoEError: the policy's file cannot be used.
         """
         if self.policy_file is not None:
-            return PolicyFile.load(self.policy_file).policy.compress_cache
-        if isinstance(self.policy, Policy):
-            return self.policy.compress_cache
-        return bool(self.compress_cache)
+            return getattr(PolicyFile.load(self.policy_file).policy, field)
+        return getattr(self.policy if isinstance(self.policy, Policy) else self, field)
 
     @property
     def block_size(self) -> int:

@@ -15,6 +15,7 @@ from flexmoe.kv.cache import KVCache, KVExhausted, RowKV
 from flexmoe.params import EngineRequest
 from policies.admission.admission import Admission
 from policies.admission.row_state import Prefix, RowLengths
+from policies.admission.shared_prefix import share
 from policies.placement import TIERS
 from policies.policy import Policy
 
@@ -125,26 +126,10 @@ class Scheduler:
         return self.admission.restarts
 
     def submit(self, rows: Sequence[Row]) -> None:
-        """Queue the rows of one prompt: the first computes it, and the others enter when that is done.
-
-        Those whose keys are rotated otherwise than the first one's (`recompute_past`) compute all of theirs themselves.
-        """
-        first, *others = rows
-        for row in others:
-            row.prompt_done = row.prompt  # the first row counts these tokens
-        self.waiting.append(first)
-        past, layout = self._recompute_past, self._cache.layout
-        pages = (first.prompt - 1) // layout.page_tokens
-        if layout.windowed and first.generated:
-            pages = 0  # when its run is stored, layers with a window have nothing of the prompt's end left
-        alike = [row for row in others if row.is_past(past) == first.is_past(past)]
-        if pages and alike:
-            tokens = pages * layout.page_tokens
-            prefix = SharedPrompt(tokens=tokens, pages=layout.before(tokens), waiting=dict.fromkeys(alike))
-            for row in (first, *alike):
-                row.prefix = prefix
-            self._behind += len(alike)
-        self.waiting.extend(row for row in others if row.prefix is None)
+        """Queue the rows of one prompt: the first computes it, and the others enter when that is done."""
+        queued = share(rows, self._cache.layout, self._recompute_past, SharedPrompt)
+        self._behind += len(rows) - len(queued)
+        self.waiting.extend(queued)
 
     def plan_sweep(self) -> list[Run]:
         """Choose the runs of the next sweep and reserve their KV.

@@ -10,11 +10,46 @@ prompts themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Generic
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic
 
+from policies.admission.kv_pages import KVPages
 from policies.admission.kv_projection import Projection
 from policies.admission.row_state import Prefix, RowT
+
+
+def shared_tokens(prompt: int, page_tokens: int) -> int:
+    """Of a prompt what others can begin after: whole pages, and fewer tokens than it has."""
+    return (prompt - 1) // page_tokens * page_tokens
+
+
+def share(
+    rows: Sequence[RowT], layout: KVPages, recompute_past: int | None, prefix: Callable[..., Prefix[Any]] = Prefix
+) -> list[RowT]:
+    """Let the first of the rows of a prompt compute its pages for the others.
+
+    Those whose keys are rotated otherwise than the first one's compute all of theirs themselves.
+
+    Args:
+        layout: pages of a row.
+        recompute_past: as in `Admission`.
+        prefix: makes the prefix.
+
+    Returns:
+        list[RowT]: the rows that wait in the queue; the others wait for the prefix.
+    """
+    first, *others = rows
+    for row in others:
+        row.prompt_done = row.prompt  # the first row counts these tokens
+    tokens = shared_tokens(min(row.prompt for row in rows), layout.page_tokens)
+    if layout.windowed and first.generated:
+        tokens = 0  # when its run is stored, layers with a window have nothing of the prompt's end left
+    alike = [row for row in others if row.is_past(recompute_past) == first.is_past(recompute_past)]
+    if tokens and alike:
+        found = prefix(tokens=tokens, pages=layout.before(tokens), waiting=dict.fromkeys(alike))
+        for row in (first, *alike):
+            row.prefix = found
+    return [first, *(row for row in others if row.prefix is None)]
 
 
 class Prefixes(Generic[RowT]):

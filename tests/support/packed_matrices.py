@@ -95,3 +95,12 @@ def _drawn(
         return (exponents.exp2() * torch.randn(shape, generator=generator).sign()).to(dtype)
     bits = torch.randint(0, 256, (*shape, dtype.itemsize), generator=generator, dtype=torch.uint8)
     return bits.view(dtype).view(shape)
+
+
+def every_number(dtype: torch.dtype) -> tuple[PackedMatrix, PackedMatrix]:
+    """All numbers of e4m3 with scales of a dtype, and those of e2m1 with every power of two."""
+    numbers = torch.arange(256, dtype=torch.uint8)
+    scale = torch.rand(64, 1, generator=seeded()).exp2().to(dtype)
+    floats = {"packed": numbers.repeat(64, 1).view(torch.float8_e4m3fn), "scale": scale}
+    powers = {"packed": numbers.view(1, -1).repeat(256, 1), "scale": numbers.view(-1, 1).repeat(1, 16)}
+    return PackedMatrix(fp8(1, 0), floats, (64, 256)), PackedMatrix(MXFP4, powers, (256, 512))

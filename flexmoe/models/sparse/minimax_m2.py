@@ -1,21 +1,19 @@
 """MiniMax-M2: sigmoid routing with a correction, queries and keys normed over all heads, half of each head rotated."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from flexmoe.models.common.decoder import Decoder
-from flexmoe.models.common.names import Names
 from flexmoe.models.common.router import SIGMOID, Router, Routing
+from flexmoe.models.sparse.mixtral import Mixtral
 
 
 class MiniMaxM2(Decoder):
     """MiniMax-M2 and every other config of its family."""
 
-    names = Names(
-        router="block_sparse_moe.gate.weight",
-        gate="block_sparse_moe.experts.{}.w1.weight",
-        up="block_sparse_moe.experts.{}.w3.weight",
-        down="block_sparse_moe.experts.{}.w2.weight",
+    names = replace(
+        Mixtral.names,
         correction="block_sparse_moe.e_score_correction_bias",
         packed_correction="mlp.e_score_correction_bias",
     )

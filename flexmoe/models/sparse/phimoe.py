@@ -1,6 +1,7 @@
 """Phi-3.5-MoE: LayerNorm and sparsemixer routing."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ import torch.nn.functional as F
 from flexmoe.errors import DataError
 from flexmoe.kernels.family import Weights
 from flexmoe.models.common.decoder import Decoder
-from flexmoe.models.common.names import Names
 from flexmoe.models.common.router import Routing, SparseMixer
+from flexmoe.models.sparse.mixtral import Mixtral
 
 
 class Phimoe(Decoder):
@@ -20,11 +21,8 @@ class Phimoe(Decoder):
         DataError: another number of experts per token than sparsemixer chooses, or an incomplete LongRoPE.
     """
 
-    names = Names(
-        router="block_sparse_moe.gate.weight",
-        gate="block_sparse_moe.experts.{}.w1.weight",
-        up="block_sparse_moe.experts.{}.w3.weight",
-        down="block_sparse_moe.experts.{}.w2.weight",
+    names = replace(
+        Mixtral.names,
         packed_router="mlp.router.weight",
     )
 

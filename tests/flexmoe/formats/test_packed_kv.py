@@ -8,21 +8,11 @@ from flexmoe.formats.packed_kv import head_words, pack, unpack
 from flexmoe.kernels.masked_attention import masked_paged_attention
 from flexmoe.kernels.native import attention as native_attention
 from flexmoe.kernels.native import library as native
-from flexmoe.kernels.paged_attention import paged_attention
 from flexmoe.kernels.ragged import Ragged
-from flexmoe.kernels.varlen_attention import varlen_paged_attention
 from tests.support import flash
+from tests.support.attention_paths import PATHS
 
 PAGE = 16
-PATHS = [
-    pytest.param(varlen_paged_attention, id="varlen"),
-    pytest.param(masked_paged_attention, id="masked"),
-    pytest.param(
-        paged_attention,
-        id="native",
-        marks=pytest.mark.skipif(not native.available(), reason="no native library on this machine"),
-    ),
-]
 #: (queries, past tokens) of a row: decode at borders of pages, verification, chunks, whole prompts.
 MIXED = [(1, 0), (1, 15), (1, 16), (4, 31), (33, 0), (1, 250), (17, 64), (48, 100)]
 

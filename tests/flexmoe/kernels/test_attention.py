@@ -16,6 +16,7 @@ from flexmoe.kernels.ragged import Ragged
 from flexmoe.kernels.varlen_attention import gives_log_sums, varlen_paged_attention
 from tests.support import flash
 from tests.support.allocations import Allocations
+from tests.support.attention_paths import PATHS
 
 PAGE = 16
 #: (queries, past tokens) of a row: decode, verification, chunks, whole prompts, and decodes of very unlike lengths.
@@ -69,15 +70,6 @@ def op(monkeypatch):
     return flash.pretended(monkeypatch)
 
 
-PATHS = [
-    pytest.param(varlen_paged_attention, id="varlen"),
-    pytest.param(masked_paged_attention, id="masked"),
-    pytest.param(
-        paged_attention,
-        id="native",
-        marks=pytest.mark.skipif(not native.available(), reason="no native library on this machine"),
-    ),
-]
 #: By how many pages K and V are copied at a time: all that there are, and no more than the longest row has.
 ROOMS = [pytest.param(None, id="made-when-absent"), pytest.param(64, id="for-all"), pytest.param(17, id="for-a-row")]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

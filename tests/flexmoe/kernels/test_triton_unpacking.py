@@ -11,7 +11,7 @@ import torch
 
 from flexmoe.formats.packed_matrix import PackedMatrix
 from flexmoe.kernels import linear
-from tests.support.packed_matrices import CASES, FLOATS, MXFP4, fp8, packed_matrix, same, seeded
+from tests.support.packed_matrices import CASES, FLOATS, every_number, packed_matrix, same, seeded
 
 pytestmark = pytest.mark.slow
 
@@ -49,12 +49,8 @@ def test_values_are_those_of_the_codec_bit_for_bit(case, triton_unpacking):
 
 
 def test_every_number_and_every_power_of_two_is_that_of_the_codec(triton_unpacking):
-    numbers = torch.arange(256, dtype=torch.uint8)
     for dtype in FLOATS:
-        scale = torch.rand(64, 1, generator=seeded()).exp2().to(dtype)
-        floats = {"packed": numbers.repeat(64, 1).view(torch.float8_e4m3fn), "scale": scale}
-        powers = {"packed": numbers.view(1, -1).repeat(256, 1), "scale": numbers.view(-1, 1).repeat(1, 16)}
-        for matrix in (PackedMatrix(fp8(1, 0), floats, (64, 256)), PackedMatrix(MXFP4, powers, (256, 512))):
+        for matrix in every_number(dtype):
             wanted, mine = matrix.unpack(torch.empty(matrix.shape, dtype=dtype)), moved(matrix)
             found = triton_unpacking.unpack(mine, torch.empty(matrix.shape, dtype=dtype, device=mine.device))
             assert same(found.cpu(), wanted)

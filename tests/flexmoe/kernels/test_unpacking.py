@@ -15,7 +15,7 @@ from flexmoe.kernels.native.products import grouped_products
 from flexmoe.kernels.native.unpacking import packed_products, unpack
 from flexmoe.models.registry import family
 from flexmoe.system.device import Device
-from tests.support.packed_matrices import CASES, FLOATS, MXFP4, fp8, packed_matrix, same, seeded
+from tests.support.packed_matrices import CASES, FLOATS, MXFP4, every_number, packed_matrix, same, seeded
 
 needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
 
@@ -52,12 +52,8 @@ def test_scales_at_the_ends_of_their_range_are_rounded_as_by_torch(case):
 
 @needs_compiler
 def test_every_number_and_every_power_of_two_is_that_of_the_codec():
-    numbers = torch.arange(256, dtype=torch.uint8)
     for dtype in FLOATS:
-        scale = torch.rand(64, 1, generator=seeded()).exp2().to(dtype)
-        floats = {"packed": numbers.repeat(64, 1).view(torch.float8_e4m3fn), "scale": scale}
-        powers = {"packed": numbers.view(1, -1).repeat(256, 1), "scale": numbers.view(-1, 1).repeat(1, 16)}
-        for matrix in (PackedMatrix(fp8(1, 0), floats, (64, 256)), PackedMatrix(MXFP4, powers, (256, 512))):
+        for matrix in every_number(dtype):
             wanted = matrix.unpack(torch.empty(matrix.shape, dtype=dtype))
             assert same(unpack(matrix, torch.empty_like(wanted)), wanted)
 
