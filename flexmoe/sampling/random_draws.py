@@ -15,6 +15,8 @@ import hashlib
 import numpy as np
 import torch
 
+from flexmoe.kernels.native import choice, library
+
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
@@ -55,6 +57,21 @@ def philox(counter: tuple[np.ndarray, ...], key: tuple[np.ndarray, ...]) -> tupl
         key0, key1 = k0 + np.uint64(turn * _WEYL[0]) & _LOW, k1 + np.uint64(turn * _WEYL[1]) & _LOW
         c0, c1, c2, c3 = (right >> _HALF) ^ c1 ^ key0, right & _LOW, (left >> _HALF) ^ c3 ^ key1, left & _LOW
     return c0, c1, c2, c3
+
+
+def first_arrivals(x_RV: torch.Tensor, keys_R2: torch.Tensor) -> torch.Tensor:
+    """The tokens that win the race: those whose logit less the logarithm of its arrival is largest.
+
+    Args:
+        x_RV: float32 logits, minus infinity for tokens that may not win; overwritten.
+        keys_R2: int32, from `draw_keys`, on the same device.
+
+    Returns:
+        torch.Tensor: int64 ``[R]``.
+    """
+    if x_RV.device.type == "cpu" and library.available():
+        return choice.winners(x_RV, keys_R2)
+    return x_RV.sub_(log_arrivals(keys_R2, x_RV.shape[-1])).argmax(dim=-1)
 
 
 def log_arrivals(keys_R2: torch.Tensor, vocab: int) -> torch.Tensor:

@@ -23,11 +23,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from flexmoe.kernels.native import choice, library
 from flexmoe.outputs import TokenLogprob
 from flexmoe.params import SamplingParams
 from flexmoe.sampling.logprobs import finite_rows, records, top_tokens
 from flexmoe.sampling.penalties import TokenCounts, Upload, add_bias, bar_tokens, penalize, waiting
-from flexmoe.sampling.random_draws import draw_keys, log_arrivals, stream_of
+from flexmoe.sampling.random_draws import draw_keys, first_arrivals, stream_of
 
 #: Bytes per vocabulary entry that a row of a chunk takes at most: float32 logits, copies of them for log-probabilities
 #: and top_p, a sorted copy with its 64-bit order, exponentials and their 64-bit sums, or random bits and numbers.
@@ -156,6 +157,9 @@ def sample(
 
 
 def _most_probable(logits_RV: torch.Tensor) -> torch.Tensor:
+    """The most probable token of each row, `NOT_FINITE` where one of the row's logits is not finite: int64 ``[R]``."""
+    if logits_RV.device.type == "cpu" and library.available():
+        return choice.largest(logits_RV)
     tokens_R = logits_RV.argmax(dim=-1)
     largest_R = logits_RV.gather(-1, tokens_R[:, None])[:, 0]
     return tokens_R.where(finite_rows(logits_RV, largest_R), NOT_FINITE)
@@ -191,9 +195,8 @@ class _Chunk:
         add_bias(x_CV, params, upload)
         bar_tokens(x_CV, [row.barred for row in self._rows], upload)
         penalize(x_CV, params, [row.counts for row in self._rows], upload)
-        tokens_C = x_CV.argmax(dim=-1)
+        tokens_C = torch.zeros_like(places_C) if len(self._drawn) == len(self._rows) else x_CV.argmax(dim=-1)
         if self._drawn:
-            # The most probable tokens are no longer needed where a token is drawn.
             x_CV = x_CV if len(self._drawn) == len(self._rows) else x_CV[drawn_n]
             some, keys = [params[at] for at in self._drawn], _keys([self._rows[at] for at in self._drawn])
             tokens_C[drawn_n] = draw(x_CV, some, keys, upload, self._nucleus)
@@ -257,7 +260,7 @@ def draw(
     """
     unsure_C = filter_logits(x_CV, params, upload, nucleus)
     (keys_C2,) = upload([keys.view(np.int32)])
-    tokens_C = x_CV.sub_(log_arrivals(keys_C2, x_CV.shape[-1])).argmax(dim=-1)
+    tokens_C = first_arrivals(x_CV, keys_C2)
     return tokens_C.masked_fill_(unsure_C, _UNSURE)
 
 

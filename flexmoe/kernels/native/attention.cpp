@@ -5,7 +5,8 @@
 // lines take the stream path (decode.h) and many lines the tile path (prefill.h). How lines are cut depends only on the
 // row itself, so a result depends neither on the other rows nor on threads.
 //
-// This file is the C entry points (those of products.h and packed_work.h, too) and the checks that need the tensors' contents.
+// This file is the C entry points (those of products.h, packed_work.h and choice.h, too) and the checks that need the tensors'
+// contents.
 
 #include <algorithm>
 #include <cstddef>
@@ -13,6 +14,7 @@
 #include <exception>
 
 #include "call.h"
+#include "choice.h"
 #include "packed_work.h"
 #include "products.h"
 #include "work.h"
@@ -103,6 +105,19 @@ int flexmoe_packed_products(const Packed* packed, const Matrix* matrices, int dt
   } catch (const std::exception&) {
     return NO_MEMORY;
   }
+}
+
+// tokens[r]: the largest logit of row r of x [rows, vocab], or -1 where one is not finite.
+void flexmoe_largest(int dtype, const void* x, int64_t x_stride, int64_t* tokens, int rows, int vocab, int num_threads) {
+  Best best{dtype, x, x_stride, tokens, rows, vocab};
+  run_parallel(work_best, &best, std::min(rows, num_threads));
+}
+
+// tokens[r]: who wins the race of row r of the logits x [rows, vocab]; keys [rows, 2].
+void flexmoe_winners(const float* x, int64_t x_stride, const uint32_t* keys, int64_t* tokens, int rows, int vocab,
+                  int num_threads) {
+  Race race{x, x_stride, keys, tokens, rows, vocab};
+  run_parallel(work_race, &race, std::min(rows, num_threads));
 }
 
 }  // extern "C"

@@ -84,6 +84,10 @@ def _declare(library: ctypes.CDLL) -> None:
         *[integer] * 2,
     ]
     library.flexmoe_packed_products.restype = integer
+    library.flexmoe_largest.argtypes = [integer, pointer, int64, pointer, *[integer] * 3]
+    library.flexmoe_largest.restype = None
+    library.flexmoe_winners.argtypes = [pointer, int64, *[pointer] * 2, *[integer] * 3]
+    library.flexmoe_winners.restype = None
 
 
 def gomp_parallel() -> int | None:

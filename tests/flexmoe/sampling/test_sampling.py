@@ -537,7 +537,7 @@ def test_rows_take_no_more_memory_than_they_are_given(rows_at_once, asked):
     given = SAMPLED_ROW_BYTES * vocab * rows_at_once
     with MemoryPeak() as peak:
         sample(x, rows, workspace_bytes=given)
-    assert 10 * vocab < peak.bytes < given
+    assert 4 * vocab <= peak.bytes < given  # a row in float32 is the least
 
 
 @pytest.mark.gpu
