@@ -2,6 +2,7 @@
 
     python -m scripts.make_checkpoint build/demo-model --size demo
     python -m scripts.make_checkpoint build/skewed --size qwen3-like --router-skew 1
+    python -m scripts.make_checkpoint build/gpt-oss --size gpt-oss-like --mxfp4
 
 The weights are random, so its completions mean nothing; but they depend on the whole prompt, and the same seed gives
 the same model in both layouts and however it is cut into shards. Weights are made one shard at a time, so memory stays
@@ -22,6 +23,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from flexmoe.errors import FlexMoEError, UsageError
 from flexmoe.models.registry import FAMILIES
+from scripts.checkpoints.mxfp4 import QUANTIZATION, packed_shapes, packed_tensor
 from scripts.checkpoints.router_skew import RouterSkew
 from scripts.checkpoints.shapes import (
     SIZES,
@@ -42,6 +44,7 @@ def make_checkpoint(
     *,
     dtype: torch.dtype = torch.bfloat16,
     packed: bool = False,
+    mxfp4: bool = False,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     seed: int = 0,
     tokenizer: bool = True,
@@ -56,6 +59,7 @@ def make_checkpoint(
             example one of `SIZES`.
         dtype: of the weights at rest.
         packed: the packed layout (`save_original_format=False`) instead of the per-expert layout of the hub.
+        mxfp4: experts of gpt-oss in MXFP4, as its checkpoints on the hub have them.
         shard_bytes: no shard is larger than this, unless it holds a single tensor.
         seed: decides every weight, together with the weight's name.
         tokenizer: also train and save a byte-level BPE tokenizer, no larger than the model's vocabulary.
@@ -74,13 +78,21 @@ def make_checkpoint(
     config = _config(config_kwargs, dtype, tokenizer)
     values = Values(seed, _skew(config, router_skew, router_topics, seed))
     tensors = tensors_on_disk(config, packed=packed)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if mxfp4:
+        shapes = packed_shapes(shapes, config.model_type)
+        config.quantization_config = QUANTIZATION
+
+    def tensor(name: str) -> torch.Tensor:
+        return packed_tensor(name, shapes[name], seed) if name not in tensors else values.tensor(tensors[name], dtype)
+
     with written_whole(out) as directory:
         config.save_pretrained(directory)
         GenerationConfig.from_model_config(config).save_pretrained(directory)
         if tokenizer:
             train_tokenizer(config.vocab_size, config.max_position_embeddings).save_pretrained(directory)
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        write_weights(directory, shapes, lambda name: values.tensor(tensors[name], dtype), dtype, shard_bytes)
+        whole = dict.fromkeys(shapes.keys() - tensors.keys(), torch.uint8)
+        write_weights(directory, shapes, tensor, dtype, shard_bytes, whole)
     return out
 
 
@@ -156,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(flag, dest=key, type=_count(1), metavar="N", help=f"replaces the size's {key}")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     parser.add_argument("--packed", action="store_true", help="the packed layout instead of one tensor per expert")
+    parser.add_argument("--mxfp4", action="store_true", help="experts of gpt-oss in MXFP4, as on the hub")
     parser.add_argument("--tied", action="store_true", help="the head is the embedding")
     parser.add_argument("--shard-size", type=_size_bytes, default=DEFAULT_SHARD_BYTES, help="default: 200MB")
     parser.add_argument("--seed", type=_count(0), default=0)
@@ -190,6 +203,7 @@ def main(argv: list[str] | None = None) -> int:
             config_kwargs,
             dtype=DTYPES[args.dtype],
             packed=args.packed,
+            mxfp4=args.mxfp4,
             shard_bytes=args.shard_size,
             seed=args.seed,
             tokenizer=args.tokenizer,
@@ -200,7 +214,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"make_checkpoint: {error}", file=sys.stderr)
         return error.exit_code
     shard_bytes = [shard.stat().st_size for shard in out.glob("*.safetensors")]
-    print(f"{out}: {sum(shard_bytes) / 1e6:.0f} MB of {args.dtype} weights in {len(shard_bytes)} file(s)")
+    print(
+        f"{out}: {sum(shard_bytes) / 1e6:.0f} MB of {args.dtype}{' and MXFP4' * args.mxfp4} weights in {len(shard_bytes)} file(s)"
+    )
     return 0
 
 

@@ -1,7 +1,7 @@
 """Fields of a parsed `config.json`, checked: sizes, numbers, flags, and what all decoders spell alike."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from policies.common.errors import DataError
@@ -75,26 +75,26 @@ def dense_before(config: Config, field: str, num_layers: int, default: int) -> t
     return tuple(range(first))
 
 
-def uniform_window(config: Config, window: int | None, num_layers: int, windowed_from: int = 0) -> int | None:
-    """The window of all layers, or None where none has one.
+def windows(
+    config: Config, window: int | None, num_layers: int, windowed: Callable[[int], bool] = lambda layer: True
+) -> dict[str, Any]:
+    """The window, None where no layer has one, and the layers that look back to the first token though others have it.
 
     Args:
-        windowed_from: the first layer that has it, where the config does not list the layers.
+        windowed: which layers have it, where the config does not list the layers.
 
     Raises:
-        DataError: some layers have one and others do not.
+        DataError: the list does not name one of two kinds for each layer.
     """
-    kinds = config.get("layer_types") or [
-        "sliding_attention" if layer >= windowed_from else "full_attention" for layer in range(num_layers)
-    ]
-    if window is None or not isinstance(kinds, list) or "sliding_attention" not in kinds:
-        return None
-    if set(kinds) != {"sliding_attention"}:
-        raise DataError(
-            f"some layers of the model attend through a window of {window} and others do not, which is not supported for "
-            f"model_type {config['model_type']!r}."
-        )
-    return window
+    kinds = ("sliding_attention", "full_attention")
+    listed = config.get("layer_types")
+    types = [kinds[not windowed(layer)] for layer in range(num_layers)] if listed is None else listed
+    if not isinstance(types, list) or len(types) != num_layers or not all(each in kinds for each in types):
+        raise DataError(f"layer_types in the config is {types!r}; it must say {' or '.join(kinds)} for each layer.")
+    full = tuple(layer for layer, kind in enumerate(types) if kind == "full_attention")
+    if window is None or len(full) == num_layers:
+        return {"sliding_window": None, "full_layers": ()}
+    return {"sliding_window": window, "full_layers": full}
 
 
 def refuse(config: Config, **wanted: Any) -> None:
@@ -108,13 +108,13 @@ def refuse(config: Config, **wanted: Any) -> None:
             raise DataError(f"{field} in the config is {config[field]!r}; only {value!r} is supported.")
 
 
-def count(config: Config, field: str, default: int | None = None) -> int:
-    """A whole number of at least 1; a missing or null field gives the default where there is one."""
+def count(config: Config, field: str, default: int | None = None, *, least: int = 1) -> int:
+    """A whole number of at least ``least``; a missing or null field gives the default where there is one."""
     value = default if config.get(field) is None else config[field]
     if value is None:
         raise DataError(f"the config lacks {field}.")
-    if type(value) is not int or value < 1:
-        raise DataError(f"{field} in the config is {value!r}; it must be a whole number of at least 1.")
+    if type(value) is not int or value < least:
+        raise DataError(f"{field} in the config is {value!r}; it must be a whole number of at least {least}.")
     return value
 
 

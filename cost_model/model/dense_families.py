@@ -16,7 +16,7 @@ from cost_model.model.config_fields import (
     optional_count,
     refuse,
     rope_switch,
-    uniform_window,
+    windows,
 )
 from policies.common.errors import DataError
 
@@ -34,10 +34,12 @@ def _mistral(config: Config) -> dict[str, Any]:
     """Llama with a window."""
     fields = decoder_fields(config, num_kv_heads=8, norm_eps=1e-6, rope_theta=1e4)
     window = optional_count(config, "sliding_window") if "sliding_window" in config else 4096
-    return fields | {
-        **dense_mlp(config, fields["num_layers"]),
-        "sliding_window": uniform_window(config, window, fields["num_layers"]),
-    }
+    found = windows(config, window, fields["num_layers"])
+    if found != {"sliding_window": window, "full_layers": ()}:
+        raise DataError(
+            f"layer_types in the config say that some layers have no window, and a mistral has {window} in all."
+        )
+    return fields | {**dense_mlp(config, fields["num_layers"]), **found}
 
 
 def _qwen3(config: Config) -> dict[str, Any]:
@@ -45,10 +47,13 @@ def _qwen3(config: Config) -> dict[str, Any]:
     fields = decoder_fields(config, num_kv_heads=32, norm_eps=1e-6, rope_theta=1e4, head_dim=128)
     layers = fields["num_layers"]
     window = optional_count(config, "sliding_window") if "sliding_window" in config else 4096
-    window = window if flag(config, "use_sliding_window") else None
+    window, first = (
+        window if flag(config, "use_sliding_window") else None,
+        count(config, "max_window_layers", 28, least=0),
+    )
     return fields | {
         **dense_mlp(config, layers),
-        "sliding_window": uniform_window(config, window, layers, count(config, "max_window_layers", 28)),
+        **windows(config, window, layers, lambda layer: layer >= first),
         "attention_bias": flag(config, "attention_bias"),
         "qk_norm": "head",
     }

@@ -22,7 +22,7 @@ from cost_model.model.config_fields import (
     rope_type,
     rope_values,
     same_count,
-    uniform_window,
+    windows,
 )
 from policies.common.errors import DataError
 
@@ -80,13 +80,12 @@ def _gpt_oss(config: Config) -> dict[str, Any]:
     )
     positive(config, "swiglu_limit", 7.0)
     positive(config, "swiglu_alpha", 1.702)
-    full = _full_layers(config, fields["num_layers"])
+    window = count(config, "sliding_window")
     return fields | {
+        **windows(config, window, fields["num_layers"], lambda layer: layer % 2 == 0),
         "top_k": count(config, "num_experts_per_tok"),
         "ffn": count(config, "intermediate_size"),
         "num_experts": count(config, "num_local_experts"),
-        "sliding_window": None if len(full) == fields["num_layers"] else count(config, "sliding_window"),
-        "full_layers": () if len(full) == fields["num_layers"] else full,
         "attention_bias": flag(config, "attention_bias", True),
         "sinks": True,
         "router_bias": True,
@@ -103,21 +102,15 @@ def gpt_oss_config(config: Config) -> Config:
     return {"sliding_window": _GPT_OSS_WINDOW, "rope_parameters": _GPT_OSS_ROPE, **given}
 
 
-def _full_layers(config: Config, num_layers: int) -> tuple[int, ...]:
-    """Layers that attend to all tokens; without a word it is every other one, from the second on."""
-    kinds = ("sliding_attention", "full_attention")
-    types = config.get("layer_types", [kinds[layer % 2] for layer in range(num_layers)])
-    if not isinstance(types, list) or len(types) != num_layers or not all(each in kinds for each in types):
-        raise DataError(f"layer_types in the config is {types!r}; it must say {' or '.join(kinds)} for each layer.")
-    return tuple(layer for layer, kind in enumerate(types) if kind == "full_attention")
-
-
 def _qwen2_moe(config: Config) -> dict[str, Any]:
-    """Beside the experts of a layer there is a shared one, which a gate weighs; only q, k and v have a bias."""
-    refuse(config, use_sliding_window=False)
+    """Beside the experts of a layer there is a shared one, which a gate weighs; only q, k and v have a bias. Every other of
+    the first layers looks back through the window."""
     fields = decoder_fields(config, num_kv_heads=16, norm_eps=1e-6, rope_theta=1e4)
+    last = count(config, "max_window_layers", 28, least=0)
+    window = _qwen_window(config) if flag(config, "use_sliding_window") else None
     return fields | {
         **_qwen_experts(config, fields["num_layers"]),
+        **windows(config, window, fields["num_layers"], lambda layer: layer % 2 == 0 and layer < last),
         "attention_bias": flag(config, "qkv_bias", True),
         "output_bias": False,
         "shared_ffn": count(config, "shared_expert_intermediate_size", 5632),
@@ -154,11 +147,11 @@ def _dots1(config: Config) -> dict[str, Any]:
     """dots.llm1: routing as DeepSeek-V3, heads are normed."""
     fields = decoder_fields(config, num_kv_heads=32, norm_eps=1e-6, rope_theta=1e4)
     layers = fields["num_layers"]
-    window = optional_count(config, "sliding_window") if "sliding_window" in config else _QWEN_WINDOW
+    first = count(config, "max_window_layers", 62, least=0)
     return fields | {
         **_deepseek_experts(config, layers, first_dense=0),
+        **windows(config, _qwen_window(config), layers, lambda layer: layer >= first),
         "router_float32": True,
-        "sliding_window": uniform_window(config, window, layers, count(config, "max_window_layers", 62)),
         "attention_bias": flag(config, "attention_bias"),
         "qk_norm": "head",
     }

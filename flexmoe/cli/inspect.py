@@ -42,6 +42,11 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="read the scales of packed matrices, too, as a run does before it loads weights",
     )
+    p.add_argument(
+        "--checksums",
+        action="store_true",
+        help="read all weights of a checkpoint that flexmoe.quantize has made, and hold them against its hashes",
+    )
     return p
 
 
@@ -55,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    found = inspect(args.directory, scales=args.scales)
+    found = inspect(args.directory, scales=args.scales, checksums=args.checksums)
     say(*([json.dumps(record(found), indent=1)] if args.json else lines(found)))
     return found.faults[0].exit_code if found.faults else 0
 

@@ -21,6 +21,7 @@ from flexmoe.inspecting.contents import Stored, stopped_downloads, stored_by_kin
 from flexmoe.inspecting.text_files import TextFiles, text_files
 from flexmoe.kernels.family import Family
 from flexmoe.models.loader import check_scales, check_tensors, decoder_of, parts_of, read_family, stored_dtype
+from flexmoe.quantizing.checksums import check_checkpoint
 from flexmoe.text.tokenizer import eos_ids
 
 
@@ -56,12 +57,13 @@ class Inspection:
         return not self.faults
 
 
-def inspect(directory: str | os.PathLike[str], *, scales: bool = False) -> Inspection:
+def inspect(directory: str | os.PathLike[str], *, scales: bool = False, checksums: bool = False) -> Inspection:
     """Look at a checkpoint without loading weights.
 
     Args:
         directory: of the checkpoint.
         scales: read the scales of packed matrices, too, as a run does: some hundredths of the weights' bytes.
+        checksums: read all weights, and hold them against the hashes that `flexmoe.quantize` has written beside them.
 
     Raises:
         InputMissingError, DataError: there is no such directory. What is wrong with its contents is in the result.
@@ -78,6 +80,9 @@ def inspect(directory: str | os.PathLike[str], *, scales: bool = False) -> Inspe
     arch = None if math is None else math.arch
     if math is not None and not opened.found:
         arch = _check_weights(decoder_of(checkpoint), math, faults, scales=scales)
+    if checksums:
+        with faults.step():
+            check_checkpoint(root)
     return Inspection(
         directory=root,
         model_type=checkpoint.config.get("model_type"),

@@ -31,6 +31,7 @@ from flexmoe.models.loader import Model, load_model
 from flexmoe.models.registry import family
 from flexmoe.progress import Volume
 from flexmoe.quantizing.beside import copy_beside
+from flexmoe.quantizing.checksums import write_checksums
 from flexmoe.quantizing.outputs import Shard, shards_of
 from flexmoe.quantizing.pieces import HEADER, Made, pieces, write
 from flexmoe.quantizing.scheme import Scheme
@@ -111,8 +112,9 @@ def quantize(
     work = Work(Path(out), _identity(loaded.checkpoint, config, shards))
     try:
         with _cores() as each:
-            error = _make(shards, packed, work, each, bar)
+            made = _make(shards, packed, work, each, bar)
         copy_beside(loaded.checkpoint, config, shards, work.part)
+        write_checksums(work.part, {own.file: own.stretches for own in made})
         work.publish()
     finally:
         work.close()
@@ -121,7 +123,7 @@ def quantize(
         packed=packed,
         source_bytes=sum(info.nbytes for info in loaded.checkpoint.tensors.values()),
         packed_bytes=sum(shard.data_bytes for shard in shards),
-        relative_error=error,
+        relative_error=math.sqrt(sum(own.error for own in made) / (sum(own.norm for own in made) or 1.0)),
     )
 
 
@@ -180,8 +182,8 @@ def _cores() -> Iterator[_Each]:
         torch.set_num_threads(threads)  # the threads have set it for those that begin after them
 
 
-def _make(shards: list[Shard], packed: PackedFormat, work: Work, each: _Each, bar: bool) -> float:
-    """Make all files that are not there yet, and check those that are; returns the relative error of all."""
+def _make(shards: list[Shard], packed: PackedFormat, work: Work, each: _Each, bar: bool) -> list[Finished]:
+    """Make all files that are not there yet, and check those that are."""
     total, done = sum(shard.data_bytes for shard in shards), dict(work.finished)
     before = sum(shard.data_bytes for shard in shards if shard.file in done)
     for there in done.values():
@@ -194,7 +196,7 @@ def _make(shards: list[Shard], packed: PackedFormat, work: Work, each: _Each, ba
             if shard.file not in done:
                 done[shard.file] = _made(shard, packed, work.part / shard.file, each, volume)
                 work.add(done[shard.file])
-    return math.sqrt(sum(own.error for own in done.values()) / (sum(own.norm for own in done.values()) or 1.0))
+    return [done[shard.file] for shard in shards]
 
 
 def _check_room(directory: Path, needed: int) -> None:

@@ -9,13 +9,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flexmoe.checkpoint.files import open_file, read_bytes
-from flexmoe.errors import DataError, UsageError
+from flexmoe.errors import UsageError
+from flexmoe.quantizing.checksums import Each, check_file
 from flexmoe.quantizing.pieces import Stretch, digest
 from flexmoe.system.lock import Lock
 from policies.common import file_io
@@ -74,31 +73,10 @@ class Work:
         """A file is whole, under its name, and on the disk."""
         self._append(asdict(shard))
 
-    def check(self, shard: Finished, each: Callable[[Callable[[Stretch], None], Iterable[Stretch]], object]) -> None:
-        """Read a file that was made before, and hold it against its hashes.
-
-        Args:
-            each: calls a function with every one of some stretches.
-
-        Raises:
-            DataError: a byte is another one; names the tensor and the file.
-        """
-        path = self.part / shard.file
-        with open_file(path) as (file, _):
-
-            def check(stretch: Stretch) -> None:
-                try:
-                    data = read_bytes(file, stretch.length, stretch.offset)
-                except OSError:
-                    data = b""
-                if digest(data) != stretch.digest:
-                    raise DataError(
-                        f"tensor {stretch.tensor!r} in {str(path)!r} is not what was written there (bytes {stretch.offset} to "
-                        f"{stretch.offset + stretch.length}): the disk or something else has changed it; remove "
-                        f"{str(self.directory)!r} to begin anew, on another disk if it happens again"
-                    )
-
-            each(check, shard.stretches)
+    def check(self, shard: Finished, each: Each) -> None:
+        """Read a file that was made before, and hold it against its hashes, as `check_file` does."""
+        again = f"remove {str(self.directory)!r} to begin anew, on another disk if it happens again"
+        check_file(self.part / shard.file, shard.stretches, each, again)
 
     def publish(self) -> None:
         """Give the checkpoint its name, and remove the rest."""

@@ -65,6 +65,18 @@ SIZES: dict[str, dict[str, Any]] = {
         "vocab_size": 32000,
         "norm_topk_prob": True,
     },
+    "gpt-oss-like": {
+        "model_type": "gpt_oss",
+        "hidden_size": 1440,
+        "intermediate_size": 1440,
+        "num_hidden_layers": 12,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 32000,
+    },
     "phi-like": {
         "model_type": "phimoe",
         "hidden_size": 256,

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError
@@ -50,6 +51,7 @@ def write_weights(
     tensor: Callable[[str], torch.Tensor],
     dtype: torch.dtype,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> None:
     """Write safetensors shards, with an index if there are several. One shard at a time is in memory.
 
@@ -57,8 +59,10 @@ def write_weights(
         shapes: of every tensor by name, in the order of the shards.
         tensor: makes the tensor of a name, of `dtype`. No two tensors of a shard share memory.
         shard_bytes: no shard is larger than this, unless it holds a single tensor.
+        dtypes: of tensors that have another one.
     """
-    shards = list(_cut(shapes, dtype.itemsize, shard_bytes))
+    sizes = {name: math.prod(shape) * dtypes.get(name, dtype).itemsize for name, shape in shapes.items()}
+    shards = list(_cut(sizes, shard_bytes))
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
@@ -68,22 +72,21 @@ def write_weights(
         shutil.copymode(directory / "config.json", directory / file)
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
-        _write_index(directory, shapes, dtype, weight_map)
+        _write_index(directory, shapes, sum(sizes.values()), weight_map)
 
 
-def _write_index(directory: Path, shapes: Shapes, dtype: torch.dtype, weight_map: Mapping[str, str]) -> None:
+def _write_index(directory: Path, shapes: Shapes, total_bytes: int, weight_map: Mapping[str, str]) -> None:
     parameters = sum(math.prod(shape) for shape in shapes.values())
-    metadata = {"total_parameters": parameters, "total_size": parameters * dtype.itemsize}
+    metadata = {"total_parameters": parameters, "total_size": total_bytes}
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _cut(shapes: Shapes, itemsize: int, shard_bytes: int) -> Iterator[list[str]]:
-    """Cut the names into runs of at most `shard_bytes`, or of a single larger tensor."""
+def _cut(sizes: Mapping[str, int], shard_bytes: int) -> Iterator[list[str]]:
+    """Cut names, with their bytes, into runs of at most `shard_bytes`, or of a single larger tensor."""
     names: list[str] = []
     used_bytes = 0
-    for name, shape in shapes.items():
-        nbytes = math.prod(shape) * itemsize
+    for name, nbytes in sizes.items():
         if names and used_bytes + nbytes > shard_bytes:
             yield names
             names, used_bytes = [], 0

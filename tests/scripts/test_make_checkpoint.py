@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mxfp4Config
 
 from flexmoe.checkpoint.checkpoint import Checkpoint
 from flexmoe.errors import StorageError, UsageError
@@ -98,6 +98,33 @@ def test_transformers_and_flexmoe_compute_the_same_from_what_was_written(tmp_pat
     finally:
         llm.close()
     assert list(output.outputs[0].token_ids) == transformers_greedy(model, prompt, eos_token_id=None)
+
+
+def test_mxfp4_experts_are_read_alike_by_transformers_and_flexmoe(tmp_path, one_thread):
+    made = make_checkpoint(
+        tmp_path / "made", of_family("gpt_oss"), dtype=torch.float32, mxfp4=True, shard_bytes=100_000
+    )
+    stored = tensors_of(made)
+    assert stored["model.layers.0.mlp.experts.gate_up_proj_blocks"].shape == (4, 192, 2, 16)
+    assert stored["model.layers.0.mlp.experts.down_proj_scales"].shape == (4, 64, 3)
+    model = AutoModelForCausalLM.from_pretrained(
+        made, dtype=torch.float32, experts_implementation="eager", quantization_config=Mxfp4Config(dequantize=True)
+    ).eval()
+    assert 0.05 < model.model.layers[0].mlp.experts.gate_up_proj.std() < 0.25  # about 1/sqrt(64)
+    prompt = [1, *range(40, 60)]
+    llm = LLM(made, policy=None, device="cpu", dtype="float32", offload_dir=tmp_path / "offload", longest_row=40)
+    try:
+        with torch.no_grad():
+            assert torch.allclose(llm.logits(prompt), model(torch.tensor([prompt])).logits[0], atol=2e-3, rtol=1e-4)
+    finally:
+        llm.close()
+
+
+def test_mxfp4_experts_are_gpt_oss_s_only(tmp_path):
+    with pytest.raises(UsageError, match="only gpt_oss"):
+        make_checkpoint(tmp_path / "made", TINY, mxfp4=True)
+    with pytest.raises(UsageError, match="not whole blocks of 32"):
+        make_checkpoint(tmp_path / "made", of_family("gpt_oss", hidden_size=48), mxfp4=True)
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 30_000, 10**9])

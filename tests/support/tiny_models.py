@@ -65,7 +65,9 @@ RECIPES = {
         DEEPSEEK | {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "partial_rotary_factor": 0.5},
         PACKED,
     ),
-    "dots1": _recipe("dots1", DEEPSEEK | {"attention_bias": True, "sliding_window": None}, PACKED),
+    "dots1": _recipe(
+        "dots1", DEEPSEEK | {"attention_bias": True, "sliding_window": 40, "max_window_layers": 1}, PACKED
+    ),
     "minimax": _recipe(
         "minimax_m2",
         {"intermediate_size": 32, "num_local_experts": 16, "num_experts_per_tok": 4, "head_dim": 24, "rotary_dim": 12},
@@ -90,6 +92,8 @@ RECIPES = {
             "num_experts": 12,
             "num_experts_per_tok": 4,
             "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 20,
         },
         SHARDED,
     ),
@@ -159,7 +163,18 @@ RECIPES = {
         SHARDED,
     ),
     "mistral": _recipe("mistral", {"intermediate_size": 96, "sliding_window": 40, "head_dim": 24}, {}),
-    "qwen3-dense": _recipe("qwen3", {"intermediate_size": 96, "head_dim": 24, "rope_parameters": LLAMA3}, SHARDED),
+    "qwen3-dense": _recipe(
+        "qwen3",
+        {
+            "intermediate_size": 96,
+            "head_dim": 24,
+            "rope_parameters": LLAMA3,
+            "use_sliding_window": True,
+            "sliding_window": 40,
+            "max_window_layers": 1,
+        },
+        SHARDED,
+    ),
     "phi3": _recipe(
         "phi3",
         {"intermediate_size": 96, "pad_token_id": 0, "max_position_embeddings": 512, "rope_parameters": LONG},
@@ -210,6 +225,20 @@ def _drawn_deepseek(rng: random.Random, layers: int) -> dict:
     }
 
 
+def _drawn_windows(rng: random.Random, layers: int) -> dict:
+    """A window in all layers, in some or in none, by a number of layers or layer by layer."""
+    kinds = ("sliding_attention", "full_attention")
+    return {
+        "use_sliding_window": rng.random() < 0.7,
+        "sliding_window": rng.choice((1, 17, 20, 64)),
+        "max_window_layers": rng.randint(0, layers),
+    } | ({"layer_types": [rng.choice(kinds) for _ in range(layers)]} if rng.random() < 0.3 else {})
+
+
+def _drawn_dots1(rng: random.Random, layers: int) -> dict:
+    return _drawn_deepseek(rng, layers) | _drawn_windows(rng, layers)
+
+
 def _drawn_experts(rng: random.Random) -> tuple[int, int]:
     experts = rng.randint(4, 20)
     return experts, rng.randint(1, min(6, experts))
@@ -239,7 +268,7 @@ def _drawn_qwen2(rng: random.Random, layers: int) -> dict:
         "norm_topk_prob": rng.random() < 0.5,
         "qkv_bias": rng.random() < 0.7,
         "mlp_only_layers": rng.sample(range(layers), rng.randint(0, layers - 1)),
-    }
+    } | _drawn_windows(rng, layers)
 
 
 def _drawn_olmoe(rng: random.Random, layers: int) -> dict:
@@ -320,7 +349,7 @@ def _drawn_phi3(rng: random.Random, layers: int) -> dict:
 
 _DRAWN: dict[str, Callable[[random.Random, int], dict]] = {
     "glm4_moe": _drawn_deepseek,
-    "dots1": _drawn_deepseek,
+    "dots1": _drawn_dots1,
     "minimax_m2": _drawn_minimax,
     "qwen2_moe": _drawn_qwen2,
     "olmoe": _drawn_olmoe,

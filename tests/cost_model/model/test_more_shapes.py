@@ -128,7 +128,7 @@ def test_a_shared_mlp_is_packed_as_dense_layers_are():
         ("glm-4.5-air", {"first_k_dense_replace": 46}, "first_k_dense_replace"),
         ("glm-4.5-air", {"partial_rotary_factor": 0.51}, "turns 65 dimensions of a head of 128"),
         ("olmoe-1b-7b", {"clip_qkv": 8.0}, "clip_qkv"),
-        ("qwen1.5-moe-a2.7b", {"use_sliding_window": True}, "use_sliding_window"),
+        ("qwen1.5-moe-a2.7b", {"use_sliding_window": True, "max_window_layers": -1}, "max_window_layers"),
         ("ernie-4.5-21b-a3b", {"use_bias": True}, "use_bias"),
         ("ernie-4.5-21b-a3b", {"moe_layer_interval": 2}, "moe_layer_interval"),
         ("ernie-4.5-21b-a3b", {"moe_layer_end_index": 20}, "moe_layer_end_index"),
@@ -138,9 +138,34 @@ def test_a_shared_mlp_is_packed_as_dense_layers_are():
         ("llama-3.1-8b", {"mlp_bias": True}, "mlp_bias"),
         ("llama-3.1-8b", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
         ("llama-3.1-8b", {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor"),
-        ("qwen3-8b", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 10}, "some layers"),
+        ("qwen3-8b", {"layer_types": ["full_attention", "chunked_attention"] * 18}, "for each layer"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(name, changes, named):
     with pytest.raises(DataError, match=named):
         ModelArch.from_config(known_config(name) | changes)
+
+
+KINDS = ("full_attention", "sliding_attention")
+
+
+@pytest.mark.parametrize(
+    "name, changes, windowed",
+    [
+        ("qwen3-8b", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 10}, range(10, 36)),
+        ("qwen3-8b", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}, range(36)),
+        ("qwen3-8b", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 36}, ()),
+        ("qwen3-8b", {"use_sliding_window": True, "sliding_window": 64, "layer_types": KINDS * 18}, range(1, 36, 2)),
+        ("qwen3-8b", {"sliding_window": 64, "max_window_layers": 10}, ()),
+        ("qwen1.5-moe-a2.7b", {"use_sliding_window": True, "max_window_layers": 21}, range(0, 21, 2)),
+        ("qwen1.5-moe-a2.7b", {"use_sliding_window": True, "sliding_window": None}, ()),
+    ],
+)
+def test_layers_with_a_window_are_those_of_transformers(name, changes, windowed):
+    config = (
+        known_config(name)
+        | changes
+        | ({"layer_types": list(changes["layer_types"])} if "layer_types" in changes else {})
+    )
+    arch = ModelArch.from_config(config)
+    assert [layer for layer in range(arch.num_layers) if arch.window_in(layer) is not None] == [*windowed]

@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from cost_model.model.packing import packed_as
+from flexmoe.cli.inspect import main as inspect
 from flexmoe.cli.main import main
-from flexmoe.errors import DataError, StorageError, UsageError
+from flexmoe.errors import DataError, InputMissingError, StorageError, UsageError
 from flexmoe.models.loader import load_model
 from flexmoe.quantizing import beside, outputs
 from flexmoe.quantizing import quantize as job
+from flexmoe.quantizing.checksums import check_checkpoint
 from flexmoe.quantizing.quantize import quantize
 from policies.common import file_io
 from tests.support.exactness import Case, check
@@ -150,6 +152,7 @@ def test_experts_and_projections_are_packed_and_the_rest_is_copied(family, form,
     assert 0 < made.relative_error < 0.13
     beside = {path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors"}
     assert beside == {
+        "checksums.jsonl",
         "config.json",
         "generation_config.json",
         "vocab.txt",
@@ -304,6 +307,46 @@ def test_a_flipped_byte_of_what_was_written_before_is_named(place, source, tmp_p
     name = next((name for name, (first, last) in tensors.items() if first <= at < last), "the header")
     assert repr(name) in str(refused.value) and str(file) in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", [3, 0.3, 0.999])
+def test_a_flipped_byte_of_a_finished_checkpoint_is_named(place, source, tmp_path, capsys):
+    made = packed(source, "mixtral", "int4", tmp_path / "out").directory
+    assert inspect([str(made), "--checksums"]) == 0
+    (file,) = made.glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    at = place if place >= 1 else int(place * len(data))
+    name = "the header"
+    if place < 1:
+        name = next(name for name, (first, last) in read_extents(file).items() if first <= at < last)
+    data[at] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(DataError) as refused:
+        check_checkpoint(made)
+    assert repr(name) in str(refused.value) and str(file) in str(refused.value)
+    assert inspect([str(made), "--checksums"]) == 65
+    assert place < 1 or inspect([str(made)]) == 65  # without hashes only what is no checkpoint any more
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[]\n",
+        b'{"file": 3}\n',
+        b'{"file": "../x", "stretches": []}\n',
+        b'{"file": "a", "stretches": [["t", -1, 2, "d"]]}\n',
+    ],
+    ids=["list", "no stretches", "another directory", "negative"],
+)
+def test_hashes_that_are_none_are_refused(text, source, tmp_path):
+    made = packed(source, "mixtral", "int4", tmp_path / "out").directory
+    (made / "checksums.jsonl").write_bytes(text)
+    with pytest.raises(DataError, match="does not hold hashes of weights"):
+        check_checkpoint(made)
+    (made / "checksums.jsonl").unlink()
+    with pytest.raises(InputMissingError):
+        check_checkpoint(made)
 
 
 def read_extents(file):
