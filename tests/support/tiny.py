@@ -149,9 +149,15 @@ def transformers_greedy(model, prompt: list[int], *, eos_token_id, max_new_token
         eos_token_id=eos_token_id,
         pad_token_id=0,
         **more,
-        use_cache=not isinstance(model, PhimoeForCausalLM),  # it keeps keys turned by the factors of shorter rows
+        use_cache=_keeps_what_is_seen(model),
     )
     return ids[0, len(prompt) :].tolist()
+
+
+def _keeps_what_is_seen(model) -> bool:
+    """Whether transformers' cache gives what it gives without: Phimoe's keeps keys turned by the factors of shorter rows, and
+    one of a window of 1 keeps all tokens."""
+    return not isinstance(model, PhimoeForCausalLM) and getattr(model.config, "sliding_window", None) != 1
 
 
 @torch.no_grad()

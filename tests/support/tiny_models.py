@@ -230,7 +230,7 @@ def _drawn_windows(rng: random.Random, layers: int) -> dict:
     kinds = ("sliding_attention", "full_attention")
     return {
         "use_sliding_window": rng.random() < 0.7,
-        "sliding_window": rng.choice((2, 17, 20, 64)),  # of 1 the cache of transformers keeps all tokens
+        "sliding_window": rng.choice((1, 17, 20, 64)),
         "max_window_layers": rng.randint(0, layers),
     } | ({"layer_types": [rng.choice(kinds) for _ in range(layers)]} if rng.random() < 0.3 else {})
 

@@ -17,6 +17,7 @@
 #include "call.h"
 #include "lanes.h"
 #include "numbers.h"
+#include "packed_avx2.h"
 
 namespace {
 
@@ -67,6 +68,8 @@ template <int BITS> INLINE vu codes_at(const uint8_t* p) {
   if constexpr (BITS == 8) {
 #if defined(__AVX512F__)
     return (vu)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(PACKED_AVX2)
+    return bytes_at(p);
 #else
     typedef uint8_t vb __attribute__((vector_size(W)));
     vb bytes;
@@ -102,20 +105,18 @@ void group_of_any(const uint8_t* p, int c, int end, float zero, float scale, T* 
   if (c < end) some(end - c);
 }
 
+// Whether no product with a scale is NaN or subnormal: some conversions of CPUs take subnormal numbers for 0.
+INLINE bool is_plain(float scale) {
+  const float size = std::fabs(scale);
+  return size == 0 || (size > 0x1p-100f && size < 0x1p100f);
+}
+
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 INLINE __m256i narrowed(vf x, bf16) {
   const vu near = (vu)rounded(x, bf16()) >> 16;
   return _mm512_cvtepi32_epi16((__m512i)(x != x ? (vu){} + 0x7fc0 : near));
 }
 INLINE __m256i narrowed(vf x, f16) { return _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-
-#if defined(__AVX512BF16__)
-// The conversion of the CPU takes subnormal numbers for 0: no product may be one.
-INLINE bool is_plain(float scale) {
-  const float size = std::fabs(scale);
-  return size == 0 || (size > 0x1p-100f && size < 0x1p100f);
-}
-#endif
 
 template <class S> INLINE vf table_of_codes(Kind kind, float zero, float scale) {
   const vf counted = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -155,6 +156,45 @@ template <Kind K, class S, class T> INLINE int nibbles(const uint8_t* p, int c, 
 }
 #endif
 
+#if defined(PACKED_AVX2)
+template <Kind K, class S, class T> INLINE ByteTables tables_of_codes(float zero, float scale) {
+  const vu first = {0, 1, 2, 3, 4, 5, 6, 7};
+  const vf low = scaled<S, T>(values<K>(first, zero), scale), high = scaled<S, T>(values<K>(first + 8, zero), scale);
+  if constexpr (std::is_same<T, bf16>::value)
+    if (is_plain(scale)) return byte_tables(narrowed_finite(low, high));
+  T table[16];
+  store(table, low), store(table + W, high);
+  return byte_tables(_mm256_loadu_si256((const __m256i*)table));
+}
+template <Kind K, class S, class T> INLINE int nibbles(const uint8_t* p, int c, int end, float zero, float scale, T* out) {
+  if constexpr (sizeof(T) == 2) {
+    if (c + 32 > end) return c;
+    const ByteTables tables = tables_of_codes<K, S, T>(zero, scale);
+    for (; c + 32 <= end; c += 32) look_up(nibbles_at(p + c / 2), tables, out + c);
+  }
+  return c;
+}
+template <Kind K, class S> INLINE int bytes(const uint8_t* p, int c, int end, float zero, float scale, bf16* out) {
+  if (!is_plain(scale)) return c;
+  const float factor = K == E4M3 ? scale * 0x1p8f : scale;
+  for (; c + 16 <= end; c += 16) {
+    vf low, high;
+    if constexpr (K == UNSIGNED) {
+      low = values<K>(bytes_at(p + c), zero), high = values<K>(bytes_at(p + c + 8), zero);
+    } else {
+#if defined(__F16C__)
+      if (!e4m3_at(p + c, low, high)) return c;
+#else
+      return c;
+#endif
+    }
+    const __m256i both = narrowed_finite(scaled<S, bf16>(low, factor), scaled<S, bf16>(high, factor));
+    _mm256_storeu_si256((__m256i*)(out + c), both);
+  }
+  return c;
+}
+#endif
+
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 template <Kind K> INLINE bool wide(const uint8_t* p, float zero, vf& low, vf& high) {
   if constexpr (K == UNSIGNED) {
@@ -184,11 +224,11 @@ template <Kind K, class S> INLINE int bytes(const uint8_t* p, int c, int end, fl
 
 template <Kind K, int BITS, class S, class T>
 INLINE void group(const uint8_t* p, int c, int end, float zero, float scale, T* out) {
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(PACKED_AVX2) || (defined(__AVX512BW__) && defined(__AVX512VL__))
   if constexpr (BITS == 4)
     if (c % 2 == 0) c = nibbles<K, S>(p, c, end, zero, scale, out);
 #endif
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(PACKED_AVX2) || (defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__))
   if constexpr (BITS == 8 && std::is_same<T, bf16>::value) c = bytes<K, S>(p, c, end, zero, scale, out);
 #endif
   if (c < end) group_of_any<K, BITS, S>(p, c, end, zero, scale, out);
@@ -254,6 +294,20 @@ INLINE int e2m1_groups(const Packed& p, const Beside<S>& beside, const uint8_t* 
       const __m512i table = _mm512_mask_add_epi16(ones, 0xfefefefe, ones, _mm512_set1_epi16(short((stored - 127) * 128)));
       const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(numbers + c / 2)));
       _mm512_storeu_si512(out + c, _mm512_permutexvar_epi16(_mm512_or_si512(x, _mm512_slli_epi32(x, 12)), table));
+    }
+  }
+#elif defined(PACKED_AVX2)
+  if constexpr (std::is_same<T, bf16>::value) {
+    if (p.columns != 32 || begin % 32) return c;
+    const __m256i ones = _mm256_setr_epi16(0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, short(0x8000),
+                                           short(0xbf00), short(0xbf80), short(0xbfc0), short(0xc000), short(0xc040),
+                                           short(0xc080), short(0xc0c0));
+    const __m256i not_zero = _mm256_setr_epi16(0, -1, -1, -1, -1, -1, -1, -1, 0, -1, -1, -1, -1, -1, -1, -1);
+    for (; c + 32 <= end; c += 32) {
+      const int stored = uint8_t(beside.scale[c / 32]);
+      if (stored < 3 || stored > 251) return c;
+      const __m256i more = _mm256_and_si256(not_zero, _mm256_set1_epi16(short((stored - 127) * 128)));
+      look_up(nibbles_at(numbers + c / 2), byte_tables(_mm256_add_epi16(ones, more)), out + c);
     }
   }
 #endif
@@ -348,6 +402,12 @@ template <class S, class T> struct AwqBlock {
         _mm512_storeu_si512(out + c, _mm512_permutex2var_epi16(a, low_words, b));
       }
     }
+#elif defined(PACKED_AVX2)
+    if constexpr (sizeof(T) == 2)
+      if (c + 32 <= end) {
+        const ByteTables tables = tables_of_codes<UNSIGNED, S, T>(zero, scale);
+        for (; c + 32 <= end; c += 32) look_up(nibbles_of_words(from + c - origin, shift), tables, out + c);
+      }
 #endif
     for (; c < end; c += W) {
       const int count = std::min(W, end - c);
