@@ -53,8 +53,13 @@ def moves(workload: Workload) -> tuple[Move, ...]:
     )
 
 
+def as_one_or_two(policy: Policy, step: float) -> Policy | None:
+    """The block as two half-blocks, or as one again."""
+    return replace(policy, half_blocks=3 - policy.half_blocks) if policy.num_gpu_batches > 1 else None
+
+
 def simpler(policy: Policy, workload: Workload) -> Iterator[Policy]:
-    """Policies that do with less: less KV on disk, one way of attention, activations on the GPU, fewer rows."""
+    """Policies that do with less: less KV on disk, one way of attention, activations on the GPU, a block as one, fewer rows."""
     yield from _off_disk(policy, workload)
     cpu = policy.cache_cpu_percent
     if not cpu and policy.cpu_attention_percent:
@@ -64,6 +69,8 @@ def simpler(policy: Policy, workload: Workload) -> Iterator[Policy]:
         yield replace(policy, cpu_attention_percent=0.0)
     if policy.act_gpu_percent < 100:
         yield replace(policy, act_gpu_percent=100.0, act_cpu_percent=0.0)
+    if policy.half_blocks > 1:
+        yield replace(policy, half_blocks=1)
     if policy.weight_slots is not None:
         yield replace(policy, weight_slots=None)
     for move in _row_moves(workload, _down):
