@@ -215,8 +215,10 @@ def _check_files(args: argparse.Namespace) -> None:
 
 
 def _given(args: argparse.Namespace) -> list[str]:
-    names = ("percent", "gpu_batch_size", "num_gpu_batches", "prefill_tokens", "schedule", "overlap", "half_blocks")
-    names += ("compress_weight",)
+    names = (
+        *("percent", "gpu_batch_size", "num_gpu_batches", "prefill_tokens", "schedule", "overlap"),
+        *("half_blocks", "compress_weight"),
+    )
     flags = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
     switches = ("cpu_cache_compute", "compress_cache")
     return flags + [f"--{name.replace('_', '-')}" for name in switches if getattr(args, name)]

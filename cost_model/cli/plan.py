@@ -184,7 +184,15 @@ def _plan(args: argparse.Namespace, arch: ModelArch, hardware: Hardware, workloa
 
 
 def _fixed(args: argparse.Namespace) -> Fixed:
-    names = ("gpu_batch_size", "num_gpu_batches", "prefill_tokens", "schedule", "overlap", "compress_weight", "half_blocks")
+    names = (
+        "gpu_batch_size",
+        "num_gpu_batches",
+        "prefill_tokens",
+        "schedule",
+        "overlap",
+        "compress_weight",
+        "half_blocks",
+    )
     values = {name: getattr(args, name) for name in names}
     values |= {field: getattr(args, name) for name, field in SHARES.items()}
     if args.cpu_cache_compute:

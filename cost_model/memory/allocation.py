@@ -128,8 +128,8 @@ def kv_layout(groups: Sequence[LayerGroup], page_tokens: int = PAGE_TOKENS) -> K
 
 
 def held_slots(arch: ModelArch, placement: Placement) -> int:
-    """Slots that two half-blocks need: for the streamed experts of the layer that has most, for its attention and for that of the
-    next layer, which the first half asks for while the second one still uses the layer.
+    """Slots that hold a layer until both half-blocks have used it: for the streamed experts of the layer that has most, and its
+    attention. That of the next layer, which the first half asks for meanwhile, has one of the slots beside them.
 
     Layers get their experts in turns (`policies.placement`), so none has more than another one that is not dense but for one.
     """
@@ -138,7 +138,7 @@ def held_slots(arch: ModelArch, placement: Placement) -> int:
     whole = 0 if resident < layers else 1 + (resident - layers) // max(1, layers - dense)
     streamed = placement.count_of("cpu") + placement.count_of("disk")
     attention = placement.count_of("cpu", "attention") + placement.count_of("disk", "attention")
-    return min(streamed, max(0, units - whole) + min(2, attention))
+    return min(streamed, max(0, units - whole) + min(1, attention))
 
 
 def _slots(arch: ModelArch, policy: Policy, placement: Placement, device: str, held: int) -> tuple[int, int]:

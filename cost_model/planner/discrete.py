@@ -54,11 +54,11 @@ class Choices:
         ]
         return _best([*coarse, *filter(None, refined)])
 
-    def _in_halves(self, coarse: Iterable[Relaxed]) -> list[Relaxed]:
+    def _in_halves(self, coarse: list[Relaxed]) -> list[Relaxed]:
         """The best of each kind once more, marching as two half-blocks."""
         if not halves_may_pay(self.problem, self.fixed):
             return []
-        kinds = {(found.choice.schedule, found.choice.modes): found.choice for found in reversed(list(coarse))}
+        kinds = {(found.choice.schedule, found.choice.modes): found.choice for found in reversed(coarse)}
         return [found for choice in kinds.values() if (found := self.solve(replace(choice, half_blocks=2)))]
 
     def solve(self, choice: Choice) -> Relaxed | None:

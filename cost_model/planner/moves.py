@@ -45,6 +45,7 @@ def moves(workload: Workload) -> tuple[Move, ...]:
         *(_attended(change) for change in (100, -100, 50, -50)),
         *_pace_moves(workload),
         *(_with_slots(change) for change in (_up, _down)),
+        _kv_for_slots,
         *(_shifted("act", *shift) for shift in shifts[:2]),
         # Elsewhere than on device cpu, where both tiers are one memory, the fastest tiers are filled anyway.
         *(_shifted("w", *shift) for shift in shifts[:2]),
@@ -224,6 +225,13 @@ def _attended(change: float) -> Move:
 
 def _with_slots(change: _Change) -> Move:
     return lambda p, step: replace(p, weight_slots=max(_LEAST_SLOTS, change(p.weight_slots or _DEFAULT_SLOTS, step)))
+
+
+def _kv_for_slots(policy: Policy, step: float) -> Policy | None:
+    """Fewer slots, and more KV on the GPU in their place: fitting the policy leaves there what has room."""
+    if (policy.weight_slots or _DEFAULT_SLOTS) <= _LEAST_SLOTS:
+        return None
+    return _shifted("cache", _CPU, _GPU)(replace(policy, weight_slots=_LEAST_SLOTS), step)
 
 
 def _at_even_pace(workload: Workload) -> Move:

@@ -108,16 +108,14 @@ class SweepForm:
         busy = {user: layers * seconds for user, seconds in _summed(part.moved_s for part in attention).items()}
         busy |= stream.busy_s
         busy |= {user: layers * seconds for user, seconds in _summed(part.moved_s for part in experts).items()}
-        busy |= {
-            "gpu": layers * sum(part.compute_s for part in (*attention, *experts)) + computed_s,
-            "host": costs.host_s(load.rows),
-        }
+        layer_s = sum(part.compute_s for part in attention) + sum(part.compute_s for part in experts)
+        busy |= {"gpu": layers * layer_s + computed_s, "host": costs.host_s(load.rows)}
         if costs.overlap:
             outside_s = computed_s + busy["host"]
             if len(halves) > 1:
                 chain = self._chain_of_halves(busy, attention, experts, stream, outside_s)
             else:
-                chain = self._chain(busy, *attention, *experts, stream, outside_s)
+                chain = self._chain(busy, attention[0], experts[0], stream, outside_s)
             bounds = self._shared(busy) | chain
         else:
             bounds = {"serial": sum(busy.values())}

@@ -22,8 +22,9 @@ from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import group_on, units_of
 from cost_model.planner.constraints import Fixed
+from cost_model.planner.discrete import Choices, rounded
 from cost_model.planner.objective import Objective
-from cost_model.planner.search import KICKS_EFFORT, ROUNDS, Climb
+from cost_model.planner.search import ROUNDS, Climb
 from cost_model.planner.solve import Plan, solve
 from cost_model.simulation.replayed_phases import replayed_tokens_per_s
 from cost_model.timing.job_phases import job_phases
@@ -48,6 +49,8 @@ TARGET, AGREEMENT = 0.94, 0.05
 #: Bounds of a sweep that are not of one lane or shared resource.
 _WAITING = ("schedule", "slots", "on demand", "serial")
 _HOST_SHARE = 0.95
+#: As in `cost_model.planner.search`.
+_KICKED_FROM = 4
 OUTPUT = Path(__file__).resolve().parents[2] / "benchmarks" / "half-blocks"
 
 
@@ -79,8 +82,8 @@ class Result:
 
     @property
     def share(self) -> float:
-        """Of the lane-free figure."""
-        return self.chosen / self.lane_free
+        """Of the lane-free figure, which is the best by the closed form: the same of the three plans."""
+        return max(self.one, self.two, self.chosen) / self.lane_free
 
     @property
     def walk_error(self) -> float:
@@ -119,14 +122,16 @@ def lane_free_tokens_per_s(problem: Problem, policy: Policy) -> float:
     return job.tokens / seconds
 
 
-def lane_free(problem: Problem, starts: Iterable[Policy]) -> float:
-    """The most that the search finds when judged so, from plans that were made with waiting."""
-    climb = Climb(Objective(problem, Fixed(), lane_free_tokens_per_s))
-    fitted = [policy for policy in map(climb.objective.fitted, starts) if policy is not None]
+def lane_free(problem: Problem, plans: Iterable[Policy]) -> float:
+    """The most that the search finds when judged so: from the programmes, and from plans that were made with waiting."""
+    fixed = Fixed()
+    climb = Climb(Objective(problem, fixed, lane_free_tokens_per_s))
+    relaxed = Choices(problem, fixed).run()
+    starts = [climb.start(policy) for policy in (*plans, *(rounded(each, problem, fixed) for each in relaxed))]
+    pool = climb.diverse(policy for policy in starts if policy is not None)
     for keep, effort in ROUNDS:
-        climbed = [climb.run(policy, effort) for policy in fitted[:keep]]
-        fitted = climb.ranked([*climbed, *fitted])
-    return climb.objective.tokens_per_s(climb.kicked(fitted[:4], effort=1500 / KICKS_EFFORT))
+        pool = climb.ranked([*(climb.run(policy, effort) for policy in pool[:keep]), *pool[keep:]])
+    return climb.objective.tokens_per_s(climb.kicked(pool[:_KICKED_FROM], effort=1.0))
 
 
 def physical_limit(arch: ModelArch, hardware: Hardware) -> float:
@@ -180,9 +185,10 @@ def table(results: Iterable[Result]) -> str:
             "# Two half-blocks",
             "",
             "`python -m scripts.optimality.half_blocks`. Generated tokens/s of endless jobs of 512 + 256 tokens on preset machines, by the",
-            f"closed form. Asked for: at least {100 * TARGET:.0f} % of the lane-free figure, and the event walk within "
-            f"{100 * AGREEMENT:.0f} %. *Limit*: the formula of the physical limit",
-            "at the preset's rates. *Planned in*: seconds of the planner, with one half-block given in brackets.",
+            f"closed form. Asked for: at least {100 * TARGET:.0f} % of the lane-free figure (the best of the three plans), and the event walk "
+            f"of the chosen plan within {100 * AGREEMENT:.0f} %.",
+            "The planner chooses by the walk, not by the closed form. *Limit*: the formula of the physical limit at the preset's rates.",
+            "*Planned in*: seconds of the planner on a busy machine, with one half-block given in brackets.",
             "",
             "| case | 1 half-block | 2 | chosen | tokens/s | lane-free | of it | walk | limit | bound by | planned in |",
             "|---|--:|--:|--:|--:|--:|--:|--:|--:|---|--:|",

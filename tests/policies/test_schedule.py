@@ -133,7 +133,14 @@ def test_two_halves_march_half_a_layer_apart():
     )
     ops = [(op.kind, op.layer, op.unit or op.batch) for op in sweep(shape) if op.kind != "embed"]
     assert ops == [
-        *(("project", 0, 0), ("project", 0, 1), ("attend", 0, 0), ("project", 0, 2), ("attend", 0, 1), ("route", 0, -1)),
+        *(
+            ("project", 0, 0),
+            ("project", 0, 1),
+            ("attend", 0, 0),
+            ("project", 0, 2),
+            ("attend", 0, 1),
+            ("route", 0, -1),
+        ),
         *(("project", 0, 3), ("expert", 0, E0), ("attend", 0, 2)),
         *(("copy", 0, E1), ("expert", 0, E1), ("copy", 1, a1), ("project", 1, 0), ("attend", 0, 3), ("route", 0, -1)),
         *(("project", 1, 1), ("expert", 0, E1), ("attend", 1, 0)),

@@ -35,7 +35,9 @@ def test_both_halves_are_whole_batches_and_have_every_row_once(rows, size):
 def test_each_half_has_half_of_the_rows_of_each_kind():
     runs = runs_of(400)
     block = Block(runs, 50, half_blocks=2)
-    halves = [[run for b in part for g in b.groups for run in g.runs] for part in (block.batches[:4], block.batches[4:])]
+    halves = [
+        [run for b in part for g in b.groups for run in g.runs] for part in (block.batches[:4], block.batches[4:])
+    ]
     for mode in MODES:
         of_mode = [sum(run.mode is mode for run in half) for half in halves]
         assert abs(of_mode[0] - of_mode[1]) <= 1
