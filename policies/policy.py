@@ -18,6 +18,8 @@ SCHEMA_VERSION = 1
 SCHEDULES = ("rolling", "static")
 #: What a run can pack the weights of a 16-bit checkpoint in.
 WEIGHT_FORMATS = ("int4", "int8", "fp8", "mxfp4")
+#: Parts of a block that march half a layer apart.
+HALF_BLOCKS = (1, 2)
 #: For each layer the numbers of its expert units.
 Order = tuple[tuple[int, ...], ...]
 _LAYER_SCHEMA = {"type": "array", "minItems": 1, "uniqueItems": True, "items": {"type": "integer", "minimum": 0}}
@@ -66,6 +68,15 @@ def _checked_format(name: str, value: Any) -> str | None:
 _FORMAT = Rule(check=_checked_format, schema={"enum": [*WEIGHT_FORMATS, None, False]})
 
 
+def _checked_half_blocks(name: str, value: Any) -> int:
+    if isinstance(value, bool) or value not in HALF_BLOCKS:
+        raise UsageError(f"{name} is {value!r}; it must be 1, or 2 for a block that marches as two halves.")
+    return int(value)
+
+
+_HALF_BLOCKS = Rule(check=_checked_half_blocks, schema={"enum": list(HALF_BLOCKS)})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """Where things live, how many rows run together, and in which order. Names follow FlexLLMGen.
@@ -87,9 +98,12 @@ class Policy:
         schedule: "rolling" (a finished row's place is refilled in the next sweep) or "static" (a block starts and
             ends together).
         weight_slots: buffers on the compute device that streamed units pass through; None is what the runtime takes by
-            itself (`cost_model.memory.allocation`). More of them keep the links busy through a long attention phase.
+            itself (`cost_model.memory.allocation`). More of them keep the links busy through a long attention phase. Two
+            half-blocks have them beside those that hold a layer.
         experts_per_unit: consecutive experts of a layer that are placed and moved as one; None is what the runtime takes by
             itself (`cost_model.model.weight_units`). Small experts are moved in groups.
+        half_blocks: 2: the block marches as two halves, half a layer apart, so that the attention of one and the experts of
+            the other overlap (`policies.schedule`); 1: all attention of a layer comes before its experts.
         expert_order: for each layer the numbers of its expert units, 0 being the first, those first that are to live in
             the fastest tier; None is as they stand. `cost_model.routing.expert_usage` makes one of how often each was used.
 
@@ -114,6 +128,7 @@ class Policy:
     schedule: Annotated[str, one_of(*SCHEDULES)] = "rolling"
     weight_slots: Annotated[int | None, optional(whole(2))] = None
     experts_per_unit: Annotated[int | None, optional(whole(1))] = None
+    half_blocks: Annotated[int, _HALF_BLOCKS] = 1
     expert_order: Annotated[Order | None, optional(_ORDER)] = None
 
     def __post_init__(self) -> None:

@@ -5,12 +5,17 @@ planner's simulator walks the same ones with durations, so what is predicted is 
 
 Layer by layer; inside a layer attention runs GPU batch by GPU batch, then every expert once over the tokens of the
 whole block (module batching). A column-by-column ("zig-zag") walk would re-read the weights for every GPU batch.
+
+A block may march as two half-blocks, half a layer apart: while the experts of one half compute, the attention of the other
+goes on, on the CPU and with KV that comes over the link. A layer's units stay in their slots until both have used them, so
+weights still cross the link once a sweep.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from policies.units import KINDS, UnitId
 
@@ -27,7 +32,7 @@ class UnitStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepUnits:
-    """The weight units of a model in the order in which a sweep computes with them; of the embedding only rows are read.
+    """The weight units of a model in the order in which a sweep asks for them; of the embedding only rows are read.
 
     Attributes:
         attention: the attention unit of each layer.
@@ -71,6 +76,7 @@ class SweepShape:
         stored_batches: GPU batches that have rows whose KV home is not the GPU.
         disk_batches: GPU batches that have rows whose KV home is the disk.
         on_demand: layers whose streamed experts are moved on demand: only those routed to, once that is known.
+        half_blocks: as in `policies.policy.Policy`; `first_half` says whether this sweep marches so.
     """
 
     units: SweepUnits
@@ -80,13 +86,32 @@ class SweepShape:
     stored_batches: frozenset[int] = frozenset()
     disk_batches: frozenset[int] = frozenset()
     on_demand: frozenset[int] = frozenset()
+    half_blocks: int = 1
+
+    @property
+    def first_half(self) -> int:
+        """GPU batches of the first half-block; 0 where the block marches as one.
+
+        It does so where a half would be empty, where experts come on demand, as rows are few then, and where nothing moves
+        beside the GPU, so that nobody waits for anybody.
+        """
+        batches, moves = len(self.activation_tiers), self.fetched_batches or self.cpu_batches
+        if self.half_blocks == 1 or batches < 2 or self.on_demand or not (moves or self.units.streamed()):
+            return 0
+        return in_first_half(batches)
+
+
+def in_first_half(batches: int) -> int:
+    """GPU batches of the first half-block, of so many of the block; the second one has no more."""
+    return -(-batches // 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Op:
     """One operation: ``kind`` on ``lane`` after the operations whose ids are in ``deps``.
 
-    ``batch`` is a GPU batch and ``unit`` a weight unit, where the kind has one.
+    ``batch`` is a GPU batch and ``unit`` a weight unit, where the kind has one; ``half`` is the half-block of ``route`` and
+    ``expert``, 0 where the block marches as one. After the operation no other one of the sweep uses the unit ``releases``.
     """
 
     id: int
@@ -96,6 +121,8 @@ class Op:
     batch: int = -1
     unit: UnitId | None = None
     deps: tuple[int, ...] = ()
+    half: int = 0
+    releases: UnitId | None = None
 
 
 class _Builder:
@@ -106,13 +133,11 @@ class _Builder:
         self.ops: list[Op] = []
         self._last = -1
 
-    def add(
-        self, kind: str, lane: str, layer: int, deps: Sequence[int] = (), batch: int = -1, unit: UnitId | None = None
-    ) -> int:
+    def add(self, kind: str, lane: str, layer: int, deps: Sequence[int] = (), **more: Any) -> int:
         index = self._last + 1
         chain = () if self.overlap or self._last < 0 else (self._last,)
         after = tuple(sorted({d for d in (*deps, *chain) if d >= 0}))
-        self.ops.append(Op(id=index, kind=kind, lane=lane, layer=layer, deps=after, batch=batch, unit=unit))
+        self.ops.append(Op(id=index, kind=kind, lane=lane, layer=layer, deps=after, **more))
         self._last = index
         return index
 
@@ -127,8 +152,8 @@ def sweep(shape: SweepShape, *, overlap: bool = True) -> Iterator[Op]:
     Kinds, with their lanes: ``read`` (disk_read) and ``copy`` (h2d) of a weight unit; ``embed``, ``load_act`` and
     ``store_act`` of a GPU batch's hidden states; ``project`` (norm, QKV, rope, new KV); ``load_kv`` (h2d),
     ``store_kv`` (d2h), ``write_kv`` (disk_write); ``cpu_attend`` (cpu); ``attend`` (gpu; includes the output
-    projection); ``route`` once per layer; ``expert`` once per unit; ``head`` once per head unit; ``sample``. In a layer on
-    demand the streamed experts are one operation: ``read_routed`` (disk_read), ``copy_routed`` (h2d), ``routed``.
+    projection); ``route`` once per layer and half-block; ``expert`` once per unit and half-block; ``head`` once per head unit;
+    ``sample``. In a layer on demand the streamed experts are one operation: ``read_routed`` (disk_read), ``copy_routed`` (h2d), ``routed``.
 
     Args:
         shape: the units, tiers and GPU batches of the sweep.
@@ -138,6 +163,11 @@ def sweep(shape: SweepShape, *, overlap: bool = True) -> Iterator[Op]:
         Op: ids count up from 0; every dependency has a smaller id.
     """
     build = _Builder(overlap)
+    if shape.first_half:
+        march = _HalfBlocks(build, shape)
+        yield from march.layers()
+        yield from _head(build, shape, march.ready)
+        return
     count = len(shape.activation_tiers)
     ready: list[tuple[int, ...]] = [(-1,)] * count
     first_kv = _load_kv(build, shape, 0, 0)
@@ -150,7 +180,7 @@ def sweep(shape: SweepShape, *, overlap: bool = True) -> Iterator[Op]:
         else:
             for step in experts:
                 arrived = _fetch(build, layer, step)
-                last = build.add("expert", "gpu", layer, (arrived, route), unit=step.unit)
+                last = build.add("expert", "gpu", layer, (arrived, route), unit=step.unit, releases=step.unit)
         ready = [(last, home) for home in stored]
         yield from build.drain()
     yield from _head(build, shape, ready)
@@ -161,7 +191,8 @@ def _head(build: _Builder, shape: SweepShape, ready: Sequence[tuple[int, ...]]) 
     gathered = [_load_act(build, shape, last, j, ready[j]) for j in range(len(shape.activation_tiers))]
     done = [build.add("collect", "gpu", last, gathered)]
     for step in shape.units.head:
-        done.append(build.add("head", "gpu", last, (_fetch(build, last, step), done[-1]), unit=step.unit))
+        deps = _fetch(build, last, step), done[-1]
+        done.append(build.add("head", "gpu", last, deps, unit=step.unit, releases=step.unit))
     build.add("sample", "gpu", last, done)
     return build.drain()
 
@@ -181,7 +212,7 @@ def _routed(build: _Builder, layer: int, experts: Sequence[UnitStep], route: int
     copied = build.add("copy_routed", "h2d", layer, (read,))
     for step in experts:
         if step.tier == "gpu":
-            build.add("expert", "gpu", layer, (route,), unit=step.unit)
+            build.add("expert", "gpu", layer, (route,), unit=step.unit, releases=step.unit)
     return build.add("routed", "gpu", layer, (route, copied))
 
 
@@ -212,11 +243,18 @@ def _attention(
         if j + 1 < count:
             loaded = _load_kv(build, shape, layer, j + 1)
             ahead.append(_project(build, shape, layer, j + 1, weights, ready[j + 1], loaded))
-        end = build.add("attend", "gpu", layer, (*ahead[j], weights), batch=j)
-        away = shape.activation_tiers[j] != "gpu"
-        stored.append(build.add("store_act", "d2h", layer, (end,), batch=j) if away else -1)
+        end, home = _attend(build, shape, layer, j, (*ahead[j], weights))
+        stored.append(home)
         ends.append(end)
     return ends, stored
+
+
+def _attend(build: _Builder, shape: SweepShape, layer: int, j: int, after: tuple[int, ...]) -> tuple[int, int]:
+    """A batch's ``attend`` and its ``store_act``; the last one of the block needs the layer's weights no more."""
+    unit = shape.units.attention[layer].unit if j == len(shape.activation_tiers) - 1 else None
+    end = build.add("attend", "gpu", layer, after, batch=j, releases=unit)
+    away = shape.activation_tiers[j] != "gpu"
+    return end, build.add("store_act", "d2h", layer, (end,), batch=j) if away else -1
 
 
 def _project(
@@ -230,3 +268,110 @@ def _project(
         build.add("write_kv", "disk_write", layer, (stored,), batch=j)
     on_cpu = build.add("cpu_attend", "cpu", layer, (stored,), batch=j) if j in shape.cpu_batches else -1
     return tuple(d for d in (loaded, project, on_cpu) if d >= 0)
+
+
+@dataclass(slots=True)
+class _Pending:
+    """Experts of a half-block in the layer that it was routed in last: its units in order, of which so many are ``issued``."""
+
+    half: int
+    layer: int = 0
+    route: int = -1
+    units: Sequence[UnitStep] = ()
+    issued: int = 0
+    last: int = -1
+
+
+class _HalfBlocks:
+    """The layers of a sweep whose block marches as two halves.
+
+    The attention of all batches is one pipeline through the halves and layers, in turns: the first half in a layer, the
+    second one there, the first one in the next layer. As in a block that marches as one, a batch is projected, and its KV
+    requested, before the batch in front of it is attended, so that no more than two are under way. Between the batches of
+    a turn the experts of the other half compute, evenly spread, and all of them before that half is projected again.
+
+    The first half takes a layer's units as they arrive, the resident ones first. The second one starts with the streamed
+    ones, which are all there then, so that their slots are soon free.
+
+    Attributes:
+        ready: of each batch, what its next load waits for.
+    """
+
+    def __init__(self, build: _Builder, shape: SweepShape):
+        self._build, self._shape = build, shape
+        count, first = len(shape.activation_tiers), shape.first_half
+        self._batches = (range(first), range(first, count))
+        self.ready: list[tuple[int, ...]] = [(-1,)] * count
+        self._pending = (_Pending(0), _Pending(1))
+        self._weights = -1  # the copy of the attention unit of the layer that was projected last
+        self._arrived: dict[UnitId, int] = {}
+
+    def layers(self) -> Iterator[Op]:
+        """The operations of all layers."""
+        turns = [(layer, half) for layer in range(len(self._shape.units.attention)) for half in range(2)]
+        ahead = self._project(0, 0, _load_kv(self._build, self._shape, 0, 0))
+        for turn, following in zip(turns, [*turns[1:], None]):
+            ahead = self._turn(*turn, following, ahead)
+            yield from self._build.drain()
+        self._experts(self._pending[1], 1, 1)
+        yield from self._build.drain()
+
+    def _turn(
+        self, layer: int, half: int, following: tuple[int, int] | None, ahead: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """Attention of one half in a layer, between the experts of the other one. ``ahead`` is what the first batch waits for;
+        returns that of the batch after the last one."""
+        own, other, ends = self._batches[half], self._pending[1 - half], []
+        for place, j in enumerate(own, start=1):
+            last = place == len(own)
+            after: tuple[int, ...] = ()
+            if not last:
+                after = self._project(layer, j + 1, _load_kv(self._build, self._shape, layer, j + 1))
+                self._experts(other, place, len(own))
+            elif following is None:
+                self._experts(other, place, len(own))
+            else:
+                at, first = following[0], self._batches[following[1]][0]
+                loaded = _load_kv(self._build, self._shape, at, first)
+                self._experts(other, place, len(own))
+                after = self._project(at, first, loaded)
+            end, home = _attend(self._build, self._shape, layer, j, ahead)
+            ends.append(end)
+            self.ready[j] = (-1, home)
+            ahead = after
+        self._route(layer, half, ends)
+        return ahead
+
+    def _project(self, layer: int, j: int, loaded: int) -> tuple[int, ...]:
+        """A batch up to where it can be attended; returns what its ``attend`` waits for."""
+        if j == 0:
+            self._weights = _fetch(self._build, layer, self._shape.units.attention[layer])
+        weights = self._weights
+        return (*_project(self._build, self._shape, layer, j, weights, self.ready[j], loaded), weights)
+
+    def _route(self, layer: int, half: int, ends: Sequence[int]) -> None:
+        pending = self._pending[half]
+        pending.route = self._build.add("route", "gpu", layer, ends, half=half)
+        units = self._shape.units.experts[layer]
+        order = sorted(units, key=lambda step: step.tier == "gpu") if half else units
+        pending.layer, pending.units, pending.issued = layer, order, 0
+
+    def _experts(self, pending: _Pending, part: int, parts: int) -> None:
+        """Those of a half up to a part of all; with the last of them the half is ready for its next layer."""
+        upto = len(pending.units) * part // parts
+        for step in pending.units[pending.issued : upto]:
+            if pending.half == 0:
+                self._arrived[step.unit] = _fetch(self._build, pending.layer, step)
+            pending.last = self._build.add(
+                "expert",
+                "gpu",
+                pending.layer,
+                (self._arrived[step.unit], pending.route),
+                unit=step.unit,
+                half=pending.half,
+                releases=step.unit if pending.half else None,
+            )
+        pending.issued = upto
+        if part == parts and pending.units:
+            for j in self._batches[pending.half]:
+                self.ready[j] = (pending.last, *self.ready[j][1:])

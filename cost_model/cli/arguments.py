@@ -10,7 +10,7 @@ from cost_model.cli.row_arguments import ROW_NAMES, add_row_flags
 from cost_model.model.config_fields import DTYPE_BYTES
 from policies.common.command_line import Parser, count, flag, fraction, percent, program_name, size_gib
 from policies.common.errors import UsageError
-from policies.policy import SCHEDULES, WEIGHT_FORMATS
+from policies.policy import HALF_BLOCKS, SCHEDULES, WEIGHT_FORMATS
 
 #: Flags that fix one share each, and the policy's field; 0 means 0.
 SHARES = {
@@ -136,6 +136,12 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--num-gb", "--num-gpu-batches", type=count, dest="num_gpu_batches", help="GPU batches in flight")
     g.add_argument("--prefill-tokens", type=count, help="most prompt tokens that enter a sweep")
     g.add_argument("--schedule", choices=SCHEDULES, help="refill finished rows at once, or march in blocks")
+    g.add_argument(
+        "--half-blocks",
+        type=int,
+        choices=HALF_BLOCKS,
+        help="2: the block marches as two halves, half a layer apart, so that attention of one and experts of the other overlap",
+    )
     g.add_argument("--cpu-cache-compute", action="store_true", help="attend all KV in CPU memory on the CPU")
     g.add_argument(
         "--overlap", type=flag, nargs="?", const=True, help="transfers run beside computation (default true)"
@@ -209,7 +215,10 @@ def _check_files(args: argparse.Namespace) -> None:
 
 
 def _given(args: argparse.Namespace) -> list[str]:
-    names = ("percent", "gpu_batch_size", "num_gpu_batches", "prefill_tokens", "schedule", "overlap", "compress_weight")
+    names = (
+        *("percent", "gpu_batch_size", "num_gpu_batches", "prefill_tokens", "schedule", "overlap"),
+        *("half_blocks", "compress_weight"),
+    )
     flags = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
     switches = ("cpu_cache_compute", "compress_cache")
     return flags + [f"--{name.replace('_', '-')}" for name in switches if getattr(args, name)]

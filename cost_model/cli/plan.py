@@ -184,7 +184,15 @@ def _plan(args: argparse.Namespace, arch: ModelArch, hardware: Hardware, workloa
 
 
 def _fixed(args: argparse.Namespace) -> Fixed:
-    names = ("gpu_batch_size", "num_gpu_batches", "prefill_tokens", "schedule", "overlap", "compress_weight")
+    names = (
+        "gpu_batch_size",
+        "num_gpu_batches",
+        "prefill_tokens",
+        "schedule",
+        "overlap",
+        "compress_weight",
+        "half_blocks",
+    )
     values = {name: getattr(args, name) for name in names}
     values |= {field: getattr(args, name) for name, field in SHARES.items()}
     if args.cpu_cache_compute:
@@ -198,7 +206,7 @@ def _given_policy(args: argparse.Namespace, arch: ModelArch, workload: Workload,
         file = PolicyFile.load(args.policy)
         file.check_model(packed_as(arch, file.policy.compress_weight).fingerprint())
         return file.policy
-    names = ("schedule", "overlap", "prefill_tokens", "compress_weight")
+    names = ("schedule", "overlap", "prefill_tokens", "compress_weight", "half_blocks")
     flags = {name: getattr(args, name) for name in names}
     return Policy.from_percent(
         args.percent,

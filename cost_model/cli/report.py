@@ -181,6 +181,7 @@ class Report:
     def _policy(self) -> list[str]:
         policy, allocation = self.policy, self.prediction.allocation
         slots = f"; {allocation.slots} slots" if allocation.slots else ""
+        slots += "; two half-blocks" if policy.half_blocks > 1 else ""
         overlap = "" if policy.overlap else "; no overlap"
         order = "; most used experts first" if policy.expert_order else ""
         shares = [f"{name:<12}" + "".join(f"{v:8.1f}" for v in row) for name, row in self.achieved().items()]

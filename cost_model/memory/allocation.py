@@ -41,6 +41,8 @@ class Allocation:
         max_tokens: most tokens of a sweep.
         batch_tokens: most tokens of a GPU batch in a sweep.
         slots: weight slots on the compute device.
+        held_slots: those of them that two half-blocks hold at once: a layer's streamed units, until both have used them; 0 where
+            the block marches as one.
         staging_slots: host slots that disk units pass through on CUDA.
         fetch_pages: pages of one layer that a GPU batch may bring to the device (0: none ever are).
         gather_pages: pages of one layer that attention on CUDA copies side by side (0: none ever are).
@@ -65,6 +67,7 @@ class Allocation:
     stretch_tokens: float
     recompute_past: int | None = None
     cache_experts: int = 0
+    held_slots: int = 0
 
 
 def allocate(
@@ -95,7 +98,8 @@ def allocate(
         together,
     )
     batch_tokens = policy.prefill_tokens + policy.gpu_batch_size
-    slots, staging_slots = _slots(arch, policy, placement, device)
+    held = held_slots(arch, placement) if policy.half_blocks > 1 and policy.num_gpu_batches > 1 else 0
+    slots, staging_slots = _slots(arch, policy, placement, device, held)
     fetch_pages = _fetch_pages(policy, layout, pages, longest_row)
     return Allocation(
         placement=placement,
@@ -112,6 +116,7 @@ def allocate(
         write_pages=ceil(batch_tokens / PAGE_TOKENS) + 2 * policy.gpu_batch_size if pages["disk"] else 0,
         stretch_tokens=_stretch_tokens(workload),
         recompute_past=arch.rope_switch,
+        held_slots=held,
     )
 
 
@@ -122,14 +127,28 @@ def kv_layout(groups: Sequence[LayerGroup], page_tokens: int = PAGE_TOKENS) -> K
     return KVPages(page_tokens=page_tokens, full=full, windowed=len(windows), window=windows[0] if windows else 0)
 
 
-def _slots(arch: ModelArch, policy: Policy, placement: Placement, device: str) -> tuple[int, int]:
+def held_slots(arch: ModelArch, placement: Placement) -> int:
+    """Slots that hold a layer until both half-blocks have used it: for the streamed experts of the layer that has most, and its
+    attention. That of the next layer, which the first half asks for meanwhile, has one of the slots beside them.
+
+    Layers get their experts in turns (`policies.placement`), so none has more than another one that is not dense but for one.
+    """
+    layers, dense = arch.num_layers, len(arch.dense_layers)
+    resident, units = placement.count_of("gpu", "expert"), expert_units(arch) if dense < layers else 1
+    whole = 0 if resident < layers else 1 + (resident - layers) // max(1, layers - dense)
+    streamed = placement.count_of("cpu") + placement.count_of("disk")
+    attention = placement.count_of("cpu", "attention") + placement.count_of("disk", "attention")
+    return min(streamed, max(0, units - whole) + min(1, attention))
+
+
+def _slots(arch: ModelArch, policy: Policy, placement: Placement, device: str, held: int) -> tuple[int, int]:
     """(weight slots on the compute device, staging slots in host memory)."""
     on_disk = placement.count_of("disk")
-    ahead = _look_ahead(arch, placement)
+    ahead, streamed = _look_ahead(arch, placement), placement.count_of("cpu") + on_disk
     slots = min(4, ahead) if device == "cuda" else ahead
     if policy.weight_slots is not None:
-        slots = min(policy.weight_slots, placement.count_of("cpu") + on_disk)
-    return slots, min(on_disk, ahead) if policy.pin_weight else ahead
+        slots = policy.weight_slots
+    return min(held + slots, streamed), min(on_disk, ahead) if policy.pin_weight else ahead
 
 
 def _tails(policy: Policy) -> int:

@@ -116,6 +116,8 @@ def _weight_bytes(
     slot, slack = slot_bytes(arch, at), unit_slack_bytes(arch)
     gpu = arch.computed_bytes(at.bytes_of("gpu"), b) + at.count_of("gpu") * slack
     cast = arch.computed_bytes(slot, b) if slot and b != arch.dtype_bytes else 0
+    if allocation.held_slots and at.count_of("cpu", "attention") + at.count_of("disk", "attention"):
+        cast *= 3  # the attention of two layers is cast at once, beside an expert
     cpu = at.bytes_of("cpu") + at.count_of("cpu") * slack
     staging = allocation.staging_slots * slot if device == "cuda" else 0
     largest = max(at.residency.largest_streamed_bytes(0), arch.embed_params * arch.dtype_bytes)
@@ -243,6 +245,8 @@ def _workspaces(arch: ModelArch, policy: Policy, allocation: Allocation, device:
     """Bytes that attention, the experts and the head take beside the block, one after the other."""
     batch, hidden = allocation.batch_tokens, arch.hidden
     heads, kv_heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    # While the experts of one half compute, two GPU batches of the other one wait: queries, keys and values, and what the CPU attended.
+    waiting = 2 * batch * (2 * heads + 2 * kv_heads) * b if policy.half_blocks > 1 and policy.num_gpu_batches > 1 else 0
     chunk = min(EXPERT_CHUNK_TOKENS[device], allocation.max_tokens)
     width = max(arch.ffn, arch.dense_ffn)
     # Widened, or padded (`flexmoe.kernels.linear`).
@@ -250,7 +254,7 @@ def _workspaces(arch: ModelArch, policy: Policy, allocation: Allocation, device:
     shared = 2 * batch * hidden * b + chunk * (2 * arch.shared_ffn + 2 * hidden) * b + copied
     return {
         "attention": 2 * batch * (4 * heads + 6 * kv_heads + 2 * hidden) * b + 3 * batch * hidden * 4,
-        "experts": chunk * (2 * width + 2 * hidden) * b + copied,
+        "experts": chunk * (2 * width + 2 * hidden) * b + copied + waiting,
         "shared": shared if arch.shared_ffn else 0,
         "logits": policy.block_size * _logit_row_bytes(arch, b) + sampling_bytes(arch, policy),
     }

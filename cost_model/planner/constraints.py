@@ -8,12 +8,14 @@ from typing import Any
 
 from policies.common.checks import check_count, check_percent, check_shares
 from policies.common.errors import UsageError
-from policies.policy import SCHEDULES, Policy
+from policies.policy import HALF_BLOCKS, SCHEDULES, Policy
 from policies.workload import Workload
 
 _PAIRS = (("weights", "w"), ("cache", "cache"), ("activations", "act"))
 #: Cache percents (GPU, CPU) and CPU attention percent that put all rows into one mode of `sweep_load.MODES`.
 _PURE = {"gpu": (100, 0, 0), "fetch": (0, 100, 0), "disk": (0, 0, 0), "cpu": (0, 100, 100)}
+#: Fields that the policies which get them check.
+_CHECKED_BY_POLICY = ("expert_order", "compress_weight")
 #: Weights on the GPU where some are streamed; what they are worth is a variable of the programme.
 _SOME_PERCENT = 5
 
@@ -38,6 +40,7 @@ class Fixed:
     cpu_attention_percent: float | None = None
     schedule: str | None = None
     weight_slots: int | None = None
+    half_blocks: int | None = None
     expert_order: tuple[tuple[int, ...], ...] | None = None
     compress_weight: str | None = None
     overlap: bool = True
@@ -47,13 +50,16 @@ class Fixed:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is None or field.name in ("expert_order", "compress_weight"):  # the policies that get it check it
+            if value is None or field.name in _CHECKED_BY_POLICY:
                 continue
             if field.name.endswith("_percent"):
                 object.__setattr__(self, field.name, check_percent(field.name, value))
             elif field.name in ("overlap", "pin_weight", "compress_cache"):
                 if not isinstance(value, bool):
                     raise UsageError(f"{field.name} is {value!r}; it must be true or false.")
+            elif field.name == "half_blocks":
+                if isinstance(value, bool) or value not in HALF_BLOCKS:
+                    raise UsageError(f"half_blocks is {value!r}; it must be 1 or 2.")
             elif field.name != "schedule":
                 check_count(field.name, value, minimum=2 if field.name == "weight_slots" else 1)
             elif value not in SCHEDULES:
@@ -99,7 +105,7 @@ class Choice:
         streams: weights may live outside the GPU.
         disk_weights: weights may live on disk.
         act_percents: activations on the GPU and in host memory.
-        overlap, pin_weight, compress_cache: as in `Policy`.
+        overlap, pin_weight, compress_cache, half_blocks: as in `Policy`.
     """
 
     schedule: str
@@ -114,6 +120,7 @@ class Choice:
     overlap: bool = True
     pin_weight: bool = True
     compress_cache: bool = False
+    half_blocks: int = 1
 
     def policy(self, workload: Workload, rows: float, mode: str) -> Policy:
         """A block of about so many rows, all in one mode; a few weights are on the GPU, or all."""
@@ -136,4 +143,5 @@ class Choice:
             overlap=self.overlap,
             pin_weight=self.pin_weight,
             compress_cache=self.compress_cache,
+            half_blocks=self.half_blocks,
         )

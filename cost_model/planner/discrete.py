@@ -46,12 +46,20 @@ class Choices:
         """All choices, coarse; then the best ones at their own block size, and at neighbouring GPU batch sizes."""
         sizes = _SIZES if effort >= _THOROUGH else _MIDDLE_SIZE
         coarse = _best([found for family in self._families() for found in self._family(*family, sizes)])
+        coarse = _best([*coarse, *self._in_halves(coarse)])
         refined = [
             self.solve(choice)
             for found in coarse[: ceil(_REFINED * min(1, effort))]
             for choice in self.around(self._own(found))
         ]
         return _best([*coarse, *filter(None, refined)])
+
+    def _in_halves(self, coarse: list[Relaxed]) -> list[Relaxed]:
+        """The best of each kind once more, marching as two half-blocks."""
+        if not halves_may_pay(self.problem, self.fixed):
+            return []
+        kinds = {(found.choice.schedule, found.choice.modes): found.choice for found in reversed(coarse)}
+        return [found for choice in kinds.values() if (found := self.solve(replace(choice, half_blocks=2)))]
 
     def solve(self, choice: Choice) -> Relaxed | None:
         """The optimum of one choice; None where nothing fits."""
@@ -91,6 +99,7 @@ class Choices:
             overlap=fixed.overlap,
             pin_weight=fixed.pin_weight,
             compress_cache=fixed.compress_cache,
+            half_blocks=fixed.half_blocks or 1,
         )
         tried = []
         for streams, modes in self._placements():
@@ -142,6 +151,11 @@ class Choices:
         return at if used or not at.streams else replace(at, disk_weights=False)
 
 
+def halves_may_pay(problem: Problem, fixed: Fixed) -> bool:
+    """Whether two half-blocks are worth a look: the user leaves them open, and lanes do not share the cores."""
+    return fixed.half_blocks is None and fixed.overlap and problem.hardware.device != "cpu"
+
+
 def choice_of(policy: Policy, problem: Problem) -> Choice:
     """What a policy has chosen of what is discrete."""
     placed = residency(problem.arch, policy.expert_order).place(policy.w_gpu_percent, policy.w_cpu_percent)
@@ -164,6 +178,7 @@ def choice_of(policy: Policy, problem: Problem) -> Choice:
         overlap=policy.overlap,
         pin_weight=policy.pin_weight,
         compress_cache=policy.compress_cache,
+        half_blocks=policy.half_blocks,
     )
 
 
@@ -194,6 +209,7 @@ def rounded(relaxed: Relaxed, problem: Problem, fixed: Fixed) -> Policy:
             cpu_attention_percent=min(100.0, 100 * rows.get("cpu", 0.0) / on_host) if on_host else 0.0,
             schedule=choice.schedule,
             weight_slots=max(2, round(relaxed.slots)) if relaxed.slots > _OWN_SLOTS else None,
+            half_blocks=choice.half_blocks if count > 1 else 1,
         )
     )
 

@@ -163,8 +163,10 @@ class Slopes:
         )
 
     def _experts(self, tokens: float) -> tuple[Line, ...]:
-        """The pieces below the curve of an expert, times the experts touched; dense layers by the piece that decides."""
-        arch, costs = self.problem.arch, self.costs
+        """The pieces below the curve of an expert, times the experts touched; dense layers by the piece that decides. Two
+        half-blocks compute each of them twice, over half of the tokens."""
+        arch, costs, halves = self.problem.arch, self.costs, self.choice.half_blocks
+        tokens /= halves
         dense = len(arch.dense_layers) / arch.num_layers
         sparse, touched = 1 - dense, max(1.0, costs.touched(tokens))
         beside_slope, beside_s = 0.0, sparse * (expert_units(arch) + 1) * costs.op_s
@@ -176,8 +178,8 @@ class Slopes:
         per_row, unpacked_s = tokens / self.rows, costs.unpack_s("expert", arch.expert_params)
         return tuple(
             Line(
-                sparse * touched * (constant + unpacked_s) + beside_s,
-                (sparse * slope * arch.top_k + beside_slope) * per_row,
+                halves * (sparse * touched * (constant + unpacked_s) + beside_s),
+                halves * (sparse * slope * arch.top_k + beside_slope) * per_row,
             )
             for slope, constant in costs.unit_rates(tokens).pieces(arch.expert_params)
         )

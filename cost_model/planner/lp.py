@@ -147,12 +147,17 @@ class Programme:
     def _bound_memory(self) -> None:
         """(10) Σ bytes of a budget's tiers ≤ budget: KV and the rest per row, weights as computed with, k b of slots.
 
+        Two half-blocks hold a layer in slots of their own, the streamed weights over the layers.
+
         (11) The workspace is the largest of its buffers, each a line in B; the gathered KV the largest over the modes.
         """
         m = self.model
         used = {tier: [*self._row_bytes(tier), *self._weight_bytes(tier)] for tier in TIERS}
         if self.choice.streams:
             used["gpu"].append((m.slots, slot_bytes(self.problem.arch, m.units.place(0, 0)) / GIB))
+            if self.choice.half_blocks > 1:
+                held = 1 / self.problem.arch.num_layers
+                used["gpu"] += [(m.weights[tier], held) for tier in ("cpu", "disk")]
         workspace = [(m.every_row(line.per_row / GIB), line) for line in m.lines.workspace]
         gathered = [(self._rows_of(mode, line.per_row), line) for mode, line in m.lines.gathered.items()]
         for name, lines in (("workspace", workspace), ("gathered", gathered)):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from pulp import LpVariable
 
+from cost_model.model.weight_units import expert_units
 from cost_model.planner.linearize import Line, PhaseSlopes
 from cost_model.planner.lp_model import Model, Term, Terms, times
 from cost_model.timing.contention import USERS, Resources
@@ -48,7 +49,8 @@ class _Sweep:
         (12) Without overlap t ≥ Σ of all users' seconds. With it, t is at least
         (13) the seconds of each thread, Σ over its users,
         (14) those of each shared resource, Σ weight · user's seconds,
-        (16) the chain of operations, layers · (path + experts) + what is outside the layers, for each attention path,
+        (16) the chain of operations, layers · (path + experts) + what is outside the layers, for each attention path; of two
+             half-blocks, that of one of them, as the other one marches beside it,
         (17) and each link with the time that it stands still (`_bound_slots`).
         """
         busy = self._busy()
@@ -60,10 +62,11 @@ class _Sweep:
         for name, terms in self._resources(busy):
             self._at_most(name, terms)
         paths, beside = _Paths(self.lp, self.phase, self.experts).all(), self._beside(busy)
+        layers = self.layers / self.lp.choice.half_blocks
         for path in paths:
-            self._at_most("schedule", [*times([*path, self.experts], self.layers), *self.outside, *beside])
+            self._at_most("schedule", [*times([*path, self.experts], layers), *self.outside, *beside])
         if self.lp.choice.streams:
-            for path in paths:
+            for path in paths if self.lp.choice.half_blocks == 1 else [self._of_a_batch()]:
                 self._bound_slots(path, busy)
 
     def _bound_slots(self, path: Terms, busy: _Busy) -> None:
@@ -76,6 +79,12 @@ class _Sweep:
             idle = [*path, *ahead]
             self._at_most("slots", [*link, *idle, *self.outside])
             self._at_most("slots", [*link, *times(idle, self.layers), *self.outside])
+
+    def _of_a_batch(self) -> Terms:
+        """Attention of one GPU batch, and a unit of experts: all that two half-blocks do while no slot is freed."""
+        rows = self.lp.choice.gpu_batch_size / max(self.phase.rows, 1e-9)
+        dense_s = rows * (self.phase.project_s + self.phase.attend_s) * self.lp.per_s
+        return [(self.lp.u, dense_s), (self.experts[0], 1 / expert_units(self.problem.arch))]
 
     def _largest(self, name: str, lines: Iterable[Line]) -> LpVariable:
         """(18) y ≥ slope · B + constant for each straight piece below a convex curve of seconds."""

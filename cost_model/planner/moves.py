@@ -45,6 +45,7 @@ def moves(workload: Workload) -> tuple[Move, ...]:
         *(_attended(change) for change in (100, -100, 50, -50)),
         *_pace_moves(workload),
         *(_with_slots(change) for change in (_up, _down)),
+        _kv_for_slots,
         *(_shifted("act", *shift) for shift in shifts[:2]),
         # Elsewhere than on device cpu, where both tiers are one memory, the fastest tiers are filled anyway.
         *(_shifted("w", *shift) for shift in shifts[:2]),
@@ -53,8 +54,13 @@ def moves(workload: Workload) -> tuple[Move, ...]:
     )
 
 
+def as_one_or_two(policy: Policy, step: float) -> Policy | None:
+    """The block as two half-blocks, or as one again."""
+    return replace(policy, half_blocks=3 - policy.half_blocks) if policy.num_gpu_batches > 1 else None
+
+
 def simpler(policy: Policy, workload: Workload) -> Iterator[Policy]:
-    """Policies that do with less: less KV on disk, one way of attention, activations on the GPU, fewer rows."""
+    """Policies that do with less: less KV on disk, one way of attention, activations on the GPU, a block as one, fewer rows."""
     yield from _off_disk(policy, workload)
     cpu = policy.cache_cpu_percent
     if not cpu and policy.cpu_attention_percent:
@@ -64,6 +70,8 @@ def simpler(policy: Policy, workload: Workload) -> Iterator[Policy]:
         yield replace(policy, cpu_attention_percent=0.0)
     if policy.act_gpu_percent < 100:
         yield replace(policy, act_gpu_percent=100.0, act_cpu_percent=0.0)
+    if policy.half_blocks > 1:
+        yield replace(policy, half_blocks=1)
     if policy.weight_slots is not None:
         yield replace(policy, weight_slots=None)
     for move in _row_moves(workload, _down):
@@ -217,6 +225,13 @@ def _attended(change: float) -> Move:
 
 def _with_slots(change: _Change) -> Move:
     return lambda p, step: replace(p, weight_slots=max(_LEAST_SLOTS, change(p.weight_slots or _DEFAULT_SLOTS, step)))
+
+
+def _kv_for_slots(policy: Policy, step: float) -> Policy | None:
+    """Fewer slots, and more KV on the GPU in their place: fitting the policy leaves there what has room."""
+    if (policy.weight_slots or _DEFAULT_SLOTS) <= _LEAST_SLOTS:
+        return None
+    return _shifted("cache", _CPU, _GPU)(replace(policy, weight_slots=_LEAST_SLOTS), step)
 
 
 def _at_even_pace(workload: Workload) -> Move:

@@ -15,10 +15,10 @@ from itertools import zip_longest
 
 from cost_model.memory.allocation import residency
 from cost_model.planner.constraints import Fixed
-from cost_model.planner.discrete import Choices, choice_of, rounded
+from cost_model.planner.discrete import Choices, choice_of, halves_may_pay, rounded
 from cost_model.planner.lp import Relaxed
 from cost_model.planner.lp_model import Price
-from cost_model.planner.moves import moves, simpler
+from cost_model.planner.moves import as_one_or_two, moves, simpler
 from cost_model.planner.objective import Objective
 from cost_model.simulation.replayed_phases import replayed_operations, replayed_tokens_per_s
 from cost_model.timing.problem import Problem
@@ -176,7 +176,8 @@ class Climb:
 
     def __init__(self, objective: Objective, gain: float = _GAIN):
         self.objective, self._gain = objective, gain
-        self._moves = moves(objective.problem.workload)
+        halves = (as_one_or_two,) if halves_may_pay(objective.problem, objective.fixed) else ()
+        self._moves = (*moves(objective.problem.workload), *halves)
 
     def ranked(self, policies: Iterable[Policy]) -> list[Policy]:
         """The policies, best first, each once."""
@@ -188,7 +189,7 @@ class Climb:
         kinds: dict[tuple[bool, ...], Policy] = {}
         for policy in ranked:
             homes = policy.cache_gpu_percent > 1, policy.cache_cpu_percent > 1, policy.cpu_attention_percent > 50
-            kinds.setdefault((*homes, (policy.weight_slots or 0) >= _MANY_SLOTS), policy)
+            kinds.setdefault((*homes, (policy.weight_slots or 0) >= _MANY_SLOTS, policy.half_blocks > 1), policy)
         return list(dict.fromkeys([*kinds.values(), *ranked]))
 
     def start(self, policy: Policy) -> Policy | None:

@@ -12,6 +12,7 @@ from cost_model.timing.sweep_load import BatchLoad, SweepLoad
 
 _OF_SWEEP = (
     *("host", "route", "collect", "sample", "expert", "dense", "disk_wait"),
+    *("second_expert", "second_dense"),
     *("read_routed", "copy_routed", "copy_last", "routed", "routed_last"),
 )
 _OF_BATCH = (
@@ -38,28 +39,28 @@ def batch_place(arch: ModelArch, batch: int, name: str) -> int:
 
 
 def table_of_seconds(
-    costs: Costs, cut: Sequence[BatchLoad], load: SweepLoad, demand: Demand | None = None
+    costs: Costs, halves: Sequence[Sequence[BatchLoad]], load: SweepLoad, demand: Demand | None = None
 ) -> list[float]:
     """Seconds of each operation when it is alone, its dispatch not counted.
 
     Args:
-        cut: the GPU batches of ``load``.
+        halves: the GPU batches of ``load``, of each half-block.
         demand: of the sweep, where it is on demand.
     """
-    arch, tokens = costs.arch, load.tokens
-    dense = costs.mlp_s(tokens)
+    arch, tokens = costs.arch, [sum(batch.tokens for batch in cut) for cut in halves]
+    dense = list(map(costs.mlp_s, tokens))
     table = [costs.host_s(load.rows), 0.0, 0.0, costs.sample_s(load.logits)]
     if demand:
-        own = costs.demanded(demand, tokens)
-        table += [own.unit_s, dense, costs.hardware.disk_latency_s]
+        own = costs.demanded(demand, load.tokens)
+        table += [own.unit_s, dense[0], costs.hardware.disk_latency_s, 0.0, 0.0]
         table += [own.read_s, own.copy_s, own.copy_last_s, own.ahead_s, own.last_s]
     else:
         # Those of a layer that no token reaches take no time; on average each unit takes its share of the others'.
-        unit = costs.reached_expert_s(tokens) * costs.touched(tokens) / expert_units(arch)
-        table += [unit, dense, costs.hardware.disk_latency_s, *[0.0] * 5]
+        unit = [costs.reached_expert_s(each) * costs.touched(each) / expert_units(arch) for each in tokens]
+        table += [unit[0], dense[0], costs.hardware.disk_latency_s, unit[-1], dense[-1], *[0.0] * 5]
     for start, stop in (head_rows(arch, chunk) for chunk in range(head_chunks(arch))):
         table.append(costs.head_s(load.logits, (stop - start) * arch.head_row_params, load.prompt_tokens))
-    for batch in cut:
+    for batch in (batch for cut in halves for batch in cut):
         attended = costs.attended_s(batch)
         table += (
             costs.embed_s(batch),

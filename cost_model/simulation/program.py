@@ -107,11 +107,9 @@ class _Compiler:
             self._step(op, sweep_place("routed"), after=())
             self._step(op, sweep_place("routed_last"), after=self._latest(op.deps))
             return
-        attention = self._shape.units.attention[op.layer].unit if op.kind in ("project", "attend") else None
-        used = attention if op.kind == "project" else op.unit
-        done_with = attention if op.batch == len(self._shape.activation_tiers) - 1 and op.kind == "attend" else op.unit
+        used = self._shape.units.attention[op.layer].unit if op.kind == "project" else op.unit
         unit = self._brought_by.get(used) if used is not None else None
-        frees = int(done_with is not None and done_with in self._brought_by)
+        frees = int(op.releases is not None and op.releases in self._brought_by)
         self._step(op, self._place(op), after=self._latest(op.deps), unit=unit, frees=frees)
 
     def _step(
@@ -139,7 +137,8 @@ class _Compiler:
             return batch_place(self._arch, op.batch, op.kind)
         if op.kind == "head" and op.unit is not None:
             return head_place(op.unit.first)
-        return sweep_place("dense" if op.kind == "expert" and self._arch.is_dense(op.layer) else op.kind)
+        kind = "dense" if op.kind == "expert" and self._arch.is_dense(op.layer) else op.kind
+        return sweep_place(f"second_{kind}" if op.kind == "expert" and op.half else kind)
 
     def _hand_on(self, op: Op) -> None:
         thread, parts = _HANDED_ON[op.kind]

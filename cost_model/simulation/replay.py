@@ -19,7 +19,7 @@ from cost_model.simulation.serial_loop import SerialLoop
 from cost_model.simulation.weight_queues import WeightQueues, weight_queues
 from cost_model.timing.contention import USERS, Resources
 from cost_model.timing.op_costs import Costs
-from cost_model.timing.sweep_load import BatchLoad, SweepLoad, batches
+from cost_model.timing.sweep_load import BatchLoad, SweepLoad
 from policies.common.chrome_trace import Span
 from policies.schedule import LANES, SweepShape, SweepUnits
 
@@ -99,12 +99,14 @@ class Replayer:
         )
         demand = None
         for load in loads:
-            cut, start = batches(load.seen(self._costs.arch), self._rows), loop.now
+            start = loop.now
             demand = self._costs.routing.on_demand(load.tokens, already=demand is not None)
+            halves = self._costs.cut(load.seen(self._costs.arch), self._rows, demand)
+            cut = [batch for half in halves for batch in half]
             on_demand = demand.layers if demand else frozenset()
             loop.turn_to(*self._stream(on_demand))
             nbytes = table_of_bytes(self._costs, cut, demand) if keep_spans else ()
-            loop.sweep(self._program(cut, on_demand), table_of_seconds(self._costs, cut, load, demand), nbytes)
+            loop.sweep(self._program(cut, on_demand), table_of_seconds(self._costs, halves, load, demand), nbytes)
             done.sweep_s.append(loop.now - start)
             done.lanes_s.append(_lanes_s(loop.active_s))
         return done
@@ -152,6 +154,7 @@ class Replayer:
                 stored_batches=fetched | on_cpu,
                 disk_batches=on_disk,
                 on_demand=on_demand,
+                half_blocks=self._costs.half_blocks,
             )
             self._programs[shapes, on_demand] = compile_sweep(self._costs.arch, shape, self._stream(on_demand)[0])
         return self._programs[shapes, on_demand]

@@ -1,5 +1,7 @@
 """The attention phase of a mean layer in closed form: who waits for whom, GPU batch by GPU batch.
 
+Of a block that marches as two halves, `HalfBlocks` is the same with the experts of one half between the batches of the other one.
+
 The order is that of `policies.schedule`. Batch j + 1 is projected, and its KV requested, before batch j is attended; the
 KV of the first batch is requested a layer's experts earlier. Hidden states are loaded right before their batch is
 projected, by the thread that stores those of the batches before it.
@@ -22,10 +24,12 @@ _BESIDE = (
     *("cpu", "h2d/kv", "h2d/attended", "h2d/act", "d2h", "d2h/act"),
     *("disk_read/kv", "disk_read/act", "disk_read/wait", "disk_write", "disk_write/act", "disk_write/wait"),
 )
+#: Layers that are followed of two half-blocks.
+_LAPS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
+class BatchTimes:
     """Seconds of one GPU batch in one layer, by operation; dispatch is counted in ``project_s`` and ``attend_s``.
 
     ``fetch_s``: its KV to the device, from disk too; ``up_s`` and ``down_s``: its hidden states, from and to disk too.
@@ -47,20 +51,22 @@ class AttentionPhase:
     Args:
         costs: durations of the operations.
         cut: the GPU batches.
+        first: how many of the block are before them, in the other half.
 
     Attributes:
+        batches: seconds of each.
         compute_s: seconds that the compute device is busy.
         moved_s: busy seconds of everybody else, by user of `cost_model.timing.contention`.
     """
 
-    def __init__(self, costs: Costs, cut: Sequence[BatchLoad]):
-        tiers = [*costs.allocation.activation_tiers, *["gpu"] * len(cut)][: len(cut)]
+    def __init__(self, costs: Costs, cut: Sequence[BatchLoad], first: int = 0):
+        tiers = [*costs.allocation.activation_tiers[first:], *["gpu"] * len(cut)][: len(cut)]
         self.moved_s = dict.fromkeys(_BESIDE, 0.0)
-        self._batches: list[_Batch] = []
+        self.batches: list[BatchTimes] = []
         for (batch, tier), alike in groupby(zip(cut, tiers, strict=True)):  # most are like the one before
             count = sum(1 for _ in alike)
-            self._batches += [self._batch(costs, batch, tier, count)] * count
-        self.compute_s = sum(batch.project_s + batch.attend_s for batch in self._batches)
+            self.batches += [self._times(costs, batch, tier, count)] * count
+        self.compute_s = sum(batch.project_s + batch.attend_s for batch in self.batches)
 
     def seconds(self, experts_s: float) -> float:
         """Seconds of the phase, after experts that take so long.
@@ -71,10 +77,10 @@ class AttentionPhase:
         much earlier. ``ready`` is when all that the batch to attend next waits for is there.
         """
         now = stored = on_cpu = ready = 0.0
-        loaded = self._batches[0].fetch_s - experts_s
-        moved = self._batches[-1].down_s - experts_s
-        before: _Batch | None = None
-        for batch in self._batches:
+        loaded = self.batches[0].fetch_s - experts_s
+        moved = self.batches[-1].down_s - experts_s
+        before: BatchTimes | None = None
+        for batch in self.batches:
             if before and batch.fetch_s:
                 loaded = max(loaded, now) + batch.fetch_s
             if batch.up_s:
@@ -89,9 +95,9 @@ class AttentionPhase:
                 now = max(now, ready) + before.attend_s
                 moved = max(moved, now) + before.down_s
             before, ready = batch, wait
-        return max(now, ready) + self._batches[-1].attend_s
+        return max(now, ready) + self.batches[-1].attend_s
 
-    def _batch(self, costs: Costs, batch: BatchLoad, tier: str, count: int) -> _Batch:
+    def _times(self, costs: Costs, batch: BatchLoad, tier: str, count: int) -> BatchTimes:
         """Its seconds; what so many of them move is added to ``moved_s``."""
         moved = self.moved_s
         fetches, on_host = batch.new["fetch"] + batch.new["disk"] > 0, batch.new["cpu"] > 0
@@ -108,7 +114,7 @@ class AttentionPhase:
             moved["disk_write"] += count * costs.write_kv_s(batch)
         up, down = self._hidden_states(costs, batch, tier, count) if away else (0.0, 0.0)
         handed_on = away + fetches + (fetches or on_host) + on_host + to_disk
-        return _Batch(
+        return BatchTimes(
             project_s=costs.project_s(batch) + (1 + handed_on) * costs.op_s,
             fetch_s=read + load,
             store_s=store,
@@ -125,6 +131,66 @@ class AttentionPhase:
         for user, seconds in moved.items():
             self.moved_s[user] += count * seconds
         return sum(moved[user] for user in UP), sum(moved[user] for user in DOWN)
+
+
+class HalfBlocks:
+    """The chain of operations of a block that marches as two halves, in the order of `policies.schedule`.
+
+    In the turn of one half, the next batch is projected before one is attended, and between them a part of the experts of the
+    other half is computed, all of it before that half is projected again.
+
+    Args:
+        halves: the attention of each half.
+        experts_s: seconds of the experts of each half.
+
+    Attributes:
+        first_s: seconds of the first layer, until the experts of its second half begin.
+        layer_s: seconds of each layer after it: of the third one, when those before it have filled the lanes.
+    """
+
+    def __init__(self, halves: Sequence[AttentionPhase], experts_s: Sequence[float]):
+        self._order = [phase.batches for phase in halves]
+        self._now = self._stored = self._on_cpu = self._loaded = self._moved = 0.0
+        ends, ready = [], self._project(self._order[0][0], self._load(self._order[0][0]))
+        for layer in range(_LAPS):
+            for half in range(2):
+                ready = self._turn(half, ready, experts_s[1 - half] if layer or half else 0.0)
+            ends.append(self._now)
+        self.first_s, self.layer_s = ends[0], ends[-1] - ends[-2]
+
+    def _turn(self, half: int, ready: float, experts_s: float) -> float:
+        """One half in a layer, whose first batch is ``ready`` then; returns when the batch after the last one is."""
+        own = self._order[half]
+        following, part_s = [*own[1:], self._order[1 - half][0]], experts_s / len(own)
+        for place, (batch, after) in enumerate(zip(own, following), start=1):
+            loaded = self._load(after)
+            if place == len(own):
+                self._now += part_s
+            coming = self._project(after, loaded)
+            if place < len(own):
+                self._now += part_s
+            self._now = max(self._now, ready) + batch.attend_s
+            self._moved = max(self._moved, self._now) + batch.down_s
+            ready = coming
+        return ready
+
+    def _load(self, batch: BatchTimes) -> float:
+        """When the KV of a batch that is requested now is there."""
+        if not batch.fetch_s:
+            return 0.0
+        self._loaded = max(self._loaded, self._now) + batch.fetch_s
+        return self._loaded
+
+    def _project(self, batch: BatchTimes, loaded: float) -> float:
+        """When all is there that the attention of the batch waits for."""
+        if batch.up_s:
+            self._now = self._moved = max(self._moved, self._now) + batch.up_s
+        self._now += batch.project_s
+        self._stored = max(self._stored, self._now, loaded) + batch.store_s
+        if not batch.cpu_s:
+            return loaded
+        self._on_cpu = max(self._on_cpu, self._stored) + batch.cpu_s
+        return max(loaded, self._on_cpu + batch.attended_s)
 
 
 def hidden_states_s(costs: Costs, batch: BatchLoad, tier: str) -> dict[str, float]:

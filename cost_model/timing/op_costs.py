@@ -17,7 +17,7 @@ from cost_model.memory.memory_plan import kv_disk_page_bytes, scored_at_once
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import are_grouped
 from cost_model.routing.demand import Demand, Routing
-from cost_model.timing.sweep_load import BatchLoad
+from cost_model.timing.sweep_load import BatchLoad, SweepLoad, batches, half_batches
 from policies.placement import TIERS
 from policies.policy import Policy
 
@@ -60,7 +60,7 @@ class Costs:
 
     Attributes:
         routing: which experts tokens are routed to.
-        overlap: as in `Policy`.
+        overlap, half_blocks: as in `Policy`.
         kv_bytes, kv_disk_bytes: of a token in a layer, in memory and on disk.
         stages_host_units: units in host memory are not pinned, so each is copied to a pinned buffer first.
         stream_bytes_per_s: rates at which the links bring a mean streamed unit, by user of `cost_model.timing.contention`.
@@ -83,7 +83,7 @@ class Costs:
         self.arch, self.hardware, self.allocation, self._gpu, self._b = arch, hardware, allocation, gpu, b
         self._scored_share = scored_share
         self._scored_at_once = scored_at_once(arch, policy, allocation, device=hardware.device, compute_bytes=b)
-        self.overlap = policy.overlap
+        self.overlap, self.half_blocks = policy.overlap, policy.half_blocks
         self.stages_host_units = hardware.device == "cuda" and not policy.pin_weight
         compressed = policy.compress_cache
         self.kv_bytes = arch.kv_bytes_per_token_layer(b, compressed=compressed)
@@ -102,6 +102,15 @@ class Costs:
         self._moves_queries = hardware.device != "cpu"
         self.stream_bytes_per_s = self._stream_rates()
         self.lane_share = self._lane_share()
+
+    def cut(self, load: SweepLoad, gpu_batch_size: int, demand: Demand | None) -> list[list[BatchLoad]]:
+        """The GPU batches of a sweep, of each half-block; of one where the block marches as one (`SweepShape.first_half`)."""
+        at = self.allocation.placement
+        moves = any(at.count_of(tier, *STREAMED) for tier in TIERS[1:])
+        moves |= any(group.rows > 0 for mode, group in load.groups.items() if mode != "gpu")
+        if self.half_blocks == 1 or demand is not None or not moves:
+            return [batches(load, gpu_batch_size)]
+        return half_batches(load, gpu_batch_size)
 
     def unpack_s(self, kind: str, weights: float) -> float:
         """So many weights of units of a kind, as each product unpacks them; 0 where they are not packed."""

@@ -10,21 +10,25 @@ sweep takes the largest of
 * each link behind the chain: from the last streamed expert of a layer to the first of the next no slot is freed, so no more
   units arrive than there are slots, and the link stands still for the rest of that time.
 
+Of a block that marches as two halves, the chain is `cost_model.timing.attention_phase.HalfBlocks`. A layer's units keep their slots
+until the second half has used them, so only the others are there for what comes ahead, and no slot is freed from the last
+expert of the first half to the first one of the second.
+
 `cost_model.simulation.replay` is the same event by event; where two bounds are near each other it takes longer than either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cost_model.memory.allocation import KEPT_SLOTS
 from cost_model.model.weight_units import expert_units, head_chunks
 from cost_model.routing.demand import Demand
-from cost_model.timing.attention_phase import DOWN, UP, AttentionPhase
+from cost_model.timing.attention_phase import DOWN, UP, AttentionPhase, HalfBlocks
 from cost_model.timing.contention import USERS, Resources
 from cost_model.timing.op_costs import Costs
-from cost_model.timing.sweep_load import BatchLoad, SweepLoad, batches
+from cost_model.timing.sweep_load import BatchLoad, SweepLoad
 from policies.placement import TIERS
 
 _LANES = ("gpu", "cpu", "h2d", "d2h", "disk_read", "disk_write")
@@ -89,38 +93,41 @@ class SweepForm:
         self._on_cpu = costs.hardware.device == "cpu"
         self._resources = Resources(costs)
         self._beside = beside_shares(self._resources) if self._on_cpu else {}
-        self._stream = _WeightStream(costs)
-        self._kept: _WeightStream | None = None
+        self._streams: dict[tuple[bool, int], _WeightStream] = {}
 
     def time(self, load: SweepLoad) -> SweepTime:
         """Seconds of one sweep in a row of like ones."""
         costs, layers, load = self._costs, self._layers, load.seen(self._costs.arch)
-        cut = batches(load, self._rows)
-        demand, attention = costs.routing.on_demand(load.tokens), AttentionPhase(costs, cut)
-        stream = self._stream_beside(demand)
-        experts = _experts(costs, load.tokens, demand, stream)
-        embed_s = costs.embed_s(BatchLoad(tokens=load.tokens)) + len(cut) * costs.op_s
+        demand = costs.routing.on_demand(load.tokens)
+        halves = costs.cut(load, self._rows, demand)
+        attention = [AttentionPhase(costs, cut, at * len(halves[0])) for at, cut in enumerate(halves)]
+        stream = self._stream_beside(demand, len(halves))
+        experts = [_experts(costs, sum(batch.tokens for batch in cut), demand, stream) for cut in halves]
+        embed_s = costs.embed_s(BatchLoad(tokens=load.tokens)) + sum(map(len, halves)) * costs.op_s
         computed_s = embed_s + _head_s(costs, load) + costs.sample_s(load.logits)
-        busy = {user: layers * seconds for user, seconds in attention.moved_s.items()} | stream.busy_s
-        busy |= {user: layers * seconds for user, seconds in experts.moved_s.items()}
-        busy |= {
-            "gpu": layers * (attention.compute_s + experts.compute_s) + computed_s,
-            "host": costs.host_s(load.rows),
-        }
+        busy = {user: layers * seconds for user, seconds in _summed(part.moved_s for part in attention).items()}
+        busy |= stream.busy_s
+        busy |= {user: layers * seconds for user, seconds in _summed(part.moved_s for part in experts).items()}
+        layer_s = sum(part.compute_s for part in attention) + sum(part.compute_s for part in experts)
+        busy |= {"gpu": layers * layer_s + computed_s, "host": costs.host_s(load.rows)}
         if costs.overlap:
-            chain = self._chain(busy, attention, experts, stream, computed_s + busy["host"])
+            outside_s = computed_s + busy["host"]
+            if len(halves) > 1:
+                chain = self._chain_of_halves(busy, attention, experts, stream, outside_s)
+            else:
+                chain = self._chain(busy, attention[0], experts[0], stream, outside_s)
             bounds = self._shared(busy) | chain
         else:
             bounds = {"serial": sum(busy.values())}
         total_s = max(bounds.values())
         return SweepTime(total_s=total_s, lanes_s=_lanes_s(busy, total_s), bounds_s=bounds)
 
-    def _stream_beside(self, demand: Demand | None) -> _WeightStream:
-        if demand is None:
-            return self._stream
-        if self._kept is None:
-            self._kept = _WeightStream(self._costs, demanded=True)
-        return self._kept
+    def _stream_beside(self, demand: Demand | None, halves: int) -> _WeightStream:
+        key = demand is not None, halves
+        if key not in self._streams:
+            held = self._costs.allocation.held_slots if halves > 1 else 0
+            self._streams[key] = _WeightStream(self._costs, demanded=key[0], held_slots=held)
+        return self._streams[key]
 
     def _shared(self, busy: Mapping[str, float]) -> dict[str, float]:
         """The fewest seconds in which each thread, and each resource that threads share, does its work.
@@ -164,6 +171,35 @@ class SweepForm:
             found["slots"] = max(found.get("slots", 0.0), link_s + idle_s)
         return found
 
+    def _chain_of_halves(
+        self,
+        busy: Mapping[str, float],
+        attention: Sequence[AttentionPhase],
+        experts: Sequence[_Experts],
+        stream: _WeightStream,
+        outside_s: float,
+    ) -> dict[str, float]:
+        """The same of two half-blocks. A sweep is a first layer, L - 1 more, and the experts of the second half.
+
+        Where a link decides, the last batch of the second half is attended, and the first one of the next layer projected, when
+        the first half has computed the last unit of a layer to come. It was projected a batch's part of a layer before. Only
+        then is a slot freed. At the end of a sweep that takes as long as all of what is outside the layers and in the first one,
+        in which the slots of the last layer are filled, too.
+        """
+        layers, seconds = self._layers, [part.chain_s for part in experts]
+        march = HalfBlocks(attention, seconds)
+        chain_s = march.first_s + (layers - 1) * march.layer_s + seconds[1] + outside_s
+        found = {"schedule": chain_s + (self._beside_s(busy, chain_s) if self._on_cpu else 0.0)}
+        first, last, batches = attention[0].batches[0], attention[1].batches[-1], len(attention[1].batches)
+        for link_s, ahead_s in stream.links:
+            late_s = max(last.fetch_s, last.store_s + last.cpu_s + last.attended_s) - link_s / layers / batches
+            window_s = sum(seconds) / expert_units(self._costs.arch) + first.up_s + first.project_s
+            window_s += max(0.0, late_s) + last.attend_s
+            idle_s = max(0.0, window_s - ahead_s)
+            end_s = march.first_s + seconds[1] + outside_s - link_s / layers - ahead_s
+            found["slots"] = max(found.get("slots", 0.0), link_s + (layers - 1) * idle_s + max(idle_s, end_s))
+        return found
+
     def _beside_s(self, busy: Mapping[str, float], computed_s: float) -> float:
         """Seconds that copies and readers take from the cores that compute on device cpu."""
         return sum(share * min(computed_s, busy[user]) for user, share in self._beside.items())
@@ -181,13 +217,14 @@ class _WeightStream:
     Args:
         costs: durations of the operations.
         demanded: experts come on demand; only what else is streamed passes through the slots that are kept for that.
+        held_slots: those that hold a layer for two half-blocks.
 
     Attributes:
         busy_s: seconds of a sweep, by user of `cost_model.timing.contention`.
         links: of each link, (its seconds in a sweep, those of what it may bring before a slot is freed).
     """
 
-    def __init__(self, costs: Costs, demanded: bool = False):
+    def __init__(self, costs: Costs, demanded: bool = False, held_slots: int = 0):
         without = {tier: costs.routing.streamed(tier) if demanded else (0, 0) for tier in ("cpu", "disk")}
         moved = {tier: costs.streamed(tier, without=these) for tier, these in without.items()}
         # On device cpu, disk units are read straight into their slot.
@@ -195,11 +232,20 @@ class _WeightStream:
         copy_s = sum(costs.copy_s(size, units) for units, size in copied)
         read_s = sum(costs.read_s(size, units) for units, size in moved["disk"])
         from_host, from_disk = (sum(units for units, _ in moved[tier]) for tier in ("cpu", "disk"))
-        slots = min(costs.allocation.slots, KEPT_SLOTS) if demanded else costs.allocation.slots
+        slots = min(costs.allocation.slots, KEPT_SLOTS) if demanded else costs.allocation.slots - held_slots
         self.busy_s = {"h2d": copy_s, "disk_read": read_s}
         if costs.stages_host_units:
             self.busy_s["stage"] = sum(costs.copy_s(size, units) for units, size in moved["cpu"])
         self.links = _links(costs, from_host, from_disk, copy_s, read_s, slots)
+
+
+def _summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The sums of what has the same name."""
+    found: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            found[name] = found.get(name, 0.0) + value
+    return found
 
 
 def _links(

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import ceil
 
 from cost_model.model.arch import ModelArch
+from policies.schedule import in_first_half
 
 #: Attended on the device from device memory; fetched from host memory or from disk; attended in host memory. A block
 #: lines its rows up in this order (`flexmoe.kv.batch`).
@@ -94,6 +96,11 @@ class SweepLoad:
         groups = {mode: group.seen(share, arch.sliding_window) for mode, group in self.groups.items()}
         return replace(self, groups=groups)
 
+    def part(self, share: float) -> SweepLoad:
+        """A share of all counts."""
+        groups = {mode: group.part(share) for mode, group in self.groups.items()}
+        return SweepLoad(groups=groups, logits=share * self.logits)
+
     @property
     def rows(self) -> float:
         """Rows in flight that take part."""
@@ -157,6 +164,16 @@ def batches(load: SweepLoad, gpu_batch_size: int) -> list[BatchLoad]:
                 cut += [batch] * more
                 left -= more * taken
     return cut
+
+
+def half_batches(load: SweepLoad, gpu_batch_size: int) -> list[list[BatchLoad]]:
+    """The same of a block that marches as two halves, for each half: both have rows of every kind (`flexmoe.kv.batch`). Of a
+    sweep of one batch, that one alone."""
+    count = ceil(load.rows / gpu_batch_size - 1e-9)
+    if count < 2:
+        return [batches(load, gpu_batch_size)]
+    first = in_first_half(count) / count
+    return [batches(load.part(share), gpu_batch_size) for share in (first, 1 - first)]
 
 
 def _strips(load: SweepLoad) -> Iterator[tuple[str, float, float, float, float, float]]:

@@ -22,7 +22,7 @@ from flexmoe.weights.eviction import EXPERT_CACHES
 from policies.common.checks import check_count, check_number
 from policies.common.directories import OFFLOAD_DIR
 from policies.common.option_names import option
-from policies.policy import WEIGHT_FORMATS, Policy, PolicyFile
+from policies.policy import HALF_BLOCKS, WEIGHT_FORMATS, Policy, PolicyFile
 
 PathLike = str | os.PathLike[str]
 #: Instead of a file: this machine's own, measured once, or the best policy for the job.
@@ -49,6 +49,7 @@ _CHOICES = {
     "expert_cache": EXPERT_CACHES,
     "reserve": RESERVES,
     "compress_weight": WEIGHT_FORMATS,
+    "half_blocks": HALF_BLOCKS,
 }
 #: What a policy says already.
 _FIXABLE = (
@@ -60,6 +61,7 @@ _FIXABLE = (
     "pin_weight",
     "compress_cache",
     "compress_weight",
+    "half_blocks",
 )
 _OF_A_POLICY = ("percent", *_FIXABLE, "cpu_cache_compute")
 
@@ -99,6 +101,8 @@ class RunOptions:
         gpu_batch_size, num_gpu_batches: rows whose attention runs together (16), and how many such batches are in flight (1).
         prefill_tokens: most prompt tokens that enter a sweep (an even pace).
         schedule: ``rolling`` or ``static`` (``rolling``).
+        half_blocks: 2: the block marches as two halves, half a layer apart, so that attention of one and experts of the other
+            overlap (1).
         cpu_cache_compute: attend all KV in CPU memory on the CPU.
         overlap, pin_weight: run transfers beside computation, keep CPU weights pinned; None is true.
         compress_cache: keep the KV cache as int8, with a scale for each token and KV head; None is false.
@@ -146,6 +150,7 @@ class RunOptions:
     num_gpu_batches: int | None = None
     prefill_tokens: int | None = None
     schedule: str | None = None
+    half_blocks: int | None = None
     cpu_cache_compute: bool = False
     overlap: bool | None = None
     pin_weight: bool | None = None
@@ -177,8 +182,8 @@ class RunOptions:
         check_number(option("checkpoint_interval_s"), self.checkpoint_interval_s, zero=True)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if value not in choices and not (value is None and name in ("schedule", "compress_weight")):
-                raise UsageError(f"{option(name)} is {value!r}; choose {', '.join(choices)}")
+            if value not in choices and not (value is None and name in ("schedule", "compress_weight", "half_blocks")):
+                raise UsageError(f"{option(name)} is {value!r}; choose {', '.join(map(str, choices))}")
         defaults = {each.name: each.default for each in fields(self)}
         given = [name for name in _OF_A_POLICY if getattr(self, name) != defaults[name]]
         if is_auto(self.policy):

@@ -310,6 +310,7 @@ def _policy_of_options(
         "compress_cache": options.compress_cache,
         "prefill_tokens": options.prefill_tokens,
         "compress_weight": options.compress_weight,
+        "half_blocks": options.half_blocks,
     }
     if options.prefill_tokens is None and _is_one_block(measured, options.block_size):
         given["prefill_tokens"] = min(measured.rows * workload.prompt_len, _MOST_PREFILL_TOKENS)

@@ -201,4 +201,5 @@ class _Builder:
             ),
             dtype=plan.dtype,
             overlap=policy.overlap,
+            half_blocks=policy.half_blocks,
         )

@@ -8,8 +8,9 @@ device.
 The executor knows no model (that is ``family``), and not where weights, KV and hidden states live.
 
 The residual stream is kept per GPU batch, by the activations; `attend` adds what attention gives. The experts run over the
-whole block, when a batch may be away in its tier: their output waits in a buffer of the block, and is added when the next
-layer (`project`) or the head (`collect`) asks for the batch.
+whole block, or over one of its halves, when a batch may be away in its tier: their output waits in a buffer of the block, and
+is added when the next layer (`project`) or the head (`collect`) asks for the batch. Of two half-blocks only one is routed at a
+time: its experts are all issued before the other one is.
 
 Legend: T tokens of the block, D hidden, E experts, R rows of logits.
 """
@@ -59,6 +60,7 @@ class Executor:
         scored_at_once: positions of prompts that are scored at a time.
         dtype: compute dtype.
         overlap: False runs every operation after the one before it.
+        half_blocks: as in `policies.policy.Policy`; blocks are ordered for it.
 
     Attributes:
         uploads: brings the small arrays of a sweep to the device.
@@ -80,11 +82,12 @@ class Executor:
         scored_at_once: int,
         dtype: torch.dtype,
         overlap: bool,
+        half_blocks: int = 1,
     ):
         self._device, self._recorder, self._family, self._units = device, recorder, family, units
         self.uploads = Uploads(device)
         self._feed, self._embedding, self._kv, self._hidden = feed, embed, kv, activations
-        self._overlap, self._router_counter = overlap, router_counter
+        self._overlap, self._half_blocks, self._router_counter = overlap, half_blocks, router_counter
         arch = family.arch
         self._experts = ExpertDispatch(device, arch.num_experts)
         # Of the whole block, since the experts run over all of it: their inputs, their outputs, the router's logits.
@@ -112,7 +115,9 @@ class Executor:
         self._to_device(block)
         for batch in block.batches:
             batch.rope = self._family.rope(batch.positions_T, batch.lengths_T, self._dtype)
-        for op in sweep(self._shape(block), overlap=self._overlap):
+        shape = self._shape(block)
+        self._halves = block.halves(shape.first_half)
+        for op in sweep(shape, overlap=self._overlap):
             self._issue(op)
             if not self._overlap:
                 self._wait(op.id)
@@ -190,6 +195,7 @@ class Executor:
             stored_batches=having(lambda g: g.mode is not AttentionMode.GPU),
             disk_batches=having(lambda g: any(r.kv.tier == "disk" for r in g.runs)),
             on_demand=self._feed.begin(block.tokens),
+            half_blocks=self._half_blocks,
         )
 
     def _batch(self, op: Op) -> Batch:
@@ -261,9 +267,9 @@ class Executor:
         self._x_TD[here] = x_TD
         if router_TE is not None:
             self._router_TE[here] = router_TE
-        if batch is self._block.batches[-1]:
+        if any(batch.stop == half.stop for half in self._halves):
             self._correction_E = self._family.router_correction(weights)
-            self._feed.release(unit)
+        self._release(op)
 
     def _attend_group(self, layer: int, batch: Batch, mode: AttentionMode, qkv: QKV) -> torch.Tensor:
         if mode is AttentionMode.GPU:
@@ -280,23 +286,30 @@ class Executor:
         """What the experts of the layer before gave for a batch, not yet part of its residual stream."""
         return self._y_TD[batch.start : batch.stop]
 
+    def _release(self, op: Op) -> None:
+        """Give back the slot of the unit that nothing in the sweep uses any more."""
+        if op.releases is not None:
+            self._feed.release(op.releases)
+
     def _op_route(self, op: Op) -> None:
-        tokens = self._block.tokens
-        self._y_TD[:tokens].zero_()
+        half = self._halves[op.half]
+        tokens = half.stop - half.start
+        self._y_TD[half].zero_()
         if self._family.arch.is_dense(op.layer):
             self._experts.route_all(tokens)
             return
-        ids_TK, weights_TK = self._family.route(self._router_TE[:tokens], self._correction_E)
+        ids_TK, weights_TK = self._family.route(self._router_TE[half], self._correction_E)
         counts = self._experts.route(ids_TK, weights_TK, self._dtype)
         self._feed.routed(op.layer, counts, tokens)
         self._router_counter.add(op.layer, ids_TK, counts)
 
     def _op_expert(self, op: Op) -> None:
-        unit = _unit(op)
+        unit, half = _unit(op), self._halves[op.half]
         weights = self._family.expert_weights(op.layer, self._feed.get(unit))
-        x_TD, y_TD = self._x_TD[: self._block.tokens], self._y_TD[: self._block.tokens]
-        self._experts.add_unit(unit.experts, x_TD, y_TD, weights, self._family)
-        self._feed.release(unit)
+        self._experts.add_unit(unit.experts, self._x_TD[half], self._y_TD[half], weights, self._family)
+        if op.releases is None:
+            self._feed.put_aside(unit)
+        self._release(op)
 
     def _op_routed(self, op: Op) -> None:
         """The routed experts of a layer on demand, the cached ones first."""
@@ -315,7 +328,7 @@ class Executor:
     def _op_head(self, op: Op) -> None:
         unit = _unit(op)
         self._logits.add(head_rows(self._family.arch, unit.first), self._feed.get(unit))
-        self._feed.release(unit)
+        self._release(op)
 
     def _final_hidden(self, batch: Batch, places: torch.Tensor) -> torch.Tensor:
         """The residual stream after the last layer's experts, of the wanted tokens only."""

@@ -19,6 +19,7 @@ from flexmoe.kv.cache import RowKV
 from flexmoe.sampling.logprobs import PromptScores
 from flexmoe.system.device import Event
 from policies.admission.row_state import AttentionMode
+from policies.schedule import in_first_half
 
 #: Rows of one mode lie together in a block, so that most GPU batches have one group.
 _MODES = list(AttentionMode)
@@ -83,6 +84,7 @@ class Batch:
         kv: where the KV of each group lies, by group of layers (`flexmoe.kv.group_index`); like ``rope``, derived once per
             sweep.
         loaded, stored, attended: transfers and CPU attention of the current layer.
+        side: of the two sets of buffers, that of the last store.
     """
 
     index: int
@@ -99,6 +101,7 @@ class Batch:
     loaded: Future[Event] | None = None
     stored: Future[None] | None = None
     attended: Future[Arrived] | None = None
+    side: int = 0
 
 
 def begun(future: Future[_Result] | None) -> Future[_Result]:
@@ -118,9 +121,11 @@ class Block:
     Args:
         runs: one per row.
         gpu_batch_size: rows per GPU batch.
+        half_blocks: 2: the rows of each kind are dealt to two halves of like work, each a number of whole GPU batches.
 
     Attributes:
-        runs: the runs in block order: rows attended in one place together, so that most GPU batches hold one group.
+        runs: the runs in block order: rows attended in one place together, so that most GPU batches hold one group; of two
+            half-blocks in each.
         batches: the GPU batches.
         logit_owners: owner of each row of the sweep's logits, in order.
         scored: the runs that have targets, in order.
@@ -128,23 +133,45 @@ class Block:
         scores: the targets' log-probabilities, in order; the executor's answer, None where there are no targets.
     """
 
-    def __init__(self, runs: Sequence[Run], gpu_batch_size: int):
-        self.runs = sorted(runs, key=lambda r: (_MODES.index(r.mode), r.kv.tier))
+    def __init__(self, runs: Sequence[Run], gpu_batch_size: int, half_blocks: int = 1):
+        halves = [sorted(runs, key=lambda r: (_MODES.index(r.mode), r.kv.tier))]
+        if half_blocks > 1:
+            halves = _dealt(halves[0], -(-len(runs) // gpu_batch_size))
+        self.runs = [run for half in halves for run in half]
         self.logit_owners = [r.owner for r in self.runs for _ in range(r.logits)]
         self.scored = [r for r in self.runs if r.targets]
         self.targets = torch.tensor([t for run in self.scored for t in run.targets], dtype=torch.int64)
         self.scores: PromptScores | None = None
         self.batches: list[Batch] = []
         start = 0
-        for i in range(0, len(self.runs), gpu_batch_size):
-            batch = _batch(len(self.batches), start, self.runs[i : i + gpu_batch_size])
-            self.batches.append(batch)
-            start = batch.stop
+        for half in halves:
+            for i in range(0, len(half), gpu_batch_size):
+                batch = _batch(len(self.batches), start, half[i : i + gpu_batch_size])
+                self.batches.append(batch)
+                start = batch.stop
 
     @property
     def tokens(self) -> int:
         """Tokens that the sweep advances."""
         return self.batches[-1].stop if self.batches else 0
+
+    def halves(self, first_half: int) -> list[slice]:
+        """Tokens of each half-block.
+
+        Args:
+            first_half: GPU batches of the first one; 0: the block marches as one.
+        """
+        middle = self.batches[first_half - 1].stop if first_half else self.tokens
+        return [slice(0, middle), slice(middle, self.tokens)][: 2 if first_half else 1]
+
+
+def _dealt(runs: list[Run], batches: int) -> list[list[Run]]:
+    """The runs, in turns, for two halves in proportion to their GPU batches; in each in the order that they had."""
+    first = in_first_half(batches)
+    dealt: list[list[Run]] = [[], []]
+    for at, run in enumerate(runs):
+        dealt[(at + 1) * first // batches == at * first // batches].append(run)
+    return dealt
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -71,7 +71,7 @@ class KVLanes:
         # Outputs of CPU attention, which the GPU waits for, do not queue behind KV on its way up.
         self._streams = {name: device.stream(urgent=name == "up") for name in ("h2d", "d2h", "up")}
         self._stores: list[Future[None]] = []
-        self._loads = 0
+        self._loads = self._stored = 0
         s = cache.shape
         token, stored = s.stored_token, s.stored_dtype
         flat = (2, buffers.staging_pages * cache.page_tokens, *token)
@@ -168,7 +168,8 @@ class KVLanes:
 
         It waits until the batch's past KV is ``loaded``, because storing moves the tails of disk rows on.
         """
-        side = batch.index % 2
+        side = batch.side = self._stored % 2
+        self._stored += 1
         produced = self._device.record()
         future = self._lanes["d2h"].submit(
             self._store, layer, batch, side, (q_THd, k_TGw, v_TGw, sinks_H), produced, loaded
@@ -192,7 +193,7 @@ class KVLanes:
     def cpu_attend(self, layer: int, batch: Batch, stored: Future[None]) -> Future[Arrived]:
         """Attend the batch's ``cpu`` rows on the host; the future gives `Arrived` with ``[tokens, H, Dh]``."""
         index: HostIndex = self._index(layer, batch, AttentionMode.CPU)
-        return self._lanes["cpu"].submit(self._cpu_attend, layer, index, batch.index % 2, stored)
+        return self._lanes["cpu"].submit(self._cpu_attend, layer, index, batch.side, stored)
 
     def attend_gpu(
         self, layer: int, batch: Batch, q_THd: torch.Tensor, sinks_H: torch.Tensor | None = None

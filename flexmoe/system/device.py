@@ -63,7 +63,7 @@ class Device:
         torch: the `torch.device`.
         compute: the stream that all computing is ordered by, whatever thread issues it; None on cpu.
         link: what is under way up to it.
-        host_waits: how often the calling thread waited for device work (a test holds it to one per MoE layer).
+        host_waits: how often the calling thread waited for device work (a test holds it to one per MoE layer and half-block).
     """
 
     def __init__(self, name: str = "auto"):

@@ -99,7 +99,15 @@ class WeightStream:
             return self._store.resident(unit)
         if unit not in self._held:
             self._held[unit] = self._take(unit)
-        return self._held[unit].tensors
+        fetch = self._held[unit]
+        if not fetch.tensors:
+            fetch.tensors = self._as_compute(fetch)
+        return fetch.tensors
+
+    def put_aside(self, unit: UnitId) -> None:
+        """Keep the slot of ``unit``, which is used again, but no cast of its weights."""
+        if unit in self._held:
+            self._held[unit].tensors = {}
 
     def release(self, unit: UnitId) -> None:
         """The last kernel that reads ``unit`` has been issued: its slot may be filled again once that has run."""
@@ -146,11 +154,13 @@ class WeightStream:
             raise RuntimeError(f"the weight stream is at {fetch.unit}, but {unit} was asked for: wrong order")
         if fetch.copied is not None:
             fetch.copied.wait(self._device.compute)
-        layout = self._store.layouts[unit]
-        direct_read = not self.staged and self._store.tier_of[unit] == "disk"
-        tensors = views(fetch.slot.buffer, layout.host if direct_read else layout.device)
-        fetch.tensors = as_compute(tensors, self._store.dtype)
         return fetch
+
+    def _as_compute(self, fetch: Fetch) -> dict[str, torch.Tensor]:
+        layout = self._store.layouts[fetch.unit]
+        direct_read = not self.staged and self._store.tier_of[fetch.unit] == "disk"
+        tensors = views(fetch.slot.buffer, layout.host if direct_read else layout.device)
+        return as_compute(tensors, self._store.dtype)
 
     def _next(self, unit: UnitId) -> Fetch:
         """The next fetch of the order, when it is ready; ``unit`` is what is expected of it."""

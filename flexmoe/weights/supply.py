@@ -133,6 +133,10 @@ class WeightFeed:
         """Tensors of a unit that every sweep needs, or that is streamed with all others, as `WeightStream.get`."""
         return self._stream.get(unit)
 
+    def put_aside(self, unit: UnitId) -> None:
+        """Another half-block uses ``unit`` later."""
+        self._stream.put_aside(unit)
+
     def release(self, unit: UnitId) -> None:
         """The last kernel that reads ``unit`` has been issued."""
         self._stream.release(unit)

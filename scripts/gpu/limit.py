@@ -132,7 +132,14 @@ def steady_limit(
 
 
 def machine_limit(
-    arch: ModelArch, workload: Workload, rates: Rates, *, gpu_bytes: float, host_bytes: float, disk_bytes: float = 0.0
+    arch: ModelArch,
+    workload: Workload,
+    rates: Rates,
+    *,
+    gpu_bytes: float,
+    host_bytes: float,
+    disk_bytes: float = 0.0,
+    dense_bytes: float = DENSE_BYTES,
 ) -> Limit:
     """The overlapped end-to-end limit of a machine at the best share of the weights on disk.
 
@@ -140,10 +147,11 @@ def machine_limit(
         gpu_bytes: GPU memory.
         host_bytes: host memory that weights and KV may have (ANCHORS' table takes 0.95 of it).
         disk_bytes: weights that may lie on disk.
+        dense_bytes: weights that are no experts; they are on the GPU.
     """
     s, n = workload.prompt_len, workload.gen_len
     experts = arch.num_layers * arch.num_experts * arch.expert_bytes
-    resident = min(experts, max(0.0, gpu_bytes - DENSE_BYTES - SLOT_BYTES - WORK_BYTES))
+    resident = min(experts, max(0.0, gpu_bytes - dense_bytes - SLOT_BYTES - WORK_BYTES))
     streamed = experts - resident
     row_bytes = (s + n / 2) * arch.kv_bytes_per_token(arch.dtype_bytes)
     limits = []

@@ -182,6 +182,7 @@ class Rivals:
         for sign in (1, -1):
             yield partial(_with_slots, sign)
         yield lambda policy, stride: replace(policy, weight_slots=None)
+        yield lambda policy, stride: replace(policy, half_blocks=3 - policy.half_blocks)
         yield lambda policy, stride: replace(policy, schedule="static" if policy.schedule == "rolling" else "rolling")
 
     def _more_units(self, gpu: int, cpu: int, policy: Policy, stride: int) -> Policy | None:

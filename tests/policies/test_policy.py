@@ -101,6 +101,12 @@ def test_a_file_of_before_formats_had_names_loads(tmp_path):
     assert PolicyFile.load(path).policy == make_policy()
 
 
+@pytest.mark.parametrize("value", [0, 3, True, 1.5, "2", None])
+def test_other_numbers_of_half_blocks_are_refused(value):
+    with pytest.raises(UsageError, match="half_blocks is .*; it must be 1, or 2"):
+        make_policy(half_blocks=value)
+
+
 def test_an_unknown_schedule_is_refused_with_the_known_ones():
     with pytest.raises(UsageError, match="'lazy'.*rolling, static"):
         make_policy(schedule="lazy")

@@ -51,6 +51,15 @@ def shapes(count=60):
     return [random_shape(random.Random(seed)) for seed in range(count)]
 
 
+def in_halves(count=60):
+    """Those that march as two half-blocks."""
+    return [shape for shape in (replace(shape, half_blocks=2) for shape in shapes(count)) if shape.first_half]
+
+
+def half_of(shape, batch):
+    return int(batch >= shape.first_half)
+
+
 def ahead(shape):
     """What the weight stream moves, in its order."""
     return [step.unit for step in shape.units.streamed(shape.on_demand)]
@@ -113,6 +122,80 @@ def test_in_a_layer_on_demand_streamed_experts_come_after_the_routing():
     assert ahead(replace(shape, on_demand=frozenset())) == [A0, E1, E2, H0]
 
 
+def test_two_halves_march_half_a_layer_apart():
+    """Experts of one half lie between the batches of the other; the second half begins with those that free slots."""
+    a0, a1 = UnitId("attention", 0), UnitId("attention", 1)
+    e1 = UnitId("expert", 1, 0)
+    shape = SweepShape(
+        units=SweepUnits.of({a0: "gpu", a1: "cpu", E0: "gpu", E1: "cpu", e1: "cpu", UnitId("head", 2): "gpu"}),
+        activation_tiers=("gpu",) * 4,
+        half_blocks=2,
+    )
+    ops = [(op.kind, op.layer, op.unit or op.batch) for op in sweep(shape) if op.kind != "embed"]
+    assert ops == [
+        *(
+            ("project", 0, 0),
+            ("project", 0, 1),
+            ("attend", 0, 0),
+            ("project", 0, 2),
+            ("attend", 0, 1),
+            ("route", 0, -1),
+        ),
+        *(("project", 0, 3), ("expert", 0, E0), ("attend", 0, 2)),
+        *(("copy", 0, E1), ("expert", 0, E1), ("copy", 1, a1), ("project", 1, 0), ("attend", 0, 3), ("route", 0, -1)),
+        *(("project", 1, 1), ("expert", 0, E1), ("attend", 1, 0)),
+        *(("expert", 0, E0), ("project", 1, 2), ("attend", 1, 1), ("route", 1, -1)),
+        *(("project", 1, 3), ("attend", 1, 2), ("copy", 1, e1), ("expert", 1, e1), ("attend", 1, 3), ("route", 1, -1)),
+        *(("expert", 1, e1), ("collect", 2, -1), ("head", 2, UnitId("head", 2)), ("sample", 2, -1)),
+    ]
+    assert [op.releases for op in sweep(shape) if op.releases] == [a0, E1, E0, a1, e1, UnitId("head", 2)]
+
+
+def test_a_block_marches_as_one_where_two_halves_have_nothing_to_hide():
+    shape = replace(small_shape(), half_blocks=2)
+    assert shape.first_half == 1
+    assert replace(shape, half_blocks=1).first_half == 0
+    assert replace(shape, activation_tiers=("gpu",)).first_half == 0
+    assert replace(shape, on_demand=frozenset({0})).first_half == 0
+    resident = SweepShape(
+        units=SweepUnits.of({A0: "gpu", E0: "gpu", H0: "gpu"}), activation_tiers=("gpu",) * 5, half_blocks=2
+    )
+    assert resident.first_half == 0
+    assert list(sweep(resident)) == list(sweep(replace(resident, half_blocks=1)))
+    assert replace(resident, cpu_batches=frozenset({1})).first_half == 3
+
+
+def test_each_half_is_projected_in_the_next_layer_after_all_its_experts():
+    for shape in in_halves():
+        ops = list(sweep(shape))
+        for project in find(ops, kind="project"):
+            own = find(ops, kind="expert", layer=project.layer - 1, half=half_of(shape, project.batch))
+            assert {op.id for op in own} <= set(range(project.id))
+            assert project.layer == 0 or own[-1].id in reaches(ops, project)
+
+
+def test_no_more_than_two_batches_of_two_halves_are_under_way():
+    """Two sets of buffers serve fetched KV and CPU attention."""
+    for shape in in_halves():
+        under_way, most = set(), 0
+        for op in sweep(shape):
+            under_way |= {(op.layer, op.batch)} if op.kind in ("load_kv", "project") else set()
+            under_way -= {(op.layer, op.batch)} if op.kind == "attend" else set()
+            most = max(most, len(under_way))
+        assert most == 2
+
+
+def test_two_halves_use_each_unit_once_each_and_give_it_back_after_that():
+    for shape in in_halves():
+        ops = list(sweep(shape))
+        for experts in shape.units.experts:
+            for step in experts:
+                uses = find(ops, kind="expert", unit=step.unit)
+                assert [(op.half, op.releases) for op in uses] == [(0, None), (1, step.unit)]
+        released = [op.releases for op in ops if op.releases]
+        assert len(released) == len(set(released))
+
+
 def test_same_shape_gives_the_same_operations():
     for overlap in (True, False):
         shape = small_shape()
@@ -122,7 +205,7 @@ def test_same_shape_gives_the_same_operations():
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_ids_count_up_and_dependencies_are_smaller(overlap):
-    for shape in shapes():
+    for shape in (*shapes(), *in_halves()):
         ops = list(sweep(shape, overlap=overlap))
         assert [op.id for op in ops] == list(range(len(ops)))
         for op in ops:
@@ -132,7 +215,7 @@ def test_ids_count_up_and_dependencies_are_smaller(overlap):
 
 
 def test_serial_sweep_is_a_chain_of_the_same_operations():
-    for shape in shapes():
+    for shape in (*shapes(), *in_halves()):
         overlapped, serial = list(sweep(shape)), list(sweep(shape, overlap=False))
         assert [(o.kind, o.layer, o.batch, o.unit) for o in serial] == [
             (o.kind, o.layer, o.batch, o.unit) for o in overlapped
@@ -148,16 +231,17 @@ def test_resident_experts_come_first_and_keep_their_order():
 
 
 def test_route_waits_for_the_attention_of_every_batch():
-    for shape in shapes():
+    for shape in (*shapes(), *in_halves()):
         ops = list(sweep(shape))
         for route in find(ops, kind="route"):
-            attends = find(ops, kind="attend", layer=route.layer)
-            assert sorted(op.batch for op in attends) == list(range(len(shape.activation_tiers)))
+            every = find(ops, kind="attend", layer=route.layer)
+            assert sorted(op.batch for op in every) == list(range(len(shape.activation_tiers)))
+            attends = [op for op in every if not shape.first_half or half_of(shape, op.batch) == route.half]
             assert {op.id for op in attends} <= reaches(ops, route)
 
 
 def test_every_streamed_unit_is_read_and_copied_before_its_use():
-    for shape in shapes():
+    for shape in (*shapes(), *in_halves()):
         ops = list(sweep(shape))
         users = {"attention": "attend", "expert": "expert", "head": "head"}
         streamed = set(ahead(shape))
@@ -195,7 +279,7 @@ def test_experts_on_demand_are_asked_for_once_their_layer_is_routed_and_never_ah
 
 
 def test_attention_weights_arrive_before_the_first_projection():
-    for shape in shapes():
+    for shape in (*shapes(), *in_halves()):
         ops = list(sweep(shape))
         for layer, step in enumerate(shape.units.attention):
             for copy in find(ops, kind="copy", unit=step.unit):
@@ -214,7 +298,7 @@ def test_kv_of_the_next_layers_first_batch_is_requested_before_the_experts():
 
 
 def test_kv_of_the_next_batch_is_requested_before_this_one_is_attended():
-    for shape in shapes():
+    for shape in (*shapes(), *in_halves()):
         ops = list(sweep(shape))
         for load in find(ops, kind="load_kv"):
             if load.batch > 0:
@@ -222,7 +306,7 @@ def test_kv_of_the_next_batch_is_requested_before_this_one_is_attended():
 
 
 def test_new_kv_is_stored_after_the_old_was_loaded():
-    for shape in shapes():
+    for shape in (*shapes(), *in_halves()):
         ops = list(sweep(shape))
         for store in find(ops, kind="store_kv"):
             where = {"layer": store.layer, "batch": store.batch}
@@ -235,7 +319,7 @@ def test_new_kv_is_stored_after_the_old_was_loaded():
 
 
 def test_hidden_states_are_stored_before_they_are_loaded_again():
-    for shape in shapes():
+    for shape in (*shapes(), *in_halves()):
         ops = list(sweep(shape))
         for load in find(ops, kind="load_act"):
             stored = find(ops, kind="store_act", layer=load.layer - 1, batch=load.batch)
@@ -245,15 +329,15 @@ def test_hidden_states_are_stored_before_they_are_loaded_again():
 
 
 def test_fetch_order_is_the_order_of_the_copies():
-    for shape in shapes():
+    for shape in (*shapes(), *in_halves()):
         assert ahead(shape) == [op.unit for op in find(sweep(shape), kind="copy")]
 
 
 def run_on_lanes(ops, slots, rng):
     """Run every lane in issue order, the lanes in random turns; a copy takes a slot until its unit's last use."""
     lanes = {lane: [op for op in ops if op.lane == lane] for lane in LANES}
-    last_attend = {op.layer: op.id for op in ops if op.kind == "attend"}
-    done, free, attention_slot = set(), slots, {}
+    copied = {op.unit for op in ops if op.kind == "copy"}
+    done, free = set(), slots
     while any(lanes.values()):
         ready = [
             queue
@@ -264,13 +348,7 @@ def run_on_lanes(ops, slots, rng):
             return done
         op = rng.choice(ready).pop(0)
         done.add(op.id)
-        if op.kind == "copy":
-            free -= 1
-            attention_slot |= {op.layer: True} if op.unit.kind == "attention" else {}
-        elif op.kind in ("expert", "head"):
-            free += any(o.kind == "copy" and o.unit == op.unit for o in ops)
-        elif op.id == last_attend.get(op.layer) and attention_slot.get(op.layer):
-            free += 1
+        free += (op.releases in copied) - (op.kind == "copy")
     return done
 
 
@@ -280,3 +358,14 @@ def test_lanes_in_issue_order_never_wait_for_each_other_for_ever(slots):
         for overlap in (True, False):
             ops = list(sweep(shape, overlap=overlap))
             assert len(run_on_lanes(ops, slots, random.Random(seed))) == len(ops)
+
+
+def test_two_halves_need_slots_for_a_layer_and_the_attention_of_the_next_and_no_more():
+    for seed, shape in enumerate(in_halves(50)):
+        away = [[step.tier != "gpu" for step in experts] for experts in shape.units.experts]
+        attention = [step.tier != "gpu" for step in (*shape.units.attention, *shape.units.attention[-1:])]
+        last = len(away) - 1
+        held = max(sum(own) + attention[at] + (attention[at + 1] and at < last) for at, own in enumerate(away))
+        ops = list(sweep(shape))
+        assert len(run_on_lanes(ops, max(1, held), random.Random(seed))) == len(ops)
+        assert held < 2 or len(run_on_lanes(ops, held - 1, random.Random(seed))) < len(ops)

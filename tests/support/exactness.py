@@ -54,6 +54,7 @@ class Case:
     pin_weight: bool = True
     experts_per_unit: int | None = None
     compress_cache: bool = False
+    half_blocks: int = 1
 
     def __str__(self):
         own = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -61,7 +62,7 @@ class Case:
         words = [text["variant"], text["placement"], text["schedule"], "x".join(map(str, self.batches))]
         words += [f"att{self.cpu_attention}", f"pre{self.prefill_tokens}", f"kv{self.kv_tokens}"]
         flags = {"serial": not self.overlap, "eos": self.eos, "staged": self.staged, "torch": not self.native}
-        flags["int8"] = self.compress_cache
+        flags |= {"int8": self.compress_cache, "halves": self.half_blocks > 1}
         return "-".join(words + [name for name, on in flags.items() if on] + [self.disturbed] * bool(self.disturbed))
 
 
@@ -78,6 +79,7 @@ CHOICES = {
     "staged": (False, True),
     "native": (True, False),
     "disturbed": ("", "", "sent-back", "short-sighted"),
+    "half_blocks": (1, 2),
 }
 
 
@@ -111,6 +113,7 @@ def make_llm(variant, case, device, tmp_path, monkeypatch, **options):
         pin_weight=case.pin_weight,
         experts_per_unit=case.experts_per_unit,
         compress_cache=case.compress_cache,
+        half_blocks=case.half_blocks,
     )
     options = offload(tmp_path) | {"device": device, "kv_tokens": case.kv_tokens, "workload": workload} | options
     llm = LLM(variant.directory, policy=policy, **options)

@@ -100,6 +100,8 @@ CASES = {
     ),
     "a second GPU": StreamCase(_streamed(20, 40, 30, 70, 0, 50), second_gpu=True),
     "a static block": StreamCase(_streamed(0, 50, 0, 100, 0, 100, schedule="static", batches=(4, 2))),
+    "two half-blocks": StreamCase(_streamed(30, 30, 30, 30, 30, 30, variant="window", batches=(2, 5), half_blocks=2)),
+    "two half-blocks of pinned weights": StreamCase(_streamed(20, 80, 0, 100, 100, 0, batches=(2, 4), half_blocks=2)),
 }
 
 #: Cases that fail, and why. This list only becomes shorter.

@@ -41,8 +41,8 @@ def decoding(rows, context=96, **modes):
     )
 
 
-def random_case(rng, device=None, arch=None):
-    """A policy that somebody may plan, on some machine: costs, policy, workload."""
+def random_case(rng, device=None, arch=None, **fixed):
+    """A policy that somebody may plan, on some machine, with the fields that are given: costs, policy, workload."""
     arch = arch or rng.choice([MIXTRAL, SMALL, MANY_EXPERTS])
     cuda = [name for name in Hardware.preset_names() if name != "cpu"]
     machine = "cpu" if (device or rng.choice(["cuda", "cuda", "cpu"])) == "cpu" else rng.choice(cuda)
@@ -59,13 +59,14 @@ def random_case(rng, device=None, arch=None):
         weight_slots=rng.choice([None, None, 8, 16]),
         cpu_attention_percent=rng.choice([0, 0, 100, 100, 100]),
         schedule=rng.choice(["rolling", "rolling", "static"]),
+        **fixed,
     )
     workload = Workload(prompt_len=s, gen_len=n)
     allocation = allocate(arch, policy, workload, device=hardware.device, longest_row=workload.longest_row)
     return Costs(arch, hardware, policy, allocation, arch.dtype_bytes), policy, workload
 
 
-def random_sweep(rng, device=None, arch=None):
-    costs, policy, workload = random_case(rng, device, arch)
+def random_sweep(rng, device=None, arch=None, **fixed):
+    costs, policy, workload = random_case(rng, device, arch, **fixed)
     phases = [p for p in job_phases(policy, costs.allocation, workload).phases if p.sweeps > 0]
     return costs, policy, rng.choice(phases).load

@@ -63,10 +63,22 @@ def random_weights_are_not_counted(monkeypatch):
 
 @pytest.mark.parametrize("file, kernel", CASES)
 def test_a_sweep_allocates_no_more_than_planned(file, kernel, tmp_path, monkeypatch):
+    assert_within_plan(*scaled(file), kernel, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["a5000-512gb", pytest.param("l4-192gb", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batches", [4, pytest.param(7, marks=pytest.mark.slow)])
+def test_two_half_blocks_allocate_no_more_than_planned(name, batches, tmp_path, monkeypatch):
+    policy, workload = scaled(next(file for file in PRESETS if file.parent.name == name))
+    size = -(-policy.block_size // batches)
+    policy = replace(policy, gpu_batch_size=size, num_gpu_batches=batches, half_blocks=2)
+    assert_within_plan(policy, workload, "masked", tmp_path, monkeypatch)
+
+
+def assert_within_plan(policy, workload, kernel, tmp_path, monkeypatch):
     flash.pretended(monkeypatch)
     monkeypatch.setattr(paged_attention, "choose_kernel", lambda *about: paged_attention.Kernel(kernel, "a test"))
     (tmp_path / "config.json").write_text(json.dumps(BASE | SHAPE))
-    policy, workload = scaled(file)
     config = EngineConfig(
         policy=policy,
         workload=workload,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.support.exactness import DEVICES, Case, check, make_llm, sample
+from tests.support.exactness import DEVICES, PLACEMENTS, Case, check, make_llm, sample
 from tests.support.tiny import GEN_LEN, RECIPES, Variant, transformers_greedy
 
 pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
@@ -22,6 +22,22 @@ def test_greedy_ids_equal_transformers(case, device, tiny, tmp_path, monkeypatch
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", sample(420, seed=1), ids=str)
 def test_greedy_ids_equal_transformers_in_many_more_ways(case, device, tiny, tmp_path, monkeypatch):
+    check(tiny(case.variant), case, device, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "placement, batches",
+    [
+        pytest.param(placement, batches, marks=pytest.mark.slow if (at + few) % 3 else ())
+        for at, placement in enumerate(PLACEMENTS)
+        for few, batches in enumerate([(3, 5), (3, 2), (1, 4)])
+    ],
+    ids=str,
+)
+def test_greedy_ids_of_two_half_blocks_equal_transformers(placement, batches, device, tiny, tmp_path, monkeypatch):
+    """With an odd number of GPU batches, with one in each half, and with single rows."""
+    case = Case(placement=placement, batches=batches, half_blocks=2)
     check(tiny(case.variant), case, device, tmp_path, monkeypatch)
 
 

@@ -80,6 +80,13 @@ def test_one_host_wait_per_moe_layer(name, outcome):
     assert found.syncs["kernels/expert_dispatch.route"] == found.routed
 
 
+@pytest.mark.parametrize("name", ["two half-blocks", "two half-blocks of pinned weights"])
+def test_two_host_waits_per_moe_layer_of_two_half_blocks(name, outcome):
+    """Sweeps of one GPU batch, the last ones of the job, march as one."""
+    found = outcome(name, dict(QUICK)[name])
+    assert 1.5 * found.routed < found.syncs["kernels/expert_dispatch.route"] <= 2 * found.routed
+
+
 def test_a_sweep_waits_for_the_device_at_named_places_only(outcome):
     waits = {where for name, seed in QUICK if name not in KNOWN_FAULTS for where in outcome(name, seed).syncs}
     assert not waits - set(ALLOWED), "hidden waits of the host"

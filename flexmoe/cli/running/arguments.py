@@ -16,7 +16,7 @@ from flexmoe.models.loader import LOAD_FORMATS
 from flexmoe.weights.eviction import EXPERT_CACHES
 from policies.common.command_line import Parser, count, flag, program_name
 from policies.common.directories import OFFLOAD_DIR
-from policies.policy import WEIGHT_FORMATS
+from policies.policy import HALF_BLOCKS, WEIGHT_FORMATS
 
 _EPILOG = """\
 --percent W W C C A A: six numbers, in percent; what is left of each pair is on disk
@@ -185,6 +185,13 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
         "--schedule",
         choices=SCHEDULES,
         help="rolling: a waiting row takes the place of a finished one; static: whole blocks of rows (default rolling)",
+    )
+    g.add_argument(
+        "--half-blocks",
+        type=int,
+        choices=HALF_BLOCKS,
+        help="2: the block marches as two halves, half a layer apart: the attention of one overlaps with the experts of the other "
+        "(default 1)",
     )
     g.add_argument(
         "--cpu-cache-compute", action="store_true", help="compute attention over KV in CPU memory on the CPU"

@@ -102,6 +102,7 @@ def describe_policy(policy: Policy) -> str:
     return (
         f"policy: --gpu-batch-size {p.gpu_batch_size} --num-gpu-batches {p.num_gpu_batches} --percent {percents} "
         f"--schedule {p.schedule} --prefill-tokens {p.prefill_tokens}, CPU attention {p.cpu_attention_percent:g} %"
+        + (", two half-blocks" if p.half_blocks > 1 else "")
         + (f", weights in {p.compress_weight}" if p.compress_weight else "")
         + (", most used experts first" if p.expert_order else "")
     )

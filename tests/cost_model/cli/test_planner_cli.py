@@ -114,6 +114,7 @@ def test_flags_change_what_they_say(judged):
         (["--overlap", "false"], "overlap", False),
         (["--prefill-tokens", "77"], "prefill_tokens", 77),
         (["--schedule", "static", "--prefill-tokens", "512"], "schedule", "static"),
+        (["--half-blocks", "2"], "half_blocks", 2),
     ):
         assert judged(*SHAPE, *MACHINE, *GIVEN, *flags)["policy_file"]["policy"] == base | {name: value}
 

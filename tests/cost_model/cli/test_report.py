@@ -74,6 +74,13 @@ def test_the_screen_fits_a_screen(preset, model):
     assert max(map(len, lines)) <= 100
 
 
+def test_two_half_blocks_are_printed_with_all_their_slots():
+    policy = replace(POLICY, num_gpu_batches=4, half_blocks=2)
+    made = report(policy=policy)
+    assert f"{made.prediction.allocation.slots} slots; two half-blocks" in " ".join("\n".join(made.lines()).split())
+    assert "half-block" not in "\n".join(report().lines())
+
+
 def test_sections_stand_in_the_order_in_which_they_are_read():
     lines = report(explanation=EXPLANATION).lines()
     names = [each[:11].strip() for each in lines if each[:11].strip()]

@@ -203,6 +203,7 @@ FIXED = [
     Fixed(w_gpu_percent=0, act_gpu_percent=0, act_cpu_percent=100, num_gpu_batches=3),
     Fixed(w_gpu_percent=5, w_cpu_percent=60, prefill_tokens=2048, weight_slots=3, pin_weight=False),
     Fixed(cache_gpu_percent=0, cache_cpu_percent=0, schedule="static", overlap=False),
+    Fixed(half_blocks=2, gpu_batch_size=16, num_gpu_batches=4),
     Fixed(
         w_cpu_percent=0,
         cache_gpu_percent=0,
@@ -251,6 +252,7 @@ def test_schedule_is_a_short_way_to_fix_it():
         ({"gpu_batch_size": 0}, "at least 1"),
         ({"weight_slots": 1}, "at least 2"),
         ({"schedule": "fast"}, "rolling, static"),
+        ({"half_blocks": 3}, "1 or 2"),
         ({"overlap": 1}, "true or false"),
     ],
 )

@@ -21,6 +21,8 @@ POLICY = Policy.from_percent((100, 0, 100, 0, 100, 0), gpu_batch_size=4, num_gpu
     [
         ({"output_file": None}, "give both"),
         ({"schedule": "lockstep"}, "schedule is 'lockstep'; choose rolling, static"),
+        ({"half_blocks": 3}, "half_blocks is 3; choose 1, 2"),
+        ({"policy": POLICY, "half_blocks": 2}, "policy already says what half_blocks would"),
         ({"reserve": "p50"}, "reserve is 'p50'"),
         ({"expert_cache": "fifo"}, "expert_cache"),
         ({"load_format": "pt"}, "pt"),

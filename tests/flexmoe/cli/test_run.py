@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
         [],
         THREE_TIERS,
         [*THREE_TIERS, "--schedule", "static", "--overlap", "false"],
-        [*THREE_TIERS, "--cpu-cache-compute", "--prefill-tokens", "20"],
+        [*THREE_TIERS, "--cpu-cache-compute", "--prefill-tokens", "20", "--half-blocks", "2", "--num-gpu-batches", "4"],
     ],
     ids=len,
 )
