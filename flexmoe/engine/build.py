@@ -201,4 +201,5 @@ class _Builder:
             ),
             dtype=plan.dtype,
             overlap=policy.overlap,
+            expert_chunk=policy.expert_chunk,
         )
