@@ -106,6 +106,8 @@ class Policy:
             the other overlap (`policies.schedule`); 1: all attention of a layer comes before its experts.
         expert_order: for each layer the numbers of its expert units, 0 being the first, those first that are to live in
             the fastest tier; None is as they stand. `cost_model.routing.expert_usage` makes one of how often each was used.
+        expert_chunk: tokens of an expert that are computed at once; None is what the runtime takes by itself
+            (`cost_model.memory.memory_plan`). More of them take more memory, and are faster where products of many tokens are.
 
     Raises:
         UsageError: a value is of the wrong type or out of range, or the percents of a pair add up to more than 100.
@@ -130,6 +132,7 @@ class Policy:
     experts_per_unit: Annotated[int | None, optional(whole(1))] = None
     half_blocks: Annotated[int, _HALF_BLOCKS] = 1
     expert_order: Annotated[Order | None, optional(_ORDER)] = None
+    expert_chunk: Annotated[int | None, optional(whole(1))] = None
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -12,6 +12,8 @@ from policies.common.errors import DataError, UsageError
 from policies.common.fields import Json, Rule, check_fields
 from policies.common.json_files import build, check_keys
 
+#: Part of the best rate that is as good as it.
+_NEARLY = 0.97
 #: Bytes of the numbers that a model may compute with.
 DTYPE_BYTES = (2, 4)
 
@@ -89,6 +91,21 @@ class GemmRates:
         start, end = sizes[above - 1 : above + 1]
         start_s, end_s = start * self._element_s(tokens, above - 1), end * self._element_s(tokens, above)
         return start_s + (end_s - start_s) * (elements - start) / (end - start)
+
+    def seconds_in_chunks(self, tokens: float, elements: float, chunk: int) -> float:
+        """The same where no more than so many tokens are computed at once."""
+        whole, rest = divmod(tokens, chunk)
+        return (
+            whole * self.seconds(chunk, elements) + self.seconds(rest, elements)
+            if whole
+            else self.seconds(rest, elements)
+        )
+
+    def fastest(self, elements: float, least: int) -> int:
+        """Tokens that are best computed at once: the fewest measured ones, ``least`` or more, at nearly the best rate."""
+        counts = [least, *(int(n) for n in self.tokens if n > least)]
+        rates = {count: count / self.seconds(count, elements) for count in counts}
+        return next(count for count in counts if rates[count] >= _NEARLY * max(rates.values()))
 
     def pieces(self, elements: float) -> tuple[tuple[float, float], ...]:
         """(slope in s per token, constant in s) of the straight pieces of the curve's lower convex envelope, slopes rising.

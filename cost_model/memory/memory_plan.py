@@ -19,7 +19,8 @@ from policies.policy import Policy
 
 #: Host buffers that the runtime makes beside those of hidden states; each takes whole pages, an empty one too.
 HOST_BUFFERS = 24
-#: Tokens of one expert that are computed at once: bounds the workspace, and keeps it in cache on the CPU.
+#: Tokens of one expert that are computed at once where the policy does not say: bounds the workspace, and keeps it in cache on
+#: the CPU.
 EXPERT_CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}
 LOADS_IN_FLIGHT = 4
 #: Masks of attention that are made at a time, on CUDA where it has no flash attention.
@@ -32,6 +33,11 @@ PROCESS = "process"
 SAMPLED_ROW_BYTES = 64
 #: The same of a scored position: its logits, in float32 too, and what `flexmoe.sampling.logprobs.PromptScores` makes of them.
 SCORED_LOGIT_BYTES = 24
+
+
+def expert_chunk(policy: Policy, device: str) -> int:
+    """Tokens of an expert that are computed at once under a policy, on a device type."""
+    return policy.expert_chunk or EXPERT_CHUNK_TOKENS[device]
 
 
 def remedies() -> dict[str, str]:
@@ -247,11 +253,12 @@ def _workspaces(arch: ModelArch, policy: Policy, allocation: Allocation, device:
     heads, kv_heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     # While the experts of one half compute, two GPU batches of the other one wait: queries, keys and values, and what the CPU attended.
     waiting = 2 * batch * (2 * heads + 2 * kv_heads) * b if policy.half_blocks > 1 and policy.num_gpu_batches > 1 else 0
-    chunk = min(EXPERT_CHUNK_TOKENS[device], allocation.max_tokens)
+    chunk, step = (min(n, allocation.max_tokens) for n in (expert_chunk(policy, device), EXPERT_CHUNK_TOKENS[device]))
     width = max(arch.ffn, arch.dense_ffn)
     # Widened, or padded (`flexmoe.kernels.linear`).
-    copied = chunk * max(width, arch.shared_ffn, hidden) * 4 if device == "cpu" else 0
-    shared = 2 * batch * hidden * b + chunk * (2 * arch.shared_ffn + 2 * hidden) * b + copied
+    wide = 4 if device == "cpu" else 0
+    copied = chunk * max(width, hidden) * wide
+    shared = 2 * batch * hidden * b + step * (2 * (arch.shared_ffn + hidden) * b + max(arch.shared_ffn, hidden) * wide)
     return {
         "attention": 2 * batch * (4 * heads + 6 * kv_heads + 2 * hidden) * b + 3 * batch * hidden * 4,
         "experts": chunk * (2 * width + 2 * hidden) * b + copied + waiting,

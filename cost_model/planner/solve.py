@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cost_model.hardware.hardware import Hardware
 from cost_model.memory.allocation import Allocation
+from cost_model.memory.memory_plan import expert_chunk
 from cost_model.model.arch import ModelArch
 from cost_model.model.packing import packed_as
 from cost_model.model.weight_units import group_on
@@ -145,6 +146,7 @@ def _plan(problem: Problem, fixed: Fixed, search: _Search, *, advice: bool, effo
     found = search(problem, fixed, effort)
     problem, fixed = found.problem, found.fixed
     policy = replace(achieved(problem, found.best.policy), experts_per_unit=problem.arch.group)
+    policy = with_larger_chunk(problem, policy)
     prediction = predict(problem, policy)
     best = replace(found.best, policy=policy)
     hints = advise(problem, fixed, best, prediction.bottleneck) if advice else Hints()
@@ -209,6 +211,24 @@ def _is_of_few_rows(problem: Problem) -> bool:
     """Whether sweeps may leave experts out, so that a group of them would come for one that is asked for."""
     arch, rows = problem.arch, problem.workload.num_requests
     return rows is not None and rows * arch.top_k < _FEW_CHOICES * arch.num_experts
+
+
+def with_larger_chunk(problem: Problem, policy: Policy) -> Policy:
+    """The policy with more tokens of an expert computed at once, where the machine is faster so and the memory is there."""
+    default = expert_chunk(policy, problem.hardware.device)
+    rates = problem.hardware.gpu.experts[problem.dtype_bytes]
+    chunk = rates.fastest(problem.arch.expert_params or problem.arch.dense_params, default)
+    if chunk == default:
+        return policy
+    larger, allocation = replace(policy, expert_chunk=chunk), problem.allocate(policy)
+    try:
+        problem.memory(larger, allocation).check(problem.hardware.budgets())
+    except InfeasibleError:
+        return policy
+    gains = problem.costs(larger, allocation).reached_expert_s(allocation.max_tokens) < problem.costs(
+        policy, allocation
+    ).reached_expert_s(allocation.max_tokens)
+    return larger if gains else policy
 
 
 def achieved(problem: Problem, policy: Policy) -> Policy:

@@ -13,7 +13,7 @@ from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import Hardware
 from cost_model.hardware.link_curves import transfer_s
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation, single_expert_bytes
-from cost_model.memory.memory_plan import kv_disk_page_bytes, scored_at_once
+from cost_model.memory.memory_plan import expert_chunk, kv_disk_page_bytes, scored_at_once
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import are_grouped
 from cost_model.routing.demand import Demand, Routing
@@ -93,6 +93,7 @@ class Costs:
         self._attend_s = stored / gpu.attention_bytes_per_s * (gpu.int8_attention if compressed else 1)
         self._cpu_attend_s = stored / hardware.cpu_attention_bytes_per_s
         self._cpu_attend_s *= hardware.cpu_int8_attention if compressed else 1
+        self._chunk = expert_chunk(policy, hardware.device)
         self._experts, self._dense = gpu.experts[b], gpu.dense[b]
         self._module = arch.projection_params + arch.router_params + arch.shared_params
         # Part of the module's weights that make queries, keys and values; the rest are output projection, router and shared MLP.
@@ -278,7 +279,7 @@ class Costs:
 
     def expert_s(self, tokens: float, elements: float) -> float:
         """One expert of so many weights over its tokens, by itself."""
-        return self._experts.seconds(tokens, elements)
+        return self._experts.seconds_in_chunks(tokens, elements, self._chunk)
 
     def mlp_s(self, tokens: float) -> float:
         """The MLP of a dense layer; 0 where there is none."""
@@ -306,7 +307,8 @@ class Costs:
         touched, elements = self.touched(tokens), self.arch.expert_params
         if not touched:
             return 0.0
-        return rates.seconds(tokens * self.arch.top_k / touched, elements) + self.unpack_s("expert", elements)
+        each_s = rates.seconds_in_chunks(tokens * self.arch.top_k / touched, elements, self._chunk)
+        return each_s + self.unpack_s("expert", elements)
 
     def demanded_bytes(self, demand: Demand) -> tuple[float, float]:
         """(read in a mean layer that has experts on disk, copied in a mean layer) where experts come on demand.

@@ -202,4 +202,5 @@ class _Builder:
             dtype=plan.dtype,
             overlap=policy.overlap,
             half_blocks=policy.half_blocks,
+            expert_chunk=policy.expert_chunk,
         )

@@ -61,6 +61,7 @@ class Executor:
         dtype: compute dtype.
         overlap: False runs every operation after the one before it.
         half_blocks: as in `policies.policy.Policy`; blocks are ordered for it.
+        expert_chunk: tokens of an expert that are computed at once; None: the usual number.
 
     Attributes:
         uploads: brings the small arrays of a sweep to the device.
@@ -83,13 +84,14 @@ class Executor:
         dtype: torch.dtype,
         overlap: bool,
         half_blocks: int = 1,
+        expert_chunk: int | None = None,
     ):
         self._device, self._recorder, self._family, self._units = device, recorder, family, units
         self.uploads = Uploads(device)
         self._feed, self._embedding, self._kv, self._hidden = feed, embed, kv, activations
         self._overlap, self._half_blocks, self._router_counter = overlap, half_blocks, router_counter
         arch = family.arch
-        self._experts = ExpertDispatch(device, arch.num_experts)
+        self._experts = ExpertDispatch(device, arch.num_experts, expert_chunk)
         # Of the whole block, since the experts run over all of it: their inputs, their outputs, the router's logits.
         self._x_TD = torch.empty(max_tokens, arch.hidden, dtype=dtype, device=device.torch)
         self._y_TD = torch.empty(max_tokens, arch.hidden, dtype=dtype, device=device.torch)

@@ -16,6 +16,7 @@ import torch
 
 from cost_model.memory.memory_plan import EXPERT_CHUNK_TOKENS
 from cost_model.model.weight_units import GROUPED_TOKENS
+from flexmoe.kernels.elementwise import add_rows
 from flexmoe.kernels.expert_weights import ExpertWeights
 from flexmoe.kernels.family import Family
 from flexmoe.kernels.native import library as native
@@ -28,11 +29,12 @@ class ExpertDispatch:
     Args:
         device: compute device.
         num_experts: E.
+        chunk: tokens that are computed at once; None: `EXPERT_CHUNK_TOKENS`.
     """
 
-    def __init__(self, device: Device, num_experts: int):
+    def __init__(self, device: Device, num_experts: int, chunk: int | None = None):
         self._device = device
-        self._chunk = EXPERT_CHUNK_TOKENS[device.torch.type]
+        self._chunk = chunk or EXPERT_CHUNK_TOKENS[device.torch.type]
         self._numbers = torch.arange(num_experts + 1, device=device.torch)
         self._starts_host = device.host_buffer((num_experts + 1) * 8).view(torch.int64) if device.is_cuda else None
         # Of the last routing: the (token, expert) pairs by expert, and the first of each expert.
@@ -107,7 +109,7 @@ class ExpertDispatch:
                 y_TD[pairs] += compute(x_TD[pairs])
                 continue
             tokens = self._tokens[pairs]
-            y_TD.index_add_(0, tokens, compute(x_TD.index_select(0, tokens)).mul_(self._weights[pairs]))
+            add_rows(y_TD, tokens, compute(x_TD.index_select(0, tokens)), self._weights[pairs])
 
     def add_group(
         self,
@@ -126,7 +128,7 @@ class ExpertDispatch:
         for pairs in self._chunks(experts):
             tokens = self._tokens[pairs]
             bounds = Bounds(self._starts, self._starts_device, experts, pairs)
-            y_TD.index_add_(0, tokens, compute(x_TD.index_select(0, tokens), bounds).mul_(self._weights[pairs]))
+            add_rows(y_TD, tokens, compute(x_TD.index_select(0, tokens), bounds), self._weights[pairs])
 
     def add_some(
         self, weights: Mapping[int, ExpertWeights], x_TD: torch.Tensor, y_TD: torch.Tensor, family: Family
@@ -148,7 +150,7 @@ class ExpertDispatch:
             else:
                 products = together.in_turn([(at, slice(*own)) for at, own in enumerate(pairwise([0, *ends]))])
             computed = family.feed_forward(x_TD.index_select(0, tokens), products)
-            y_TD.index_add_(0, tokens, computed.mul_(torch.cat([self._weights[own] for _, own in pairs])))
+            add_rows(y_TD, tokens, computed, torch.cat([self._weights[own] for _, own in pairs]))
 
     def _together(self, experts: Iterable[int]) -> Iterator[list[tuple[int, slice]]]:
         """(expert, its pairs) in order, as many pairs at a time as the workspace takes."""

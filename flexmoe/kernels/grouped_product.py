@@ -16,14 +16,11 @@ import torch.nn.functional as F
 
 from cost_model.model.weight_units import ROW_BYTES
 from flexmoe.formats.packed_matrix import PackedMatrix
-from flexmoe.kernels.linear import few_packed_tokens, linear
+from flexmoe.kernels.linear import few_packed_tokens, linear, own_tokens
 from flexmoe.kernels.native import library as native
 from flexmoe.kernels.native.products import grouped_products
 from flexmoe.kernels.native.unpacking import packed_products
 from flexmoe.system.cuda_features import has_grouped_mm
-
-#: Mean tokens of an expert up to which our own grouped product is faster on the CPU than torch's.
-_NATIVE_TOKENS = 32
 
 #: One matrix of each expert: stacked ``[e, R, C]``, or a ``[R, C]`` for each, which may be packed.
 Matrices = torch.Tensor | Sequence[torch.Tensor] | Sequence[PackedMatrix]
@@ -98,15 +95,11 @@ def grouped_product(x_nC: torch.Tensor, matrices: Matrices, ends_e: torch.Tensor
     """``x · matrices[e]^T`` for the tokens ``x_nC[ends_e[e - 1] : ends_e[e]]`` of each expert e: ``[n, R]``."""
     if not isinstance(matrices, torch.Tensor) and isinstance(matrices[0], PackedMatrix):
         return _packed_product(x_nC, cast(Sequence[PackedMatrix], matrices), ends_e)
-    few = len(x_nC) <= _NATIVE_TOKENS * len(matrices)
-    native_rows = cast(torch.Tensor, matrices[0]).stride(-1) == 1  # else inputs come first
-    if not native_rows and not isinstance(matrices, torch.Tensor):
-        return _one_by_one(x_nC, matrices, ends_e)
-    if not isinstance(matrices, torch.Tensor) or (
-        few and native_rows and x_nC.device.type == "cpu" and native.available()
-    ):
+    rows_lie_well = cast(torch.Tensor, matrices[0]).stride(-1) == 1  # else inputs come first
+    few = len(x_nC) <= own_tokens(x_nC.dtype) * len(matrices)
+    if few and rows_lie_well and x_nC.device.type == "cpu" and native.available():
         return grouped_products(x_nC, cast(torch.Tensor | Sequence[torch.Tensor], matrices), ends_e)
-    if x_nC.device.type == "cpu" and x_nC.dtype != torch.float32:
+    if not isinstance(matrices, torch.Tensor) or (x_nC.device.type == "cpu" and x_nC.dtype != torch.float32):
         return _one_by_one(x_nC, matrices, ends_e)
     product: torch.Tensor = F.grouped_mm(x_nC, matrices.transpose(1, 2), offs=ends_e)
     return product

@@ -1,9 +1,10 @@
 """A product with a weight, on any device at the speed of its hardware.
 
-A CPU without instructions for 16-bit numbers multiplies them in torch several times slower than in float32. There the
-weight is widened piece by piece, and the product of the pieces is taken in float32.
+A CPU without instructions for 16-bit numbers multiplies them in torch several times slower than in float32. There our own
+products widen them where they are multiplied; without the native library, the weight is widened piece by piece, and the product
+of the pieces is taken in float32.
 
-A CPU that has them gives 16-bit products to oneDNN, which generates code for every number of tokens and keeps it: an
+A CPU that has them takes our own products of few tokens (`own_tokens`) and gives others to oneDNN, which generates code for every number of tokens and keeps it: an
 expert gets another number in every sweep, and the code of a thousand products takes hundreds of MiB. So tokens are
 padded to one of few numbers (`padded_tokens`). Every row of a product is computed by itself, and what is padded is cut
 off. Products in float32 are MKL's, which keeps no such code; they are not padded.
@@ -13,6 +14,7 @@ Legend: n tokens, C columns and R rows of a weight.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -32,8 +34,10 @@ _INSTRUCTIONS = {
     torch.bfloat16: frozenset({"avx512bw", "avx512_bf16", "amx_bf16", "bf16"}),
     torch.float16: frozenset({"avx512_fp16", "amx_fp16", "asimdhp"}),
 }
-#: Tokens up to which our own product, which reads the weight once as it is, beats widening it.
-_FEW_TOKENS = 12
+_AMX = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
+#: Tokens of an expert up to which our own product is faster than torch's: where AMX multiplies, where there is AVX-512, elsewhere
+#: with instructions for 16-bit numbers, and of float32, which MKL multiplies.
+_OWN_TOKENS_AMX, _OWN_TOKENS_AVX512, _OWN_TOKENS, _OWN_TOKENS_FLOAT32 = 32, 64, 12, 32
 #: Tokens up to which a packed weight is multiplied where it is unpacked, some rows at a time in a core's own cache, instead of
 #: by torch: where AMX multiplies, where there is AVX-512, and elsewhere.
 _PACKED_TOKENS_AMX, _PACKED_TOKENS_AVX512, _PACKED_TOKENS = 16, 512, 12
@@ -53,11 +57,13 @@ def linear(
         return _unpacked_product(x_nC, weight_RC, bias_R)
     if x_nC.device.type != "cpu" or x_nC.dtype not in _INSTRUCTIONS:
         return F.linear(x_nC, weight_RC, bias_R)
+    if 0 < len(x_nC) <= own_tokens(x_nC.dtype) and weight_RC.is_contiguous() and native.available():
+        x_nC = x_nC if x_nC.stride(1) == 1 else x_nC.contiguous()
+        biases = None if bias_R is None else [bias_R]
+        return grouped_products(x_nC, [weight_RC], torch.tensor([len(x_nC)], dtype=torch.int32), biases)
     if multiplies(x_nC.dtype):
         more = padded_tokens(len(x_nC)) - len(x_nC)
         return F.linear(F.pad(x_nC, (0, 0, 0, more)) if more else x_nC, weight_RC, bias_R)[: len(x_nC)]
-    if len(x_nC) <= _FEW_TOKENS and bias_R is None and weight_RC.is_contiguous() and native.available():
-        return grouped_products(x_nC.contiguous(), [weight_RC], torch.tensor([len(x_nC)], dtype=torch.int32))
     wide_nC, out_nR = x_nC.float(), x_nC.new_empty(len(x_nC), len(weight_RC))
     rows = max(1, _PIECE // weight_RC.shape[1])
     for at in range(0, len(weight_RC), rows):
@@ -124,10 +130,22 @@ def _triton_unpack() -> Callable[[PackedMatrix, torch.Tensor, int], torch.Tensor
 
 
 @cache
+def own_tokens(dtype: torch.dtype) -> int:
+    """Tokens of an expert up to which our own product is faster on this CPU than one of torch's."""
+    if dtype not in _INSTRUCTIONS:
+        return _OWN_TOKENS_FLOAT32
+    if not multiplies(dtype):
+        return sys.maxsize
+    if _AMX[dtype] in cpu_flags():
+        return _OWN_TOKENS_AMX
+    return _OWN_TOKENS_AVX512 if "avx512bw" in cpu_flags() else _OWN_TOKENS
+
+
+@cache
 def few_packed_tokens(dtype: torch.dtype) -> int:
     """Tokens of an expert up to which our own product of a packed weight is faster on this CPU than one of torch's."""
     flags = cpu_flags()
-    if {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}.get(dtype) in flags:
+    if _AMX.get(dtype) in flags:
         return _PACKED_TOKENS_AMX
     return _PACKED_TOKENS_AVX512 if "avx512bw" in flags else _PACKED_TOKENS
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from flexmoe.kernels.elementwise import put_rows
 from flexmoe.kernels.paged_attention import choose_kernel, paged_attention, plan_attention
 from flexmoe.kv.batch import Arrived, Batch, Block, Group
 from flexmoe.kv.cache import KVCache
@@ -143,8 +144,8 @@ class KVLanes:
         if AttentionMode.GPU in batch.kv:
             index: GroupIndex = self._index(layer, batch, AttentionMode.GPU)
             tokens = slice(index.group.start, index.group.stop)
-            for pool, new in zip(self._cache.on_gpu(layer), (k_TGw, v_TGw)):
-                pool.flatten(0, 1).index_copy_(0, index.home, new[tokens])
+            k_pool, v_pool = (pool.flatten(0, 1) for pool in self._cache.on_gpu(layer))
+            put_rows((k_pool, v_pool), index.home, (k_TGw[tokens], v_TGw[tokens]))
 
     def load(self, layer: int, batch: Batch) -> Future[Event]:
         """Bring the past KV of the batch's ``fetch`` rows to the device; the future gives the event to wait for."""

@@ -16,6 +16,7 @@ import torch
 
 from cost_model.memory.memory_plan import PROCESS
 from flexmoe.errors import InfeasibleError
+from flexmoe.kernels.native.build import sources_digest
 from flexmoe.system.device import Device, process_gpu_bytes
 from flexmoe.system.machine import (
     busy_core_s,
@@ -118,6 +119,7 @@ def circumstances(device: Device, directory: Path) -> tuple[str, ...]:
         str(torch.get_num_threads()),
         torch.__version__,
         os.environ.get("FLEXMOE_NATIVE", ""),
+        sources_digest(),
         filesystem(directory),
         str(os.stat(nearest_existing(directory)).st_dev),
     )

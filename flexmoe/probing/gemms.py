@@ -18,7 +18,6 @@ import torch
 
 from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.memory.allocation import PAGE_TOKENS
-from cost_model.memory.memory_plan import EXPERT_CHUNK_TOKENS
 from cost_model.model.arch import ModelArch
 from cost_model.model.packed_format import PackedFormat
 from cost_model.model.weight_units import GROUPED_TOKENS, UNIT_BYTES
@@ -99,12 +98,14 @@ class Case:
 
 
 def expert_rates(device: Device, arena: WeightArena, dtype: torch.dtype, effort: Effort) -> GemmRates:
-    """Curves of experts: gather, three GEMMs, activation, weighting and scatter, by `ExpertDispatch` and the family."""
+    """Curves of experts: gather, three GEMMs, activation, weighting and scatter, by `ExpertDispatch` and the family.
+
+    All tokens are computed at once: the curve says how many of them are worth it (`GemmRates.fastest`).
+    """
     most, cases = _most(device, effort), []
     for hidden, ffn in effort.experts:
         arch = bench_arch(Heads(hidden=hidden, heads=1, kv_heads=1, head_dim=2), ffn)
-        chunk = min(most, EXPERT_CHUNK_TOKENS[device.torch.type])
-        numbers = 2 * most * _EXPERTS // _TOP_K * hidden + chunk * (2 * hidden + 2 * ffn)
+        numbers = 2 * most * _EXPERTS // _TOP_K * hidden + most * (2 * hidden + 2 * ffn)
         work_bytes = numbers * dtype.itemsize
         cases.append(Case(arch=arch, bench=expert_bench, elements=arch.expert_params, work_bytes=work_bytes))
     return _rates("experts", cases, device, arena, dtype, effort)
@@ -247,7 +248,7 @@ def expert_bench(
     sets = arena.sets(math.parts(())[UnitId("expert", 0)], effort.cycle_bytes)
     x_TD = noise(device, dtype, most * experts // _TOP_K, arch.hidden)
     y_TD = torch.zeros_like(x_TD)
-    dispatch = ExpertDispatch(device, experts)
+    dispatch = ExpertDispatch(device, experts, chunk=most)
 
     def seconds(count: int, seconds: float, warm: int, least: int) -> float:
         block = count * experts // _TOP_K

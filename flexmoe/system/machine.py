@@ -57,6 +57,22 @@ def cpu_flags() -> frozenset[str]:
     return frozenset()
 
 
+def instruction_set(flags: frozenset[str] | None = None) -> str:
+    """The widest instructions for products that the processor has, for people.
+
+    Args:
+        flags: its features; None: of this machine.
+    """
+    flags = cpu_flags() if flags is None else flags
+    if "amx_bf16" in flags:
+        return "AMX"
+    if "avx512f" in flags:
+        return "AVX-512 with bf16" if "avx512_bf16" in flags else "AVX-512"
+    if "avx2" in flags:
+        return "AVX2"
+    return "NEON with bf16" if {"asimd", "bf16"} <= flags else platform.machine()
+
+
 def cpu_name() -> str:
     """The processor's name for people."""
     for line in lines_of(Path("/proc/cpuinfo")):

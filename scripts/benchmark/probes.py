@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from flexmoe.system.machine import instruction_set
 from policies.common.memory_units import SYSTEM_PAGE_BYTES
 
 READ_THREADS = (1, 2, 4)
@@ -189,6 +190,7 @@ def machine() -> dict:
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
+        "instructions": instruction_set(),
         "memory_gib": round(memory_bytes / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

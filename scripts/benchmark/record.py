@@ -88,11 +88,12 @@ class Record:
         ]
         for name, section in self._sections.items():
             machine, versions = section["machine"], section["versions"]
+            known = f" with {machine['instructions']}" if "instructions" in machine else ""  # older records have none
             lines += ["", f"## {name}", ""]
             lines += [
                 f"`{section['command']}` · {section['measured']} · {section['seconds']:.0f} s · {section['model']}",
                 "",
-                f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB; "
+                f"{machine['cores']} cores of {machine['cpu']}{known}, {machine['memory_gib']} GiB; "
                 + ", ".join(f"{package} {number}" for package, number in versions.items()),
                 "",
             ]

@@ -5,16 +5,18 @@
 // lines take the stream path (decode.h) and many lines the tile path (prefill.h). How lines are cut depends only on the
 // row itself, so a result depends neither on the other rows nor on threads.
 //
-// This file is the C entry points (those of products.h, packed_work.h and choice.h, too) and the checks that need the tensors'
-// contents.
+// This file is the C entry points (those of products.h, packed_work.h and choice.h, too; elementwise.h has its own) and the
+// checks that need the tensors' contents.
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
 
+#include "blocked.h"
 #include "call.h"
 #include "choice.h"
+#include "elementwise.h"
 #include "packed_work.h"
 #include "products.h"
 #include "work.h"
@@ -35,12 +37,6 @@ Status check(const Call& c, int64_t tokens, int64_t num_pages, int64_t table_wid
       if (table[i] < 0 || table[i] >= num_pages) return BAD_PAGE;
   }
   return OK;
-}
-
-// Work that its threads share out themselves, on as many as there are.
-void run_parallel(void (*work)(void*), void* job, int threads) {
-  if (threads > 1 && parallel) parallel(work, job, unsigned(threads), 0);
-  else work(job);
 }
 
 }  // namespace
@@ -70,16 +66,19 @@ int flexmoe_attention(int dtype, int compressed, int width, const void* q, int64
   }
 }
 
-// out[n, R] = x[n, D] · weight[e]^T for the tokens x[ends[e - 1], ends[e]) of each expert e.
+// out[n, R] = x[n, D] · weight[e]^T + bias[e] for the tokens x[ends[e - 1], ends[e]) of each expert e; `biases` may be null.
 int flexmoe_products(int dtype, const void* x, int64_t x_stride, const void* const* weights, const int32_t* ends, void* out,
-                     int E, int R, int D, int num_threads) {
-  Product product{x, weights, out, ends, x_stride, E, R, D};
+                     int E, int R, int D, const void* const* biases, int num_threads) {
+  Product product{x, weights, out, ends, x_stride, E, R, D, biases};
   try {
     ProductJob job{product, dtype};
-    for (int e = 0; e < E; e++)
-      if (ends[e] > (e ? ends[e - 1] : 0)) job.experts.push_back(e);
-    run_parallel(work_product, &job, num_threads);
-    return OK;
+    std::vector<int> blocked;
+    for (int e = 0; e < E; e++) {
+      const int tokens = ends[e] - (e ? ends[e - 1] : 0);
+      if (tokens) (tokens < blocked_from(dtype) ? job.experts : blocked).push_back(e);
+    }
+    if (!job.experts.empty()) run_parallel(work_product, &job, num_threads);
+    return run_blocked(product, dtype, blocked, num_threads) ? OK : NO_MEMORY;
   } catch (const std::exception&) {
     return NO_MEMORY;
   }
@@ -115,7 +114,7 @@ void flexmoe_largest(int dtype, const void* x, int64_t x_stride, int64_t* tokens
 
 // tokens[r]: who wins the race of row r of the logits x [rows, vocab]; keys [rows, 2].
 void flexmoe_winners(const float* x, int64_t x_stride, const uint32_t* keys, int64_t* tokens, int rows, int vocab,
-                  int num_threads) {
+                     int num_threads) {
   Race race{x, x_stride, keys, tokens, rows, vocab};
   run_parallel(work_race, &race, std::min(rows, num_threads));
 }

@@ -20,8 +20,8 @@ from flexmoe.errors import StorageError
 from flexmoe.system.machine import cpu_flags
 from policies.common.directories import cache_directory
 
-_SOURCE = Path(__file__).with_name("attention.cpp")
-_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread", "-w")
+SOURCE = Path(__file__).with_name("attention.cpp")
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread", "-w")
 
 
 class BuildError(Exception):
@@ -43,7 +43,12 @@ def _cache_directory() -> Path:
     return directory
 
 
-def _compiler() -> str:
+def compiler() -> str:
+    """The command of the C++ compiler.
+
+    Raises:
+        BuildError: there is none.
+    """
     for name in filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")):
         if found := shutil.which(name):
             return found
@@ -54,10 +59,11 @@ def _machine_flag() -> str:
     return "-mcpu=native" if os.uname().machine == "aarch64" else "-march=native"
 
 
-def _cache_key(*circumstances: str) -> str:
+def sources_digest(*circumstances: str) -> str:
+    """A name for the library of these sources, and of what else it depends on."""
     digest = hashlib.sha256("\0".join(circumstances).encode())
     # attention.cpp includes the headers beside it, so a change in any of them is another library.
-    for path in sorted((*_SOURCE.parent.glob("*.cpp"), *_SOURCE.parent.glob("*.h"))):
+    for path in sorted((*SOURCE.parent.glob("*.cpp"), *SOURCE.parent.glob("*.h"))):
         content = path.read_bytes()
         digest.update(f"\0{path.name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:24]
@@ -69,12 +75,12 @@ def build() -> Path:
     Raises:
         BuildError: no compiler, a failed compilation, or no safe cache directory.
     """
-    compiler, flags = _compiler(), (*_FLAGS, _machine_flag())
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    target = _cache_directory() / f"attention-{_cache_key(version, *flags, *sorted(cpu_flags()))}.so"
+    command, flags = compiler(), (*FLAGS, _machine_flag())
+    version = subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout
+    target = _cache_directory() / f"attention-{sources_digest(version, *flags, *sorted(cpu_flags()))}.so"
     with _alone_in(target.parent):
         if not target.exists():
-            _compile(target, compiler, flags)
+            _compile(target, command, flags)
     return target
 
 
@@ -90,16 +96,16 @@ def _alone_in(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _compile(target: Path, compiler: str, flags: tuple[str, ...]) -> None:
+def _compile(target: Path, command: str, flags: tuple[str, ...]) -> None:
     # Under a name of its own: if there are two of them, the last rename wins, and both are equal.
     handle, temporary = tempfile.mkstemp(prefix=".building-", suffix=".so", dir=target.parent)
     os.close(handle)
     try:
         result = subprocess.run(
-            [compiler, *flags, str(_SOURCE), "-o", temporary], capture_output=True, text=True, check=False
+            [command, *flags, str(SOURCE), "-o", temporary], capture_output=True, text=True, check=False
         )
         if result.returncode:
-            raise BuildError(f"{compiler} failed: {result.stderr.strip()[:1000]}")
+            raise BuildError(f"{command} failed: {result.stderr.strip()[:1000]}")
         os.chmod(temporary, 0o700)
         os.replace(temporary, target)
     finally:

@@ -31,6 +31,22 @@ template <int X, int... I> INLINE vf exchange(vf a, std::integer_sequence<int, I
 }
 using Lanes = std::make_integer_sequence<int, W>;
 
+#if defined(__AVX__) && !defined(__AVX512F__)
+// The sum of x[i]'s lanes, in lane i: within halves first, since what crosses them costs more.
+template <int COUNT> INLINE vf sum_each(vf (&x)[W]) {
+  static_assert(COUNT == 8, "all lanes");
+  __m256 pairs[4], fours[2];
+  UNROLL for (int i = 0; i < 4; i++) {
+    const __m256 a = (__m256)x[2 * i], b = (__m256)x[2 * i + 1];
+    pairs[i] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  }
+  UNROLL for (int i = 0; i < 2; i++) {
+    const __m256d a = _mm256_castps_pd(pairs[2 * i]), b = _mm256_castps_pd(pairs[2 * i + 1]);
+    fours[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+  }
+  return (vf)_mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20), _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
+}
+#else
 // The sum of x[i]'s lanes, in lane i. Recursion, not a loop over halves: the compiler must see constant indices to
 // keep the vectors in registers.
 template <int COUNT> INLINE vf sum_each(vf (&x)[W]) {
@@ -43,6 +59,7 @@ template <int COUNT> INLINE vf sum_each(vf (&x)[W]) {
   }
   return x[0];
 }
+#endif
 // KEYS numbers, again and again.
 template <int KEYS> INLINE vf repeated(const float* p) {
 #if defined(__AVX512F__)

@@ -1,4 +1,5 @@
-"""The native library in this process: built on first use (`python -m flexmoe.kernels.native` builds it ahead of time).
+"""The native library in this process: that of the wheel, or built on first use (`python -m flexmoe.kernels.native` builds it
+ahead of time).
 
 Its threads are those of the OpenMP runtime that torch has already loaded (its `GOMP_parallel` is handed over as a pointer,
 nothing is linked): a second runtime would keep a second pool of spinning threads on the same cores. Calls release the
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 from flexmoe.kernels.native.build import BuildError, build
+from flexmoe.kernels.native.portable import prebuilt
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +37,9 @@ def load() -> ctypes.CDLL | None:
     if os.environ.get("FLEXMOE_NATIVE") == "0":
         return None
     try:
-        library = ctypes.CDLL(str(build()))
+        library = ctypes.CDLL(str(prebuilt() or build()))
     except (BuildError, OSError) as error:
-        logger.warning("Attention on the CPU runs in torch, slower than in native code: %s", error)
+        logger.warning("The CPU computes attention, products and norms in torch, slower than in native code: %s", error)
         return None
     _declare(library)
     library.flexmoe_set_parallel(gomp_parallel())
@@ -70,7 +72,7 @@ def _declare(library: ctypes.CDLL) -> None:
     tables, sizes = (pointer, int64, int64, pointer, pointer), (integer,) * 6
     library.flexmoe_attention.argtypes = (*queries, *pools, *tables, pointer, pointer, *sizes, ctypes.c_float, integer)
     library.flexmoe_attention.restype = integer
-    library.flexmoe_products.argtypes = [integer, pointer, int64, *[pointer] * 3, *[integer] * 4]
+    library.flexmoe_products.argtypes = [integer, pointer, int64, *[pointer] * 3, *[integer] * 3, pointer, integer]
     library.flexmoe_products.restype = integer
     library.flexmoe_unpack.argtypes = [pointer, pointer, *[integer] * 3, pointer, integer]
     library.flexmoe_unpack.restype = integer

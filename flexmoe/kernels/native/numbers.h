@@ -77,6 +77,8 @@ INLINE vf load(const float* p) { return *(const vf_any*)p; }
 INLINE vf load(const bf16* p) {
 #if defined(__AVX512F__)  // GCC 12 splits the conversion below in two halves
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 #else
   vh h = *(const vh_any*)p;
   return (vf)(__builtin_convertvector(h, vu) << 16);
@@ -108,7 +110,12 @@ INLINE void store(float* p, vf x) { *(vf_any*)p = x; }
 INLINE void store(bf16* p, vf x) {
   vu u = (vu)x, rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
   rounded = x != x ? (vu){} + 0x7fc0 : rounded;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i both = (__m256i)rounded;
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1)));
+#else
   *(vh_any*)p = __builtin_convertvector(rounded, vh);
+#endif
 }
 INLINE void store(f16* p, vf x) {
 #if defined(__AVX512F__)

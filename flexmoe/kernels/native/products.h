@@ -28,6 +28,7 @@ struct Product {
   const int32_t* ends;
   int64_t x_stride;
   int E, R, D;
+  const void* const* biases = nullptr;  // of each expert, [R]; null: there are none
 };
 
 // R0 rows of a weight times T0 tokens over the columns [d, end), added to sums[row][token].
@@ -65,7 +66,8 @@ INLINE void tile(const T* w, const T* x, int64_t x_stride, int D, int d, int end
 }
 
 // R0 rows of a weight over n tokens, at most TOKENS_AT_ONCE, into out[token][row]; the columns of the rows that are multiplied stay in L1.
-template <class T, int R0> INLINE void rows(const T* w, const T* x, int64_t x_stride, int n, int D, T* out, int R) {
+template <class T, int R0>
+INLINE void rows(const T* w, const T* x, int64_t x_stride, int n, int D, T* out, int R, const T* bias) {
   float sums[TOKENS_AT_ONCE / TILE][TILE * TILE];
   std::memset(sums, 0, sizeof sums[0] * ((n + TILE - 1) / TILE));
   for (int d = 0; d < D; d += COLUMNS_AT_ONCE) {
@@ -79,18 +81,22 @@ template <class T, int R0> INLINE void rows(const T* w, const T* x, int64_t x_st
     }
   }
   for (int t = 0; t < n; t++)
-    for (int r = 0; r < R0; r++) narrow(sums[t / TILE][r * TILE + t % TILE], out + int64_t(t) * R + r);
+    for (int r = 0; r < R0; r++)
+      narrow(sums[t / TILE][r * TILE + t % TILE] + (bias ? widen(bias[r]) : 0.0f), out + int64_t(t) * R + r);
 }
 
 // Rows [first, last) of a weight, of which w is the first one, over n tokens.
 template <class T>
-INLINE void all_rows(const T* w, const T* x, int64_t x_stride, int n, int first, int last, int D, T* out, int R) {
+INLINE void all_rows(const T* w, const T* x, int64_t x_stride, int n, int first, int last, int D, T* out, int R,
+                     const T* bias = nullptr) {
   // Tokens in stretches that stay in L2 while all the rows are multiplied with them.
   for (int t = 0; t < n; t += TOKENS_AT_ONCE, x += TOKENS_AT_ONCE * x_stride, out += int64_t(TOKENS_AT_ONCE) * R) {
     const int count = std::min(TOKENS_AT_ONCE, n - t);
     int r = first;
-    for (; r + TILE <= last; r += TILE) rows<T, TILE>(w + int64_t(r - first) * D, x, x_stride, count, D, out + r, R);
-    for (; r < last; r++) rows<T, 1>(w + int64_t(r - first) * D, x, x_stride, count, D, out + r, R);
+    for (; r + TILE <= last; r += TILE)
+      rows<T, TILE>(w + int64_t(r - first) * D, x, x_stride, count, D, out + r, R, bias ? bias + r : nullptr);
+    for (; r < last; r++)
+      rows<T, 1>(w + int64_t(r - first) * D, x, x_stride, count, D, out + r, R, bias ? bias + r : nullptr);
   }
 }
 
@@ -100,7 +106,8 @@ template <class T> void run_rows(const Product& p, int expert, int first, int la
   const T* x = static_cast<const T*>(p.x) + start * p.x_stride;
   const T* w = static_cast<const T*>(p.weights[expert]);
   T* out = static_cast<T*>(p.out) + int64_t(start) * p.R;
-  all_rows(w + int64_t(first) * p.D, x, p.x_stride, n, first, last, p.D, out, p.R);
+  const T* bias = p.biases ? static_cast<const T*>(p.biases[expert]) : nullptr;
+  all_rows(w + int64_t(first) * p.D, x, p.x_stride, n, first, last, p.D, out, p.R, bias);
 }
 
 struct ProductJob {

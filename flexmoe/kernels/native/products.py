@@ -1,4 +1,5 @@
-"""Grouped products of few tokens per expert on CPU cores (`products.h`), at the speed at which the weights are read.
+"""Grouped products on CPU cores: of few tokens per expert at the speed at which the weights are read (`products.h`), and of
+more of them at the speed of fp32 arithmetic (`blocked.h`).
 
 Legend: n tokens, C columns and R rows of a weight, e experts.
 """
@@ -14,14 +15,18 @@ from flexmoe.kernels.native import library as native
 
 
 def grouped_products(
-    x_nC: torch.Tensor, weights: torch.Tensor | Sequence[torch.Tensor], ends_e: torch.Tensor
+    x_nC: torch.Tensor,
+    weights: torch.Tensor | Sequence[torch.Tensor],
+    ends_e: torch.Tensor,
+    biases: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """``x · weight[e]^T`` for the tokens of each expert e; accumulation is fp32.
+    """``x · weight[e]^T + bias[e]`` for the tokens of each expert e; accumulation is fp32, and the result is rounded once.
 
     Args:
         x_nC: fp32, bf16 or fp16; the token stride is free, tokens are contiguous.
         weights: of each expert ``[R, C]``, same dtype, contiguous; stacked or wherever they lie.
         ends_e: int32, rising; the tokens of expert e are ``x_nC[ends_e[e - 1] : ends_e[e]]``, and the last end is n.
+        biases: of each expert ``[R]``, same dtype, contiguous; None: there are none.
 
     Returns:
         torch.Tensor: ``[n, R]``.
@@ -33,13 +38,15 @@ def grouped_products(
     """
     library = native.required()
     _check(x_nC, weights, ends_e)
+    _check_biases(biases, weights)
     count, (rows, columns) = len(weights), weights[0].shape
     out_nR = torch.empty(len(x_nC), rows, dtype=x_nC.dtype)
     tokens = native.DTYPE_CODES[x_nC.dtype], x_nC.data_ptr(), x_nC.stride(0)
     addresses = (ctypes.c_void_p * count)(*_addresses(weights))
-    sizes = count, rows, columns, torch.get_num_threads()
+    more = None if biases is None else (ctypes.c_void_p * count)(*map(torch.Tensor.data_ptr, biases))
+    sizes = count, rows, columns, more, torch.get_num_threads()
     if library.flexmoe_products(*tokens, addresses, ends_e.data_ptr(), out_nR.data_ptr(), *sizes):
-        raise MemoryError("native products could not allocate their work list")
+        raise MemoryError("native products could not allocate their memory")
     return out_nR
 
 
@@ -58,6 +65,14 @@ def _check(x_nC: torch.Tensor, weights: torch.Tensor | Sequence[torch.Tensor], e
     if x_nC.shape[1] != shape[1] or x_nC.stride(1) != 1 or not lie_well or not ends_e.is_contiguous():
         raise ValueError(f"x {[*x_nC.shape]} and weights {[*shape]} do not fit, or are not contiguous")
     check_ends(ends_e, len(weights), len(x_nC))
+
+
+def _check_biases(biases: Sequence[torch.Tensor] | None, weights: torch.Tensor | Sequence[torch.Tensor]) -> None:
+    wanted = (weights[0].dtype, weights[0].shape[:1])
+    if biases is not None and not (
+        len(biases) == len(weights) and all((b.dtype, b.shape) == wanted and b.is_contiguous() for b in biases)
+    ):
+        raise ValueError(f"biases must be one contiguous {wanted[0]} {[*wanted[1]]} for each of {len(weights)} experts")
 
 
 def check_ends(ends_e: torch.Tensor, experts: int, tokens: int) -> None:

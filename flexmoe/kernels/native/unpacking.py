@@ -56,7 +56,8 @@ def packed_products(x_nC: torch.Tensor, matrices: Sequence[PackedMatrix], ends_e
         ends_e: as for `products.grouped_products`.
 
     Returns:
-        torch.Tensor: ``[n, R]``; equal to `products.grouped_products` of the unpacked matrices.
+        torch.Tensor: ``[n, R]``, what `products.grouped_products` gives with the unpacked matrices: of few tokens to the bit, of more
+            of them it adds in another order.
 
     Raises:
         ValueError: the tensors do not fit together.

@@ -95,6 +95,12 @@ void work(void* argument) {
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel
 Parallel parallel = nullptr;
 
+// Work that its threads share out themselves, on as many as there are.
+void run_parallel(void (*work)(void*), void* job, int threads) {
+  if (threads > 1 && parallel) parallel(work, job, unsigned(threads), 0);
+  else work(job);
+}
+
 void run_on_threads(Job& job, int threads) {
   if (threads <= 1) return work(&job);
   if (parallel) return parallel(work, &job, unsigned(threads), 0);

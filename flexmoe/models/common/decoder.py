@@ -22,11 +22,12 @@ from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import experts_per_unit, units_of
 from flexmoe.checkpoint.unit_layout import WIDE_ROUTER, Part
 from flexmoe.formats.packed_matrix import PackedMatrix, fields_of, packed_parts
+from flexmoe.kernels.elementwise import add_and_norm, rms_norm, rotate, silu_gate
 from flexmoe.kernels.expert_weights import ExpertProducts, ExpertWeights, PackedShape
 from flexmoe.kernels.family import Rope, Weights
 from flexmoe.kernels.linear import linear
 from flexmoe.models.common.names import Names, unit_parts
-from flexmoe.models.common.rotary import Rotary, rotate
+from flexmoe.models.common.rotary import Rotary
 from flexmoe.models.common.router import Choice, Router, Routing
 from policies.units import UnitId
 
@@ -63,10 +64,12 @@ class Decoder:
 
     Attributes:
         names: the family's names of weights.
+        norm_weight_first: the weight of a norm is applied before rounding, not after it.
         multipliers: constants on the way of the hidden states.
     """
 
     names: ClassVar[Names]
+    norm_weight_first: ClassVar[bool] = False
     multipliers = Multipliers()
 
     def __init__(self, arch: ModelArch, config: Mapping[str, Any] | None = None) -> None:
@@ -183,8 +186,7 @@ class Decoder:
         """
         out = self._matrix(w, "o", self.arch.hidden, self.arch.num_heads * self.arch.head_dim)
         attended_TD = linear(attended_THd.flatten(1), out, w.get("o_bias"))
-        h_TD = torch.add(h_TD, attended_TD, alpha=self.multipliers.residual)
-        x_TD = self.norm(h_TD, w, "post_norm")
+        h_TD, x_TD = self._added(h_TD, attended_TD, w, "post_norm")
         if self.arch.shared_ffn:
             self._add_shared(h_TD, x_TD, w)
         if WIDE_ROUTER in w:
@@ -207,7 +209,7 @@ class Decoder:
     def feed_forward(self, x_nD: torch.Tensor, w: ExpertProducts) -> torch.Tensor:
         """Output ``[n, D]`` of an expert (or the MLP of a dense layer), or of several experts at once."""
         gate_nF, up_nF = w.gate_up(x_nD)
-        return w.down(F.silu(gate_nF, inplace=True).mul_(up_nF))
+        return w.down(silu_gate(gate_nF, up_nF))
 
     def final_norm(self, h_RD: torch.Tensor, w: Weights) -> torch.Tensor:
         """Norm before the head; its weight travels with the first head unit."""
@@ -219,7 +221,16 @@ class Decoder:
         return linear(x_RD, w["head"], w.get("head_bias"))
 
     def norm(self, x: torch.Tensor, w: Weights, role: str) -> torch.Tensor:
-        """RMSNorm over the last dimension in float32 (Zhang and Sennrich 2019); the weight is applied after rounding."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.arch.norm_eps)
-        return w[role] * wide.to(x.dtype)
+        """RMSNorm over the last dimension, whose weight is applied after rounding unless the family says otherwise."""
+        return rms_norm(x, w[role], self.arch.norm_eps, weight_first=self.norm_weight_first)
+
+    def _added(
+        self, h_TD: torch.Tensor, attended_TD: torch.Tensor, w: Weights, role: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream with what attention adds, and its norm."""
+        factor = self.multipliers.residual
+        if type(self).norm is not Decoder.norm:  # another one than RMSNorm
+            h_TD = torch.add(h_TD, attended_TD, alpha=factor)
+            return h_TD, self.norm(h_TD, w, role)
+        first = self.norm_weight_first
+        return add_and_norm(h_TD, attended_TD, factor, w[role], self.arch.norm_eps, weight_first=first)

@@ -1,6 +1,6 @@
 """Rotary embedding (Su et al. 2021): by what angle each position turns each pair of a head's dimensions.
 
-Legend: T tokens, Dh dimensions of a head that are turned, H heads.
+Legend: T tokens, Dh dimensions of a head that are turned.
 """
 
 from __future__ import annotations
@@ -75,24 +75,6 @@ class Rotary:
         is_long_T1 = (lengths_T > self._switch)[:, None]
         scale_T11 = torch.where(is_long_T1, self._long.scale, self._short.scale)[:, None]
         return _turned(positions_T, torch.where(is_long_T1, long, short), dtype, scale_T11)
-
-
-def rotate(x_THd: torch.Tensor, rope: Rope, *, interleaved: bool = False) -> torch.Tensor:
-    """Heads turned by cosine and sine; dimensions behind the turned ones stay as they are.
-
-    Args:
-        x_THd: queries or keys.
-        rope: cosine and sine ``[T, 1, Dh]``.
-        interleaved: pairs are neighbours, not of the two halves. The result then has the first of all pairs before the
-            second ones, in queries as in keys, which their products do not see.
-    """
-    cos, sin = rope
-    turned, rest = x_THd[..., : cos.shape[-1]], x_THd[..., cos.shape[-1] :]
-    first, second = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
-    if interleaved:
-        turned = torch.cat([first, second], dim=-1)
-    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
-    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
 def periods(arch: ModelArch) -> torch.Tensor:

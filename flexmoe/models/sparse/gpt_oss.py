@@ -7,8 +7,8 @@ import torch
 
 from cost_model.model.arch import ModelArch
 from cost_model.model.sparse_families import gpt_oss_config
+from flexmoe.kernels.elementwise import clamped_gate
 from flexmoe.kernels.expert_weights import ExpertProducts
-from flexmoe.kernels.family import Weights
 from flexmoe.models.common.decoder import Decoder
 from flexmoe.models.common.names import Names
 from flexmoe.models.common.router import SOFTMAX_OF_CHOSEN, Router, Routing
@@ -24,6 +24,8 @@ class GptOss(Decoder):
         down="mlp.experts.down_proj",
     )
 
+    norm_weight_first = True
+
     def __init__(self, arch: ModelArch, config: Mapping[str, Any] | None = None):
         config = gpt_oss_config(config or {})
         super().__init__(arch, config)
@@ -36,11 +38,4 @@ class GptOss(Decoder):
     def feed_forward(self, x_nD: torch.Tensor, w: ExpertProducts) -> torch.Tensor:
         """Output ``[n, D]``; gate and up are clamped, and up is raised by one."""
         gate_nF, up_nF = w.gate_up(x_nD)
-        gate_nF, up_nF = gate_nF.clamp(max=self._limit), up_nF.clamp(-self._limit, self._limit)
-        return w.down(torch.sigmoid(gate_nF * self._alpha).mul_(gate_nF).mul_(up_nF.add_(1)))
-
-    def norm(self, x: torch.Tensor, w: Weights, role: str) -> torch.Tensor:
-        """RMSNorm in float32, whose weight is applied before rounding."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.arch.norm_eps)
-        return (w[role].float() * wide).to(x.dtype)
+        return w.down(clamped_gate(gate_nF, up_nF, self._limit, self._alpha))

@@ -100,3 +100,19 @@ def test_a_malformed_curve_is_refused_by_the_name_of_the_list(values):
     GemmRates(**good)
     with pytest.raises(UsageError, match=next(iter(values))):
         GemmRates(**good | values)
+
+
+def test_the_tokens_that_are_best_computed_at_once_are_the_fewest_at_nearly_the_best_rate():
+    amx = rates((64, 512, 1024, 2048), (633.0, 1664.0, 2705.0, 2733.0))
+    assert amx.fastest(100, 512) == 1024 and amx.fastest(100, 2048) == 2048
+    flat = rates((64, 512, 1024), (300.0, 400.0, 405.0))
+    assert flat.fastest(100, 512) == 512
+    assert ROOFLINE.fastest(100, 512) == 512, "nothing was measured there"
+
+
+def test_more_tokens_than_are_computed_at_once_take_as_long_as_their_pieces():
+    amx = rates((512, 1024), (1000.0, 2000.0))
+    assert amx.seconds_in_chunks(1024, 100, 512) == pytest.approx(2 * amx.seconds(512, 100))
+    assert amx.seconds_in_chunks(1024, 100, 1024) == pytest.approx(amx.seconds(1024, 100))
+    assert amx.seconds_in_chunks(1100, 100, 512) == pytest.approx(2 * amx.seconds(512, 100) + amx.seconds(76, 100))
+    assert amx.seconds_in_chunks(0, 100, 512) == 0

@@ -10,12 +10,14 @@ from itertools import pairwise
 import pytest
 
 from cost_model import Fixed, Hardware, ModelArch, Workload, solve
+from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.memory.allocation import allocate
 from cost_model.memory.memory_plan import plan_memory
 from cost_model.model.weight_units import units_of
 from cost_model.planner.constraints import Choice
 from cost_model.planner.infeasible import least_capacity
 from cost_model.planner.lp import Programme
+from cost_model.planner.solve import with_larger_chunk
 from cost_model.timing.evaluate import evaluate
 from cost_model.timing.problem import Problem
 from flexmoe.llm import LLM
@@ -417,3 +419,41 @@ def test_kv_goes_to_disk_only_where_that_is_faster():
             or evaluate(MIXTRAL, hardware, Workload(prompt_len=512, gen_len=32), moved).tokens_per_s
             < 0.997 * prediction.tokens_per_s
         )
+
+
+def amx_machine(**host):
+    """The preset machine without a GPU, whose products are faster the more tokens they have."""
+    cpu = Hardware.preset("cpu")
+    curve = GemmRates(tokens=(1, 512, 1024), weight_elements=(1e8,), flops_per_s=((1e10, 1.5e12, 2.7e12),))
+    return replace(cpu, gpus=(replace(cpu.gpu, experts={2: curve, 4: curve}),), **host)
+
+
+def test_as_many_tokens_of_an_expert_are_computed_at_once_as_are_worth_it_and_fit():
+    job, fixed = Workload(prompt_len=512, gen_len=4), Fixed(prefill_tokens=8192)
+    plan = planned(amx_machine(), workload=job, fixed=fixed)
+    assert plan.policy.expert_chunk == 1024
+    small = replace(plan.policy, expert_chunk=None)
+    evaluated = {p.expert_chunk: evaluate(MIXTRAL, amx_machine(), job, p) for p in (small, plan.policy)}
+    assert evaluated[1024].tokens_per_s > evaluated[None].tokens_per_s
+    flat = Hardware.preset("cpu")
+    assert planned(flat, workload=job, fixed=fixed).policy.expert_chunk is None
+
+
+def test_the_memory_of_more_tokens_at_once_is_charged():
+    machine, wide = (
+        amx_machine(),
+        replace(MIXTRAL, ffn=32 * MIXTRAL.ffn, num_experts=2),
+    )  # the workspace is that of experts
+    problem = Problem.of(wide, machine, JOB)
+    policy = Policy.from_percent(
+        [0, 0, 100, 0, 100, 0], gpu_batch_size=4, num_gpu_batches=1, prompt_len=512, gen_len=32, prefill_tokens=8192
+    )
+    usual, larger = (
+        problem.memory(changed, problem.allocate(changed)).total("gpu")
+        for changed in (replace(policy, expert_chunk=None), replace(policy, expert_chunk=8192))
+    )
+    assert larger > usual
+    assert with_larger_chunk(problem, policy).expert_chunk == 1024
+    memory = problem.memory(policy, problem.allocate(policy))
+    tight = replace(machine, host_memory_bytes=memory.total("gpu") + memory.total("cpu") + 10**6)
+    assert with_larger_chunk(Problem.of(wide, tight, JOB), policy).expert_chunk is None

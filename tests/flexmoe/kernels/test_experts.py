@@ -99,6 +99,14 @@ def test_expert_sees_each_of_its_tokens_once_and_in_order(monkeypatch):
         torch.testing.assert_close(y_TD, expected)
 
 
+def test_as_many_tokens_are_computed_at_once_as_the_policy_says():
+    dispatch, sizes = ExpertDispatch(Device("cpu"), EXPERTS, chunk=700), []
+    dispatch.route(torch.zeros(1500, 1, dtype=torch.int64), torch.ones(1500, 1), torch.float32)
+    x_TD = torch.ones(1500, WIDTH)
+    dispatch.add(0, x_TD, torch.zeros_like(x_TD), lambda x: sizes.append(len(x)) or x)
+    assert sizes == [700, 700, 100]
+
+
 def loop_over(compute):
     """A unit's experts one by one."""
 
@@ -216,13 +224,29 @@ def test_grouped_products_equal_those_of_one_expert_at_a_time(dtype, in_native_c
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_native_products_of_any_shape_are_those_of_torch(depth, rows, dtype, two_threads):
     generator = torch.Generator().manual_seed(depth)
-    counts = [0, 1, 2, 3, 4, 5, 9, 0]
+    counts = [0, 1, 2, 3, 4, 7, 9, 0, 16, 37]
     x_nD = torch.randn(sum(counts), depth + 5, generator=generator).to(dtype)[:, :depth]
     weight = torch.randn(len(counts), rows, depth, generator=generator).to(dtype)
-    got = grouped_products(x_nD, weight, torch.tensor(counts).cumsum(0).to(torch.int32))
-    pieces = zip(x_nD.float().split(counts), weight.float())
-    want = torch.cat([piece @ one.T for piece, one in pieces])
+    biases = torch.randn(len(counts), rows, generator=generator).to(dtype)
+    got = grouped_products(x_nD, weight, torch.tensor(counts).cumsum(0).to(torch.int32), list(biases))
+    pieces = zip(x_nD.float().split(counts), weight.float(), biases.float())
+    want = torch.cat([piece @ one.T + bias for piece, one, bias in pieces])
     torch.testing.assert_close(got.float(), want, atol=1e-4 if dtype == torch.float32 else 0.05, rtol=1e-2)
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_of_a_product_of_many_tokens_does_not_depend_on_the_others(dtype, two_threads):
+    generator = torch.Generator().manual_seed(1)
+    x_nD = torch.randn(700, 600, generator=generator).to(dtype)
+    weight = torch.randn(2, 130, 600, generator=generator).mul_(0.04).to(dtype)
+    got = grouped_products(x_nD, weight, torch.tensor([600, 700], dtype=torch.int32))
+    exact = torch.cat([x_nD[:600].double() @ weight[0].double().T, x_nD[600:].double() @ weight[1].double().T])
+    bound = 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-5
+    assert bool(((got.double() - exact).abs() <= bound).all())
+    for first, last in ((0, 20), (505, 540), (590, 600)):
+        alone = grouped_products(x_nD[first:last], weight[:1], torch.tensor([last - first], dtype=torch.int32))
+        assert torch.equal(alone, got[first:last])
 
 
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler")
@@ -242,6 +266,9 @@ def test_native_products_refuse_what_does_not_fit():
         (x, weight, ends.flip(0)),
         (x, weight, ends - 2),
         (x, weight, ends + 1),
+        (x, weight, ends, [torch.ones(3)]),
+        (x, weight, ends, [torch.ones(3), torch.ones(4)]),
+        (x, weight, ends, [torch.ones(3), torch.ones(3).double()]),
     ):
         with pytest.raises(ValueError):
             grouped_products(*bad)

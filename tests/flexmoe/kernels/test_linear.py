@@ -1,11 +1,14 @@
 """Products of 16-bit numbers on a CPU that has no instructions for them."""
 
+import sys
+
 import pytest
 import torch
 
 from flexmoe.kernels import grouped_product as grouped
 from flexmoe.kernels import linear as products
 from flexmoe.kernels.linear import linear
+from flexmoe.kernels.native import library as native
 from flexmoe.system import machine
 
 ROWS, COLUMNS = 200, 96
@@ -14,6 +17,7 @@ ROWS, COLUMNS = 200, 96
 @pytest.fixture
 def without_instructions(monkeypatch):
     monkeypatch.setattr(products, "multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(products, "own_tokens", lambda dtype: sys.maxsize)
     monkeypatch.setattr(products, "_PIECE", 50 * COLUMNS)  # several pieces, the last one smaller
 
 
@@ -23,9 +27,13 @@ def numbers(*shape, dtype=torch.bfloat16, seed=0):
 
 @pytest.mark.usefixtures("without_instructions")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [0, 1, 12, 13, 70])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 8, 13, 70])
 @pytest.mark.parametrize("biased", [False, True])
-def test_a_product_is_rounded_once(dtype, tokens, biased):
+@pytest.mark.parametrize("in_native_code", [False, True])
+def test_a_product_is_rounded_once(dtype, tokens, biased, in_native_code, monkeypatch):
+    if in_native_code and not native.available():
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(native, "available", lambda: in_native_code)
     x, weight = numbers(tokens, COLUMNS, dtype=dtype), numbers(ROWS, COLUMNS, dtype=dtype, seed=1)
     bias = numbers(ROWS, dtype=dtype, seed=2) if biased else None
     exact = x.double() @ weight.double().T + (bias.double() if biased else 0)
@@ -49,6 +57,8 @@ def multiplied(monkeypatch):
     """Tokens of every product that torch takes on a CPU with instructions for 16-bit numbers."""
     sizes, product = [], torch.nn.functional.linear
     monkeypatch.setattr(products, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(products, "own_tokens", lambda dtype: 0)
+    monkeypatch.setattr(grouped, "own_tokens", lambda dtype: 0)
 
     def recorded(x, *others):
         sizes.append(len(x))
@@ -90,6 +100,43 @@ def test_products_in_float32_are_not_padded(multiplied):
     x, weight = numbers(13, COLUMNS, dtype=torch.float32), numbers(ROWS, COLUMNS, dtype=torch.float32, seed=1)
     assert torch.equal(linear(x, weight), x @ weight.T)
     assert multiplied == [13]
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("stacked", [False, True])
+def test_own_products_are_taken_of_few_tokens_however_weights_lie(stacked, monkeypatch):
+    taken = []
+    monkeypatch.setattr(products, "multiplies", lambda dtype: True)
+    for module in (products, grouped):
+        monkeypatch.setattr(module, "own_tokens", lambda dtype: 32)
+        own = module.grouped_products
+        monkeypatch.setattr(module, "grouped_products", lambda x, *a, own=own: (taken.append(len(x)), own(x, *a))[1])
+    weights = numbers(2, ROWS, COLUMNS, seed=1)
+    for counts in ([30, 34], [33, 33], [20, 80]):
+        ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+        grouped.grouped_product(numbers(sum(counts), COLUMNS), weights if stacked else list(weights), ends)
+    assert taken == [64, 20], "both experts at once up to 32 tokens on the average, else each by itself"
+
+
+@pytest.mark.parametrize(
+    ("flags", "own"),
+    [
+        ("avx2", (32, sys.maxsize, sys.maxsize)),
+        ("avx2 avx512bw", (32, 64, sys.maxsize)),
+        ("avx512bw amx_bf16 avx512_fp16", (32, 32, 64)),
+        ("asimd asimdhp bf16", (32, 12, 12)),
+    ],
+)
+def test_how_many_tokens_take_our_own_product_follows_from_the_cpu(monkeypatch, flags, own):
+    monkeypatch.setattr(products, "cpu_flags", lambda: frozenset(flags.split()))
+    known = products.multiplies, products.own_tokens
+    for function in known:
+        function.cache_clear()
+    try:
+        assert tuple(map(products.own_tokens, (torch.float32, torch.bfloat16, torch.float16))) == own
+    finally:
+        for function in known:
+            function.cache_clear()
 
 
 @pytest.mark.parametrize(

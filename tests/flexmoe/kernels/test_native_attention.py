@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from flexmoe.kernels.native import library as native
+from flexmoe.kernels.native import portable
 from flexmoe.kernels.native.attention import paged_attention
-from flexmoe.kernels.native.build import build
+from flexmoe.kernels.native.build import build, sources_digest
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no native library on this machine")
 
@@ -261,6 +262,39 @@ def test_a_missing_compiler_is_one_warning(tmp_path):
     result = run_python(code, PATH=str(tmp_path), CXX="", FLEXMOE_CACHE=str(tmp_path))
     assert result.stdout.strip() == "False False"
     assert result.stderr.count("no C++ compiler was found") == 1
+
+
+def test_a_library_that_came_with_the_package_needs_no_compiler(tmp_path, monkeypatch):
+    name = f"flexmoe-{sources_digest()}.so"
+    for where, expected in ((name, True), ("flexmoe-of-other-sources.so", False)):
+        directory = tmp_path / str(expected)
+        directory.mkdir()
+        (directory / where).write_bytes(build().read_bytes())
+        monkeypatch.setattr(portable, "_DIRECTORY", directory)
+        assert (portable.prebuilt() == directory / where) == expected
+        with monkeypatch.context() as patch:
+            patch.setenv("PATH", str(tmp_path))
+            patch.setenv("CXX", "")
+            native.load.cache_clear()
+            assert (native.load() is not None) == expected
+    native.load.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the sets of instructions are those of x86-64")
+def test_one_library_for_all_cpus_gives_what_that_of_this_cpu_gives(tmp_path, monkeypatch):
+    case = Case(MIXED, dtype=torch.bfloat16)
+    expected = case.run()
+    monkeypatch.setattr(portable, "_DIRECTORY", tmp_path)
+    path = portable.build_portable()
+    assert {"flexmoe_attention", "flexmoe_products", "flexmoe_norm"} <= set(portable.functions())
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    native.load.cache_clear()
+    try:
+        assert portable.prebuilt() == path and native.available()
+        torch.testing.assert_close(case.run(), expected)
+    finally:
+        native.load.cache_clear()
 
 
 def test_who_starts_together_compiles_once(tmp_path, monkeypatch):

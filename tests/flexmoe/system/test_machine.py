@@ -49,6 +49,20 @@ def test_filesystem_is_that_of_the_longest_mount(tmp_path, monkeypatch):
     assert machine.filesystem(Path("/elsewhere")) == "ext4"
 
 
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("avx2 fma f16c", "AVX2"),
+        ("avx2 avx512f avx512bw", "AVX-512"),
+        ("avx2 avx512f avx512_bf16", "AVX-512 with bf16"),
+        ("avx512f avx512_bf16 amx_bf16", "AMX"),
+        ("asimd bf16", "NEON with bf16"),
+    ],
+)
+def test_the_instruction_set_is_the_widest_that_multiplies(flags, name):
+    assert machine.instruction_set(frozenset(flags.split())) == name
+
+
 def test_processor_has_a_name():
     assert machine.cpu_name()
 
