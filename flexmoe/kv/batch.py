@@ -120,7 +120,8 @@ class Block:
         gpu_batch_size: rows per GPU batch.
 
     Attributes:
-        runs: the runs in block order: rows attended in one place together, so that most GPU batches hold one group.
+        runs: the runs in block order: rows attended in one place together, so that most GPU batches hold one group, and among
+            those the rows that share pages.
         batches: the GPU batches.
         logit_owners: owner of each row of the sweep's logits, in order.
         scored: the runs that have targets, in order.
@@ -129,7 +130,7 @@ class Block:
     """
 
     def __init__(self, runs: Sequence[Run], gpu_batch_size: int):
-        self.runs = sorted(runs, key=lambda r: (_MODES.index(r.mode), r.kv.tier))
+        self.runs = sorted(runs, key=lambda r: (_MODES.index(r.mode), r.kv.tier, r.kv.shared))
         self.logit_owners = [r.owner for r in self.runs for _ in range(r.logits)]
         self.scored = [r for r in self.runs if r.targets]
         self.targets = torch.tensor([t for run in self.scored for t in run.targets], dtype=torch.int64)
