@@ -195,7 +195,9 @@ def common_tokens(workload: Workload, together: float) -> float:
     of them have counts once."""
     most = float(shared_tokens(workload.prompt_len, PAGE_TOKENS))
     prefix = min(most, workload.prefix_len)
-    again, alike = (1 - 1 / max(1.0, min(each, together)) for each in (workload.rows_per_prompt, workload.rows_per_prefix))
+    again, alike = (
+        1 - 1 / max(1.0, min(each, together)) for each in (workload.rows_per_prompt, workload.rows_per_prefix)
+    )
     return again * most + (1 - again) * alike * prefix
 
 
