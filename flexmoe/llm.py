@@ -27,6 +27,9 @@ from flexmoe.models.loader import Model, load_model
 from flexmoe.outputs import RequestOutput
 from flexmoe.params import DEFAULT_MAX_TOKENS, EngineRequest, InFlight, SamplingParams
 from flexmoe.planning.configure import ARGUMENTS, configure
+from flexmoe.prefixes.digests import page_digests
+from flexmoe.prefixes.finder import find_prefixes
+from flexmoe.prefixes.order import PrefixOrder
 from flexmoe.progress import Progress
 from flexmoe.quantizing.packed_copy import packed_copy
 from flexmoe.text.tokenizer import Tokenizer, eos_ids
@@ -328,6 +331,7 @@ class LLM:
             "memory": {t: {"planned_bytes": memory.total(t), **memory.parts[t]} for t in memory.parts},
             "weights_stall_s": e.feed.stall_s,
             "expert_cache": e.feed.metrics(),
+            "prefix_cache": e.scheduler.prefix_metrics(),
         }
 
     def router_stats(self, layer: int) -> LayerStats:
@@ -361,7 +365,7 @@ class LLM:
         *,
         max_tokens: int | None = None,
     ) -> list[RequestOutput]:
-        """Runs prompts of token ids, the longest rows first, and adds the texts of the prompts.
+        """Runs prompts of token ids, the longest rows first and those that begin alike together, and adds the texts of the prompts.
 
         Args:
             max_tokens: of those that have none; None leaves it to the engine.
@@ -370,15 +374,23 @@ class LLM:
         several = one_each(default, len(prompts))
         if max_tokens is not None:
             several = [params.limited(max_tokens) for params in several]
+        caching = self.engine.config.prefix_caching
+        tree = find_prefixes(page_digests(ids) if caching else b"" for ids in prompts)
         requests = [
-            EngineRequest(request_id=str(i), prompt_token_ids=ids, params=params)
+            EngineRequest(
+                request_id=str(i),
+                prompt_token_ids=ids,
+                params=params,
+                prefix_ends=tree.ends(i),
+            )
             for i, (ids, params) in enumerate(zip(prompts, several))
         ]
         for request in requests:
             problem = self.check(request)
             if problem is not None:
                 raise UsageError(f"prompt {request.request_id}: {problem}")
-        longest_first = sorted(requests, key=lambda r: len(r.prompt_token_ids) - self.engine.limit(r))
+        limits = [self.engine.limit(request) for request in requests]
+        order = PrefixOrder(tree, tree.nodes, limits).waiting(range(len(requests)), max(1, len(requests)))
         outputs: dict[int, RequestOutput] = {}
         drawn = use_tqdm and sys.stderr is not None and sys.stderr.isatty()
         progress, last = Progress(len(requests), 0, bar=drawn, left=None, what="Processed prompts"), self.tokens
@@ -389,7 +401,7 @@ class LLM:
             progress.sweep(last[0] - before[0], last[1] - before[1])
 
         with contextlib.closing(progress):
-            for output in self.stream(longest_first, swept):
+            for output in self.stream((requests[i] for i in order), swept):
                 outputs[int(output.request_id)] = output
                 progress.row()
         if requests:

@@ -95,6 +95,8 @@ class RequestOutput:
         outputs: the ``n`` completions, by index. A request of ``max_tokens`` 0 has them too, with no tokens.
         prompt_logprobs: one for each token of the prompt but the first; None where the request asks for none. From
             `LLM.generate` and `LLM.chat` the first token has one too, which is None.
+        num_cached_tokens: tokens of the prompt that were not computed for it, since other rows begin alike; None where it did
+            not run.
     """
 
     request_id: str
@@ -105,6 +107,7 @@ class RequestOutput:
     error: str | None = None
     error_code: str | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    num_cached_tokens: int | None = None
 
     @property
     def metrics(self) -> None:

@@ -244,6 +244,8 @@ class EngineRequest:
         request_id: names the request among those in flight.
         stream_key: what the random draws depend on beside the seed; "" means the ``request_id``.
         resumed: per sample what was generated before a crash; (): nothing of any sample.
+        prefix_ends: tokens of the prompt up to which other requests may begin alike, each a whole number of KV pages
+            (`flexmoe.prefixes.finder`). Pages are shared only where the tokens are equal.
     """
 
     request_id: str
@@ -251,6 +253,7 @@ class EngineRequest:
     params: SamplingParams
     stream_key: str = ""
     resumed: tuple[Resumed, ...] = ()
+    prefix_ends: tuple[int, ...] = ()
 
     def failed(self, error: str, code: str = "engine_error") -> RequestOutput:
         """The result of this request where it cannot be completed.

@@ -79,7 +79,6 @@ ENGINE: dict[str, Foreign] = {
             "disable_log_stats",
             "distributed_executor_backend",
             "enable_chunked_prefill",
-            "enable_prefix_caching",
             "enforce_eager",
             "guided_decoding_backend",
             "long_prefill_token_threshold",

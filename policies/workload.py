@@ -46,6 +46,8 @@ class Workload:
         longest_row: tokens of the longest row, prompt and completion; 0 stands for the longest of the histogram.
         scored_tokens: mean tokens of a prompt whose log-probabilities are asked.
         rows_per_prompt: rows that are samples of one prompt, on average; whole KV pages of it are computed once for them.
+        prefix_len: tokens that a prompt has in common with others at its beginning, on average, in whole KV pages.
+        rows_per_prefix: prompts that such a beginning is computed once for, on average.
 
     Raises:
         UsageError: a length is not a whole number of at least 1, or the histogram is no list of such triples.
@@ -58,13 +60,20 @@ class Workload:
     longest_row: Size = 0
     scored_tokens: Size = 0
     rows_per_prompt: Annotated[float, _MEAN] = 1.0
+    prefix_len: Size = 0
+    rows_per_prefix: Annotated[float, _MEAN] = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self)
         longest = max((s + n for s, n, _ in self.lengths), default=self.prompt_len + self.gen_len)
         object.__setattr__(self, "longest_row", max(longest, self.longest_row))
-        if self.rows_per_prompt > 1 and not self.lengths:  # followed as rows that differ are
+        if self.has_common and not self.lengths:  # followed as rows that differ are
             object.__setattr__(self, "lengths", ((self.prompt_len, self.gen_len, self.num_requests or 1),))
+
+    @property
+    def has_common(self) -> bool:
+        """Whether rows begin alike, so that one of them computes what others find."""
+        return self.rows_per_prompt > 1 or (self.prefix_len > 0 and self.rows_per_prefix > 1)
 
     @property
     def scored_share(self) -> float:
@@ -112,6 +121,8 @@ class Workload:
             "longest_row": self.longest_row,
             "scored_tokens": self.scored_tokens,
             "rows_per_prompt": self.rows_per_prompt if self.rows_per_prompt > 1 else None,
+            "prefix_len": self.prefix_len,
+            "rows_per_prefix": self.rows_per_prefix if self.rows_per_prefix > 1 else None,
         }
         return {name: value for name, value in values.items() if value}
 

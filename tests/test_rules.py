@@ -54,6 +54,7 @@ ORDER = (
     ("flexmoe.models.sparse", "flexmoe.models.dense"),
     ("flexmoe.models",),
     ("flexmoe.kv",),
+    ("flexmoe.prefixes",),
     ("flexmoe.engine",),
     ("flexmoe.text",),
     ("flexmoe.openai",),

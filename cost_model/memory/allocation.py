@@ -14,6 +14,7 @@ from math import ceil
 from cost_model.model.arch import LayerGroup, ModelArch
 from cost_model.model.weight_units import expert_units, unit_slack_bytes, units_of
 from policies.admission.kv_pages import KVPages
+from policies.admission.shared_prefix import shared_tokens
 from policies.common.errors import InfeasibleError, UsageError
 from policies.common.memory_units import GIB, align_up
 from policies.placement import Placement, Residency, place_batches, place_pieces
@@ -208,6 +209,17 @@ def kv_tokens_wanted(policy: Policy, workload: Workload) -> int:
     return policy.block_size * _row_tokens(policy, workload)
 
 
+def common_tokens(workload: Workload, together: float) -> float:
+    """Tokens of a row, on average, that count among another row's where so many rows are together: each beginning that several
+    of them have counts once."""
+    most = float(shared_tokens(workload.prompt_len, PAGE_TOKENS))
+    prefix = min(most, workload.prefix_len)
+    again, alike = (
+        1 - 1 / max(1.0, min(each, together)) for each in (workload.rows_per_prompt, workload.rows_per_prefix)
+    )
+    return again * most + (1 - again) * alike * prefix
+
+
 def _row_tokens(policy: Policy, workload: Workload) -> int:
     s, n = workload.prompt_len, workload.gen_len
     if policy.schedule == "static":
@@ -218,6 +230,8 @@ def _row_tokens(policy: Policy, workload: Workload) -> int:
 def _kv_pages_wanted(layout: KVPages, policy: Policy, workload: Workload, kv_tokens: int | None) -> float:
     """Pages that hold so many tokens of context, in rows of the workload, and what enters in a sweep beside them."""
     tokens, each = kv_tokens or kv_tokens_wanted(policy, workload), _row_tokens(policy, workload)
+    if kv_tokens is None and not layout.windowed:
+        tokens = max(each, tokens - policy.block_size * common_tokens(workload, policy.block_size))
     if not layout.windowed:
         return layout.full * tokens / PAGE_TOKENS
     rows = max(1.0, tokens / each)

@@ -18,7 +18,7 @@ from cost_model.timing.job_rows import Row, by_prompt, prompt_sizes, tokens_to_g
 from cost_model.timing.sweep_load import MODES, RowGroup, SweepLoad
 from policies.admission.admission import Admission
 from policies.admission.order import WINDOW_BLOCKS, longest_first
-from policies.admission.row_state import AttentionMode, RowLengths
+from policies.admission.row_state import AttentionMode, Prefix, RowLengths
 from policies.admission.shared_prefix import share
 from policies.common.errors import InfeasibleError
 from policies.placement import TIERS
@@ -130,7 +130,8 @@ def job_sweeps(
     if whole or small:
         window, each = WINDOW_BLOCKS * policy.block_size, workload.rows_per_prompt
         waiting = waiting_prompts(workload, window, seed) if rows is None else by_prompt(iter(rows), each)
-        return _Job(policy, allocation, waiting, total).follow()
+        prefix = workload.prefix_len, workload.rows_per_prefix
+        return _Job(policy, allocation, waiting, total, prefix=prefix).follow()
     return _followed_in_part(policy, allocation, workload, endless, seed)
 
 
@@ -153,7 +154,8 @@ def _followed_in_part(
         periods = int(min(_MOST_PERIODS, lives - settling))
     total = (workload.num_requests or 0) / bundle
     prompts = ((row,) * size for row, size in zip(rows, prompt_sizes(workload.rows_per_prompt)))
-    found = _Job(policy, allocation, prompts, total, bundle, settling, max(1, periods), mixed).follow()
+    prefix = workload.prefix_len, max(1.0, workload.rows_per_prefix / bundle)
+    found = _Job(policy, allocation, prompts, total, bundle, settling, max(1, periods), mixed, prefix).follow()
     return found.generating(tokens_to_generate(workload))
 
 
@@ -188,6 +190,7 @@ class _Job:
         settling: lives of a row, or static blocks, to follow before the steady state; windows where rows differ.
         periods: likewise of the steady state, before the rest of it is skipped; 0: skip nothing.
         mixed: rows differ, and each window of them begins with the longest.
+        prefix: tokens that prompts have in common, and how many prompts, or bundles of such, do.
     """
 
     def __init__(
@@ -200,9 +203,13 @@ class _Job:
         settling: int = 0,
         periods: int = 0,
         mixed: bool = False,
+        prefix: tuple[int, float] = (0, 1.0),
     ):
         self._prompts, self._left, self._bundle = prompts, total, bundle
         self._settling, self._periods = settling, periods
+        self._prefix_len, self._per_prefix = prefix[0] if prefix[1] > 1 else 0, prefix[1]
+        self._prefix: Prefix[RowLengths] | None = None
+        self._prefix_left, self._gpu_batch_size = 0.0, policy.gpu_batch_size
         self._static = policy.schedule == "static"
         self._layout, self._recompute_past = allocation.kv_layout, allocation.recompute_past
         self._room = {tier: int(allocation.kv_pages[tier] / bundle) for tier in TIERS}
@@ -239,11 +246,11 @@ class _Job:
             if self._periods and self._period is None:
                 self._watch_for_period(empty)
             self._fill_queue()
-            before = len(self._admission.waiting)
+            before = self._admission.rows_waiting
             rows = self._admission.plan_sweep()
             if not rows:
                 break
-            self._entered += before - len(self._admission.waiting)
+            self._entered += before - self._admission.rows_waiting
             fresh = self._sweep(rows) == 0 and fresh
             self._phase.append(self._name_phase(fresh))
         if self._admission.unfinished:
@@ -260,16 +267,38 @@ class _Job:
         return "drain" if self._static or not self._admission.waiting else "steady"
 
     def _fill_queue(self) -> None:
-        waiting = self._admission.waiting
-        while len(waiting) < self._block and self._left >= 0.5:
+        while self._admission.rows_waiting < self._block and self._left >= 0.5:
             rows = [RowLengths(prompt=s, limit=s + n) for s, n in next(self._prompts)][: ceil(self._left - 0.5)]
             self._left -= len(rows)
-            waiting.extend(share(rows, self._layout, self._recompute_past))
+            share(rows, self._layout, self._recompute_past, self._next_prefix())
+            self._admission.submit(rows)
+
+    def _next_prefix(self) -> Prefix[RowLengths] | None:
+        """What the next prompt has in common with those before it."""
+        if not self._prefix_len:
+            return None
+        if self._prefix is None or self._prefix_left < 0.5:
+            self._prefix, self._prefix_left = Prefix(tokens=self._prefix_len), self._prefix_left + self._per_prefix
+        self._prefix_left -= 1
+        return self._prefix
+
+    def _read_once(self, rows: list[RowLengths], groups: list[list[float]]) -> None:
+        """What rows of a GPU batch have in common is read once for them: rows that share lie together in a block."""
+        holders: dict[tuple[int, Prefix[RowLengths]], list[RowLengths]] = {}
+        for row in rows if not self._layout.windowed else ():
+            for prefix in row.held.prefix.path if row.held is not None else ():
+                holders.setdefault((_MODE_OF[row.tier, row.mode], prefix), []).append(row)
+        for (mode, prefix), sharing in holders.items():
+            own, count = prefix.tokens - (prefix.parent.tokens if prefix.parent else 0), len(sharing) * self._bundle
+            again = own * max(0.0, 1 - ceil(count / self._gpu_batch_size) / count)
+            for row in sharing:
+                groups[mode][1 if row.run == 1 and row.generated else 4] -= again
 
     def _sweep(self, rows: list[RowLengths]) -> int:
         """One sweep; returns how many rows end in it."""
         admission, groups, logits, ended = self._admission, [[0.0] * len(_FIELDS) for _ in MODES], 0, []
         self._pages.append([admission.held(tier) for tier in TIERS])
+        self._read_once(rows, groups)
         for row in rows:
             group, run, past = groups[_MODE_OF[row.tier, row.mode]], row.run, row.cached
             if run == 1 and row.generated:
@@ -287,6 +316,8 @@ class _Job:
         for row in ended:
             admission.finish(row)
         admission.end_sweep()
+        admission.prefixes.opened.clear()
+        admission.prefixes.closed.clear()
         self._groups.append(groups)
         self._logits.append(logits)
         self._finished += len(ended)

@@ -17,7 +17,7 @@ from functools import lru_cache
 from itertools import accumulate
 from math import ceil, floor
 
-from cost_model.memory.allocation import PAGE_TOKENS, Allocation
+from cost_model.memory.allocation import PAGE_TOKENS, Allocation, common_tokens
 from cost_model.timing.job_rows import BUNDLES, STATIC_BUNDLES, followed_rows
 from cost_model.timing.length_moments import row_moments
 from cost_model.timing.phase_loads import Phase, PhaseLoads
@@ -54,7 +54,7 @@ def job_phases(policy: Policy, allocation: Allocation, workload: Workload) -> Jo
     """How the job proceeds under a policy."""
     m = row_moments(workload)
     loads = PhaseLoads(moments=m, shares=mode_shares(policy, allocation), prefill_tokens=policy.prefill_tokens)
-    if m.mixed or workload.rows_per_prompt > 1:
+    if m.mixed or workload.has_common:
         return _mixed_job(policy, allocation, workload, loads)
     block, fill = _rows_in_flight(policy, allocation, loads)
     life, total = loads.life_sweeps, workload.num_requests
@@ -139,12 +139,14 @@ def _mixed_job(policy: Policy, allocation: Allocation, workload: Workload, loads
     room, static = sum(allocation.kv_pages.values()), policy.schedule == "static"
     room -= ceil(allocation.kv_layout.entering(loads.moments.s, policy.prefill_tokens))
     parts = _followed(workload, policy.block_size, policy.prefill_tokens, room, static, allocation.kv_layout)
+    read_once = 0.0 if allocation.kv_layout.windowed else common_tokens(workload, policy.gpu_batch_size)
     phases = [
         Phase(
             name=part.name,
             sweeps=part.sweeps,
             load=SweepLoad(
-                groups={mode: part.rows.part(share) for mode, share in loads.shares.items()}, logits=part.logits
+                groups={mode: part.rows.part(share).reading_once(read_once) for mode, share in loads.shares.items()},
+                logits=part.logits,
             ),
         )
         for part in parts
@@ -176,6 +178,8 @@ def _followed(workload: Workload, block: int, pace: int, room: int, static: bool
         static=static,
         layout=layout,
         rows_per_prompt=workload.rows_per_prompt,
+        prefix=(workload.prefix_len, workload.rows_per_prefix),
+        held_once=0.0 if layout.windowed else common_tokens(workload, block),
     )
     recurring = 1 + (total / window - windows) / (windows - 1) if windows and total is not None else 1.0
     once = 0.0 if windows and total is None else 1.0

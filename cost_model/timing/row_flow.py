@@ -74,6 +74,8 @@ def flow(
     static: bool,
     layout: KVPages = _ALL_SEE_ALL,
     rows_per_prompt: float = 1.0,
+    prefix: tuple[int, float] = (0, 1.0),
+    held_once: float = 0.0,
 ) -> list[Stretch]:
     """The stretches of a job.
 
@@ -85,10 +87,38 @@ def flow(
         layout: pages of a row; default: all layers see all tokens.
         static: between the end of a row and that of the last one in flight, none enters.
         rows_per_prompt: of so many rows one computes the pages of a prompt, and the others begin after them.
+        prefix: tokens that prompts have in common, and of how many prompts one computes them.
+        held_once: tokens of each row whose pages count as another row's.
     """
-    job = _Flow(list(rows), block, pace, room, static, layout, 1 / rows_per_prompt)
+    common = _Common(1 / rows_per_prompt, prefix[0], 1 / prefix[1])
+    job = _Flow(list(rows), block, pace, room, static, layout, common, layout.full * held_once / PAGE_TOKENS)
     job.run()
     return job.stretches
+
+
+@dataclass(frozen=True, slots=True)
+class _Common:
+    """What rows find that others have computed.
+
+    Attributes:
+        computing: part of the rows that compute their prompt's pages; the others begin after them.
+        prefix: tokens that prompts have in common.
+        first: of the computing rows, the part that computes those too.
+    """
+
+    computing: float
+    prefix: int
+    first: float
+
+    def parts(self, s: int) -> tuple[tuple[float, int], ...]:
+        """(part of the rows, tokens that they begin after) of prompts of ``s`` tokens."""
+        whole = shared_tokens(s, PAGE_TOKENS)
+        begun = min(self.prefix, whole)
+        return (
+            (self.computing * self.first, 0),
+            (self.computing * (1 - self.first), begun),
+            (1 - self.computing, whole),
+        )
 
 
 class _Flow:
@@ -100,10 +130,11 @@ class _Flow:
         room: int,
         static: bool,
         layout: KVPages,
-        computing: float,
+        common: _Common,
+        common_pages: float,
     ):
         self.stretches: list[Stretch] = []
-        self._layout, self._computing = layout, computing  # the latter: part of the rows
+        self._layout, self._common, self._common_pages = layout, common, common_pages
         self._queue, self._block, self._pace, self._room, self._static = rows[::-1], block, pace, room, static
         # Groups by their end, and the pages that all in flight will hold then, unless there is room for any that may be.
         self._running: list[tuple[float, float, float]] = []
@@ -171,9 +202,9 @@ class _Flow:
                     self._fits_at = max(self._fits_at, s + end - self._layout.longest_row(int((room - used) // 1), 1))
         return int(found + _ROUNDING)
 
-    def _held(self, tokens: float) -> int:
-        """Pages of a row."""
-        return self._layout.held(ceil(tokens))
+    def _held(self, tokens: float) -> float:
+        """Pages of a row, those left out that count as another row's."""
+        return max(1.0, self._layout.held(ceil(tokens)) - self._common_pages)
 
     def _used_at(self, sweep: float) -> float:
         """Pages of those in flight that have not ended before."""
@@ -236,19 +267,19 @@ class _Flow:
     def _compute(self, s: int, tokens: float) -> None:
         """So many tokens of prompts of ``s`` are computed in this sweep, a chunk of at most the pace of each."""
         rows = tokens / self._own_tokens(s)
-        whole, prefix = rows * self._computing, shared_tokens(s, PAGE_TOKENS)
-        after = rows - whole
-        chunks = whole * s / min(s, self._pace)
         self._budget -= tokens
         self._tokens += tokens
-        self._chunks += chunks + after
-        self._past += chunks * max(0.0, s - self._pace) / 2 + after * prefix
-        self._pairs += whole * s * s / 2 + after * (s * s - prefix * prefix) / 2
+        for part, begin in self._common.parts(s):
+            own = s - begin
+            chunks = part * rows * own / min(own, self._pace)
+            self._chunks += chunks
+            self._past += chunks * (begin + max(0.0, own - self._pace) / 2)
+            self._pairs += part * rows * (s * s - begin * begin) / 2
         self._entered += rows
 
     def _own_tokens(self, s: int) -> float:
         """Prompt tokens that a row computes, on average."""
-        return s - (1 - self._computing) * shared_tokens(s, PAGE_TOKENS)
+        return sum(part * (s - begin) for part, begin in self._common.parts(s))
 
     def _end_sweep(self) -> bool:
         """The sweep is full; whether rows end with it."""

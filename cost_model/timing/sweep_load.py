@@ -59,6 +59,14 @@ class RowGroup:
             pairs=_mean(share, min(self.pairs, self.prompt_rows * pairs), self.pairs),
         )
 
+    def reading_once(self, tokens: float) -> RowGroup:
+        """The same where so many tokens of each row are read for another row of its GPU batch."""
+        return replace(
+            self,
+            decode_context=max(self.decode_rows, self.decode_context - self.decode_rows * tokens),
+            prompt_past=max(0.0, self.prompt_past - min(self.prompt_past, self.prompt_rows * tokens)),
+        )
+
     @property
     def rows(self) -> float:
         """Rows that take part."""

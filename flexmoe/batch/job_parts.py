@@ -88,6 +88,7 @@ def open_job(options: RunOptions, model: Model, interrupts: Interrupts | None = 
         keep_reasoning=options.keep_reasoning_in_content,
         stream=stream,
         interrupts=interrupts,
+        prefix_caching=options.prefix_caching,
     )
 
 

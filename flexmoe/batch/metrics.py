@@ -45,7 +45,7 @@ _OF_SWEEPS = (
     "prompt_tokens_per_sweep",
     "sweep_s",
 )
-_OF_PARTS = ("lanes", "memory", "moved_bytes", "peak_bytes", "expert_cache")
+_OF_PARTS = ("lanes", "memory", "moved_bytes", "peak_bytes", "expert_cache", "prefix_cache")
 _OF_ENGINE = (
     "predicted",
     "drift",

@@ -117,6 +117,7 @@ class RunOptions:
             limits allow.
         offload_dir: directory of the disk tier.
         kv_tokens: KV capacity in tokens; None: from the policy and the rows' lengths.
+        prefix_caching: rows that begin alike compute and keep what they have in common once, and wait near each other.
         metrics_json, router_stats, trace: files to write; None writes none.
 
     Raises:
@@ -167,6 +168,7 @@ class RunOptions:
     memory_limit: float | None = None
     offload_dir: Path = OFFLOAD_DIR
     kv_tokens: int | None = None
+    prefix_caching: bool = True
     metrics_json: Path | None = None
     router_stats: Path | None = None
     trace: Path | None = None

@@ -231,6 +231,7 @@ class _Planner:
             "expert_usage": self.usage,
             "router_stats": asked.router_stats is not None,
             "reserve": asked.reserve,
+            "prefix_caching": asked.prefix_caching,
         }
 
 

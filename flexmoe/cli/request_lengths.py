@@ -46,8 +46,10 @@ def read_lengths(args: argparse.Namespace, arch: ModelArch) -> tuple[Workload, t
     preparer = setup.preparer() if estimate is None else setup.preparer(_estimating(setup, estimate))
     with open_requests(args.prompts, InputOptions(**options)) as requests:
         rows = Rows(requests=requests, numbers=range(len(requests)))
-        workers = None if estimate is None else 0
-        with closing(preflight(rows, setup, preparer=preparer, bar=sys.stderr.isatty(), workers=workers)) as found:
+        workers, prefixes = None if estimate is None else 0, estimate is None  # estimated tokens are no token ids
+        with closing(
+            preflight(rows, setup, preparer=preparer, bar=sys.stderr.isatty(), workers=workers, prefixes=prefixes)
+        ) as found:
             measured = found.lengths.measured(arch.max_position)
             refused = _refused(found, rows)
             if not measured.rows:

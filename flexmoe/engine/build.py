@@ -167,7 +167,8 @@ class _Builder:
 
         length_estimate = LengthEstimate(running, open_rows=config.gen_len is None)
         expected_end = length_estimate.expected_end if config.reserve == "p95" else None
-        scheduler = Scheduler(config.policy, cache, expected_end, self._plan.allocation.recompute_past)
+        past, caching = self._plan.allocation.recompute_past, config.prefix_caching
+        scheduler = Scheduler(config.policy, cache, expected_end, past, caching)
         # Weak, so that the memory of an engine goes with its last user and does not wait for the garbage collector.
         weak = weakref.ref(scheduler)
         return length_estimate, scheduler

@@ -49,6 +49,7 @@ class EngineConfig:
             have needed so far (`flexmoe.engine.length_estimate`).
         router_stats: count which experts are chosen together too, not only how often each is
             (`flexmoe.engine.router_counter`).
+        prefix_caching: rows that begin alike compute and keep what they have in common once.
 
     Raises:
         UsageError: a value that cannot be used.
@@ -76,11 +77,14 @@ class EngineConfig:
     expert_usage: ExpertUsage | str | Path | None = None
     reserve: str = "p95"
     router_stats: bool = False
+    prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "offload_dir", resolved(self.offload_dir))
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         self._check_numbers()
+        if not isinstance(self.prefix_caching, bool):
+            raise UsageError(f"{option('prefix_caching')} is {self.prefix_caching!r}; give True or False")
         if self.reserve not in RESERVES:
             raise UsageError(f"reserve is {self.reserve!r}; choose one of {', '.join(RESERVES)}")
         if isinstance(self.expert_usage, (str, Path)):

@@ -223,6 +223,8 @@ class RequestState:
         if not self.scored and (not self.rows or all_past):
             self.rows.insert(0, Sample(self, -1, prompt, Resumed()))
         self.scorer: Sample | None = self.rows[0] if self.rows and self.prompt_logprobs is not None else None
+        if self.scorer is not None and not self.scored:
+            self.scorer.computes_all = True
 
     @property
     def scored(self) -> bool:
@@ -253,6 +255,7 @@ class RequestState:
             outputs=[self._outputs[index] for index in range(len(self._samples))],
             finished=True,
             prompt_logprobs=None if self.prompt_logprobs is None else tuple(self.prompt_logprobs),
+            num_cached_tokens=min((row.found_tokens for row in self.rows if row.found_tokens is not None), default=0),
         )
 
     def in_flight(self) -> list[InFlight]:

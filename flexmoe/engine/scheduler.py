@@ -1,21 +1,21 @@
 """Rows with their token ids and their KV: carries out what `policies.admission.admission` decides from lengths alone.
 
-A row's restart state is its token ids: preempted, it re-enters as one run of prompt + tokens. Rows of one prompt share its
-full pages: the first computes them, and the others are forked from there, so that none is copied.
+A row's restart state is its token ids: preempted, it re-enters as one run of prompt + tokens. Rows that begin with the same
+pages share them: the first computes them, and the others are forked from there, so that none is copied.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from flexmoe.kv.batch import Run
 from flexmoe.kv.cache import KVCache, KVExhausted, RowKV
 from flexmoe.params import EngineRequest
+from flexmoe.prefixes.registry import PrefixRegistry
 from policies.admission.admission import Admission
-from policies.admission.row_state import Prefix, RowLengths
-from policies.admission.shared_prefix import share
+from policies.admission.row_state import RowLengths
+from policies.admission.shared_prefix import count_once
 from policies.placement import TIERS
 from policies.policy import Policy
 
@@ -30,17 +30,17 @@ class Row(RowLengths):
 
     Attributes:
         kv: its cache while in flight.
-        prefix: the beginning of the prompt that it computes for others, or will begin after.
+        found_tokens: tokens that others had computed when it first entered; None before that.
     """
 
-    __slots__ = ("kv", "request", "tokens")
-    prefix: SharedPrompt | None
+    __slots__ = ("found_tokens", "kv", "request", "tokens")
 
     def __init__(self, request: EngineRequest, tokens: list[int], limit: int):
         prompt = len(request.prompt_token_ids)
         super().__init__(prompt=prompt, limit=limit, generated=len(tokens) - prompt)
         self.request, self.tokens = request, tokens
         self.kv: RowKV | None = None
+        self.found_tokens: int | None = None
 
     @property
     def generated_ids(self) -> list[int]:
@@ -64,13 +64,6 @@ class Row(RowLengths):
         return Run(self.held_kv(), tokens, self.mode, int(self.logits), self, len(known))
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class SharedPrompt(Prefix[Row]):
-    """A prefix with its KV, once that is computed and while rows still wait for it."""
-
-    kv: RowKV | None = None
-
-
 class Scheduler:
     """Plans each sweep: reserves in the KV cache what admission has decided, and makes the runs.
 
@@ -80,6 +73,10 @@ class Scheduler:
         expected_end: length that a row is expected to reach; default its limit. A row that outgrows it may find its
             tier full; then the youngest row of the tier is preempted.
         recompute_past: length beyond which a row's KV is computed anew (`ModelArch.rope_switch`).
+        prefix_caching: rows of different requests share pages too, not only the samples of one.
+
+    Attributes:
+        saved_tokens, needed_tokens: of all rows that have entered, those whose KV was there already, and all that they had.
     """
 
     def __init__(
@@ -88,9 +85,11 @@ class Scheduler:
         cache: KVCache,
         expected_end: Callable[[Row], int] | None = None,
         recompute_past: int | None = None,
+        prefix_caching: bool = True,
     ):
         self._cache, self._recompute_past = cache, recompute_past
-        self._behind = 0
+        self._prefixes = PrefixRegistry(cache.page_tokens) if prefix_caching else None
+        self.saved_tokens = self.needed_tokens = 0
         self.admission: Admission[Row] = Admission(
             policy,
             pages={tier: cache.total(tier) for tier in TIERS},
@@ -118,7 +117,7 @@ class Scheduler:
     @property
     def rows_waiting(self) -> int:
         """How many rows wait, those included whose prompt is still to be computed by another one."""
-        return len(self.waiting) + self._behind
+        return self.admission.rows_waiting
 
     @property
     def restarts(self) -> int:
@@ -126,10 +125,27 @@ class Scheduler:
         return self.admission.restarts
 
     def submit(self, rows: Sequence[Row]) -> None:
-        """Queue the rows of one prompt: the first computes it, and the others enter when that is done."""
-        queued = share(rows, self._cache.layout, self._recompute_past, SharedPrompt)
-        self._behind += len(rows) - len(queued)
-        self.waiting.extend(queued)
+        """Queue the rows of one prompt: the first computes what nobody has computed, and the others enter when that is done."""
+        if not rows:
+            return
+        count_once(rows)
+        prompt, ends = rows[0].tokens[: rows[0].prompt], [len(rows[0].tokens)] if len(rows) > 1 else []
+        known = self._prefixes
+        if known is None:
+            known = PrefixRegistry(self._cache.page_tokens)
+        else:
+            ends += rows[0].request.prefix_ends
+        if ends:
+            past = [row.is_past(self._recompute_past) for row in rows]
+            found = {each: known.find(prompt, ends, each) for each in sorted(set(past))}
+            for row, each in zip(rows, past):
+                row.prefix = found[each]
+        self.admission.submit(rows)
+
+    def prefix_metrics(self) -> dict[str, float]:
+        """Tokens that rows had to have in the cache when they entered, those of them that others had computed, and their share."""
+        needed, saved = self.needed_tokens, self.saved_tokens
+        return {"needed_tokens": needed, "saved_tokens": saved, "hit_rate": saved / needed if needed else 0.0}
 
     def plan_sweep(self) -> list[Run]:
         """Choose the runs of the next sweep and reserve their KV.
@@ -141,8 +157,8 @@ class Scheduler:
         for row in self.admission.preempted:
             self._close(row)
         for row in rows:
-            if row.kv is None and row.shares and row.prefix is not None and row.prefix.kv is not None:
-                row.kv = self._cache.fork(row.prefix.kv)
+            if row.kv is None:
+                self._begin(row)
         self._close_prefixes()  # what they held is counted as free already
         for row in rows:
             if row.kv is None or row.run > 1 or row.cached % self._cache.page_tokens == 0:
@@ -153,16 +169,17 @@ class Scheduler:
         """The row's run is in the cache; ``token`` is what it generated, None while its prompt is unfinished.
 
         Returns:
-            int: prompt tokens computed for the first time.
+            int: prompt tokens that are stored for the first time, those that other rows have computed included.
         """
         if token is not None:
             row.tokens.append(token)
         first_computed = self.admission.commit(row, generated=token is not None)
-        kv, prefix = row.held_kv(), row.prefix
+        kv = row.held_kv()
         self._cache.advance(kv, row.cached)
-        if prefix is not None and row.shares and prefix.tier and prefix.kv is None:
-            prefix.kv = self._cache.share(kv, prefix.tokens)
-            self._behind -= len(prefix.waiting)
+        opened = self.admission.prefixes.opened
+        for _, pages in opened:
+            pages.kv = self._cache.share(kv, pages.prefix.tokens)
+        opened.clear()
         return first_computed
 
     def end_sweep(self) -> None:
@@ -176,20 +193,15 @@ class Scheduler:
         self._close_prefixes()
 
     def drop(self, row: Row) -> None:
-        """Remove a row, whether it is in flight, waits, or waits for its prompt to be computed. Who drops the row that
-        computes a prompt has to drop those that wait for it too."""
-        prefix = row.prefix
-        if prefix is not None and not row.shares and row not in prefix.waiting:
-            self._behind -= len(prefix.waiting)  # they are dropped too: nobody computes their prompt now
+        """Remove a row, whether it is in flight, waits, or waits for its beginning to be computed; one that has ended stays so."""
         if row.tier:
             self.finish(row)
-        elif row in self.waiting:
-            self.admission.drop(row)
+        elif self.admission.drop(row):
             self._close_prefixes()
 
     def clear(self) -> None:
         """Drop every row."""
-        for row in [*self.running, *self.waiting]:
+        for row in [*self.running, *self.admission.aside, *self.waiting]:
             self.drop(row)
 
     def preempt(self, row: Row) -> None:
@@ -244,10 +256,16 @@ class Scheduler:
         self._cache.close(row.held_kv())
         row.kv = None
 
+    def _begin(self, row: Row) -> None:
+        """The row enters: after the pages that it shares, where there are any."""
+        if row.held is not None:
+            row.kv = self._cache.fork(row.held.kv)
+        self.saved_tokens += row.cached
+        self.needed_tokens += row.length
+        if row.found_tokens is None:
+            row.found_tokens = row.cached
+
     def _close_prefixes(self) -> None:
         closed = self.admission.prefixes.closed
         while closed:
-            prefix = closed.pop()
-            if isinstance(prefix, SharedPrompt) and prefix.kv is not None:
-                self._cache.close(prefix.kv)
-                prefix.kv = None
+            self._cache.close(closed.pop().kv)

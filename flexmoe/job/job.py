@@ -90,6 +90,7 @@ class Job:
         keep_reasoning: leave what a model thinks in the content of its answers.
         stream: how it is run.
         interrupts: what may ask it to stop.
+        prefix_caching: find what prompts have in common, and run rows that begin alike together.
 
     Attributes:
         report: of the job when it was finished before; else None.
@@ -114,7 +115,9 @@ class Job:
         keep_reasoning: bool = False,
         stream: StreamOptions | None = None,
         interrupts: Interrupts | None = None,
+        prefix_caching: bool = True,
     ) -> None:
+        self._prefix_caching = prefix_caching
         self._start_s, self._now = time.monotonic(), creation_time_s()
         self._files, self._stream_options = files, stream or StreamOptions(bar=sys.stderr.isatty())
         self._interrupts = interrupts or Interrupts()
@@ -172,6 +175,7 @@ class Job:
             done=journal.__contains__,
             bar=bar,
             open_tokens=open_tokens(self._rows, journal, preparer),
+            prefixes=self._prefix_caching,
         )
         self._parts.callback(self._found.close)
         self._stream = self._row_stream(preparer, self._found)
@@ -254,6 +258,7 @@ class Job:
             model_name=manifest.model_name,
             created_s=manifest.created_s,
             keep_reasoning=self._keep_reasoning,
+            cached_tokens=self._prefix_caching,
         )
         journal = self._workspace.journal
         return RowStream(self._rows, found, journal, preparer, encoder, self._stream_options, self._interrupts)

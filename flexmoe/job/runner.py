@@ -191,12 +191,14 @@ class RowStream:
             log.warning("%d of %d rows cannot run; the error file says why", refused, len(self._rows))
 
     def _order(self, block_rows: int) -> Iterator[int]:
-        """The rows that are left: those that have been begun, then the longest of each window."""
+        """The rows that are left: those that have been begun, then the longest of each window; rows with a long prefix in common
+        are together."""
         begun = self._journal.partial_rows
         known, length = set(begun), self._found.lengths.expected_end.__getitem__
         others = (row for row in range(len(self._rows)) if row not in self._journal and row not in known)
-        window = WINDOW_BLOCKS * block_rows
-        return itertools.chain(longest_first(begun, length, len(begun) or 1), longest_first(others, length, window))
+        window, order = WINDOW_BLOCKS * block_rows, self._found.order()
+        waiting = longest_first(others, length, window) if order is None else order.waiting(list(others), window)
+        return itertools.chain(longest_first(begun, length, len(begun) or 1), waiting)
 
     def _pull(self, block_rows: int) -> Iterator[EngineRequest]:
         for row, request, parts in self._prepared(block_rows):
@@ -218,6 +220,7 @@ class RowStream:
         """The row's requests, with what was generated of them before."""
         before = self._journal.take_partial(row)
         for prompt, part in enumerate(parts):
+            part = replace(part, prefix_ends=self._found.prefix_ends(row, prompt))
             samples = [before.get((prompt, sample)) for sample in range(part.params.n)]
             if any(samples):
                 states = tuple(Resumed() if sample is None else sample.resumed() for sample in samples)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 
 from cost_model.memory.memory_plan import MASK_BYTES, mask_bytes
 from flexmoe.formats.packed_kv import copied_pages
+from flexmoe.kernels.log_sums import Merged, attend_all
 from flexmoe.kernels.ragged import Planned, Ragged
 from flexmoe.kernels.varlen_attention import DEFAULT_PAGES
 
@@ -40,12 +42,18 @@ def masked_paged_attention(
     Args:
         workspace: ``[2, P, page_tokens, G, Dh]`` for the copies of K and V; no row has more pages. Made when absent.
     """
-    out_THD = torch.empty_like(q_THD) if out is None else out
     room = DEFAULT_PAGES if workspace is None else workspace.shape[1]
-    heads = q_THD.shape[1]
-    pair_bytes = mask_bytes(heads // k_pool.shape[2], q_THD.element_size(), 0 if sinks is None else heads)
+    heads, apart = q_THD.shape[1], bool(rows.shared) and window is None
+    pair_bytes = mask_bytes(heads // k_pool.shape[2], q_THD.element_size(), 0 if sinks is None and not apart else heads)
     planned = plan_masked(rows, k_pool.shape[1], room, pair_bytes, window)
-    for piece in planned.on_device(q_THD.device, _Piece):
+    pieces = planned.on_device(q_THD.device, _piece)
+    if apart:
+        merged = Merged(q_THD)
+        for part in pieces:
+            merged.add(*part.part(q_THD, k_pool, v_pool, workspace))
+        return merged.result(q_THD, sinks, out)
+    out_THD = torch.empty_like(q_THD) if out is None else out
+    for piece in pieces:
         piece.attend(q_THD, k_pool, v_pool, out_THD, window, sinks, workspace)
     return out_THD
 
@@ -54,8 +62,19 @@ def plan_masked(rows: Ragged, page_tokens: int, room: int, pair_bytes: int, wind
     """The pieces of rows whose pages are copied ``room`` at a time; for ``pair_bytes`` see `mask_bytes`."""
     key = ("masked", page_tokens, room, pair_bytes, window)
     if key not in rows.plans:
-        rows.plans[key] = Planned.of(list(_described(rows, page_tokens, room, pair_bytes, window)))
+        shared = _described_shared(rows, page_tokens) if window is None else ()
+        rows.plans[key] = Planned.of([*shared, *_described(rows, page_tokens, room, pair_bytes, window)])
     return rows.plans[key]
+
+
+def _described_shared(rows: Ragged, page_tokens: int) -> Iterator[dict[str, Any]]:
+    """What rows have in common, each beginning behind those that it follows."""
+    starts, tables = rows.q_starts.numpy(), rows.tables.numpy()
+    for each in rows.shared:
+        yield {
+            "tokens": slice(int(starts[each.first]), int(starts[each.stop])),
+            "pages": tables[each.first, each.begin // page_tokens : each.end // page_tokens],
+        }
 
 
 def buckets_of(rows: Ragged) -> list[list[int]]:
@@ -81,8 +100,9 @@ def _described(
         pair_bytes: of the masks, for a query of a row and a key.
     """
     lengths, contexts, starts = rows.q_lengths, rows.contexts.numpy().astype(np.int64), rows.q_starts.numpy()
+    common = rows.common_pages(page_tokens) if window is None else np.zeros_like(contexts)
     for bucket in buckets_of(rows):
-        run, pages = int(lengths[bucket[0]]), -(-int(contexts[bucket].max()) // page_tokens)
+        run, pages = int(lengths[bucket[0]]), int((-(-contexts[bucket] // page_tokens) - common[bucket]).max())
         if window is not None:  # pages that no query of a run sees are left out
             pages = min(pages, -(-(window + run - 2) // page_tokens) + 1)
         pairs = max(1, MASK_BYTES // (pair_bytes * page_tokens * pages))
@@ -92,7 +112,7 @@ def _described(
             for first in range(0, run, step):
                 queries = np.arange(first, min(run, first + step))
                 positions_Bq = (contexts[members] - run)[:, None] + queries
-                begin_B = np.zeros_like(members)
+                begin_B = common[members]
                 if window is not None:
                     begin_B = np.maximum(0, positions_Bq[:, 0] + 1 - window) // page_tokens
                 # Later keys are seen by later queries.
@@ -103,6 +123,33 @@ def _described(
                     "positions_Bq": positions_Bq - begin_B[:, None] * page_tokens,
                     "pages": np.maximum(0, rows.tables.numpy()[members[:, None], columns]),
                 }
+
+
+def _piece(**described: Any) -> _Piece | _SharedPiece:
+    return _SharedPiece(**described) if "tokens" in described else _Piece(**described)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SharedPiece:
+    """Keys that rows have in common.
+
+    Attributes:
+        tokens: the queries of these rows.
+        pages: the pages, int32.
+    """
+
+    tokens: slice
+    pages: torch.Tensor
+
+    def part(
+        self, q_THD: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, workspace: torch.Tensor | None
+    ) -> tuple[slice, torch.Tensor, torch.Tensor]:
+        """The tokens, what attention to these keys gives them, and the logarithms of its sums."""
+        k_SGd, v_SGd = (
+            copied_pages(pool, self.pages, q_THD, None if workspace is None else workspace[which]).flatten(0, 1)
+            for which, pool in enumerate((k_pool, v_pool))
+        )
+        return self.tokens, *attend_all(q_THD[self.tokens], k_SGd, v_SGd)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +177,38 @@ class _Piece:
         workspace: torch.Tensor | None,
     ) -> None:
         """Attend, and write the queries' places of ``out_THD``."""
+        heads = k_pool.shape[2]
+        shared = q_THD.shape[1] // heads
+        q_BGnd, k_BGSd, v_BGSd, mask_B1nS = self._padded(q_THD, k_pool, v_pool, window, workspace)
+        if sinks_H is None:
+            attended = F.scaled_dot_product_attention(q_BGnd, k_BGSd, v_BGSd, attn_mask=mask_B1nS)
+        else:
+            sinks_GN = sinks_H.view(heads, shared)
+            attended = _attention_with_sinks(q_BGnd, k_BGSd, v_BGSd, mask_B1nS, sinks_GN)
+        out_THD.index_copy_(0, self.queries_Bq.flatten().long(), _by_token(attended, shared))
+
+    def part(
+        self, q_THD: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, workspace: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The tokens, what attention to the piece's keys gives them, and the logarithms of its sums."""
+        q_BGnd, k_BGSd, v_BGSd, mask_B1nS = self._padded(q_THD, k_pool, v_pool, None, workspace)
+        shared = q_THD.shape[1] // k_pool.shape[2]
+        scores_BGnS = (q_BGnd @ k_BGSd.transpose(2, 3)).float().mul_(q_BGnd.shape[-1] ** -0.5)
+        scores_BGnS.masked_fill_(~mask_B1nS, -torch.inf)
+        lse_BGn1 = scores_BGnS.logsumexp(-1, keepdim=True)
+        attended = scores_BGnS.sub_(lse_BGn1).exp_().to(v_BGSd.dtype) @ v_BGSd
+        lse_TH = _by_token(lse_BGn1, shared).squeeze(-1)
+        return self.queries_Bq.flatten().long(), _by_token(attended, shared), lse_TH
+
+    def _padded(
+        self,
+        q_THD: torch.Tensor,
+        k_pool: torch.Tensor,
+        v_pool: torch.Tensor,
+        window: int | None,
+        workspace: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries ``[B, G, n, Dh]``, keys and values ``[B, G, S, Dh]`` and the mask ``[B, 1, n, S]``."""
         count, heads = self.queries_Bq.shape[0], k_pool.shape[2]
         shared = q_THD.shape[1] // heads
         mask_BqS = self._mask(self.pages.shape[1] * k_pool.shape[1], window)
@@ -142,14 +221,7 @@ class _Piece:
         # the other one repeats K and V per head in float32.
         q_BqHd = q_THD.index_select(0, self.queries_Bq.flatten()).unflatten(0, (count, -1))
         q_BGnd = q_BqHd.unflatten(2, (heads, shared)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        mask_B1nS = mask_BqS[:, None, None].expand(-1, -1, shared, -1, -1).flatten(2, 3)
-        if sinks_H is None:
-            attended = F.scaled_dot_product_attention(q_BGnd, k_BGSd, v_BGSd, attn_mask=mask_B1nS)
-        else:
-            sinks_GN = sinks_H.view(heads, shared)
-            attended = _attention_with_sinks(q_BGnd, k_BGSd, v_BGSd, mask_B1nS, sinks_GN)
-        attended_THd = attended.unflatten(2, (shared, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
-        out_THD.index_copy_(0, self.queries_Bq.flatten().long(), attended_THd)
+        return q_BGnd, k_BGSd, v_BGSd, mask_BqS[:, None, None].expand(-1, -1, shared, -1, -1).flatten(2, 3)
 
     def _mask(self, keys: int, window: int | None) -> torch.Tensor:
         """bool ``[B, q, S]``: which keys a query sees."""
@@ -170,6 +242,11 @@ class _Piece:
         keys = copied_pages(pool, pages, q_THD, None if workspace is None else workspace[which])
         side_by_side: torch.Tensor = keys.unflatten(0, self.pages.shape).flatten(1, 2)
         return side_by_side
+
+
+def _by_token(x_BGnd: torch.Tensor, shared: int) -> torch.Tensor:
+    """``[T, H, d]`` of the tokens of a piece, row by row."""
+    return x_BGnd.unflatten(2, (shared, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
 
 
 def _attention_with_sinks(

@@ -35,6 +35,10 @@ class Kernel:
     name: str
     reason: str
 
+    def shares(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether keys that rows have in common are read once for all of them. On a device the first call tries it."""
+        return self.name != "varlen" or gives_log_sums(device, dtype)
+
 
 def paged_attention(
     q_THD: torch.Tensor,
@@ -73,27 +77,33 @@ def plan_attention(
     kernel: Kernel,
     dtype: torch.dtype,
     *,
+    heads: int,
     shared: int,
     page_tokens: int,
     room: int,
     window: int | None,
-    sink_heads: int = 0,
+    sinks: bool = False,
+    shares: bool = True,
 ) -> Planned | None:
     """The calls of a sweep's `paged_attention`, before its first layer, so that their index arrays can be brought to the
     device together with others; None where the kernel has none.
 
     Args:
         dtype: of the queries.
-        shared: query heads that share a KV head.
+        heads: query heads.
+        shared: of those, how many share a KV head.
         page_tokens: tokens of a page.
         room: pages of the workspace.
         window: as for `paged_attention`.
-        sink_heads: query heads that have a sink.
+        sinks: heads have sinks.
+        shares: `Kernel.shares`.
     """
+    apart = bool(rows.shared) and window is None
     if kernel.name == "varlen":
-        return plan_varlen(rows, page_tokens, room, window)
+        return plan_varlen(rows, page_tokens, room, window, apart and shares)
     if kernel.name == "masked":
-        return plan_masked(rows, page_tokens, room, mask_bytes(shared, dtype.itemsize, sink_heads), window)
+        scored = heads if sinks or apart else 0
+        return plan_masked(rows, page_tokens, room, mask_bytes(shared, dtype.itemsize, scored), window)
     return None
 
 
@@ -149,6 +159,7 @@ def _native(
         rows.contexts,
         window=window or 0,
         sinks=None if sinks is None else sinks.float(),
+        shared=None if window else rows.shared_index(),
         scale=q_THD.shape[-1] ** -0.5,
         out=out,
     )

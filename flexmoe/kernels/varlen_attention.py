@@ -7,6 +7,8 @@ attended where they are, unless they are compressed: those are unpacked side by 
 Rows that decode are attended apart from longer runs: with one query a row the kernel takes the heads that share a KV head
 for queries of it, and reads K and V once for all of them.
 
+Keys that rows share are attended to in a call of their own, in which all queries of these rows are those of one.
+
 Legend: T tokens, H query heads, G KV heads, Dh head size, B rows of a call, P pages.
 """
 
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 
 from flexmoe.formats.packed_kv import copied_pages, is_packed
+from flexmoe.kernels.log_sums import Merged
 from flexmoe.kernels.ragged import Planned, Ragged
 
 #: Of `torch.ops.aten._flash_attention_forward`; the first of what it returns is used.
@@ -40,6 +43,7 @@ class _Call:
         k_lengths: int32 ``[B]``.
         most_queries, most_keys: of a row.
         window: keys that a query sees before its own; -1: all.
+        is_causal: the last query of a row sees its last key, and those before it see fewer; else every query sees all keys.
     """
 
     queries: slice | torch.Tensor
@@ -50,6 +54,7 @@ class _Call:
     most_queries: int
     most_keys: int
     window: int
+    is_causal: bool = True
 
 
 def flash(*arguments: object, **options: object) -> tuple[torch.Tensor, ...]:
@@ -76,8 +81,15 @@ def varlen_paged_attention(
         workspace: ``[2, P, page_tokens, G, Dh]`` for the copies of K and V; no row has more pages. Made when absent.
     """
     room = DEFAULT_PAGES if workspace is None else workspace.shape[1]
-    calls: list[_Call] = plan_varlen(rows, k_pool.shape[1], room, window).on_device(q_THD.device, _Call)
+    apart = bool(rows.shared) and window is None and gives_log_sums(q_THD.device, q_THD.dtype)
+    calls: list[_Call] = plan_varlen(rows, k_pool.shape[1], room, window, apart).on_device(q_THD.device, _Call)
     scale = q_THD.shape[-1] ** -0.5
+    if apart:
+        merged = Merged(q_THD)
+        for call in calls:
+            attended_THd, lse_HT = _flash(call, q_THD[call.queries], k_pool, v_pool, scale, workspace)
+            merged.add(call.queries, attended_THd, lse_HT.transpose(0, 1)[: len(attended_THd)])
+        return merged.result(q_THD, sinks, out)
     if out is None and len(calls) == 1 and isinstance(calls[0].queries, slice):
         return _attend(calls[0], q_THD, k_pool, v_pool, scale, workspace, sinks)
     out_THD = torch.empty_like(q_THD) if out is None else out
@@ -125,6 +137,19 @@ def _attend(
     workspace: torch.Tensor | None,
     sinks_H: torch.Tensor | None,
 ) -> torch.Tensor:
+    out_THD, lse_HT = _flash(call, q_THD, k_pool, v_pool, scale, workspace)
+    return out_THD if sinks_H is None else _with_sinks(out_THD, lse_HT, sinks_H)
+
+
+def _flash(
+    call: _Call,
+    q_THD: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    scale: float,
+    workspace: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, and the logarithms of its sums."""
     k, v = (_side_by_side(pool, call.pages, q_THD, workspace, which) for which, pool in enumerate((k_pool, v_pool)))
     out_THD, lse_HT, *_ = flash(
         q_THD,
@@ -135,14 +160,14 @@ def _attend(
         call.most_queries,
         call.most_keys,
         0.0,  # no dropout
-        True,  # causal: the last query of a row sees its last key
+        call.is_causal,
         False,  # no mask for debugging
         scale=scale,
         window_size_left=call.window if call.window >= 0 else None,
         window_size_right=0 if call.window >= 0 else None,
         seqused_k=call.k_lengths,
     )
-    return out_THD if sinks_H is None else _with_sinks(out_THD, lse_HT, sinks_H)
+    return out_THD, lse_HT
 
 
 def _with_sinks(out_THD: torch.Tensor, lse_HT: torch.Tensor, sinks_H: torch.Tensor) -> torch.Tensor:
@@ -161,18 +186,44 @@ def _side_by_side(
     return copied_pages(pool, pages, q_THD, None if workspace is None else workspace[which]).flatten(0, 1)
 
 
-def plan_varlen(rows: Ragged, page_tokens: int, room: int, window: int | None) -> Planned:
-    """The calls for rows whose pages are copied ``room`` at a time."""
-    key = ("varlen", page_tokens, room, window)
+def plan_varlen(rows: Ragged, page_tokens: int, room: int, window: int | None, apart: bool = False) -> Planned:
+    """The calls for rows whose pages are copied ``room`` at a time.
+
+    Args:
+        apart: keys that rows share are attended to in calls of their own.
+    """
+    key = ("varlen", page_tokens, room, window, apart)
     if key not in rows.plans:
-        rows.plans[key] = Planned.of(_described(rows, page_tokens, room, window))
+        described = _described(rows, page_tokens, room, window, rows.common_pages(page_tokens) if apart else None)
+        rows.plans[key] = Planned.of([*(_described_shared(rows, page_tokens) if apart else ()), *described])
     return rows.plans[key]
 
 
-def _described(rows: Ragged, page_tokens: int, room: int, window: int | None) -> list[dict[str, Any]]:
+def _described_shared(rows: Ragged, page_tokens: int) -> Iterator[dict[str, Any]]:
+    """A call for each beginning that rows have in common, behind those that it follows."""
+    starts, tables = rows.q_starts.numpy(), rows.tables.numpy()
+    for each in rows.shared:
+        queries, keys = int(starts[each.stop] - starts[each.first]), each.end - each.begin
+        yield {
+            "queries": slice(int(starts[each.first]), int(starts[each.stop])),
+            "pages": _as_slice(tables[each.first, each.begin // page_tokens : each.end // page_tokens]),
+            "q_starts": np.array([0, queries]),
+            "k_starts": np.array([0, keys]),
+            "k_lengths": np.array([keys]),
+            "most_queries": queries,
+            "most_keys": keys,
+            "window": -1,
+            "is_causal": False,
+        }
+
+
+def _described(
+    rows: Ragged, page_tokens: int, room: int, window: int | None, common: np.ndarray | None
+) -> list[dict[str, Any]]:
+    """The calls for what rows have by themselves, behind the ``common`` pages."""
     lengths, contexts, starts = rows.q_lengths, rows.contexts.numpy().astype(np.int64), rows.q_starts.numpy()
     tables, columns = rows.tables.numpy(), np.arange(rows.tables.shape[1])
-    first = np.zeros_like(contexts)
+    first = np.zeros_like(contexts) if common is None else common
     if window is not None:  # pages that no query of the run sees are left out
         first = np.maximum(0, contexts - lengths + 1 - window) // page_tokens
     stop = -(-contexts // page_tokens)

@@ -124,8 +124,8 @@ class Block:
         half_blocks: 2: the rows of each kind are dealt to two halves of like work, each a number of whole GPU batches.
 
     Attributes:
-        runs: the runs in block order: rows attended in one place together, so that most GPU batches hold one group; of two
-            half-blocks in each.
+        runs: the runs in block order: rows attended in one place together, so that most GPU batches hold one group, and among
+            those the rows that share pages; of two half-blocks in each.
         batches: the GPU batches.
         logit_owners: owner of each row of the sweep's logits, in order.
         scored: the runs that have targets, in order.
@@ -134,7 +134,7 @@ class Block:
     """
 
     def __init__(self, runs: Sequence[Run], gpu_batch_size: int, half_blocks: int = 1):
-        halves = [sorted(runs, key=lambda r: (_MODES.index(r.mode), r.kv.tier))]
+        halves = [sorted(runs, key=lambda r: (_MODES.index(r.mode), r.kv.tier, r.kv.shared))]
         if half_blocks > 1:
             halves = _dealt(halves[0], -(-len(runs) // gpu_batch_size))
         self.runs = [run for half in halves for run in half]

@@ -12,6 +12,7 @@ Legend: L layers of a group, G KV heads, Dh head size.
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,13 +106,15 @@ class PageTable:
 class RowKV:
     """The cache of one row: its tier, a page table for each group of layers and how many tokens are stored.
 
-    ``tail`` is the host slot of a disk row's growing page, -1 elsewhere.
+    ``tail`` is the host slot of a disk row's growing page, -1 elsewhere. ``shared`` says which pages it has in common with other
+    rows: (tokens from the first one on, a number) of each beginning, the shortest first; rows with the same number have it.
     """
 
     tier: str
     tables: list[PageTable]
     length: int = 0
     tail: int = -1
+    shared: tuple[tuple[int, int], ...] = ()
 
     @property
     def pages(self) -> list[int]:
@@ -190,6 +193,7 @@ class KVCache:
         self.shape, self.page_tokens, self._is_cuda = shape, page_tokens, device.is_cuda
         self._allocators = {tier: PageAllocator(n) for tier, n in pages.items()}
         self._tails = PageAllocator(tails)
+        self._numbers = itertools.count()
         self.page_bytes = shape.token_bytes * page_tokens
         self.layout = kv_layout(shape.groups, page_tokens)
         places = {layer: (at, place) for at, g in enumerate(shape.groups) for place, layer in enumerate(g.layers)}
@@ -312,6 +316,7 @@ class KVCache:
             del table.pages[max(0, keep - table.first) :]
             table.first = table.first if length else 0
         row.length = length
+        row.shared = tuple(each for each in row.shared if each[0] <= length)
 
     def close(self, row: RowKV) -> None:
         """Free everything the row holds."""
@@ -331,7 +336,7 @@ class KVCache:
         if grows and allocator.free < len(row.tables):
             raise KVExhausted
         twin = self.open(row.tier)
-        twin.tables, twin.length = self._shared_tables(row, 0, full), row.length
+        twin.tables, twin.length, twin.shared = self._shared_tables(row, 0, full), row.length, row.shared
         for own, source in zip(twin.tables, row.tables) if grows else ():
             own.pages.append(allocator.take())
             if row.tier != "disk":
@@ -355,13 +360,17 @@ class KVCache:
         are forked from it, and the pages stay while it or any of them is open. It takes no page and no tail, and does not grow.
 
         Raises:
-            ValueError: the row has given back a page that what follows would see.
+            ValueError: the row has given back a page that what follows would see, or longer beginnings are shared already.
         """
         end = tokens // self.page_tokens
         first = self.layout.first(end * self.page_tokens)
         if any(table.first > (0 if g.window is None else first) for table, g in zip(row.tables, self.shape.groups)):
             raise ValueError(f"the row has gone on, and what follows its first {tokens} tokens would see what is gone")
-        return RowKV(row.tier, self._shared_tables(row, first, end), length=end * self.page_tokens)
+        if row.shared and row.shared[-1][0] >= end * self.page_tokens:
+            raise ValueError(f"the row's first {row.shared[-1][0]} tokens are shared already")
+        row.shared = (*row.shared, (end * self.page_tokens, next(self._numbers)))
+        tables = self._shared_tables(row, first, end)
+        return RowKV(row.tier, tables, length=end * self.page_tokens, shared=row.shared)
 
     def forget_free(self) -> None:
         """Give the memory of pages that no row holds back to the system, as far as it is neither pinned nor a GPU's."""

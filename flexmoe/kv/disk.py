@@ -43,11 +43,14 @@ class DiskIndex:
     sides: dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, runs: Sequence[Run], cache: KVCache, layers: int = 0) -> DiskIndex:
+    def of(
+        cls, runs: Sequence[Run], cache: KVCache, layers: int = 0, skipped: Sequence[int] | None = None
+    ) -> DiskIndex:
         """Of runs of disk rows, each of at least one token.
 
         Args:
             layers: number of a group of layers. With a window, pages that are not seen are neither read nor written.
+            skipped: of each run, the first pages that need not be read; default: none.
         """
         size, layout = cache.page_tokens, cache.layout
         windowed = cache.shape.groups[layers].window is not None
@@ -55,10 +58,10 @@ class DiskIndex:
         pages: list[int] = []
         filled: list[tuple[int, int]] = []
         tails, order, new_pages, new_tokens, begun, left = [], [], [], [], [], []
-        for run in runs:
+        for run, skip in zip(runs, skipped or (0,) * len(runs)):
             kv, past, end = run.kv, run.kv.length, run.kv.length + len(run.tokens)
             first, last, whole = past // size, (end - 1) // size, past // size * size
-            table, seen, kept = kv.tables[layers], 0, 0
+            table, seen, kept = kv.tables[layers], skip, 0
             if windowed:
                 seen, kept = layout.first(past), layout.kept_from(end)
             tails.append(kv.tail * size + np.arange(past - whole))

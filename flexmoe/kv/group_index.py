@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from flexmoe.kernels.ragged import Ragged
+from flexmoe.kernels.ragged import Ragged, SharedKeys, find_shared
 from flexmoe.kv.batch import Group, Run, ranges
 from flexmoe.kv.cache import KVCache
 from flexmoe.kv.disk import DiskIndex
@@ -91,17 +91,17 @@ def on_device(index: GroupIndex) -> list[Wanted]:
 
 def _index_fetched(group: Group, rows: _Rows, cache: KVCache, layers: int) -> FetchIndex:
     in_pool = sum(r.kv.tier != "disk" for r in group.runs)  # the first ones
-    on_disk, pooled, staged = group.runs[in_pool:], rows.first(in_pool), rows.side_by_side()
+    on_disk, staged = group.runs[in_pool:], rows.side_by_side()
+    brought = rows.brought()
+    pooled = replace(rows, seen=brought).first(in_pool)
     return FetchIndex(
         group=group,
         home=torch.from_numpy(pooled.new_slots()),
         ragged=staged.ragged(),
         past_home=torch.from_numpy(pooled.past_slots()),
-        staged_past=torch.from_numpy(
-            ranges((staged.first_page + rows.seen) * rows.size, rows.past - rows.seen * rows.size)
-        ),
-        staged_new=torch.from_numpy(ranges(staged.first_page * rows.size + rows.past, rows.new)),
-        disk=DiskIndex.of(on_disk, cache, layers) if on_disk else None,
+        staged_past=torch.from_numpy(replace(staged, seen=brought).past_slots()),
+        staged_new=torch.from_numpy(staged.new_slots()),
+        disk=DiskIndex.of(on_disk, cache, layers, brought[in_pool:].tolist()) if on_disk else None,
     )
 
 
@@ -115,6 +115,7 @@ class _Rows:
         seen: ``[B]``, number of the first page that the run sees.
         pages: the rows' page tables, one after the other.
         first_page: ``[B]``, where each row's page number 0 stands, or would.
+        shared: what the rows have in common.
     """
 
     size: int
@@ -123,6 +124,7 @@ class _Rows:
     seen: np.ndarray
     pages: np.ndarray
     first_page: np.ndarray
+    shared: tuple[SharedKeys, ...] = ()
 
     @classmethod
     def of(cls, runs: Sequence[Run], cache: KVCache, layers: int) -> _Rows:
@@ -132,11 +134,13 @@ class _Rows:
         tables = [r.kv.tables[layers] for r in runs]
         counts = [len(table.pages) for table in tables]
         pages = np.fromiter(chain.from_iterable(table.pages for table in tables), np.int64, sum(counts))
-        first_page, seen = np.cumsum([0, *counts])[:-1], np.zeros_like(past)
+        first_page, seen, shared = np.cumsum([0, *counts])[:-1], np.zeros_like(past), ()
         if window is not None:
             first_page -= np.array([table.first for table in tables], dtype=np.int64)
             seen = np.maximum(0, past + 1 - window) // size
-        return cls(size=size, past=past, new=new, seen=seen, pages=pages, first_page=first_page)
+        else:
+            shared = find_shared([r.kv.shared for r in runs])
+        return cls(size=size, past=past, new=new, seen=seen, pages=pages, first_page=first_page, shared=shared)
 
     def first(self, count: int) -> _Rows:
         """So many of them."""
@@ -144,10 +148,28 @@ class _Rows:
         return replace(self, **cut)
 
     def side_by_side(self) -> _Rows:
-        """The same rows in a buffer where each has the pages that it needs behind those of the one before."""
+        """The same rows in a buffer: what they share, then of each row the other pages that it needs behind those of the one
+        before."""
         needed = -(-(self.past + self.new) // self.size) - self.seen
-        total = int(needed.sum())
-        return replace(self, pages=np.arange(total), first_page=np.cumsum(needed) - needed - self.seen)
+        first_page, common = np.cumsum(needed) - needed, np.zeros_like(needed)
+        pages = np.zeros(int(needed.sum()), dtype=np.int64)
+        taken = 0
+        for each in self.shared:
+            columns = np.arange(each.begin // self.size, each.end // self.size)
+            pages[first_page[each.first : each.stop, None] + columns] = taken + columns - columns[0]
+            common[each.first : each.stop] = each.end // self.size
+            taken += len(columns)
+        own = needed - common
+        pages[ranges(first_page + common, own)] = taken + np.arange(int(own.sum()))
+        return replace(self, pages=pages, first_page=first_page - self.seen)
+
+    def brought(self) -> np.ndarray:
+        """``[B]``, number of the first page that is brought to the buffer for the row: those before it are brought for another
+        one, or are not seen."""
+        begin = self.seen.copy()
+        for each in self.shared:
+            begin[each.first + 1 : each.stop] = each.end // self.size
+        return begin
 
     def new_slots(self) -> np.ndarray:
         """Flat token slots of the runs' tokens."""
@@ -174,4 +196,5 @@ class _Rows:
         held = (places < pages[:, None]) & (places >= self.seen[:, None])
         tables = np.where(held, self.pages[table], 0).astype(np.int32)
         starts = np.concatenate([[0], np.cumsum(self.new)]).astype(np.int32)
-        return Ragged(torch.from_numpy(starts), torch.from_numpy(contexts.astype(np.int32)), torch.from_numpy(tables))
+        lengths = torch.from_numpy(contexts.astype(np.int32))
+        return Ragged(torch.from_numpy(starts), lengths, torch.from_numpy(tables), self.shared)

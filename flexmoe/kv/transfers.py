@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from flexmoe.kernels.elementwise import put_rows
-from flexmoe.kernels.paged_attention import choose_kernel, paged_attention, plan_attention
+from flexmoe.kernels.paged_attention import Kernel, choose_kernel, paged_attention, plan_attention
 from flexmoe.kv.batch import Arrived, Batch, Block, Group
 from flexmoe.kv.cache import KVCache
 from flexmoe.kv.disk import DiskKV
@@ -81,6 +81,9 @@ class KVLanes:
         self._landing = torch.empty(flat[1:], dtype=stored, device=device.torch) if device.is_cuda else None
         gathered = (2, buffers.gather_pages, cache.page_tokens, s.kv_heads, s.head_dim)
         self._gathered = torch.empty(gathered, dtype=s.dtype, device=device.torch) if buffers.gather_pages else None
+        self._shares = bool(buffers.gather_pages) and self._kernel().shares(
+            device.torch, s.dtype
+        )  # tried before any sweep
         host_tokens = buffers.batch_tokens if device.is_cuda else 0  # on cpu the tensors already are host memory
         self._down = [self._host((2, host_tokens, *token), stored) for _ in range(2)]
         self._queries = [self._host((2, host_tokens, query_heads, s.head_dim), s.dtype) for _ in range(2)]
@@ -116,18 +119,23 @@ class KVLanes:
     def _plan_attention(self, index: GroupIndex, window: int | None) -> None:
         """Of rows that the compute device attends to."""
         shape, room = self._cache.shape, 0 if self._gathered is None else self._gathered.shape[1]
-        kernel = choose_kernel(self._device.torch, shape.dtype, shape.head_dim, self._has_sinks)
         if room:
             plan_attention(
                 index.ragged,
-                kernel,
+                self._kernel(),
                 shape.dtype,
+                heads=self._query_heads,
                 shared=self._query_heads // shape.kv_heads,
                 page_tokens=self._cache.page_tokens,
                 room=room,
                 window=window,
-                sink_heads=self._query_heads if self._has_sinks else 0,
+                sinks=self._has_sinks,
+                shares=self._shares,
             )
+
+    def _kernel(self) -> Kernel:
+        shape = self._cache.shape
+        return choose_kernel(self._device.torch, shape.dtype, shape.head_dim, self._has_sinks)
 
     def _index(self, layer: int, batch: Batch, mode: AttentionMode) -> Any:
         """That of a batch's rows of a mode, for a layer."""

@@ -27,13 +27,23 @@ class ResponseEncoder:
         model_name: reported for rows that name no model.
         created_s: reported as the time of every completion, in seconds since 1970.
         keep_reasoning: leave what a model thinks in the content of its answer.
+        cached_tokens: tell in the usage how many tokens of the prompts were not computed for the row. A resumed job computes some
+            again, so these numbers alone may be others then.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, fingerprint: str, model_name: str, created_s: int, keep_reasoning: bool = False
+        self,
+        tokenizer: Tokenizer,
+        *,
+        fingerprint: str,
+        model_name: str,
+        created_s: int,
+        keep_reasoning: bool = False,
+        cached_tokens: bool = False,
     ) -> None:
         self._tokenizer, self._fingerprint = tokenizer, fingerprint
         self._model_name, self._created_s = model_name, created_s
+        self._cached_tokens = cached_tokens
         parser = None if keep_reasoning else ReasoningParser(tokenizer)
         self._reasoning = parser if parser is not None and parser.style is not None else None
 
@@ -52,6 +62,9 @@ class ResponseEncoder:
             "completion_tokens": generated_tokens,
             "total_tokens": prompt_tokens + generated_tokens,
         }
+        if self._cached_tokens:
+            cached = sum(result.num_cached_tokens or 0 for result in results)
+            usage["prompt_tokens_details"] = {"cached_tokens": cached}
         if reasoning_tokens is not None:
             usage["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
         body = {

@@ -8,10 +8,12 @@ expected to take; it runs wherever its prompt has room, and ends at the latest w
 from __future__ import annotations
 
 from array import array
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from flexmoe.params import EXPECTED_NEW_TOKENS, EngineRequest
+from flexmoe.prefixes.digests import page_digests
 from policies.common.option_names import option
 from policies.workload import Workload
 
@@ -123,6 +125,7 @@ class RowLength:
         longest: most tokens of any one prompt and its completion.
         is_open: whether the context is the only limit; then there is one prompt.
         scored_tokens: of all prompts, those whose log-probabilities are asked.
+        digests: of each prompt, those of its beginnings in base64 (`flexmoe.prefixes.digests`); none where they are not wanted.
     """
 
     prompts: int
@@ -132,13 +135,15 @@ class RowLength:
     longest: int
     is_open: bool = False
     scored_tokens: int = 0
+    digests: Sequence[str] = ()
 
     @classmethod
-    def of(cls, parts: Sequence[EngineRequest], context: int) -> RowLength:
+    def of(cls, parts: Sequence[EngineRequest], context: int, *, prefixes: bool = False) -> RowLength:
         """The size of what a row asks of the engine.
 
         Args:
             context: most tokens of a prompt and its completion.
+            prefixes: with the digests of its prompts.
         """
         prompts = [len(part.prompt_token_ids) for part in parts]
         limits = [context if part.params.max_tokens is None else part.params.max_tokens for part in parts]
@@ -153,6 +158,7 @@ class RowLength:
             scored_tokens=sum(
                 length - 1 for part, length in zip(parts, prompts, strict=True) if part.params.scores_prompt is not None
             ),
+            digests=[b64encode(page_digests(part.prompt_token_ids)).decode() for part in parts] if prefixes else (),
         )
 
 
@@ -169,6 +175,7 @@ class Lengths:
         expected_end: by row: tokens that its longest prompt and completion is expected to reach.
         longest: by row: tokens that its longest prompt and completion may reach.
         needed: by row: tokens of one prompt and completion that it needs room for, to run at all.
+        common: tokens that a prompt has in common with others, and how many prompts do (`PrefixTree.means`).
     """
 
     def __init__(self, rows: int, open_tokens: int = EXPECTED_NEW_TOKENS) -> None:
@@ -178,6 +185,7 @@ class Lengths:
         self.expected_tokens, self.expected_end = array("Q", [0]) * rows, array("Q", [0]) * rows
         self.longest, self.needed = array("Q", [0]) * rows, array("Q", [0]) * rows
         self._scored_tokens = array("Q", [0]) * rows
+        self.common = 0, 1.0
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -219,7 +227,12 @@ class Lengths:
         return replace(
             measured,
             workload=replace(
-                measured.workload, longest_row=longest, scored_tokens=scored, rows_per_prompt=rows_per_prompt
+                measured.workload,
+                longest_row=longest,
+                scored_tokens=scored,
+                rows_per_prompt=rows_per_prompt,
+                prefix_len=self.common[0],
+                rows_per_prefix=self.common[1],
             ),
             longest_row=longest,
             open_rows=sum(self._samples[row] for row in open_rows),

@@ -29,12 +29,12 @@ _MOST_LOST = 10
 WORKER = "flexmoe.preflight.worker"
 
 
-def look(preparer: Preparer, parser: Parser, chunk: Chunk) -> Iterator[Found]:
-    """The size of each row of a chunk, or why it cannot run."""
+def look(preparer: Preparer, parser: Parser, chunk: Chunk, prefixes: bool = False) -> Iterator[Found]:
+    """The size of each row of a chunk, or why it cannot run; ``prefixes``: with the digests of its prompts."""
     context = preparer.limits.context
     requests = [(row, request) for row, raw in chunk if (request := raw.parse(parser)) is not None]
     for (row, _), result in zip(requests, preparer.prepare_each(requests), strict=True):
-        yield row, result if isinstance(result, RowError) else RowLength.of(result, context)
+        yield row, result if isinstance(result, RowError) else RowLength.of(result, context, prefixes=prefixes)
 
 
 class DividedLook:
@@ -44,11 +44,17 @@ class DividedLook:
         rows: of the job.
         setup: how requests are made of them.
         count: most processes.
+        prefixes: as for `look`.
     """
 
-    def __init__(self, rows: Rows, setup: PreparerSetup, count: int) -> None:
+    def __init__(self, rows: Rows, setup: PreparerSetup, count: int, prefixes: bool = False) -> None:
         self._rows, self._count = rows, count
-        self._setup = {"preparer": setup.to_json(), "parser": rows.requests.parser.setup(), "flags": are_flags()}
+        self._setup = {
+            "preparer": setup.to_json(),
+            "parser": rows.requests.parser.setup(),
+            "flags": are_flags(),
+            "prefixes": prefixes,
+        }
         self._again: list[Chunk] = []
         self._lost: list[int] = []
 
@@ -106,9 +112,9 @@ def start(setup: dict[str, Any]) -> Callable[[Any], Any]:
     """A worker's part: from its setup to what does a chunk."""
     use_flags(setup["flags"])
     preparer = PreparerSetup.of_json(setup["preparer"]).preparer()
-    parser = parser_of(setup["parser"])
+    parser, prefixes = parser_of(setup["parser"]), setup["prefixes"]
     return lambda work: [
-        _packed(found) for found in look(preparer, parser, [(row, RawRow.unpacked(raw)) for row, raw in work])
+        _packed(found) for found in look(preparer, parser, [(row, RawRow.unpacked(raw)) for row, raw in work], prefixes)
     ]
 
 

@@ -2,20 +2,21 @@
 
 Admission is paced (at most ``prefill_tokens`` prompt tokens a sweep, because rows that enter together leave together
 and cost their full length) and looks ahead (a row enters a tier when the projected peak of all its rows fits). A row
-that is preempted re-enters as one run of its prompt and what it has generated. Samples of one prompt share its
-computation (`policies.admission.shared_prefix`). The runtime's scheduler and the planner's simulator use this same
+that is preempted re-enters as one run of its prompt and what it has generated. Rows that begin alike share the
+beginning's computation and its pages (`policies.admission.shared_prefix`). The runtime's scheduler and the planner's simulator use this same
 admission, so what is predicted is what runs.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Generic
 
 from policies.admission.kv_pages import KVPages
 from policies.admission.kv_projection import Projection, growth
-from policies.admission.row_state import AttentionMode, RowT
+from policies.admission.row_state import AttentionMode, PrefixPages, RowT
 from policies.admission.shared_prefix import Prefixes
 from policies.placement import TIERS
 from policies.policy import Policy
@@ -76,7 +77,7 @@ class Admission(Generic[RowT]):
         self.waiting: deque[RowT] = deque()
         self.restarts = 0
         self.preempted: list[RowT] = []
-        self.prefixes: Prefixes[RowT] = Prefixes(self._free, self._projections)
+        self.prefixes: Prefixes[RowT] = Prefixes(self._free, self._projections, layout)
 
     @property
     def running(self) -> list[RowT]:
@@ -84,9 +85,20 @@ class Admission(Generic[RowT]):
         return list(self._running)
 
     @property
+    def aside(self) -> list[RowT]:
+        """The rows that wait outside of the queue, for what rows in flight compute."""
+        made = {copy: None for row in self._running for copy in self.prefixes.made(row)}
+        return [row for copy in made for row in copy.aside]
+
+    @property
     def unfinished(self) -> int:
         """How many rows wait or are in flight."""
-        return len(self.waiting) + len(self._running)
+        return self.rows_waiting + len(self._running)
+
+    @property
+    def rows_waiting(self) -> int:
+        """How many rows wait, those included whose beginning is being computed by another one."""
+        return len(self.waiting) + self.prefixes.reserved_places
 
     def free(self, tier: str) -> int:
         """Pages of a tier that no row holds."""
@@ -103,6 +115,12 @@ class Admission(Generic[RowT]):
     def largest_row_tokens(self) -> int:
         """Tokens of the longest row that an empty tier can hold."""
         return self._layout.longest_row(max(self._pages.values()), self._policy.prefill_tokens)
+
+    def submit(self, rows: Iterable[RowT]) -> None:
+        """Rows join the queue."""
+        for row in rows:
+            self.waiting.append(row)
+            self.prefixes.want(row)
 
     def plan_sweep(self) -> list[RowT]:
         """Choose the runs of the next sweep and take the pages they need; returns the rows that have one."""
@@ -123,11 +141,14 @@ class Admission(Generic[RowT]):
         """The row's run is in the cache; ``generated`` says whether it ended with a new token.
 
         Returns:
-            int: prompt tokens computed for the first time.
+            int: prompt tokens that are stored for the first time, those that other rows have computed included.
         """
+        begun = row.cached
         row.cached += row.run
         if row.run > 1 and self._layout.windowed:
             self._keep(row)
+        if row.prefix is not None and begun < row.prefix.tokens:
+            self._queue_next(self.prefixes.computed(row))
         row.run = 0
         row.generated += generated
         row.stale = generated and row.length - 1 == self._recompute_past
@@ -135,8 +156,6 @@ class Admission(Generic[RowT]):
         if before == row.prompt:
             return 0
         row.prompt_done = max(before, min(row.cached, row.prompt))
-        if row.prefix is not None:
-            self._queue_next(self.prefixes.computed(row, row.prefix))
         return row.prompt_done - before
 
     def end_sweep(self) -> None:
@@ -149,15 +168,23 @@ class Admission(Generic[RowT]):
         self._leave(row)
         self._block_open = False
 
-    def drop(self, row: RowT) -> None:
-        """The row no longer waits."""
-        self.waiting.remove(row)
-        if row.prefix is not None:
-            self.prefixes.drop(row, row.prefix)
+    def drop(self, row: RowT) -> bool:
+        """The row no longer waits; returns whether it did."""
+        if not self.prefixes.take_back(row):
+            if row not in self.waiting:
+                return False
+            self.waiting.remove(row)
+        self.prefixes.unwant(row)
+        return True
 
     def preempt(self, row: RowT) -> None:
         """Take a row out of flight; it re-enters first, as one run of all its tokens."""
-        self._leave(row)
+        if row.stale:  # its keys are rotated otherwise from now on
+            self._leave(row)
+            row.prefix = None
+        else:
+            self.prefixes.want(row)  # before it leaves: what it holds stays for it
+            self._leave(row)
         self.restarts += 1
         self.preempted.append(row)
         self.waiting.appendleft(row)
@@ -169,10 +196,10 @@ class Admission(Generic[RowT]):
             bool: False when no tier has room for the row's future; it has not entered then.
         """
         curve = self._curve(row, row.length)
-        tier = self._choose_tier(curve)
+        tier = next((tier for tier in self._tiers(row) if self._fits(tier, curve)), None)
         if tier is None:
             return False
-        self._enter(row, tier, curve, shares=False)
+        self._enter(row, tier, curve, None)
         row.cached = row.length - 1
         self._keep(row)
         row.prompt_done = min(row.cached, row.prompt)
@@ -185,6 +212,8 @@ class Admission(Generic[RowT]):
         run = 1 if decodes else min(left, budget)
         if run == 0:
             return 0
+        if self._layout.windowed and (end := self.prefixes.next_end(row)) is not None:
+            run = min(run, end - row.cached)  # later, layers with a window have given back pages of the prefix
         while not self._hold(row, run):
             if not self.prefixes.evict(row.tier):
                 self._preempt_youngest(row.tier)
@@ -195,13 +224,13 @@ class Admission(Generic[RowT]):
 
     def _keep(self, row: RowT) -> None:
         """The row holds the pages of what it has cached: those that only its run needed are free."""
-        pages = self._layout.held(row.cached)
+        pages = self._layout.held(row.cached) - row.shared_pages
         self._free[row.tier] += row.pages - pages
         row.pages = pages
 
     def _hold(self, row: RowT, run: int) -> bool:
         """Take the pages that the row lacks for a run of so many tokens: all of them, or none and return False."""
-        missing = self._layout.during(row.cached, run) - row.pages
+        missing = self._layout.during(row.cached, run) - row.shared_pages - row.pages
         if missing <= 0:
             return True
         if missing > self._free[row.tier]:
@@ -220,66 +249,70 @@ class Admission(Generic[RowT]):
             return
         while self.waiting and budget > 0 and self._has_place(self.waiting[0]):
             row = self.waiting[0]
-            tier, curve, shares = self._future(row, budget)
-            if tier is not None:
-                self.waiting.popleft()
-                self._enter(row, tier, curve, shares)
-                budget -= self._give_run(row, budget)
-            elif self._running or not self.prefixes.evict():
-                return
+            for tier in self._tiers(row):
+                awaited = self.prefixes.awaited(row, tier)
+                if awaited is not None:
+                    self.prefixes.put_aside(self.waiting.popleft(), awaited)
+                    break
+                begun = self.prefixes.begun(row, tier)
+                curve = self._curve(row, budget, begun)
+                if self._fits(tier, curve):
+                    self._enter(self.waiting.popleft(), tier, curve, begun)
+                    budget -= self._give_run(row, budget)
+                    break
+            else:
+                if self._running or not self.prefixes.evict(keep=row):
+                    return
 
-    def _queue_next(self, rows: Iterable[RowT]) -> None:
+    def _queue_next(self, rows: Sequence[RowT]) -> None:
         """Let rows wait before all that have not begun."""
-        begun = next((at for at, row in enumerate(self.waiting) if not row.prompt_done), len(self.waiting))
-        for at, row in enumerate(rows, begun):
-            self.waiting.insert(at, row)
+        if rows:
+            begun = list(takewhile(lambda row: row.prompt_done or row.generated, self.waiting))
+            for _ in begun:
+                self.waiting.popleft()
+            self.waiting.extendleft(reversed([*begun, *rows]))
 
     def _has_place(self, row: RowT) -> bool:
         """Whether the block has a place for it; rows that begin a new prompt leave the reserved places free."""
         new = row.prompt_done == row.generated == 0 and self._running
         return len(self._running) + (self.prefixes.reserved_places if new else 0) < self.most_rows
 
-    def _future(self, row: RowT, budget: int) -> tuple[str | None, list[int], bool]:
-        """The tier that the row enters now, its future there, and whether it begins after its prefix."""
-        prefix = row.prefix
-        if prefix is not None and prefix.tier:
-            tier, spare = prefix.tier, self.prefixes.spare(prefix)
-            curve = self._curve(row, budget, cached=prefix.tokens)
-            if self._has_room(tier, curve[0] - spare) and self._projections[tier].fits(curve, spare):
-                return tier, curve, True
-        curve = self._curve(row, budget)
-        return self._choose_tier(curve), curve, False
+    def _tiers(self, row: RowT) -> list[str]:
+        """The tiers in the order in which the row is to try them: where most of its beginning is, then as the shares ask."""
+        total, rows, share = len(self._running) + 1, self._rows, self._share
 
-    def _curve(self, row: RowT, budget: int, cached: int = 0) -> list[int]:
-        """The row's future if it enters now, with ``budget`` prompt tokens left in this sweep."""
-        tokens = row.length
+        def key(tier: str) -> tuple[int, float]:
+            return -self.prefixes.covered(row, tier), rows[tier] - share[tier] * total
+
+        return sorted(self._usable, key=key)
+
+    def _curve(self, row: RowT, budget: int, begun: PrefixPages[RowT] | None = None) -> list[int]:
+        """The row's future if it enters now after ``begun``, with ``budget`` prompt tokens left in this sweep."""
+        tokens, cached = row.length, begun.prefix.tokens if begun else 0
         chunks = 1 + -(-max(0, tokens - cached - budget) // self._policy.prefill_tokens)
+        if self._layout.windowed and row.prefix is not None:
+            chunks += len(row.prefix.path)
         # The last token a row generates never enters the cache.
         decode = max(0, self._expected_end(row) - tokens - 1)
         chunk = min(max(1, tokens - cached), self._policy.prefill_tokens)
-        return growth(tokens, chunks, decode, self._layout, chunk)
+        curve = growth(tokens, chunks, decode, self._layout, chunk)
+        return [pages - begun.shared_pages for pages in curve] if begun else curve
 
-    def _choose_tier(self, curve: list[int]) -> str | None:
-        """The tier that the policy's shares ask for, else any with room; None when the row has to wait."""
-        total, rows, share = len(self._running) + 1, self._rows, self._share
-        for tier in sorted(self._usable, key=lambda t: rows[t] - share[t] * total):
-            if self._has_room(tier, curve[0]) and self._projections[tier].fits(curve):
-                return tier
-        return None
+    def _fits(self, tier: str, curve: list[int]) -> bool:
+        return self._has_room(tier, curve[0]) and self._projections[tier].fits(curve)
 
     def _has_room(self, tier: str, pages: int) -> bool:
         """Rows that have outgrown their expected end hold pages that no projection knows of."""
         return self._free[tier] >= pages and (tier != "disk" or self.free_tails > 0)
 
-    def _enter(self, row: RowT, tier: str, curve: list[int], shares: bool) -> None:
+    def _enter(self, row: RowT, tier: str, curve: list[int], begun: PrefixPages[RowT] | None) -> None:
         row.tier, row.mode = tier, self._mode(tier)
         self._rows[tier] += 1
         self._rows_on_cpu_attention += row.mode is AttentionMode.CPU
         self.free_tails -= tier == "disk"
         self._projections[tier].add(row, curve)
         self._running[row] = None
-        if row.prefix is not None:
-            self.prefixes.enter(row, row.prefix, shares)
+        self.prefixes.enter(row, begun)
 
     def _mode(self, tier: str) -> AttentionMode:
         if tier != "cpu":
@@ -294,6 +327,5 @@ class Admission(Generic[RowT]):
         self._rows_on_cpu_attention -= row.mode is AttentionMode.CPU
         self.free_tails += row.tier == "disk"
         self._free[row.tier] += row.pages
-        if row.prefix is not None:
-            self.prefixes.leave(row, row.prefix)
+        self._queue_next(self.prefixes.leave(row))
         row.tier, row.cached, row.pages, row.run, row.stale = "", 0, 0, 0, False

@@ -64,6 +64,10 @@ class KVPages:
         pages = self.covering(tokens)
         return self.full * pages + (self.windowed * (pages - self.first(tokens)) if self.windowed else 0)
 
+    def shared(self, tokens: int) -> int:
+        """Those of them that rows which begin after so many tokens go on seeing: of layers without a window."""
+        return self.full * self.covering(tokens)
+
     def most(self, tokens: int, chunk: int) -> int:
         """Pages that a row of up to so many tokens holds at most, in runs of up to ``chunk`` tokens."""
         pages = self.covering(tokens)

@@ -60,13 +60,9 @@ class Projection:
         """The most pages in use in any sweep to come."""
         return self.held + max(self._usage, default=0)
 
-    def fits(self, curve: Sequence[int], spare: int = 0) -> bool:
-        """Whether a row with this future can be added. The rows that are there fit: each was asked about first.
-
-        Args:
-            spare: held pages that the row would take over.
-        """
-        room = self.pages - self.held + spare
+    def fits(self, curve: Sequence[int]) -> bool:
+        """Whether a row with this future can be added. The rows that are there fit: each was asked about first."""
+        room = self.pages - self.held
         return max(curve) <= room and max(map(add, self._usage, curve), default=0) <= room
 
     def add(self, row: Hashable, curve: Sequence[int]) -> None:
@@ -81,6 +77,14 @@ class Projection:
         start, curve = self._rows.pop(row)
         left = curve[self._now - start :]
         self._usage[: len(left)] = map(sub, self._usage, left)
+
+    def lend(self, row: Hashable, pages: int) -> None:
+        """So many of the row's pages are held for an unknown time from now on, whatever the row does."""
+        start, curve = self._rows[row]
+        self._rows[row] = start, [count - pages for count in curve]
+        left = max(0, len(curve) - (self._now - start))
+        self._usage[:left] = [count - pages for count in self._usage[:left]]
+        self.held += pages
 
     def advance(self) -> None:
         """One sweep has passed."""

@@ -1,8 +1,8 @@
-"""A row as admission knows it: lengths and counts, and nothing of what it says; and the prefix that it may share."""
+"""A row as admission knows it: lengths and counts, and nothing of what it says; and the beginnings that rows have in common."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
@@ -30,12 +30,14 @@ class RowLengths:
         tier: where its KV lives while in flight, "" while it waits.
         mode: where it is attended while in flight; of no meaning while it waits.
         cached: tokens whose KV is stored.
-        pages: KV pages that it holds, those of the run under way included.
+        pages: KV pages that it holds by itself, those of the run under way included.
         run: tokens of its run in the sweep under way, 0 where it has none.
         logits: whether that run ends with a new token; false for an unfinished prompt.
         prompt_done: prompt tokens that have been computed at least once; a restart does not count them again.
-        prefix: the beginning of the prompt that it computes for others, or will begin after; None where it has none.
-        shares: whether it holds the prefix.
+        prefix: the longest beginning that it has in common with other rows; None where it has none.
+        held: the pages of that, or of a shorter one, which it holds together with others; None: all pages are its own.
+        shared_pages: pages of ``held`` that count once for all who hold them, and not among ``pages``.
+        computes_all: it begins no later than its first token, since something is wanted of every one.
         stale: its KV has to be computed anew before it resumes.
     """
 
@@ -50,7 +52,9 @@ class RowLengths:
     logits: bool = False
     prompt_done: int = 0
     prefix: Prefix[Any] | None = None
-    shares: bool = False
+    held: PrefixPages[Any] | None = None
+    shared_pages: int = 0
+    computes_all: bool = False
     stale: bool = False
 
     @property
@@ -71,15 +75,41 @@ class Prefix(Generic[RowT]):
     """Tokens at the beginning of some rows.
 
     Attributes:
-        tokens: a whole number of pages, at least one, and fewer than the prompt has: every row ends its own prompt.
-        pages: those of them that a run behind it sees, in all layers.
-        waiting: the rows that have not entered yet, in order; the one that computes the prefix is not among them.
-        tier: where it is; "" before it is computed, and when nobody waits for it any longer.
-        sharers: rows in flight that hold it.
+        tokens: a whole number of pages, at least one, and fewer than any of the rows' prompts has.
+        parent: the next shorter beginning that some of the rows have in common with still others.
+        wanted: rows that wait for their turn and begin so.
+        path: the beginnings from the shortest one to this one.
+        copies: where its pages are, or are being computed, by tier.
     """
 
     tokens: int
-    pages: int
-    waiting: dict[RowT, None]
-    tier: str = ""
-    sharers: int = 0
+    parent: Prefix[RowT] | None = None
+    wanted: int = 0
+    path: tuple[Prefix[RowT], ...] = ()
+    copies: dict[str, PrefixPages[RowT]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.path = (*(self.parent.path if self.parent else ()), self)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class PrefixPages(Generic[RowT]):
+    """The pages of a prefix in a tier.
+
+    Attributes:
+        maker: the row in flight that computes it; None once it is there.
+        aside: rows that wait until it is there.
+        pages: that it is charged with, those of shorter prefixes not among them.
+        shared_pages: those that rows which hold it need not count, those of shorter prefixes among them.
+        holders: rows in flight, and longer prefixes, that hold it.
+        kv: what the owner of the cache keeps of it.
+    """
+
+    prefix: Prefix[RowT]
+    tier: str
+    maker: RowT | None
+    aside: dict[RowT, None] = field(default_factory=dict)
+    pages: int = 0
+    shared_pages: int = 0
+    holders: int = 0
+    kv: Any = None

@@ -1,21 +1,29 @@
-"""The beginning of a prompt that several rows share: computed by one of them, then where the others begin.
+"""Beginnings that rows have in common: computed by one of them, then where the others begin.
 
-A prefix is a number of whole KV pages. The row that computes it enters like any other. The rest wait outside of the
-queue until it is computed; then they are the next to enter, with these tokens in the cache. What is saved is
-computation: every row in flight counts the shared pages as its own, because the buffers that KV is gathered in are made
-for the sum of what rows hold. A prefix that rows still wait for is kept when no row in flight holds it: then its pages
-are counted once, as idle. It is evicted when a row in flight needs the room, and rows that enter later compute their
-prompts themselves.
+A prefix is a number of whole KV pages. Prefixes form a tree: what rows have in common with a few others begins with what
+they have in common with many. The first row that enters computes those of its prefixes that are not there; the rows that
+would compute much of the same wait until it is done, outside of the queue, and are the next to enter then. In each tier a
+prefix is computed once, and its pages count once, for as long as a row in flight holds them or a waiting one wants them.
+Pages that only waiting rows want are idle. They are evicted when a row in flight needs the room, when nothing else can
+run, and beyond a share of the tier; rows that enter later compute them again.
+
+Layers with a window give back pages that rows in flight have passed. Of them a prefix has those that the next token sees,
+beside the rows' own, and the row that computes it stops there for a sweep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Generic
 
 from policies.admission.kv_pages import KVPages
 from policies.admission.kv_projection import Projection
-from policies.admission.row_state import Prefix, RowT
+from policies.admission.row_state import Prefix, PrefixPages, RowT
+
+#: A row waits for a prefix that is being computed if that spares it this part of its tokens.
+_WORTH_WAITING = 0.25
+#: Idle pages are at most this part of a tier.
+_IDLE_SHARE = 0.5
 
 
 def shared_tokens(prompt: int, page_tokens: int) -> int:
@@ -24,121 +32,233 @@ def shared_tokens(prompt: int, page_tokens: int) -> int:
 
 
 def share(
-    rows: Sequence[RowT], layout: KVPages, recompute_past: int | None, prefix: Callable[..., Prefix[Any]] = Prefix
-) -> list[RowT]:
-    """Let the first of the rows of a prompt compute its pages for the others.
+    rows: Sequence[RowT], layout: KVPages, recompute_past: int | None, parent: Prefix[RowT] | None = None
+) -> None:
+    """Give the rows of a prompt, of which nobody knows what it says, its pages as their prefix.
 
-    Those whose keys are rotated otherwise than the first one's compute all of theirs themselves.
+    Rows whose keys are rotated otherwise than the first one's compute all of theirs themselves.
 
     Args:
         layout: pages of a row.
         recompute_past: as in `Admission`.
-        prefix: makes the prefix.
-
-    Returns:
-        list[RowT]: the rows that wait in the queue; the others wait for the prefix.
+        parent: what the prompt has in common with others, where it is longer than that.
     """
-    first, *others = rows
-    for row in others:
-        row.prompt_done = row.prompt  # the first row counts these tokens
+    count_once(rows)
     tokens = shared_tokens(min(row.prompt for row in rows), layout.page_tokens)
-    if layout.windowed and first.generated:
-        tokens = 0  # when its run is stored, layers with a window have nothing of the prompt's end left
-    alike = [row for row in others if row.is_past(recompute_past) == first.is_past(recompute_past)]
-    if tokens and alike:
-        found = prefix(tokens=tokens, pages=layout.before(tokens), waiting=dict.fromkeys(alike))
-        for row in (first, *alike):
-            row.prefix = found
-    return [first, *(row for row in others if row.prefix is None)]
+    alike = [row for row in rows if row.is_past(recompute_past) == rows[0].is_past(recompute_past)]
+    prefix = parent if parent is not None and parent.tokens <= tokens else None
+    if len(alike) > 1 and tokens > (prefix.tokens if prefix else 0):
+        prefix = Prefix(tokens=tokens, parent=prefix)
+    for row in alike:
+        row.prefix = prefix
+
+
+def count_once(rows: Sequence[RowT]) -> None:
+    """The first of the rows of a prompt counts its tokens for all of them."""
+    for row in rows[1:]:
+        row.prompt_done = row.prompt
 
 
 class Prefixes(Generic[RowT]):
-    """The shared prefixes of an `Admission`.
+    """The prefixes of an `Admission`.
 
     Args:
         free: free pages per tier; the admission's own count, which is kept up to date here.
         projections: of each tier, likewise.
+        layout: pages of a row.
 
     Attributes:
-        reserved_places: places in the block that are kept for rows whose prefix is computed or being computed.
-        closed: prefixes that are no longer needed; the owner of the cache frees them and takes them from here.
+        reserved_places: rows that wait outside of the queue; places in the block are kept for them.
+        opened: pages of prefixes that have been computed, with the row that did; the owner of the cache takes them from here.
+        closed: pages that are no longer needed, likewise.
     """
 
-    def __init__(self, free: dict[str, int], projections: Mapping[str, Projection]):
-        self._free, self._projections = free, projections
-        self._idle: dict[Prefix[RowT], None] = {}
+    def __init__(self, free: dict[str, int], projections: Mapping[str, Projection], layout: KVPages):
+        self._free, self._projections, self._layout = free, projections, layout
+        self._idle: dict[PrefixPages[RowT], None] = {}
         self.reserved_places = 0
-        self.closed: list[Prefix[RowT]] = []
+        self.opened: list[tuple[RowT, PrefixPages[RowT]]] = []
+        self.closed: list[PrefixPages[RowT]] = []
 
-    def spare(self, prefix: Prefix[RowT]) -> int:
-        """Pages of an idle prefix: a row that enters with it counts them as its own from then on."""
-        return prefix.pages if prefix in self._idle else 0
+    def want(self, row: RowT) -> None:
+        """The row waits for its turn."""
+        for prefix in row.prefix.path if row.prefix else ():
+            prefix.wanted += 1
 
-    def enter(self, row: RowT, prefix: Prefix[RowT], shares: bool) -> None:
-        """A row with a prefix is in flight; ``shares`` says whether it begins after it."""
-        if row not in prefix.waiting:  # it computes the prefix
-            self.reserved_places += len(prefix.waiting)
+    def unwant(self, row: RowT) -> None:
+        """The row waits no longer."""
+        for prefix in reversed(row.prefix.path) if row.prefix else ():
+            prefix.wanted -= 1
+            for copy in list(prefix.copies.values()):
+                self._settle(copy)
+
+    def begun(self, row: RowT, tier: str) -> PrefixPages[RowT] | None:
+        """The longest prefix of the row whose pages are in a tier."""
+        found = None
+        for copy in self._copies(row, tier):
+            if copy.maker is not None:
+                break
+            found = copy
+        return found if not row.computes_all else None
+
+    def covered(self, row: RowT, tier: str) -> int:
+        """Tokens of the row whose pages are in a tier, or will be when the rows in flight have computed them."""
+        return max((copy.prefix.tokens for copy in self._copies(row, tier)), default=0)
+
+    def awaited(self, row: RowT, tier: str) -> PrefixPages[RowT] | None:
+        """What a row in flight computes in a tier, where that spares the row so much that it had better wait."""
+        if row.computes_all:
+            return None
+        there = self.begun(row, tier)
+        begin, end = (there.prefix.tokens if there else 0), self.covered(row, tier)
+        if end == begin or end - begin < _WORTH_WAITING * (row.length - begin):
+            return None
+        return next(copy for copy in self._copies(row, tier) if copy.maker is not None)
+
+    def put_aside(self, row: RowT, copy: PrefixPages[RowT]) -> None:
+        """The row waits until a prefix is there."""
+        copy.aside[row] = None
+        self.reserved_places += 1
+
+    def take_back(self, row: RowT) -> bool:
+        """The row no longer waits for a prefix to be there; returns whether it did."""
+        for prefix in row.prefix.path if row.prefix else ():
+            for copy in prefix.copies.values():
+                if row in copy.aside:
+                    del copy.aside[row]
+                    self.reserved_places -= 1
+                    return True
+        return False
+
+    def enter(self, row: RowT, copy: PrefixPages[RowT] | None) -> None:
+        """A row with a prefix is in flight, after the pages of ``copy``; it computes what is not there for the others."""
+        if row.prefix is None:
             return
-        if shares:
-            if prefix in self._idle:
-                self._end_idle(prefix)
-            self._free[prefix.tier] -= prefix.pages
-            prefix.sharers += 1
-            row.shares, row.cached, row.pages = True, prefix.tokens, prefix.pages
-        self.drop(row, prefix)
-        if not shares:
-            row.prefix = None
+        if copy is not None:
+            self._hold(row, copy)
+            row.cached, row.shared_pages = copy.prefix.tokens, copy.shared_pages
+        begin = copy.prefix.tokens if copy else 0
+        for prefix in row.prefix.path:
+            if prefix.tokens > begin:
+                if row.tier in prefix.copies:
+                    break  # another row computes it
+                prefix.copies[row.tier] = PrefixPages(prefix=prefix, tier=row.tier, maker=row)
+        self.unwant(row)
 
-    def computed(self, row: RowT, prefix: Prefix[RowT]) -> Iterable[RowT]:
-        """The row has computed its prefix, or a part of it; returns those that may enter now."""
-        if row.shares or row.cached < prefix.tokens:
-            return ()
-        prefix.tier, prefix.sharers, row.shares = row.tier, 1, True
-        return prefix.waiting
+    def next_end(self, row: RowT) -> int | None:
+        """Tokens of the prefix that the row computes next for others; None where it computes none."""
+        made = next(self.made(row), None)
+        return None if made is None else made.prefix.tokens
 
-    def leave(self, row: RowT, prefix: Prefix[RowT]) -> None:
-        """A row with a prefix is out of flight, and its pages have been given back."""
-        if not row.shares:  # it has not computed the prefix yet
-            self.reserved_places -= len(prefix.waiting)
-            return
-        row.prefix, row.shares = None, False
-        prefix.sharers -= 1
-        if prefix.tier and not prefix.sharers:
-            self._idle[prefix] = None
-            self._charge(prefix, prefix.pages)
+    def computed(self, row: RowT) -> list[RowT]:
+        """The row has computed more of its prompt; returns the rows that waited for that."""
+        released: list[RowT] = []
+        for copy in list(self.made(row)):
+            if row.cached < copy.prefix.tokens:
+                break
+            released += self._release(copy)
+            if not self._open(row, copy):
+                return released + self.abandon(row)
+        return released
 
-    def drop(self, row: RowT, prefix: Prefix[RowT]) -> None:
-        """A row no longer waits for its prefix."""
-        if row not in prefix.waiting:
-            return
-        del prefix.waiting[row]
-        self.reserved_places -= 1
-        if not prefix.waiting:
-            self._close(prefix)
+    def abandon(self, row: RowT) -> list[RowT]:
+        """The row computes nothing for others any longer; returns the rows that waited for that."""
+        released: list[RowT] = []
+        for copy in list(self.made(row)):
+            released += self._release(copy)
+            del copy.prefix.copies[copy.tier]
+        return released
 
-    def evict(self, tier: str | None = None) -> bool:
-        """Evict an idle prefix (of a tier); returns whether there was one."""
-        prefix = next((p for p in self._idle if tier in (None, p.tier)), None)
-        if prefix is None:
+    def leave(self, row: RowT) -> list[RowT]:
+        """The row is out of flight; returns the rows that waited for what it computed."""
+        released = self.abandon(row)
+        held, row.held, row.shared_pages = row.held, None, 0
+        if held is not None:
+            held.holders -= 1
+            self._settle(held)
+        return released
+
+    def evict(self, tier: str | None = None, keep: RowT | None = None) -> bool:
+        """Evict the idle prefix (of a tier) that fewest rows wait for; returns whether there was one.
+
+        Args:
+            keep: a row whose own prefixes go last.
+        """
+        own = keep.prefix.path if keep is not None and keep.prefix is not None else ()
+        found = [copy for copy in self._idle if tier in (None, copy.tier)]
+        if not found:
             return False
-        for row in prefix.waiting:
-            row.prefix = None
-        self.reserved_places -= len(prefix.waiting)
-        prefix.waiting.clear()
-        self._close(prefix)
+        self._close(min(found, key=lambda copy: (copy.prefix in own, copy.prefix.wanted, copy.prefix.tokens)))
         return True
 
-    def _close(self, prefix: Prefix[RowT]) -> None:
-        if prefix in self._idle:
-            self._end_idle(prefix)
-        prefix.tier = ""
-        self.closed.append(prefix)
+    def _copies(self, row: RowT, tier: str) -> Iterator[PrefixPages[RowT]]:
+        """Of the row's prefixes in a tier, the shortest first, as far as each follows the one before."""
+        for prefix in row.prefix.path if row.prefix else ():
+            copy = prefix.copies.get(tier)
+            if copy is None:
+                return
+            yield copy
 
-    def _end_idle(self, prefix: Prefix[RowT]) -> None:
-        del self._idle[prefix]
-        self._charge(prefix, -prefix.pages)
+    def made(self, row: RowT) -> Iterator[PrefixPages[RowT]]:
+        """What a row in flight computes for others, the shortest first."""
+        return (copy for copy in self._copies(row, row.tier) if copy.maker is row)
 
-    def _charge(self, prefix: Prefix[RowT], pages: int) -> None:
-        """Count so many more pages as held by nobody in flight."""
-        self._free[prefix.tier] -= pages
-        self._projections[prefix.tier].held += pages
+    def _release(self, copy: PrefixPages[RowT]) -> list[RowT]:
+        rows = list(copy.aside)
+        self.reserved_places -= len(rows)
+        copy.aside.clear()
+        return rows
+
+    def _open(self, row: RowT, copy: PrefixPages[RowT]) -> bool:
+        """The pages are there: from now on they count by themselves. False where nobody wants them or there is no room."""
+        tokens, tier = copy.prefix.tokens, copy.tier
+        shared = self._layout.shared(tokens)
+        own, beside = shared - row.shared_pages, self._layout.before(tokens) - shared
+        projection = self._projections[tier]
+        if not copy.prefix.wanted or beside > min(self._free[tier], projection.pages - projection.peak):
+            return False
+        copy.maker, copy.pages, copy.shared_pages = None, own + beside, shared
+        projection.lend(row, own)
+        row.pages -= own
+        row.shared_pages = shared
+        self._charge(copy, beside)
+        if row.held is not None:  # the longer prefix holds the shorter one now, and the row holds the longer one
+            row.held.holders -= 1
+        self._hold(row, copy)
+        if copy.prefix.parent is not None:
+            copy.prefix.parent.copies[tier].holders += 1
+        self.opened.append((row, copy))
+        return True
+
+    def _hold(self, row: RowT, copy: PrefixPages[RowT]) -> None:
+        copy.holders += 1
+        self._idle.pop(copy, None)
+        row.held = copy
+
+    def _settle(self, copy: PrefixPages[RowT]) -> None:
+        """Nobody in flight may hold it any longer: then it is idle, or closed where no row waits for it."""
+        if copy.maker is not None or copy.holders:
+            return
+        if not copy.prefix.wanted:
+            self._close(copy)
+            return
+        self._idle[copy] = None
+        limit = _IDLE_SHARE * self._projections[copy.tier].pages
+        while sum(idle.pages for idle in self._idle if idle.tier == copy.tier) > limit and self.evict(copy.tier):
+            pass
+
+    def _close(self, copy: PrefixPages[RowT]) -> None:
+        self._idle.pop(copy, None)
+        del copy.prefix.copies[copy.tier]
+        self._charge(copy, -copy.pages)
+        self.closed.append(copy)
+        parent = copy.prefix.parent
+        if parent is not None:
+            above = parent.copies[copy.tier]
+            above.holders -= 1
+            self._settle(above)
+
+    def _charge(self, copy: PrefixPages[RowT], pages: int) -> None:
+        """Count so many more pages as held whatever the rows do."""
+        self._free[copy.tier] -= pages
+        self._projections[copy.tier].held += pages

@@ -13,7 +13,7 @@ class Flash:
         self.calls = []
 
     def __call__(self, q, k, v, q_starts, k_starts, most_q, most_k, dropout, causal, debug, **options):
-        assert (dropout, causal, debug) == (0.0, True, False)
+        assert (dropout, debug) == (0.0, False)
         lengths, scale = options["seqused_k"], options["scale"]
         left, right = options["window_size_left"], options["window_size_right"]
         for index in (q_starts, k_starts, lengths):
@@ -22,14 +22,14 @@ class Flash:
         assert len(q_starts) == len(k_starts) == len(lengths) + 1 and q_starts[-1] == len(q) and k_starts[-1] == len(k)
         counts = q_starts.diff()
         assert most_q == counts.max() and most_k == lengths.max() and (lengths <= k_starts.diff()).all()
-        assert (left is None) == (right is None) and right in (None, 0)
+        assert (left is None) == (right is None) and right in (None, 0) and (causal or left is None)
         on_meta = [x.to("meta") for x in (q, k, v, q_starts, k_starts)]
         about = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in options.items()}
         shaped = torch.ops.aten._flash_attention_forward(*on_meta, most_q, most_k, dropout, causal, debug, **about)[0]
         assert shaped.shape == q.shape
         self.calls.append((most_q, len(lengths), len(k)))
         with _disable_current_modes():
-            out, lse = self._computed(q, k, v, q_starts, k_starts, lengths, scale, left)
+            out, lse = self._computed(q, k, v, q_starts, k_starts, lengths, scale, left, causal)
         return self._returned(q, k, most_q, out, lse)
 
     @staticmethod
@@ -42,7 +42,7 @@ class Flash:
         return given, lse, torch.empty(2), torch.empty(0), torch.empty(0)
 
     @staticmethod
-    def _computed(q, k, v, q_starts, k_starts, lengths, scale, left):
+    def _computed(q, k, v, q_starts, k_starts, lengths, scale, left, causal):
         out, shared = torch.empty_like(q), q.shape[1] // k.shape[1]
         lse = torch.empty(q.shape[1], len(q))
         for row, (a, b) in enumerate(zip(q_starts.tolist(), q_starts[1:].tolist())):
@@ -51,7 +51,7 @@ class Flash:
             scores = torch.einsum("qhd,khd->hqk", q[a:b].double(), own[0]) * scale
             # The mask is aligned to the last query and the last key.
             beyond = torch.arange(keys) - (torch.arange(b - a)[:, None] + keys - (b - a))
-            hidden = beyond > 0
+            hidden = (beyond > 0) & causal
             if left is not None:
                 hidden |= beyond < -left
             scores = scores.masked_fill(hidden, -torch.inf)

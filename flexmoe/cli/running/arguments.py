@@ -258,6 +258,11 @@ def _machine_flags(p: argparse.ArgumentParser) -> None:
         "--offload-dir", type=Path, default=OFFLOAD_DIR, help="directory of the disk tier (default %(default)s)"
     )
     g.add_argument(
+        "--prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        help="compute and keep once what rows begin with alike, such as a system prompt, and run such rows together (default: yes)",
+    )
+    g.add_argument(
         "--kv-tokens",
         type=count,
         help="KV cache capacity in tokens, at least the longest row (default: from the batch sizes and the rows' lengths)",

@@ -49,7 +49,7 @@ def _look(options: RunOptions, model: Model) -> Preflight:
     setup = preparer_setup(options, model).at(creation_time_s())
     with open_requests(files.input, files.options, output.parent) as requests:
         rows = Rows(requests=requests, numbers=files.row_numbers(len(requests)))
-        found = preflight(rows, setup, bar=sys.stderr.isatty())
+        found = preflight(rows, setup, bar=sys.stderr.isatty(), prefixes=options.prefix_caching)
         note = setup.served().note(requests.models)
         say(*row_lines(found, rows), *([] if note is None else [f"note: {note}"]))
         return found

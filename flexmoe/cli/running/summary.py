@@ -47,6 +47,7 @@ def summary_lines(metrics: Mapping[str, Any], plan: EnginePlan, predicted: Simul
     return [
         _speed(metrics),
         _time(metrics, predicted),
+        *_prefixes(metrics),
         *_drift(metrics),
         _memory(metrics, plan),
         bottleneck(metrics),
@@ -86,6 +87,17 @@ def _time(metrics: Mapping[str, Any], predicted: Simulation | None) -> str:
         off = 100 * (predicted.job_s / wall_s - 1) if wall_s else 0.0
         expected = f"; predicted: {elapsed(predicted.job_s)} ({off:+.0f} %)"
     return f"time: {elapsed(wall_s)} for {generated} generated and {prompt} prompt tokens, without loading{expected}"
+
+
+def _prefixes(metrics: Mapping[str, Any]) -> list[str]:
+    """What rows found that others had computed, where they found anything."""
+    found = metrics.get("prefix_cache")  # none where nothing ran
+    if not found or not found["saved_tokens"]:
+        return []
+    return [
+        f"prefixes: {found['saved_tokens']} of {found['needed_tokens']} tokens that rows entered with were computed for others "
+        f"already, {100 * found['hit_rate']:.1f} %"
+    ]
 
 
 def _drift(metrics: Mapping[str, Any]) -> list[str]:

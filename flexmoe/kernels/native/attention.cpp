@@ -5,13 +5,19 @@
 // lines take the stream path (decode.h) and many lines the tile path (prefill.h). How lines are cut depends only on the
 // row itself, so a result depends neither on the other rows nor on threads.
 //
+// Keys that rows have in common come first, tile by tile of all lines of these rows, so that they are read once for all of
+// them; each row goes on from there by itself. Its result then depends on which of its keys are shared, and on nothing else.
+//
 // This file is the C entry points (those of products.h, packed_work.h and choice.h, too; elementwise.h has its own) and the
 // checks that need the tensors' contents.
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <exception>
+#include <memory>
+#include <vector>
 
 #include "blocked.h"
 #include "call.h"
@@ -23,7 +29,7 @@
 
 namespace {
 
-enum Status { OK = 0, BAD_STARTS = 1, BAD_CONTEXT = 2, BAD_PAGE = 3, NO_MEMORY = 4 };
+enum Status { OK = 0, BAD_STARTS = 1, BAD_CONTEXT = 2, BAD_PAGE = 3, NO_MEMORY = 4, BAD_SHARED = 5 };
 
 Status check(const Call& c, int64_t tokens, int64_t num_pages, int64_t table_width) {
   if (c.q_starts[0] < 0 || c.q_starts[c.B] > tokens) return BAD_STARTS;
@@ -33,8 +39,32 @@ Status check(const Call& c, int64_t tokens, int64_t num_pages, int64_t table_wid
     if (queries == 0) continue;
     if (context < queries || context > table_width * c.page_tokens) return BAD_CONTEXT;
     const int32_t* table = c.page_tables + b * c.table_stride;
-    for (int i = first_key(c, b) / c.page_tokens; i <= (context - 1) / c.page_tokens; i++)
+    for (int i = c.S ? 0 : first_key(c, b) / c.page_tokens; i <= (context - 1) / c.page_tokens; i++)
       if (table[i] < 0 || table[i] >= num_pages) return BAD_PAGE;
+  }
+  return OK;
+}
+
+// How many shared beginnings each one follows, and where each row's own keys begin. The pages are compared, since a wrong one
+// would go unseen.
+Status cut_shared(const Call& c, std::vector<int>& depths, std::vector<int32_t>& begins) {
+  std::vector<const Shared*> within;
+  for (int s = 0; s < c.S; s++) {
+    const Shared& each = c.shared[s];
+    while (!within.empty() && within.back()->stop <= each.first) within.pop_back();
+    if (each.first < 0 || each.stop <= each.first || each.stop > c.B || each.end <= each.begin || c.window) return BAD_SHARED;
+    if (each.begin != (within.empty() ? 0 : within.back()->end) || each.begin % c.page_tokens || each.end % c.page_tokens)
+      return BAD_SHARED;
+    if (!within.empty() && each.stop > within.back()->stop) return BAD_SHARED;
+    const int from = each.begin / c.page_tokens, pages = each.end / c.page_tokens - from;
+    const int32_t* first = c.page_tables + each.first * c.table_stride + from;
+    for (int b = each.first; b < each.stop; b++) {
+      if (each.end > c.context_lens[b] - (c.q_starts[b + 1] - c.q_starts[b])) return BAD_SHARED;
+      if (std::memcmp(first, c.page_tables + b * c.table_stride + from, pages * sizeof(int32_t))) return BAD_SHARED;
+      begins[b] = each.end;
+    }
+    depths.push_back(int(within.size()));
+    within.push_back(&each);
   }
   return OK;
 }
@@ -52,12 +82,24 @@ void flexmoe_set_parallel(void* gomp_parallel) { parallel = reinterpret_cast<Par
 int flexmoe_attention(int dtype, int compressed, int width, const void* q, int64_t q_stride, int64_t tokens, const void* k_pool,
                       const void* v_pool, int64_t page_stride, int64_t num_pages, const int32_t* page_tables,
                       int64_t table_stride, int64_t table_width, const int32_t* q_starts, const int32_t* context_lens,
-                      const float* sinks, void* out, int B, int H, int G, int D, int page_tokens, int window, float scale,
+                      const float* sinks, const int32_t* shared, int S, void* out, int B, int H, int G, int D, int page_tokens, int window, float scale,
                       int num_threads) {
   Call call{q, k_pool, v_pool, out, q_stride, page_stride, table_stride, page_tables, q_starts, context_lens,
-            B, H, G, D, page_tokens, H / G, window, scale, sinks, width};
+            B, H, G, D, page_tokens, H / G, window, scale, sinks, width,
+            reinterpret_cast<const Shared*>(shared), S, nullptr, nullptr};
   try {
     if (Status status = check(call, tokens, num_pages, table_width)) return status;
+    std::vector<int> depths;
+    std::vector<int32_t> begins(S ? B : 0);
+    std::unique_ptr<float[]> state(S ? new float[size_t(tokens) * H * (D + 2)] : nullptr);
+    if (Status status = cut_shared(call, depths, begins)) return status;
+    if (S) call.begins = begins.data(), call.state = state.get();
+    const int levels = S ? *std::max_element(depths.begin(), depths.end()) + 1 : 0;
+    for (int depth = 0; depth < levels; depth++) {
+      Job job(call, dtype, compressed, depths, depth);
+      run_on_threads(job, int(std::min<size_t>(num_threads, job.claims.size() - 1)));
+      if (job.failed) return NO_MEMORY;
+    }
     Job job(call, dtype, compressed, num_threads);
     run_on_threads(job, int(std::min<size_t>(num_threads, job.claims.size() - 1)));
     return job.failed ? NO_MEMORY : OK;

@@ -14,6 +14,7 @@ _INT_LIMIT = 2**31
 _STATUS_SENTENCES = {
     1: "q_starts must rise from 0 or more to at most the number of query tokens",
     2: "context_lens must count at least a row's queries and at most what its page table can hold",
+    5: "shared must list beginnings that rows have in common in the same whole pages, each followed by those within it",
     3: "page_tables names a page that k_pool does not have, at a position that a query attends to",
 }
 
@@ -30,6 +31,7 @@ def paged_attention(
     out: torch.Tensor | None = None,
     window: int = 0,
     sinks: torch.Tensor | None = None,
+    shared: torch.Tensor | None = None,
     num_threads: int | None = None,
 ) -> torch.Tensor:
     """Causal grouped-query attention of ragged rows over a paged KV cache, on CPU cores.
@@ -37,7 +39,7 @@ def paged_attention(
     Row b's queries `q_THD[q_starts[b]:q_starts[b + 1]]` stand at its last positions, `context_lens[b] - 1` the last;
     their own keys and values are in the pools already. The key at position t lies in page
     `page_tables[b, t // page_tokens]` at `t % page_tokens`. Accumulation is fp32; the result of a row depends
-    neither on the other rows nor on the number of threads.
+    neither on the other rows nor on the number of threads. Of keys that rows share, a row's result depends on which they are.
 
     Args:
         q_THD: queries, fp32, bf16 or fp16; the token stride is free, the rest contiguous.
@@ -50,6 +52,8 @@ def paged_attention(
         out: contiguous [T, H, D] to write to; made when absent. Tokens outside q_starts are left alone.
         window: 0, or a query at p sees keys in (p - window, p].
         sinks: fp32 [H], a score of each head that counts in the softmax beside those of the keys.
+        shared: int32 [S, 4], beginnings that rows have in common (`flexmoe.kernels.ragged.SharedKeys`), read once for all
+            of their rows; none with a window.
         num_threads: torch's number of threads when absent.
 
     Returns:
@@ -76,7 +80,8 @@ def paged_attention(
     threads = torch.get_num_threads() if num_threads is None else max(1, num_threads)
     sizes = rows, heads, kv_heads, size, page_tokens, window, scale, threads
     sink_scores = None if sinks is None else _checked_sinks(sinks, heads).data_ptr()
-    status = library.flexmoe_attention(*stored, *queries, *pools, *tables, sink_scores, out.data_ptr(), *sizes)
+    common = (None, 0) if shared is None else (_checked_shared(shared).data_ptr(), len(shared))
+    status = library.flexmoe_attention(*stored, *queries, *pools, *tables, sink_scores, *common, out.data_ptr(), *sizes)
     if status in _STATUS_SENTENCES:
         raise ValueError(_STATUS_SENTENCES[status])
     if status:
@@ -90,6 +95,12 @@ def _checked_sinks(sinks_H: torch.Tensor, heads: int) -> torch.Tensor:
     if sinks_H.device.type != "cpu":
         raise ValueError("native attention takes CPU tensors only")
     return sinks_H
+
+
+def _checked_shared(shared: torch.Tensor) -> torch.Tensor:
+    if shared.dtype != torch.int32 or shared.dim() != 2 or shared.shape[1] != 4 or not shared.is_contiguous():
+        raise ValueError(f"shared must be contiguous int32 [S, 4], not {shared.dtype} {[*shared.shape]}")
+    return shared
 
 
 def _check(

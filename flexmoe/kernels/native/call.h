@@ -14,6 +14,9 @@ namespace {
 
 constexpr float LOWEST = -1e30f;  // a finite "no score yet": -inf minus it is -inf, not NaN
 
+// Keys [begin, end) of the rows [first, stop), in the same pages.
+struct Shared { int32_t first, stop, begin, end; };
+
 struct Call {
   const void *q, *k_pool, *v_pool;
   void* out;
@@ -23,6 +26,10 @@ struct Call {
   float scale;
   const float* sinks;  // [H], a score in every softmax that belongs to no key; null: none
   int width;  // stored elements of a head of a token: D, or those of a compressed head with its scale
+  const Shared* shared;    // what rows have in common, longer beginnings behind those that they follow
+  int S;
+  const int32_t* begins;   // [B], the first key that a row has not in common with others; null: 0 for all
+  float* state;            // [T][H][D + 2], the softmax of each query over the shared keys so far: output, largest score, sum
 };
 
 // What a head of a token in a pool is times; 1 where it is not compressed. Its place follows the numbers, at an even byte.
@@ -33,7 +40,14 @@ INLINE float head_scale(const i8* head, int D) {
   return widen(scale);
 }
 
-struct Item { int32_t row, head_begin, head_end, tile; };  // tile -1: the stream path
+// tile -1: the stream path; segment: of the shared keys, for all of its rows, or -1
+struct Item { int32_t row, head_begin, head_end, tile, segment; };
+
+// Query tokens of an item.
+INLINE int item_tokens(const Call& c, const Item& item) {
+  const int stop = item.segment < 0 ? item.row + 1 : c.shared[item.segment].stop;
+  return c.q_starts[stop] - c.q_starts[item.row];
+}
 
 constexpr float LOG2E = 1.44269504088896340736f;
 
@@ -43,8 +57,11 @@ INLINE float first_sum(const Call& c) { return c.sinks ? 1.0f : 0.0f; }
 
 INLINE int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
-// The first key that any query of a row sees.
+INLINE float* state_of(const Call& c, int64_t token, int head) { return c.state + (token * c.H + head) * (c.D + 2); }
+
+// The first key that is left for the row by itself and that any of its queries sees.
 INLINE int first_key(const Call& c, int row) {
+  if (c.begins) return c.begins[row];
   const int queries = c.q_starts[row + 1] - c.q_starts[row];
   return c.window ? std::max(0, c.context_lens[row] - queries - c.window + 1) : 0;
 }

@@ -185,6 +185,7 @@ template <class T, class E> struct Stream {
       start_softmax(h, (head_begin + h) * c.N);
     }
     std::fill(o, o + size_t(heads) * STREAM_LINES * padded, 0.0f);
+    if (first_key(c, row) > 0 && c.state) go_on(head_begin);
     std::fill(kv, kv + padded, 0.0f);  // the row of zeros behind the last key
   }
 
@@ -200,6 +201,22 @@ template <class T, class E> struct Stream {
       }
       max_sum[(h * STREAM_LINES + l) * 2] = highest, max_sum[(h * STREAM_LINES + l) * 2 + 1] = sum;
     }
+  }
+
+  // From the shared keys, which have been attended to.
+  void go_on(int head_begin) {
+    for (int h = 0; h < heads; h++)
+      for (int l = 0, take; l < lines; l += take) {
+        take = cut_lines(lines - l);
+        vf highest = {}, sum = {};
+        for (int i = 0; i < take; i++) {
+          const float* from = state_of(c, first_token + (l + i) / c.N, (head_begin + h) * c.N + (l + i) % c.N);
+          std::copy(from, from + c.D, o + (h * STREAM_LINES + l + i) * padded);
+          for (int lane = 0; lane < W / take; lane++) highest[i * (W / take) + lane] = from[c.D];
+          sum[i * (W / take)] = from[c.D + 1];
+        }
+        max_sum[(h * STREAM_LINES + l) * 2] = highest, max_sum[(h * STREAM_LINES + l) * 2 + 1] = sum;
+      }
   }
 
   template <class X>

@@ -95,14 +95,18 @@ template <class T, class E, int NV> struct Tile : TileState<NV> {
   using State::D, State::q, State::o, State::s, State::k, State::v, State::LINES;
   const Call& c;
   const int row, head;
-  int valid;
+  const Shared* const shared;
+  const int64_t first_token;
+  int valid, begin;
   int32_t token[LINES], member[LINES];  // of each line: query token of the row, head of the group
 
-  Tile(const Call& call, const Item& item, float* scratch) : c(call), row(item.row), head(item.head_begin) {
+  Tile(const Call& call, const Item& item, float* scratch)
+      : c(call), row(item.row), head(item.head_begin), shared(item.segment < 0 ? nullptr : c.shared + item.segment),
+        first_token(c.q_starts[row]) {
     D = c.D, this->window = c.window;
     q = scratch, o = q + D * LINES, s = o + D * LINES, k = s + CHUNK * LINES;
     v = k + round_up(CHUNK * D, W);
-    const int tokens = c.q_starts[row + 1] - c.q_starts[row], first_line = item.tile * TILE_LINES;
+    const int tokens = item_tokens(c, item), first_line = item.tile * TILE_LINES;
     const int past = c.context_lens[row] - tokens;
     valid = std::min(TILE_LINES, tokens * c.N - first_line);
     for (int l = 0; l < LINES; l++) {
@@ -111,6 +115,12 @@ template <class T, class E, int NV> struct Tile : TileState<NV> {
       this->position[l / W][l % W] = past + token[l];
     }
     this->first_position = past + token[0], this->last_position = past + token[LINES - 1];
+    begin = shared ? shared->begin : c.begins ? c.begins[row]
+            : c.window ? std::max(0, this->first_position - c.window + 1) : 0;
+    if (shared) {  // every query sees all of these keys, and nothing behind them
+      for (int l = 0; l < LINES; l++) this->position[l / W][l % W] = shared->end - 1;
+      this->first_position = this->last_position = shared->end - 1;
+    }
   }
   static size_t scratch_floats(const Call& c) {
     return size_t(2 * c.D + CHUNK) * TILE_LINES + 2 * size_t(round_up(CHUNK * c.D, W)) + 64;
@@ -118,20 +128,37 @@ template <class T, class E, int NV> struct Tile : TileState<NV> {
 
   void run() {
     pack_queries();
-    std::fill(o, o + D * LINES, 0.0f);
-    for (int l = 0; l < LINES; l++) {
-      this->highest[l / W][l % W] = first_score(c, head * c.N + member[l]);
-      this->sum[l / W][l % W] = first_sum(c);
-    }
+    start();
     const int end = this->last_position + 1;
-    for (int t = c.window ? std::max(0, this->first_position - c.window + 1) : 0; t < end; t += CHUNK) {
+    for (int t = begin; t < end; t += CHUNK) {
       const int count = std::min(CHUNK, end - t), keys = round_up(count, State::BLOCKING);
       widen_keys(t, count, keys);
       if (D == 64) this->template accumulate<64>(t, keys);
       else if (D == 128) this->template accumulate<128>(t, keys);
       else this->template accumulate<0>(t, keys);
     }
-    write();
+    shared ? keep() : write();
+  }
+
+  // At no key yet, or behind the shared keys that have been attended to.
+  void start() {
+    std::fill(o, o + D * LINES, 0.0f);
+    for (int l = 0; l < LINES; l++) {
+      const int own = head * c.N + member[l];
+      const float* from = begin > 0 && c.state ? state_of(c, first_token + token[l], own) : nullptr;
+      this->highest[l / W][l % W] = from ? from[D] : first_score(c, own);
+      this->sum[l / W][l % W] = from ? from[D + 1] : first_sum(c);
+      for (int d = 0; from && d < D; d++) o[d * LINES + l] = from[d];
+    }
+  }
+
+  // What the keys behind the shared ones go on from.
+  void keep() {
+    for (int l = 0; l < valid; l++) {
+      float* to = state_of(c, first_token + token[l], head * c.N + member[l]);
+      for (int d = 0; d < D; d++) to[d] = o[d * LINES + l];
+      to[D] = this->highest[l / W][l % W], to[D + 1] = this->sum[l / W][l % W];
+    }
   }
 
   void pack_queries() {
@@ -139,7 +166,7 @@ template <class T, class E, int NV> struct Tile : TileState<NV> {
     for (int n = 0; n < NV; n++) {
       const T* from[W];
       for (int i = 0; i < W; i++)
-        from[i] = (const T*)c.q + (c.q_starts[row] + int64_t(token[n * W + i])) * c.q_stride
+        from[i] = (const T*)c.q + (first_token + int64_t(token[n * W + i])) * c.q_stride
                   + int64_t(head * c.N + member[n * W + i]) * D;
       int d = 0;
       for (; d + W <= D; d += W) {
@@ -171,7 +198,7 @@ template <class T, class E, int NV> struct Tile : TileState<NV> {
       const vf factor = 1.0f / this->sum[n];
       T* to[W];
       for (int i = 0; i < W; i++)
-        to[i] = (T*)c.out + ((c.q_starts[row] + int64_t(token[n * W + i])) * c.H + head * c.N + member[n * W + i]) * D;
+        to[i] = (T*)c.out + ((first_token + int64_t(token[n * W + i])) * c.H + head * c.N + member[n * W + i]) * D;
       int d = 0;
       for (; d + W <= D; d += W) {
         vf x[W];
@@ -186,7 +213,7 @@ template <class T, class E, int NV> struct Tile : TileState<NV> {
 };
 
 template <class T, class E> void run_tile(const Call& c, const Item& item, float* scratch) {
-  const int lines = (c.q_starts[item.row + 1] - c.q_starts[item.row]) * c.N - item.tile * TILE_LINES;
+  const int lines = item_tokens(c, item) * c.N - item.tile * TILE_LINES;
   if (lines <= W) Tile<T, E, 1>(c, item, scratch).run();
   else if (TILE_VECTORS > 2 && lines <= 2 * W) Tile<T, E, 2>(c, item, scratch).run();
   else Tile<T, E, TILE_VECTORS>(c, item, scratch).run();

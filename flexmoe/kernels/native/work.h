@@ -55,6 +55,17 @@ struct Job {
   std::atomic<size_t> next{0};
   std::atomic<bool> failed{false};
 
+  // Of shared keys: those that follow so many others.
+  Job(const Call& c, int type, bool is_compressed, const std::vector<int>& depths, int depth)
+      : call(c), dtype(type), compressed(is_compressed) {
+    for (int s = 0; s < c.S; s++) {
+      const int first = c.shared[s].first, tokens = c.q_starts[c.shared[s].stop] - c.q_starts[first];
+      for (int h = 0; depths[s] == depth && h < c.G; h++)
+        for (int tile = 0; tile * TILE_LINES < tokens * c.N; tile++) items.push_back({first, h, h + 1, tile, s});
+    }
+    for (size_t i = 0; i <= items.size(); i++) claims.push_back(i);
+  }
+  // Of each row by itself.
   Job(const Call& c, int type, bool is_compressed, int threads) : call(c), dtype(type), compressed(is_compressed) {
     add_tiles();
     for (size_t i = 0; i < items.size(); i++) claims.push_back(i);
@@ -64,7 +75,7 @@ struct Job {
     // All heads of a row read the same pages; they are split only when rows are too few to balance the threads.
     const int heads = streams >= 4 * threads ? c.G : 1;
     for (int b = 0; b < c.B; b++)
-      for (int h = 0; is_stream(b) && h < c.G; h += heads) items.push_back({b, h, h + heads, -1});
+      for (int h = 0; is_stream(b) && h < c.G; h += heads) items.push_back({b, h, h + heads, -1, -1});
     const size_t together = std::min<size_t>(16, std::max<size_t>(1, (items.size() - first) / (8 * threads)));
     for (size_t i = first; i < items.size(); i += together) claims.push_back(i);
     claims.push_back(items.size());
@@ -75,7 +86,7 @@ struct Job {
   void add_tiles() {
     for (int b = 0; b < call.B; b++)
       for (int h = 0; lines(b) > STREAM_LINES && h < call.G; h++)
-        for (int tile = (lines(b) - 1) / TILE_LINES; tile >= 0; tile--) items.push_back({b, h, h + 1, tile});
+        for (int tile = (lines(b) - 1) / TILE_LINES; tile >= 0; tile--) items.push_back({b, h, h + 1, tile, -1});
   }
 };
 

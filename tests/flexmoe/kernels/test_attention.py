@@ -165,7 +165,7 @@ def test_index_tensors_serve_every_layer_of_a_sweep(attend):
 def test_a_plan_made_before_the_first_layer_is_the_one_that_is_used(name, attend):
     rows = Rows(MIXED)
     kernel = choice.Kernel(name, "a test")
-    about = {"shared": 4, "page_tokens": PAGE, "room": 64, "window": 40}
+    about = {"heads": 8, "shared": 4, "page_tokens": PAGE, "room": 64, "window": 40}
     plan = choice.plan_attention(rows.ragged, kernel, torch.float32, **about)
     assert plan.packed.dtype == torch.int32 and plan.calls is None
     attend(rows.q, rows.k_pool, rows.v_pool, rows.ragged, window=40, workspace=workspace_of(rows, 64))
