@@ -229,7 +229,7 @@ def _row_tokens(policy: Policy, workload: Workload) -> int:
 
 def _kv_pages_wanted(layout: KVPages, policy: Policy, workload: Workload, kv_tokens: int | None) -> float:
     """Pages that hold so many tokens of context, in rows of the workload, and what enters in a sweep beside them."""
-    tokens, each = kv_tokens or kv_tokens_wanted(policy, workload), _row_tokens(policy, workload)
+    tokens, each = float(kv_tokens or kv_tokens_wanted(policy, workload)), _row_tokens(policy, workload)
     if kv_tokens is None and not layout.windowed:
         tokens = max(each, tokens - policy.block_size * common_tokens(workload, policy.block_size))
     if not layout.windowed:
