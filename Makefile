@@ -26,10 +26,10 @@ $(SETUP): setup.cfg constraints.txt
 	$(PYTHON) is {sys.version.split()[0]}; choose another one with make PYTHON=…")'
 	@echo "installing into $(VENV) (torch is large, so this takes minutes)" >&2
 	@$(PYTHON) -m venv $(VENV)
-	@$(INSTALL) '.[test]'
+	@$(INSTALL) '.[test,serve]'
 	@touch $@
 $(BENCH): $(SETUP)
-	@$(INSTALL) '.[test,bench,plot]'
+	@$(INSTALL) '.[test,serve,bench,plot]'
 	@touch $@
 
 demo: $(SETUP) ## answers of a small real model across all three tiers; ARGS=--synthetic: no download

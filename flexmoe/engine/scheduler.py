@@ -125,11 +125,22 @@ class Scheduler:
         """Rows preempted so far."""
         return self.admission.restarts
 
-    def submit(self, rows: Sequence[Row]) -> None:
-        """Queue the rows of one prompt: the first computes it, and the others enter when that is done."""
+    def submit(self, rows: Sequence[Row], *, urgent: bool = False) -> None:
+        """Queue the rows of one prompt: the first computes it, and the others enter when that is done.
+
+        Args:
+            urgent: they enter the next sweep, before all rows that are not (`RowLengths.urgent`).
+        """
         queued = share(rows, self._cache.layout, self._recompute_past, SharedPrompt)
         self._behind += len(rows) - len(queued)
-        self.waiting.extend(queued)
+        if not urgent:
+            self.waiting.extend(queued)
+            return
+        for row in rows:
+            row.urgent = True
+        first = next((at for at, row in enumerate(self.waiting) if not row.urgent), len(self.waiting))
+        for at, row in enumerate(queued, first):
+            self.waiting.insert(at, row)
 
     def plan_sweep(self) -> list[Run]:
         """Choose the runs of the next sweep and reserve their KV.

@@ -15,7 +15,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,17 @@ class JobFiles:
     def row_numbers(self, total: int) -> range:
         """The numbers of the job's rows, of ``total`` in the input."""
         return range(total) if self.shard is None else self.shard.rows(total)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """How far a job is. Tokens are those of the rows that did not fail."""
+
+    rows: int
+    ok: int
+    failed: int
+    prompt_tokens: int
+    generated_tokens: int
 
 
 class Job:
@@ -149,6 +160,34 @@ class Job:
         return None if self._found is None else self._found.lengths
 
     @property
+    def progress(self) -> Done:
+        """How far the job is; for any thread."""
+        journal = self._workspace.journal
+        ok = journal.rows_done - journal.rows_failed
+        return Done(
+            rows=len(self._rows),
+            ok=ok,
+            failed=journal.rows_failed,
+            prompt_tokens=journal.prompt_tokens,
+            generated_tokens=journal.generated_tokens,
+        )
+
+    @property
+    def row_stream(self) -> RowStream:
+        """The rows that are left, for who drives the engine himself; after `look`."""
+        if self._stream is None:
+            raise UsageError("the rows have not been looked at; call look() before they run")
+        return self._stream
+
+    def lines_so_far(self, *, failed: bool) -> tuple[int, Iterator[bytes]]:
+        """Bytes and lines of the rows that are done, in the order of the rows; for any thread.
+
+        Raises:
+            StorageError: the job is finished or closed.
+        """
+        return self._workspace.journal.snapshot(failed=failed)
+
+    @property
     def rows_left(self) -> int:
         """Rows that have no line yet."""
         return len(self._rows) - self._workspace.journal.rows_done
@@ -190,9 +229,7 @@ class Job:
             DataError: the input was changed.
             StorageError: the disk is full, or failed.
         """
-        if self._stream is None:
-            raise UsageError("the rows have not been looked at; call look() before run()")
-        self._stream.run(engine, block_rows, watch)
+        self.row_stream.run(engine, block_rows, watch)
 
     def publish(self) -> JobResult:
         """Gives the output and the error file their names, once every row has its line.

@@ -3,7 +3,7 @@
 Admission is paced (at most ``prefill_tokens`` prompt tokens a sweep, because rows that enter together leave together
 and cost their full length) and looks ahead (a row enters a tier when the projected peak of all its rows fits). A row
 that is preempted re-enters as one run of its prompt and what it has generated. Samples of one prompt share its
-computation (`policies.admission.shared_prefix`). The runtime's scheduler and the planner's simulator use this same
+computation (`policies.admission.shared_prefix`). Urgent rows enter the next sweep, where need be in place of the youngest others. The runtime's scheduler and the planner's simulator use this same
 admission, so what is predicted is what runs.
 """
 
@@ -108,7 +108,11 @@ class Admission(Generic[RowT]):
         """Choose the runs of the next sweep and take the pages they need; returns the rows that have one."""
         self.preempted = []
         budget, page_tokens = self._policy.prefill_tokens, self._layout.page_tokens
+        entered = self._admit_urgent(budget) if self.waiting and self.waiting[0].urgent else {}
+        budget -= sum(entered.values())
         for row in self.running:
+            if row in entered:
+                continue
             cached = row.cached
             if row.stale:
                 self.preempt(row)
@@ -160,7 +164,7 @@ class Admission(Generic[RowT]):
         self._leave(row)
         self.restarts += 1
         self.preempted.append(row)
-        self.waiting.appendleft(row)
+        self.waiting.insert(0 if row.urgent else self._urgent_waiting(), row)
 
     def enter_aged(self, row: RowT) -> bool:
         """Put a row in flight as if all its tokens but the last were in the cache (benchmarks of the steady state).
@@ -228,9 +232,41 @@ class Admission(Generic[RowT]):
             elif self._running or not self.prefixes.evict():
                 return
 
+    def _admit_urgent(self, budget: int) -> dict[RowT, int]:
+        """Let urgent rows enter before those in flight get prompt tokens. Where there is no room for one, the youngest row that
+        is not urgent leaves.
+
+        Returns:
+            dict[RowT, int]: the rows that entered, with the prompt tokens that each takes of the budget.
+        """
+        entered: dict[RowT, int] = {}
+        while self.waiting and self.waiting[0].urgent and budget > 0:
+            row = self.waiting[0]
+            tier = None
+            if self._has_place(row):
+                tier, curve, shares = self._future(row, budget)
+            if tier is not None:
+                self.waiting.popleft()
+                self._enter(row, tier, curve, shares)
+                entered[row] = self._give_run(row, budget)
+                budget -= entered[row]
+                continue
+            youngest = next((other for other in reversed(self._running) if not other.urgent), None)
+            if youngest is not None:
+                self.preempt(youngest)
+            elif not self.prefixes.evict():
+                break
+        return entered
+
+    def _urgent_waiting(self) -> int:
+        """How many urgent rows wait; they are the first."""
+        return next((at for at, row in enumerate(self.waiting) if not row.urgent), len(self.waiting))
+
     def _queue_next(self, rows: Iterable[RowT]) -> None:
         """Let rows wait before all that have not begun."""
-        begun = next((at for at, row in enumerate(self.waiting) if not row.prompt_done), len(self.waiting))
+        begun = next(
+            (at for at, row in enumerate(self.waiting) if not row.prompt_done and not row.urgent), len(self.waiting)
+        )
         for at, row in enumerate(rows, begun):
             self.waiting.insert(at, row)
 

@@ -37,6 +37,7 @@ class RowLengths:
         prefix: the beginning of the prompt that it computes for others, or will begin after; None where it has none.
         shares: whether it holds the prefix.
         stale: its KV has to be computed anew before it resumes.
+        urgent: it enters before all that are not, in whose place it is.
     """
 
     prompt: int
@@ -52,6 +53,7 @@ class RowLengths:
     prefix: Prefix[Any] | None = None
     shares: bool = False
     stale: bool = False
+    urgent: bool = False
 
     @property
     def length(self) -> int:
