@@ -51,6 +51,7 @@ def parts(options: ServerOptions) -> Iterator[Context]:
         lock = Lock(options.data_dir / "lock")
         stack.callback(lock.release)
         models = ServedModels(options)
+        asker = Asker(models)
         database = Database(options.data_dir / "server.sqlite")
         stack.callback(database.close)
         files, batches = FileStore(database, options.data_dir), BatchStore(database)
@@ -71,7 +72,7 @@ def parts(options: ServerOptions) -> Iterator[Context]:
             clerk=clerk,
             engine=engine,
             stats=stats,
-            asker=Asker(models),
+            asker=asker,
         )
 
 

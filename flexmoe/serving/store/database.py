@@ -127,7 +127,7 @@ class Database:
             )
         for step in range(self.version, len(migrations)):
             self._connection.executescript(
-                f"BEGIN IMMEDIATE; {migrations[step]} PRAGMA user_version = {step + 1}; COMMIT;"
+                f"BEGIN IMMEDIATE; {migrations[step]}; PRAGMA user_version = {step + 1}; COMMIT;"
             )
 
     @contextlib.contextmanager

@@ -77,12 +77,17 @@ class _Voice:
 
 
 class Asker:
-    """Reads what clients ask, for the models that are served."""
+    """Reads what clients ask, for the models that are served.
+
+    Their tokenizers are loaded at once: libraries that are first imported by several threads at a time are found half made.
+
+    Raises:
+        FlexMoEError: what makes requests of a model cannot be used.
+    """
 
     def __init__(self, models: ServedModels) -> None:
         self._models = models
-        self._voices: dict[str, _Voice] = {}
-        self._lock = threading.Lock()
+        self._voices = {served.id: _Voice(served) for served in models}
 
     def read(self, body: Mapping[str, Any], url: str, now_s: int) -> Asked:
         """Reads the body of a request for a completion.
@@ -104,7 +109,7 @@ class Asker:
             request = request_of(line, 1)
         except InvalidLine as error:
             raise invalid(error.param, str(error)) from None
-        voice = self._of(served)
+        voice = self._voices[served.id]
         with voice.lock:
             parts = voice.preparer.prepare(request, 0)
         if isinstance(parts, RowError):
@@ -121,7 +126,7 @@ class Asker:
 
     def body(self, asked: Asked, results: Sequence[RequestOutput]) -> dict[str, Any]:
         """The whole answer."""
-        voice = self._of(asked.served)
+        voice = self._voices[asked.served.id]
         with voice.lock:
             return voice.encoder.body(asked.request, results, asked.key, asked.created_s)
 
@@ -132,7 +137,7 @@ class Asker:
             prompt: the number of its prompt.
             state: what its sample has generated.
         """
-        voice = self._of(asked.served)
+        voice = self._voices[asked.served.id]
         decode = voice.preparer.tokenizer.detokenize
         request = asked.request
         if decode is None or (request.echo and request.kind != "chat"):
@@ -165,11 +170,6 @@ class Asker:
             raise not_found("model", name, "model")
         return served
 
-    def _of(self, served: Served) -> _Voice:
-        with self._lock:  # a tokenizer is loaded once
-            if served.id not in self._voices:
-                self._voices[served.id] = _Voice(served)
-            return self._voices[served.id]
 
 
 def _streaming(body: Mapping[str, Any]) -> tuple[bool, bool, dict[str, Any]]:

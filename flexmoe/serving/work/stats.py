@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -9,11 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from flexmoe.batch.bottleneck import bottleneck
 from flexmoe.engine.engine import Engine
 from flexmoe.errors import UsageError
 from flexmoe.serving.work.batch_run import BatchRun
 from flexmoe.serving.work.models import Loaded
+from flexmoe.system.machine import cpu_name, usable_cores
 from flexmoe.system.memory import resident_bytes
 
 _INTERVAL_S, _EXPERTS_INTERVAL_S = 1.0, 5.0
@@ -78,6 +82,7 @@ class EngineStats:
         self._left: dict[str, dict[str, Any]] = {}
         self.loads = self.failures = 0
         self._failure: str | None = None
+        self._machine = _machine()
 
     def loaded(self, loaded: Loaded, seconds: float) -> None:
         """A model was loaded, in so many seconds."""
@@ -173,6 +178,7 @@ class EngineStats:
                 "loads": self.loads,
                 "failures": self.failures,
                 "last_failure": self._failure,
+                "machine": self._machine,
             }
 
     def totals(self) -> dict[str, int]:
@@ -201,6 +207,12 @@ class EngineStats:
                 ahead += run.tokens_left
                 left[run.id] = {"seconds_left": ahead / rate if rate else None, "tokens_left": run.tokens_left}
         return left
+
+
+def _machine() -> dict[str, Any]:
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu_name(), "cores": usable_cores(), "memory_bytes": memory_bytes, "gpu": gpu}
 
 
 def _experts(engine: Engine) -> dict[str, Any] | None:
