@@ -14,7 +14,21 @@ from flexmoe.batch.options import RunOptions
 from flexmoe.serving.settings import Limits, ServerOptions
 
 ENDED = ("completed", "failed", "cancelled", "expired")
-FLAGS = ["--device", "cpu", "--dtype", "float32", "--percent", "100", "0", "100", "0", "100", "0", "--gpu-batch-size", "8"]
+FLAGS = [
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+    "--percent",
+    "100",
+    "0",
+    "100",
+    "0",
+    "100",
+    "0",
+    "--gpu-batch-size",
+    "8",
+]
 
 
 def make_model(directory, seed=1):
@@ -163,10 +177,8 @@ class Killable:
         """Returns once the server answers 200."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            with contextlib.suppress(OSError, urllib.error.URLError):
-                with urllib.request.urlopen(self.url + path, timeout=5) as answer:
-                    if answer.status == 200:
-                        return
+            if _status(self.url + path) == 200:
+                return
             ended, status = os.waitpid(self.process, os.WNOHANG)
             assert not ended, f"the server ended with {os.waitstatus_to_exitcode(status)}"
             time.sleep(0.02)
@@ -176,6 +188,17 @@ class Killable:
         """Sends a signal and waits for the end; returns the exit code."""
         os.kill(self.process, signal)
         return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+
+
+def _status(url):
+    """Of an answer; None where there is none."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status
+    except urllib.error.HTTPError as refused:
+        return refused.code
+    except OSError:
+        return None
 
 
 def free_port():
