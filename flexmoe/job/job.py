@@ -24,6 +24,7 @@ from flexmoe.errors import UsageError
 from flexmoe.inputs.options import InputOptions, open_requests
 from flexmoe.inputs.request_file import Rows
 from flexmoe.job.identity import versions
+from flexmoe.job.journal import Journal
 from flexmoe.job.manifest import Finished, Manifest
 from flexmoe.job.output_files import PathLike, publish, remove, resolve_outputs
 from flexmoe.job.remaining import open_tokens
@@ -146,6 +147,7 @@ class Job:
         self.tokenizer: Tokenizer | None = None
         self._found: Preflight | None = None
         self._stream: RowStream | None = None
+        self._journal: Journal | None = None  # who asks for the workspace's opens it, where the job has ended
         finished = self._workspace.finished
         self.report = None if finished is None else self._report(finished, len(self._rows), was_finished=True)
 
@@ -161,8 +163,8 @@ class Job:
 
     @property
     def progress(self) -> Done:
-        """How far the job is; for any thread."""
-        journal = self._workspace.journal
+        """How far the job is, or was when it ended; for any thread."""
+        journal = self._journal or self._workspace.journal
         ok = journal.rows_done - journal.rows_failed
         return Done(
             rows=len(self._rows),
@@ -185,7 +187,7 @@ class Job:
         Raises:
             StorageError: the job is finished or closed.
         """
-        return self._workspace.journal.snapshot(failed=failed)
+        return (self._journal or self._workspace.journal).snapshot(failed=failed)
 
     @property
     def rows_left(self) -> int:
@@ -202,7 +204,8 @@ class Job:
             DataError, StorageError: as `preflight`.
         """
         self._tell_what_is_resumed()
-        journal, preparer = self._workspace.journal, self._setup.preparer()
+        self._journal = journal = self._workspace.journal
+        preparer = self._setup.preparer()
         bar, self.tokenizer = self._stream_options.bar, preparer.tokenizer
         self._found = preflight(
             self._rows,

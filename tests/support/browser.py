@@ -84,7 +84,9 @@ class Browser:
         return answer["result"]
 
     def open(self, url):
+        self.run("window.isOld = true")
         self.do("Page.navigate", url=url)
+        self.wait("!window.isOld && document.readyState === 'complete'")
 
     def run(self, code):
         """The value of a piece of JavaScript."""

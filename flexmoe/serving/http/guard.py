@@ -56,7 +56,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(receive, self._limits.idle_s)
+        body = _Body(receive, self._limits.idle_s, has_body=_has_body(_headers(scope)))
 
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -112,11 +112,15 @@ class Guard:
 
 
 class _Body:
-    """The body of a request, watched while it comes in."""
+    """The body of a request, watched while it comes in.
 
-    def __init__(self, receive: Receive, idle_s: float) -> None:
+    Attributes:
+        is_read: whether nothing of it is left in the connection.
+    """
+
+    def __init__(self, receive: Receive, idle_s: float, *, has_body: bool) -> None:
         self._receive, self._idle_s = receive, idle_s
-        self.most_bytes, self._size_bytes, self.is_read = 0, 0, False
+        self.most_bytes, self._size_bytes, self.is_read = 0, 0, not has_body
 
     async def receive(self) -> Message:
         """The next piece.
@@ -179,6 +183,10 @@ def _with_ours(headers: list[tuple[bytes, bytes]], *, close: bool) -> list[tuple
     more = _HEADERS | ({"connection": "close"} if close else {})
     ours = [(name.encode(), value.encode()) for name, value in more.items()]
     return [*headers, *((name, value) for name, value in ours if name not in names)]
+
+
+def _has_body(headers: Mapping[str, str]) -> bool:
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 def _number(text: str | None) -> int | None:

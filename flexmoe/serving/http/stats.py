@@ -44,9 +44,9 @@ class Metrics(Collector):
         for status in ("validating", "in_progress", "finalizing", "cancelling"):
             states.add_metric([status], sum(batch.status == status for batch in open_batches))
         yield states
-        yield _gauge(
-            "rows_left", "rows of open batches without a line", sum(r.job.rows_left for r in context.desk.runs())
-        )
+        done = [run.progress for run in context.desk.runs()]
+        rows_left = sum(each.rows - each.ok - each.failed for each in done)
+        yield _gauge("rows_left", "rows of open batches without a line", rows_left)
         for name, count in context.stats.totals().items():
             yield CounterMetricFamily(f"flexmoe_{name}", f"{name.replace('_', ' ')} since the start", value=count)
         yield CounterMetricFamily("flexmoe_model_loads", "engines that were loaded", value=context.stats.loads)

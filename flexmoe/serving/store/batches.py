@@ -95,8 +95,9 @@ class BatchStore:
         most_open: int,
     ) -> BatchRecord | None:
         """A new batch; None where ``most_open`` are open already."""
+        batch_id = new_id("batch_")
         values = {
-            "id": new_id("batch_"),
+            "id": batch_id,
             "status": "validating",
             "endpoint": endpoint,
             "input_file_id": input_file_id,
@@ -115,7 +116,7 @@ class BatchStore:
             if len(self.open()) >= most_open:
                 return None
             self._database.rows(f"INSERT INTO batches ({names}) VALUES ({places})", values)
-        return self.get(values["id"])
+        return self.get(batch_id)
 
     def get(self, batch_id: str) -> BatchRecord | None:
         """The batch of an id; None where there is none."""

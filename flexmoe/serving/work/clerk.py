@@ -153,6 +153,8 @@ class Clerk:
     def close(self) -> None:
         """Stops the threads; what they have begun is done again at the next start. Batches are closed."""
         self._stopped.set()
+        if self._watch.is_alive():
+            self._watch.join()
         for pool in (self._validating, self._ending):
             pool.shutdown(wait=True, cancel_futures=True)
         for run in self._desk.runs():

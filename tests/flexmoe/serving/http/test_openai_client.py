@@ -214,6 +214,25 @@ def test_the_batch_outlives_its_input_file(client):
     assert wait_for(client, batch).request_counts.completed == 5
 
 
+def test_the_next_batch_fills_the_places_that_the_first_one_leaves(client):
+    first, second = start_batch(client, _long(3, 400)), start_batch(client, chat_rows(6))
+    assert wait_for(client, second).request_counts.completed == 6
+    assert client.batches.retrieve(first.id).status == "in_progress", "both were in the engine"
+    assert wait_for(client, first).request_counts.completed == 3
+
+
+def test_a_batch_with_a_higher_priority_runs_before_older_ones(client):
+    busy, old, urgent = (
+        start_batch(client, _long(rows, 40), extra_body={"priority": priority})
+        for rows, priority in ((48, 0), (24, 0), (8, 7))
+    )
+    assert wait_for(client, urgent).status == "completed"
+    assert {client.batches.retrieve(batch.id).status for batch in (busy, old)} == {"in_progress"}
+    for batch in (busy, old):
+        client.batches.cancel(batch.id)
+        wait_for(client, batch)
+
+
 def test_a_chat_is_answered_while_a_batch_fills_the_engine(client, server):
     batch = start_batch(client, _long(80))
     wait_for(client, batch, "in_progress")

@@ -84,7 +84,7 @@ def keep(browser, name):
 
 def test_every_state_progress_lanes_memory_and_experts_are_shown(page):
     assert {"running", "completed", "failed", "expired", "cancelled"} <= set(page.run(STATE))
-    page.wait("document.querySelectorAll('#lanes .lane').length > 0 && document.querySelector('#speed path')")
+    page.wait("document.querySelectorAll('#lanes .lane, #speed path').length > 2")
     page.wait("document.querySelectorAll('#experts rect').length === 8")
     assert "times as often as the mean" in page.run("document.querySelector('#expert-summary').textContent")
     assert page.run("document.querySelectorAll('.tier progress').length") >= 1
@@ -194,5 +194,7 @@ def test_a_server_with_a_key_asks_for_it(tiny_server_model, tmp_path, browser):
         browser.run("document.querySelector('#key').value = 'a-long-secret-key'")
         browser.tab_to("e.textContent === 'Use key'")
         browser.press("Enter")
-        browser.wait("!document.querySelector('#content').hidden && document.querySelector('#models li')")
+        browser.wait(
+            "!document.querySelector('#content').hidden && document.querySelectorAll('#models li').length === 1"
+        )
         assert browser.run("document.querySelector('#no-batches').hidden") is False

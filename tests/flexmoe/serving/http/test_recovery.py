@@ -187,6 +187,7 @@ def check_all_ended(load, tmp_path, model):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_nothing_is_lost_in_a_hundred_kills(tiny_server_model, tmp_path):
     load = check_killed(tiny_server_model, tmp_path, kills=100, seed=5, batches=60)
     print(
@@ -195,5 +196,6 @@ def test_nothing_is_lost_in_a_hundred_kills(tiny_server_model, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_nothing_is_lost_in_three_kills(tiny_server_model, tmp_path):
     check_killed(tiny_server_model, tmp_path, kills=3, seed=2, batches=6)
