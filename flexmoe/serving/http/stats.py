@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -73,21 +72,22 @@ def ready(context: Served) -> JSONResponse:
     return JSONResponse(state, 200) if is_ready else JSONResponse(state, 503, {"retry-after": "2"})
 
 
-def memory(context: Served) -> dict[str, Any]:
+def memory(context: Served) -> JSONResponse:
     """Planned bytes of every tier beside its budget."""
-    return context.stats.memory()
+    return JSONResponse(context.stats.memory())
 
 
-def performance(context: Served) -> dict[str, Any]:
+def performance(context: Served) -> JSONResponse:
     """Speed, lanes, policy, bottleneck, and the time that batches still take."""
     waiting, running = context.desk.calls
     state = {"state": context.engine.state, "loaded": context.engine.loaded}
-    return state | {"calls": {"waiting": waiting, "running": running}} | context.stats.performance()
+    calls = {"calls": {"waiting": waiting, "running": running}}
+    return JSONResponse(state | calls | context.stats.performance())
 
 
-def experts(context: Served) -> dict[str, Any]:
+def experts(context: Served) -> JSONResponse:
     """How often each expert was chosen."""
-    return context.stats.experts()
+    return JSONResponse(context.stats.experts())
 
 
 def metrics(request: Request) -> Response:

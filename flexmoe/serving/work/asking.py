@@ -171,7 +171,6 @@ class Asker:
         return served
 
 
-
 def _streaming(body: Mapping[str, Any]) -> tuple[bool, bool, dict[str, Any]]:
     """Whether the answer comes in pieces, whether usage is one of them, and the other fields."""
     rest = dict(body)

@@ -35,6 +35,7 @@ class BatchRun:
         measured: lengths of the rows that are left.
 
     Attributes:
+        key: what the ids of its requests begin with, before a colon.
         ending: why it is to end before its rows have run (a key of `ENDINGS`); None as long as it is not.
         in_engine: whether the engine's thread has it; only that thread touches the job then.
     """
@@ -43,8 +44,7 @@ class BatchRun:
         self.record, self.model, self.job, self.measured = record, model, job, measured
         self.ending: str | None = record.ending
         self.in_engine = False
-        # Requests of all batches meet in one engine: each batch has a prefix of its own there.
-        self._prefix = f"b{next(_NUMBERS)}:"
+        self.key = f"b{next(_NUMBERS)}"
         self._requests: Iterator[EngineRequest] | None = None
 
     @property
@@ -68,10 +68,6 @@ class BatchRun:
         left = self.job.row_stream.left()
         return left.prompt_tokens + left.generated_tokens
 
-    def owns(self, request_id: str) -> bool:
-        """Whether a request of the engine is one of its rows."""
-        return request_id.startswith(self._prefix)
-
     def begin(self, engine: Room, block_rows: int) -> None:
         """Its rows may be pulled for this engine.
 
@@ -90,7 +86,7 @@ class BatchRun:
             FlexMoEError: the input cannot be read.
         """
         request = None if self._requests is None else next(self._requests, None)
-        return request and replace(request, request_id=self._prefix + request.request_id)
+        return request and replace(request, request_id=f"{self.key}:{request.request_id}")
 
     def take(self, result: RequestOutput) -> None:
         """Keeps the result of one of its requests.
@@ -109,7 +105,7 @@ class BatchRun:
         Raises:
             StorageError: the disk is full, or failed.
         """
-        own = [each for each in in_flight if self.owns(each.request_id)]
+        own = [each for each in in_flight if key_of(each.request_id) == self.key]
         self.job.row_stream.checkpoint(replace(each, request_id=self._own(each.request_id)) for each in own)
 
     def give_up(self, ending: str) -> None:
@@ -124,4 +120,9 @@ class BatchRun:
         self.job.row_stream.give_up(ENDINGS[ending])
 
     def _own(self, request_id: str) -> str:
-        return request_id.removeprefix(self._prefix)
+        return request_id.removeprefix(f"{self.key}:")
+
+
+def key_of(request_id: str) -> str:
+    """Of whom a request of the engine is: the key of a batch or a call. Those of all of them meet in one engine."""
+    return request_id.partition(":")[0]

@@ -39,6 +39,7 @@ class Call:
         arrival: its place in the order of arrival.
 
     Attributes:
+        key: what the ids of its requests begin with, before a colon.
         failure: why it has failed; None as long as it has not.
         is_dropped: nobody waits for it any longer.
     """
@@ -53,17 +54,13 @@ class Call:
         on_change: Callable[[], None],
     ) -> None:
         self.model, self.arrival, self.streams = model, arrival, streams
-        self._prefix = f"c{next(_NUMBERS)}:"
-        self.requests = [replace(each, request_id=f"{self._prefix}{at}") for at, each in enumerate(requests)]
+        self.key = f"c{next(_NUMBERS)}"
+        self.requests = [replace(each, request_id=f"{self.key}:{at}") for at, each in enumerate(requests)]
         self._on_change, self._lock = on_change, threading.Lock()
         self._results: dict[int, RequestOutput] = {}
         self._generated: dict[tuple[int, int], InFlight] = {}
         self.failure: CallFailure | None = None
         self.is_dropped = False
-
-    def owns(self, request_id: str) -> bool:
-        """Whether a request of the engine is one of its."""
-        return request_id.startswith(self._prefix)
 
     @property
     def is_done(self) -> bool:
@@ -106,4 +103,4 @@ class Call:
         self._on_change()
 
     def _place(self, request_id: str) -> int:
-        return int(request_id.removeprefix(self._prefix))
+        return int(request_id.removeprefix(f"{self.key}:"))

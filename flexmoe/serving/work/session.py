@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from flexmoe.engine.requests import RefusedError
 from flexmoe.errors import FlexMoEError, StorageError
 from flexmoe.outputs import RequestOutput
-from flexmoe.params import EngineRequest
-from flexmoe.serving.work.batch_run import BatchRun
+from flexmoe.params import EngineRequest, InFlight
+from flexmoe.serving.work.batch_run import BatchRun, key_of
 from flexmoe.serving.work.calls import Call, CallFailure
 from flexmoe.serving.work.clerk import Clerk
 from flexmoe.serving.work.desk import Desk, View
@@ -45,8 +45,9 @@ class Session:
         self._desk, self._clerk = desk, clerk
         self._interval_s, self._clock = checkpoint_interval_s, clock
         self._checkpoint_s = clock()
+        # Both by their keys.
         self._runs: dict[str, BatchRun] = {}
-        self._calls: list[Call] = []
+        self._calls: dict[str, Call] = {}
         self.results = 0
 
     @property
@@ -61,16 +62,16 @@ class Session:
             FlexMoEError: a batch's file or journal cannot be used; that batch is no longer in the engine then.
         """
         for run in view.ended:
-            self._abort(run.owns)
+            self._abort(run.key)
             self._leave(run)
         for call in view.dropped:
-            self._abort(call.owns)
+            self._abort(call.key)
             self._end_call(call)
         for call in view.calls:
             self._begin_call(call)
         for run in view.batches:
             self._guarded(run, lambda run=run: self._begin(run))  # type: ignore[misc]
-        self._fill([run for run in view.batches if run.id in self._runs])
+        self._fill([run for run in view.batches if run.key in self._runs])
 
     def sweep(self) -> None:
         """Runs one sweep, and gives what came of it to those who asked.
@@ -79,13 +80,22 @@ class Session:
             Exception: the engine failed.
         """
         self._give(self._engine.step())
-        for call in self._calls:
-            if call.streams and not call.is_done:
-                call.progress(self._engine.in_flight(call.owns))
+        self._tell_progress()
         for run in [run for run in self._runs.values() if not run.job.rows_left]:
             self._leave(run)
         if self._clock() - self._checkpoint_s >= self._interval_s:
             self.checkpoint()
+
+    def _tell_progress(self) -> None:
+        """Gives the calls that stream what has been generated of them."""
+        told: dict[str, list[InFlight]] = {call.key: [] for call in self._calls.values() if call.streams}
+        if not told:
+            return
+        for state in self._engine.in_flight(lambda request_id: key_of(request_id) in told):
+            told[key_of(state.request_id)].append(state)
+        for key, states in told.items():
+            if states:
+                self._calls[key].progress(states)
 
     def checkpoint(self) -> None:
         """Keeps what the rows of all batches have generated."""
@@ -113,8 +123,8 @@ class Session:
         return runs
 
     def _begin(self, run: BatchRun) -> None:
-        if run.id not in self._runs:
-            self._runs[run.id] = run
+        if run.key not in self._runs:
+            self._runs[run.key] = run
             run.begin(self._loaded.llm, self._loaded.plan.policy.block_size)
 
     def _fill(self, runs: Iterable[BatchRun]) -> None:
@@ -134,11 +144,11 @@ class Session:
             self._leave(run)
 
     def _begin_call(self, call: Call) -> None:
-        self._calls.append(call)
+        self._calls[call.key] = call
         for request in call.requests:
             refused = self._submit(request, urgent=True)
             if refused is not None:
-                self._abort(call.owns)
+                self._abort(call.key)
                 failure = CallFailure(status=400, code="cannot_run", message=refused.error or "it cannot run")
                 call.fail(failure)
                 self._end_call(call)
@@ -155,15 +165,15 @@ class Session:
     def _give(self, results: Iterable[RequestOutput]) -> None:
         for result in results:
             self.results += 1
-            call = next((each for each in self._calls if each.owns(result.request_id)), None)
+            key = key_of(result.request_id)
+            call, run = self._calls.get(key), self._runs.get(key)
             if call is not None:
                 call.take(result)
+                if call.failure is not None:
+                    self._abort(key)  # where one of its prompts has failed, the others are of no use
                 if call.is_done:
-                    self._abort(call.owns)  # where one of its prompts has failed, the others are of no use
                     self._end_call(call)
-                continue
-            run = next((each for each in self._runs.values() if each.owns(result.request_id)), None)
-            if run is not None:
+            elif run is not None:
                 self._guarded(run, lambda run=run, result=result: run.take(result))  # type: ignore[misc]
 
     def _guarded(self, run: BatchRun, work: Callable[[], None]) -> None:
@@ -172,8 +182,8 @@ class Session:
             work()
         except FlexMoEError as error:
             log.warning("batch %s: %s", run.id, error)
-            self._abort(run.owns)
-            self._runs.pop(run.id, None)
+            self._abort(run.key)
+            self._runs.pop(run.key, None)
             self._desk.take(run)
             if isinstance(error, StorageError):
                 self._clerk.reopen_later(run)
@@ -182,13 +192,13 @@ class Session:
 
     def _leave(self, run: BatchRun) -> None:
         """All rows of a batch have ended, or none of them is in the engine any longer."""
-        self._runs.pop(run.id, None)
+        self._runs.pop(run.key, None)
         self._desk.take(run)
         self._clerk.finish(run)
 
     def _end_call(self, call: Call) -> None:
-        self._calls.remove(call)
+        self._calls.pop(call.key, None)
         self._desk.done(call)
 
-    def _abort(self, owns: Callable[[str], bool]) -> None:
-        self._engine.abort_all(owns)
+    def _abort(self, key: str) -> None:
+        self._engine.abort_all(lambda request_id: key_of(request_id) == key)
