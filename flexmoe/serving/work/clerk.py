@@ -6,14 +6,12 @@ done, and the database what was meant. Every step may be cut off and is done aga
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from flexmoe.serving.settings import Limits
 from flexmoe.serving.store.batches import OPEN, BatchRecord, BatchStore
 from flexmoe.serving.store.files import FileStore
 from flexmoe.serving.work.batch_run import BatchRun
+from flexmoe.serving.work.chores import Chores
 from flexmoe.serving.work.desk import Desk
 from flexmoe.serving.work.models import Served, ServedModels
 from flexmoe.serving.work.validation import BatchInput, Fault
@@ -31,8 +30,6 @@ from policies.common import file_io
 from policies.common.file_io import storage_errors
 
 log = logging.getLogger(__name__)
-#: A disk that failed is tried again after so many seconds.
-_RETRY_S = 15.0
 _TICK_S = 1.0
 #: Of an output file's purpose, as OpenAI has it.
 _OUTPUT = "batch_output"
@@ -62,8 +59,7 @@ class Clerk:
     ) -> None:
         self._directory, self._batches, self._files = directory / "batches", batches, files
         self._models, self._desk, self._limits, self._clock = models, desk, limits, clock
-        self._validating = ThreadPoolExecutor(1, "flexmoe-validate")
-        self._ending = ThreadPoolExecutor(1, "flexmoe-finish")
+        self._validating, self._ending = Chores("flexmoe-validate"), Chores("flexmoe-finish")
         self._stopped = threading.Event()
         self._unrecovered: set[str] = set()
         self._watch = threading.Thread(target=self._watch_clock, name="flexmoe-clock", daemon=True)
@@ -119,11 +115,11 @@ class Clerk:
 
     def validate(self, record: BatchRecord) -> None:
         """Has a batch validated, after those before it."""
-        self._submit(self._validating, lambda: self._validate(record.id), lambda: self.validate(record))
+        self._validating.submit(lambda: self._validate(record.id))
 
     def finish(self, run: BatchRun) -> None:
         """Has a batch ended that the engine does not have any longer; rows without a line get one."""
-        self._submit(self._ending, lambda: self._finish(run), lambda: self.finish(run))
+        self._ending.submit(lambda: self._finish(run))
 
     def reopen(self, run: BatchRun) -> None:
         """Opens a batch anew from its journal, because what was in the engine is lost."""
@@ -133,7 +129,7 @@ class Clerk:
     def reopen_later(self, run: BatchRun) -> None:
         """The same, once the disk has had time to recover."""
         run.job.close()
-        self._later(lambda: self.validate(run.record))
+        self._validating.later(lambda: self._validate(run.id))
 
     def fail(self, run: BatchRun, error: FlexMoEError) -> None:
         """Ends a batch whose file or directory cannot be used any longer; what it had done stays in its directory."""
@@ -155,29 +151,10 @@ class Clerk:
         self._stopped.set()
         if self._watch.is_alive():
             self._watch.join()
-        for pool in (self._validating, self._ending):
-            pool.shutdown(wait=True, cancel_futures=True)
+        self._validating.close()
+        self._ending.close()
         for run in self._desk.runs():
             run.job.close()
-
-    def _submit(self, pool: ThreadPoolExecutor, work: Callable[[], None], again: Callable[[], None]) -> None:
-        def guarded() -> None:
-            try:
-                work()
-            except StorageError as error:
-                log.warning("%s; trying again in %.0f s", error, _RETRY_S)
-                self._later(again)
-            except Exception:  # noqa: BLE001 - one batch must not end the work on all others
-                log.exception("a batch cannot be worked on; trying again in %.0f s", _RETRY_S)
-                self._later(again)
-
-        with contextlib.suppress(RuntimeError):  # it is shut down
-            pool.submit(guarded)
-
-    def _later(self, again: Callable[[], None]) -> None:
-        timer = threading.Timer(_RETRY_S, lambda: None if self._stopped.is_set() else again())
-        timer.daemon = True
-        timer.start()
 
     def _validate(self, batch_id: str) -> None:
         record = self._batches.get(batch_id)
