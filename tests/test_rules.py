@@ -71,6 +71,7 @@ ORDER = (
     ("flexmoe.serving",),
     ("flexmoe.serving.store",),
     ("flexmoe.serving.work",),
+    ("flexmoe.serving.endpoints",),
     ("flexmoe.serving.http",),
     ("flexmoe",),
     ("flexmoe.cli",),

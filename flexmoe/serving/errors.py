@@ -76,3 +76,8 @@ def busy(message: str, retry_after_s: int = 5) -> ApiError:
 def invalid(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
     """A request says something that cannot be."""
     return ApiError(400, message, code=code, param=param)
+
+
+def too_large(most_bytes: int) -> ApiError:
+    """A body is longer than this server takes."""
+    return ApiError(413, f"the body is longer than {most_bytes} bytes, the limit here", code="too_large")

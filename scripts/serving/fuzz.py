@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,32 +39,36 @@ def fuzz(url: str, examples: int) -> dict[str, Any]:
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     statuses: dict[str, Counter[int]] = {}
     faults: list[dict[str, Any]] = []
+    limited = settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     for result in schema.get_all_operations():
         operation = result.ok()
         name = f"{operation.method.upper()} {operation.path}"
-        seen = statuses[name] = Counter()
-
-        @settings(
-            max_examples=examples,
-            deadline=None,
-            database=None,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(case=operation.as_strategy())
-        def one(case: Any, name: str = name, seen: Counter[int] = seen) -> None:
-            response = case.call(base_url=url)
-            seen[response.status_code] += 1
-            if response.status_code == 500 or (response.status_code > 500 and response.status_code not in (503, 507)):
-                faults.append({"request": name, "status": response.status_code, "body": str(response.text)[:300]})
-
-        one()
+        send = _sender(url, name, statuses.setdefault(name, Counter()), faults)
+        limited(given(case=operation.as_strategy())(send))()
     return {
         "schemathesis": version("schemathesis"),
         "requests": sum(map(Counter.total, statuses.values())),
         "statuses": {name: dict(sorted(seen.items())) for name, seen in statuses.items()},
         "faults": faults,
     }
+
+
+def _sender(url: str, name: str, seen: Counter[int], faults: list[dict[str, Any]]) -> Callable[[Any], None]:
+    """What sends one request and notes how it is answered."""
+
+    def send(case: Any) -> None:
+        response = case.call(base_url=url)
+        seen[response.status_code] += 1
+        if response.status_code >= 500 and response.status_code not in (503, 507):
+            faults.append({"request": name, "status": response.status_code, "body": str(response.text)[:300]})
+
+    return send
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
     """Both runs on one server."""
     flags = ["--models", str(args.model), "--port", "0", "--data-dir", str(home / "data"), "--offload-dir", str(home)]
-    flags += ["--percent", *"100 0 100 0 100 0".split(), "--keep-free", "0"]
+    flags += ["--percent", "100", "0", "100", "0", "100", "0", "--keep-free", "0"]
     command = [sys.executable, "-m", "flexmoe.serve", *flags]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:

@@ -10,11 +10,11 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from flexmoe import __version__
 from flexmoe.errors import FlexMoEError, StorageError
+from flexmoe.job.identity import versions
+from flexmoe.serving.endpoints import batches, completions, files, models, page, stats
+from flexmoe.serving.endpoints.context import Context
 from flexmoe.serving.errors import ApiError
-from flexmoe.serving.http import batches, completions, files, models, page, stats
-from flexmoe.serving.http.context import Context
 from flexmoe.serving.http.counting import Counting
 from flexmoe.serving.http.guard import Guard
 
@@ -26,7 +26,7 @@ def make_app(context: Context) -> ASGIApp:
     """The application of a server."""
     app = FastAPI(
         title="FlexMoE",
-        version=__version__,
+        version=versions()["flexmoe"] or "unknown",
         description="Files, batches and completions, as OpenAI's API has them.",
         docs_url=None,
         redoc_url=None,

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flexmoe.serving.errors import ApiError
+from flexmoe.serving.errors import ApiError, too_large
 from flexmoe.serving.settings import ServerOptions, is_loopback
 
 UPLOAD_PATH = "/v1/files"
@@ -155,11 +155,6 @@ class _Body:
     def _note(self, message: Message) -> None:
         self._size_bytes += len(message.get("body", b""))
         self.is_read = message["type"] != "http.request" or not message.get("more_body", False)
-
-
-def too_large(most_bytes: int) -> ApiError:
-    """A body is longer than this server takes."""
-    return ApiError(413, f"the body is longer than {most_bytes} bytes, the limit here", code="too_large")
 
 
 async def answer(error: ApiError, send: Send) -> None:

@@ -12,8 +12,8 @@ from types import FrameType
 import uvicorn
 
 from flexmoe.errors import UsageError
+from flexmoe.serving.endpoints.context import Context
 from flexmoe.serving.http.app import make_app
-from flexmoe.serving.http.context import Context
 from flexmoe.serving.http.protocol import timed_protocol
 from flexmoe.serving.settings import ServerOptions
 from flexmoe.serving.store.batches import BatchStore

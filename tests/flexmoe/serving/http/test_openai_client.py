@@ -215,7 +215,7 @@ def test_the_batch_outlives_its_input_file(client):
 
 
 def test_the_next_batch_fills_the_places_that_the_first_one_leaves(client):
-    first, second = start_batch(client, _long(3, 400)), start_batch(client, chat_rows(6))
+    first, second = start_batch(client, _long(3, 250)), start_batch(client, chat_rows(6))
     assert wait_for(client, second).request_counts.completed == 6
     assert client.batches.retrieve(first.id).status == "in_progress", "both were in the engine"
     assert wait_for(client, first).request_counts.completed == 3

@@ -39,7 +39,7 @@ def rows_of(count, seed=0, tokens=40):
 
 def test_a_stopped_server_resumes_its_batches_with_the_tokens_that_they_had(tiny_server_model, tmp_path):
     options = options_of([tiny_server_model], tmp_path, checkpoint_interval_s=0.02)
-    rows = rows_of(24, tokens=60)
+    rows = rows_of(16, tokens=40)
     with running(options) as server, server.client() as client:
         whole = wait_for(client, start_batch(client, rows))
         expected = {line["custom_id"]: answer_of(line) for line in lines_of(client, whole)}

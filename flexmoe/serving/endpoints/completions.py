@@ -11,10 +11,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
+from flexmoe.serving.endpoints.bodies import read_object
+from flexmoe.serving.endpoints.context import Context, context_of
+from flexmoe.serving.endpoints.pieces import Pieces
 from flexmoe.serving.errors import ApiError, busy
-from flexmoe.serving.http.bodies import read_object
-from flexmoe.serving.http.context import Context, context_of
-from flexmoe.serving.http.pieces import Pieces
 from flexmoe.serving.work.asking import Asked
 from flexmoe.serving.work.calls import Call
 

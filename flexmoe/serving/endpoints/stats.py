@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from flexmoe.serving.http.context import Context, Served
+from flexmoe.serving.endpoints.context import Context, Served
 from flexmoe.system.memory import resident_bytes
 
 

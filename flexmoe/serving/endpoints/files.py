@@ -11,9 +11,9 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from flexmoe.errors import StorageError
+from flexmoe.serving.endpoints.bodies import read_form
+from flexmoe.serving.endpoints.context import Context, Served, context_of
 from flexmoe.serving.errors import ApiError, busy, invalid, not_found
-from flexmoe.serving.http.bodies import read_form
-from flexmoe.serving.http.context import Context, Served, context_of
 from flexmoe.serving.store.batches import BatchRecord
 from flexmoe.serving.store.files import StoredFile, Upload
 

@@ -10,10 +10,10 @@ from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 
 from flexmoe.openai.batch_line import URLS
+from flexmoe.serving.endpoints.bodies import read_object
+from flexmoe.serving.endpoints.context import Context, Served, context_of
+from flexmoe.serving.endpoints.files import expiry_s, listed
 from flexmoe.serving.errors import ApiError, busy, invalid, not_found
-from flexmoe.serving.http.bodies import read_object
-from flexmoe.serving.http.context import Context, Served, context_of
-from flexmoe.serving.http.files import expiry_s, listed
 from flexmoe.serving.store.batches import BatchRecord
 from policies.common.reading import whole
 

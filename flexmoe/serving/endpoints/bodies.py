@@ -12,8 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from flexmoe.openai.json_line import InvalidLine, parse_json
-from flexmoe.serving.errors import ApiError, invalid
-from flexmoe.serving.http.guard import too_large
+from flexmoe.serving.errors import ApiError, invalid, too_large
 from flexmoe.serving.store.files import Upload
 from policies.common.reading import without_nulls
 

@@ -7,9 +7,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
+from flexmoe.serving.endpoints.bodies import read_object
+from flexmoe.serving.endpoints.context import Context, Served, context_of
 from flexmoe.serving.errors import invalid, not_found
-from flexmoe.serving.http.bodies import read_object
-from flexmoe.serving.http.context import Context, Served, context_of
 from flexmoe.serving.work.models import Served as ServedModel
 
 _SCHEMA: dict[str, Any] = {
