@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint test test-all bench native clean
+.PHONY: help setup demo serve-demo lint test test-all bench native clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,7 +18,7 @@ WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores + 1 : 8)))
 PYTEST := $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(SETUP) ## a virtual environment in .venv with the pinned versions
 $(SETUP): setup.cfg constraints.txt
@@ -26,14 +26,17 @@ $(SETUP): setup.cfg constraints.txt
 	$(PYTHON) is {sys.version.split()[0]}; choose another one with make PYTHON=…")'
 	@echo "installing into $(VENV) (torch is large, so this takes minutes)" >&2
 	@$(PYTHON) -m venv $(VENV)
-	@$(INSTALL) '.[test]'
+	@$(INSTALL) '.[test,serve]'
 	@touch $@
 $(BENCH): $(SETUP)
-	@$(INSTALL) '.[test,bench,plot]'
+	@$(INSTALL) '.[test,serve,bench,plot]'
 	@touch $@
 
 demo: $(SETUP) ## answers of a small real model across all three tiers; ARGS=--synthetic: no download
 	@$(RUN) -m scripts.demo $(ARGS)
+
+serve-demo: $(SETUP) ## the server with that model: runs a batch through the openai client; ARGS=--synthetic: no download
+	@$(RUN) -m scripts.serving.demo $(ARGS)
 
 lint: $(SETUP) ## form and types of the sources
 	@$(RUN) -m ruff format --check .

@@ -69,9 +69,14 @@ ORDER = (
     ("flexmoe.job",),
     ("flexmoe.inspecting",),
     ("flexmoe.batch",),
+    ("flexmoe.serving",),
+    ("flexmoe.serving.store",),
+    ("flexmoe.serving.work",),
+    ("flexmoe.serving.endpoints",),
+    ("flexmoe.serving.http",),
     ("flexmoe",),
     ("flexmoe.cli",),
-    ("flexmoe.run", "flexmoe.merge", "flexmoe.probe", "flexmoe.quantize", "flexmoe.inspect", "cost_model.__main__"),
+    ("flexmoe.run", "flexmoe.serve", "flexmoe.merge", "flexmoe.probe", "flexmoe.quantize", "flexmoe.inspect", "cost_model.__main__"),
     ("scripts",),
 )
 LINES = {name: line for line, names in enumerate(ORDER) for name in names}

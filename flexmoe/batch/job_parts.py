@@ -67,12 +67,20 @@ def weight_format(options: RunOptions, model: Model) -> str | None:
     return None if packed_as(model.arch, asked) == model.arch else asked
 
 
-def open_job(options: RunOptions, model: Model, interrupts: Interrupts | None = None, *, show_bar: bool = False) -> Job:
+def open_job(
+    options: RunOptions,
+    model: Model,
+    interrupts: Interrupts | None = None,
+    *,
+    show_bar: bool = False,
+    model_name: str | None = None,
+) -> Job:
     """The job, held until it is closed.
 
     Args:
         interrupts: what may ask it to stop.
         show_bar: draw a bar on stderr.
+        model_name: reported for rows that name no model; None: as the options name it.
 
     Raises:
         FlexMoEError: as `Job`.
@@ -83,7 +91,7 @@ def open_job(options: RunOptions, model: Model, interrupts: Interrupts | None = 
         options.job_files(),
         preparer_setup(options, model, template),
         _identity(options, model, template),
-        model_name=options.model,
+        model_name=model_name or options.model,
         choices={"generation_config": options.generation_config},
         keep_reasoning=options.keep_reasoning_in_content,
         stream=stream,

@@ -14,6 +14,7 @@ from policies.common.errors import EXIT_USAGE
 #: Each command, its module (which is imported when it is asked for), and what it does.
 _COMMANDS = {
     "run": ("flexmoe.cli.run", "a file of requests to a JSONL of completions"),
+    "serve": ("flexmoe.cli.serve", "OpenAI's files, batches and completions over HTTP, with a page"),
     "plan": ("cost_model.__main__", "find the policy with the most tokens per second for a model, a machine and a job"),
     "inspect": ("flexmoe.cli.inspect", "what a checkpoint is, and whether a run would take it"),
     "probe": ("flexmoe.cli.probe", "measure this machine's rates for the planner"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -82,8 +82,11 @@ class Engine:
         """Why a request can never run, as a sentence; None if it can."""
         return self._rules.refusal(request)
 
-    def submit(self, request: EngineRequest) -> None:
+    def submit(self, request: EngineRequest, *, urgent: bool = False) -> None:
         """Queue a request.
+
+        Args:
+            urgent: its rows enter the next sweep, before all that are not, where need be in place of some of those.
 
         Raises:
             RefusedError: it can never run (`check`).
@@ -93,7 +96,7 @@ class Engine:
             self._complete.append(state.result())
             return
         self._requests[state] = None
-        self.scheduler.submit(state.rows)
+        self.scheduler.submit(state.rows, urgent=urgent)
 
     def enter_aged(self, request: EngineRequest, generated: Sequence[int]) -> None:
         """Put a request in flight as if ``generated`` had been generated, with KV that nobody computed (benchmarks).
@@ -119,9 +122,14 @@ class Engine:
         """Rows that have no place yet, and requests that are complete without one."""
         return self.scheduler.rows_waiting + len(self._complete)
 
-    def in_flight(self) -> list[InFlight]:
-        """What the samples of unfinished requests have generated; those without a token are left out."""
-        return [sample for state in self._requests for sample in state.in_flight()]
+    def in_flight(self, wanted: Callable[[str], bool] | None = None) -> list[InFlight]:
+        """What the samples of unfinished requests have generated; those without a token are left out.
+
+        Args:
+            wanted: whether a request of this id is of interest; None: all are.
+        """
+        states = (state for state in self._requests if wanted is None or wanted(state.request.request_id))
+        return [sample for state in states for sample in state.in_flight()]
 
     def step(self) -> list[RequestOutput]:
         """Run one sweep.
@@ -183,6 +191,16 @@ class Engine:
                 self._drop(state)
                 return True
         return False
+
+    def abort_all(self, unwanted: Callable[[str], bool]) -> int:
+        """Drop the requests of these ids, as `abort` does; returns how many there were."""
+        found = [state for state in self._requests if unwanted(state.request.request_id)]
+        for state in found:
+            self._drop(state)
+        kept = [result for result in self._complete if not unwanted(result.request_id)]
+        dropped = len(found) + len(self._complete) - len(kept)
+        self._complete = kept
+        return dropped
 
     def clear(self) -> None:
         """Drop every request."""

@@ -124,11 +124,17 @@ class Scheduler:
         """Rows preempted so far."""
         return self.admission.restarts
 
-    def submit(self, rows: Sequence[Row]) -> None:
-        """Queue the rows of one prompt: the first computes what nobody has computed, and the others enter when that is done."""
+    def submit(self, rows: Sequence[Row], *, urgent: bool = False) -> None:
+        """Queue the rows of one prompt: the first computes what nobody has computed, and the others enter when that is done.
+
+        Args:
+            urgent: they enter the next sweep, before all rows that are not (`RowLengths.urgent`).
+        """
         if not rows:
             return
         count_once(rows)
+        for row in rows:
+            row.urgent = urgent
         prompt, ends = rows[0].tokens[: rows[0].prompt], [len(rows[0].tokens)] if len(rows) > 1 else []
         known = self._prefixes
         if known is None:

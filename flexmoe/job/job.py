@@ -15,7 +15,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from flexmoe.errors import UsageError
 from flexmoe.inputs.options import InputOptions, open_requests
 from flexmoe.inputs.request_file import Rows
 from flexmoe.job.identity import versions
+from flexmoe.job.journal import Journal
 from flexmoe.job.manifest import Finished, Manifest
 from flexmoe.job.output_files import PathLike, publish, remove, resolve_outputs
 from flexmoe.job.remaining import open_tokens
@@ -76,6 +77,17 @@ class JobFiles:
     def row_numbers(self, total: int) -> range:
         """The numbers of the job's rows, of ``total`` in the input."""
         return range(total) if self.shard is None else self.shard.rows(total)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """How far a job is. Tokens are those of the rows that did not fail."""
+
+    rows: int
+    ok: int
+    failed: int
+    prompt_tokens: int
+    generated_tokens: int
 
 
 class Job:
@@ -138,6 +150,7 @@ class Job:
         self.tokenizer: Tokenizer | None = None
         self._found: Preflight | None = None
         self._stream: RowStream | None = None
+        self._journal: Journal | None = None  # who asks for the workspace's opens it, where the job has ended
         finished = self._workspace.finished
         self.report = None if finished is None else self._report(finished, len(self._rows), was_finished=True)
 
@@ -150,6 +163,34 @@ class Job:
     def lengths(self) -> Lengths | None:
         """Lengths of the rows that are left, once `look` has measured them."""
         return None if self._found is None else self._found.lengths
+
+    @property
+    def progress(self) -> Done:
+        """How far the job is, or was when it ended; for any thread."""
+        journal = self._journal or self._workspace.journal
+        ok = journal.rows_done - journal.rows_failed
+        return Done(
+            rows=len(self._rows),
+            ok=ok,
+            failed=journal.rows_failed,
+            prompt_tokens=journal.prompt_tokens,
+            generated_tokens=journal.generated_tokens,
+        )
+
+    @property
+    def row_stream(self) -> RowStream:
+        """The rows that are left, for who drives the engine himself; after `look`."""
+        if self._stream is None:
+            raise UsageError("the rows have not been looked at; call look() before they run")
+        return self._stream
+
+    def lines_so_far(self, *, failed: bool) -> tuple[int, Iterator[bytes]]:
+        """Bytes and lines of the rows that are done, in the order of the rows; for any thread.
+
+        Raises:
+            StorageError: the job is finished or closed.
+        """
+        return (self._journal or self._workspace.journal).snapshot(failed=failed)
 
     @property
     def rows_left(self) -> int:
@@ -166,7 +207,8 @@ class Job:
             DataError, StorageError: as `preflight`.
         """
         self._tell_what_is_resumed()
-        journal, preparer = self._workspace.journal, self._setup.preparer()
+        self._journal = journal = self._workspace.journal
+        preparer = self._setup.preparer()
         bar, self.tokenizer = self._stream_options.bar, preparer.tokenizer
         self._found = preflight(
             self._rows,
@@ -194,9 +236,7 @@ class Job:
             DataError: the input was changed.
             StorageError: the disk is full, or failed.
         """
-        if self._stream is None:
-            raise UsageError("the rows have not been looked at; call look() before run()")
-        self._stream.run(engine, block_rows, watch)
+        self.row_stream.run(engine, block_rows, watch)
 
     def publish(self) -> JobResult:
         """Gives the output and the error file their names, once every row has its line.

@@ -154,6 +154,28 @@ class Journal:
             if place >= 0 and self._failed[row] == failed:
                 yield decode_line(self._payload(place, self._lengths[row]))
 
+    def snapshot(self, *, failed: bool) -> tuple[int, Iterator[bytes]]:
+        """What `lines` has now, for another thread: neither later lines nor the end of the journal touch it.
+
+        Returns:
+            The bytes of all these lines, and the lines.
+
+        Raises:
+            StorageError: the journal is closed.
+            DataError: while it is read: a line is not what was written.
+        """
+        chosen = [row for row, place in enumerate(self._places) if place >= 0 and self._failed[row] == failed]
+        places = [(self._places[row], self._lengths[row]) for row in chosen]
+        with storage_errors(self.path):
+            file = os.fdopen(os.dup(self._descriptor), "rb")
+
+        def lines() -> Iterator[bytes]:
+            with file:
+                for place, length in places:
+                    yield decode_line(self._payload(place, length, file.fileno()))
+
+        return sum(length - len(encode_line(b"", 0, 0)) for _, length in places), lines()
+
     def failed_rows(self) -> list[int]:
         """The rows that failed, in order."""
         return [row for row, failed in enumerate(self._failed) if failed]
@@ -207,9 +229,9 @@ class Journal:
         self._partial.pop(row, None)
         self._written.pop(row, None)
 
-    def _payload(self, place: int, length: int) -> bytes:
+    def _payload(self, place: int, length: int, descriptor: int | None = None) -> bytes:
         with storage_errors(self.path):
-            data = file_io.read_at(self._descriptor, HEAD_BYTES + length, place)
+            data = file_io.read_at(self._descriptor if descriptor is None else descriptor, HEAD_BYTES + length, place)
         head = Head.decode(data)
         if head is None or head.length != length or zlib.crc32(data[HEAD_BYTES:]) != head.crc:
             raise DataError(f"{self.path} is damaged at byte {place}: the disk returned other bytes than were written")

@@ -33,7 +33,18 @@ CHECKPOINT_INTERVAL_S = 300.0
 _BLOCK_ROWS, _PREPARED_ROWS = 64, 32
 
 
-class Engine(Protocol):
+class Room(Protocol):
+    """What a job has to know of an engine before its rows run there."""
+
+    def check(self, request: EngineRequest) -> str | None:
+        """Why this request can never run, as a sentence; None when it can."""
+
+    @property
+    def largest_row_tokens(self) -> int:
+        """Tokens of the longest prompt with its completion that there is room for."""
+
+
+class Engine(Room, Protocol):
     """What a job needs of `flexmoe.LLM`."""
 
     def stream(
@@ -41,15 +52,8 @@ class Engine(Protocol):
     ) -> Iterator[RequestOutput]:
         """Pulls requests lazily, yields each one's result once, in any order, and calls ``on_sweep`` after every sweep."""
 
-    def check(self, request: EngineRequest) -> str | None:
-        """Why this request can never run, as a sentence; None when it can."""
-
     def in_flight(self) -> list[InFlight]:
         """What unfinished requests have generated; after a stream that failed, what they had when it did."""
-
-    @property
-    def largest_row_tokens(self) -> int:
-        """Tokens of the longest prompt with its completion that there is room for."""
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -133,15 +137,15 @@ class RowStream:
             DataError: the input was changed.
             StorageError: the disk is full, or failed.
         """
-        self._refuse_rows_without_room(engine)
-        done, options = self._journal.rows_done, self._options
-        progress = Progress(len(self._rows), done, bar=options.bar, left=self._left, clock=options.clock)
+        requests, options = self.begin(engine, block_rows), self._options
+        done = self._journal.rows_done
+        progress = Progress(len(self._rows), done, bar=options.bar, left=self.left, clock=options.clock)
         sweeps = _Sweeps(self, engine, progress, self._interrupts, options, watch)
         with contextlib.closing(progress), self._interrupts.put_off():
-            stream = engine.stream(self._pull(block_rows or _BLOCK_ROWS), sweeps.end)
+            stream = engine.stream(requests, sweeps.end)
             try:
                 for result in stream:
-                    if self._take(result):
+                    if self.take(result):
                         progress.row()
             except Interrupted:
                 raise
@@ -154,9 +158,29 @@ class RowStream:
         if self.rows_left:
             raise RuntimeError(f"the engine's stream ended with {self.rows_left} rows unanswered")
 
-    def checkpoint(self, engine: Engine) -> None:
+    def begin(self, engine: Room, block_rows: int | None = None) -> Iterator[EngineRequest]:
+        """What is left as requests, for who drives the engine himself: he gives each result to `take`.
+
+        Args:
+            engine: what it has no room for becomes error rows now.
+            block_rows: as in `run`.
+        """
+        self.refuse_without_room(engine)
+        return self._pull(block_rows or _BLOCK_ROWS)
+
+    def give_up(self, error: RowError) -> None:
+        """Makes error rows of all that have no line yet; none of them may be in the engine any longer."""
+        self._waiting.clear()
+        rows = [row for row in range(len(self._rows)) if row not in self._journal]
+        for row in rows:
+            line = self._encoder.failure(self._rows[row], error, status=None)
+            self._journal.finish(row, line, failed=True)
+            self._remaining.finish(row, None)
+        log.info("%d rows have an error line each: %s", len(rows), error.message)
+
+    def checkpoint(self, in_flight: Iterable[InFlight]) -> None:
         """Keeps what the rows in flight have generated, those of their prompts that are back included."""
-        states = itertools.chain(engine.in_flight(), self._back())
+        states = itertools.chain(in_flight, self._back())
         self._journal.checkpoint((*_place(state.request_id), state) for state in states)
 
     def count(self, prompt_tokens: int, generated_tokens: int) -> None:
@@ -167,11 +191,15 @@ class RowStream:
         """How far the job is, in words."""
         return f"{self._journal.rows_done} of {len(self._rows)} rows are done"
 
-    def _left(self) -> Left:
+    def left(self) -> Left:
+        """Tokens that are left to compute."""
         return self._remaining.left(*self._computed)
 
-    def _refuse_rows_without_room(self, engine: Engine) -> None:
-        """Longer than any memory tier can hold is known only now; such a row must not wait for ever."""
+    def refuse_without_room(self, engine: Room) -> None:
+        """Longer than any memory tier can hold is known only now; such a row must not wait for ever.
+
+        Who runs the rest of the rows in another engine calls it again.
+        """
         room, before = engine.largest_row_tokens, self._journal.rows_failed
         for row, needed in enumerate(self._found.lengths.needed):
             # The last token of a row never enters the cache.
@@ -202,6 +230,8 @@ class RowStream:
 
     def _pull(self, block_rows: int) -> Iterator[EngineRequest]:
         for row, request, parts in self._prepared(block_rows):
+            if row in self._journal:  # refused since it was put in order
+                continue
             if isinstance(parts, RowError):  # only where a template or a tokenizer does not do the same twice
                 self._fail(row, request, parts, status=400)
                 continue
@@ -236,7 +266,7 @@ class RowStream:
                     ids = list(output.token_ids)
                     yield InFlight(request_id=result.request_id, index=output.index, token_ids=ids, logprobs=logprobs)
 
-    def _take(self, result: RequestOutput) -> bool:
+    def take(self, result: RequestOutput) -> bool:
         """Takes a prompt's result; returns whether its row is finished with it."""
         row, prompt = _place(result.request_id)
         waiting = self._waiting[row]
@@ -271,7 +301,7 @@ class RowStream:
     def _keep_what_was_in_flight(self, engine: Engine) -> None:
         """On the way out of a failure: it spares the tokens since the last checkpoint, where that can be done."""
         try:
-            self.checkpoint(engine)
+            self.checkpoint(engine.in_flight())
         except Exception as error:  # noqa: BLE001 - the failure that led here is the one to report
             log.warning("what the rows in flight have generated could not be kept: %s", error)
 
@@ -307,10 +337,10 @@ class _Sweeps:
         if self._watch is not None and (sentence := self._watch()) is not None:
             self._progress.tell(sentence)
         if self._interrupts.pending is not None and self._rows.rows_left:
-            self._rows.checkpoint(self._engine)
+            self._rows.checkpoint(self._engine.in_flight())
             raise Interrupted(self._interrupts.pending, self._rows.done())
         if self._clock() - self._checkpoint_s >= self._interval_s:
-            self._rows.checkpoint(self._engine)
+            self._rows.checkpoint(self._engine.in_flight())
             self._checkpoint_s = self._clock()
 
 

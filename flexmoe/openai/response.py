@@ -55,6 +55,17 @@ class ResponseEncoder:
             results: one for each prompt of the row, in order.
         """
         key = self._key(request)
+        body = self.body(request, results, key, self._created_s)
+        return _line(key, request, {"status_code": 200, "request_id": f"req_{key}", "body": body}, None)
+
+    def body(self, request: Request, results: Sequence[RequestOutput], key: str, created_s: int) -> dict[str, Any]:
+        """The completion of a request, as a server answers it.
+
+        Args:
+            results: as for `success`.
+            key: what makes its id.
+            created_s: its time.
+        """
         prompt_tokens, generated_tokens = count_tokens(results)
         choices, reasoning_tokens = self._choices(request, results)
         usage: dict[str, Any] = {
@@ -67,15 +78,14 @@ class ResponseEncoder:
             usage["prompt_tokens_details"] = {"cached_tokens": cached}
         if reasoning_tokens is not None:
             usage["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
-        body = {
+        return {
             "id": f"{'chatcmpl' if request.kind == 'chat' else 'cmpl'}-{key}",
             "object": "chat.completion" if request.kind == "chat" else "text_completion",
-            "created": self._created_s,
+            "created": created_s,
             "model": self._model_name if request.model is None else request.model,
             "choices": choices,
             "usage": usage,
         }
-        return _line(key, request, {"status_code": 200, "request_id": f"req_{key}", "body": body}, None)
 
     def failure(self, request: Request, error: RowError, *, status: int | None) -> bytes:
         """The line of a row that did not run, with its line end.

@@ -3,7 +3,8 @@
 Admission is paced (at most ``prefill_tokens`` prompt tokens a sweep, because rows that enter together leave together
 and cost their full length) and looks ahead (a row enters a tier when the projected peak of all its rows fits). A row
 that is preempted re-enters as one run of its prompt and what it has generated. Rows that begin alike share the
-beginning's computation and its pages (`policies.admission.shared_prefix`). The runtime's scheduler and the planner's simulator use this same
+beginning's computation and its pages (`policies.admission.shared_prefix`). Urgent rows enter the next sweep, where need be in
+place of the youngest others. The runtime's scheduler and the planner's simulator use this same
 admission, so what is predicted is what runs.
 """
 
@@ -117,16 +118,20 @@ class Admission(Generic[RowT]):
         return self._layout.longest_row(max(self._pages.values()), self._policy.prefill_tokens)
 
     def submit(self, rows: Iterable[RowT]) -> None:
-        """Rows join the queue."""
+        """Rows join the queue, urgent ones behind the others of their kind."""
         for row in rows:
-            self.waiting.append(row)
+            self.waiting.insert(self._urgent_waiting() if row.urgent else len(self.waiting), row)
             self.prefixes.want(row)
 
     def plan_sweep(self) -> list[RowT]:
         """Choose the runs of the next sweep and take the pages they need; returns the rows that have one."""
         self.preempted = []
         budget, page_tokens = self._policy.prefill_tokens, self._layout.page_tokens
+        entered = self._admit_urgent(budget) if self.waiting and self.waiting[0].urgent else {}
+        budget -= sum(entered.values())
         for row in self.running:
+            if row in entered:
+                continue
             cached = row.cached
             if row.stale:
                 self.preempt(row)
@@ -187,7 +192,7 @@ class Admission(Generic[RowT]):
             self._leave(row)
         self.restarts += 1
         self.preempted.append(row)
-        self.waiting.appendleft(row)
+        self.waiting.insert(0 if row.urgent else self._urgent_waiting(), row)
 
     def enter_aged(self, row: RowT) -> bool:
         """Put a row in flight as if all its tokens but the last were in the cache (benchmarks of the steady state).
@@ -248,29 +253,67 @@ class Admission(Generic[RowT]):
         if self._policy.schedule == "static" and not self._block_open:
             return
         while self.waiting and budget > 0 and self._has_place(self.waiting[0]):
+            taken = self._enter_first(budget)
+            if taken is not None:
+                budget -= taken
+            elif self._running or not self.prefixes.evict(keep=self.waiting[0]):
+                return
+
+    def _admit_urgent(self, budget: int) -> dict[RowT, int]:
+        """Let urgent rows enter before those in flight get prompt tokens. Where there is no room for one, the youngest row that
+        is not urgent leaves.
+
+        Returns:
+            dict[RowT, int]: the rows that entered, with the prompt tokens that each takes of the budget.
+        """
+        entered: dict[RowT, int] = {}
+        while self.waiting and self.waiting[0].urgent and budget > 0:
             row = self.waiting[0]
-            for tier in self._tiers(row):
-                awaited = self.prefixes.awaited(row, tier)
-                if awaited is not None:
-                    self.prefixes.put_aside(self.waiting.popleft(), awaited)
-                    break
-                begun = self.prefixes.begun(row, tier)
-                curve = self._curve(row, budget, begun)
-                if self._fits(tier, curve):
-                    self._enter(self.waiting.popleft(), tier, curve, begun)
-                    budget -= self._give_run(row, budget)
-                    break
-            else:
-                if self._running or not self.prefixes.evict(keep=row):
-                    return
+            taken = self._enter_first(budget) if self._has_place(row) else None
+            if taken is not None:
+                budget -= taken
+                if row.tier:
+                    entered[row] = taken
+                continue
+            youngest = next((other for other in reversed(self._running) if not other.urgent), None)
+            if youngest is not None:
+                self.preempt(youngest)
+            elif not self.prefixes.evict(keep=row):
+                break
+        return entered
+
+    def _enter_first(self, budget: int) -> int | None:
+        """Let the first row that waits enter, or put it aside where a row in flight computes what it begins with.
+
+        Returns:
+            int | None: prompt tokens that it takes of the budget; None where no tier has room for it.
+        """
+        row = self.waiting[0]
+        for tier in self._tiers(row):
+            awaited = self.prefixes.awaited(row, tier)
+            # An urgent row waits for another one only, since those in flight share the prompt tokens that are left.
+            if awaited is not None and (not row.urgent or (awaited.maker is not None and awaited.maker.urgent)):
+                self.prefixes.put_aside(self.waiting.popleft(), awaited)
+                return 0
+            begun = self.prefixes.begun(row, tier)
+            curve = self._curve(row, budget, begun)
+            if self._fits(tier, curve):
+                self._enter(self.waiting.popleft(), tier, curve, begun)
+                return self._give_run(row, budget)
+        return None
+
+    def _urgent_waiting(self) -> int:
+        """How many urgent rows wait; they are the first."""
+        return next((at for at, row in enumerate(self.waiting) if not row.urgent), len(self.waiting))
 
     def _queue_next(self, rows: Sequence[RowT]) -> None:
-        """Let rows wait before all that have not begun."""
+        """Let rows wait before all that have not begun, urgent ones before all."""
         if rows:
-            begun = list(takewhile(lambda row: row.prompt_done or row.generated, self.waiting))
+            urgent, others = [row for row in rows if row.urgent], [row for row in rows if not row.urgent]
+            begun = list(takewhile(lambda row: row.urgent or row.prompt_done or row.generated, self.waiting))
             for _ in begun:
                 self.waiting.popleft()
-            self.waiting.extendleft(reversed([*begun, *rows]))
+            self.waiting.extendleft(reversed([*urgent, *begun, *others]))
 
     def _has_place(self, row: RowT) -> bool:
         """Whether the block has a place for it; rows that begin a new prompt leave the reserved places free."""

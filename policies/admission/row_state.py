@@ -39,6 +39,7 @@ class RowLengths:
         shared_pages: pages of ``held`` that count once for all who hold them, and not among ``pages``.
         computes_all: it begins no later than its first token, since something is wanted of every one.
         stale: its KV has to be computed anew before it resumes.
+        urgent: it enters before all that are not, in whose place it is.
     """
 
     prompt: int
@@ -56,6 +57,7 @@ class RowLengths:
     shared_pages: int = 0
     computes_all: bool = False
     stale: bool = False
+    urgent: bool = False
 
     @property
     def length(self) -> int:

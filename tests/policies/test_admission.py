@@ -364,3 +364,56 @@ def test_admission_decides_in_every_sweep_what_the_scheduler_over_a_real_cache_d
         restarts += pure.restarts
         tiers_used = max(tiers_used, len(seen))
     assert restarts > 0 and tiers_used == 3, "these jobs exercise restarts and all tiers"
+
+
+# Urgent rows.
+
+
+def urgent(admission, prompt, gen):
+    row = RowLengths(prompt=prompt, limit=prompt + gen, urgent=True)
+    admission.waiting.appendleft(row)
+    return row
+
+
+def test_an_urgent_row_enters_the_next_sweep_in_place_of_the_youngest_row():
+    admission = admission_of(gpu=40, rows=2)
+    first, second, third = wait(admission, (16, 9), (16, 9), (16, 9))
+    sweep(admission)
+    now = urgent(admission, 16, 3)
+    assert now in sweep(admission) and admission.running == [first, now]
+    assert list(admission.waiting) == [second, third] and admission.restarts == 1
+    while admission.unfinished:
+        sweep(admission)
+    assert held(admission, "gpu") == 0 and second.length == second.limit
+
+
+def test_an_urgent_row_that_has_a_place_preempts_nobody():
+    admission = admission_of(gpu=40, rows=3)
+    wait(admission, (16, 9), (16, 9))
+    sweep(admission)
+    assert urgent(admission, 16, 3) in sweep(admission) and admission.restarts == 0
+
+
+def test_an_urgent_row_takes_its_pages_from_rows_that_are_not():
+    admission = admission_of(gpu=4, rows=8)
+    old, young = wait(admission, (17, 9), (17, 9))
+    sweep(admission)
+    now = urgent(admission, 17, 9)
+    assert now in sweep(admission) and admission.running == [old, now] and list(admission.waiting) == [young]
+
+
+def test_an_urgent_row_does_not_wait_for_prompts_that_take_the_pace():
+    admission = admission_of(gpu=40, rows=4, prefill_tokens=32)
+    (long,) = wait(admission, (200, 3))
+    sweep(admission)
+    now = urgent(admission, 20, 3)
+    seen = sweep(admission)
+    assert seen[now] == (20, True) and seen[long] == (12, False)
+
+
+def test_urgent_rows_leave_only_for_older_ones_of_their_kind():
+    admission = admission_of(gpu=40, rows=1)
+    first, second = urgent(admission, 16, 3), RowLengths(prompt=16, limit=19, urgent=True)
+    admission.waiting.append(second)
+    assert set(sweep(admission)) == {first}
+    assert set(sweep(admission)) == {first} and list(admission.waiting) == [second]

@@ -70,11 +70,11 @@ def read_command(argv: Sequence[str] | None = None) -> Command:
     args = parser().parse_args(argv)
     if args.input_file is None and args.output_file is None:
         refuse_job_flags(args)
-    given = _given(args, RunOptions)
+    given = given_fields(args, RunOptions)
     if "shard" in given:
         given["shard"] = shard(args)
     options = RunOptions(**given)
-    benchmark = Benchmark(**_given(args, Benchmark)) if options.input_file is None else None
+    benchmark = Benchmark(**given_fields(args, Benchmark)) if options.input_file is None else None
     if benchmark is not None:
         benchmark.check(options)
     elif args.cut_gen_len is not None:
@@ -82,7 +82,7 @@ def read_command(argv: Sequence[str] | None = None) -> Command:
     return Command(options=options, benchmark=benchmark, dry_run=args.dry_run, verbose=args.verbose)
 
 
-def _given(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+def given_fields(args: argparse.Namespace, kind: type) -> dict[str, Any]:
     """The flags that are fields of a dataclass and were given; the others have its defaults."""
     names = {each.name for each in fields(kind)}
     return {name: value for name, value in vars(args).items() if name in names and value is not None}
@@ -100,8 +100,8 @@ def parser() -> argparse.ArgumentParser:
     )
     _job_flags(p)
     add_job_flags(p)
-    _policy_flags(p)
-    _machine_flags(p)
+    add_policy_flags(p)
+    add_machine_flags(p)
     return p
 
 
@@ -151,7 +151,8 @@ def _job_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("-v", "--verbose", action="store_true", help="log to stderr")
 
 
-def _policy_flags(p: argparse.ArgumentParser) -> None:
+def add_policy_flags(p: argparse.ArgumentParser) -> None:
+    """Adds the flags of a policy."""
     g = p.add_argument_group("policy")
     g.add_argument(
         "--policy",
@@ -217,7 +218,8 @@ def _policy_flags(p: argparse.ArgumentParser) -> None:
     )
 
 
-def _machine_flags(p: argparse.ArgumentParser) -> None:
+def add_machine_flags(p: argparse.ArgumentParser) -> None:
+    """Adds the flags of the machine and its budgets."""
     g = p.add_argument_group("machine")
     g.add_argument("--device", help="auto, cuda or cpu (default auto)")
     g.add_argument(

@@ -6,23 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from cost_model.simulation.simulate import Simulation
+from flexmoe.batch.bottleneck import bottleneck
 from flexmoe.engine.engine_plan import EnginePlan
 from flexmoe.job.result import JobResult
 from flexmoe.planning.drift import Drift
 from policies.common.memory_units import in_units
 
 _MINUTE_S, _HOUR_S = 60.0, 3600.0
-#: A lane that is busy for less of the time than this decides nothing.
-_DECIDES = 0.5
-#: What each lane does, and what would shorten it.
-_LANES = {
-    "disk_read": ("reading from the disk", "a faster drive, or more --cpu-mem or --gpu-mem to keep weights in,"),
-    "disk_write": ("writing to the disk", "a faster drive, or more --cpu-mem to keep KV cache in,"),
-    "h2d": ("copying to the GPU tier", "more --gpu-mem, or a faster link,"),
-    "d2h": ("copying from the GPU tier", "more --gpu-mem, or a faster link,"),
-    "gpu": ("computing", "a faster device, or more memory for more rows at once,"),
-    "cpu": ("attention on the CPU", "more --gpu-mem to keep KV cache in, or faster host memory,"),
-}
 
 
 def result_lines(result: JobResult) -> list[str]:
@@ -50,24 +40,8 @@ def summary_lines(metrics: Mapping[str, Any], plan: EnginePlan, predicted: Simul
         *_prefixes(metrics),
         *_drift(metrics),
         _memory(metrics, plan),
-        bottleneck(metrics),
+        f"bottleneck: {bottleneck(metrics)}",
     ]
-
-
-def bottleneck(metrics: Mapping[str, Any]) -> str:
-    """The lane that was busy longest, and what would help most."""
-    if not metrics["lanes"]:
-        return "bottleneck: none, as nothing ran"
-    wall_s = max(metrics["wall_s"], 1e-9)
-    lane, busy_s = max(((lane, t["busy_s"]) for lane, t in metrics["lanes"].items()), key=lambda each: each[1])
-    share = min(1.0, busy_s / wall_s)
-    what, remedy = _LANES[lane]
-    if share < _DECIDES:
-        return (
-            f"bottleneck: none of the lanes ({what} was busy longest, {100 * share:.0f} % of the time), so they wait for "
-            "each other; more rows at once would help most"
-        )
-    return f"bottleneck: {what}, busy {100 * share:.0f} % of the time; {remedy} would help most"
 
 
 def _speed(metrics: Mapping[str, Any]) -> str:

@@ -304,13 +304,14 @@ def test_a_fault_of_a_jobs_flags_is_one_sentence(job, main, flags, code, parts):
 
 
 def test_the_interval_and_the_reserve_reach_the_engine(job, main, monkeypatch):
-    seen = []
+    kept, engines = [], []
     from flexmoe.job.runner import RowStream
 
-    real = RowStream.checkpoint
-    monkeypatch.setattr(RowStream, "checkpoint", lambda self, engine: (seen.append(engine), real(self, engine)))
+    checkpoint, begin = RowStream.checkpoint, RowStream.begin
+    monkeypatch.setattr(RowStream, "checkpoint", lambda self, states: (kept.append(1), checkpoint(self, states)))
+    monkeypatch.setattr(RowStream, "begin", lambda self, llm, *rest: (engines.append(llm), begin(self, llm, *rest))[1])
     assert main(job.args("--checkpoint-interval", "0", "--reserve", "max"))[0] == 0
-    assert len(seen) >= 4 and seen[0].engine.config.reserve == "max"
+    assert len(kept) >= 4 and engines[0].engine.config.reserve == "max"
 
 
 def test_where_there_is_no_terminal_a_line_now_and_then_tells_how_far_the_job_is(job, main, monkeypatch, caplog):

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from flexmoe.cli.running.summary import bottleneck, elapsed, summary_lines
+from flexmoe.batch.bottleneck import bottleneck
+from flexmoe.cli.running.summary import elapsed, summary_lines
 
 
 def metrics(wall_s=10.0, **busy_s):
@@ -16,7 +17,7 @@ def metrics(wall_s=10.0, **busy_s):
     [
         ({"disk_read": 9.7, "gpu": 5.0}, ("reading from the disk, busy 97 %", "a faster drive")),
         ({"disk_read": 2.0, "gpu": 9.0}, ("computing, busy 90 %", "a faster device")),
-        ({"h2d": 9.99, "gpu": 2.0}, ("copying to the GPU tier, busy 100 %", "more --gpu-mem")),
+        ({"h2d": 9.99, "gpu": 2.0}, ("copying to the GPU tier, busy 100 %", "more gpu_mem")),
         ({"cpu": 8.0, "gpu": 2.0}, ("attention on the CPU, busy 80 %",)),
         ({}, ("nothing ran",)),
         ({"gpu": 3.0, "disk_read": 4.0}, ("none of the lanes", "40 %", "more rows at once")),

@@ -252,3 +252,15 @@ def test_admission_and_cache_count_alike_where_layers_have_windows(percent, wind
             assert row.pages == len(row.held_kv().pages) == sim.cache.layout.held(row.cached)
     sim.run()
     assert len(sim.done) == 40
+
+
+def test_an_urgent_request_computes_in_the_next_sweep_and_all_rows_end():
+    sim = Simulation(policy(rows=3, prefill_tokens=40), pages(gpu=30))
+    rows = [sim.submit(30, 9) for _ in range(8)]
+    sim.sweep(), sim.sweep()
+    now = sim.submit(30, 4)
+    sim.scheduler.waiting.remove(now)
+    sim.scheduler.submit([now], urgent=True)
+    assert now in [run.owner for run in sim.sweep()]
+    sim.run()
+    assert set(sim.done) == {*rows, now} and all(row.generated == sim.ends[row] for row in sim.done)

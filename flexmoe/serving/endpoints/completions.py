@@ -1,0 +1,155 @@
+"""`/v1/chat/completions` and `/v1/completions`, whole or in pieces as they are generated."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from flexmoe.serving.endpoints.bodies import read_object
+from flexmoe.serving.endpoints.context import Context, context_of
+from flexmoe.serving.endpoints.pieces import Pieces
+from flexmoe.serving.errors import ApiError, busy
+from flexmoe.serving.work.asking import Asked
+from flexmoe.serving.work.calls import Call
+
+#: Without anything to say, so often a client and what lies between hear that the answer is still coming; and so often it is
+#: looked whether the client is there.
+_ALIVE_S, _LOOK_S = 15.0, 1.0
+_STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
+_PROMPTS: dict[str, Any] = {
+    "/v1/chat/completions": {"messages": {"type": "array", "items": {"type": "object"}}},
+    "/v1/completions": {"prompt": {"anyOf": [{"type": "string"}, {"type": "array"}]}},
+}
+
+
+def _endpoint(url: str) -> Callable[[Request], Awaitable[Response]]:
+    async def complete(request: Request) -> Response:
+        """Completes a prompt."""
+        context, body = context_of(request), await read_object(request)
+        asked = await run_in_threadpool(context.asker.read, body, url, context.clerk.now())
+        waiter = _Waiter(context, asked)
+        if not asked.streams:
+            return await _whole(context, asked, waiter, request)
+        pieces = _pieces(context, asked, waiter)
+        return StreamingResponse(pieces, media_type="text/event-stream", headers=_STREAM_HEADERS)
+
+    return complete
+
+
+class _Waiter:
+    """Waits for what comes of a call.
+
+    Raises:
+        ApiError: too many wait already.
+    """
+
+    def __init__(self, context: Context, asked: Asked) -> None:
+        self._context, self._changed = context, asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def changed() -> None:
+            try:
+                loop.call_soon_threadsafe(self._changed.set)
+            except RuntimeError:  # the server has stopped
+                return
+
+        self.call = Call(
+            asked.served.id,
+            asked.parts,
+            arrival=context.desk.next_arrival(),
+            streams=asked.streams,
+            on_change=changed,
+        )
+        if not context.desk.call(self.call):
+            raise busy(f"{context.options.limits.calls} completions wait already")
+
+    async def wait(self, seconds: float) -> bool:
+        """Waits until something is new; False where nothing was for so long."""
+        try:
+            await asyncio.wait_for(self._changed.wait(), seconds)
+        except asyncio.TimeoutError:
+            return False
+        self._changed.clear()
+        return True
+
+    def check(self) -> None:
+        """Shows that the call has not failed.
+
+        Raises:
+            ApiError: it has.
+        """
+        failure = self.call.failure
+        if failure is not None:
+            retry_after_s = 5 if failure.status == 503 else None
+            raise ApiError(failure.status, failure.message, code=failure.code, retry_after_s=retry_after_s)
+
+    def drop(self) -> None:
+        """Nobody waits any longer."""
+        if not self.call.is_done:
+            self._context.desk.drop(self.call)
+
+
+async def _whole(context: Context, asked: Asked, waiter: _Waiter, request: Request) -> Response:
+    try:
+        while not waiter.call.is_done:
+            if not await waiter.wait(_LOOK_S) and await request.is_disconnected():
+                return Response(status_code=499)
+        waiter.check()
+    finally:
+        waiter.drop()
+    return JSONResponse(await run_in_threadpool(context.asker.body, asked, waiter.call.results()))
+
+
+async def _pieces(context: Context, asked: Asked, waiter: _Waiter) -> AsyncIterator[bytes]:
+    pieces = Pieces(context.asker, asked)
+    silent_s = 0.0
+    try:
+        for chunk in pieces.beginning():
+            yield _event(chunk)
+        while True:
+            done = waiter.call.is_done  # before what is new is read, so that nothing is missed
+            waiter.check()
+            for chunk in await run_in_threadpool(pieces.new, waiter.call):
+                yield _event(chunk)
+                silent_s = 0.0
+            if done:
+                break
+            silent_s = 0.0 if await waiter.wait(_LOOK_S) else silent_s + _LOOK_S
+            if silent_s >= _ALIVE_S:
+                yield b": waiting\n\n"
+                silent_s = 0.0
+        for chunk in await run_in_threadpool(pieces.end, waiter.call.results()):
+            yield _event(chunk)
+        yield b"data: [DONE]\n\n"
+    except ApiError as error:  # the status is sent already
+        yield _event(error.body())
+    finally:
+        waiter.drop()
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
+
+
+def _schema(url: str) -> dict[str, Any]:
+    properties = {"model": {"type": "string"}, **_PROMPTS[url], "stream": {"type": "boolean"}}
+    properties |= {"max_tokens": {"type": "integer"}, "temperature": {"type": "number"}, "n": {"type": "integer"}}
+    schema = {"type": "object", "required": ["model", *_PROMPTS[url]], "properties": properties}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def router() -> APIRouter:
+    """The endpoints."""
+    made = APIRouter(tags=["completions"])
+    for url in _PROMPTS:
+        name = url.removeprefix("/v1/").replace("/", "_")
+        made.add_api_route(
+            url, _endpoint(url), methods=["POST"], name=name, response_class=JSONResponse, openapi_extra=_schema(url)
+        )
+    return made

@@ -1,0 +1,42 @@
+"""What the endpoints share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from flexmoe.serving.settings import ServerOptions
+from flexmoe.serving.store.batches import BatchStore
+from flexmoe.serving.store.files import FileStore
+from flexmoe.serving.work.asking import Asker
+from flexmoe.serving.work.clerk import Clerk
+from flexmoe.serving.work.desk import Desk
+from flexmoe.serving.work.engine_thread import EngineThread
+from flexmoe.serving.work.models import ServedModels
+from flexmoe.serving.work.stats import EngineStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """The parts of a server."""
+
+    options: ServerOptions
+    models: ServedModels
+    files: FileStore
+    batches: BatchStore
+    desk: Desk
+    clerk: Clerk
+    engine: EngineThread
+    stats: EngineStats
+    asker: Asker
+
+
+def context_of(request: Request) -> Context:
+    """Of the server that a request came to."""
+    context: Context = request.app.state.context
+    return context
+
+
+Served = Annotated[Context, Depends(context_of)]

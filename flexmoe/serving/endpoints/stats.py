@@ -1,0 +1,108 @@
+"""How the server is: `/health`, `/ready`, `/v1/stats/…`, and `/metrics` for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+from flexmoe.serving.endpoints.context import Context, Served
+from flexmoe.system.memory import resident_bytes
+
+
+class Metrics(Collector):
+    """What Prometheus reads of a server, copied when it asks.
+
+    Args:
+        context: of the server.
+
+    Attributes:
+        requests: answers by method, route and status.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.registry = CollectorRegistry(auto_describe=False)
+        names = ("method", "route", "status")
+        self.requests = Counter("flexmoe_http_requests", "answers that were sent", names, registry=self.registry)
+        self.registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """The numbers of this moment."""
+        context = self._context
+        waiting, running = context.desk.calls
+        yield _gauge("calls_waiting", "completions that wait for the engine", waiting)
+        yield _gauge("calls_running", "completions in the engine", running)
+        open_batches = context.batches.open()
+        states = GaugeMetricFamily("flexmoe_batches_open", "batches that have not ended", labels=["status"])
+        for status in ("validating", "in_progress", "finalizing", "cancelling"):
+            states.add_metric([status], sum(batch.status == status for batch in open_batches))
+        yield states
+        done = [run.progress for run in context.desk.runs()]
+        rows_left = sum(each.rows - each.ok - each.failed for each in done)
+        yield _gauge("rows_left", "rows of open batches without a line", rows_left)
+        for name, count in context.stats.totals().items():
+            yield CounterMetricFamily(f"flexmoe_{name}", f"{name.replace('_', ' ')} since the start", value=count)
+        yield CounterMetricFamily("flexmoe_model_loads", "engines that were loaded", value=context.stats.loads)
+        yield CounterMetricFamily("flexmoe_engine_failures", "engines that failed", value=context.stats.failures)
+        yield _gauge("process_bytes", "memory that the process holds", resident_bytes())
+        yield _gauge("disk_free_bytes", "free on the disk of the data", context.files.free_bytes())
+        yield _gauge("ready", "whether all batches of the last start are at work", int(context.clerk.is_ready))
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"flexmoe_{name}", text, value=value)
+
+
+def health(context: Served) -> JSONResponse:
+    """Whether the server's threads are alive."""
+    alive = context.engine.is_alive()
+    return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
+
+
+def ready(context: Served) -> JSONResponse:
+    """Whether every batch that was open when the server started is at work again."""
+    is_ready = context.clerk.is_ready
+    state = {"status": "ready" if is_ready else "recovering"}
+    return JSONResponse(state, 200) if is_ready else JSONResponse(state, 503, {"retry-after": "2"})
+
+
+def memory(context: Served) -> JSONResponse:
+    """Planned bytes of every tier beside its budget."""
+    return JSONResponse(context.stats.memory())
+
+
+def performance(context: Served) -> JSONResponse:
+    """Speed, lanes, policy, bottleneck, and the time that batches still take."""
+    waiting, running = context.desk.calls
+    state = {"state": context.engine.state, "loaded": context.engine.loaded}
+    calls = {"calls": {"waiting": waiting, "running": running}}
+    return JSONResponse(state | calls | context.stats.performance())
+
+
+def experts(context: Served) -> JSONResponse:
+    """How often each expert was chosen."""
+    return JSONResponse(context.stats.experts())
+
+
+def metrics(request: Request) -> Response:
+    """For Prometheus."""
+    held: Metrics = request.app.state.metrics
+    return Response(generate_latest(held.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def router() -> APIRouter:
+    """The endpoints."""
+    made = APIRouter(tags=["server"])
+    made.add_api_route("/health", health, methods=["GET"])
+    made.add_api_route("/ready", ready, methods=["GET"])
+    made.add_api_route("/metrics", metrics, methods=["GET"], response_class=Response)
+    made.add_api_route("/v1/stats/memory", memory, methods=["GET"])
+    made.add_api_route("/v1/stats/performance", performance, methods=["GET"])
+    made.add_api_route("/v1/stats/experts", experts, methods=["GET"])
+    return made

@@ -1,0 +1,204 @@
+"""One model's turn: the rows of its batches and its calls, merged into one stream through its engine, sweep by sweep."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+from flexmoe.engine.requests import RefusedError
+from flexmoe.errors import FlexMoEError, StorageError
+from flexmoe.outputs import RequestOutput
+from flexmoe.params import EngineRequest, InFlight
+from flexmoe.serving.work.batch_run import BatchRun, key_of
+from flexmoe.serving.work.calls import Call, CallFailure
+from flexmoe.serving.work.clerk import Clerk
+from flexmoe.serving.work.desk import Desk, View
+from flexmoe.serving.work.models import Loaded
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """What is in a model's engine.
+
+    Args:
+        loaded: the engine.
+        desk: from which calls are, and batches.
+        clerk: ends those whose rows have ended.
+        checkpoint_interval_s: seconds between two writes of what rows of batches have generated.
+        clock: seconds.
+
+    Attributes:
+        results: how many requests have ended.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        desk: Desk,
+        clerk: Clerk,
+        checkpoint_interval_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._loaded, self._engine = loaded, loaded.llm.engine
+        self._desk, self._clerk = desk, clerk
+        self._interval_s, self._clock = checkpoint_interval_s, clock
+        self._checkpoint_s = clock()
+        # Both by their keys.
+        self._runs: dict[str, BatchRun] = {}
+        self._calls: dict[str, Call] = {}
+        self.results = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is in the engine."""
+        return not self._engine.unfinished
+
+    def follow(self, view: View) -> None:
+        """Does what the desk asks for before the next sweep.
+
+        Raises:
+            FlexMoEError: a batch's file or journal cannot be used; that batch is no longer in the engine then.
+        """
+        for run in view.ended:
+            self._abort(run.key)
+            self._leave(run)
+        for call in view.dropped:
+            self._abort(call.key)
+            self._end_call(call)
+        for call in view.calls:
+            self._begin_call(call)
+        for run in view.batches:
+            self._guarded(run, lambda run=run: self._begin(run))  # type: ignore[misc]
+        self._fill([run for run in view.batches if run.key in self._runs])
+
+    def sweep(self) -> None:
+        """Runs one sweep, and gives what came of it to those who asked.
+
+        Raises:
+            Exception: the engine failed.
+        """
+        self._give(self._engine.step())
+        self._tell_progress()
+        for run in [run for run in self._runs.values() if not run.job.rows_left]:
+            self._leave(run)
+        if self._clock() - self._checkpoint_s >= self._interval_s:
+            self.checkpoint()
+
+    def _tell_progress(self) -> None:
+        """Gives the calls that stream what has been generated of them."""
+        told: dict[str, list[InFlight]] = {call.key: [] for call in self._calls.values() if call.streams}
+        if not told:
+            return
+        for state in self._engine.in_flight(lambda request_id: key_of(request_id) in told):
+            told[key_of(state.request_id)].append(state)
+        for key, states in told.items():
+            if states:
+                self._calls[key].progress(states)
+
+    def checkpoint(self) -> None:
+        """Keeps what the rows of all batches have generated."""
+        in_flight = self._engine.in_flight()
+        for run in list(self._runs.values()):
+            self._guarded(run, lambda run=run: run.checkpoint(in_flight))  # type: ignore[misc]
+        self._checkpoint_s = self._clock()
+
+    def end(self) -> None:
+        """The turn is over, and nothing is in the engine."""
+        self._runs.clear()
+        for run in self._desk.release():
+            self._clerk.finish(run)
+
+    def lost(self) -> list[BatchRun]:
+        """The engine failed: its batches, with what their rows had generated kept as far as that is possible."""
+        try:
+            self.checkpoint()
+        except Exception as error:  # noqa: BLE001 - the failure that led here is the one to report
+            log.warning("what the rows in flight have generated could not be kept: %s", error)
+        runs = list(self._runs.values())
+        for run in runs:
+            self._desk.take(run)
+        self._runs.clear()
+        return runs
+
+    def _begin(self, run: BatchRun) -> None:
+        if run.key not in self._runs:
+            self._runs[run.key] = run
+            run.begin(self._loaded.llm, self._loaded.plan.policy.block_size)
+
+    def _fill(self, runs: Iterable[BatchRun]) -> None:
+        """Queues rows until a block waits: those of the first batch, then those of the next one."""
+        ahead = self._loaded.plan.policy.block_size
+        for run in runs:
+            self._guarded(run, lambda run=run: self._pull(run, ahead))  # type: ignore[misc]
+            if self._engine.waiting >= ahead:
+                return
+
+    def _pull(self, run: BatchRun, ahead: int) -> None:
+        while self._engine.waiting < ahead and (request := run.pull()) is not None:
+            refused = self._submit(request, urgent=False)
+            if refused is not None:
+                run.take(refused)
+        if not run.job.rows_left:
+            self._leave(run)
+
+    def _begin_call(self, call: Call) -> None:
+        self._calls[call.key] = call
+        for request in call.requests:
+            refused = self._submit(request, urgent=True)
+            if refused is not None:
+                self._abort(call.key)
+                failure = CallFailure(status=400, code="cannot_run", message=refused.error or "it cannot run")
+                call.fail(failure)
+                self._end_call(call)
+                return
+
+    def _submit(self, request: EngineRequest, *, urgent: bool) -> RequestOutput | None:
+        """Queues a request; the result of one that can never run."""
+        try:
+            self._engine.submit(request, urgent=urgent)
+        except RefusedError as refused:
+            return request.failed(refused.reason)
+        return None
+
+    def _give(self, results: Iterable[RequestOutput]) -> None:
+        for result in results:
+            self.results += 1
+            key = key_of(result.request_id)
+            call, run = self._calls.get(key), self._runs.get(key)
+            if call is not None:
+                call.take(result)
+                if call.failure is not None:
+                    self._abort(key)  # where one of its prompts has failed, the others are of no use
+                if call.is_done:
+                    self._end_call(call)
+            elif run is not None:
+                self._guarded(run, lambda run=run, result=result: run.take(result))  # type: ignore[misc]
+
+    def _guarded(self, run: BatchRun, work: Callable[[], None]) -> None:
+        """Works on a batch; where its disk or its file fails, it leaves, and the others go on."""
+        try:
+            work()
+        except FlexMoEError as error:
+            log.warning("batch %s: %s", run.id, error)
+            self._abort(run.key)
+            self._runs.pop(run.key, None)
+            self._desk.take(run)
+            if isinstance(error, StorageError):
+                self._clerk.reopen_later(run)
+            else:
+                self._clerk.fail(run, error)
+
+    def _leave(self, run: BatchRun) -> None:
+        """All rows of a batch have ended, or none of them is in the engine any longer."""
+        self._runs.pop(run.key, None)
+        self._desk.take(run)
+        self._clerk.finish(run)
+
+    def _end_call(self, call: Call) -> None:
+        self._calls.pop(call.key, None)
+        self._desk.done(call)
+
+    def _abort(self, key: str) -> None:
+        self._engine.abort_all(lambda request_id: key_of(request_id) == key)
