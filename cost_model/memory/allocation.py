@@ -195,7 +195,9 @@ def common_tokens(workload: Workload, together: float) -> float:
     of them have counts once."""
     most = float(shared_tokens(workload.prompt_len, PAGE_TOKENS))
     prefix = min(most, workload.prefix_len)
-    again, alike = (1 - 1 / max(1.0, min(each, together)) for each in (workload.rows_per_prompt, workload.rows_per_prefix))
+    again, alike = (
+        1 - 1 / max(1.0, min(each, together)) for each in (workload.rows_per_prompt, workload.rows_per_prefix)
+    )
     return again * most + (1 - again) * alike * prefix
 
 
@@ -208,7 +210,7 @@ def _row_tokens(policy: Policy, workload: Workload) -> int:
 
 def _kv_pages_wanted(layout: KVPages, policy: Policy, workload: Workload, kv_tokens: int | None) -> float:
     """Pages that hold so many tokens of context, in rows of the workload, and what enters in a sweep beside them."""
-    tokens, each = kv_tokens or kv_tokens_wanted(policy, workload), _row_tokens(policy, workload)
+    tokens, each = float(kv_tokens or kv_tokens_wanted(policy, workload)), _row_tokens(policy, workload)
     if kv_tokens is None and not layout.windowed:
         tokens = max(each, tokens - policy.block_size * common_tokens(workload, policy.block_size))
     if not layout.windowed:

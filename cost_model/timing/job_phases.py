@@ -170,6 +170,7 @@ def _followed(workload: Workload, block: int, pace: int, room: int, static: bool
     """
     window, total = WINDOW_BLOCKS * block, workload.num_requests
     rows, windows = followed_rows(workload, window, STATIC_BUNDLES if static else BUNDLES)
+    held_once = 0.0 if layout.windowed else common_tokens(workload, block)
     stretches = flow(
         rows,
         block=block,
@@ -179,7 +180,7 @@ def _followed(workload: Workload, block: int, pace: int, room: int, static: bool
         layout=layout,
         rows_per_prompt=workload.rows_per_prompt,
         prefix=(workload.prefix_len, workload.rows_per_prefix),
-        held_once=0.0 if layout.windowed else common_tokens(workload, block),
+        held_share=1 - held_once / (workload.prompt_len + workload.gen_len),
     )
     recurring = 1 + (total / window - windows) / (windows - 1) if windows and total is not None else 1.0
     once = 0.0 if windows and total is None else 1.0

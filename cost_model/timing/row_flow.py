@@ -75,7 +75,7 @@ def flow(
     layout: KVPages = _ALL_SEE_ALL,
     rows_per_prompt: float = 1.0,
     prefix: tuple[int, float] = (0, 1.0),
-    held_once: float = 0.0,
+    held_share: float = 1.0,
 ) -> list[Stretch]:
     """The stretches of a job.
 
@@ -88,10 +88,10 @@ def flow(
         static: between the end of a row and that of the last one in flight, none enters.
         rows_per_prompt: of so many rows one computes the pages of a prompt, and the others begin after them.
         prefix: tokens that prompts have in common, and of how many prompts one computes them.
-        held_once: tokens of each row whose pages count as another row's.
+        held_share: part of a row's pages that does not count as another row's.
     """
     common = _Common(1 / rows_per_prompt, prefix[0], 1 / prefix[1])
-    job = _Flow(list(rows), block, pace, room, static, layout, common, layout.full * held_once / PAGE_TOKENS)
+    job = _Flow(list(rows), block, pace, room, static, layout, common, held_share)
     job.run()
     return job.stretches
 
@@ -131,10 +131,10 @@ class _Flow:
         static: bool,
         layout: KVPages,
         common: _Common,
-        common_pages: float,
+        held_share: float,
     ):
         self.stretches: list[Stretch] = []
-        self._layout, self._common, self._common_pages = layout, common, common_pages
+        self._layout, self._common, self._held_share = layout, common, held_share
         self._queue, self._block, self._pace, self._room, self._static = rows[::-1], block, pace, room, static
         # Groups by their end, and the pages that all in flight will hold then, unless there is room for any that may be.
         self._running: list[tuple[float, float, float]] = []
@@ -204,7 +204,7 @@ class _Flow:
 
     def _held(self, tokens: float) -> float:
         """Pages of a row, those left out that count as another row's."""
-        return max(1.0, self._layout.held(ceil(tokens)) - self._common_pages)
+        return max(1.0, self._layout.held(ceil(tokens)) * self._held_share)
 
     def _used_at(self, sweep: float) -> float:
         """Pages of those in flight that have not ended before."""

@@ -47,7 +47,9 @@ def read_lengths(args: argparse.Namespace, arch: ModelArch) -> tuple[Workload, t
     with open_requests(args.prompts, InputOptions(**options)) as requests:
         rows = Rows(requests=requests, numbers=range(len(requests)))
         workers, prefixes = None if estimate is None else 0, estimate is None  # estimated tokens are no token ids
-        with closing(preflight(rows, setup, preparer=preparer, bar=sys.stderr.isatty(), workers=workers, prefixes=prefixes)) as found:
+        with closing(
+            preflight(rows, setup, preparer=preparer, bar=sys.stderr.isatty(), workers=workers, prefixes=prefixes)
+        ) as found:
             measured = found.lengths.measured(arch.max_position)
             refused = _refused(found, rows)
             if not measured.rows:

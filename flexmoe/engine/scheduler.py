@@ -14,7 +14,7 @@ from flexmoe.kv.cache import KVCache, KVExhausted, RowKV
 from flexmoe.params import EngineRequest
 from flexmoe.prefixes.registry import PrefixRegistry
 from policies.admission.admission import Admission
-from policies.admission.row_state import RowLengths
+from policies.admission.row_state import Prefix, RowLengths
 from policies.admission.shared_prefix import count_once
 from policies.placement import TIERS
 from policies.policy import Policy
@@ -137,7 +137,7 @@ class Scheduler:
             ends += rows[0].request.prefix_ends
         if ends:
             past = [row.is_past(self._recompute_past) for row in rows]
-            found = {each: known.find(prompt, ends, each) for each in sorted(set(past))}
+            found: dict[bool, Prefix[Row] | None] = {each: known.find(prompt, ends, each) for each in sorted(set(past))}
             for row, each in zip(rows, past):
                 row.prefix = found[each]
         self.admission.submit(rows)

@@ -42,9 +42,7 @@ class Merged:
         return self._out_THd.to(like.dtype) if out is None else out.copy_(self._out_THd)
 
 
-def attend_all(
-    q_THd: torch.Tensor, k_SGd: torch.Tensor, v_SGd: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_all(q_THd: torch.Tensor, k_SGd: torch.Tensor, v_SGd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of queries that all see all keys, with the logarithms of its sums: ``[T, H, Dh]`` and ``[T, H]``, float32."""
     groups, shared = k_SGd.shape[1], q_THd.shape[1] // k_SGd.shape[1]
     k_GdS, v_GSd = k_SGd.permute(1, 2, 0).to(q_THd.dtype), v_SGd.transpose(0, 1).to(q_THd.dtype)

@@ -246,7 +246,8 @@ class _Piece:
 
 def _by_token(x_BGnd: torch.Tensor, shared: int) -> torch.Tensor:
     """``[T, H, d]`` of the tokens of a piece, row by row."""
-    return x_BGnd.unflatten(2, (shared, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+    x_THd: torch.Tensor = x_BGnd.unflatten(2, (shared, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+    return x_THd
 
 
 def _attention_with_sinks(

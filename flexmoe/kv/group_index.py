@@ -134,7 +134,8 @@ class _Rows:
         tables = [r.kv.tables[layers] for r in runs]
         counts = [len(table.pages) for table in tables]
         pages = np.fromiter(chain.from_iterable(table.pages for table in tables), np.int64, sum(counts))
-        first_page, seen, shared = np.cumsum([0, *counts])[:-1], np.zeros_like(past), ()
+        first_page, seen = np.cumsum([0, *counts])[:-1], np.zeros_like(past)
+        shared: tuple[SharedKeys, ...] = ()
         if window is not None:
             first_page -= np.array([table.first for table in tables], dtype=np.int64)
             seen = np.maximum(0, past + 1 - window) // size

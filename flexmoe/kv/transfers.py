@@ -80,7 +80,9 @@ class KVLanes:
         self._landing = torch.empty(flat[1:], dtype=stored, device=device.torch) if device.is_cuda else None
         gathered = (2, buffers.gather_pages, cache.page_tokens, s.kv_heads, s.head_dim)
         self._gathered = torch.empty(gathered, dtype=s.dtype, device=device.torch) if buffers.gather_pages else None
-        self._shares = bool(buffers.gather_pages) and self._kernel().shares(device.torch, s.dtype)  # tried before any sweep
+        self._shares = bool(buffers.gather_pages) and self._kernel().shares(
+            device.torch, s.dtype
+        )  # tried before any sweep
         host_tokens = buffers.batch_tokens if device.is_cuda else 0  # on cpu the tensors already are host memory
         self._down = [self._host((2, host_tokens, *token), stored) for _ in range(2)]
         self._queries = [self._host((2, host_tokens, query_heads, s.head_dim), s.dtype) for _ in range(2)]

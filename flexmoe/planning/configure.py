@@ -86,9 +86,9 @@ def _in_our_words(model: Model, options: dict[str, Any]) -> dict[str, Any]:
         if check_count("max_model_len", most) > model.arch.max_position:
             raise UsageError(f"max_model_len is {most}; the model's context is {model.arch.max_position}, give less")
         options["longest_row"] = options.get("longest_row") or most
-    if (caching := options.pop("enable_prefix_caching", None)) is not None:
-        if options.setdefault("prefix_caching", caching) != caching:
-            raise UsageError(f"enable_prefix_caching is {caching!r} and prefix_caching is not; give one of them")
+    caching = options.pop("enable_prefix_caching", None)
+    if caching is not None and options.setdefault("prefix_caching", caching) != caching:
+        raise UsageError(f"enable_prefix_caching is {caching!r} and prefix_caching is not; give one of them")
     if "kv_cache_dtype" in options:
         options["compress_cache"] = _is_compressed(options.pop("kv_cache_dtype"), options.get("compress_cache"))
     return options

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from policies.admission.row_state import Prefix, RowT
+from policies.admission.row_state import Prefix
 from policies.admission.shared_prefix import shared_tokens
 
 #: Unused prefixes are forgotten when there are twice as many as were in use, and so many at least.
@@ -21,12 +22,12 @@ class PrefixRegistry:
 
     def __init__(self, page_tokens: int) -> None:
         self._page_tokens, self._most = page_tokens, _FEWEST
-        self._known: dict[tuple[Prefix[RowT] | None, bool, bytes], Prefix[RowT]] = {}
+        self._known: dict[tuple[Prefix[Any] | None, bool, bytes], Prefix[Any]] = {}
 
     def __len__(self) -> int:
         return len(self._known)
 
-    def find(self, prompt: Sequence[int], ends: Iterable[int], past: bool = False) -> Prefix[RowT] | None:
+    def find(self, prompt: Sequence[int], ends: Iterable[int], past: bool = False) -> Prefix[Any] | None:
         """The longest prefix of a prompt; those that nobody has had before are new.
 
         Args:

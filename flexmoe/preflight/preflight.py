@@ -21,12 +21,12 @@ from flexmoe.errors import DataError
 from flexmoe.inputs.request_file import Rows
 from flexmoe.openai.fields import RowError
 from flexmoe.params import EXPECTED_NEW_TOKENS
+from flexmoe.prefixes.finder import PrefixFinder, PrefixTree
+from flexmoe.prefixes.order import PrefixOrder
 from flexmoe.preflight.lengths import Lengths, RowLength
 from flexmoe.preflight.prepare import Preparer
 from flexmoe.preflight.prepare_setup import PreparerSetup
 from flexmoe.preflight.worker import Chunk, DividedLook, look
-from flexmoe.prefixes.finder import PrefixFinder, PrefixTree
-from flexmoe.prefixes.order import PrefixOrder
 from flexmoe.progress import Counter
 from flexmoe.system.machine import usable_cores
 from flexmoe.text.chat_template import ENDLESS

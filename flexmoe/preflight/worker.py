@@ -34,9 +34,7 @@ def look(preparer: Preparer, parser: Parser, chunk: Chunk, prefixes: bool = Fals
     context = preparer.limits.context
     requests = [(row, request) for row, raw in chunk if (request := raw.parse(parser)) is not None]
     for (row, _), result in zip(requests, preparer.prepare_each(requests), strict=True):
-        yield row, result if isinstance(result, RowError) else RowLength.of(
-            result, context, prefixes=prefixes
-        )
+        yield row, result if isinstance(result, RowError) else RowLength.of(result, context, prefixes=prefixes)
 
 
 class DividedLook:

@@ -277,7 +277,10 @@ def test_unlike_prompts_with_the_same_ends_share_nothing():
 def test_longer_beginnings_go_on_from_shorter_ones():
     sim = Samples(policy(rows=8, prefill_tokens=1000), pages(gpu=60))
     head, tail = (7,) * 32, (8,) * 48
-    a, _ = sim.submit((*head, *tail, 1), 9, prefix_ends=(32, 80))[0], sim.submit((*head, *tail, 2), 9, prefix_ends=(32, 80))
+    a, _ = (
+        sim.submit((*head, *tail, 1), 9, prefix_ends=(32, 80))[0],
+        sim.submit((*head, *tail, 2), 9, prefix_ends=(32, 80)),
+    )
     c = sim.submit((*head, *(9,) * 60), 9, prefix_ends=(32,))[0]
     d = sim.submit((*head, *tail, 3, 3), 9, prefix_ends=(32, 80))[0]
     sim.sweep()
@@ -409,7 +412,9 @@ def churn(seed, operations, tmp_path):
         kind, scheduler = rng.random(), sim.scheduler
         if kind < 0.4 and scheduler.rows_waiting < 20:
             prompt, ends = random_prompt(rng, longest)
-            sim.submit(prompt, gen := rng.randint(1, 30), [rng.randint(1, gen)] * rng.choice((1, 1, 3)), prefix_ends=ends)
+            sim.submit(
+                prompt, gen := rng.randint(1, 30), [rng.randint(1, gen)] * rng.choice((1, 1, 3)), prefix_ends=ends
+            )
         elif kind < 0.5 and scheduler.running:
             scheduler.preempt(rng.choice(scheduler.running))
         elif kind < 0.6 and scheduler.unfinished:

@@ -105,7 +105,10 @@ def llm(alike, tmp_path):
 def test_rows_that_stop_early_and_samples_of_one_prompt_share_as_well(alike, llm):
     variant = alike()
     several = [replace(r, params=replace(r.params, n=1 + i % 3)) for i, r in enumerate(requests_of(variant))]
-    several = [replace(r, params=replace(r.params, stop_token_ids=variant.greedy[i][i % 9 : i % 9 + 1])) for i, r in enumerate(several)]
+    several = [
+        replace(r, params=replace(r.params, stop_token_ids=variant.greedy[i][i % 9 : i % 9 + 1]))
+        for i, r in enumerate(several)
+    ]
     outputs = {int(output.request_id): output for output in llm.stream(several)}
     for i, stop in enumerate(r.params.stop_token_ids[0] for r in several):
         ids = variant.greedy[i]
@@ -146,7 +149,9 @@ def test_aborted_requests_leave_the_others_as_they_are(seed, alike, llm):
             assert engine.abort(chosen)
         outputs += engine.step()
     for output in outputs:
-        assert_greedy(variant, int(output.request_id), list(output.outputs[0].token_ids), variant.greedy[int(output.request_id)])
+        assert_greedy(
+            variant, int(output.request_id), list(output.outputs[0].token_ids), variant.greedy[int(output.request_id)]
+        )
     assert {int(o.request_id) for o in outputs} | set(map(int, aborted)) == set(range(len(variant.prompts)))
     assert is_clean(llm)
 
@@ -160,7 +165,11 @@ def test_a_start_that_resumes_what_a_killed_one_had_generated_ends_with_the_same
     kept = {state.request_id: tuple(state.token_ids) for state in engine.in_flight()}
     engine.clear()
     assert is_clean(llm)
-    left = [replace(r, resumed=(Resumed(token_ids=kept.get(r.request_id, ())),)) for r in requests if r.request_id not in done]
+    left = [
+        replace(r, resumed=(Resumed(token_ids=kept.get(r.request_id, ())),))
+        for r in requests
+        if r.request_id not in done
+    ]
     for output in llm.stream(left):
         row = int(output.request_id)
         assert_greedy(variant, row, list(output.outputs[0].token_ids), variant.greedy[row])

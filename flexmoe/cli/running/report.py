@@ -52,7 +52,9 @@ def row_lines(found: Preflight, rows: Rows) -> list[str]:
         f"{sum(lengths.new_tokens)} new tokens"
     ]
     if found.prefixes is not None and len(found.prefixes):
-        lines.append(f"prefixes: {found.prefixes.shared_tokens} of the prompt tokens are computed for an earlier prompt already")
+        lines.append(
+            f"prefixes: {found.prefixes.shared_tokens} of the prompt tokens are computed for an earlier prompt already"
+        )
     for number, (row, error) in enumerate(found.refused()):
         if number == _ROWS_LISTED:
             lines.append(f"  … and {refused - _ROWS_LISTED} more")

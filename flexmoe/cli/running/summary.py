@@ -91,8 +91,8 @@ def _time(metrics: Mapping[str, Any], predicted: Simulation | None) -> str:
 
 def _prefixes(metrics: Mapping[str, Any]) -> list[str]:
     """What rows found that others had computed, where they found anything."""
-    found = metrics["prefix_cache"]
-    if not found["saved_tokens"]:
+    found = metrics.get("prefix_cache")  # none where nothing ran
+    if not found or not found["saved_tokens"]:
         return []
     return [
         f"prefixes: {found['saved_tokens']} of {found['needed_tokens']} tokens that rows entered with were computed for others "

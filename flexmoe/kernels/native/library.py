@@ -68,7 +68,18 @@ def _declare(library: ctypes.CDLL) -> None:
     library.flexmoe_set_parallel.restype = None
     queries, pools = (integer, integer, integer, pointer, int64, int64), (pointer, pointer, int64, int64)
     tables, sizes = (pointer, int64, int64, pointer, pointer), (integer,) * 6
-    library.flexmoe_attention.argtypes = (*queries, *pools, *tables, pointer, pointer, integer, pointer, *sizes, ctypes.c_float, integer)
+    library.flexmoe_attention.argtypes = (
+        *queries,
+        *pools,
+        *tables,
+        pointer,
+        pointer,
+        integer,
+        pointer,
+        *sizes,
+        ctypes.c_float,
+        integer,
+    )
     library.flexmoe_attention.restype = integer
     library.flexmoe_products.argtypes = [integer, pointer, int64, *[pointer] * 3, *[integer] * 4]
     library.flexmoe_products.restype = integer

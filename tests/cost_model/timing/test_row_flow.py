@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from cost_model.memory.allocation import PAGE_TOKENS, allocate
+from cost_model.memory.allocation import PAGE_TOKENS, allocate, common_tokens
 from cost_model.simulation.job_sweeps import job_sweeps
 from cost_model.simulation.simulate import simulate
 from cost_model.timing.evaluate import evaluate
@@ -149,10 +149,28 @@ def test_samples_of_a_prompt_compute_its_pages_once(samples, schedule):
     policy, allocation = policy_and_allocation(workload, 24, schedule, prefill_tokens=500)
     rows = [(s, n, 1) for s, n in waiting_rows(workload, WINDOW_BLOCKS * policy.block_size, 0)]
     limits = {"block": policy.block_size, "pace": policy.prefill_tokens, "room": sum(allocation.kv_pages.values())}
-    found = flow(rows, **limits, static=schedule == "static", rows_per_prompt=samples)
+    own = 1 - common_tokens(workload, policy.block_size) / (workload.prompt_len + workload.gen_len)
+    found = flow(rows, **limits, static=schedule == "static", rows_per_prompt=samples, held_share=own)
     whole = job_sweeps(policy, allocation, workload, whole=True)
     assert sum(each.sweeps * each.prompt_tokens for each in found) == pytest.approx(
         (whole.tokens.sum() - whole.groups[:, :, 0].sum()), rel=0.03
     )
     assert sum(each.sweeps for each in found) == pytest.approx(len(whole.logits), rel=0.25)
     assert sum(each.sweeps * (each.decode_rows + each.entered) for each in found) == pytest.approx(120 * 12, rel=0.01)
+
+
+@pytest.mark.parametrize("schedule", ["rolling", "static"])
+@pytest.mark.parametrize("prefix, rows", [(64, 8.0), (32, 120.0), (0, 1.0)])
+def test_prompts_that_begin_alike_compute_their_beginning_once(prefix, rows, schedule):
+    workload = replace(
+        Workload.of_lengths([(s, 12) for s in (80, 100, 170, 260) for _ in range(30)]),
+        prefix_len=prefix,
+        rows_per_prefix=rows,
+    )
+    policy, allocation = policy_and_allocation(workload, 24, schedule, prefill_tokens=500)
+    whole = job_sweeps(policy, allocation, workload, whole=True)
+    computed = 30 * (80 + 100 + 170 + 260) - prefix * (120 - 120 / rows)
+    assert whole.tokens.sum() - whole.groups[:, :, 0].sum() == pytest.approx(computed, rel=0.03)
+    assert whole.groups[:, :, 1].min() >= 0 and whole.groups[:, :, 4].min() >= 0
+    predicted = evaluate(SMALL, MACHINE, workload, policy).job_s
+    assert predicted == pytest.approx(simulate(SMALL, MACHINE, workload, policy, full=True).job_s, rel=0.2)

@@ -70,8 +70,9 @@ def test_weights_that_do_not_fit_are_no_fault_of_a_row(job, main, rows, caplog):
 
 def test_rows_that_fit_by_themselves_are_not_left_out_for_a_block_that_does_not(job, main, caplog):
     longer = {"prompt": [5] * 100, "max_tokens": 100}
+    unlike = [longer | {"prompt": [5 + i] * 100} for i in range(16)]  # what rows begin with alike counts once
     flags = ["--gpu-batch-size", "16", "--gpu-mem", "0.0027", "--prefill-tokens", "20", "--overwrite"]
-    for rows, code in (([SHORT] * 16, 0), ([longer], 0), ([SHORT] * 16 + [longer] * 16, 4)):
+    for rows, code in (([SHORT] * 16, 0), ([longer], 0), ([SHORT] * 16 + unlike, 4), ([SHORT] * 16 + [longer] * 16, 0)):
         job.write(rows)
         assert main(job.args(*flags))[0] == code
     assert refusals(caplog) == []

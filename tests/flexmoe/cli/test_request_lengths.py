@@ -68,7 +68,7 @@ def found_by_the_run(path, directory, **options):
     setup = preparer_setup(options, load_model(str(directory)))
     with open_requests(path, options.input_options()) as requests:
         rows = Rows(requests=requests, numbers=range(len(requests)))
-        with closing(preflight(rows, setup)) as found:
+        with closing(preflight(rows, setup, prefixes=True)) as found:
             return found.lengths.measured(CONTEXT), found.rows_refused
 
 

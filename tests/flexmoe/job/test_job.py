@@ -33,7 +33,9 @@ def test_a_completion_has_the_engines_ids_and_the_time_of_the_job(runner, monkey
     report = runner.run()
     one, two = map(body, runner.lines())
     assert one["choices"][0]["token_ids"] == [21, 20, EOS] and one["created"] == 1700000000
-    assert one["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    assert one["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5} | {
+        "prompt_tokens_details": {"cached_tokens": 0}
+    }
     assert [c["choices"][0]["finish_reason"] for c in (one, two)] == ["stop", "length"]
     assert (report.prompt_tokens, report.generated_tokens) == (5, 5)
 
