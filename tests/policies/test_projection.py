@@ -40,14 +40,17 @@ def test_the_peak_never_hides_a_sweep_beyond_the_new_row():
     assert projection.fits([2, 2])
 
 
-def test_held_blocks_take_room_in_every_sweep_and_may_be_taken_over():
+def test_held_blocks_take_room_in_every_sweep_and_rows_may_lend_theirs():
     projection = Projection(5)
     projection.held = 2
     projection.add("a", [1, 2])
     assert projection.peak == 4
     assert projection.fits([2, 1]) and projection.fits([1, 1, 3])
     assert not projection.fits([3, 1]) and not projection.fits([1, 1, 4])
-    assert projection.fits([4, 3], spare=2) and not projection.fits([4, 4], spare=2)
+    projection.lend("a", 1)
+    assert projection.held == 3 and projection.peak == 4, "what it lends stays when it has ended"
+    projection.remove("a")
+    assert projection.peak == 3
 
 
 def test_a_row_that_leaves_early_gives_back_its_future_and_only_that():
