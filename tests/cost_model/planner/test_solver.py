@@ -421,11 +421,12 @@ def test_kv_goes_to_disk_only_where_that_is_faster():
         )
 
 
-def amx_machine(**host):
-    """The preset machine without a GPU, whose products are faster the more tokens they have."""
+def amx_machine(memory_bytes=32 * 2**30):
+    """A machine without a GPU, whose products are faster the more tokens they have."""
     cpu = Hardware.preset("cpu")
     curve = GemmRates(tokens=(1, 512, 1024), weight_elements=(1e8,), flops_per_s=((1e10, 1.5e12, 2.7e12),))
-    return replace(cpu, gpus=(replace(cpu.gpu, experts={2: curve, 4: curve}),), **host)
+    gpu = replace(cpu.gpu, experts={2: curve, 4: curve}, memory_bytes=memory_bytes)
+    return replace(cpu, gpus=(gpu,), host_memory_bytes=memory_bytes)
 
 
 def test_as_many_tokens_of_an_expert_are_computed_at_once_as_are_worth_it_and_fit():
@@ -440,10 +441,8 @@ def test_as_many_tokens_of_an_expert_are_computed_at_once_as_are_worth_it_and_fi
 
 
 def test_the_memory_of_more_tokens_at_once_is_charged():
-    machine, wide = (
-        amx_machine(),
-        replace(MIXTRAL, ffn=32 * MIXTRAL.ffn, num_experts=2),
-    )  # the workspace is that of experts
+    machine = amx_machine(2**50)
+    wide = replace(MIXTRAL, ffn=32 * MIXTRAL.ffn, num_experts=2)  # the largest workspace is that of its experts
     problem = Problem.of(wide, machine, JOB)
     policy = Policy.from_percent(
         [0, 0, 100, 0, 100, 0], gpu_batch_size=4, num_gpu_batches=1, prompt_len=512, gen_len=32, prefill_tokens=8192
@@ -455,5 +454,5 @@ def test_the_memory_of_more_tokens_at_once_is_charged():
     assert larger > usual
     assert with_larger_chunk(problem, policy).expert_chunk == 1024
     memory = problem.memory(policy, problem.allocate(policy))
-    tight = replace(machine, host_memory_bytes=memory.total("gpu") + memory.total("cpu") + 10**6)
+    tight = amx_machine(memory.total("gpu") + memory.total("cpu") + 10**6)
     assert with_larger_chunk(Problem.of(wide, tight, JOB), policy).expert_chunk is None
