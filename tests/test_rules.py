@@ -75,7 +75,15 @@ ORDER = (
     ("flexmoe.serving.http",),
     ("flexmoe",),
     ("flexmoe.cli",),
-    ("flexmoe.run", "flexmoe.serve", "flexmoe.merge", "flexmoe.probe", "flexmoe.quantize", "flexmoe.inspect", "cost_model.__main__"),
+    (
+        "flexmoe.run",
+        "flexmoe.serve",
+        "flexmoe.merge",
+        "flexmoe.probe",
+        "flexmoe.quantize",
+        "flexmoe.inspect",
+        "cost_model.__main__",
+    ),
     ("scripts",),
 )
 LINES = {name: line for line, names in enumerate(ORDER) for name in names}
