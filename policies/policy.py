@@ -141,6 +141,11 @@ class Policy:
         check_shares("activations", self.act_gpu_percent, self.act_cpu_percent)
 
     @property
+    def halves(self) -> int:
+        """Half-blocks that a block marches as: one GPU batch is not cut."""
+        return self.half_blocks if self.num_gpu_batches > 1 else 1
+
+    @property
     def block_size(self) -> int:
         """Rows in flight."""
         return self.gpu_batch_size * self.num_gpu_batches

@@ -99,7 +99,7 @@ def allocate(
         together,
     )
     batch_tokens = policy.prefill_tokens + policy.gpu_batch_size
-    held = held_slots(arch, placement) if policy.half_blocks > 1 and policy.num_gpu_batches > 1 else 0
+    held = held_slots(arch, placement) if policy.halves > 1 else 0
     slots, staging_slots = _slots(arch, policy, placement, device, held)
     fetch_pages = _fetch_pages(policy, layout, pages, longest_row)
     return Allocation(

@@ -252,7 +252,7 @@ def _workspaces(arch: ModelArch, policy: Policy, allocation: Allocation, device:
     batch, hidden = allocation.batch_tokens, arch.hidden
     heads, kv_heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     # While the experts of one half compute, two GPU batches of the other one wait: queries, keys and values, and what the CPU attended.
-    waiting = 2 * batch * (2 * heads + 2 * kv_heads) * b if policy.half_blocks > 1 and policy.num_gpu_batches > 1 else 0
+    waiting = 2 * batch * (2 * heads + 2 * kv_heads) * b if policy.halves > 1 else 0
     chunk, step = (min(n, allocation.max_tokens) for n in (expert_chunk(policy, device), EXPERT_CHUNK_TOKENS[device]))
     width = max(arch.ffn, arch.dense_ffn)
     # Widened, or padded (`flexmoe.kernels.linear`).

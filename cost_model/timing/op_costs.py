@@ -83,7 +83,7 @@ class Costs:
         self.arch, self.hardware, self.allocation, self._gpu, self._b = arch, hardware, allocation, gpu, b
         self._scored_share = scored_share
         self._scored_at_once = scored_at_once(arch, policy, allocation, device=hardware.device, compute_bytes=b)
-        self.overlap, self.half_blocks = policy.overlap, policy.half_blocks
+        self.overlap, self.half_blocks = policy.overlap, policy.halves
         self.stages_host_units = hardware.device == "cuda" and not policy.pin_weight
         compressed = policy.compress_cache
         self.kv_bytes = arch.kv_bytes_per_token_layer(b, compressed=compressed)

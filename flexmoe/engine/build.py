@@ -202,6 +202,6 @@ class _Builder:
             ),
             dtype=plan.dtype,
             overlap=policy.overlap,
-            half_blocks=policy.half_blocks,
+            half_blocks=policy.halves,
             expert_chunk=policy.expert_chunk,
         )

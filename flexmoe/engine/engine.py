@@ -154,7 +154,7 @@ class Engine:
                 raise RuntimeError(f"{self.unfinished} requests wait, but the scheduler can admit none of them")
             return self._take_complete()
         try:
-            block = Block(runs, self.config.policy.gpu_batch_size, self.config.policy.half_blocks)
+            block = Block(runs, self.config.policy.gpu_batch_size, self.config.policy.halves)
             logits = self.executor.run(block)
             chosen = sample(
                 logits,

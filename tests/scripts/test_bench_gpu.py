@@ -200,6 +200,7 @@ def test_rehearsal_of_the_peer_compares_logits_and_prints_limit_and_prediction(t
     )
 
 
+@pytest.mark.slow
 def test_rehearsal_of_the_races_runs_the_tests_of_exactness_disturbed(tmp_path):
     section = rehearsed("races", tmp_path)
     (only,) = section["raw"]["rounds"]

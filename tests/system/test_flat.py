@@ -106,6 +106,7 @@ def work(runner, rows):
     return calls
 
 
+@pytest.mark.slow
 def test_the_work_for_a_row_does_not_grow_with_the_file(tmp_path):
     counts = []
     for rows in (300, 2400):

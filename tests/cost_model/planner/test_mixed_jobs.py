@@ -40,6 +40,7 @@ def replayed(machine, plan):
 
 @pytest.mark.parametrize("machine", [CPU, CUDA], ids=lambda each: each.name)
 @pytest.mark.parametrize("schedule", ["rolling", "static"])
+@pytest.mark.slow
 def test_a_free_plan_is_not_slower_than_one_of_a_given_schedule(planned, machine, schedule):
     restricted, free = planned(machine, schedule=schedule), planned(machine)
     assert restricted.policy.schedule == schedule

@@ -517,6 +517,7 @@ def test_what_cannot_be_resumed_is_refused(resumed, asked, reason, make):
 # Rows that take less than they ask for.
 
 
+@pytest.mark.slow
 def test_expected_ends_follow_the_rows_of_the_job_and_change_no_token(make, tiny):
     variant, rows, done = tiny(), (1, 6, 2, 14), {}
     asked = {"max_tokens": 200, "stop_token_ids": tuple(range(0, 300, 12)), **DRAWN}

@@ -109,6 +109,7 @@ def test_jobs_that_take_what_they_ask_for_lose_nothing(most, real):
     assert sweeps_and_restarts(True, real, most, rows=130) == sweeps_and_restarts(False, real, most, rows=130)
 
 
+@pytest.mark.slow
 def test_jobs_whose_rows_become_longer_still_end():
     rng = np.random.default_rng(1)
     real = np.concatenate([rng.integers(10, 60, 150), rng.integers(300, 900, 150)])

@@ -15,7 +15,12 @@ MODES = list(AttentionMode)
 def runs_of(count, seed=0):
     rng = random.Random(seed)
     return [
-        Run(SimpleNamespace(tier="cpu", length=rng.randint(0, 9)), [1] * rng.choice([1, 1, 1, 5]), rng.choice(MODES), 1)
+        Run(
+            SimpleNamespace(shared=(), tier="cpu", length=rng.randint(0, 9)),
+            [1] * rng.choice([1, 1, 1, 5]),
+            rng.choice(MODES),
+            1,
+        )
         for _ in range(count)
     ]
 

@@ -144,6 +144,7 @@ def test_on_cpu_the_compute_device_is_the_cores_and_their_memory(machine):
     assert machine.gpu.attention_bytes_per_s == machine.cpu_attention_bytes_per_s
 
 
+@pytest.mark.slow
 def test_cuda_branches_measure_everything_too(pretend, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(measure, "Device", PretendCuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -500,6 +501,7 @@ def test_slow_disk_is_not_written_for_ever(tmp_path):
     assert few.write.nbytes == few.read.nbytes == 4 * MIB  # one round of the buffers
 
 
+@pytest.mark.slow
 def test_host_buffers_stay_within_the_bound(tmp_path, monkeypatch):
     alive, peak, map_pages = {}, [0], device_module._map_pages
 
@@ -666,6 +668,7 @@ def test_command_line_writes_the_file_and_prints_every_value(machine, tmp_path, 
     assert "experts, 2 bytes x" in printed and "GFLOP/s" in printed and str(out) in printed
 
 
+@pytest.mark.slow
 def test_progress_goes_to_stderr(tmp_path, monkeypatch, capsys):
     quick = replace(TINY, tokens={"cpu": (1,)}, experts=TINY.experts[:1], modules=TINY.modules[:1])
     monkeypatch.setattr(command, "probe", lambda device, directory: probe(device, directory, quick))
