@@ -54,6 +54,7 @@ CASES = {
     "model, shape, device, machine, effort",
     [pytest.param(*case, id=name, marks=() if case[-1] < 1 else pytest.mark.slow) for name, case in CASES.items()],
 )
+@pytest.mark.slow
 def test_budgets_make_the_planner_spread_over_three_tiers(tmp_path, model, shape, device, machine, effort):
     budgets, hardware = setting(model, device, tmp_path).budgets, Hardware.preset(machine)
     if device.is_cuda:

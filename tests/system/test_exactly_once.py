@@ -133,6 +133,7 @@ def check_killed(job, tiny, start, rows, kills, seed):
     assert sorted(path.name for path in work.iterdir()) == ["manifest.json"]
 
 
+@pytest.mark.slow
 def test_a_job_with_a_compressed_cache_resumes_with_one_only(job, tiny, capsys):
     """Its ids are those of one start but where the last bit of float32 decides what a number is rounded to."""
     job.write([{"custom_id": f"c{row}", "prompt": tiny().prompts[row % 9], "max_tokens": 12} for row in range(24)])

@@ -74,6 +74,7 @@ def test_what_the_search_ranks_by_is_what_the_plan_takes(planned, machine):
     assert replayed(machine, plan) == pytest.approx(simulated, rel=0.03)
 
 
+@pytest.mark.slow
 def test_closed_form_and_simulation_agree_on_drawn_jobs():
     found = [each for each in map(agreement.compare, (6, 16, 24, 27, 28)) if each]
     assert len(found) >= 4 and agreement.met(found)

@@ -107,6 +107,7 @@ def test_no_rival_of_many_beats_the_planned_policy_by_two_percent(seed):
     assert max(map(rivals.tokens_per_s, (best, *climbed))) <= 1.02 * plan.prediction.tokens_per_s
 
 
+@pytest.mark.slow
 def test_planning_takes_a_few_hundred_programmes_at_most(t4):
     assert 10 < t4.explanation.programmes < 300
     assert t4.explanation.evaluations < 10_000

@@ -46,12 +46,14 @@ def test_weights_are_packed_where_that_gains_and_it_is_allowed(plain):
     assert packed.prediction.tokens_per_s > 1.5 * plain.prediction.tokens_per_s
 
 
+@pytest.mark.slow
 def test_nothing_is_compressed_that_loses():
     kept = found(RESIDENT, allow_compression=True, advice=True)
     assert kept.policy.compress_weight is None
     assert not [each for each in kept.explanation.advice if "weights" in each.change]
 
 
+@pytest.mark.slow
 def test_what_is_asked_for_is_not_chosen_otherwise(plain):
     plan = found(ON_DISK, fixed={"compress_weight": "int8"}, allow_compression=True, advice=True)
     assert plan.policy.compress_weight == "int8" and plan.prediction.tokens_per_s > plain.prediction.tokens_per_s

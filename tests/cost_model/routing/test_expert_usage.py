@@ -140,6 +140,7 @@ def test_an_order_alone_does_not_matter_where_every_expert_is_moved():
     assert rates[0] == rates[1]
 
 
+@pytest.mark.slow
 def test_a_plan_with_usage_orders_experts_and_is_better_for_it():
     usage, job = skewed(), replace(FEW, num_requests=2)
     plan = solve(MIXTRAL, MACHINE, job, usage=usage, effort=0.02)

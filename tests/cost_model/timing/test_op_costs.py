@@ -100,6 +100,7 @@ def test_cores_pay_for_bytes_and_not_for_the_wait_of_small_units():
     assert core_s == pytest.approx(1e-10 * nbytes)
 
 
+@pytest.mark.slow
 def test_the_linear_programme_streams_at_the_rate_of_a_mean_unit():
     machine = Hardware.preset("rtx4090")
     machine = replace(machine, gpus=(replace(machine.gpu, memory_bytes=8 << 30, h2d_curve=UP, op_s=0.0),))

@@ -57,7 +57,7 @@ def test_rows_that_do_not_fit_side_by_side_take_the_sweeps_of_the_admission(rows
     assert sum(each.sweeps * each.prompt_tokens for each in found) == 100 * 8 + 20 * 32
 
 
-@pytest.mark.parametrize("schedule", ["rolling", "static"])
+@pytest.mark.parametrize("schedule", ["rolling", pytest.param("static", marks=pytest.mark.slow)])
 def test_drawn_jobs_take_the_sweeps_of_the_admission(schedule):
     """Stated tolerance: eight of ten within 0.1 %, all within 3 %; tokens that are decoded within 2 %."""
     rng, apart = random.Random(7), []
@@ -129,6 +129,7 @@ def test_predicted_job_of_short_and_long_rows_is_the_simulated_one(schedule):
         assert predicted == pytest.approx(simulated, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_long_job_is_followed_in_part():
     rng = random.Random(5)
     workload = Workload.of_lengths([(rng.randint(1, 99), rng.randint(1, 64)) for _ in range(3000)])

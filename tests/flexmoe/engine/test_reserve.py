@@ -98,6 +98,7 @@ def sweeps_and_restarts(learns, real, most, *, rows=300):
     return len(sim.sweeps), sim.scheduler.restarts
 
 
+@pytest.mark.slow
 def test_jobs_that_ask_for_much_and_take_little_need_far_fewer_sweeps():
     real = np.clip(np.random.default_rng(0).lognormal(np.log(160), 0.7, 300), 1, 1024).astype(int)
     (plain, _), (learned_, restarts) = (sweeps_and_restarts(learns, real, 1024) for learns in (False, True))

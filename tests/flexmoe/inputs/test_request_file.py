@@ -262,6 +262,7 @@ def test_read_that_fails_or_comes_short_is_told_or_gone_on_with(tmp_path, monkey
             RequestFile.open(path)
 
 
+@pytest.mark.slow
 def test_state_of_a_row_is_a_few_bytes(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"".join(b'{"prompt": "p", "custom_id": "id-%d"}\n' % i for i in range(20_000)))
