@@ -66,7 +66,7 @@ def _create(context: Context, body: Mapping[str, Any]) -> dict[str, Any]:
     if file.purpose != "batch":
         raise invalid("input_file_id", f"the file is for {file.purpose}; upload it with the purpose batch")
     keep = body.get("output_expires_after")
-    now, limits = context.clerk.now(), context.options.limits
+    now, limits = context.lifecycle.now(), context.options.limits
     window = _text(body, "completion_window")
     record = context.batches.create(
         endpoint=endpoint,
@@ -81,8 +81,8 @@ def _create(context: Context, body: Mapping[str, Any]) -> dict[str, Any]:
     )
     if record is None:
         raise busy(f"{limits.open_batches} batches are open; wait for one to end, or cancel one", 30)
-    context.clerk.prepare(record)
-    context.clerk.validate(record)
+    context.lifecycle.prepare(record)
+    context.lifecycle.validate(record)
     return batch_object(context, record)
 
 
@@ -101,7 +101,7 @@ def page(context: Served, after: str | None = None, limit: int = Query(default=2
 def cancel(context: Served, batch_id: str) -> dict[str, Any]:
     """Has a batch end with what it has done. Once more changes nothing."""
     record = _record(context, batch_id, "batch_id")
-    changed = context.clerk.cancel(record) or _record(context, batch_id, "batch_id")
+    changed = context.lifecycle.cancel(record) or _record(context, batch_id, "batch_id")
     if changed.status not in ("cancelling", "cancelled"):
         raise ApiError(409, f"the batch is {changed.status} and cannot be cancelled any longer", code="batch_ended")
     return batch_object(context, changed)
@@ -109,7 +109,7 @@ def cancel(context: Served, batch_id: str) -> dict[str, Any]:
 
 def batch_object(context: Context, record: BatchRecord) -> dict[str, Any]:
     """A batch as clients know it, with how far it is now."""
-    run = None if record.has_ended else context.desk.run(record.id)
+    run = None if record.has_ended else context.work_queue.run(record.id)
     total, ok, failed = record.total, record.completed, record.failed
     prompt, generated = record.prompt_tokens, record.generated_tokens
     if run is not None:

@@ -32,7 +32,7 @@ def _endpoint(url: str) -> Callable[[Request], Awaitable[Response]]:
     async def complete(request: Request) -> Response:
         """Completes a prompt."""
         context, body = context_of(request), await read_object(request)
-        asked = await run_in_threadpool(context.asker.read, body, url, context.clerk.now())
+        asked = await run_in_threadpool(context.asker.read, body, url, context.lifecycle.now())
         waiter = _Waiter(context, asked)
         if not asked.streams:
             return await _whole(context, asked, waiter, request)
@@ -62,11 +62,11 @@ class _Waiter:
         self.call = Call(
             asked.served.id,
             asked.parts,
-            arrival=context.desk.next_arrival(),
+            arrival=context.work_queue.next_arrival(),
             streams=asked.streams,
             on_change=changed,
         )
-        if not context.desk.call(self.call):
+        if not context.work_queue.call(self.call):
             raise busy(f"{context.options.limits.calls} completions wait already")
 
     async def wait(self, seconds: float) -> bool:
@@ -92,7 +92,7 @@ class _Waiter:
     def drop(self) -> None:
         """Nobody waits any longer."""
         if not self.call.is_done:
-            self._context.desk.drop(self.call)
+            self._context.work_queue.drop(self.call)
 
 
 async def _whole(context: Context, asked: Asked, waiter: _Waiter, request: Request) -> Response:

@@ -11,11 +11,11 @@ from flexmoe.serving.settings import ServerOptions
 from flexmoe.serving.store.batches import BatchStore
 from flexmoe.serving.store.files import FileStore
 from flexmoe.serving.work.asking import Asker
-from flexmoe.serving.work.clerk import Clerk
-from flexmoe.serving.work.desk import Desk
 from flexmoe.serving.work.engine_thread import EngineThread
+from flexmoe.serving.work.lifecycle import Lifecycle
 from flexmoe.serving.work.models import ServedModels
 from flexmoe.serving.work.stats import EngineStats
+from flexmoe.serving.work.work_queue import WorkQueue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +26,8 @@ class Context:
     models: ServedModels
     files: FileStore
     batches: BatchStore
-    desk: Desk
-    clerk: Clerk
+    work_queue: WorkQueue
+    lifecycle: Lifecycle
     engine: EngineThread
     stats: EngineStats
     asker: Asker

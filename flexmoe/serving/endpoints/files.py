@@ -75,7 +75,7 @@ def _keep(context: Context, upload: Upload, filename: str, fields: dict[str, str
     if fields:
         name = next(iter(fields))[:80]
         raise invalid(name, f"the field {name!r} is not known; remove it", "unknown_parameter")
-    now_s, expires_s = context.clerk.now(), None
+    now_s, expires_s = context.lifecycle.now(), None
     if anchor is not None or seconds is not None:
         expires_s = now_s + expiry_s({"anchor": anchor, "seconds": seconds}, "expires_after")
     return context.files.keep(upload, filename or "file", purpose, now_s, expires_s)
@@ -182,7 +182,7 @@ def _unfinished(context: Context, file_id: str) -> tuple[BatchRecord, bool]:
 
 
 def _lines(context: Context, batch: BatchRecord, *, failed: bool) -> tuple[int, Iterator[bytes]]:
-    run = context.desk.run(batch.id)
+    run = context.work_queue.run(batch.id)
     try:
         if run is not None:
             return run.job.lines_so_far(failed=failed)

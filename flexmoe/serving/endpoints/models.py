@@ -51,7 +51,7 @@ async def switch(request: Request) -> JSONResponse:
     served = context.models.get(name)
     if served is None:
         raise not_found("model", name, "model")
-    context.desk.switch(served.id)
+    context.work_queue.switch(served.id)
     return JSONResponse(_model_object(context, served), 202)
 
 

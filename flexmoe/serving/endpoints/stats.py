@@ -35,7 +35,7 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """The numbers of this moment."""
         context = self._context
-        waiting, running = context.desk.calls
+        waiting, running = context.work_queue.calls
         yield _gauge("calls_waiting", "completions that wait for the engine", waiting)
         yield _gauge("calls_running", "completions in the engine", running)
         open_batches = context.batches.open()
@@ -43,7 +43,7 @@ class Metrics(Collector):
         for status in ("validating", "in_progress", "finalizing", "cancelling"):
             states.add_metric([status], sum(batch.status == status for batch in open_batches))
         yield states
-        done = [run.progress for run in context.desk.runs()]
+        done = [run.progress for run in context.work_queue.runs()]
         rows_left = sum(each.rows - each.ok - each.failed for each in done)
         yield _gauge("rows_left", "rows of open batches without a line", rows_left)
         for name, count in context.stats.totals().items():
@@ -52,7 +52,7 @@ class Metrics(Collector):
         yield CounterMetricFamily("flexmoe_engine_failures", "engines that failed", value=context.stats.failures)
         yield _gauge("process_bytes", "memory that the process holds", resident_bytes())
         yield _gauge("disk_free_bytes", "free on the disk of the data", context.files.free_bytes())
-        yield _gauge("ready", "whether all batches of the last start are at work", int(context.clerk.is_ready))
+        yield _gauge("ready", "whether all batches of the last start are at work", int(context.lifecycle.is_ready))
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
@@ -67,7 +67,7 @@ def health(context: Served) -> JSONResponse:
 
 def ready(context: Served) -> JSONResponse:
     """Whether every batch that was open when the server started is at work again."""
-    is_ready = context.clerk.is_ready
+    is_ready = context.lifecycle.is_ready
     state = {"status": "ready" if is_ready else "recovering"}
     return JSONResponse(state, 200) if is_ready else JSONResponse(state, 503, {"retry-after": "2"})
 
@@ -79,7 +79,7 @@ def memory(context: Served) -> JSONResponse:
 
 def performance(context: Served) -> JSONResponse:
     """Speed, lanes, policy, bottleneck, and the time that batches still take."""
-    waiting, running = context.desk.calls
+    waiting, running = context.work_queue.calls
     state = {"state": context.engine.state, "loaded": context.engine.loaded}
     calls = {"calls": {"waiting": waiting, "running": running}}
     return JSONResponse(state | calls | context.stats.performance())

@@ -20,11 +20,11 @@ from flexmoe.serving.store.batches import BatchStore
 from flexmoe.serving.store.database import Database
 from flexmoe.serving.store.files import FileStore
 from flexmoe.serving.work.asking import Asker
-from flexmoe.serving.work.clerk import Clerk
-from flexmoe.serving.work.desk import Desk
 from flexmoe.serving.work.engine_thread import EngineThread
+from flexmoe.serving.work.lifecycle import Lifecycle
 from flexmoe.serving.work.models import ServedModels
 from flexmoe.serving.work.stats import EngineStats
+from flexmoe.serving.work.work_queue import WorkQueue
 from flexmoe.system.lock import Lock
 from policies.common.file_io import storage_errors
 from policies.common.option_names import option
@@ -55,21 +55,21 @@ def parts(options: ServerOptions) -> Iterator[Context]:
         database = Database(options.data_dir / "server.sqlite")
         stack.callback(database.close)
         files, batches = FileStore(database, options.data_dir), BatchStore(database)
-        desk, stats = Desk(options.limits.calls), EngineStats()
-        clerk = Clerk(options.data_dir, batches, files, models, desk, options.limits)
-        stack.callback(clerk.close)
-        engine = EngineThread(options, models, desk, clerk, stats)
-        clerk.recover()
+        work_queue, stats = WorkQueue(options.limits.calls), EngineStats()
+        lifecycle = Lifecycle(options.data_dir, batches, files, models, work_queue, options.limits)
+        stack.callback(lifecycle.close)
+        engine = EngineThread(options, models, work_queue, lifecycle, stats)
+        lifecycle.recover()
         engine.start()
         stack.callback(engine.join)
-        stack.callback(desk.stop)
+        stack.callback(work_queue.stop)
         yield Context(
             options=options,
             models=models,
             files=files,
             batches=batches,
-            desk=desk,
-            clerk=clerk,
+            work_queue=work_queue,
+            lifecycle=lifecycle,
             engine=engine,
             stats=stats,
             asker=asker,
@@ -118,7 +118,7 @@ def http_server(context: Context) -> uvicorn.Server:
         h11_max_incomplete_event_size=limits.header_bytes + _HEADER_ROOM_BYTES,
         timeout_graceful_shutdown=_FAREWELL_S,
     )
-    return _Server(config, context.desk.stop)
+    return _Server(config, context.work_queue.stop)
 
 
 def address(listener: socket.socket) -> str:

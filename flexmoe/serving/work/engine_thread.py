@@ -12,11 +12,11 @@ from flexmoe.batch.failures import as_user_errors
 from flexmoe.errors import FlexMoEError
 from flexmoe.serving.settings import ServerOptions
 from flexmoe.serving.work.calls import CallFailure
-from flexmoe.serving.work.clerk import Clerk
-from flexmoe.serving.work.desk import Desk
+from flexmoe.serving.work.lifecycle import Lifecycle
 from flexmoe.serving.work.models import Loaded, ServedModels, load
 from flexmoe.serving.work.session import Session
 from flexmoe.serving.work.stats import EngineStats
+from flexmoe.serving.work.work_queue import WorkQueue
 
 log = logging.getLogger(__name__)
 #: The engine of a model may fail so many times in a row; then the rows that are left of its batches become error rows.
@@ -25,13 +25,13 @@ _STOPPED = CallFailure(status=503, code="stopping", message="the server is stopp
 
 
 class EngineThread(threading.Thread):
-    """Runs until the desk is stopped.
+    """Runs until the work_queue is stopped.
 
     Args:
         options: of the server.
         models: that it serves.
-        desk: what waits.
-        clerk: ends batches.
+        work_queue: what waits.
+        lifecycle: ends batches.
         stats: told what is done.
         loader: plans and loads an engine.
 
@@ -44,13 +44,13 @@ class EngineThread(threading.Thread):
         self,
         options: ServerOptions,
         models: ServedModels,
-        desk: Desk,
-        clerk: Clerk,
+        work_queue: WorkQueue,
+        lifecycle: Lifecycle,
         stats: EngineStats,
         loader: Callable[..., Loaded] = load,
     ) -> None:
         super().__init__(name="flexmoe-engine", daemon=True)
-        self._options, self._models, self._desk, self._clerk = options, models, desk, clerk
+        self._options, self._models, self._work_queue, self._lifecycle = options, models, work_queue, lifecycle
         self._stats, self._loader = stats, loader
         self._loaded: Loaded | None = None
         self._loaded_s = 0.0
@@ -60,7 +60,7 @@ class EngineThread(threading.Thread):
 
     def run(self) -> None:
         """Turn after turn."""
-        while (model := self._desk.next_model(self.loaded)) is not None:
+        while (model := self._work_queue.next_model(self.loaded)) is not None:
             try:
                 with as_user_errors():
                     self._load(model)
@@ -68,11 +68,11 @@ class EngineThread(threading.Thread):
                 self._not_loaded(model, error)
                 continue
             self._turn()
-        self._desk.fail_calls(_STOPPED, waiting=True)
+        self._work_queue.fail_calls(_STOPPED, waiting=True)
         self._unload()
 
     def _load(self, model: str) -> None:
-        runs = self._desk.waiting_for(model)
+        runs = self._work_queue.waiting_for(model)
         held = self._loaded
         if held is not None and held.served.id == model:
             room = held.llm.largest_row_tokens
@@ -100,7 +100,7 @@ class EngineThread(threading.Thread):
         loaded = self._loaded
         if loaded is None:
             return
-        session = Session(loaded, self._desk, self._clerk, self._options.checkpoint_interval_s)
+        session = Session(loaded, self._work_queue, self._lifecycle, self._options.checkpoint_interval_s)
         try:
             with as_user_errors():
                 self._sweeps(loaded, session)
@@ -112,14 +112,14 @@ class EngineThread(threading.Thread):
         room = loaded.llm.largest_row_tokens
         while True:
             self.state = "idle" if session.is_empty else "running"
-            view = self._desk.view(
+            view = self._work_queue.view(
                 loaded.served.id,
                 may_leave=time.monotonic() - self._loaded_s >= self._options.least_turn_s,
                 fits=loaded.planned_for,
                 room_tokens=room,
                 idle=session.is_empty,
             )
-            if self._desk.is_stopping:
+            if self._work_queue.is_stopping:
                 session.checkpoint()
                 return
             session.follow(view)
@@ -129,7 +129,7 @@ class EngineThread(threading.Thread):
                 continue
             self.state = "running"
             session.sweep()
-            self._stats.swept(loaded, self._desk.runs())
+            self._stats.swept(loaded, self._work_queue.runs())
             if session.results:
                 self._failures.clear()
         session.end()
@@ -139,31 +139,31 @@ class EngineThread(threading.Thread):
         model = loaded.served.id
         log.error("the engine of %s failed: %s", model, error, exc_info=error)
         self._stats.failed(str(error))
-        self._desk.fail_calls(CallFailure(status=500, code="engine_error", message=f"the engine failed: {error}"))
+        self._work_queue.fail_calls(CallFailure(status=500, code="engine_error", message=f"the engine failed: {error}"))
         runs = session.lost()
-        for run in self._desk.release():
-            self._clerk.finish(run)
+        for run in self._work_queue.release():
+            self._lifecycle.finish(run)
         self._unload()
         self._failures[model] += 1
         for run in runs:
             if self._failures[model] >= _MOST_FAILURES:
                 run.ending = run.ending or "engine_error"
-                self._clerk.finish(run)
+                self._lifecycle.finish(run)
             else:
-                self._clerk.reopen(run)
+                self._lifecycle.reopen(run)
 
     def _not_loaded(self, model: str, error: Exception) -> None:
         """A model cannot be loaded: nothing that waits for it can be served."""
         log.error("%s cannot be loaded: %s", model, error, exc_info=not isinstance(error, FlexMoEError))
         self._stats.failed(str(error))
         self._unload()
-        self._desk.forget_switch(model)
+        self._work_queue.forget_switch(model)
         failure = CallFailure(status=503, code="model_not_loaded", message=f"{model} cannot be loaded: {error}")
-        self._desk.fail_calls_of(model, failure)
+        self._work_queue.fail_calls_of(model, failure)
         self._failures[model] += 1
-        for run in self._desk.waiting_for(model):
+        for run in self._work_queue.waiting_for(model):
             if self._failures[model] >= _MOST_FAILURES:
-                self._desk.take(run)
+                self._work_queue.take(run)
                 run.ending = run.ending or "engine_error"
-                self._clerk.finish(run)
-        self._desk.pause()
+                self._lifecycle.finish(run)
+        self._work_queue.pause()

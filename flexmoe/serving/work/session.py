@@ -12,9 +12,9 @@ from flexmoe.outputs import RequestOutput
 from flexmoe.params import EngineRequest, InFlight
 from flexmoe.serving.work.batch_run import BatchRun, key_of
 from flexmoe.serving.work.calls import Call, CallFailure
-from flexmoe.serving.work.clerk import Clerk
-from flexmoe.serving.work.desk import Desk, View
+from flexmoe.serving.work.lifecycle import Lifecycle
 from flexmoe.serving.work.models import Loaded
+from flexmoe.serving.work.work_queue import View, WorkQueue
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +24,8 @@ class Session:
 
     Args:
         loaded: the engine.
-        desk: from which calls are, and batches.
-        clerk: ends those whose rows have ended.
+        work_queue: from which calls are, and batches.
+        lifecycle: ends those whose rows have ended.
         checkpoint_interval_s: seconds between two writes of what rows of batches have generated.
         clock: seconds.
 
@@ -36,13 +36,13 @@ class Session:
     def __init__(
         self,
         loaded: Loaded,
-        desk: Desk,
-        clerk: Clerk,
+        work_queue: WorkQueue,
+        lifecycle: Lifecycle,
         checkpoint_interval_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._loaded, self._engine = loaded, loaded.llm.engine
-        self._desk, self._clerk = desk, clerk
+        self._work_queue, self._lifecycle = work_queue, lifecycle
         self._interval_s, self._clock = checkpoint_interval_s, clock
         self._checkpoint_s = clock()
         # Both by their keys.
@@ -56,7 +56,7 @@ class Session:
         return not self._engine.unfinished
 
     def follow(self, view: View) -> None:
-        """Does what the desk asks for before the next sweep.
+        """Does what the work queue asks for before the next sweep.
 
         Raises:
             FlexMoEError: a batch's file or journal cannot be used; that batch is no longer in the engine then.
@@ -107,8 +107,8 @@ class Session:
     def end(self) -> None:
         """The turn is over, and nothing is in the engine."""
         self._runs.clear()
-        for run in self._desk.release():
-            self._clerk.finish(run)
+        for run in self._work_queue.release():
+            self._lifecycle.finish(run)
 
     def lost(self) -> list[BatchRun]:
         """The engine failed: its batches, with what their rows had generated kept as far as that is possible."""
@@ -118,7 +118,7 @@ class Session:
             log.warning("what the rows in flight have generated could not be kept: %s", error)
         runs = list(self._runs.values())
         for run in runs:
-            self._desk.take(run)
+            self._work_queue.take(run)
         self._runs.clear()
         return runs
 
@@ -184,21 +184,21 @@ class Session:
             log.warning("batch %s: %s", run.id, error)
             self._abort(run.key)
             self._runs.pop(run.key, None)
-            self._desk.take(run)
+            self._work_queue.take(run)
             if isinstance(error, StorageError):
-                self._clerk.reopen_later(run)
+                self._lifecycle.reopen_later(run)
             else:
-                self._clerk.fail(run, error)
+                self._lifecycle.fail(run, error)
 
     def _leave(self, run: BatchRun) -> None:
         """All rows of a batch have ended, or none of them is in the engine any longer."""
         self._runs.pop(run.key, None)
-        self._desk.take(run)
-        self._clerk.finish(run)
+        self._work_queue.take(run)
+        self._lifecycle.finish(run)
 
     def _end_call(self, call: Call) -> None:
         self._calls.pop(call.key, None)
-        self._desk.done(call)
+        self._work_queue.done(call)
 
     def _abort(self, key: str) -> None:
         self._engine.abort_all(lambda request_id: key_of(request_id) == key)

@@ -260,7 +260,7 @@ def test_a_client_that_hangs_up_frees_its_place(client, server):
     stream.close()
     context = server.context
     for _ in range(200):
-        if context.desk.calls == (0, 0):
+        if context.work_queue.calls == (0, 0):
             return
         threading.Event().wait(0.02)
     pytest.fail("the call still runs")

@@ -48,10 +48,10 @@ def test_a_stopped_server_resumes_its_batches_with_the_tokens_that_they_had(tiny
             time.sleep(0.01)
     with running(options) as server, server.client() as client:
         end = time.monotonic() + 20
-        while not server.context.clerk.is_ready:
+        while not server.context.lifecycle.is_ready:
             assert time.monotonic() < end
             time.sleep(0.01)
-        run = server.context.desk.run(cut.id)
+        run = server.context.work_queue.run(cut.id)
         assert run is None or run.job.row_stream is not None
         ended = wait_for(client, cut)
         assert ended.status == "completed" and ended.request_counts == whole.request_counts

@@ -30,7 +30,7 @@ class View:
     ended: tuple[BatchRun, ...]
 
 
-class Desk:
+class WorkQueue:
     """Batches that have been looked at, calls and switches, until the engine takes them. Any thread may use it.
 
     Args:
@@ -187,7 +187,7 @@ class Desk:
                 self._running.remove(call)
 
     def take(self, run: BatchRun) -> None:
-        """A batch leaves the desk: its rows have ended."""
+        """A batch leaves the work queue: its rows have ended."""
         with self._changed:
             self._runs.pop(run.id, None)
 

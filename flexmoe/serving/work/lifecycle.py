@@ -21,11 +21,11 @@ from flexmoe.job.job import Job
 from flexmoe.serving.settings import Limits
 from flexmoe.serving.store.batches import OPEN, BatchRecord, BatchStore
 from flexmoe.serving.store.files import FileStore
+from flexmoe.serving.work.background import BackgroundTasks
 from flexmoe.serving.work.batch_run import BatchRun
-from flexmoe.serving.work.chores import Chores
-from flexmoe.serving.work.desk import Desk
 from flexmoe.serving.work.models import Served, ServedModels
 from flexmoe.serving.work.validation import BatchInput, Fault
+from flexmoe.serving.work.work_queue import WorkQueue
 from policies.common import file_io
 from policies.common.file_io import storage_errors
 
@@ -35,14 +35,14 @@ _TICK_S = 1.0
 _OUTPUT = "batch_output"
 
 
-class Clerk:
+class Lifecycle:
     """Validates and ends batches, on two threads of its own, and a third that watches the clock.
 
     Args:
         directory: of the server's data.
         batches, files: what is known of both.
         models: that are served.
-        desk: where batches wait once they are validated.
+        work_queue: where batches wait once they are validated.
         limits: of the server.
         clock: seconds since 1970.
     """
@@ -53,13 +53,13 @@ class Clerk:
         batches: BatchStore,
         files: FileStore,
         models: ServedModels,
-        desk: Desk,
+        work_queue: WorkQueue,
         limits: Limits,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._directory, self._batches, self._files = directory / "batches", batches, files
-        self._models, self._desk, self._limits, self._clock = models, desk, limits, clock
-        self._validating, self._ending = Chores("flexmoe-validate"), Chores("flexmoe-finish")
+        self._models, self._work_queue, self._limits, self._clock = models, work_queue, limits, clock
+        self._validating, self._ending = BackgroundTasks("flexmoe-validate"), BackgroundTasks("flexmoe-finish")
         self._stopped = threading.Event()
         self._unrecovered: set[str] = set()
         self._watch = threading.Thread(target=self._watch_clock, name="flexmoe-clock", daemon=True)
@@ -153,7 +153,7 @@ class Clerk:
             self._watch.join()
         self._validating.close()
         self._ending.close()
-        for run in self._desk.runs():
+        for run in self._work_queue.runs():
             run.job.close()
 
     def _validate(self, batch_id: str) -> None:
@@ -227,8 +227,8 @@ class Clerk:
         if run.ending is not None or not run.job.rows_left:
             self.finish(run)
             return
-        self._desk.add(run)
-        # A cancel that came since the record was read has not found the batch at the desk.
+        self._work_queue.add(run)
+        # A cancel that came since the record was read has not found the batch in the work queue.
         now = self._batches.get(run.id)
         if now is not None and now.ending is not None:
             self._end_early(run.id, now.ending)
@@ -283,7 +283,7 @@ class Clerk:
             shutil.rmtree(self._directory / record.id, ignore_errors=True)
 
     def _end_early(self, batch_id: str, ending: str) -> None:
-        run = self._desk.end(batch_id, ending)
+        run = self._work_queue.end(batch_id, ending)
         if run is not None:
             self.finish(run)
 
@@ -292,7 +292,7 @@ class Clerk:
             try:
                 now = self.now()
                 self._files.expire(now)
-                for run in self._desk.runs():
+                for run in self._work_queue.runs():
                     if now >= run.record.expires_at and run.ending is None:
                         self._end_early(run.id, "expired")
             except FlexMoEError as error:

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 RETRY_S = 15.0
 
 
-class Chores:
+class BackgroundTasks:
     """One thread and what it has to do.
 
     Args:
