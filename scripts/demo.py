@@ -54,26 +54,46 @@ class Setting:
         budgets = {"gpu_mem": gpu_mem, "cpu_mem": round(own + model.cpu_mem, 2), "nvme_mem": model.nvme_mem}
         return cls(model=model, checkpoint=checkpoint, home=home, device=device, budgets=budgets)
 
+    @classmethod
+    def chosen(cls, args: argparse.Namespace) -> Setting:
+        """What the flags of `demo_parser` ask for; the model is downloaded or made where it is not there.
+
+        Raises:
+            FlexMoEError: it can be neither.
+        """
+        device = Device("auto")
+        model, checkpoint = choose(args.home, on_cuda=device.is_cuda, real=not args.synthetic)
+        return cls.of(model, checkpoint, args.home, device)
+
     @property
     def device_name(self) -> str:
         """The value of `--device`."""
         return "cuda" if self.device.is_cuda else "cpu"
 
+    @property
+    def flags(self) -> list[str]:
+        """Those of the policy and of the machine."""
+        budgets = [part for name, gib in self.budgets.items() for part in (f"--{name.replace('_', '-')}", f"{gib:g}")]
+        return ["--policy", "auto", "--device", self.device_name, *budgets]
+
+
+def demo_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """Flags that all demos have."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser.add_argument("home", metavar="DIR", nargs="?", type=Path, default=Path("demo"), help="default: demo")
+    parser.add_argument("--synthetic", action="store_true", help="random weights, and no download")
+    return parser
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; the exit code is the run's."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.demo", description="A model over three tiers.")
-    parser.add_argument("home", metavar="DIR", nargs="?", type=Path, default=Path("demo"), help="default: demo")
-    parser.add_argument("--synthetic", action="store_true", help="random weights, and no download")
-    args = parser.parse_args(argv)
-    device = Device("auto")
+    args = demo_parser("python -m scripts.demo", "A model over three tiers.").parse_args(argv)
     try:
-        model, checkpoint = choose(args.home, on_cuda=device.is_cuda, real=not args.synthetic)
+        setting = Setting.chosen(args)
     except FlexMoEError as error:
         print(f"demo: {error}", file=sys.stderr)
         return error.exit_code
-    setting = Setting.of(model, checkpoint, args.home, device)
-    lines = (json.dumps(request) + "\n" for request in model.requests())
+    lines = (json.dumps(request) + "\n" for request in setting.model.requests())
     (args.home / "requests.jsonl").write_text("".join(lines), encoding="utf-8")
     flags = command(setting)
     print(introduction(setting), f"\n\npython -m flexmoe.run {' '.join(flags)}\n", sep="", flush=True)
@@ -92,8 +112,7 @@ def command(setting: Setting) -> list[str]:
         "--metrics-json": "metrics.json",
         "--offload-dir": "offload",
     }
-    args = ["--model", str(setting.checkpoint), "--overwrite", "--policy", "auto", "--device", setting.device_name]
-    args += [part for name, gib in setting.budgets.items() for part in (f"--{name.replace('_', '-')}", f"{gib:g}")]
+    args = ["--model", str(setting.checkpoint), "--overwrite", *setting.flags]
     return args + [part for flag, name in files.items() for part in (flag, str(setting.home / name))]
 
 

@@ -6,20 +6,16 @@ as with `scripts.demo`. Ctrl-C stops the server; the same command starts it agai
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 from openai import OpenAI
 
 from flexmoe.errors import FlexMoEError
-from flexmoe.system.device import Device
-from scripts.demo import Setting
-from scripts.demonstration.models import choose
+from scripts.demo import Setting, demo_parser
 
 SHOWN = 4
 ENDED = ("completed", "failed", "cancelled", "expired")
@@ -27,19 +23,15 @@ ENDED = ("completed", "failed", "cancelled", "expired")
 
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; the exit code is the server's, or 1 where the batch did not complete."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.serving.demo", description="The server on a small model.")
-    parser.add_argument("home", metavar="DIR", nargs="?", type=Path, default=Path("demo"), help="default: demo")
-    parser.add_argument("--synthetic", action="store_true", help="random weights, and no download")
+    parser = demo_parser("python -m scripts.serving.demo", "The server on a small model.")
     parser.add_argument("--port", type=int, default=8000, help="where the server listens (default 8000)")
     parser.add_argument("--once", action="store_true", help="stop when the batch has ended")
     args = parser.parse_args(argv)
-    device = Device("auto")
     try:
-        model, checkpoint = choose(args.home, on_cuda=device.is_cuda, real=not args.synthetic)
+        setting = Setting.chosen(args)
     except FlexMoEError as error:
         print(f"serve-demo: {error}", file=sys.stderr)
         return error.exit_code
-    setting = Setting.of(model, checkpoint, args.home, device)
     flags = command(setting, args.port)
     print(f"python -m flexmoe.serve {' '.join(flags)}\n", flush=True)
     server = subprocess.Popen([sys.executable, "-m", "flexmoe.serve", *flags], stdout=subprocess.PIPE, text=True)
@@ -55,10 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 def command(setting: Setting, port: int) -> list[str]:
     """The arguments of ``python -m flexmoe.serve``."""
     args = ["--models", str(setting.checkpoint), "--port", str(port), "--data-dir", str(setting.home / "server")]
-    args += ["--policy", "auto", "--device", setting.device_name, "--offload-dir", str(setting.home / "offload")]
-    return args + [
-        part for name, gib in setting.budgets.items() for part in (f"--{name.replace('_', '-')}", f"{gib:g}")
-    ]
+    return [*args, "--offload-dir", str(setting.home / "offload"), *setting.flags]
 
 
 def with_server(server: subprocess.Popen[str], setting: Setting, *, once: bool) -> int:

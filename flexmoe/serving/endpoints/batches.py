@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 
 from flexmoe.openai.batch_line import URLS
-from flexmoe.serving.endpoints.bodies import read_object
+from flexmoe.serving.endpoints.bodies import described, read_object
 from flexmoe.serving.endpoints.context import Context, Served, context_of
 from flexmoe.serving.endpoints.files import expiry_s, listed
 from flexmoe.serving.errors import ApiError, busy, invalid, not_found
@@ -23,28 +23,20 @@ _MOST_WINDOW_S = 30 * 86400
 _MOST_KEYS, _KEY_CHARACTERS, _VALUE_CHARACTERS = 16, 64, 512
 _MOST_PRIORITY = 1000
 _FIELDS = ("input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after", "priority")
-_SCHEMA = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "additionalProperties": False,
-                    "required": ["input_file_id", "endpoint", "completion_window"],
-                    "properties": {
-                        "input_file_id": {"type": "string"},
-                        "endpoint": {"type": "string", "enum": list(URLS)},
-                        "completion_window": {"type": "string", "pattern": f"^{_WINDOW.pattern}$"},
-                        "metadata": {"type": "object", "additionalProperties": {"type": "string"}},
-                        "output_expires_after": {"type": "object"},
-                        "priority": {"type": "integer", "minimum": -_MOST_PRIORITY, "maximum": _MOST_PRIORITY},
-                    },
-                }
-            }
+_SCHEMA = described(
+    {
+        "additionalProperties": False,
+        "required": ["input_file_id", "endpoint", "completion_window"],
+        "properties": {
+            "input_file_id": {"type": "string"},
+            "endpoint": {"type": "string", "enum": list(URLS)},
+            "completion_window": {"type": "string", "pattern": f"^{_WINDOW.pattern}$"},
+            "metadata": {"type": "object", "additionalProperties": {"type": "string"}},
+            "output_expires_after": {"type": "object"},
+            "priority": {"type": "integer", "minimum": -_MOST_PRIORITY, "maximum": _MOST_PRIORITY},
         },
     }
-}
+)
 
 
 async def create(request: Request) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from flexmoe.serving.endpoints.bodies import read_object
+from flexmoe.serving.endpoints.bodies import described, read_object
 from flexmoe.serving.endpoints.context import Context, context_of
 from flexmoe.serving.endpoints.pieces import Pieces
 from flexmoe.serving.errors import ApiError, busy
@@ -140,8 +140,7 @@ def _event(value: dict[str, Any]) -> bytes:
 def _schema(url: str) -> dict[str, Any]:
     properties = {"model": {"type": "string"}, **_PROMPTS[url], "stream": {"type": "boolean"}}
     properties |= {"max_tokens": {"type": "integer"}, "temperature": {"type": "number"}, "n": {"type": "integer"}}
-    schema = {"type": "object", "required": ["model", *_PROMPTS[url]], "properties": properties}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    return described({"required": ["model", *_PROMPTS[url]], "properties": properties})
 
 
 def router() -> APIRouter:

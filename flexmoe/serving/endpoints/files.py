@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from flexmoe.errors import StorageError
-from flexmoe.serving.endpoints.bodies import read_form
+from flexmoe.serving.endpoints.bodies import described, read_form
 from flexmoe.serving.endpoints.context import Context, Served, context_of
 from flexmoe.serving.errors import ApiError, busy, invalid, not_found
 from flexmoe.serving.store.batches import BatchRecord
@@ -21,25 +21,18 @@ from flexmoe.serving.store.files import StoredFile, Upload
 PURPOSES = ("batch", "user_data", "assistants", "fine-tune", "vision", "evals")
 _LEAST_EXPIRY_S, _MOST_EXPIRY_S = 3600, 30 * 86400
 _CHUNK_BYTES = 256 << 10
-_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "purpose"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "purpose": {"type": "string", "enum": list(PURPOSES)},
-                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-                        "expires_after[seconds]": {"type": "integer"},
-                    },
-                }
-            }
+_FORM = described(
+    {
+        "required": ["file", "purpose"],
+        "properties": {
+            "file": {"type": "string", "format": "binary"},
+            "purpose": {"type": "string", "enum": list(PURPOSES)},
+            "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+            "expires_after[seconds]": {"type": "integer"},
         },
-    }
-}
+    },
+    "multipart/form-data",
+)
 
 
 class _Slots:

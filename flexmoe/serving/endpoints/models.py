@@ -7,26 +7,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from flexmoe.serving.endpoints.bodies import read_object
+from flexmoe.serving.endpoints.bodies import described, read_object
 from flexmoe.serving.endpoints.context import Context, Served, context_of
 from flexmoe.serving.errors import invalid, not_found
 from flexmoe.serving.work.models import Served as ServedModel
 
-_SCHEMA: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "additionalProperties": False,
-                    "required": ["model"],
-                    "properties": {"model": {"type": "string"}},
-                }
-            }
-        },
-    }
-}
+_SCHEMA = described({"additionalProperties": False, "required": ["model"], "properties": {"model": {"type": "string"}}})
 
 
 def page(context: Served) -> dict[str, Any]:
