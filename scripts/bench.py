@@ -18,9 +18,11 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from flexmoe.errors import FlexMoEError
+from scripts.benchmark import loads
 from scripts.benchmark.checks import check, memory, steady
 from scripts.benchmark.compare import ragged, resident
 from scripts.benchmark.context import QUICK, Bench, Scale, make_checkpoint
@@ -59,6 +61,13 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="FILE", help="JSON record, table beside it; default benchmarks/cpu.json"
     )
     parser.add_argument("--repeats", type=int, metavar="N", help="pairs per class; default 5")
+    parser.add_argument(
+        "--class",
+        action="append",
+        choices=list(loads.CLASSES),
+        dest="classes",
+        help="of jobs, in the section limit; repeatable; default: all",
+    )
     parser.add_argument("--full-peers", action="store_true", help="no peer is projected: an hour more")
     return parser
 
@@ -66,8 +75,8 @@ def _parser() -> argparse.ArgumentParser:
 def _bench(args: argparse.Namespace) -> tuple[Bench, Path]:
     """The run's context, and where its record goes; a quick run leaves the real record alone."""
     scale = QUICK if args.quick else Scale()
-    if args.repeats is not None:
-        scale = type(scale)(**{name: getattr(scale, name) for name in scale.__slots__} | {"repeats": args.repeats})
+    asked = {"repeats": args.repeats, "classes": args.classes and tuple(args.classes)}
+    scale = replace(scale, **{name: value for name, value in asked.items() if value is not None})
     size = "demo" if args.quick else "bench"
     model = args.checkpoint
     if model is None:

@@ -14,7 +14,15 @@ import numpy as np
 
 from cost_model.memory.allocation import Allocation
 from cost_model.timing.job_phases import JobPhases, job_phases
-from cost_model.timing.job_rows import Row, by_prompt, prompt_sizes, tokens_to_generate, typical_rows, waiting_prompts
+from cost_model.timing.job_rows import (
+    Row,
+    by_prompt,
+    prompt_sizes,
+    row_length,
+    tokens_to_generate,
+    typical_rows,
+    waiting_prompts,
+)
 from cost_model.timing.sweep_load import MODES, RowGroup, SweepLoad
 from policies.admission.admission import Admission
 from policies.admission.order import WINDOW_BLOCKS, longest_first
@@ -148,7 +156,7 @@ def _followed_in_part(
     rows = typical_rows(workload, seed)
     if mixed:
         settling, periods = 1, int(min(_MOST_PERIODS, lives) / WINDOW_BLOCKS - 1)
-        rows = longest_first(rows, sum, WINDOW_BLOCKS * _block_bundles(policy, bundle))
+        rows = longest_first(rows, row_length, WINDOW_BLOCKS * _block_bundles(policy, bundle))
     else:
         settling = 1 if static else max(1, int(min(_MOST_SETTLING, lives / 2)))
         periods = int(min(_MOST_PERIODS, lives - settling))

@@ -26,6 +26,11 @@ BUNDLES, STATIC_BUNDLES, _SINGLES = 160, 1500, 3
 _GOLDEN = (5**0.5 - 1) / 2
 
 
+def row_length(row: Row) -> tuple[int, int]:
+    """What `policies.admission.order` compares."""
+    return row[1], row[0]
+
+
 def tokens_to_generate(workload: Workload) -> float:
     """Tokens that all rows of the job generate together."""
     lengths = workload.lengths or ((workload.prompt_len, workload.gen_len, 1),)
@@ -56,14 +61,14 @@ def waiting_prompts(workload: Workload, window: int, seed: int) -> Iterator[Sequ
     """The rows of each prompt, in the order in which the runtime lets the prompts wait.
 
     Args:
-        window: prompts whose longest wait first.
+        window: prompts of which those that generate most wait first.
     """
     rows = shuffled_rows(workload, seed)
     if workload.rows_per_prompt == 1:
-        return ((row,) for row in longest_first(rows, sum, window))
+        return ((row,) for row in longest_first(rows, row_length, window))
     prompts = list(by_prompt(iter(sorted(rows)), workload.rows_per_prompt))  # a prompt's rows are alike
     random.Random(seed).shuffle(prompts)
-    return longest_first(prompts, lambda prompt: sum(prompt[0]), window)
+    return longest_first(prompts, lambda prompt: row_length(prompt[0]), window)
 
 
 def by_prompt(rows: Iterator[Row], rows_per_prompt: float) -> Iterator[Sequence[Row]]:
@@ -86,7 +91,7 @@ def followed_rows(workload: Workload, window: int, most: int = BUNDLES) -> tuple
     """The rows of a job, or of its first windows where all of it would be too many, as they wait, like ones as a bundle.
 
     Args:
-        window: rows whose longest wait first.
+        window: rows of which those that generate most wait first.
         most: bundles, about.
 
     Returns:
@@ -109,19 +114,18 @@ def followed_rows(workload: Workload, window: int, most: int = BUNDLES) -> tuple
 def _bundled(workload: Workload, wanted: int, most: int) -> tuple[Bundle, ...]:
     """``wanted`` rows of the histogram's mix, the longest first, in about ``most`` bundles.
 
-    Each eighth, about a block where it is a window, is bundled by itself, by the tokens that are generated: a block ends with
-    its last row, so those that generate most are alone.
+    Each eighth, about a block where it is a window, is bundled by itself: a block ends with its last row, so those that generate
+    most are alone.
     """
     counted = _stretched(workload, wanted)
-    rows = sorted(((s, n) for s, n, count in counted for _ in range(count)), key=sum, reverse=True)
+    rows = sorted(((s, n) for s, n, count in counted for _ in range(count)), key=row_length, reverse=True)
     part = ceil(wanted / WINDOW_BLOCKS)
     size = max(1, ceil((part - _SINGLES) / (most / WINDOW_BLOCKS - _SINGLES)))
-    rng, found = random.Random(0), list[Bundle]()
+    found = list[Bundle]()
     for start in range(0, wanted, part):
-        block = sorted(rows[start : start + part], key=lambda row: row[1], reverse=True)
+        block = rows[start : start + part]
         bundles = [block[at : at + 1] for at in range(min(_SINGLES, len(block)))]
         bundles += [block[at : at + size] for at in range(_SINGLES, len(block), size)]
-        rng.shuffle(bundles)  # within a block the order is that of prompt and completion together
         found += [(_mean(s for s, _ in each), _mean(n for _, n in each), len(each)) for each in bundles]
     return tuple(found)
 

@@ -219,10 +219,10 @@ class RowStream:
             log.warning("%d of %d rows cannot run; the error file says why", refused, len(self._rows))
 
     def _order(self, block_rows: int) -> Iterator[int]:
-        """The rows that are left: those that have been begun, then the longest of each window; rows with a long prefix in common
+        """The rows that are left: those that have been begun, then those of each window that generate most; rows with a long prefix in common
         are together."""
         begun = self._journal.partial_rows
-        known, length = set(begun), self._found.lengths.expected_end.__getitem__
+        known, length = set(begun), self._found.lengths.expected
         others = (row for row in range(len(self._rows)) if row not in self._journal and row not in known)
         window, order = WINDOW_BLOCKS * block_rows, self._found.order()
         waiting = longest_first(others, length, window) if order is None else order.waiting(list(others), window)

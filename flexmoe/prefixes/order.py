@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -14,17 +14,20 @@ _WORTH_GROUPING = 0.25
 
 
 class PrefixOrder:
-    """The order in which the rows of a job wait: in windows along the tree of their prefixes, the longest of each window first,
-    but rows with a long prefix in common together.
+    """The order in which the rows of a job wait: in windows along the tree of their prefixes, those of each window that generate most
+    first, but rows with a long prefix in common together.
 
     Args:
         tree: prefixes of prompts.
         nodes: of each row the longest prefix of its prompt; -1: none.
         lengths: tokens that each row may reach.
+        length: of a row, the tokens that it is expected to generate, and those of its prompt.
     """
 
-    def __init__(self, tree: PrefixTree, nodes: np.ndarray, lengths: Sequence[int]) -> None:
-        self._nodes, self._lengths = nodes, lengths
+    def __init__(
+        self, tree: PrefixTree, nodes: np.ndarray, lengths: Sequence[int], length: Callable[[int], tuple[int, int]]
+    ) -> None:
+        self._nodes, self._length = nodes, length
         self._parents, self._levels = tree.parents, _levels(tree)
         self._groups = _groups(tree, self._levels, nodes, np.asarray(lengths, dtype=np.float64)) if len(tree) else None
 
@@ -32,17 +35,17 @@ class PrefixOrder:
         """These rows in the order in which they wait.
 
         Args:
-            window: rows whose longest wait first.
+            window: rows of which those that generate most wait first.
         """
         if self._groups is None:
-            return longest_first(rows, self._lengths.__getitem__, window)
+            return longest_first(rows, self._length, window)
         groups, nodes = self._groups, self._nodes
         near = self._near(np.asarray(rows, dtype=np.int64))
 
         def group(row: int) -> int:
             return int(groups[nodes[row]]) if nodes[row] >= 0 else -1
 
-        return longest_first(near.tolist(), self._lengths.__getitem__, window, group)
+        return longest_first(near.tolist(), self._length, window, group)
 
     def _near(self, rows: np.ndarray) -> np.ndarray:
         """Rows of a prefix one after another, prefixes in the order of their first rows."""

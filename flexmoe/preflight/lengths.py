@@ -209,6 +209,11 @@ class Lengths:
             self.expected_tokens[row] = length.new_tokens
             self.needed[row] = self.expected_end[row] = length.longest
 
+    def expected(self, row: int) -> tuple[int, int]:
+        """Tokens that a completion of a row is expected to have, and those of its longest prompt."""
+        completion = self.expected_tokens[row] // max(1, self._samples[row])
+        return completion, self.expected_end[row] - completion
+
     def measured(self, context: int, longest_row: int | None = None) -> Measured:
         """The job in a few numbers. Where a row has several prompts, each counts as long as they are on average.
 

@@ -33,6 +33,7 @@ class Scale:
     peer_batches: tuple[int, ...] = (16, 64, 256)
     resident_bytes: int = GIB
     steady_rows: int = 128
+    classes: tuple[str, ...] = tuple(loads.CLASSES)
 
 
 QUICK = Scale(
@@ -159,7 +160,7 @@ class Bench:
             points.append((job.processed_tokens / 3, self.resident_run(engine, job)["wall_s"] / 3))
         fixed_s, token_s = loads.line_through(*points)
         self.say(f"calibration: a resident sweep takes {fixed_s:.3f} s and {1e3 * token_s:.3f} ms a token")
-        return loads.Compute(fixed_s=fixed_s, token_s=token_s)
+        return loads.Compute(tuple(points))
 
     def checkpoint(self, name: str, *options: str) -> str:
         """A further checkpoint in the work directory, made when it is not there."""

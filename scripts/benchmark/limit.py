@@ -20,7 +20,7 @@ def limit(bench: Bench) -> tuple[list[Figure], dict]:
     figures, raw = [], {}
     with Worker("scripts.benchmark.engine") as engine:
         compute = bench.calibrate(engine)
-        for kind in loads.CLASSES:
+        for kind in bench.scale.classes:
             pairs = measured_pairs(bench, engine, kind, compute)
             raw[kind] = {"pairs": pairs, "bare": _bare(bench, kind, pairs)}
             figures += _figures(kind, raw[kind], SMALL_EXPERTS_TARGET if bench.has_small_experts else TARGETS[kind])

@@ -6,7 +6,7 @@ A limit is max(D, C): D = disk-tier bytes · fewest sweeps / disk rate, C = the 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cost_model.memory.allocation import PAGE_TOKENS
@@ -121,21 +121,43 @@ def split(total: int, weights: Sequence[float]) -> list[int]:
     return sizes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Compute:
-    """Seconds of a sweep when everything is resident: `fixed_s` to pass over the weights, `token_s` for each token."""
+    """Seconds of a sweep when everything is resident, by its tokens: straight lines between measured points.
 
-    fixed_s: float
-    token_s: float
+    A sweep of few tokens and one of many are bound by different things, so one line is not enough.
+
+    Args:
+        points: tokens of a sweep and its seconds, two or more.
+    """
+
+    points: tuple[tuple[float, float], ...]
 
     def seconds(self, job: Job) -> float:
         """C as predicted."""
-        return job.fewest_sweeps * self.fixed_s + job.processed_tokens * self.token_s
+        tokens = job.processed_tokens / job.fewest_sweeps
+        fixed_s, token_s = self._line(lambda point: point[0] >= tokens)
+        return job.fewest_sweeps * (fixed_s + token_s * tokens)
+
+    def tokens(self, sweep_s: float) -> float:
+        """Tokens of a sweep that takes so long; below 0 where no sweep is so short."""
+        fixed_s, token_s = self._line(lambda point: point[1] >= sweep_s)
+        return (sweep_s - fixed_s) / token_s
 
     def corrected(self, job: Job, measured_s: float) -> Compute:
-        """The same line, scaled to what a job really took."""
+        """With what a job really took, instead of what was known of sweeps that are alike."""
+        tokens, sweep_s = job.processed_tokens / job.fewest_sweeps, measured_s / job.fewest_sweeps
+        others = [p for p in self.points if not 0.7 < p[0] / tokens < 1.4 and (p[0] < tokens) == (p[1] < sweep_s)]
+        if others:
+            return Compute((*others, (tokens, sweep_s)))
         factor = measured_s / self.seconds(job)
-        return Compute(fixed_s=self.fixed_s * factor, token_s=self.token_s * factor)
+        return Compute(tuple((n, factor * s) for n, s in self.points))
+
+    def _line(self, reaches: Callable[[tuple[float, float]], bool]) -> tuple[float, float]:
+        """Between the first point that reaches what is asked and the one before it."""
+        points = sorted(self.points)
+        at = next((i for i, point in enumerate(points) if reaches(point)), len(points) - 1)
+        return line_through(*points[max(0, at - 1) :][:2])
 
 
 def size_job(
@@ -150,7 +172,7 @@ def size_job(
     """
     compute_s = disk_s / AIM[kind]
     sweeps = min(48, max(5, round(run_s / max(disk_s, compute_s))))
-    tokens = max(8, round((compute_s - compute.fixed_s) / compute.token_s))
+    tokens = max(8, round(compute.tokens(compute_s)))
     prompt_len = min(256, max(4, tokens // 8))
     return staggered_job(
         sweeps=sweeps, tokens_per_sweep=tokens, prompt_len=prompt_len, vocab=vocab, seed=seed, ragged=ragged

@@ -36,7 +36,7 @@ def test_ragged_prompts_of_a_group_differ():
 
 
 def test_a_sized_job_has_the_asked_ratio_of_disk_to_compute():
-    compute = loads.Compute(fixed_s=0.1, token_s=1 / 750)
+    compute = loads.Compute(((75.0, 0.2), (750.0, 1.1)))
     for kind, aim in loads.AIM.items():
         job = loads.size_job(kind, disk_s=1.4, compute=compute, run_s=20, vocab=512, seed=0)
         disk_s = 1.4 * job.fewest_sweeps
@@ -47,9 +47,20 @@ def test_a_sized_job_has_the_asked_ratio_of_disk_to_compute():
 
 
 def test_a_measured_job_corrects_the_next_prediction():
-    compute = loads.Compute(fixed_s=0.1, token_s=0.001)
-    job = loads.equal_job(rows=2, prompt_len=10, new_tokens=5, vocab=512, seed=0)
-    assert compute.corrected(job, 3.0).seconds(job) == pytest.approx(3.0)
+    compute = loads.Compute(((10.0, 0.11), (1000.0, 1.1)))
+    for rows in (2, 20, 60, 200):
+        job = loads.equal_job(rows=rows, prompt_len=10, new_tokens=5, vocab=512, seed=0)
+        compute = compute.corrected(job, 3.0 * rows)
+        assert compute.seconds(job) == pytest.approx(3.0 * rows)
+        assert compute.tokens(3.0 * rows / 5) == pytest.approx(job.processed_tokens / 5)
+
+
+def test_sweeps_of_few_tokens_and_of_many_are_on_lines_of_their_own():
+    compute = loads.Compute(((100.0, 0.5), (800.0, 2.0)))
+    few = loads.staggered_job(sweeps=4, tokens_per_sweep=12, prompt_len=4, vocab=512, seed=0, ragged=False)
+    compute = compute.corrected(few, 4 * 0.1)
+    assert compute.tokens(0.1) == pytest.approx(few.processed_tokens / 4)
+    assert compute.tokens(1.25) == pytest.approx(450)
 
 
 def test_jobs_repeat_with_their_seed():
