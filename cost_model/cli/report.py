@@ -185,7 +185,7 @@ class Report:
         overlap = "" if policy.overlap else "; no overlap"
         order = "; most used experts first" if policy.expert_order else ""
         shares = [f"{name:<12}" + "".join(f"{v:8.1f}" for v in row) for name, row in self.achieved().items()]
-        modes = mode_shares(policy, allocation)
+        modes = mode_shares(policy, allocation, policy.block_size)
         where = {"gpu": "on the GPU", "fetch": "fetched to it", "disk": "from disk", "cpu": "on the CPU"}
         attended = ", ".join(f"{_percent(modes[mode])} {where[mode]}" for mode in MODES if mode in modes)
         rows = f"{policy.num_gpu_batches} GPU batches of {policy.gpu_batch_size} = {policy.block_size} rows"

@@ -53,7 +53,8 @@ class JobPhases:
 def job_phases(policy: Policy, allocation: Allocation, workload: Workload) -> JobPhases:
     """How the job proceeds under a policy."""
     m = row_moments(workload)
-    loads = PhaseLoads(moments=m, shares=mode_shares(policy, allocation), prefill_tokens=policy.prefill_tokens)
+    rows = min(policy.block_size, workload.num_requests or policy.block_size)
+    loads = PhaseLoads(moments=m, shares=mode_shares(policy, allocation, rows), prefill_tokens=policy.prefill_tokens)
     if m.mixed or workload.has_common:
         return _mixed_job(policy, allocation, workload, loads)
     block, fill = _rows_in_flight(policy, allocation, loads)
@@ -72,11 +73,16 @@ def job_phases(policy: Policy, allocation: Allocation, workload: Workload) -> Jo
     return JobPhases(phases=tuple(phases), tokens=tokens, rows_in_flight=rows, row_sweeps=life)
 
 
-def mode_shares(policy: Policy, allocation: Allocation) -> dict[str, float]:
-    """Share of the rows by how they are attended; their home tiers follow the KV pages."""
+def mode_shares(policy: Policy, allocation: Allocation, rows: int) -> dict[str, float]:
+    """Share of the rows by how they are attended; their home tiers follow the KV pages.
+
+    Args:
+        rows: in flight; of those of the host tier, whole ones are attended by the CPU, as in `policies.admission`.
+    """
     total = sum(allocation.kv_pages.values())
     on_host = allocation.kv_pages["cpu"] / total
-    attended = policy.cpu_attention_percent / 100
+    of_host = max(1, round(on_host * rows))
+    attended = floor(policy.cpu_attention_percent / 100 * of_host + 0.5) / of_host
     shares = {
         "gpu": allocation.kv_pages["gpu"] / total,
         "fetch": on_host * (1 - attended),

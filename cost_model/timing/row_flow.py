@@ -85,7 +85,7 @@ def flow(
         pace: prompt tokens that may enter a sweep.
         room: pages of the KV cache. A row that is larger runs alone.
         layout: pages of a row; default: all layers see all tokens.
-        static: between the end of a row and that of the last one in flight, none enters.
+        static: from the end of a row, or from when one has found no room, to the end of the last one in flight, none enters.
         rows_per_prompt: of so many rows one computes the pages of a prompt, and the others begin after them.
         prefix: tokens that prompts have in common, and of how many prompts one computes them.
         held_share: part of a row's pages that does not count as another row's.
@@ -171,6 +171,7 @@ class _Flow:
             if most > 0:
                 most = self._fitting(s, n, most)
             if most <= 0 and self._running:
+                self._closed = self._static
                 return True
             self._fits_at = inf
             entered = self._enter(s, n, max(1, most))

@@ -169,7 +169,8 @@ class Admission(Generic[RowT]):
             self._projections[tier].advance()
 
     def finish(self, row: RowT) -> None:
-        """The row is done: its place and its pages are free. A static block takes no more rows then."""
+        """The row is done: its place and its pages are free. A static block takes no more rows then, nor once one has found no
+        room: it would fit later, and the block would last a row's life longer for its sake."""
         self._leave(row)
         self._block_open = False
 
@@ -257,6 +258,7 @@ class Admission(Generic[RowT]):
             if taken is not None:
                 budget -= taken
             elif self._running or not self.prefixes.evict(keep=self.waiting[0]):
+                self._block_open = not self._running
                 return
 
     def _admit_urgent(self, budget: int) -> dict[RowT, int]:

@@ -73,7 +73,7 @@ def _judge(bench: Bench, engine: Worker, kind: str, job: loads.Job, pair: dict) 
         "new_tokens": job.new_tokens,
         "processed_tokens": job.processed_tokens,
         "fewest_sweeps": job.fewest_sweeps,
-        "disk_s": bench.expert_bytes * job.fewest_sweeps / rate,
+        "disk_s": min(bench.expert_bytes * job.fewest_sweeps, pair["disk_bytes"]) / rate,
         "counts": False,
     }
     if not loads.probes_agree(pair["before"]["best"], pair["after"]["best"]):

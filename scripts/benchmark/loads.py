@@ -1,6 +1,7 @@
 """The jobs of the benchmark and the arithmetic of its limits. Pure: no torch, no files, no clock.
 
-A limit is max(D, C): D = disk-tier bytes · fewest sweeps / disk rate, C = the same job with everything resident.
+A limit is max(D, C): D = disk-tier bytes · fewest sweeps / disk rate, C = the same job with everything resident. Of the bytes
+those count that are read: in sweeps of few tokens no token reaches some of the experts.
 """
 
 from __future__ import annotations

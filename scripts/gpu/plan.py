@@ -79,5 +79,5 @@ def own_limit(arch: ModelArch, workload: Workload, rates: Rates, policy: Policy,
         rows=prediction.rows_in_flight,
         w_streamed=sum(unit.stored_bytes for unit in moved),
         w_on_disk=sum(unit.stored_bytes for unit in moved if tier_of[unit.id] == "disk"),
-        kv_shares=mode_shares(policy, prediction.allocation),
+        kv_shares=mode_shares(policy, prediction.allocation, policy.block_size),
     )

@@ -203,6 +203,15 @@ def test_static_block_takes_no_row_between_its_first_end_and_its_last():
     assert [len(sweep(admission)) for _ in range(6)] == [3, 3, 2, 2, 1, 1]
 
 
+def test_static_block_takes_no_row_once_one_has_found_no_room():
+    """The second row fits from sweep 25 on, when it is short until the first one ends. The block would last 45 sweeps longer for it."""
+    rolling, static = (admission_of(gpu=5, rows=3, prefill_tokens=1000, schedule=s) for s in ("rolling", "static"))
+    for admission in (rolling, static):
+        wait(admission, (16, 40), (1, 60))
+    assert [len(sweep(rolling)) for _ in range(60)].count(2) > 10
+    assert [len(sweep(static)) for _ in range(100)] == [1] * 100 and not static.unfinished
+
+
 def test_rows_go_where_the_shares_ask_and_elsewhere_when_that_is_full():
     admission = admission_of((25, 50), gpu=9, cpu=9, disk=9, tails=9, prefill_tokens=1000, rows=16)
     wait(admission, *[(16, 1)] * 8)

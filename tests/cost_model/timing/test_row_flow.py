@@ -59,7 +59,7 @@ def test_rows_that_do_not_fit_side_by_side_take_the_sweeps_of_the_admission(rows
 
 @pytest.mark.parametrize("schedule", ["rolling", pytest.param("static", marks=pytest.mark.slow)])
 def test_drawn_jobs_take_the_sweeps_of_the_admission(schedule):
-    """Stated tolerance: eight of ten within 0.1 %, all within 3 %; tokens that are decoded within 2 %."""
+    """Stated tolerance: eight of ten within 0.1 %, all within 5 %; tokens that are decoded within 2 %."""
     rng, apart = random.Random(7), []
     for _ in range(40):
         s, n = rng.choice([32, 64, 200]), rng.choice([8, 32, 100])
@@ -76,7 +76,7 @@ def test_drawn_jobs_take_the_sweeps_of_the_admission(schedule):
         assert sum(each.sweeps * each.decode_context for each in found) == pytest.approx(context, rel=0.02, abs=10)
     apart.sort()
     assert apart[int(0.8 * len(apart)) - 1] <= 0.001
-    assert apart[-1] <= 0.03
+    assert apart[-1] <= 0.05
 
 
 def test_a_static_block_takes_no_row_after_the_first_end():
@@ -99,7 +99,7 @@ def test_a_prompt_longer_than_the_pace_enters_in_chunks():
     assert sum(each.sweeps for each in found) == 3 + 4
 
 
-def test_what_is_followed_has_the_rows_of_the_job_the_longest_of_each_window_first():
+def test_what_is_followed_has_the_rows_of_the_job_those_of_each_window_that_generate_most_first():
     rng = random.Random(3)
     workload = Workload.of_lengths([(rng.randint(1, 999), rng.randint(1, 300)) for _ in range(3000)])
     for window, windows in ((24, 6), (200, 2), (2000, 0), (5000, 0)):
@@ -108,7 +108,7 @@ def test_what_is_followed_has_the_rows_of_the_job_the_longest_of_each_window_fir
         assert found == windows and len(bundles) <= 200 and followed == min(3000, windows * window or 3000)
         assert sum(s * count for s, _, count in bundles) / followed == pytest.approx(workload.prompt_len, rel=0.03)
         assert sum(n * count for _, n, count in bundles) / followed == pytest.approx(workload.gen_len, rel=0.05)
-        rows = [s + n for s, n, count in bundles[: len(bundles) // max(1, windows)] for _ in range(count)]
+        rows = [n for _, n, count in bundles[: len(bundles) // max(1, windows)] for _ in range(count)]
         eighth = len(rows) // 8
         assert sum(rows[:eighth]) > sum(rows[3 * eighth : 4 * eighth]) > 1.5 * sum(rows[-eighth:])
 

@@ -79,7 +79,11 @@ def test_a_finder_takes_prompts_without_a_whole_page():
 
 def order_of(prompts, lengths, window, rows=None):
     tree = tree_of(prompts)
-    return list(PrefixOrder(tree, tree.nodes, lengths, lambda row: (lengths[row], 0)).waiting(rows or range(len(prompts)), window))
+    return list(
+        PrefixOrder(tree, tree.nodes, lengths, lambda row: (lengths[row], 0)).waiting(
+            rows or range(len(prompts)), window
+        )
+    )
 
 
 @pytest.mark.parametrize("seed", range(10))
