@@ -167,8 +167,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("part", choices=("coverage", "masks", "cost", "rows"))
     parser.add_argument("path", type=Path, help="the suite's directory, or a checkpoint")
     parser.add_argument("--rows", type=int, help="default 256 of cost, 1000 of rows")
-    parser.add_argument("--new-tokens", type=int, default=16, help="of each row of cost (default 16)")
-    parser.add_argument("--rounds", type=int, default=3, help="of cost (default 3)")
+    parser.add_argument("--new-tokens", type=int, default=12, help="of each row of cost (default 12)")
+    parser.add_argument("--rounds", type=int, default=7, help="of cost (default 7)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON record, with a table beside it")
     return parser
 
