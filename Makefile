@@ -26,10 +26,10 @@ $(SETUP): setup.cfg constraints.txt
 	$(PYTHON) is {sys.version.split()[0]}; choose another one with make PYTHON=…")'
 	@echo "installing into $(VENV) (torch is large, so this takes minutes)" >&2
 	@$(PYTHON) -m venv $(VENV)
-	@$(INSTALL) '.[test,serve]'
+	@$(INSTALL) '.[test,serve,structured]'
 	@touch $@
 $(BENCH): $(SETUP)
-	@$(INSTALL) '.[test,serve,bench,plot]'
+	@$(INSTALL) '.[test,serve,structured,bench,plot]'
 	@touch $@
 
 demo: $(SETUP) ## answers of a small real model across all three tiers; ARGS=--synthetic: no download

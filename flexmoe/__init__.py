@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flexmoe.params import EngineRequest, SamplingParams
     from flexmoe.planning.plan import plan
     from flexmoe.probing.measure import probe
+    from flexmoe.structured.asked import StructuredOutputsParams
     from policies.common.errors import FlexMoEError
     from policies.policy import Policy
     from policies.workload import Workload
@@ -40,6 +41,7 @@ __all__ = [
     "Policy",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
     "Workload",
@@ -57,6 +59,7 @@ _MODULES = {
     "Policy": "policies.policy",
     "RequestOutput": "flexmoe.outputs",
     "SamplingParams": "flexmoe.params",
+    "StructuredOutputsParams": "flexmoe.structured.asked",
     "TextPrompt": "flexmoe.calls.prompts",
     "TokensPrompt": "flexmoe.calls.prompts",
     "Workload": "policies.workload",

@@ -24,6 +24,7 @@ from flexmoe.engine.requests import RefusedError
 from flexmoe.engine.router_counter import LayerStats
 from flexmoe.errors import UsageError
 from flexmoe.models.loader import Model, load_model
+from flexmoe.openai.rendering import read_tools
 from flexmoe.outputs import RequestOutput
 from flexmoe.params import DEFAULT_MAX_TOKENS, EngineRequest, InFlight, SamplingParams
 from flexmoe.planning.configure import ARGUMENTS, configure
@@ -47,6 +48,7 @@ _OF_A_CHAT = (
     "add_generation_prompt",
     "continue_final_message",
     "chat_template_kwargs",
+    "tools",
 )
 
 
@@ -118,7 +120,7 @@ class LLM:
             bar = sys.stderr is not None and sys.stderr.isatty()
             format, directory = config.policy.compress_weight, config.offload_dir
             self.model = packed_copy(self.model, format, directory, dtype=config.dtype, bar=bar)
-        self.engine = Engine(self.model, config, self.tokenizer.detokenize)
+        self.engine = Engine(self.model, config, self.tokenizer.detokenize, self.tokenizer.grammars)
         self._streaming = False
         self._left: list[InFlight] = []
 
@@ -166,6 +168,7 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         **theirs: Any,
     ) -> list[RequestOutput]:
         """Answer chats under the checkpoint's chat template.
@@ -180,6 +183,7 @@ class LLM:
             continue_final_message: end it with the content of the last message, which the completion continues; needs
                 ``add_generation_prompt=False``.
             chat_template_kwargs: more variables for the template, such as ``enable_thinking``.
+            tools: functions that the template describes, as OpenAI has them; calls of them are part of the text.
             **theirs: other arguments of vLLM's, where they ask for nothing.
 
         Returns:
@@ -195,11 +199,12 @@ class LLM:
         only_ours("chat", theirs, _OF_A_CHAT, CALL)
         if add_generation_prompt and continue_final_message:
             raise UsageError("continue_final_message continues a message; give add_generation_prompt=False with it")
+        variables = {**(chat_template_kwargs or {}), **({"tools": list(read_tools(tools))} if tools else {})}
         tokenizer = self.tokenizer if chat_template is None else self.tokenizer.with_chat_template(chat_template)
         rendered = [
             tokenizer.render(
                 chat,
-                chat_template_kwargs,
+                variables,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
             )
@@ -273,6 +278,10 @@ class LLM:
     def check(self, request: EngineRequest) -> str | None:
         """Why a request can never run, as a sentence; None if it can."""
         return self.engine.check(request)
+
+    def _ungrammatical(self, params: SamplingParams) -> str | None:
+        """Why there are no completions of the structure that is asked for."""
+        return None if params.structure is None else self.tokenizer.grammars().problem(params.structure)
 
     def in_flight(self) -> list[InFlight]:
         """What the samples of unfinished requests have generated so far; those without a token are left out.
@@ -386,7 +395,7 @@ class LLM:
             for i, (ids, params) in enumerate(zip(prompts, several))
         ]
         for request in requests:
-            problem = self.check(request)
+            problem = self.check(request) or self._ungrammatical(request.params)
             if problem is not None:
                 raise UsageError(f"prompt {request.request_id}: {problem}")
         limits = [self.engine.limit(request) for request in requests]

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from flexmoe.errors import UsageError
 from flexmoe.outputs import RequestOutput, TokenLogprob
+from flexmoe.structured.asked import StructuredOutputsParams
 from flexmoe.vllm_arguments import SAMPLING, only_ours
 
 MAX_SAMPLES = 128
@@ -89,6 +90,9 @@ class SamplingParams(metaclass=_TakesVllmNames):
         detokenize: make the text; without it there is none, and no stop strings.
         skip_special_tokens: leave special tokens out of the text; stop strings see the text as it is made.
         echo: the caller will put the prompt before the completion; with `logprobs`, the prompt gets them too.
+        structured_outputs: what the text has to look like, `StructuredOutputsParams` or its names and values. Tokens that cannot
+            go on so are never chosen, and one that ends the sequence only where the text is complete; the completion ends where
+            nothing else may follow, even before `min_tokens`.
 
     Raises:
         UsageError: a value of the wrong type or out of bounds.
@@ -115,6 +119,7 @@ class SamplingParams(metaclass=_TakesVllmNames):
     detokenize: bool = True
     skip_special_tokens: bool = True
     echo: bool = False
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self._check_counts()
@@ -130,6 +135,7 @@ class SamplingParams(metaclass=_TakesVllmNames):
         self._set("stop", self._stops())
         self._set("stop_token_ids", self._stop_token_ids())
         self._set("logit_bias", self._bias())
+        self._set("structured_outputs", self._structured())
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise UsageError("max_tokens is 0: nothing would be generated; give at least 1, or ask for echo")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -149,6 +155,11 @@ class SamplingParams(metaclass=_TakesVllmNames):
     def biased_tokens(self) -> tuple[tuple[int, float], ...]:
         """`logit_bias` as it is kept: token ids, each once and in order, with what is added to their logits."""
         return cast("tuple[tuple[int, float], ...]", self.logit_bias)
+
+    @property
+    def structure(self) -> StructuredOutputsParams | None:
+        """`structured_outputs` as it is kept."""
+        return cast("StructuredOutputsParams | None", self.structured_outputs)
 
     @property
     def greedy(self) -> bool:
@@ -215,6 +226,14 @@ class SamplingParams(metaclass=_TakesVllmNames):
                 )
             bias[token] = number
         return tuple(sorted(bias.items()))
+
+    def _structured(self) -> StructuredOutputsParams | None:
+        given: Any = self.structured_outputs
+        if isinstance(given, Mapping):
+            return StructuredOutputsParams.of(given)
+        if not isinstance(given, (StructuredOutputsParams, type(None))):
+            raise self._wrong("structured_outputs", "StructuredOutputsParams, or None")
+        return given
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

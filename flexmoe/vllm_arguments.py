@@ -37,7 +37,7 @@ _ONE_GPU = "one GPU is used, and the model need not fit on it"
 _FETCH = "fetch the model first, and give its directory as model"
 _PLANNED = "the policy decides it; gpu_mem and cpu_mem are the budgets"
 _TEXT_ONLY = "only text is taken"
-_NO_GUIDE = "completions cannot be constrained"
+_GUIDE = "give structured_outputs in SamplingParams"
 _NO_ADAPTERS = "there are no adapters"
 _NO_DRAFTS = "there is no speculative decoding"
 
@@ -50,8 +50,7 @@ SAMPLING: dict[str, Foreign] = {
     "bad_words": Foreign(_NOTHING, "give logit_bias of -100 for single tokens"),
     "allowed_token_ids": Foreign(_NOTHING, "give logit_bias"),
     "logits_processors": Foreign(_NOTHING, "give logit_bias"),
-    "structured_outputs": Foreign((None,), _NO_GUIDE),
-    "guided_decoding": Foreign((None,), _NO_GUIDE),
+    "guided_decoding": Foreign((None,), _GUIDE),
     "truncate_prompt_tokens": Foreign((None,), "give the token ids that are to be kept as the prompt"),
     "spaces_between_special_tokens": Foreign((None, True), "texts are as the tokenizer makes them"),
     "thinking_token_budget": Foreign((None,), "give max_tokens"),
@@ -61,6 +60,13 @@ SAMPLING: dict[str, Foreign] = {
     "output_kind": Foreign(),
     "skip_clone": Foreign(),
     "skip_reading_prefix_cache": Foreign(),
+}
+
+#: Of `vllm.StructuredOutputsParams`.
+STRUCTURED: dict[str, Foreign] = {
+    "disable_fallback": Foreign(),
+    "disable_additional_properties": Foreign((None, False), "write additionalProperties: false in the schema"),
+    "structural_tag": Foreign((None,), "give json, regex, choice or grammar"),
 }
 
 #: Of `vllm.LLM`, and of the `EngineArgs` that it passes on.
@@ -144,11 +150,10 @@ CALL: dict[str, Foreign] = {
     "prompt_token_ids": Foreign((None,), 'give the ids as prompts, such as {"prompt_token_ids": [1, 2]}'),
     "lora_request": Foreign(_NOTHING, _NO_ADAPTERS),
     "priority": Foreign(),
-    "tools": Foreign(_NOTHING, "tools are not supported"),
     "chat_template_content_format": Foreign(("auto", "string"), "contents reach the template as text"),
     "mm_processor_kwargs": Foreign(_NOTHING, _TEXT_ONLY),
     "tokenization_kwargs": Foreign(_NOTHING, "give token ids, made with get_tokenizer()"),
-    "guided_options_request": Foreign(_NOTHING, _NO_GUIDE),
+    "guided_options_request": Foreign(_NOTHING, _GUIDE),
 }
 
 

@@ -43,6 +43,7 @@ ORDER = (
     ("flexmoe.errors",),
     ("flexmoe.vllm_arguments",),
     ("flexmoe.outputs",),
+    ("flexmoe.structured",),
     ("flexmoe.params",),
     ("flexmoe.system",),
     ("flexmoe.checkpoint",),

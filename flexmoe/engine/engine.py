@@ -21,7 +21,9 @@ from flexmoe.kv.batch import Block, Run
 from flexmoe.models.loader import Model
 from flexmoe.outputs import RequestOutput
 from flexmoe.params import EngineRequest, InFlight, Resumed
-from flexmoe.sampling.sampler import NOT_FINITE, Chosen, sample
+from flexmoe.sampling.sampler import NOT_FINITE, Chosen, RowSampler, sample
+from flexmoe.structured.grammars import Grammars
+from flexmoe.structured.masks import MaskMaker
 from flexmoe.system.memory_watch import MemoryWatch, lacks_memory
 from policies.admission.row_state import AttentionMode
 from policies.common.option_names import option
@@ -40,6 +42,7 @@ class Engine:
         config: how to run it.
         detokenize: text of token ids, without special tokens unless ``skip_special_tokens=False`` is given; None: there are
             no texts and no stop strings.
+        grammars: what compiles grammars, called when a request first has one; it raises why there is nothing that does.
 
     Attributes:
         config: as given.
@@ -54,13 +57,20 @@ class Engine:
         StorageError: the offload directory cannot be written.
     """
 
-    def __init__(self, model: Model, config: EngineConfig, detokenize: Detokenizer | None = None):
+    def __init__(
+        self,
+        model: Model,
+        config: EngineConfig,
+        detokenize: Detokenizer | None = None,
+        grammars: Callable[[], Grammars] | None = None,
+    ):
         self.config, self.model = config, model.grouped(config.policy.experts_per_unit)
         self.plan = EnginePlan.of(self.model, config)
         _check_format(self.model, config.policy)
         self.device = self.plan.device
         log.info("%s", self.plan.describe_weights())
-        self._rules = _rules(self.model, config, self.plan, detokenize)
+        self._rules = _rules(self.model, config, self.plan, detokenize, grammars or _no_grammars)
+        self._masks = MaskMaker()
         self._sampling_bytes = sampling_bytes(self.model.arch, config.policy)
         self._requests: dict[RequestState, None] = {}
         self._complete: list[RequestOutput] = []
@@ -155,13 +165,7 @@ class Engine:
             return self._take_complete()
         try:
             block = Block(runs, self.config.policy.gpu_batch_size, self.config.policy.halves)
-            logits = self.executor.run(block)
-            chosen = sample(
-                logits,
-                [row.sampler for row in block.logit_owners],
-                workspace_bytes=self._sampling_bytes,
-                upload=self.executor.uploads,
-            )
+            chosen = self._chosen(block, [row.sampler for row in block.logit_owners])
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise
@@ -183,6 +187,13 @@ class Engine:
             )
         )
         return self._take_complete()
+
+    def _chosen(self, block: Block, samplers: Sequence[RowSampler]) -> Chosen:
+        """Compute a sweep, and beside it the masks of its grammars; then choose tokens."""
+        with self._masks.making([row.grammar for row in samplers if row.grammar is not None]) as masks:
+            logits = self.executor.run(block)
+            masks.wait()
+        return sample(logits, samplers, workspace_bytes=self._sampling_bytes, upload=self.executor.uploads)
 
     def abort(self, request_id: str) -> bool:
         """Drop a request that waits or is in flight; its places and KV are free for the next sweep."""
@@ -244,6 +255,7 @@ class Engine:
     def close(self) -> None:
         """Stop the threads and close the files; a second call does nothing."""
         self._closed = True
+        self._masks.close()
         with self.device.computing():
             self._parts.close()
 
@@ -274,6 +286,7 @@ class Engine:
                 if any(math.isnan(record.logprob) for record in records):
                     broken[run.owner.state] = None
         self._fail(broken)
+        broken |= self._fail_ungrammatical(block, broken)
         running = (run.owner for run in block.runs if run.owner.state not in broken)
         ended = [row for row in running if row.index < 0 and row.state.end(row)]
         for row, token, logprob in zip(block.logit_owners, chosen.tokens, chosen.logprobs):
@@ -304,6 +317,18 @@ class Engine:
                 state.request.failed(f"the model's logits are not finite: {cause}", "non_finite_logits")
             )
 
+    def _fail_ungrammatical(self, block: Block, broken: Collection[RequestState]) -> dict[RequestState, None]:
+        """End requests with a row whose grammar cannot be followed any further."""
+        failed: dict[RequestState, None] = {}
+        for row in block.logit_owners:
+            grammar = row.sampler.grammar
+            if grammar is None or grammar.problem is None or row.state in broken or row.state in failed:
+                continue
+            failed[row.state] = None
+            self._drop(row.state)
+            self._complete.append(row.state.request.failed(grammar.problem, "structured_output_failed"))
+        return failed
+
     def _drop(self, state: RequestState) -> None:
         for row in state.rows:
             self.scheduler.drop(row)
@@ -328,7 +353,17 @@ def _check_format(model: Model, policy: Policy) -> None:
         )
 
 
-def _rules(model: Model, config: EngineConfig, plan: EnginePlan, detokenize: Detokenizer | None) -> RequestRules:
+def _no_grammars() -> Grammars:
+    raise UsageError("structured output needs the model's tokenizer, and there is none")
+
+
+def _rules(
+    model: Model,
+    config: EngineConfig,
+    plan: EnginePlan,
+    detokenize: Detokenizer | None,
+    grammars: Callable[[], Grammars],
+) -> RequestRules:
     return RequestRules(
         vocab_size=model.arch.vocab_size,
         context=config.max_model_len or model.arch.max_position,
@@ -337,5 +372,6 @@ def _rules(model: Model, config: EngineConfig, plan: EnginePlan, detokenize: Det
         eos_ids=frozenset(config.eos_ids),
         seed=config.seed,
         detokenize=detokenize,
+        grammars=grammars,
         recompute_past=model.arch.rope_switch,
     )

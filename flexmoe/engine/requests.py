@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from flexmoe.engine.scheduler import Row
-from flexmoe.errors import UsageError
+from flexmoe.errors import FlexMoEError, UsageError
 from flexmoe.kv.batch import Run
 from flexmoe.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprob
-from flexmoe.params import EngineRequest, InFlight, Resumed
+from flexmoe.params import EngineRequest, InFlight, Resumed, SamplingParams
 from flexmoe.sampling.sampler import RowSampler
 from flexmoe.sampling.stop_strings import StopStrings
+from flexmoe.structured.grammars import Grammars
+from flexmoe.structured.row import RowGrammar
 
 #: Text of token ids; takes ``skip_special_tokens`` too, which is True otherwise.
 Detokenizer = Callable[..., str]
@@ -43,6 +45,7 @@ class RequestRules:
         eos_ids: ids that end a completion.
         seed: of the draws of requests without one.
         detokenize: text of token ids; None where there is no tokenizer.
+        grammars: what compiles grammars, or raises why there is nothing that does.
         recompute_past: length beyond which a row is computed otherwise (`ModelArch.rope_switch`); None: none.
     """
 
@@ -53,6 +56,7 @@ class RequestRules:
     eos_ids: frozenset[int]
     seed: int
     detokenize: Detokenizer | None
+    grammars: Callable[[], Grammars]
     recompute_past: int | None = None
 
     def limit(self, request: EngineRequest) -> int:
@@ -95,7 +99,19 @@ class RequestRules:
             )
         if params.stop and self.detokenize is None:
             return "stop strings need the model's tokenizer, and there is none; use stop_token_ids"
+        if params.structure is not None:
+            try:
+                self.grammars()
+            except FlexMoEError as error:
+                return str(error)
         return None
+
+    def grammar(self, params: SamplingParams, generated: Sequence[int]) -> RowGrammar | None:
+        """The grammar of a row that resumes after some tokens; None where it is free."""
+        if params.structure is None:
+            return None
+        ends = {*(() if params.ignore_eos else self.eos_ids), *params.stop_token_ids}
+        return RowGrammar(self.grammars(), params.structure, ends, generated)
 
     def _refused_resumption(self, request: EngineRequest) -> str | None:
         params, resumed = request.params, request.resumed
@@ -138,6 +154,7 @@ class Sample(Row):
             prompt=request.prompt_token_ids,
             generated=generated,
             eos_ids=rules.eos_ids,
+            grammar=rules.grammar(params, generated),
         )
         self.logprobs = None if params.logprobs is None else list(before.logprobs or ())
         self._detokenize: Detokenizer | None = None
@@ -176,11 +193,21 @@ class Sample(Row):
             if found:
                 text, stop = found
                 return self._ended("stop", stop, text)
+            grammar = self.sampler.grammar
+            if grammar is not None and grammar.is_complete:
+                return self._ended("stop", cut=False)
         return self._ended("length") if len(self.tokens) >= self.limit else None
 
-    def _ended(self, reason: FinishReason, stop: str | int | None = None, text: str | None = None) -> CompletionOutput:
+    def _ended(
+        self,
+        reason: FinishReason,
+        stop: str | int | None = None,
+        text: str | None = None,
+        *,
+        cut: bool = True,
+    ) -> CompletionOutput:
         if text is None and self._detokenize is not None:
-            cut = reason == "stop" and not self.request.params.include_stop_str_in_output
+            cut = cut and reason == "stop" and not self.request.params.include_stop_str_in_output
             text = self._detokenize(self.generated_ids[:-1] if cut else self.generated_ids)
         return CompletionOutput(
             index=self.index,

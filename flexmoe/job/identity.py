@@ -17,7 +17,7 @@ from flexmoe.models.loader import Model
 
 #: What the library that saved the checkpoint notes about itself.
 _NOTES = ("_name_or_path", "transformers_version")
-_PACKAGES = ("flexmoe", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+_PACKAGES = ("flexmoe", "torch", "transformers", "tokenizers", "safetensors", "numpy", "llguidance")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -10,21 +10,26 @@ chat template refuses. The reason is a `RowError`; it becomes an error row, and 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flexmoe.openai.fields import Fields, Kind, RowError, flag, read_fields
-from flexmoe.openai.json_line import InvalidLine, parse_json, show, token_ids
+from flexmoe.openai.json_line import SCHEMA_FIELDS, InvalidLine, parse_json, show, token_ids
 from flexmoe.openai.rendering import Rendering, read_rendering
 from flexmoe.openai.shown_id import shown_id
+from flexmoe.openai.structure import read_structure
+from flexmoe.openai.tool_calls import functions_of
 from policies.common.reading import without_nulls
 
 Prompt = str | tuple[int, ...]
-Message = dict[str, str]
+Message = dict[str, Any]
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+#: What messages of a role have beside role, content and name.
+_MORE = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}
 #: OpenAI's newer name for the system's role; chat templates know the older one.
 ALIASES = {"developer": "system"}
 MAX_CUSTOM_ID_CHARACTERS = 512
@@ -44,6 +49,8 @@ class Request:
         return_token_ids: put the ids beside the texts.
         rendering: how the prompt is written.
         prefix: text of a chat that comes before its completion.
+        structure_field: that asks for structured output; "" for none.
+        functions: calls of which are looked for in the answer (`functions_of`); None where there are no tools.
         model: as the row names it; None when it names none.
         error: why this row cannot run; None when it can.
     """
@@ -57,6 +64,8 @@ class Request:
     return_token_ids: bool = False
     rendering: Rendering = field(default_factory=Rendering)
     prefix: str = ""
+    structure_field: str = ""
+    functions: Mapping[str, frozenset[str]] | None = None
     model: str | None = None
     error: RowError | None = None
 
@@ -111,7 +120,7 @@ def request_of(line: dict[str, Any], line_number: int) -> Request:
     Raises:
         InvalidLine: the fault is structural.
     """
-    line = without_nulls(line)
+    line = without_nulls(line, SCHEMA_FIELDS)
     custom_id = read_custom_id(line, line_number)
     try:
         return _request(line, line_number, custom_id)
@@ -147,6 +156,8 @@ def _request(line: dict[str, Any], line_number: int, custom_id: str) -> Request:
     ]
     fields: Fields = read_fields(body, kind)
     errors += fields.errors
+    structure_field, structure = read_structure(body, errors)
+    sampling = fields.sampling if structure is None else fields.sampling | {"structured_outputs": structure}
     rendering = read_rendering(body, kind, errors)
     messages: tuple[Message, ...] | None = None
     prompts: tuple[Prompt, ...] = ()
@@ -163,10 +174,12 @@ def _request(line: dict[str, Any], line_number: int, custom_id: str) -> Request:
         kind=kind,
         prompts=prompts,
         messages=messages,
-        sampling=fields.sampling,
+        sampling=sampling,
         return_token_ids=fields.return_token_ids,
         rendering=rendering,
         prefix=prefix,
+        structure_field=structure_field,
+        functions=functions_of(rendering.tools) if rendering.tools else None,
         model=_model(body),
         error=RowError.joined(errors),
     )
@@ -257,12 +270,47 @@ def read_messages(messages: Any) -> tuple[tuple[Message, ...], list[RowError]]:
         sender = message.get("name", "")
         if not isinstance(sender, str):
             raise InvalidLine(f"{name}.name is {show(sender)}; give a string", param=f"{name}.name")
-        extra = [key for key, value in message.items() if key not in ("role", "content", "name") and value != []]
+        known = ("role", "content", "name", *_MORE.get(role, ()))
+        extra = [key for key, value in message.items() if key not in known and value != []]
         errors += [RowError.unsupported(f"{name}.{key}", f"{name}.{key} is not supported; remove it") for key in extra]
-        text, error = _content(message.get("content"), f"{name}.content", optional=bool(extra))
+        more = _tool_fields(message, role, name)
+        text, error = _content(
+            message.get("content"), f"{name}.content", optional=bool(extra or more.get("tool_calls"))
+        )
         errors += [error] if error else []
-        result.append({"role": role, "content": text} | ({"name": sender} if "name" in message else {}))
+        result.append({"role": role, "content": text} | ({"name": sender} if "name" in message else {}) | more)
     return tuple(result), errors
+
+
+def _tool_fields(message: Mapping[str, Any], role: str, name: str) -> dict[str, Any]:
+    """What a message has of calls: those of an assistant, their arguments as objects for the template; or whose result it is."""
+    more: dict[str, Any] = {}
+    if role == "tool" and "tool_call_id" in message:
+        if not isinstance(message["tool_call_id"], str):
+            raise InvalidLine(f"{name}.tool_call_id is {show(message['tool_call_id'])}; give a string", param=name)
+        more["tool_call_id"] = message["tool_call_id"]
+    if role == "assistant" and message.get("tool_calls", []) != []:
+        calls = message["tool_calls"]
+        if not isinstance(calls, list):
+            raise InvalidLine(f"{name}.tool_calls is {show(calls)}; give a list", param=f"{name}.tool_calls")
+        more["tool_calls"] = [_called(call, f"{name}.tool_calls[{at}]") for at, call in enumerate(calls)]
+    return more
+
+
+def _called(call: Any, name: str) -> dict[str, Any]:
+    """A call of an earlier answer.
+
+    Raises:
+        InvalidLine: it is none.
+    """
+    function = call.get("function") if isinstance(call, dict) else None
+    arguments = function.get("arguments", {}) if isinstance(function, dict) else None
+    with suppress(ValueError):
+        arguments = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
+    if not (isinstance(function, dict) and isinstance(function.get("name"), str) and isinstance(arguments, dict)):
+        example = '{"id": "…", "type": "function", "function": {"name": "…", "arguments": "{…}"}}'
+        raise InvalidLine(f"{name} is {show(call)}; give an object like {example}", param=name)
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _content(content: Any, name: str, *, optional: bool) -> tuple[str, RowError | None]:

@@ -14,6 +14,8 @@ MAX_LINE_BYTES = 16 * 2**20
 #: A request needs five levels; a JSON schema among its fields may need a few dozen.
 MAX_DEPTH = 100
 MAX_INT = 2**31 - 1
+#: Fields that hold JSON Schemas, or values that may follow one: null means something in them.
+SCHEMA_FIELDS = frozenset({"schema", "json", "parameters", "arguments"})
 _ID_TEXT = re.compile(r"-?[0-9]{1,18}(\.[0-9]{1,18})?([eE][+-]?[0-9]{1,3})?")
 _LONGEST_SHOWN = 80
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))

@@ -26,6 +26,8 @@ _MARKS: dict[Style, tuple[str, ...]] = {
 }
 #: Of these a style is known: all are tokens, or a chat template mentions the last one.
 _EVIDENCE: dict[Style, tuple[str, ...]] = {"harmony": (CHANNEL, MESSAGE), "think": (OPEN, CLOSE)}
+#: A header of harmony with it goes to a function.
+_TO = "to=functions."
 #: The last tokens of a prompt, among which a template's mark is.
 _TAIL_TOKENS = 8
 
@@ -89,7 +91,13 @@ class ReasoningParser:
         self._are_tokens = len(self._marks) == len(marks)
 
     def split(
-        self, prompt_ids: Sequence[int], token_ids: Sequence[int], text: str, *, skip_special_tokens: bool = True
+        self,
+        prompt_ids: Sequence[int],
+        token_ids: Sequence[int],
+        text: str,
+        *,
+        skip_special_tokens: bool = True,
+        without_calls: bool = False,
     ) -> Answer:
         """A completion of a chat in two.
 
@@ -98,6 +106,7 @@ class ReasoningParser:
             token_ids: all ids of the completion.
             text: of the completion; a stop string may have cut it.
             skip_special_tokens: whether the text leaves special tokens out.
+            without_calls: leave out messages that go to a function (`flexmoe.openai.tool_calls`).
         """
         if self.style is None:
             return Answer(reasoning=None, content=text)
@@ -105,7 +114,11 @@ class ReasoningParser:
             segments = _cut(self._by_ids(token_ids, skip_special_tokens), len(text))
         else:
             segments = _by_text(text, _MARKS[self.style])
-        found = _harmony(segments) if self.style == "harmony" else _think(segments, self._prompt_mark(prompt_ids))
+        found = (
+            _harmony(segments, without_calls)
+            if self.style == "harmony"
+            else _think(segments, self._prompt_mark(prompt_ids))
+        )
         return (
             found
             if self._are_tokens
@@ -174,22 +187,26 @@ def _think(segments: Sequence[_Segment], prompt_mark: str | None) -> Answer:
     return Answer(reasoning=reasoning, content=(close.text + _joined(after)).lstrip("\r\n"), reasoning_tokens=tokens)
 
 
-def _harmony(segments: Sequence[_Segment]) -> Answer:
+def _harmony(segments: Sequence[_Segment], without_calls: bool) -> Answer:
     """Messages of the final channel are the answer. What stands before any mark is one too, unless a header goes on there."""
     reasoning, content, tokens, channel = [], [], 0, ""
     first = segments[0]
+    calls = without_calls and _TO in first.text
     if first.text and (len(segments) == 1 or segments[1].mark not in (CHANNEL, MESSAGE)):
         content.append(first.text)
     for each in segments[1:]:
         if each.mark == CHANNEL:
             channel = each.text.split()[0] if each.text.strip() else ""
+            calls = calls or (without_calls and _TO in each.text)
+        elif each.mark == MESSAGE and calls:
+            calls = False
         elif each.mark == MESSAGE and channel in ("final", ""):
             content.append(each.text)
         elif each.mark == MESSAGE:
             reasoning.append(each.text)
             tokens += each.tokens
         elif each.mark == START:
-            channel = ""
+            channel, calls = "", without_calls and _TO in each.text
     return Answer(
         reasoning="\n".join(reasoning) or None,
         content="".join(content) if content else None,

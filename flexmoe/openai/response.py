@@ -14,6 +14,7 @@ from flexmoe.openai.batch_line import Prompt, Request
 from flexmoe.openai.fields import RowError
 from flexmoe.openai.logprobs import Alignment, chat_logprobs, completion_logprobs
 from flexmoe.openai.reasoning import Answer, ReasoningParser
+from flexmoe.openai.tool_calls import ToolParser
 from flexmoe.outputs import CompletionOutput, RequestOutput
 from flexmoe.text.tokenizer import Tokenizer
 
@@ -46,6 +47,7 @@ class ResponseEncoder:
         self._cached_tokens = cached_tokens
         parser = None if keep_reasoning else ReasoningParser(tokenizer)
         self._reasoning = parser if parser is not None and parser.style is not None else None
+        self._tools = ToolParser(tokenizer)
 
     def success(self, request: Request, results: Sequence[RequestOutput]) -> bytes:
         """The line of a row that ran, with its line end.
@@ -67,7 +69,7 @@ class ResponseEncoder:
             created_s: its time.
         """
         prompt_tokens, generated_tokens = count_tokens(results)
-        choices, reasoning_tokens = self._choices(request, results)
+        choices, reasoning_tokens = self._choices(request, results, key)
         usage: dict[str, Any] = {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": generated_tokens,
@@ -99,7 +101,9 @@ class ResponseEncoder:
         body = {"message": error.message, "type": "invalid_request_error", "param": error.param, "code": error.code}
         return _line(key, request, {"status_code": status, "request_id": f"req_{key}", "body": {"error": body}}, None)
 
-    def _choices(self, request: Request, results: Sequence[RequestOutput]) -> tuple[list[dict[str, Any]], int | None]:
+    def _choices(
+        self, request: Request, results: Sequence[RequestOutput], key: str
+    ) -> tuple[list[dict[str, Any]], int | None]:
         """All completions of the first prompt, then those of the second, and so on, as OpenAI numbers them; and how many of
         their tokens are reasoning, None where nobody knows."""
         choices: list[dict[str, Any]] = []
@@ -109,7 +113,9 @@ class ResponseEncoder:
             for output in result.outputs:
                 answer = self._answer(request, result, output)
                 reasoning_tokens.append(None if answer is None else answer.reasoning_tokens)
-                choices.append({"index": len(choices)} | self._choice(request, prompt, result, output, answer))
+                call_key = f"{key}/{len(choices)}"
+                choice = self._choice(request, prompt, result, output, answer, call_key)
+                choices.append({"index": len(choices)} | choice)
         known = [tokens for tokens in reasoning_tokens if tokens is not None]
         return choices, sum(known) if known and len(known) == len(reasoning_tokens) else None
 
@@ -119,7 +125,11 @@ class ResponseEncoder:
             return None
         skip = request.sampling.get("skip_special_tokens") is not False
         return self._reasoning.split(
-            result.prompt_token_ids, output.token_ids, self._text(output), skip_special_tokens=skip
+            result.prompt_token_ids,
+            output.token_ids,
+            self._text(output),
+            skip_special_tokens=skip,
+            without_calls=request.functions is not None,
         )
 
     def _choice(
@@ -129,10 +139,12 @@ class ResponseEncoder:
         result: RequestOutput,
         output: CompletionOutput,
         answer: Answer | None,
+        call_key: str,
     ) -> dict[str, Any]:
         text = self._text(output)
         if request.kind == "chat":
-            message = {"role": "assistant", **_message(request.prefix, text, answer), "refusal": None}
+            message: dict[str, Any] = {"role": "assistant", **_message(request.prefix, text, answer), "refusal": None}
+            message |= self._calls(request, output, message["content"], call_key)
             choice: dict[str, Any] = {"message": message, "logprobs": chat_logprobs(self._tokenizer, output)}
         else:
             before = self._prompt_text(prompt, result) if request.echo else ""
@@ -141,10 +153,19 @@ class ResponseEncoder:
             aligned = Alignment(prompt=before, text=text, special=special)
             logprobs = completion_logprobs(self._tokenizer, output, aligned, scored)
             choice = {"text": before + text, "logprobs": logprobs}
-        choice |= {"finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
+        called = output.finish_reason == "stop" and "tool_calls" in choice.get("message", ())
+        choice |= {"finish_reason": "tool_calls" if called else output.finish_reason, "stop_reason": output.stop_reason}
         if request.return_token_ids or not self._tokenizer.is_available:
             choice |= {"prompt_token_ids": list(result.prompt_token_ids), "token_ids": list(output.token_ids)}
         return choice
+
+    def _calls(self, request: Request, output: CompletionOutput, content: str | None, call_key: str) -> dict[str, Any]:
+        """The calls of a message with the content before them; {} where there are none."""
+        if request.functions is None:
+            return {}
+        content, calls = self._tools.split(output.token_ids, content, request.functions)
+        made = [call.to_json(f"{call_key}/{number}") for number, call in enumerate(calls)]
+        return {"content": content, "tool_calls": made} if made else {}
 
     def _text(self, output: CompletionOutput) -> str:
         return output.text if output.text is not None else self._tokenizer.decode(_visible(output)) or ""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from flexmoe.checkpoint.generation_config import SamplingDefaults
-from flexmoe.errors import DataError, UsageError
+from flexmoe.errors import DataError, FlexMoEError, UsageError
 from flexmoe.openai.batch_line import Request
 from flexmoe.openai.fields import RowError
 from flexmoe.params import DEFAULT_MAX_TOKENS, EngineRequest, SamplingParams
@@ -102,10 +102,13 @@ class Preparer:
         if request.messages is None:
             special = how.add_special_tokens is not False
             return [_Text(prompt, special) if isinstance(prompt, str) else prompt for prompt in request.prompts]
+        if how.tools and "tools" not in (self.tokenizer.chat_template or "tools"):
+            message = "the chat template describes no tools; leave them out, or use a template that does"
+            return RowError.unsupported("tools", message)
         try:
             text = self.tokenizer.render(
                 request.messages,
-                how.template_kwargs,
+                {**how.template_kwargs, **({"tools": list(how.tools)} if how.tools else {})},
                 add_generation_prompt=how.add_generation_prompt,
                 continue_final_message=how.continue_final_message,
             )
@@ -209,12 +212,24 @@ class Preparer:
         outside = [id for id in params.stop_token_ids if id >= vocab]
         if outside:
             return RowError.invalid("stop_token_ids", f"token {outside[0]} is outside the vocabulary of {vocab}")
+        problem = self._ungrammatical(params)
+        if problem is not None:
+            return RowError(code="invalid_structure", message=problem, param=request.structure_field)
         limit = request.sampling.get("max_tokens", 0)
         if limit > context:
             return RowError.invalid(
                 "max_tokens", f"max_tokens is {limit}, more than the model's context of {context} tokens"
             )
         return None
+
+    def _ungrammatical(self, params: SamplingParams) -> str | None:
+        """Why there are no completions of the structure that a row asks for."""
+        if params.structure is None:
+            return None
+        try:
+            return self.tokenizer.grammars().problem(params.structure)
+        except FlexMoEError as error:
+            return str(error)
 
     def _refused_prompt(self, request: Request, ids: tuple[int, ...], params: SamplingParams) -> RowError | None:
         if not ids:

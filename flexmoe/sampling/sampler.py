@@ -1,6 +1,6 @@
 """Chooses a token for every row of a sweep, as the row's `SamplingParams` say, on the device that holds the logits.
 
-The order is vLLM's: logit bias, ids that may not end the row yet, penalties, temperature, min_p, top_k, top_p. What is left is drawn from by a race: every
+The order is vLLM's: what a grammar permits, logit bias, ids that may not end the row yet, penalties, temperature, min_p, top_k, top_p. What is left is drawn from by a race: every
 token has an exponential random number of its own (`random_draws`), is late by that divided by its weight, and the first
 one wins (the same as Gumbel noise: Maddison, Tarlow and Minka, "A* sampling", NeurIPS 2014). Equal logits give equal
 tokens whatever the block, and logits that differ by rounding, as those of two policies or devices do, give another token
@@ -26,9 +26,11 @@ import torch
 from flexmoe.kernels.native import choice, library
 from flexmoe.outputs import TokenLogprob
 from flexmoe.params import SamplingParams
+from flexmoe.sampling.grammar_masks import permit_only
 from flexmoe.sampling.logprobs import finite_rows, records, top_tokens
 from flexmoe.sampling.penalties import TokenCounts, Upload, add_bias, bar_tokens, penalize, waiting
 from flexmoe.sampling.random_draws import draw_keys, first_arrivals, stream_of
+from flexmoe.structured.row import RowGrammar
 
 #: Bytes per vocabulary entry that a row of a chunk takes at most: float32 logits, copies of them for log-probabilities
 #: and top_p, a sorted copy with its 64-bit order, exponentials and their 64-bit sums, or random bits and numbers.
@@ -37,6 +39,8 @@ ROW_BYTES = 48
 NUCLEUS_TOKENS = (128, 2048)
 #: Stands for a token where no logits were there to choose by: it travels to the host with the tokens.
 NOT_FINITE = -1
+#: A higher temperature is infinite in float32, and makes NaN of what is impossible.
+_HOTTEST = 1e38
 #: Stands for a token until a larger part of the vocabulary has been sorted.
 _UNSURE = -2
 
@@ -51,6 +55,7 @@ class RowSampler:
         drawn: tokens generated so far; the next one's random numbers are those of that place of the stream.
         counts: ids that the penalties look at; None where there are none.
         ends: ids that end the row, which are not chosen before `min_tokens`.
+        grammar: what its tokens have to follow; None where they are free.
     """
 
     params: SamplingParams
@@ -59,6 +64,7 @@ class RowSampler:
     counts: TokenCounts | None
     takes_best: bool
     ends: tuple[int, ...]
+    grammar: RowGrammar | None = None
 
     @classmethod
     def of(
@@ -71,6 +77,7 @@ class RowSampler:
         prompt: Sequence[int],
         generated: Sequence[int],
         eos_ids: Collection[int] = (),
+        grammar: RowGrammar | None = None,
     ) -> RowSampler:
         """Of the sample ``index`` of a request.
 
@@ -79,8 +86,10 @@ class RowSampler:
             key: what the draws depend on beside the seed, `EngineRequest.stream_key`.
             prompt, generated: token ids; the row resumes after ``generated``.
             eos_ids: ids that end a sequence.
+            grammar: of the row, after ``generated``.
         """
         counts = None
+        takes_best = params.greedy and not (params.penalized or params.logit_bias or grammar is not None)
         if params.penalized:
             counts = TokenCounts(prompt if params.repetition_penalty != 1 else (), generated)
         stream = 0 if params.greedy else stream_of(seed if params.seed is None else params.seed, key, index)
@@ -89,14 +98,16 @@ class RowSampler:
             stream=stream,
             drawn=len(generated),
             counts=counts,
-            takes_best=params.greedy and not (params.penalized or params.logit_bias) and params.logprobs is None,
+            takes_best=takes_best and params.logprobs is None,
             ends=tuple(sorted({*eos_ids, *params.stop_token_ids})) if params.min_tokens else (),
+            grammar=grammar,
         )
 
     @property
     def barred(self) -> tuple[int, ...]:
         """Ids that the next token may not be."""
-        return self.ends if self.drawn < self.params.min_tokens else ()
+        must_end = self.grammar is not None and self.grammar.must_end
+        return self.ends if self.drawn < self.params.min_tokens and not must_end else ()
 
     @property
     def plain(self) -> bool:
@@ -108,6 +119,8 @@ class RowSampler:
         self.drawn += 1
         if self.counts is not None:
             self.counts.add(token)
+        if self.grammar is not None:
+            self.grammar.append_token(token)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +205,7 @@ class _Chunk:
         x_CV.nan_to_num_(nan=torch.finfo(x_CV.dtype).min)
         reported = _Reported(x_CV, self._rows, upload)
         params = [row.params for row in self._rows]
+        permit_only(x_CV, [row.grammar.mask if row.grammar else None for row in self._rows], upload)
         add_bias(x_CV, params, upload)
         bar_tokens(x_CV, [row.barred for row in self._rows], upload)
         penalize(x_CV, params, [row.counts for row in self._rows], upload)
@@ -281,7 +295,7 @@ def filter_logits(
     most = max((k for k in ks if k < vocab), default=0)
     temperature, least, last, kept, rows, share = upload(
         [
-            _column([p.temperature for p in params]),
+            _column([min(p.temperature, _HOTTEST) for p in params]),
             _column([math.log(p.min_p) if p.min_p else -math.inf for p in params]),
             _column([min(k, max(most, 1)) - 1 for k in ks], np.int64),
             _column([k >= vocab for k in ks], np.bool_),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flexmoe.errors import DataError
+from flexmoe.structured.grammars import Grammars
 from flexmoe.text.backend import VOCABULARY_FILES, TokenizerError, build
 from flexmoe.text.chat_template import DEFAULT_TIMEOUT_S, ChatTemplate, first_line
 from flexmoe.text.token_text import TokenText, TokenTexts
@@ -51,6 +52,7 @@ class Tokenizer:
         self._created_s, self._timeout_s = created_s, render_timeout_s
         self._template: ChatTemplate | None = None
         self._no_template: str | None = None
+        self._grammars: Grammars | None = None
         if chat_template is not None:
             variables = {} if backend is None else backend.special_tokens_map
             self._template = self._compiled(chat_template, variables)
@@ -186,6 +188,17 @@ class Tokenizer:
             return None
         found: int | None = self._backend.convert_tokens_to_ids(piece)
         return found if found is not None and self._backend.convert_ids_to_tokens(found) == piece else None
+
+    def grammars(self) -> Grammars:
+        """What compiles grammars for the vocabulary; made once.
+
+        Raises:
+            UsageError: the package for it is not installed, or cannot use this tokenizer.
+            DataError: there is no tokenizer.
+        """
+        if self._grammars is None:
+            self._grammars = Grammars(self._require())
+        return self._grammars
 
     @property
     def chat_template(self) -> str | None:

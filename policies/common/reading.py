@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Collection
 from typing import Any, AnyStr
 
 
@@ -13,12 +14,17 @@ def without_bom(text: AnyStr) -> AnyStr:
     return text.removeprefix("\ufeff")
 
 
-def without_nulls(value: Any) -> Any:
-    """A JSON value whose objects, at every depth, lack the fields that are null. Items of lists stay as they are."""
+def without_nulls(value: Any, kept: Collection[str] = ()) -> Any:
+    """A JSON value whose objects, at every depth, lack the fields that are null. Items of lists stay as they are.
+
+    Args:
+        kept: names of fields whose values stay as they are: null means something there.
+    """
     if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+        some = ((key, item) for key, item in value.items() if item is not None)
+        return {key: item if key in kept else without_nulls(item, kept) for key, item in some}
     if isinstance(value, list):
-        return [without_nulls(item) if isinstance(item, (dict, list)) else item for item in value]
+        return [without_nulls(item, kept) if isinstance(item, (dict, list)) else item for item in value]
     return value
 
 

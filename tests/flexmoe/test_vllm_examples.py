@@ -227,7 +227,7 @@ def test_what_an_llm_cannot_take_is_refused_in_a_sentence_that_lists_ours(vllm, 
     [
         ({"maxtokens": 3}, "did you mean 'max_tokens'?"),
         ({"best_of": 3}, "best_of=3: ask for n"),
-        ({"structured_outputs": {"json": {}}}, "completions cannot be constrained"),
+        ({"guided_decoding": {"json": {}}}, "give structured_outputs"),
         ({"bad_words": ["x"]}, "logit_bias"),
         ({"truncate_prompt_tokens": 3}, "truncate_prompt_tokens=3"),
     ],

@@ -11,7 +11,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
-from flexmoe.openai.json_line import InvalidLine, parse_json
+from flexmoe.openai.json_line import SCHEMA_FIELDS, InvalidLine, parse_json
 from flexmoe.serving.errors import ApiError, invalid, too_large
 from flexmoe.serving.store.files import Upload
 from policies.common.reading import without_nulls
@@ -51,7 +51,7 @@ def _object(data: bytes) -> dict[str, Any]:
         raise ApiError(400, f"the body cannot be read: {error}", code="invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body has to be a JSON object", code="invalid_json")
-    return dict(without_nulls(value))
+    return dict(without_nulls(value, SCHEMA_FIELDS))
 
 
 async def _body(request: Request) -> bytes:

@@ -56,6 +56,9 @@ class Pieces:
             index = choice["index"]
             delta = self._delta(index, _piece_of(choice))
             chunk = self._choice(index, delta)
+            calls = choice.get("message", {}).get("tool_calls")
+            if calls:
+                chunk["delta"]["tool_calls"] = [{"index": at} | call for at, call in enumerate(calls)]
             chunks.append(self._chunk([chunk | self._ending(choice)]))
         if self._asked.include_usage:
             chunks.append(self._chunk([]) | {"usage": body["usage"]})

@@ -14,6 +14,7 @@ from flexmoe.openai.fields import RowError
 from flexmoe.openai.json_line import InvalidLine
 from flexmoe.openai.reasoning import ReasoningParser
 from flexmoe.openai.response import ResponseEncoder
+from flexmoe.openai.tool_calls import ToolParser
 from flexmoe.outputs import RequestOutput
 from flexmoe.params import EngineRequest, InFlight
 from flexmoe.preflight.prepare import Preparer
@@ -74,6 +75,7 @@ class _Voice:
         )
         parser = None if keep else ReasoningParser(self.preparer.tokenizer)
         self.reasoning = parser if parser is not None and parser.style is not None else None
+        self.tools = ToolParser(self.preparer.tokenizer)
 
 
 class Asker:
@@ -148,17 +150,19 @@ class Asker:
             held = max((len(stop) - 1 for stop in params.stop), default=0)
             text = text.rstrip(_UNFINISHED)
             text = text[: len(text) - held] if held else text
+            before = voice.tools.before if request.functions is not None else _all
             if request.kind != "chat" or voice.reasoning is None:
-                return Piece(content=request.prefix + text)
+                return Piece(content=request.prefix + before(state.token_ids, text))
             answer = voice.reasoning.split(
                 asked.parts[prompt].prompt_token_ids,
                 state.token_ids,
                 text,
                 skip_special_tokens=params.skip_special_tokens,
+                without_calls=request.functions is not None,
             )
         if answer.reasoning is None:  # a mark that ends it may still come
             return Piece()
-        content = request.prefix + answer.content if answer.content else ""
+        content = request.prefix + before(state.token_ids, answer.content) if answer.content else ""
         return Piece(content=content, reasoning=answer.reasoning.rstrip())
 
     def _served(self, body: Mapping[str, Any]) -> Served:
@@ -169,6 +173,10 @@ class Asker:
         if served is None:
             raise not_found("model", name, "model")
         return served
+
+
+def _all(token_ids: Sequence[int], content: str) -> str:
+    return content
 
 
 def _streaming(body: Mapping[str, Any]) -> tuple[bool, bool, dict[str, Any]]:

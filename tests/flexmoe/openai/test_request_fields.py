@@ -195,11 +195,8 @@ def test_logprobs_of_the_wrong_type_fail_the_job(value):
     ("field", "value"),
     [
         ("stream", True),
-        ("tools", [{"type": "function"}]),
-        ("tools", "yes"),
         ("tool_choice", "required"),
         ("functions", [{}]),
-        ("response_format", {"type": "json_object"}),
         ("best_of", 2),
         ("suffix", "s"),
         ("temprature", 0),

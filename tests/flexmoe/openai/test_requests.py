@@ -202,8 +202,8 @@ def test_unknown_key_beside_body_fails_its_row():
 @pytest.mark.parametrize(
     ("message", "name"),
     [
-        ({"role": "tool", "content": "x"}, "messages[0].role"),
-        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "messages[0].tool_calls"),
+        ({"role": "function", "content": "x"}, "messages[0].role"),
+        ({"role": "user", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls"),
         ({"role": "user", "content": "x", "audio": {}}, "messages[0].audio"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "messages[0].content"),
     ],

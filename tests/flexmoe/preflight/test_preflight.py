@@ -82,6 +82,23 @@ def test_processes_find_what_this_one_finds(rows, setup):
     assert {code for _, code, *_ in refused} >= {"unsupported_field", "context_length_exceeded", "invalid_line"}
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_structure_that_cannot_be_followed_is_an_error_row(rows, setup, workers):
+    kinds = [{"regex": "a+"}, {"json": {"not": {}}}, {"regex": "[a-"}]
+    given = rows([{"prompt": "hello", "structured_outputs": kind} for kind in kinds] * 20)
+    sizes, refused = found(given, setup, workers=workers)
+    assert [size is None for size in sizes] == [False, True, True] * 20
+    assert {(code, param) for _, code, _, param in refused} == {("invalid_structure", "structured_outputs")}
+    assert "Unimplemented keys" in refused[0][2] and "unclosed character class" in refused[1][2]
+
+
+def test_a_structure_needs_a_tokenizer(rows, tmp_path):
+    _, [(_, code, message, _)] = found(
+        rows([{"prompt": [5], "structured_outputs": {"regex": "a"}}]), make_setup(str(tmp_path))
+    )
+    assert code == "invalid_structure" and "no tokenizer files" in message
+
+
 def test_only_the_rows_that_are_asked_for_are_looked_at(rows, setup):
     given = rows([{"prompt": [5] * (1 + i)} for i in range(10)], numbers=range(1, 10, 3))
     sizes, _ = found(given, setup, done=lambda row: row == 1)
