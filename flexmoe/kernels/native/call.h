@@ -40,8 +40,8 @@ INLINE float head_scale(const i8* head, int D) {
   return widen(scale);
 }
 
-// tile -1: the stream path; segment: of the shared keys, for all of its rows, or -1
-struct Item { int32_t row, head_begin, head_end, tile, segment; };
+// tile -1: the stream path; segment: of the shared keys, for all of its rows, or -1; tiles: that follow one another
+struct Item { int32_t row, head_begin, head_end, tile, segment, tiles = 1; };
 
 // Query tokens of an item.
 INLINE int item_tokens(const Call& c, const Item& item) {

@@ -70,7 +70,7 @@ def test_a_product_is_that_of_the_unpacked_matrix(case, dtype, two_threads):
             numbers = matrix.fields["packed"].view(torch.uint8)
             numbers[(numbers & 127) == 127] = 0  # NaN
     whole = [matrix.unpack(torch.empty(rows, columns, dtype=dtype)) for matrix in matrices]
-    for counts in ([1, 0, 0], [0, 5, 7], [3, 2, 40]):
+    for counts in ([1, 0, 0], [0, 5, 7], [3, 2, 40], [0, 70, 130]):
         x = torch.randn(sum(counts), columns, generator=seeded()).to(dtype)
         ends = torch.tensor(counts).cumsum(0).to(torch.int32)
         found = packed_products(x, matrices, ends)
