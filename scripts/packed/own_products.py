@@ -29,11 +29,11 @@ from flexmoe.kernels.native.products import grouped_products
 from flexmoe.kernels.native.unpacking import packed_products
 from flexmoe.system.machine import instruction_set
 from scripts.benchmark.probes import machine, versions
-from scripts.benchmark.record import Figure, Record, figure_table
+from scripts.benchmark.record import Figure, Record
 from scripts.packed.products import noise, read_rate, repeated, ring
 
 #: [R, C] of a weight: of a small expert and of a large one.
-SHAPES = ((3584, 1024), (14336, 4096))
+SHAPES = ((3584, 1024), (7168, 2048))
 TOKENS = (2, 4, 8, 16, 32, 48, 64, 96, 128, 256, 512, 1024)
 FORMATS = ("int4", "int8", "mxfp4")
 _RING_BYTES = 160 << 20
@@ -47,7 +47,6 @@ def main(argv: list[str]) -> int:
         raise SystemExit("native code is not available on this machine; see the warning above")
     begin = time.perf_counter()
     figures, raw = measure(args.seconds, args.tokens)
-    print("\n".join(figure_table(figures)))
     if args.out:
         about = {
             "machine": machine(),
@@ -82,6 +81,7 @@ def measure(seconds: float, all_tokens: list[int]) -> tuple[list[Figure], dict]:
                 times = repeated(_runs(x, weights), seconds)
                 raw[f"{name} [{rows}, {columns}], {tokens} tokens"] = times
                 figures.append(_figure(name, (tokens, rows, columns), times, read))
+                print(" | ".join(figures[-1].cells()[:4]), flush=True)
     return figures, raw
 
 

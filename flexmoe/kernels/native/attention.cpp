@@ -77,6 +77,15 @@ extern "C" {
 // are that runtime's and no second pool spins beside it. Null: plain threads, started and joined in every call.
 void flexmoe_set_parallel(void* gomp_parallel) { parallel = reinterpret_cast<Parallel>(gomp_parallel); }
 
+// Whether bf16 is multiplied in tiles of AMX here.
+int flexmoe_has_tiles() {
+#if defined(HAS_AMX)
+  return may_use_amx();
+#else
+  return 0;
+#endif
+}
+
 // dtype 0 fp32, 1 bf16, 2 fp16; strides in elements, those of compressed pools in bytes; `width` is of a head in a pool. See
 // attention.py for the meaning of the arguments.
 int flexmoe_attention(int dtype, int compressed, int width, const void* q, int64_t q_stride, int64_t tokens, const void* k_pool,

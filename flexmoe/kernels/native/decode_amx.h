@@ -133,29 +133,31 @@ template <class E> struct AmxStream {
 
   void step(int head, int h, const int64_t* offsets, int t, int count, Ahead& ahead) {
     const E *k = (const E*)c.k_pool + int64_t(head) * c.width, *v = (const E*)c.v_pool + int64_t(head) * c.width;
-    const int tiles = (count + TILE_KEYS - 1) / TILE_KEYS, share = heads_share(ahead);
-    score(k, offsets, count, tiles, q + size_t(h) * padded_lines * padded);
+    const int tiles = (count + TILE_KEYS - 1) / TILE_KEYS;
+    score(k, offsets, count, tiles, q + size_t(h) * padded_lines * padded, ahead);
     if constexpr (scaled) {
       for (int i = 0; i < count; i++) k_scale[i] = head_scale(k + offsets[i], D), v_scale[i] = head_scale(v + offsets[i], D);
       std::fill(v_scale + count, v_scale + AMX_KEYS, 0.0f);
     }
-    pair_values(v, offsets, count, tiles, ahead, share);
+    pair_values(v, offsets, count, tiles, ahead);
     float* own = o + size_t(h) * padded_lines * padded;
+    const int some = share(AMX_KEYS / 8, padded_lines / LINES_AT_ONCE);
     for (int l = 0; l < padded_lines; l += LINES_AT_ONCE) {
       vf* state = max_sum + (h * padded_lines + l) / LINES_AT_ONCE * 2;
+      ahead.fetch<2>(some);
       if (count == AMX_KEYS && t + count <= context - lines / c.N + 1 && !hides(t)) softmax<false>(l, t, count, state, own);
       else softmax<true>(l, t, count, state, own);
     }
-    accumulate((tiles + 1) / 2, own);
+    accumulate((tiles + 1) / 2, own, ahead);
   }
-  // Bytes that each pair of keys brings ahead, so that all heads bring what they must.
-  INLINE int heads_share(const Ahead& ahead) const { return 2 * ahead.bytes / heads + 64; }
+  // Bytes of so many of the keys that come next, in one of so many pieces; every head brings AMX_KEYS of them in all.
+  INLINE int share(int keys, int pieces) const { return (keys * c.width * int(sizeof(E)) / pieces + 63) / 64 * 64; }
   INLINE bool hides(int t) const { return c.window && t <= context - 1 - c.window; }
 
   // scores[key][line] of the keys, in tiles.
-  INLINE void score(const E* k, const int64_t* offsets, int count, int tiles, const bf16* query) {
+  INLINE void score(const E* k, const int64_t* offsets, int count, int tiles, const bf16* query, Ahead& ahead) {
     const int64_t token = int64_t(c.G) * c.width;
-    const int line_bytes = padded_lines * 4;
+    const int line_bytes = padded_lines * 4, some = share(AMX_KEYS / 4, (tiles + 1) / 2 * (padded / 32));
     for (int i = 0; i < tiles; i += 2) {
       const bf16 *a, *b;
       int64_t a_step, b_step;
@@ -164,6 +166,7 @@ template <class E> struct AmxStream {
       _tile_zero(0);
       _tile_zero(1);
       for (int d = 0; d < padded; d += 32) {
+        ahead.fetch<2>(some);
         _tile_loadd(2, query + size_t(d) * padded_lines, line_bytes);
         _tile_loadd(3, a + d, a_step);
         _tile_dpbf16ps(0, 3, 2);
@@ -190,15 +193,15 @@ template <class E> struct AmxStream {
   }
 
   // Values of two keys side by side, in the order in which weights come.
-  INLINE void pair_values(const E* v, const int64_t* offsets, int count, int tiles, Ahead& ahead, int share) {
-    const int pairs = (tiles + 1) / 2 * TILE_KEYS;
+  INLINE void pair_values(const E* v, const int64_t* offsets, int count, int tiles, Ahead& ahead) {
+    const int pairs = (tiles + 1) / 2 * TILE_KEYS, some = share(AMX_KEYS * 3 / 8, pairs);
     const __m512i none = _mm512_setzero_si512();
     for (int pair = 0; pair < pairs; pair++) {
       const int first = pair / 8 * TILE_KEYS, in_tile = pair % 8;
       const int a = first + key_at(2 * in_tile), b = first + key_at(2 * in_tile + 1);
       bf16* to = values + size_t(pair / 16) * padded * 32 + pair % 16 * 32;
       const E *x = v + offsets[std::min(a, count - 1)], *y = v + offsets[std::min(b, count - 1)];
-      ahead.fetch(share);
+      ahead.fetch<2>(some);
       for (int d = 0; d < padded; d += 32, to += 2 * 16 * 32) {
         const __mmask32 valid = first_of_32(D - d);
         const __m512i of_a = a < count ? load_32(x + d, valid) : none, of_b = b < count ? load_32(y + d, valid) : none;
@@ -252,12 +255,14 @@ template <class E> struct AmxStream {
   }
 
   // Adds weights times values, of so many times 32 keys.
-  INLINE void accumulate(int groups, float* own) {
+  INLINE void accumulate(int groups, float* own, Ahead& ahead) {
     const int64_t step = padded * 4, group = padded * 32;
+    const int some = share(AMX_KEYS / 4, padded / 32);
     _tile_loadd(6, weights, 64);
     if (groups > 1) _tile_loadd(7, weights + padded_lines * 32, 64);
     for (int d = 0; d < padded; d += 32) {
       const bf16* at = values + d / 16 * 16 * 32;
+      ahead.fetch<2>(some);
       _tile_loadd(4, own + d, step);
       _tile_loadd(5, own + d + 16, step);
       _tile_loadd(3, at, 64);

@@ -55,6 +55,12 @@ def available() -> bool:
     return load() is not None
 
 
+def has_tiles() -> bool:
+    """Whether the library multiplies bf16 in tiles of AMX: it was compiled for it, and CPU and system have it."""
+    library = load()
+    return library is not None and bool(library.flexmoe_has_tiles())
+
+
 def required() -> ctypes.CDLL:
     """The library.
 
@@ -72,6 +78,7 @@ def _declare(library: ctypes.CDLL) -> None:
     pointer, int64, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.flexmoe_set_parallel.argtypes = [pointer]
     library.flexmoe_set_parallel.restype = None
+    library.flexmoe_has_tiles.restype = integer
     queries, pools = (integer, integer, integer, pointer, int64, int64), (pointer, pointer, int64, int64)
     tables, sizes = (pointer, int64, int64, pointer, pointer), (integer,) * 6
     library.flexmoe_attention.argtypes = (
