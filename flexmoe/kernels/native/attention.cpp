@@ -107,7 +107,7 @@ int flexmoe_attention(int dtype, int compressed, int width, const void* q, int64
     if (S) call.begins = begins.data(), call.state = state;
     const int levels = S ? *std::max_element(depths.begin(), depths.end()) + 1 : 0;
     for (int depth = 0; depth < levels; depth++) {
-      Job job(call, dtype, compressed, depths, depth);
+      Job job(call, dtype, compressed, depths, depth, num_threads);
       run_on_threads(job, int(std::min<size_t>(num_threads, job.claims.size() - 1)));
       if (job.failed) return NO_MEMORY;
     }

@@ -83,17 +83,19 @@ struct Job {
   std::atomic<bool> failed{false};
 
   // Of shared keys: those that follow so many others.
-  Job(const Call& c, int type, bool is_compressed, const std::vector<int>& depths, int depth)
+  Job(const Call& c, int type, bool is_compressed, const std::vector<int>& depths, int depth, int threads)
       : call(c), dtype(type), compressed(is_compressed) {
-    for (int s = 0; s < c.S; s++) {
-      const int first = c.shared[s].first, tokens = c.q_starts[c.shared[s].stop] - c.q_starts[first];
-      for (int h = 0; depths[s] == depth && h < c.G; h++) add_tiles(first, h, tokens * c.N, s);
-    }
+    auto lines_of = [&](int s) { return (c.q_starts[c.shared[s].stop] - c.q_starts[c.shared[s].first]) * c.N; };
+    int tiles = 0;
+    for (int s = 0; s < c.S; s++) tiles += depths[s] == depth ? tiles_of(lines_of(s)) * c.G : 0;
+    for (int s = 0; s < c.S; s++)
+      for (int h = 0; depths[s] == depth && h < c.G; h++)
+        add_tiles(c.shared[s].first, h, lines_of(s), s, at_once(tiles, threads));
     for (size_t i = 0; i <= items.size(); i++) claims.push_back(i);
   }
   // Of each row by itself.
   Job(const Call& c, int type, bool is_compressed, int threads) : call(c), dtype(type), compressed(is_compressed) {
-    add_tiles();
+    add_tiles(threads);
     for (size_t i = 0; i < items.size(); i++) claims.push_back(i);
     const size_t first = items.size();
     int streams = 0;
@@ -108,13 +110,19 @@ struct Job {
   }
   int lines(int b) const { return (call.q_starts[b + 1] - call.q_starts[b]) * call.N; }
   bool is_stream(int b) const { return lines(b) > 0 && lines(b) <= stream_lines(dtype); }
+  static int tiles_of(int lines) { return (lines + TILE_LINES - 1) / TILE_LINES; }
+  // Tiles of an item: fewer where threads would wait for the last of them.
+  int at_once(int tiles, int threads) const { return std::max(1, std::min(tiles_at_once(dtype), tiles / (2 * threads))); }
   // Tiles go first, and of a run the last, dearest ones, so that streams fill the end of the call.
-  void add_tiles() {
+  void add_tiles(int threads) {
+    int tiles = 0;
+    for (int b = 0; b < call.B; b++) tiles += lines(b) > stream_lines(dtype) ? tiles_of(lines(b)) * call.G : 0;
     for (int b = 0; b < call.B; b++)
-      for (int h = 0; lines(b) > stream_lines(dtype) && h < call.G; h++) add_tiles(b, h, lines(b), -1);
+      for (int h = 0; lines(b) > stream_lines(dtype) && h < call.G; h++)
+        add_tiles(b, h, lines(b), -1, at_once(tiles, threads));
   }
-  void add_tiles(int row, int head, int lines, int segment) {
-    const int tiles = (lines + TILE_LINES - 1) / TILE_LINES, most = tiles_at_once(dtype);
+  void add_tiles(int row, int head, int lines, int segment, int most) {
+    const int tiles = tiles_of(lines);
     for (int tile = (tiles - 1) / most * most; tile >= 0; tile -= most)
       items.push_back({row, head, head + 1, tile, segment, std::min(most, tiles - tile)});
   }
