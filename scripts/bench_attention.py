@@ -1,16 +1,18 @@
-"""Native paged attention beside its limits: memory for decode, fp32 matrix products for prefill; torch SDPA is the peer.
+"""Native paged attention beside its limits: memory for decode, matrix products for prefill; torch SDPA is the peer.
 
-Decode moves every row's keys and values once, so its limit is the rate at which torch.sum reads memory on as many threads; 70 %
-of it is the aim where heads share KV heads 4:1 to 8:1. Prefill counts the products that the causal mask leaves. Outputs of the two are compared before anything is printed. With --kv int8 the
+Decode moves every row's keys and values once, so its limit is the rate at which torch.sum reads as many bytes on as many threads, in
+turn with it; 70 % of it is the aim where heads share KV heads 4:1 to 8:1. Prefill counts the products that the causal mask leaves;
+its limit is torch's faster product, in fp32 or in the dtype. Outputs of the two are compared before anything is printed. With --kv int8 the
 pages are compressed, and torch attends to what they stand for, unpacked ahead; "of 16 bits" is the native call's speed beside
 the same call over plain pages, measured in turn with it.
 
-    python scripts/bench_attention.py [--dtype bf16] [--kv int8] [--threads N ...] [--rounds 20]
+    python -m scripts.bench_attention [--dtype bf16] [--kv int8] [--threads N ...] [--rounds 20] [--out FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -26,10 +28,13 @@ from flexmoe.formats.packed_kv import pack, unpack  # noqa: E402
 from flexmoe.kernels.native import library as native  # noqa: E402
 from flexmoe.kernels.native.attention import paged_attention  # noqa: E402
 from flexmoe.system.machine import cpu_name, instruction_set  # noqa: E402
+from scripts.benchmark.probes import machine, versions  # noqa: E402
+from scripts.benchmark.record import Figure, Record  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-3}
 PAGE_TOKENS = 16
+READ_TARGET = 0.7  # of the read rate, where heads share KV heads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,14 +78,13 @@ def best_s(run: Callable[[], object], rounds: int) -> float:
     return best
 
 
-def read_bytes_per_s(rounds: int) -> float:
-    values = torch.ones(64 * 2**20)  # 256 MiB: larger than caches
-    return values.numel() * values.element_size() / best_s(values.sum, rounds)
-
-
-def gemm_flops_per_s(rounds: int) -> float:
-    a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
-    return 2 * 1536**3 / best_s(lambda: a @ b, rounds)
+def gemm_flops_per_s(dtype: torch.dtype, rounds: int) -> float:
+    """The faster of torch's products in fp32 and in the dtype."""
+    seconds = []
+    for each in {torch.float32, dtype}:
+        a, b = torch.randn(1536, 1536).to(each), torch.randn(1536, 1536).to(each)
+        seconds.append(best_s(lambda a=a, b=b: a @ b, rounds))
+    return 2 * 1536**3 / min(seconds)
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -105,32 +109,42 @@ def torch_attention(shape: Shape, q: torch.Tensor, pool: torch.Tensor, tables: t
     return out.transpose(1, 2).reshape(-1, shape.heads, shape.size)
 
 
-def measure(shape: Shape, dtype_name: str, compressed: bool, threads: int, rounds: int) -> tuple[float, float, float]:
-    """Return the best seconds of the native call, of the same over plain pages, and of torch; raise when outputs differ."""
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Best seconds of the native call, of the same over plain pages, of torch, and of torch.sum over as many bytes."""
+
+    native: float
+    plain: float
+    torch: float
+    read: float
+
+
+def measure(shape: Shape, dtype_name: str, compressed: bool, threads: int, rounds: int) -> Times:
+    """Times of a shape, all but torch's in turn; raises when outputs differ."""
     q, pool, tables, starts, lengths = make_inputs(shape, DTYPES[dtype_name])
     out, pages = torch.empty_like(q), pool
     if compressed:
         pages = pack(pool)
         unpack(pages, pool)
+    values = torch.ones(shape.kv_bytes(DTYPES[dtype_name], compressed) // 4)
 
     def run_over(pages: torch.Tensor) -> torch.Tensor:
         return paged_attention(
             q, pages[:, 0], pages[:, 1], tables, starts, lengths, out=out, scale=shape.size**-0.5, num_threads=threads
         )
 
-    def run_native() -> torch.Tensor:
-        return run_over(pages)
-
     def run_torch() -> torch.Tensor:
         return torch_attention(shape, q, pool, tables)
 
-    difference = (run_native().float() - run_torch().float()).abs().max().item()
+    difference = (run_over(pages).float() - run_torch().float()).abs().max().item()
     if not difference < TOLERANCE[dtype_name]:
         raise SystemExit(f"{shape.name}: native and torch outputs differ by {difference:.3g}")
-    native_s = plain_s = float("inf")
+    runs = (lambda: run_over(pages)), (lambda: run_over(pool)), values.sum
+    best = [float("inf")] * len(runs)
     for _ in range(rounds):
-        native_s, plain_s = min(native_s, best_s(run_native, 1)), min(plain_s, best_s(lambda: run_over(pool), 1))
-    return native_s, plain_s, best_s(run_torch, max(2, rounds // 4))
+        best = [min(before, best_s(run, 1)) for before, run in zip(best, runs)]
+    native_s, plain_s, read_s = best
+    return Times(native_s, plain_s, best_s(run_torch, max(2, rounds // 4)), read_s)
 
 
 def main() -> None:
@@ -139,35 +153,55 @@ def main() -> None:
     parser.add_argument("--kv", choices=("plain", "int8"), default="plain", help="how keys and values are stored")
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], metavar="N")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--out", type=Path, help="JSON record; a table is written beside it")
     options = parser.parse_args()
     if not native.available():
         raise SystemExit("native attention is not available on this machine; see the warning above")
     print(f"{options.dtype}, {options.kv} KV, best of {options.rounds}, outputs equal to torch's within rounding")
     print(f"{cpu_name()}, {instruction_set()}")
     for threads in options.threads:
-        report(threads, options)
+        begin = time.perf_counter()
+        figures, raw = report(threads, options)
+        if options.out:
+            about = {"machine": machine(), "versions": versions(), "model": f"{instruction_set()}, {threads} threads"}
+            about["command"] = shlex.join(["python", "-m", "scripts.bench_attention", *sys.argv[1:]])
+            name = f"attention in {options.dtype}, {options.kv} KV, {threads} threads"
+            Record(options.out, about).add(name, figures, raw, time.perf_counter() - begin)
 
 
-def report(threads: int, options: argparse.Namespace) -> None:
+def report(threads: int, options: argparse.Namespace) -> tuple[list[Figure], dict]:
     """Measure and print all shapes on so many threads."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    read, gemm = read_bytes_per_s(options.rounds), gemm_flops_per_s(options.rounds)
-    print(f"{threads} threads: torch.sum reads {read / 1e9:.1f} GB/s; torch fp32 GEMM {gemm / 1e9:.0f} GFLOP/s")
+    dtype = DTYPES[options.dtype]
+    gemm = gemm_flops_per_s(dtype, options.rounds)
+    print(f"{threads} threads: torch's product {gemm / 1e9:.0f} GFLOP/s")
     print(
-        f"{'shape':<28}{'native ms':>10}{'torch ms':>10}{'native':>14}{'torch':>14}{'of limit':>10}{'of 16 bits':>12}"
+        f"{'shape':<28}{'native ms':>10}{'torch ms':>10}{'native':>14}{'torch':>14}{'limit':>14}{'of limit':>10}{'of 16 bits':>12}"
     )
+    figures, raw = [], {"gemm_flops_per_s": gemm}
     for shape in SHAPES:
-        compressed = options.kv == "int8"
-        native_s, plain_s, torch_s = measure(shape, options.dtype, compressed, threads, options.rounds)
-        if shape.queries == 1:
-            work, limit, unit = shape.kv_bytes(DTYPES[options.dtype], compressed), read, "GB/s"
-        else:
-            work, limit, unit = shape.flops, gemm, "GFLOP/s"
-        rates = "".join(f"{work / seconds / 1e9:>6.1f} {unit:<7}" for seconds in (native_s, torch_s))
+        compressed, decodes = options.kv == "int8", shape.queries == 1
+        times = measure(shape, options.dtype, compressed, threads, options.rounds)
+        raw[shape.name] = {name: getattr(times, name) for name in Times.__slots__}
+        work = shape.kv_bytes(dtype, compressed) if decodes else shape.flops
+        limit, unit = (work / times.read, "GB/s") if decodes else (gemm, "GFLOP/s")
+        rates = [f"{rate / 1e9:.1f} {unit}" for rate in (work / times.native, work / times.torch, limit)]
+        ratio = work / times.native / limit
         print(
-            f"{shape.name:<28}{native_s * 1e3:>10.2f}{torch_s * 1e3:>10.2f}{rates}{work / native_s / limit:>10.0%}{plain_s / native_s:>11.2f}x"
+            f"{shape.name:<28}{times.native * 1e3:>10.2f}{times.torch * 1e3:>10.2f}"
+            f"{''.join(f'{rate:>14}' for rate in rates)}{ratio:>10.0%}{times.plain / times.native:>11.2f}x"
         )
+        figures.append(
+            Figure(
+                what=shape.name,
+                value=f"{times.native * 1e3:.2f} ms, {rates[0]}",
+                beside=f"limit {rates[2]}; torch's attention {times.torch * 1e3:.2f} ms, {rates[1]}",
+                ratio=ratio,
+                target=READ_TARGET if decodes else None,
+            )
+        )
+    return figures, raw
 
 
 if __name__ == "__main__":

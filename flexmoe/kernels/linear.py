@@ -35,11 +35,12 @@ _INSTRUCTIONS = {
     torch.float16: frozenset({"avx512_fp16", "amx_fp16", "asimdhp"}),
 }
 _AMX = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
-#: Tokens of an expert up to which our own product is faster than torch's: where AMX multiplies, where there is AVX-512, elsewhere
-#: with instructions for 16-bit numbers, and of float32, which MKL multiplies.
-_OWN_TOKENS_AMX, _OWN_TOKENS_AVX512, _OWN_TOKENS, _OWN_TOKENS_FLOAT32 = 32, 64, 12, 32
+#: Tokens of an expert up to which our own product is faster than torch's (`python -m scripts.packed.own_products`): in tiles of AMX,
+#: where torch alone has AMX, where there is AVX-512, elsewhere with instructions for 16-bit numbers, and of float32, which MKL
+#: multiplies.
+_OWN_TOKENS_TILES, _OWN_TOKENS_AMX, _OWN_TOKENS_AVX512, _OWN_TOKENS, _OWN_TOKENS_FLOAT32 = 256, 32, 64, 12, 32
 #: Tokens up to which a packed weight is multiplied where it is unpacked, some rows at a time in a core's own cache, instead of
-#: by torch: where AMX multiplies, where there is AVX-512, and elsewhere.
+#: by torch: where torch alone has AMX, where there is AVX-512, and elsewhere. In tiles of AMX it always is.
 _PACKED_TOKENS_AMX, _PACKED_TOKENS_AVX512, _PACKED_TOKENS = 16, 512, 12
 #: Least tokens that are multiplied at once by oneDNN, and how many sizes there are between a power of two and the next.
 _LEAST_TOKENS, _SIZES_PER_OCTAVE = 8, 8
@@ -137,7 +138,7 @@ def own_tokens(dtype: torch.dtype) -> int:
     if not multiplies(dtype):
         return sys.maxsize
     if _AMX[dtype] in cpu_flags():
-        return _OWN_TOKENS_AMX
+        return _OWN_TOKENS_TILES if _in_tiles(dtype) else _OWN_TOKENS_AMX
     return _OWN_TOKENS_AVX512 if "avx512bw" in cpu_flags() else _OWN_TOKENS
 
 
@@ -146,8 +147,12 @@ def few_packed_tokens(dtype: torch.dtype) -> int:
     """Tokens of an expert up to which our own product of a packed weight is faster on this CPU than one of torch's."""
     flags = cpu_flags()
     if _AMX.get(dtype) in flags:
-        return _PACKED_TOKENS_AMX
+        return sys.maxsize if _in_tiles(dtype) else _PACKED_TOKENS_AMX
     return _PACKED_TOKENS_AVX512 if "avx512bw" in flags else _PACKED_TOKENS
+
+
+def _in_tiles(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and native.has_tiles()
 
 
 def _is_native(tensor: torch.Tensor) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from flexmoe.kernels.ragged import find_shared
 from flexmoe.kv.cache import RowKV
 from flexmoe.sampling.logprobs import PromptScores
 from flexmoe.system.device import Event
@@ -121,7 +122,8 @@ class Block:
     Args:
         runs: one per row.
         gpu_batch_size: rows per GPU batch.
-        half_blocks: 2: the rows of each kind are dealt to two halves of like work, each a number of whole GPU batches.
+        half_blocks: 2: the rows of each kind are dealt to two halves of like work, each a number of whole GPU batches; those of
+            one prefix to one of them where neither reads more for that.
 
     Attributes:
         runs: the runs in block order: rows attended in one place together, so that most GPU batches hold one group, and among
@@ -166,12 +168,63 @@ class Block:
 
 
 def _dealt(runs: list[Run], batches: int) -> list[list[Run]]:
-    """The runs, in turns, for two halves in proportion to their GPU batches; in each in the order that they had."""
+    """The runs, in turns, for two halves in proportion to their GPU batches; in each in the order that they had.
+
+    Those of one prefix come to one half where neither half reads more for that, so that a prefix is not read for both.
+    """
     first = in_first_half(batches)
-    dealt: list[list[Run]] = [[], []]
+    in_first = [(at + 1) * first // batches != at * first // batches for at in range(len(runs))]
+    kinds: dict[tuple[AttentionMode, str], list[int]] = {}  # of the runs that decode
     for at, run in enumerate(runs):
-        dealt[(at + 1) * first // batches == at * first // batches].append(run)
-    return dealt
+        if len(run.tokens) == 1:
+            kinds.setdefault((run.mode, run.kv.tier), []).append(at)
+    for places in kinds.values():
+        members, in_turn = [runs[at] for at in places], [in_first[at] for at in places]
+        if any(run.kv.shared for run in members):
+            together = _kept_together(members, in_turn)
+            if _most_read(members, together) <= _most_read(members, in_turn):
+                for at, chosen in zip(places, together):
+                    in_first[at] = chosen
+    return [[run for run, chosen in zip(runs, in_first) if chosen is half] for half in (True, False)]
+
+
+def _most_read(runs: list[Run], in_first: list[bool]) -> int:
+    """Tokens in the cache that the half which reads more reads."""
+    return max(_read([run for run, chosen in zip(runs, in_first) if chosen is half]) for half in (True, False))
+
+
+def _read(runs: list[Run]) -> int:
+    again = sum(
+        (each.stop - each.first - 1) * (each.end - each.begin) for each in find_shared([r.kv.shared for r in runs])
+    )
+    return sum(run.kv.length for run in runs) - again
+
+
+def _kept_together(runs: list[Run], in_turn: list[bool]) -> list[bool]:
+    """Whether each run comes to the first half: as many as in turns, of one prefix together where a half has room for them."""
+    room = {True: sum(in_turn), False: len(in_turn) - sum(in_turn)}
+    chosen: dict[int, bool] = {}
+
+    def put(places: list[int], level: int) -> None:
+        prefixes: dict[tuple[int, int], list[int]] = {}
+        for at in places:
+            for mark in runs[at].kv.shared[level : level + 1]:
+                prefixes.setdefault(mark, []).append(at)
+        for group in sorted(prefixes.values(), key=len, reverse=True):
+            half = room[True] > room[False]
+            if len(group) <= room[half]:
+                chosen.update(dict.fromkeys(group, half))
+                room[half] -= len(group)
+            else:
+                put(group, level + 1)
+        others = [at for at in places if len(runs[at].kv.shared) <= level]
+        first = room[True] * len(others) // max(1, sum(room.values()))
+        for place, at in enumerate(others):
+            chosen[at] = half = (place + 1) * first // len(others) != place * first // len(others)
+            room[half] -= 1
+
+    put(list(range(len(runs))), 0)
+    return [chosen[at] for at in range(len(runs))]
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -16,7 +16,6 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
-#include <memory>
 #include <vector>
 
 #include "blocked.h"
@@ -25,6 +24,7 @@
 #include "elementwise.h"
 #include "packed_work.h"
 #include "products.h"
+#include "products_amx.h"
 #include "work.h"
 
 namespace {
@@ -77,6 +77,15 @@ extern "C" {
 // are that runtime's and no second pool spins beside it. Null: plain threads, started and joined in every call.
 void flexmoe_set_parallel(void* gomp_parallel) { parallel = reinterpret_cast<Parallel>(gomp_parallel); }
 
+// Whether bf16 is multiplied in tiles of AMX here.
+int flexmoe_has_tiles() {
+#if defined(HAS_AMX)
+  return may_use_amx();
+#else
+  return 0;
+#endif
+}
+
 // dtype 0 fp32, 1 bf16, 2 fp16; strides in elements, those of compressed pools in bytes; `width` is of a head in a pool. See
 // attention.py for the meaning of the arguments.
 int flexmoe_attention(int dtype, int compressed, int width, const void* q, int64_t q_stride, int64_t tokens, const void* k_pool,
@@ -91,12 +100,14 @@ int flexmoe_attention(int dtype, int compressed, int width, const void* q, int64
     if (Status status = check(call, tokens, num_pages, table_width)) return status;
     std::vector<int> depths;
     std::vector<int32_t> begins(S ? B : 0);
-    std::unique_ptr<float[]> state(S ? new float[size_t(tokens) * H * (D + 2)] : nullptr);
+    static thread_local Scratch scratch;
+    float* state = S ? scratch.get(size_t(tokens) * H * (D + 2)) : nullptr;
+    if (S && !state) return NO_MEMORY;
     if (Status status = cut_shared(call, depths, begins)) return status;
-    if (S) call.begins = begins.data(), call.state = state.get();
+    if (S) call.begins = begins.data(), call.state = state;
     const int levels = S ? *std::max_element(depths.begin(), depths.end()) + 1 : 0;
     for (int depth = 0; depth < levels; depth++) {
-      Job job(call, dtype, compressed, depths, depth);
+      Job job(call, dtype, compressed, depths, depth, num_threads);
       run_on_threads(job, int(std::min<size_t>(num_threads, job.claims.size() - 1)));
       if (job.failed) return NO_MEMORY;
     }
@@ -114,13 +125,15 @@ int flexmoe_products(int dtype, const void* x, int64_t x_stride, const void* con
   Product product{x, weights, out, ends, x_stride, E, R, D, biases};
   try {
     ProductJob job{product, dtype};
-    std::vector<int> blocked;
+    std::vector<int> others;
+    const bool amx = amx_multiplies(product, dtype);
     for (int e = 0; e < E; e++) {
       const int tokens = ends[e] - (e ? ends[e - 1] : 0);
-      if (tokens) (tokens < blocked_from(dtype) ? job.experts : blocked).push_back(e);
+      if (tokens) (tokens < (amx ? AMX_TOKENS : blocked_from(dtype)) ? job.experts : others).push_back(e);
     }
     if (!job.experts.empty()) run_parallel(work_product, &job, num_threads);
-    return run_blocked(product, dtype, blocked, num_threads) ? OK : NO_MEMORY;
+    if (amx) return run_amx(product, others, num_threads, nullptr, nullptr) ? OK : NO_MEMORY;
+    return run_blocked(product, dtype, others, num_threads) ? OK : NO_MEMORY;
   } catch (const std::exception&) {
     return NO_MEMORY;
   }
@@ -139,10 +152,14 @@ int flexmoe_packed_products(const Packed* packed, const Matrix* matrices, int dt
   Product product{x, nullptr, out, ends, x_stride, E, packed->R, packed->C};
   try {
     PackedProductJob job{product, *packed, matrices, dtype};
-    for (int e = 0; e < E; e++)
-      if (ends[e] > (e ? ends[e - 1] : 0)) job.experts.push_back(e);
-    run_parallel(work_packed_product, &job, num_threads);
-    return job.failed ? NO_MEMORY : OK;
+    std::vector<int> others;
+    const bool amx = amx_multiplies(product, dtype);
+    for (int e = 0; e < E; e++) {
+      const int tokens = ends[e] - (e ? ends[e - 1] : 0);
+      if (tokens) (amx && tokens >= AMX_TOKENS ? others : job.experts).push_back(e);
+    }
+    if (!job.experts.empty()) run_parallel(work_packed_product, &job, num_threads);
+    return !job.failed && run_amx(product, others, num_threads, packed, matrices) ? OK : NO_MEMORY;
   } catch (const std::exception&) {
     return NO_MEMORY;
   }

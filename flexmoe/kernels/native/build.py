@@ -22,6 +22,14 @@ from policies.common.directories import cache_directory
 
 SOURCE = Path(__file__).with_name("attention.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread", "-w")
+#: Flags of each set of instructions, by the name behind its functions' names.
+SETS = {
+    "base": ("-march=x86-64",),
+    "avx2": ("-march=x86-64-v3",),
+    "avx512": ("-march=x86-64-v4",),
+    "bf16": ("-march=x86-64-v4", "-mavx512bf16"),
+    "amx": ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+}
 
 
 class BuildError(Exception):
@@ -69,13 +77,16 @@ def sources_digest(*circumstances: str) -> str:
     return digest.hexdigest()[:24]
 
 
-def build() -> Path:
+def build(instructions: str | None = None) -> Path:
     """Compile the library unless the cache has it for these sources, compiler, flags and CPU; return its path.
+
+    Args:
+        instructions: one of `SETS` instead of what this CPU has.
 
     Raises:
         BuildError: no compiler, a failed compilation, or no safe cache directory.
     """
-    command, flags = compiler(), (*FLAGS, _machine_flag())
+    command, flags = compiler(), (*FLAGS, *(SETS[instructions] if instructions else (_machine_flag(),)))
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout
     target = _cache_directory() / f"attention-{sources_digest(version, *flags, *sorted(cpu_flags()))}.so"
     with _alone_in(target.parent):

@@ -40,8 +40,8 @@ INLINE float head_scale(const i8* head, int D) {
   return widen(scale);
 }
 
-// tile -1: the stream path; segment: of the shared keys, for all of its rows, or -1
-struct Item { int32_t row, head_begin, head_end, tile, segment; };
+// tile -1: the stream path; segment: of the shared keys, for all of its rows, or -1; tiles: that follow one another
+struct Item { int32_t row, head_begin, head_end, tile, segment, tiles = 1; };
 
 // Query tokens of an item.
 INLINE int item_tokens(const Call& c, const Item& item) {
@@ -78,7 +78,8 @@ INLINE void token_offsets(const Call& c, int row, int t, int count, int64_t* off
 }
 
 // Prefetches `count` tokens' heads [head, head + heads) a few lines at a time, while the chunk before is computed: a
-// burst would fill the core's miss buffers and stop it. In the order of addresses, which hardware prefetchers follow.
+// burst would fill the core's miss buffers and stop it, and a pause leaves the memory idle. In the order of addresses,
+// which hardware prefetchers follow.
 struct Ahead {
   const char* k;
   ptrdiff_t v_minus_k;
@@ -89,11 +90,12 @@ struct Ahead {
       : k((const char*)c.k_pool + int64_t(head) * c.width * element),
         v_minus_k((const char*)c.v_pool - (const char*)c.k_pool), offsets(token_offsets), element_bytes(element),
         end(count), bytes(heads * c.width * int(element)) {}
-  INLINE void fetch(int most) {
+  template <int LOCALITY = 3> INLINE void fetch(int most) {
     while (most > 0 && token < end) {
       const char* p = k + offsets[token] * element_bytes + byte;
       const int now = std::min(most, bytes - byte);
-      for (int b = 0; b < now; b += 64) __builtin_prefetch(p + b), __builtin_prefetch(p + b + v_minus_k);
+      for (int b = 0; b < now; b += 64)
+        __builtin_prefetch(p + b, 0, LOCALITY), __builtin_prefetch(p + b + v_minus_k, 0, LOCALITY);
       most -= now, byte += now;
       if (byte >= bytes) byte = 0, token++;
     }

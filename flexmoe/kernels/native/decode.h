@@ -111,7 +111,7 @@ __attribute__((noinline)) void stream_chunk(const StreamLines& s, const Chunk<T>
   }
   s.max_sum[0] = highest, s.max_sum[1] = sum;
   *(vf*)alpha = scale;
-  constexpr int DV = many_registers ? 4 : (LINES > 2 ? 2 : 4);
+  constexpr int DV = many_registers ? (LINES > 4 ? 2 : 4) : (LINES > 4 ? 1 : LINES > 2 ? 2 : 4);
   int d = 0;
   for (; d + DV * W <= padded; d += DV * W) stream_values<LINES, DV>(v, d, keys, score, alpha, s.o + d, padded);
   for (; d + W <= padded; d += W) stream_values<LINES, 1>(v, d, keys, score, alpha, s.o + d, padded);
@@ -120,12 +120,14 @@ __attribute__((noinline)) void stream_chunk(const StreamLines& s, const Chunk<T>
 template <class T>
 INLINE void stream_lines(int lines, const StreamLines& s, const Chunk<T>& chunk, int first_key, int keys, int window,
                          int padded, Ahead& ahead) {
+  if constexpr (W >= 8)
+    if (lines == 8) return stream_chunk<8>(s, chunk, first_key, keys, window, padded, ahead);
   if (lines == 4) stream_chunk<4>(s, chunk, first_key, keys, window, padded, ahead);
   else if (lines == 2) stream_chunk<2>(s, chunk, first_key, keys, window, padded, ahead);
   else stream_chunk<1>(s, chunk, first_key, keys, window, padded, ahead);
 }
 
-INLINE int cut_lines(int left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+INLINE int cut_lines(int left) { return left >= 8 && W >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
 
 // T: queries and outputs; E: keys and values as they are stored.
 template <class T, class E> struct Stream {
@@ -255,7 +257,8 @@ template <class T, class E> struct Stream {
       for (int l = 0, take; l < lines; l += take) {
         take = cut_lines(lines - l);
         vf part = max_sum[(h * STREAM_LINES + l) * 2 + 1];
-        vf sum = take == 4 ? sum_in_groups<W / 4>(part)
+        vf sum = take == 8   ? sum_in_groups<W / 8>(part)
+                 : take == 4 ? sum_in_groups<W / 4>(part)
                  : take == 2 ? sum_in_groups<W / 2>(part)
                              : sum_in_groups<W>(part);
         for (int i = 0; i < take; i++)

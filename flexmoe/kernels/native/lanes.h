@@ -60,9 +60,16 @@ template <int COUNT> INLINE vf sum_each(vf (&x)[W]) {
   return x[0];
 }
 #endif
+INLINE double two_floats(const float* p) {
+  double x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
 // KEYS numbers, again and again.
 template <int KEYS> INLINE vf repeated(const float* p) {
+  if constexpr (KEYS == 1) return (vf){} + *p;
 #if defined(__AVX512F__)
+  if constexpr (KEYS == 2) return (vf)_mm512_castpd_ps(_mm512_set1_pd(two_floats(p)));
   if constexpr (KEYS == 4) return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
   if constexpr (KEYS == 8) return (vf)_mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_castps_pd(_mm256_loadu_ps(p))));
 #elif defined(__AVX__)

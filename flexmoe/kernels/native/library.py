@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from flexmoe.kernels.native.build import BuildError, build
+from flexmoe.kernels.native.build import SETS, BuildError, build
 from flexmoe.kernels.native.portable import prebuilt
 
 logger = logging.getLogger(__name__)
@@ -32,12 +32,16 @@ def load() -> ctypes.CDLL | None:
     """Build and load the library once per process.
 
     Returns:
-        The library, or None when it is disabled (FLEXMOE_NATIVE=0) or cannot be built; the reason is logged once.
+        The library, or None when it is disabled (FLEXMOE_NATIVE=0) or cannot be built; the reason is logged once. With the
+        name of a set of instructions (`build.SETS`) in FLEXMOE_NATIVE it is compiled for these.
     """
-    if os.environ.get("FLEXMOE_NATIVE") == "0":
+    wanted = os.environ.get("FLEXMOE_NATIVE")
+    if wanted == "0":
         return None
     try:
-        library = ctypes.CDLL(str(prebuilt() or build()))
+        if wanted not in (None, "", "1", *SETS):
+            raise BuildError(f"FLEXMOE_NATIVE is {wanted!r}; it may be 0 or one of {', '.join(SETS)}")
+        library = ctypes.CDLL(str(build(wanted) if wanted in SETS else prebuilt() or build()))
     except (BuildError, OSError) as error:
         logger.warning("The CPU computes attention, products and norms in torch, slower than in native code: %s", error)
         return None
@@ -49,6 +53,12 @@ def load() -> ctypes.CDLL | None:
 def available() -> bool:
     """Whether the native functions can be called; builds the library on first use."""
     return load() is not None
+
+
+def has_tiles() -> bool:
+    """Whether the library multiplies bf16 in tiles of AMX: it was compiled for it, and CPU and system have it."""
+    library = load()
+    return library is not None and bool(library.flexmoe_has_tiles())
 
 
 def required() -> ctypes.CDLL:
@@ -68,6 +78,7 @@ def _declare(library: ctypes.CDLL) -> None:
     pointer, int64, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.flexmoe_set_parallel.argtypes = [pointer]
     library.flexmoe_set_parallel.restype = None
+    library.flexmoe_has_tiles.restype = integer
     queries, pools = (integer, integer, integer, pointer, int64, int64), (pointer, pointer, int64, int64)
     tables, sizes = (pointer, int64, int64, pointer, pointer), (integer,) * 6
     library.flexmoe_attention.argtypes = (

@@ -11,15 +11,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from flexmoe.kernels.native.build import FLAGS, SOURCE, BuildError, compiler, sources_digest
+from flexmoe.kernels.native.build import FLAGS, SETS, SOURCE, BuildError, compiler, sources_digest
 
-#: Flags of each set of instructions, by the name behind its functions' names. Products of AMX are torch's.
-SETS = {
-    "base": ("-march=x86-64",),
-    "avx2": ("-march=x86-64-v3",),
-    "avx512": ("-march=x86-64-v4",),
-    "bf16": ("-march=x86-64-v4", "-mavx512bf16"),
-}
 _DIRECTORY = SOURCE.with_name("prebuilt")
 _FUNCTION = re.compile(r"^(?:int|void) (flexmoe_\w+)\(", re.MULTILINE)
 

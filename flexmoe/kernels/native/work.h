@@ -12,8 +12,10 @@
 
 #include "call.h"
 #include "decode.h"
+#include "decode_amx.h"
 #include "numbers.h"
 #include "prefill.h"
+#include "prefill_amx.h"
 
 namespace {
 
@@ -33,12 +35,37 @@ struct Scratch {
   }
 };
 
+// What the stream path is for queries of T; lines that it takes at most.
+#if defined(HAS_AMX)
+template <class T, class E> constexpr bool on_amx = std::is_same<T, bf16>::value;
+INLINE int stream_lines(int dtype) { return dtype == 1 && may_use_amx() ? AMX_LINES : STREAM_LINES; }
+INLINE int tiles_at_once(int dtype) { return dtype == 1 && may_use_amx() ? AMX_TILES : 1; }
+#else
+template <class T, class E> constexpr bool on_amx = false;
+INLINE int stream_lines(int) { return STREAM_LINES; }
+INLINE int tiles_at_once(int) { return 1; }
+#endif
+
+template <class S> bool run_stream(const Call& c, const Item& item, const Item* following, Scratch& scratch) {
+  float* memory = scratch.get(S::scratch_floats(c, c.G));
+  if (memory) S(c, item, memory).run(item, following);
+  return memory;
+}
 template <class T, class E> bool run_item(const Call& c, const Item& item, const Item* following) {
   static thread_local Scratch scratch;
-  float* memory = scratch.get(std::max(Stream<T, E>::scratch_floats(c, c.G), Tile<T, E, 1>::scratch_floats(c)));
+#if defined(HAS_AMX)
+  if constexpr (on_amx<T, E>)
+    if (may_use_amx()) {
+      if (item.tile < 0) return run_stream<AmxStream<E>>(c, item, following, scratch);
+      float* memory = scratch.get(amx_tiles_floats<E>(c));
+      if (memory) run_amx_tiles<E>(c, item, memory);
+      return memory;
+    }
+#endif
+  if (item.tile < 0) return run_stream<Stream<T, E>>(c, item, following, scratch);
+  float* memory = scratch.get(Tile<T, E, 1>::scratch_floats(c));
   if (!memory) return false;
-  if (item.tile < 0) Stream<T, E>(c, item, memory).run(item, following);
-  else run_tile<T, E>(c, item, memory);
+  run_tile<T, E>(c, item, memory);
   return true;
 }
 
@@ -56,18 +83,19 @@ struct Job {
   std::atomic<bool> failed{false};
 
   // Of shared keys: those that follow so many others.
-  Job(const Call& c, int type, bool is_compressed, const std::vector<int>& depths, int depth)
+  Job(const Call& c, int type, bool is_compressed, const std::vector<int>& depths, int depth, int threads)
       : call(c), dtype(type), compressed(is_compressed) {
-    for (int s = 0; s < c.S; s++) {
-      const int first = c.shared[s].first, tokens = c.q_starts[c.shared[s].stop] - c.q_starts[first];
+    auto lines_of = [&](int s) { return (c.q_starts[c.shared[s].stop] - c.q_starts[c.shared[s].first]) * c.N; };
+    int tiles = 0;
+    for (int s = 0; s < c.S; s++) tiles += depths[s] == depth ? tiles_of(lines_of(s)) * c.G : 0;
+    for (int s = 0; s < c.S; s++)
       for (int h = 0; depths[s] == depth && h < c.G; h++)
-        for (int tile = 0; tile * TILE_LINES < tokens * c.N; tile++) items.push_back({first, h, h + 1, tile, s});
-    }
+        add_tiles(c.shared[s].first, h, lines_of(s), s, at_once(tiles, threads));
     for (size_t i = 0; i <= items.size(); i++) claims.push_back(i);
   }
   // Of each row by itself.
   Job(const Call& c, int type, bool is_compressed, int threads) : call(c), dtype(type), compressed(is_compressed) {
-    add_tiles();
+    add_tiles(threads);
     for (size_t i = 0; i < items.size(); i++) claims.push_back(i);
     const size_t first = items.size();
     int streams = 0;
@@ -81,12 +109,22 @@ struct Job {
     claims.push_back(items.size());
   }
   int lines(int b) const { return (call.q_starts[b + 1] - call.q_starts[b]) * call.N; }
-  bool is_stream(int b) const { return lines(b) > 0 && lines(b) <= STREAM_LINES; }
-  // Tiles go first, and of a run the last, dearest one, so that streams fill the end of the call.
-  void add_tiles() {
+  bool is_stream(int b) const { return lines(b) > 0 && lines(b) <= stream_lines(dtype); }
+  static int tiles_of(int lines) { return (lines + TILE_LINES - 1) / TILE_LINES; }
+  // Tiles of an item: fewer where threads would wait for the last of them.
+  int at_once(int tiles, int threads) const { return std::max(1, std::min(tiles_at_once(dtype), tiles / (2 * threads))); }
+  // Tiles go first, and of a run the last, dearest ones, so that streams fill the end of the call.
+  void add_tiles(int threads) {
+    int tiles = 0;
+    for (int b = 0; b < call.B; b++) tiles += lines(b) > stream_lines(dtype) ? tiles_of(lines(b)) * call.G : 0;
     for (int b = 0; b < call.B; b++)
-      for (int h = 0; lines(b) > STREAM_LINES && h < call.G; h++)
-        for (int tile = (lines(b) - 1) / TILE_LINES; tile >= 0; tile--) items.push_back({b, h, h + 1, tile, -1});
+      for (int h = 0; lines(b) > stream_lines(dtype) && h < call.G; h++)
+        add_tiles(b, h, lines(b), -1, at_once(tiles, threads));
+  }
+  void add_tiles(int row, int head, int lines, int segment, int most) {
+    const int tiles = tiles_of(lines);
+    for (int tile = (tiles - 1) / most * most; tile >= 0; tile -= most)
+      items.push_back({row, head, head + 1, tile, segment, std::min(most, tiles - tile)});
   }
 };
 

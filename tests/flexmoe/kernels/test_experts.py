@@ -235,12 +235,13 @@ def test_native_products_of_any_shape_are_those_of_torch(depth, rows, dtype, two
 
 
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("depth, tokens", [(600, 700), (608, 1200)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_of_a_product_of_many_tokens_does_not_depend_on_the_others(dtype, two_threads):
+def test_a_row_of_a_product_of_many_tokens_does_not_depend_on_the_others(dtype, depth, tokens, two_threads):
     generator = torch.Generator().manual_seed(1)
-    x_nD = torch.randn(700, 600, generator=generator).to(dtype)
-    weight = torch.randn(2, 130, 600, generator=generator).mul_(0.04).to(dtype)
-    got = grouped_products(x_nD, weight, torch.tensor([600, 700], dtype=torch.int32))
+    x_nD = torch.randn(tokens, depth, generator=generator).to(dtype)
+    weight = torch.randn(2, 130, depth, generator=generator).mul_(0.04).to(dtype)
+    got = grouped_products(x_nD, weight, torch.tensor([600, tokens], dtype=torch.int32))
     exact = torch.cat([x_nD[:600].double() @ weight[0].double().T, x_nD[600:].double() @ weight[1].double().T])
     bound = 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-5
     assert bool(((got.double() - exact).abs() <= bound).all())

@@ -119,15 +119,17 @@ def test_own_products_are_taken_of_few_tokens_however_weights_lie(stacked, monke
 
 
 @pytest.mark.parametrize(
-    ("flags", "own"),
+    ("flags", "tiles", "own"),
     [
-        ("avx2", (32, sys.maxsize, sys.maxsize)),
-        ("avx2 avx512bw", (32, 64, sys.maxsize)),
-        ("avx512bw amx_bf16 avx512_fp16", (32, 32, 64)),
-        ("asimd asimdhp bf16", (32, 12, 12)),
+        ("avx2", False, (32, sys.maxsize, sys.maxsize)),
+        ("avx2 avx512bw", False, (32, 64, sys.maxsize)),
+        ("avx512bw amx_bf16 avx512_fp16", False, (32, 32, 64)),
+        ("avx512bw amx_bf16 avx512_fp16", True, (32, 256, 64)),
+        ("asimd asimdhp bf16", False, (32, 12, 12)),
     ],
 )
-def test_how_many_tokens_take_our_own_product_follows_from_the_cpu(monkeypatch, flags, own):
+def test_how_many_tokens_take_our_own_product_follows_from_the_cpu(monkeypatch, flags, tiles, own):
+    monkeypatch.setattr(native, "has_tiles", lambda: tiles)
     monkeypatch.setattr(products, "cpu_flags", lambda: frozenset(flags.split()))
     known = products.multiplies, products.own_tokens
     for function in known:

@@ -96,10 +96,38 @@ def test_every_group_size_agrees_with_float64(heads, kv_heads, size):
     assert_close(case.run(), case.expected())
 
 
+@pytest.mark.parametrize("heads, kv_heads", [(3, 3), (8, 2), (6, 2), (14, 2), (8, 1), (12, 1), (16, 1), (40, 1)])
+@pytest.mark.parametrize("size", [64, 24, 96])
+def test_every_group_size_agrees_with_float64_in_bf16(heads, kv_heads, size):
+    case = Case(MIXED, heads=heads, kv_heads=kv_heads, size=size, dtype=torch.bfloat16)
+    assert_close(case.run(), case.expected())
+
+
+@pytest.mark.parametrize("queries", [1, 2, 4, 5, 20])
+def test_contexts_at_the_ends_of_pages_and_chunks_agree_with_float64_in_bf16(queries):
+    pasts = [0, 14, 15, 16, 30, 31, 32, 47, 60, 62, 63, 64, 65, 126, 127, 128, 129, 640]
+    case = Case([(queries, past) for past in pasts], dtype=torch.bfloat16)
+    assert_close(case.run(), case.expected())
+
+
+@pytest.mark.parametrize("heads", [8, 16, 32])
+def test_scores_that_rise_along_the_row_keep_their_weights_in_bf16(heads):
+    """The largest score so far changes in every chunk, by little and by much."""
+    case = Case([(1, 700), (3, 400), (70, 300)], heads=heads, dtype=torch.bfloat16)
+    for row in range(3):
+        rise = torch.linspace(0.1, 6, len(case.k[row]))[:, None, None]
+        case.k[row] = (case.k[row].abs() * rise).to(torch.bfloat16)
+        for t, keys in enumerate(case.k[row]):
+            case.k_pool[case.tables[row, t // 16], t % 16] = keys
+    case.q = case.q.abs()
+    assert_close(case.run(), case.expected())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("page_tokens", [1, 4, 16, 32, 5])
 @pytest.mark.parametrize("window", [0, 1, 20, 70, 300, 10_000])
-def test_window_and_page_size_agree_with_float64_and_read_no_unseen_page(page_tokens, window):
-    case = Case(MIXED, page_tokens=page_tokens, window=window)
+def test_window_and_page_size_agree_with_float64_and_read_no_unseen_page(page_tokens, window, dtype):
+    case = Case(MIXED, page_tokens=page_tokens, window=window, dtype=dtype)
     assert_close(case.run(), case.expected())
 
 
@@ -132,8 +160,9 @@ def test_threads_do_not_change_a_bit(dtype):
     assert torch.equal(case.run(num_threads=1), case.run(num_threads=5))
 
 
-def test_other_rows_do_not_change_a_bit():
-    case = Case(MIXED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_rows_do_not_change_a_bit(dtype):
+    case = Case(MIXED, dtype=dtype)
     together = case.run()
     for row in range(len(MIXED)):
         begin, end = case.starts[row : row + 2].tolist()
@@ -250,11 +279,44 @@ def run_python(code, **environment):
     )
 
 
+def test_pages_that_lie_apart_are_not_taken_for_one_run_of_keys():
+    """The last of sixteen keys is where it would be if they lay side by side; those between are elsewhere."""
+    case = Case([(1, 15)], page_tokens=4, dtype=torch.bfloat16)
+    case.k_pool, case.v_pool = (torch.full((9, 4, 2, 64), torch.nan, dtype=torch.bfloat16) for _ in range(2))
+    case.tables[0, :4] = torch.tensor([0, 6, 8, 3])
+    for kept, pool in ((case.k, case.k_pool), (case.v, case.v_pool)):
+        for t, values in enumerate(kept[0]):
+            pool[case.tables[0, t // 4], t % 4] = values
+    assert_close(case.run(), case.expected())
+
+
 def test_it_can_be_disabled():
     result = run_python(
         "from flexmoe.kernels.native import library as native; print(native.available())", FLEXMOE_NATIVE="0"
     )
     assert result.stdout.strip() == "False" and not result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the sets of instructions are those of x86-64")
+def test_it_can_be_compiled_for_fewer_instructions(monkeypatch):
+    case = Case(MIXED, dtype=torch.bfloat16)
+    expected = case.run()
+    for name in ("base", "avx2"):
+        monkeypatch.setenv("FLEXMOE_NATIVE", name)
+        native.load.cache_clear()
+        try:
+            assert native.load() is not None
+            torch.testing.assert_close(case.run(), expected, rtol=2e-2, atol=6e-3)
+        finally:
+            native.load.cache_clear()
+
+
+def test_unknown_instructions_are_one_warning_with_those_that_there_are():
+    code = "from flexmoe.kernels.native import library as native; print(native.available(), native.available())"
+    result = run_python(code, FLEXMOE_NATIVE="avx9")
+    assert result.stdout.strip() == "False False"
+    assert result.stderr.count("it may be 0 or one of base, avx2, avx512, bf16, amx") == 1
 
 
 def test_a_missing_compiler_is_one_warning(tmp_path):

@@ -1,6 +1,7 @@
 """Packed matrices in native code: the values are the codecs' bit for bit, and products are those of the unpacked matrix."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def test_a_product_is_that_of_the_unpacked_matrix(case, dtype, two_threads):
             numbers = matrix.fields["packed"].view(torch.uint8)
             numbers[(numbers & 127) == 127] = 0  # NaN
     whole = [matrix.unpack(torch.empty(rows, columns, dtype=dtype)) for matrix in matrices]
-    for counts in ([1, 0, 0], [0, 5, 7], [3, 2, 40]):
+    for counts in ([1, 0, 0], [0, 5, 7], [3, 2, 40], [0, 70, 130]):
         x = torch.randn(sum(counts), columns, generator=seeded()).to(dtype)
         ends = torch.tensor(counts).cumsum(0).to(torch.int32)
         found = packed_products(x, matrices, ends)
@@ -144,10 +145,17 @@ def test_without_a_compiler_the_product_is_torchs(tokens, biased, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "bf16", "fp32"), [("avx2", 12, 12), ("avx2 avx512bw", 512, 512), ("avx512bw amx_bf16", 16, 512)]
+    ("flags", "tiles", "bf16", "fp32"),
+    [
+        ("avx2", False, 12, 12),
+        ("avx2 avx512bw", False, 512, 512),
+        ("avx512bw amx_bf16", False, 16, 512),
+        ("avx512bw amx_bf16", True, sys.maxsize, 512),
+    ],
 )
-def test_tokens_that_native_code_multiplies_follow_from_the_cpu(flags, bf16, fp32, monkeypatch):
+def test_tokens_that_native_code_multiplies_follow_from_the_cpu(flags, tiles, bf16, fp32, monkeypatch):
     monkeypatch.setattr(linear, "cpu_flags", lambda: frozenset(flags.split()))
+    monkeypatch.setattr(native, "has_tiles", lambda: tiles)
     count = linear.few_packed_tokens.__wrapped__
     assert (count(torch.bfloat16), count(torch.float32)) == (bf16, fp32)
 

@@ -62,3 +62,62 @@ def test_one_half_block_keeps_rows_of_a_kind_together():
     block = Block(runs_of(40), 8)
     places = [MODES.index(run.mode) for run in block.runs]
     assert places == sorted(places)
+
+
+def prefixed(marks, length, count):
+    return [
+        Run(SimpleNamespace(shared=marks, tier="cpu", length=length), [1], AttentionMode.CPU, 1) for _ in range(count)
+    ]
+
+
+def halves_of(runs, size):
+    block = Block(runs, size, half_blocks=2)
+    middle = in_first_half(len(block.batches))
+    return [
+        [r for b in part for g in b.groups for r in g.runs] for part in (block.batches[:middle], block.batches[middle:])
+    ]
+
+
+def test_rows_of_one_prefix_come_to_one_half():
+    runs = [run for number in range(4) for run in prefixed(((160, number),), 170, 16)]
+    random.Random(0).shuffle(runs)
+    first, second = halves_of(runs, 16)
+    assert len(first) == len(second) == 32
+    assert not {r.kv.shared for r in first} & {r.kv.shared for r in second}
+
+
+def test_of_one_prefix_of_all_rows_the_longer_ones_are_kept_together():
+    runs = [run for number in range(4) for run in prefixed(((32, 9), (160, number)), 170, 16)]
+    random.Random(0).shuffle(runs)
+    first, second = halves_of(runs, 16)
+    assert len(first) == len(second) == 32
+    assert not {r.kv.shared for r in first} & {r.kv.shared for r in second}
+
+
+def test_a_prefix_of_all_rows_is_in_both_halves():
+    long, short = prefixed(((160, 0),), 400, 20), prefixed(((160, 0),), 170, 20)
+    halves = halves_of([*long, *short], 20)
+    assert [sum(r.kv.length == 400 for r in half) for half in halves] == [10, 10]
+
+
+def test_rows_of_one_prefix_are_dealt_to_both_halves_where_one_would_read_more():
+    runs = [
+        *prefixed(((160, 0),), 176, 20),
+        *prefixed((), 176, 28),
+    ]  # together, the other half would read 24 whole rows
+    halves = halves_of(runs, 24)
+    assert [sum(bool(r.kv.shared) for r in half) for half in halves] == [10, 10]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_halves_of_rows_with_prefixes_have_as_many_of_each_kind(seed):
+    rng = random.Random(seed)
+    runs = runs_of(96, seed)
+    for run in runs:
+        marks = tuple((16 * (i + 1), rng.randint(0, 2)) for i in range(rng.randint(0, 3)))
+        run.kv.shared, run.kv.length = marks, 48 + rng.randint(1, 9)
+    first, second = halves_of(runs, 8)
+    assert sorted(map(id, (*first, *second))) == sorted(map(id, runs)) and len(first) == 48
+    for mode in MODES:
+        of_mode = [sum(run.mode is mode for run in half) for half in (first, second)]
+        assert abs(of_mode[0] - of_mode[1]) <= 1
