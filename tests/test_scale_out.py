@@ -189,3 +189,17 @@ def server(guide):
     finally:
         running.terminate()
         running.wait(60)
+
+
+def test_the_calculation_is_the_planners():
+    text = GUIDE.read_text("utf-8")
+    [code] = re.findall(r"^```python\n(from flexmoe import Workload, plan\n.*?)^print", text, re.MULTILINE | re.DOTALL)
+    row = next(line for line in text.splitlines() if line.startswith("| 100 | 10,000 "))
+    _, _, each, hours, node_hours, of_all, _ = (cell.strip().replace(",", "") for cell in row.strip("|").split("|"))
+    names = {}
+    exec(code, names)
+    found = names["part"].prediction
+    assert float(each) == pytest.approx(found.tokens_per_s, rel=0.03)
+    assert float(hours) == pytest.approx(found.job_s / 3600, rel=0.03)
+    assert float(node_hours) == pytest.approx(100 * float(hours), rel=0.01)
+    assert float(of_all) == pytest.approx(100 * float(each), rel=0.01)

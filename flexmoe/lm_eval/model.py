@@ -27,6 +27,7 @@ from flexmoe.errors import DataError, UsageError
 from flexmoe.llm import LLM
 from flexmoe.lm_eval.scoring import Question, scores
 from flexmoe.lm_eval.stream import completed
+from flexmoe.models.loader import load_model
 from flexmoe.params import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -73,10 +74,17 @@ class FlexMoELM(TemplateLM):
         super().__init__()
         if batch_size not in _NO_BATCH_SIZE or max_batch_size is not None:
             log.warning("batch_size changes nothing: the policy says how many rows run at once")
-        chosen = None if str(policy).lower() == "none" else policy
-        self.llm = LLM(str(pretrained), policy=chosen, max_model_len=max_length, device=device or "auto", **options)
+        model = load_model(str(pretrained), options.pop("load_format", "auto"), options.get("dtype", "auto"))
+        self.max_length = max_length or model.arch.max_position
+        self.llm = LLM(
+            model,
+            policy=None if str(policy).lower() == "none" else policy,
+            max_model_len=self.max_length,
+            past_context=True,
+            device=device or "auto",
+            **options,
+        )
         self.tokenizer = self.llm.get_tokenizer()
-        self.max_length = max_length or self.llm.model.arch.max_position
         self.max_gen_toks = max_gen_toks
         self._add_bos_token, self._prefix_token_id = add_bos_token, prefix_token_id
 

@@ -93,11 +93,20 @@ def test_so_are_those_of_chats(model, reference, tasks):
     same(evaluated(model, tasks, names, **chats), evaluated(reference, tasks, names, **chats), names)
 
 
-def test_a_template_without_a_system_role_gets_the_chat_without_it(model, reference):
+def test_a_chat_whose_answer_is_begun_stays_open(model, reference):
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "well"}]
+    assert model.apply_chat_template(chat, False) == reference.apply_chat_template(chat, False)
+
+
+def test_a_template_that_refuses_a_system_gets_the_chat_without_it(model, reference, monkeypatch):
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        "[{{ m['content'] }}]{% endfor %}"
+    )
+    monkeypatch.setattr(model.llm, "tokenizer", model.llm.tokenizer.with_chat_template(template))
+    monkeypatch.setattr(reference.tokenizer, "chat_template", template)
     chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
-    assert model.apply_chat_template(chat) == reference.apply_chat_template(chat)
-    open_end = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "well"}]
-    assert model.apply_chat_template(open_end, False) == reference.apply_chat_template(open_end, False)
+    assert model.apply_chat_template(chat) == reference.apply_chat_template(chat) == "[hi]"
 
 
 def test_a_token_that_no_bias_reaches_is_scored_all_the_same(model, reference, monkeypatch):
