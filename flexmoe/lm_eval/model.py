@@ -113,15 +113,14 @@ class FlexMoELM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a chat. Where the template knows no system's role, without its messages."""
-        how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
         try:
-            return self.llm.tokenizer.render(chat_history, **how)
+            return self._rendered(chat_history, add_generation_prompt)
         except DataError as error:
             others = [message for message in chat_history if message["role"] != "system"]
             if len(others) == len(chat_history):
                 raise
             log.warning("%s; the chat is written without its system's messages", error)
-            return self.llm.tokenizer.render(others, **how)
+            return self._rendered(others, add_generation_prompt)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each whole text, in windows of the model's context."""
@@ -175,6 +174,9 @@ class FlexMoELM(TemplateLM):
             bar.update(1)
         bar.close()
         return found
+
+    def _rendered(self, chat: Sequence[Mapping[str, str]], opened: bool) -> str:
+        return self.llm.tokenizer.render(chat, add_generation_prompt=opened, continue_final_message=not opened)
 
     def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
         """Contexts and continuations that together are a text, each of its tokens once."""

@@ -26,7 +26,7 @@ ERROR_COLUMN = "__inference_error__"
 _PROMPTS = ("messages", "prompt")
 _OTHERS = ("sampling_params", "chat_template_kwargs")
 #: What would have to come back beside the text, and has no column.
-_WITHOUT_COLUMN = ("logprobs", "prompt_logprobs", "echo")
+_WITHOUT_COLUMN = ("logprobs", "echo")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,7 @@ class RowReader:
             return parts.message
         if len(parts) > 1 or parts[0].params.n > 1:
             return "a row has one completion here; make a row of each prompt, and of each of the n completions"
-        unwanted = next((name for name in _WITHOUT_COLUMN if row.sampling.get(name) not in (None, False)), None)
+        unwanted = next((name for name in _WITHOUT_COLUMN if name in row.sampling), "echo" if row.prefix else None)
         if unwanted is not None:
             return f"{unwanted} has no column here; leave it out, or complete the rows with flexmoe run"
         [request] = parts

@@ -19,6 +19,7 @@ SHORT = {"max_tokens": 6, "ignore_eos": True}
 TEXTS = ["The river", "A river and a lake", "Name", "The river"]
 ADDED = ("generated_text", "generated_tokens", "num_input_tokens", "num_generated_tokens", "finish_reason")
 ERROR = "__inference_error__"
+CHAT = [{"role": "user", "content": "Name"}]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,9 @@ def columns(batch):
 
 
 def table(*rows):
-    return pyarrow.Table.from_pylist([{"id": f"row-{place}", **row} for place, row in enumerate(rows)])
+    given = [{"id": f"row-{place}", **row} for place, row in enumerate(rows)]
+    names = dict.fromkeys(name for row in given for name in row)
+    return pyarrow.table({name: [row.get(name) for row in given] for name in names})
 
 
 def errors(actor, *rows):
@@ -96,7 +99,9 @@ def test_a_row_that_cannot_run_says_why_and_the_others_run(generate):
         ({"prompt": "Name", "sampling_params": {"max_token": 3}}, "did you mean"),
         ({"prompt": "Name", "sampling_params": {"max_tokens": 100}}, "prompt and completion may reach"),
         ({"prompt": "Name", "sampling_params": {"n": 2}}, "a row has one completion here"),
-        ({"prompt": "Name", "sampling_params": {"logprobs": 1}}, "logprobs has no column here"),
+        ({"prompt": "Name", "sampling_params": {"logprobs": 0}}, "logprobs has no column here"),
+        ({"prompt": "Name", "sampling_params": {"echo": True}}, "echo has no column here"),
+        ({"messages": CHAT, "sampling_params": {"echo": True, "add_generation_prompt": False}}, "echo has no column"),
         ({"sampling_params": {"top_k": 3}}, "neither messages nor a prompt"),
         ({"prompt": "Name", "id": None}, "id is null"),
         ({"messages": [{"role": "pilot", "content": "x"}]}, "messages[0].role"),
@@ -122,10 +127,11 @@ def test_draws_depend_on_the_id_or_else_on_the_row(checkpoint, options, generate
 
 def test_rows_of_all_open_calls_run_together(generate):
     before = generate.llm.metrics()["sweeps"]
-    batches = [table({"prompt": text}, {"prompt": "Name"}) for text in TEXTS * 2]
+    long = {"sampling_params": {"max_tokens": 40, "ignore_eos": True}}
+    batches = [table({"prompt": text, **long}, {"prompt": "Name", **long}) for text in TEXTS * 2]
     made = run(generate, *batches)
     assert [columns(batch)["prompt"][0] for batch in made] == TEXTS * 2
-    assert generate.llm.metrics()["sweeps"] - before < 3 * SHORT["max_tokens"], "not one call after another"
+    assert generate.llm.metrics()["sweeps"] - before < 3 * 40, "not one call after another"
     assert generate.llm.metrics()["most_rows_in_flight"] >= 12
 
 
