@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve-demo lint test test-all bench native clean
+.PHONY: help setup demo serve-demo lint test test-extras test-all bench native clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,6 +11,7 @@ INSTALL := $(RUN) -m pip install -qq --disable-pip-version-check -c constraints.
 # Stamps, so that packages are installed again only when what is asked for has changed.
 SETUP := $(VENV)/.setup
 BENCH := $(VENV)/.setup-bench
+EXTRAS := $(VENV)/.setup-extras
 RECORD := benchmarks/test-all.txt
 # Processes of the tests: one more than cores, for some tests wait, and eight at most, for each has torch in memory.
 # Each begins with tests that lie together, which share what is made once for a file, and takes others' when it is done.
@@ -18,7 +19,7 @@ WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores + 1 : 8)))
 PYTEST := $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(SETUP) ## a virtual environment in .venv with the pinned versions
 $(SETUP): setup.cfg constraints.txt
@@ -30,6 +31,9 @@ $(SETUP): setup.cfg constraints.txt
 	@touch $@
 $(BENCH): $(SETUP)
 	@$(INSTALL) '.[test,serve,structured,bench,plot]'
+	@touch $@
+$(EXTRAS): $(SETUP)
+	@$(INSTALL) '.[test,serve,ray,lm-eval]'
 	@touch $@
 
 demo: $(SETUP) ## answers of a small real model across all three tiers; ARGS=--synthetic: no download
@@ -46,7 +50,10 @@ lint: $(SETUP) ## form and types of the sources
 test: lint ## lint and the tests, in minutes
 	@$(PYTEST) -m "not slow and not gpu"
 
-test-all: lint ## every test that needs no GPU, and its record in benchmarks/
+test-extras: $(EXTRAS) ## the tests of flexmoe.ray and flexmoe.lm_eval, which install Ray and lm-evaluation-harness
+	@$(RUN) -m pytest -q tests/flexmoe/ray tests/flexmoe/lm_eval tests/test_scale_out.py
+
+test-all: lint $(EXTRAS) ## every test that needs no GPU, and its record in benchmarks/
 	@mkdir -p build
 	@$(PYTEST) --color=no -m "not gpu" | tee build/test-all.log
 	@{ date -u '+date      %Y-%m-%d %H:%M UTC'; \

@@ -29,6 +29,7 @@ class EngineConfig:
         kv_tokens: KV capacity over all tiers, in tokens; None: from policy and workload.
         longest_row: tokens of the longest row; None: that of the workload.
         max_model_len: most tokens of a prompt and its completion; None: the model's context.
+        past_context: one token more may be generated: it follows from a full context, and is never computed itself.
         device: ``auto``, ``cuda`` or ``cpu``.
         dtype: compute dtype, a name or a `torch.dtype`; ``auto`` is the checkpoint's.
         gpu_mem, cpu_mem, nvme_mem: budgets in GiB; None: what the machine has.
@@ -61,6 +62,7 @@ class EngineConfig:
     kv_tokens: int | None = None
     longest_row: int | None = None
     max_model_len: int | None = None
+    past_context: bool = False
     device: str = "auto"
     dtype: str = "auto"
     gpu_mem: float | None = None

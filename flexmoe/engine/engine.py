@@ -366,7 +366,7 @@ def _rules(
 ) -> RequestRules:
     return RequestRules(
         vocab_size=model.arch.vocab_size,
-        context=config.max_model_len or model.arch.max_position,
+        context=(config.max_model_len or model.arch.max_position) + config.past_context,
         largest_row_tokens=plan.largest_row_tokens,
         default_max_tokens=config.gen_len,
         eos_ids=frozenset(config.eos_ids),

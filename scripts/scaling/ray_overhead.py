@@ -1,0 +1,156 @@
+"""What Ray costs: the same rows through `LLM.generate` and through `flexmoe.ray.generate` with one actor, in turn.
+
+    python -m scripts.scaling.ray_overhead [--size demo] [--rows 2000] [-o benchmarks/scaling.json]
+
+Both run with one policy and give the same tokens. The run without Ray is the limit of the one with it. Counted is the time from the first row that
+an engine is given to the last row that the caller has; the start of Ray and of the actor is printed beside it. The best of the rounds counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+import flexmoe.ray
+import flexmoe.ray.dataset
+from flexmoe.llm import LLM
+from flexmoe.params import SamplingParams
+from scripts.benchmark.probes import machine, versions
+from scripts.benchmark.record import Figure, Record, figure_table
+from scripts.make_checkpoint import SIZES, make_checkpoint
+from scripts.support.corpus import corpus_words
+
+#: The run with Ray takes so much longer at most.
+TARGET = 1.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One way, once.
+
+    Args:
+        wall_s: from the first row in to the last row out.
+        start_s: before that.
+        tokens: generated, by row.
+    """
+
+    wall_s: float
+    start_s: float
+    tokens: list[list[int]]
+
+
+class Timed(flexmoe.ray.Generate):
+    """Notes when its first row came."""
+
+    def __init__(self, model: str, *, note: str, **options: Any) -> None:
+        super().__init__(model, **options)
+        self._note = note
+
+    async def __call__(self, batch: Any) -> Any:
+        """As its base."""
+        if not os.path.exists(self._note):
+            Path(self._note).write_text(repr(time.time()))
+        return await super().__call__(batch)
+
+
+def main(argv: list[str]) -> int:
+    """Measure; the exit code is 1 where the target is missed."""
+    args = _parser().parse_args(argv)
+    checkpoint = args.workdir / f"checkpoint-{args.size}"
+    if not (checkpoint / "config.json").exists():
+        make_checkpoint(checkpoint, SIZES[args.size])
+    words, began_s = corpus_words(), time.perf_counter()
+    prompts = [" ".join((words[11 * row % len(words) :] + words)[: args.words]) for row in range(args.rows)]
+    ray.init(include_dashboard=False, log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    flexmoe.ray.dataset.Generate = Timed  # type: ignore[misc]
+    pairs = [(plain(args, checkpoint, prompts), through_ray(args, checkpoint, prompts)) for _ in range(args.rounds)]
+    ray.shutdown()
+    if any(one.tokens != other.tokens for one, other in pairs):
+        raise RuntimeError("the tokens of both runs differ")
+    figures, raw = _figures(args, pairs)
+    print("\n".join(figure_table(figures)))
+    if args.out:
+        about = {"machine": machine(), "versions": versions() | {"ray": ray.__version__}, "model": args.size}
+        about["command"] = shlex.join(["python", "-m", "scripts.scaling.ray_overhead", *argv])
+        Record(args.out, about).add("Ray Data", figures, raw, time.perf_counter() - began_s)
+    return 0 if all(figure.met is not False for figure in figures) else 1
+
+
+def plain(args: argparse.Namespace, checkpoint: Path, prompts: list[str]) -> Run:
+    """Without Ray."""
+    began_s = time.time()
+    with LLM(str(checkpoint), policy=None, device="cpu", dtype=args.dtype, longest_row=512) as llm:
+        first_s = time.time()
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=args.max_tokens, ignore_eos=True), use_tqdm=False)
+        end_s = time.time()
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    return Run(wall_s=end_s - first_s, start_s=first_s - began_s, tokens=tokens)
+
+
+def through_ray(args: argparse.Namespace, checkpoint: Path, prompts: list[str]) -> Run:
+    """With it."""
+    params = {"max_tokens": args.max_tokens, "ignore_eos": True}
+    engine = {"policy": None, "device": "cpu", "dtype": args.dtype, "longest_row": 512}
+    with tempfile.TemporaryDirectory() as notes:
+        note = Path(notes) / "first"
+        began_s = time.time()
+        done = flexmoe.ray.generate(
+            ray.data.from_items([{"row": row, "prompt": prompt} for row, prompt in enumerate(prompts)]),
+            str(checkpoint),
+            rows_in_flight=args.rows_in_flight,
+            batch_size=args.batch_size,
+            arguments={**engine, "sampling_params": params, "note": str(note)},
+            num_cpus=os.cpu_count(),
+        )
+        rows = done.take_all()
+        end_s, first_s = time.time(), float(note.read_text())
+    tokens = {row["row"]: list(row["generated_tokens"]) for row in rows}
+    return Run(wall_s=end_s - first_s, start_s=first_s - began_s, tokens=[tokens[row] for row in range(len(prompts))])
+
+
+def _figures(args: argparse.Namespace, pairs: list[tuple[Run, Run]]) -> tuple[list[Figure], dict[str, Any]]:
+    generated = args.rows * args.max_tokens
+    without, with_ray = (min(run.wall_s for run in runs) for runs in zip(*pairs, strict=True))
+    starts = [min(run.start_s for run in runs) for runs in zip(*pairs, strict=True)]
+    figures = [
+        Figure(
+            what=f"{args.rows} rows of {args.words} words and {args.max_tokens} new tokens, one actor, batches of {args.batch_size}",
+            value=f"{generated / with_ray:.1f} tokens/s",
+            beside=f"without Ray {generated / without:.1f} tokens/s",
+            ratio=with_ray / without,
+            target=TARGET,
+            at_most=True,
+        ),
+        Figure(what="before the first row", value=f"{starts[1]:.1f} s", beside=f"without Ray {starts[0]:.1f} s"),
+    ]
+    walls = [[run.wall_s for run in pair] for pair in pairs]
+    return figures, {"rounds_wall_s": walls, "start_s": starts, "generated_tokens": generated}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m scripts.scaling.ray_overhead", description="What Ray costs.")
+    parser.add_argument("--size", default="demo", choices=SIZES)
+    parser.add_argument("--workdir", type=Path, default=Path("build/scaling"), help="where the checkpoint is kept")
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--words", type=int, default=24, help="of a prompt")
+    parser.add_argument("--max-tokens", type=int, default=16)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rows-in-flight", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("-o", "--out", type=Path, help="write a record")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,21 @@
+"""A tiny checkpoint in float32, and what one run makes of rows."""
+
+import pytest
+import torch
+
+from scripts.checkpoints.shapes import SIZES
+from scripts.make_checkpoint import make_checkpoint
+
+#: Of every engine here; a row has 64 tokens at most.
+OPTIONS = {"policy": None, "device": "cpu", "longest_row": 64}
+
+
+@pytest.fixture(scope="package")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model", SIZES["tiny"], dtype=torch.float32)
+
+
+@pytest.fixture(scope="package")
+def options(tmp_path_factory):
+    """Arguments of every engine."""
+    return {**OPTIONS, "offload_dir": str(tmp_path_factory.mktemp("offload"))}
