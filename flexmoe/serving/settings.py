@@ -28,9 +28,10 @@ class Limits:
         free_disk_bytes: what an upload leaves free on the disk of the data (507).
         open_batches: batches that have not ended (429).
         rows: of one batch (the batch fails).
-        calls: completions that wait or run (429).
+        concurrent_requests: completions that wait or run (429).
         uploads: that run at one time (429).
-        idle_s: seconds that a client may let pass between two pieces of a request (408), and for its headers.
+        idle_s: seconds that a client may let pass between two pieces of a request (408), for its headers (408), and without
+            reading any of its answer (it is hung up on).
     """
 
     upload_bytes: int = 200 * MIB
@@ -39,12 +40,20 @@ class Limits:
     free_disk_bytes: int = 512 * MIB
     open_batches: int = 100
     rows: int = 50_000
-    calls: int = 256
+    concurrent_requests: int = 256
     uploads: int = 32
     idle_s: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("upload_bytes", "body_bytes", "header_bytes", "open_batches", "rows", "calls", "uploads"):
+        for name in (
+            "upload_bytes",
+            "body_bytes",
+            "header_bytes",
+            "open_batches",
+            "rows",
+            "concurrent_requests",
+            "uploads",
+        ):
             check_count(name, getattr(self, name))
         check_count("free_disk_bytes", self.free_disk_bytes, 0)
         check_number("idle_s", self.idle_s)

@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 from flexmoe.batch.options import RunOptions
 from flexmoe.serving.settings import Limits, ServerOptions
@@ -59,6 +60,20 @@ def options_of(models, data_dir, *, limits=None, **values):
     )
     given = {"port": 0, "least_turn_s": 0.0, "checkpoint_interval_s": 0.05} | values
     return ServerOptions(models=tuple(models), run=run, data_dir=data_dir / "data", limits=limits or Limits(), **given)
+
+
+def planned(options, machine, **fixed):
+    """The options of a server that plans its policy, for a machine of the presets.
+
+    Args:
+        machine: a file that is written.
+    """
+    from cost_model import Hardware
+
+    Hardware.preset("cpu").save(machine)
+    budgets = {"gpu_mem": 0.004, "cpu_mem": 0.004, "nvme_mem": 0.1}
+    run = replace(options.run, percent=None, gpu_batch_size=None, hardware=machine, **budgets)
+    return replace(options, run=replace(run, **fixed))
 
 
 class Running:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from flexmoe.errors import StorageError
@@ -21,6 +21,8 @@ from flexmoe.serving.store.files import StoredFile, Upload
 PURPOSES = ("batch", "user_data", "assistants", "fine-tune", "vision", "evals")
 _LEAST_EXPIRY_S, _MOST_EXPIRY_S = 3600, 30 * 86400
 _CHUNK_BYTES = 256 << 10
+#: So many are listed at once; more are left to another thread, as they take a while.
+_FEW_LISTED = 100
 _FORM = described(
     {
         "required": ["file", "purpose"],
@@ -95,24 +97,32 @@ def expiry_s(given: Any, param: str) -> int:
     return seconds
 
 
-def page(
+async def page(
     context: Served,
     after: str | None = None,
     limit: int = Query(default=10_000, ge=1, le=10_000),
     order: str = Query(default="desc", pattern="^(asc|desc)$"),
     purpose: str | None = None,
-) -> dict[str, Any]:
+) -> JSONResponse:
     """Files, the newest first."""
-    last = None if after is None else _file(context, after, "after")
-    files, more = context.files.page(limit, last, purpose, ascending=order == "asc")
-    return listed([file_object(file) for file in files], more=more)
+
+    def answer() -> JSONResponse:
+        last = None if after is None else _file(context, after, "after")
+        files, more = context.files.page(limit, last, purpose, ascending=order == "asc")
+        return JSONResponse(listed([file_object(file) for file in files], more=more))
+
+    return answer() if limit <= _FEW_LISTED else await run_in_threadpool(answer)
 
 
-def get(context: Served, file_id: str) -> dict[str, Any]:
+async def get(context: Served, file_id: str) -> JSONResponse:
     """One file."""
     file = context.files.get(file_id)
     if file is not None:
-        return file_object(file)
+        return JSONResponse(file_object(file))
+    return JSONResponse(await run_in_threadpool(_unfinished_file, context, file_id))
+
+
+def _unfinished_file(context: Context, file_id: str) -> dict[str, Any]:
     batch, failed = _unfinished(context, file_id)
     size, _ = _lines(context, batch, failed=failed)
     name = f"{batch.id}_{'error' if failed else 'output'}.jsonl"

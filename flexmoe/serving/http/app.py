@@ -34,6 +34,7 @@ def make_app(context: Context) -> ASGIApp:
     app.state.context = context
     app.state.upload_slots = files.upload_slots()
     app.state.metrics = stats.Metrics(context)
+    app.state.performance = stats.PerformanceReport(context)
     for part in (files, batches, completions, models, stats, page):
         app.include_router(part.router())
     app.add_exception_handler(ApiError, _api_error)

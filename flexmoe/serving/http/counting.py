@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _ID = re.compile(r"/(file-|batch_)[^/]*")
 _ROUTES = re.compile(
-    r"/|/page\.(css|js)|/health|/ready|/metrics|/openapi\.json|/v1/(files|batches|models)(/.*)?|/v1/(chat/)?completions|/v1/stats/\w+"
+    r"/|/page\.(css|js)|/engine\.js|/health|/ready|/metrics|/openapi\.json|/v1/(files|batches|models)(/.*)?|/v1/(chat/)?completions|/v1/stats/\w+"
 )
 _METHODS = frozenset({"GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH"})
 

@@ -14,12 +14,13 @@ import uvicorn
 from flexmoe.errors import UsageError
 from flexmoe.serving.endpoints.context import Context
 from flexmoe.serving.http.app import make_app
+from flexmoe.serving.http.priority import put_behind_engine
 from flexmoe.serving.http.protocol import timed_protocol
 from flexmoe.serving.settings import ServerOptions
 from flexmoe.serving.store.batches import BatchStore
 from flexmoe.serving.store.database import Database
 from flexmoe.serving.store.files import FileStore
-from flexmoe.serving.work.asking import Asker
+from flexmoe.serving.work.completion_codec import CompletionCodec
 from flexmoe.serving.work.engine_thread import EngineThread
 from flexmoe.serving.work.lifecycle import Lifecycle
 from flexmoe.serving.work.models import ServedModels
@@ -51,11 +52,11 @@ def parts(options: ServerOptions) -> Iterator[Context]:
         lock = Lock(options.data_dir / "lock")
         stack.callback(lock.release)
         models = ServedModels(options)
-        asker = Asker(models)
+        codec = CompletionCodec(models)
         database = Database(options.data_dir / "server.sqlite")
         stack.callback(database.close)
         files, batches = FileStore(database, options.data_dir), BatchStore(database)
-        work_queue, stats = WorkQueue(options.limits.calls), EngineStats()
+        work_queue, stats = WorkQueue(options.limits.concurrent_requests), EngineStats()
         lifecycle = Lifecycle(options.data_dir, batches, files, models, work_queue, options.limits)
         stack.callback(lifecycle.close)
         engine = EngineThread(options, models, work_queue, lifecycle, stats)
@@ -72,7 +73,7 @@ def parts(options: ServerOptions) -> Iterator[Context]:
             lifecycle=lifecycle,
             engine=engine,
             stats=stats,
-            asker=asker,
+            codec=codec,
         )
 
 
@@ -99,6 +100,7 @@ def serve(options: ServerOptions, listening: Callable[[str], None] = lambda url:
         FlexMoEError: as `parts`; or the address cannot be used.
     """
     with contextlib.closing(bound(options)) as listener, parts(options) as context:
+        put_behind_engine()
         listening(address(listener))
         http_server(context).run(sockets=[listener])
 
