@@ -42,6 +42,7 @@ def fuzz(url: str, examples: int) -> dict[str, Any]:
     """So many requests of each kind for each endpoint: what they were answered, and the faults."""
     import schemathesis
     from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis.errors import Unsatisfiable
     from schemathesis import GenerationMode
 
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
@@ -61,7 +62,7 @@ def fuzz(url: str, examples: int) -> dict[str, Any]:
             send = _sender(url, name, statuses.setdefault(name, Counter()), faults)
             try:
                 limited(given(case=operation.as_strategy(mode))(send))()
-            except SkipTest:  # nothing of this endpoint can be wrong
+            except (SkipTest, Unsatisfiable):  # nothing of this endpoint can be wrong
                 continue
     return {
         "schemathesis": version("schemathesis"),

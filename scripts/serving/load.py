@@ -112,7 +112,7 @@ def _own_cpu_s() -> float:
 def table(record: dict[str, Any]) -> str:
     """The record for people."""
     asked, held, latency, runs = record["asked"], record["held_mb"], record["latency_ms"], record["runs"]
-    seconds = [f"{name} {run['wall_s']:.1f} s ({run['server_cpu_s']:.0f} CPU-s)" for name, run in runs.items()]
+    seconds = [f"{name} {run['wall_s']:.1f} s ({run['server_cpu_s']:.1f} CPU-s)" for name, run in runs.items()]
     pace = f"spread over {asked['seconds']:.0f} s" if asked["seconds"] else "as fast as they go"
     lines = [
         "# The server under load",
@@ -131,7 +131,7 @@ def table(record: dict[str, Any]) -> str:
         f"{held['first_half']:.0f} MB and {held['second_half']:.0f} MB on average in the halves of the load, "
         f"{held['after']:.0f} MB after |",
         f"| the load | {record['load_s']:.1f} s{', longer than the batch' if record['load_outlasted_batch'] else ''}; "
-        f"the clients themselves took {record['clients_cpu_s']:.0f} CPU-s |",
+        f"the clients themselves took {record['clients_cpu_s']:.1f} CPU-s |",
         f"| the batch | {'; '.join(seconds)} |",
         f"| with the load | {record['slower_percent']:+.1f} % |",
     ]

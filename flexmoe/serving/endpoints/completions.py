@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
+from flexmoe.openai.batch_line import ALIASES, ROLES
 from flexmoe.openai.fields import FLAGS, INTEGERS, LIMITS, NUMBERS
 from flexmoe.serving.endpoints.bodies import described, read_object
 from flexmoe.serving.endpoints.context import Context, context_of
@@ -32,8 +33,13 @@ _FIELDS: dict[str, Any] = {
     "stop": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
     "logit_bias": {"type": "object", "additionalProperties": {"type": "number"}},
 }
+_MESSAGE: dict[str, Any] = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {"role": {"type": "string", "enum": [*ROLES, *ALIASES]}, "content": {"type": "string"}},
+}
 _PROMPTS: dict[str, Any] = {
-    "/v1/chat/completions": {"messages": {"type": "array", "items": {"type": "object"}}},
+    "/v1/chat/completions": {"messages": {"type": "array", "minItems": 1, "items": _MESSAGE}},
     "/v1/completions": {"prompt": {"anyOf": [{"type": "string"}, {"type": "array"}]}},
 }
 

@@ -9,8 +9,8 @@ import threading
 #: The interpreter's lock is given up at least this often by a thread that computes in Python while another one wants it.
 #: Python's own 5 ms are as long as many of the engine's waits together.
 _SWITCH_S = 0.0005
-#: Added to the niceness of a thread that answers clients: where cores are short, it gets a tenth of what the engine gets.
-_NICER, _MOST_NICE = 10, 19
+#: The lowest priority: where cores are short, a thread that answers clients gets what the engine leaves, and 1.5 % of a core.
+_NICEST = 19
 
 
 def put_behind_engine() -> None:
@@ -20,6 +20,4 @@ def put_behind_engine() -> None:
     """
     sys.setswitchinterval(_SWITCH_S)
     if sys.platform == "linux":
-        thread = threading.get_native_id()
-        now = os.getpriority(os.PRIO_PROCESS, thread)
-        os.setpriority(os.PRIO_PROCESS, thread, min(_MOST_NICE, now + _NICER))
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICEST)

@@ -99,11 +99,10 @@ function rowOf(batch) {
   return row;
 }
 
-// On average since the batch began; null before that.
+// Rows that completed, on average since the batch began; null before that.
 function rowsPerSecond(batch) {
   const ended = batch.completed_at ?? batch.cancelled_at ?? batch.expired_at ?? batch.failed_at;
-  const { completed, failed } = batch.request_counts;
-  return batch.in_progress_at ? (completed + failed) / Math.max(1, (ended ?? Date.now() / 1000) - batch.in_progress_at) : null;
+  return batch.in_progress_at ? batch.request_counts.completed / Math.max(1, (ended ?? Date.now() / 1000) - batch.in_progress_at) : null;
 }
 
 function fill(row, batch) {

@@ -47,11 +47,12 @@ def test_a_given_policy_comes_without_advice(server, client):
     assert model["advice"] == [] and not model["planned"]
 
 
+@pytest.mark.slow
 def test_the_planners_advice_is_told_where_the_policy_is_its_own(tiny_server_model, tmp_path):
-    options = planned(options_of([tiny_server_model], tmp_path), tmp_path / "machine.json")
+    options = planned(options_of([tiny_server_model], tmp_path), tmp_path / "machine.json", gpu_batch_size=8, num_gpu_batches=2)
     with running(options) as server:
         httpx.post(f"{server.url}/v1/models/switch", json={"model": "tiny"})
-        found = told(server, lambda found: found["model"] is not None and found["model"]["advice"] is not None)
+        found = told(server, lambda found: found["model"] is not None and found["model"]["advice"] is not None, 120)
         assert found["model"]["planned"] and found["model"]["predicted"]["lanes"]
         advice = found["model"]["advice"]
         assert advice and all(": " in each and ("%" in each or "x" in each) for each in advice)
