@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from flexmoe.system.machine import cpu_name, usable_cores
 from scripts.serving.clients import Clients
-from scripts.serving.processes import Watch, cpu_s
+from scripts.serving.processes import Watch, children, cpu_s
 from scripts.serving.timed_batch import TimedBatch
 
 
@@ -69,15 +69,16 @@ async def _measure(args: argparse.Namespace, host: str, port: int, process: int)
     batch = TimedBatch(host, port, args.max_tokens)
     clients = Clients(host, port, seconds=args.seconds)
     await batch.run(20)  # loads the model
-    runs = [await _run(batch, args.rows, process)]
-    async with Watch(process) as watch:
+    [gateway] = children(process)
+    runs = [await _run(batch, args.rows, process, gateway)]
+    async with Watch(process, gateway) as watch:
         own_s = _own_cpu_s()
         load = asyncio.create_task(clients.run(args.clients, args.requests, args.uploads, args.upload_mb))
-        runs.append(await _run(batch, args.rows, process))
+        runs.append(await _run(batch, args.rows, process, gateway))
         own_s, unfinished = _own_cpu_s() - own_s, not load.done()
         await load
         watch.note()
-    runs.append(await _run(batch, args.rows, process))
+    runs.append(await _run(batch, args.rows, process, gateway))
     alone_s = (runs[0]["wall_s"] + runs[2]["wall_s"]) / 2
     return {
         "machine": {"cpu": cpu_name(), "cores": usable_cores()},
@@ -97,11 +98,15 @@ async def _measure(args: argparse.Namespace, host: str, port: int, process: int)
     }
 
 
-async def _run(batch: TimedBatch, rows: int, process: int) -> dict[str, float]:
-    """Runs the batch once: seconds by the clock, and of the processor in the server."""
-    began_s = cpu_s(process)
+async def _run(batch: TimedBatch, rows: int, engine: int, gateway: int) -> dict[str, float]:
+    """Runs the batch once: seconds by the clock, and of the processor in both processes of the server."""
+    before_s = cpu_s(engine), cpu_s(gateway)
     wall_s = await batch.run(rows)
-    return {"wall_s": wall_s, "server_cpu_s": cpu_s(process) - began_s}
+    return {
+        "wall_s": wall_s,
+        "engine_cpu_s": cpu_s(engine) - before_s[0],
+        "gateway_cpu_s": cpu_s(gateway) - before_s[1],
+    }
 
 
 def _own_cpu_s() -> float:
@@ -112,7 +117,10 @@ def _own_cpu_s() -> float:
 def table(record: dict[str, Any]) -> str:
     """The record for people."""
     asked, held, latency, runs = record["asked"], record["held_mb"], record["latency_ms"], record["runs"]
-    seconds = [f"{name} {run['wall_s']:.1f} s ({run['server_cpu_s']:.1f} CPU-s)" for name, run in runs.items()]
+    seconds = [
+        f"{name} {run['wall_s']:.1f} s ({run['engine_cpu_s']:.1f} CPU-s of the engine's process, {run['gateway_cpu_s']:.1f} of the gateway's)"
+        for name, run in runs.items()
+    ]
     pace = f"spread over {asked['seconds']:.0f} s" if asked["seconds"] else "as fast as they go"
     lines = [
         "# The server under load",
@@ -127,7 +135,7 @@ def table(record: dict[str, Any]) -> str:
         f"| errors other than 429 | {record['errors'] or 'none'} |",
         f"| answers | {', '.join(f'{name}: {count}' for name, count in record['statuses'].items())} |",
         f"| small requests | median {latency['p50']:.0f} ms, 99 % within {latency['p99']:.0f} ms |",
-        f"| memory of the server | {held['before']:.0f} MB before, {held['most']:.0f} MB at most, "
+        f"| memory of both processes | {held['before']:.0f} MB before, {held['most']:.0f} MB at most, "
         f"{held['first_half']:.0f} MB and {held['second_half']:.0f} MB on average in the halves of the load, "
         f"{held['after']:.0f} MB after |",
         f"| the load | {record['load_s']:.1f} s{', longer than the batch' if record['load_outlasted_batch'] else ''}; "

@@ -1,4 +1,4 @@
-"""What another process takes of the processor and of memory, as Linux tells it."""
+"""What other processes take of the processor and of memory, as Linux tells it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from pathlib import Path
 from statistics import fmean
 
 _LOOK_S = 0.25
+
+
+def children(process: int) -> list[int]:
+    """The processes that it has started."""
+    return [int(each) for each in Path(f"/proc/{process}/task/{process}/children").read_text(encoding="ascii").split()]
 
 
 def cpu_s(process: int) -> float:
@@ -24,15 +29,16 @@ def held_bytes(process: int) -> int:
 
 
 class Watch:
-    """Notes the memory of a process as long as it is entered.
+    """Notes the memory of processes, together, as long as it is entered.
 
     Args:
-        process: its id.
+        processes: their ids.
     """
 
-    def __init__(self, process: int) -> None:
-        self._process = process
-        self._held = [held_bytes(process)]
+    def __init__(self, *processes: int) -> None:
+        self._processes = processes
+        self._held: list[int] = []
+        self.note()
 
     async def __aenter__(self) -> Watch:
         self._task = asyncio.create_task(self._watch())
@@ -45,7 +51,7 @@ class Watch:
 
     def note(self) -> None:
         """Notes it now."""
-        self._held.append(held_bytes(self._process))
+        self._held.append(sum(map(held_bytes, self._processes)))
 
     def held_mb(self) -> dict[str, float]:
         """Before, after, at most, and the means of both halves."""

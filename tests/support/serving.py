@@ -96,17 +96,16 @@ class Running:
 
 @contextlib.contextmanager
 def running(options):
-    """The server of some options, in this process."""
-    from flexmoe.serving.http.server import address, bound, http_server, parts
+    """The server of some options: its engine in this process, and the process that clients talk to."""
+    from flexmoe.serving.http.server import serving
 
-    with contextlib.closing(bound(options)) as listener, parts(options) as context:
-        server = http_server(context)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    with serving(options) as found:
+        thread = threading.Thread(target=found.run, daemon=True)
         thread.start()
         try:
-            yield Running(address(listener).rstrip("/"), context)
+            yield Running(found.url.rstrip("/"), found.context)
         finally:
-            server.should_exit = True
+            found.server.should_exit = True
             thread.join(20)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexmoe.outputs import RequestOutput
-from flexmoe.serving.work.completion_codec import CompletionRequest, CompletionCodec, Text
+from flexmoe.serving.work.completion_codec import CompletionCodec, CompletionRequest, Text
 from flexmoe.serving.work.online_requests import OnlineRequest
 
 

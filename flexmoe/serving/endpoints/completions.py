@@ -14,8 +14,8 @@ from starlette.concurrency import run_in_threadpool
 from flexmoe.openai.batch_line import ALIASES, ROLES
 from flexmoe.openai.fields import FLAGS, INTEGERS, LIMITS, NUMBERS
 from flexmoe.serving.endpoints.bodies import described, read_object
-from flexmoe.serving.endpoints.context import Context, context_of
 from flexmoe.serving.endpoints.chunks import ChunkStream
+from flexmoe.serving.endpoints.context import Context, context_of
 from flexmoe.serving.errors import ApiError, busy
 from flexmoe.serving.work.completion_codec import CompletionRequest
 from flexmoe.serving.work.online_requests import OnlineRequest

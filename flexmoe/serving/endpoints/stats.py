@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
@@ -22,16 +22,11 @@ class Metrics(Collector):
 
     Args:
         context: of the server.
-
-    Attributes:
-        requests: answers by method, route and status.
     """
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self.registry = CollectorRegistry(auto_describe=False)
-        names = ("method", "route", "status")
-        self.requests = Counter("flexmoe_http_requests", "answers that were sent", names, registry=self.registry)
         self.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:

@@ -17,7 +17,7 @@ from urllib.parse import SplitResult, urlsplit
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flexmoe.serving.errors import ApiError, too_large
-from flexmoe.serving.settings import ServerOptions, is_loopback
+from flexmoe.serving.limits import Limits, is_loopback
 
 UPLOAD_PATH = "/v1/files"
 #: What everybody may ask: whether the server lives, and the page, in which nothing of anybody is.
@@ -47,12 +47,13 @@ class Guard:
     """An ASGI application around another one.
 
     Args:
-        app: the endpoints.
-        options: of the server.
+        app: what answers.
+        limits: of the server.
+        api_key: that clients have to give; None: they need none.
     """
 
-    def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
-        self._app, self._limits, self._options = app, options.limits, options
+    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None) -> None:
+        self._app, self._limits, self._api_key = app, limits, api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
@@ -96,7 +97,7 @@ class Guard:
     def _check_place(self, method: str, headers: Mapping[str, str]) -> None:
         host = headers.get("host", "")
         name = _split(f"//{host}").hostname or ""
-        if self._options.api_key is None and not is_loopback(name):
+        if self._api_key is None and not is_loopback(name):
             raise ApiError(421, f"this server is not {host[:80]!r}; ask for localhost", code="wrong_host")
         origin = headers.get("origin")
         if method in _READING or (origin is None and headers.get("sec-fetch-site") in (None, "same-origin", "none")):
@@ -105,7 +106,7 @@ class Guard:
             raise ApiError(403, "pages of other sites may change nothing here", code="cross_origin")
 
     def _check_key(self, headers: Mapping[str, str]) -> None:
-        key = self._options.api_key
+        key = self._api_key
         if key is None:
             return
         kind, _, given = headers.get("authorization", "").partition(" ")

@@ -120,22 +120,21 @@ class FileStore:
         """Free on the disk of the files."""
         return shutil.disk_usage(self._files).free
 
-    def upload(self) -> Upload:
-        """A place for the bytes of a new file.
+    @property
+    def uploads(self) -> Path:
+        """The directory of uploads."""
+        return self._uploads
 
-        Raises:
-            StorageError: there is none.
-        """
-        return Upload(self._uploads / secrets.token_hex(12))
-
-    def keep(self, upload: Upload, filename: str, purpose: str, now_s: int, expires_s: int | None) -> StoredFile:
+    def keep(self, upload: str, filename: str, purpose: str, now_s: int, expires_s: int | None) -> StoredFile:
         """Makes a file of an upload, durably.
+
+        Args:
+            upload: its name in the directory of uploads; it has been synchronized.
 
         Raises:
             StorageError: the disk is full, or failed; there is no file then.
         """
-        upload.sync()
-        return self.adopt(new_id("file-"), upload.path, filename, purpose, now_s, expires_s)
+        return self.adopt(new_id("file-"), self._uploads / Path(upload).name, filename, purpose, now_s, expires_s)
 
     def adopt(
         self, file_id: str, path: Path, filename: str, purpose: str, now_s: int, expires_s: int | None

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from flexmoe.batch.failures import as_user_errors
 from flexmoe.errors import FlexMoEError
 from flexmoe.serving.settings import ServerOptions
-from flexmoe.serving.work.online_requests import RequestFailure
 from flexmoe.serving.work.lifecycle import Lifecycle
 from flexmoe.serving.work.models import Loaded, ServedModels, load
+from flexmoe.serving.work.online_requests import RequestFailure
 from flexmoe.serving.work.session import Session
 from flexmoe.serving.work.stats import EngineStats
 from flexmoe.serving.work.work_queue import WorkQueue

@@ -11,9 +11,9 @@ from flexmoe.errors import FlexMoEError, StorageError
 from flexmoe.outputs import RequestOutput
 from flexmoe.params import EngineRequest, InFlight
 from flexmoe.serving.work.batch_run import BatchRun, key_of
-from flexmoe.serving.work.online_requests import OnlineRequest, RequestFailure
 from flexmoe.serving.work.lifecycle import Lifecycle
 from flexmoe.serving.work.models import Loaded
+from flexmoe.serving.work.online_requests import OnlineRequest, RequestFailure
 from flexmoe.serving.work.work_queue import View, WorkQueue
 
 log = logging.getLogger(__name__)

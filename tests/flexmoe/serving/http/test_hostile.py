@@ -358,6 +358,18 @@ def test_too_many_batches_rows_and_requests_are_busy(strict):
         assert all(wait_for(client, batch).status == "cancelled" for batch in running_ones)
 
 
+@pytest.mark.parametrize("data", [b"\n" * 150_000, b"{}\n" * 60_000], ids=["blank lines", "short lines"])
+def test_a_file_of_many_lines_is_not_read_line_by_line(strict, data):
+    from flexmoe.inputs.request_file import RequestFile
+
+    with pytest.MonkeyPatch.context() as patch, strict.client() as client:
+        patch.setattr(RequestFile, "open", lambda *_, **__: pytest.fail("the file is read"))
+        file = client.files.create(file=("in.jsonl", data), purpose="batch")
+        batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+        failed = wait_for(client, batch)
+    assert [fault.code for fault in failed.errors.data] == ["too_many_requests"]
+
+
 def test_too_many_uploads_at_one_time_are_busy(web, strict):
     head = "POST /v1/files HTTP/1.1\r\nhost: localhost\r\ncontent-type: multipart/form-data; boundary=x\r\ncontent-length: 5000\r\n\r\n--x"
     with contextlib.ExitStack() as stack:
@@ -371,9 +383,10 @@ def test_too_many_uploads_at_one_time_are_busy(web, strict):
     assert code(answer) == (429, "busy") and int(answer.headers["retry-after"]) > 0
 
 
-def test_a_full_disk_is_said(strict, web, monkeypatch):
-    monkeypatch.setattr(strict.context.files, "free_bytes", lambda: 1000)
-    answer = web.post("/v1/files", files={"file": ("a", b"x")}, data=FORM)
+def test_a_full_disk_is_said(tiny_server_model, tmp_path):
+    options = options_of([tiny_server_model], tmp_path, limits=Limits(free_disk_bytes=1 << 60))
+    with running(options) as server:
+        answer = httpx.post(f"{server.url}/v1/files", files={"file": ("a", b"x")}, data=FORM)
     assert code(answer) == (507, "disk_full")
 
 

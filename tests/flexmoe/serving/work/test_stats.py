@@ -49,7 +49,9 @@ def test_a_given_policy_comes_without_advice(server, client):
 
 @pytest.mark.slow
 def test_the_planners_advice_is_told_where_the_policy_is_its_own(tiny_server_model, tmp_path):
-    options = planned(options_of([tiny_server_model], tmp_path), tmp_path / "machine.json", gpu_batch_size=8, num_gpu_batches=2)
+    options = planned(
+        options_of([tiny_server_model], tmp_path), tmp_path / "machine.json", gpu_batch_size=8, num_gpu_batches=2
+    )
     with running(options) as server:
         httpx.post(f"{server.url}/v1/models/switch", json={"model": "tiny"})
         found = told(server, lambda found: found["model"] is not None and found["model"]["advice"] is not None, 120)
