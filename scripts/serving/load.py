@@ -1,8 +1,8 @@
 """Many clients at once beside a batch: what is refused, whether memory grows, and how much slower the batch becomes.
 
 ``python -m scripts.serving.load --model DIR [-o benchmarks/server-load.json]`` starts a server of its own and runs the same batch
-three times: alone, while 200 clients send 10,000 small requests and 100 uploads of 50 MB, and alone again. Every answer is counted.
-The clients run on the same machine, at the lowest priority: elsewhere they would not take the server's cores at all.
+again and again: alone, then while 200 clients send 10,000 small requests and 100 uploads of 50 MB, then alone again, and so on. Every
+answer is counted. The clients run on the same machine, at the lowest priority: elsewhere they would not take the server's cores at all.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=0.0, help="spread the requests over so long (default 0: as fast as they go)"
     )
+    parser.add_argument("--repeats", type=int, default=1, help="runs with the load, between runs without (default 1)")
     parser.add_argument("-o", "--output", type=Path, help="write a record")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="flexmoe-load-") as home:
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
-    """The three runs on one server."""
+    """All runs on one server."""
     flags = ["--models", str(args.model), "--port", "0", "--data-dir", str(home / "data"), "--offload-dir", str(home)]
     flags += ["--percent", "100", "0", "100", "0", "100", "0", "--keep-free", "0"]
     command = [sys.executable, "-m", "flexmoe.serve", *flags]
@@ -70,26 +72,29 @@ async def _measure(args: argparse.Namespace, host: str, port: int, process: int)
     clients = Clients(host, port, seconds=args.seconds)
     await batch.run(20)  # loads the model
     [gateway] = children(process)
-    runs = [await _run(batch, args.rows, process, gateway)]
-    async with Watch(process, gateway) as watch:
-        own_s = _own_cpu_s()
-        load = asyncio.create_task(clients.run(args.clients, args.requests, args.uploads, args.upload_mb))
-        runs.append(await _run(batch, args.rows, process, gateway))
-        own_s, unfinished = _own_cpu_s() - own_s, not load.done()
-        await load
-        watch.note()
-    runs.append(await _run(batch, args.rows, process, gateway))
-    alone_s = (runs[0]["wall_s"] + runs[2]["wall_s"]) / 2
+    watch, own_s, outlasted = Watch(process, gateway), 0.0, False
+    alone, loaded = [await _run(batch, args.rows, process, gateway)], []
+    for _ in range(args.repeats):
+        began_s = _own_cpu_s()
+        async with watch:
+            load = asyncio.create_task(clients.run(args.clients, args.requests, args.uploads, args.upload_mb))
+            loaded.append(await _run(batch, args.rows, process, gateway))
+            own_s, outlasted = own_s + _own_cpu_s() - began_s, outlasted or not load.done()
+            await load
+        alone.append(await _run(batch, args.rows, process, gateway))
+    watch.note()
+    means_s = {name: fmean(run["wall_s"] for run in runs) for name, runs in (("alone", alone), ("loaded", loaded))}
     return {
         "machine": {"cpu": cpu_name(), "cores": usable_cores()},
         "asked": {
             name: getattr(args, name)
-            for name in ("clients", "requests", "uploads", "upload_mb", "rows", "max_tokens", "seconds")
+            for name in ("clients", "requests", "uploads", "upload_mb", "rows", "max_tokens", "seconds", "repeats")
         },
-        "runs": dict(zip(("alone", "loaded", "alone again"), runs)),
-        "slower_percent": 100 * (runs[1]["wall_s"] / alone_s - 1),
+        "alone": alone,
+        "loaded": loaded,
+        "slower_percent": 100 * (means_s["loaded"] / means_s["alone"] - 1),
         "load_s": clients.wall_s,
-        "load_outlasted_batch": unfinished,
+        "load_outlasted_batch": outlasted,
         "clients_cpu_s": own_s,
         "statuses": dict(sorted(clients.statuses.items())),
         "errors": dict(clients.errors) | ({} if batch.completed else {"batch: not complete": 1}),
@@ -116,19 +121,15 @@ def _own_cpu_s() -> float:
 
 def table(record: dict[str, Any]) -> str:
     """The record for people."""
-    asked, held, latency, runs = record["asked"], record["held_mb"], record["latency_ms"], record["runs"]
-    seconds = [
-        f"{name} {run['wall_s']:.1f} s ({run['engine_cpu_s']:.1f} CPU-s of the engine's process, {run['gateway_cpu_s']:.1f} of the gateway's)"
-        for name, run in runs.items()
-    ]
+    asked, held, latency = record["asked"], record["held_mb"], record["latency_ms"]
     pace = f"spread over {asked['seconds']:.0f} s" if asked["seconds"] else "as fast as they go"
     lines = [
         "# The server under load",
         "",
         f"`python -m scripts.serving.load` on {record['machine']['cores']} cores of {record['machine']['cpu']}, clients included: "
         f"{asked['clients']} clients, {asked['requests']} small requests and {asked['uploads']} uploads of {asked['upload_mb']} MB, "
-        f"{pace}, beside a batch of {asked['rows']} rows with {asked['max_tokens']} tokens each. Target: no error but 429, memory "
-        "flat, the batch at most 5 % slower.",
+        f"{pace}, beside a batch of {asked['rows']} rows with {asked['max_tokens']} tokens each. {asked['repeats']} runs with the load are "
+        "between runs without, on one server. Target: no error but 429, memory flat, the batch at most 5 % slower.",
         "",
         "| what | measured |",
         "|---|---|",
@@ -140,10 +141,17 @@ def table(record: dict[str, Any]) -> str:
         f"{held['after']:.0f} MB after |",
         f"| the load | {record['load_s']:.1f} s{', longer than the batch' if record['load_outlasted_batch'] else ''}; "
         f"the clients themselves took {record['clients_cpu_s']:.1f} CPU-s |",
-        f"| the batch | {'; '.join(seconds)} |",
-        f"| with the load | {record['slower_percent']:+.1f} % |",
+        f"| the batch alone | {_seconds(record['alone'])} |",
+        f"| the batch with the load | {_seconds(record['loaded'])} |",
+        f"| slower, by the means | {record['slower_percent']:+.1f} % |",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _seconds(runs: list[dict[str, float]]) -> str:
+    engine, gateway = (", ".join(f"{run[name]:.0f}" for run in runs) for name in ("engine_cpu_s", "gateway_cpu_s"))
+    walls = ", ".join(f"{run['wall_s']:.1f} s" for run in runs)
+    return f"{walls} (CPU-s of the engine's process: {engine}; of the gateway's: {gateway})"
 
 
 if __name__ == "__main__":

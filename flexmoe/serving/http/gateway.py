@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +26,6 @@ from flexmoe.serving.http.upstream import Answer, Upstream
 log = logging.getLogger(__name__)
 #: A read is answered again for so long, unless anything is written meanwhile.
 _FRESH_S = 0.25
-_MOST_READS, _MOST_READ_BYTES = 256, 1 << 20
 _FAULT = ApiError(500, "the server has met a fault of its own; its log says which", code="internal")
 _STOPPED = ApiError(503, "the server is starting or stopping; ask again", code="stopping", retry_after_s=2)
 _FULL = ApiError(507, "the disk is full, or failed; look at the server's log", code="storage")
@@ -44,7 +42,7 @@ class Gateway:
 
     def __init__(self, upstream: Upstream, uploads: Uploads, registry: CollectorRegistry) -> None:
         self._upstream, self._uploads, self._registry = upstream, uploads, registry
-        self._reads: dict[tuple[bytes, bytes], tuple[float, asyncio.Task[Answer]]] = {}
+        self._reads: dict[tuple[bytes, bytes], asyncio.Task[Answer]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
@@ -82,17 +80,16 @@ class Gateway:
 
     async def _read(self, scope: Scope) -> Answer:
         """Asks once for all who ask the same within a moment."""
-        target, now_s = (scope["raw_path"], scope["query_string"]), time.monotonic()
-        asked_s, task = self._reads.get(target, (0.0, None))
-        if task is None or now_s - asked_s > _FRESH_S:
-            if len(self._reads) >= _MOST_READS:
-                self._reads.clear()
-            task = asyncio.ensure_future(self._asked(scope))
-            self._reads[target] = now_s, task
-        found = await asyncio.shield(task)
-        if len(found.body) > _MOST_READ_BYTES:
-            self._reads.pop(target, None)
-        return found
+        target = scope["raw_path"], scope["query_string"]
+        task = self._reads.get(target)
+        if task is None:
+            task = self._reads[target] = asyncio.ensure_future(self._asked(scope))
+            asyncio.get_running_loop().call_later(_FRESH_S, self._forget, target, task)
+        return await asyncio.shield(task)
+
+    def _forget(self, target: tuple[bytes, bytes], task: asyncio.Task[Answer]) -> None:
+        if self._reads.get(target) is task:
+            del self._reads[target]
 
     async def _asked(self, scope: Scope) -> Answer:
         found = await self._upstream.read(scope)

@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -74,3 +76,9 @@ def test_the_server_ends_where_the_gateway_does(tiny_server_model, tmp_path):
         os.kill(found.gateway.process_id, signal.SIGKILL)
         thread.join(20)
     assert not thread.is_alive() and failed and "-9" in failed[0]
+
+
+def test_the_process_that_clients_talk_to_loads_no_model_library():
+    code = "import sys, flexmoe.serving.http.gateway_process; print(*{'torch', 'numpy', 'transformers'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert not done.stdout.split()
