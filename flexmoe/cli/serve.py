@@ -155,7 +155,11 @@ def _limit_flags(p: argparse.ArgumentParser) -> None:
     )
     g.add_argument("--max-rows", type=count, dest="rows", metavar="N", help="rows of a batch (default 50000)")
     g.add_argument(
-        "--max-calls", type=count, dest="calls", metavar="N", help="completions that wait or run (default 256)"
+        "--max-concurrent-requests",
+        type=count,
+        dest="concurrent_requests",
+        metavar="N",
+        help="completions that wait or run (default 256)",
     )
     g.add_argument(
         "--idle-timeout", type=seconds, dest="idle_s", metavar="S", help="seconds that a request may pause (default 30)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
@@ -140,6 +141,10 @@ class Engine:
         """
         states = (state for state in self._requests if wanted is None or wanted(state.request.request_id))
         return [sample for state in states for sample in state.in_flight()]
+
+    def rows_in_flight(self) -> Counter[str]:
+        """How many rows each request has in flight, by its id; requests without one are left out."""
+        return Counter(row.request.request_id for row in self.scheduler.running)
 
     def step(self) -> list[RequestOutput]:
         """Run one sweep.

@@ -117,6 +117,19 @@ class Forecaster:
             workload=self.workload.to_json(),
         )
 
+    def advice(self, tokens_per_s: float, kv_tokens: int | None = None, fixed: Fixed | None = None) -> tuple[str, ...]:
+        """What would help most, a phrase each, best first: the planner's report has the same. It takes longer than `plan`.
+
+        Args:
+            tokens_per_s: generated tokens per second that are predicted now.
+            kv_tokens, fixed: as for `plan`.
+        """
+        from cost_model import solve
+
+        about = self._about(kv_tokens)
+        found = solve(self.arch, self.hardware, self.workload, fixed=fixed or Fixed(), advice=True, **about)
+        return tuple(each.describe(tokens_per_s) for each in found.explanation.advice)
+
     def predict(self, policy: Policy, kv_tokens: int | None = None, cache_experts: int = 0) -> Simulation:
         """What the job will do under a policy.
 

@@ -1,7 +1,8 @@
 """Many clients at once beside a batch: what is refused, whether memory grows, and how much slower the batch becomes.
 
-``python -m scripts.serving.load --model DIR [-o benchmarks/server.json]`` starts a server of its own, runs a batch alone, then the same
-batch while 200 clients send 10,000 small requests and 100 uploads of 50 MB; every answer is counted.
+``python -m scripts.serving.load --model DIR [-o benchmarks/server-load.json]`` starts a server of its own and runs the same batch
+again and again: alone, then while 200 clients send 10,000 small requests and 100 uploads of 50 MB, then alone again, and so on. Every
+answer is counted. The clients run on the same machine, at the lowest priority: elsewhere they would not take the server's cores at all.
 """
 
 from __future__ import annotations
@@ -10,25 +11,23 @@ import argparse
 import asyncio
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
-import time
-from collections import Counter
-from collections.abc import AsyncIterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+from urllib.parse import urlsplit
 
-import httpx
-
-ENDED = ("completed", "failed", "cancelled", "expired")
-_PIECE = b"x" * (256 << 10)
-#: What small requests ask for, in turn.
-_PATHS = ("/v1/models", "/v1/batches?limit=5", "/v1/files?limit=5", "/health", "/v1/stats/performance")
+from flexmoe.system.machine import cpu_name, usable_cores
+from scripts.serving.clients import Clients
+from scripts.serving.processes import Watch, children, cpu_s
+from scripts.serving.timed_batch import TimedBatch
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run it; the exit code is 1 where a request met an error other than 429."""
+    """Run it; the exit code is 1 where a request met an error other than 429, or the batch did not complete."""
     parser = argparse.ArgumentParser(prog="python -m scripts.serving.load", description="Many clients beside a batch.")
     parser.add_argument("--model", type=Path, required=True, help="a checkpoint that is held in memory")
     parser.add_argument("--clients", type=int, default=200)
@@ -37,6 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--upload-mb", type=int, default=50)
     parser.add_argument("--rows", type=int, default=400, help="of the batch")
     parser.add_argument("--max-tokens", type=int, default=64, help="of each row")
+    parser.add_argument(
+        "--seconds", type=float, default=0.0, help="spread the requests over so long (default 0: as fast as they go)"
+    )
+    parser.add_argument("--repeats", type=int, default=1, help="runs with the load, between runs without (default 1)")
     parser.add_argument("-o", "--output", type=Path, help="write a record")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="flexmoe-load-") as home:
@@ -49,164 +52,106 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
-    """Both runs on one server."""
+    """All runs on one server."""
     flags = ["--models", str(args.model), "--port", "0", "--data-dir", str(home / "data"), "--offload-dir", str(home)]
     flags += ["--percent", "100", "0", "100", "0", "100", "0", "--keep-free", "0"]
     command = [sys.executable, "-m", "flexmoe.serve", *flags]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    os.nice(19)
     try:
         line = server.stdout.readline() if server.stdout is not None else ""
-        url = line.removeprefix("listening on ").strip().rstrip("/")
-        return asyncio.run(Load(args, url, server.pid).measure())
+        url = urlsplit(line.removeprefix("listening on ").strip())
+        return asyncio.run(_measure(args, str(url.hostname), int(url.port or 0), server.pid))
     finally:
         server.terminate()
         server.wait()
 
 
-class Load:
-    """The clients.
+async def _measure(args: argparse.Namespace, host: str, port: int, process: int) -> dict[str, Any]:
+    batch = TimedBatch(host, port, args.max_tokens)
+    clients = Clients(host, port, seconds=args.seconds)
+    await batch.run(20)  # loads the model
+    [gateway] = children(process)
+    watch, own_s, outlasted = Watch(process, gateway), 0.0, False
+    alone, loaded = [await _run(batch, args.rows, process, gateway)], []
+    for _ in range(args.repeats):
+        began_s = _own_cpu_s()
+        async with watch:
+            load = asyncio.create_task(clients.run(args.clients, args.requests, args.uploads, args.upload_mb))
+            loaded.append(await _run(batch, args.rows, process, gateway))
+            own_s, outlasted = own_s + _own_cpu_s() - began_s, outlasted or not load.done()
+            await load
+        alone.append(await _run(batch, args.rows, process, gateway))
+    watch.note()
+    means_s = {name: fmean(run["wall_s"] for run in runs) for name, runs in (("alone", alone), ("loaded", loaded))}
+    return {
+        "machine": {"cpu": cpu_name(), "cores": usable_cores()},
+        "asked": {
+            name: getattr(args, name)
+            for name in ("clients", "requests", "uploads", "upload_mb", "rows", "max_tokens", "seconds", "repeats")
+        },
+        "alone": alone,
+        "loaded": loaded,
+        "slower_percent": 100 * (means_s["loaded"] / means_s["alone"] - 1),
+        "load_s": clients.wall_s,
+        "load_outlasted_batch": outlasted,
+        "clients_cpu_s": own_s,
+        "statuses": dict(sorted(clients.statuses.items())),
+        "errors": dict(clients.errors) | ({} if batch.completed else {"batch: not complete": 1}),
+        "latency_ms": clients.latencies_ms(),
+        "held_mb": watch.held_mb(),
+    }
 
-    Args:
-        args: of the command line.
-        url: of the server.
-        process: its id.
-    """
 
-    def __init__(self, args: argparse.Namespace, url: str, process: int) -> None:
-        self._args, self._url, self._process = args, url, process
-        self.statuses: Counter[str] = Counter()
-        self.errors: Counter[str] = Counter()
-        self.latencies_s: list[float] = []
-        self._bytes: list[int] = []
+async def _run(batch: TimedBatch, rows: int, engine: int, gateway: int) -> dict[str, float]:
+    """Runs the batch once: seconds by the clock, and of the processor in both processes of the server."""
+    before_s = cpu_s(engine), cpu_s(gateway)
+    wall_s = await batch.run(rows)
+    return {
+        "wall_s": wall_s,
+        "engine_cpu_s": cpu_s(engine) - before_s[0],
+        "gateway_cpu_s": cpu_s(gateway) - before_s[1],
+    }
 
-    async def measure(self) -> dict[str, Any]:
-        """The batch alone, and with the load."""
-        limits = httpx.Limits(max_connections=self._args.clients + 50)
-        async with httpx.AsyncClient(base_url=self._url, timeout=120, limits=limits) as client:
-            await self._batch(client, 20)  # loads the model
-            alone_s = await self._batch(client, self._args.rows)
-            began_s, before = time.monotonic(), self._held()
-            loaded = asyncio.create_task(self._batch(client, self._args.rows))
-            await asyncio.gather(*self._clients(client), self._watch(loaded))
-            load_s = time.monotonic() - began_s
-            loaded_s = await loaded
-        latencies = sorted(self.latencies_s)
-        return {
-            "clients": self._args.clients,
-            "requests": self._args.requests,
-            "uploads": self._args.uploads,
-            "upload_mb": self._args.upload_mb,
-            "rows": self._args.rows,
-            "cores": os.cpu_count(),
-            "batch_alone_s": alone_s,
-            "batch_loaded_s": loaded_s,
-            "load_s": load_s,
-            "slower_percent": 100 * (loaded_s / alone_s - 1),
-            "statuses": dict(sorted(self.statuses.items())),
-            "errors": dict(self.errors),
-            "latency_ms": {
-                name: 1e3 * latencies[int(q * (len(latencies) - 1))] for name, q in (("p50", 0.5), ("p99", 0.99))
-            },
-            "held_mb": {"before": before / 1e6, "most": max(self._bytes) / 1e6, "after": self._held() / 1e6},
-        }
 
-    def _clients(self, client: httpx.AsyncClient) -> list[Any]:
-        each = -(-self._args.requests // self._args.clients)
-        small = [self._small(client, number, each) for number in range(self._args.clients)]
-        slots = asyncio.Semaphore(8)
-        return small + [self._upload(client, slots) for _ in range(self._args.uploads)]
-
-    async def _small(self, client: httpx.AsyncClient, number: int, count: int) -> None:
-        for at in range(count):
-            await self._counted("small", client.get(_PATHS[(number + at) % len(_PATHS)]))
-
-    async def _upload(self, client: httpx.AsyncClient, slots: asyncio.Semaphore) -> None:
-        """Sends a file and deletes it; one that is refused as busy is sent again."""
-        async with slots:
-            while True:
-                head = b'--x\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--x\r\n'
-                head += b'content-disposition: form-data; name="file"; filename="a"\r\n\r\n'
-                kind = {"content-type": "multipart/form-data; boundary=x"}
-                answer = await self._counted("upload", client.post("/v1/files", content=self._form(head), headers=kind))
-                if answer is None or answer.status_code != 429:
-                    break
-                await asyncio.sleep(0.2)
-            if answer is not None and answer.status_code == 200:
-                await self._counted("delete", client.delete(f"/v1/files/{answer.json()['id']}"))
-
-    async def _form(self, head: bytes) -> AsyncIterator[bytes]:
-        yield head
-        for _ in range(self._args.upload_mb * 10**6 // len(_PIECE)):
-            yield _PIECE
-        yield b"\r\n--x--\r\n"
-
-    async def _counted(self, what: str, request: Any) -> httpx.Response | None:
-        began_s = time.monotonic()
-        try:
-            answer: httpx.Response = await request
-        except httpx.HTTPError as error:
-            self.errors[f"{what}: {type(error).__name__}"] += 1
-            return None
-        if what == "small":
-            self.latencies_s.append(time.monotonic() - began_s)
-        self.statuses[f"{what} {answer.status_code}"] += 1
-        if answer.status_code >= 400 and answer.status_code != 429:
-            self.errors[f"{what}: {answer.status_code}"] += 1
-        return answer
-
-    async def _watch(self, batch: asyncio.Task[float]) -> None:
-        while not batch.done():
-            self._bytes.append(self._held())
-            await asyncio.sleep(0.2)
-
-    async def _batch(self, client: httpx.AsyncClient, rows: int) -> float:
-        """Runs a batch; returns the seconds between its first row and its end, as the server has them."""
-        body = {
-            "messages": [{"role": "user", "content": "hello world"}],
-            "max_tokens": self._args.max_tokens,
-            "ignore_eos": True,
-        }
-        line = {"method": "POST", "url": "/v1/chat/completions", "body": body}
-        data = "".join(json.dumps({"custom_id": f"r{row}", **line}) + "\n" for row in range(rows))
-        file = (await client.post("/v1/files", files={"file": ("in", data.encode())}, data={"purpose": "batch"})).json()
-        asked = {"input_file_id": file["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}
-        batch = (await client.post("/v1/batches", json=asked)).json()
-        began_s = None
-        while batch["status"] not in ENDED:
-            if began_s is None and batch["status"] == "in_progress":
-                began_s = time.monotonic()
-            await asyncio.sleep(0.05)
-            batch = (await client.get(f"/v1/batches/{batch['id']}")).json()
-        if batch["request_counts"]["completed"] != rows:
-            self.errors["batch: not complete"] += 1
-        return time.monotonic() - (began_s or time.monotonic())
-
-    def _held(self) -> int:
-        pages = Path(f"/proc/{self._process}/statm").read_text(encoding="ascii").split()[1]
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+def _own_cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
 
 
 def table(record: dict[str, Any]) -> str:
     """The record for people."""
-    held, latency = record["held_mb"], record["latency_ms"]
+    asked, held, latency = record["asked"], record["held_mb"], record["latency_ms"]
+    pace = f"spread over {asked['seconds']:.0f} s" if asked["seconds"] else "as fast as they go"
     lines = [
         "# The server under load",
         "",
-        f"`python -m scripts.serving.load`, on {record['cores']} cores, clients included: {record['clients']} clients, "
-        f"{record['requests']} small requests, {record['uploads']} uploads of {record['upload_mb']} MB, beside a batch of "
-        f"{record['rows']} rows. Target: no error but 429, memory flat, the batch at most 5 % slower.",
+        f"`python -m scripts.serving.load` on {record['machine']['cores']} cores of {record['machine']['cpu']}, clients included: "
+        f"{asked['clients']} clients, {asked['requests']} small requests and {asked['uploads']} uploads of {asked['upload_mb']} MB, "
+        f"{pace}, beside a batch of {asked['rows']} rows with {asked['max_tokens']} tokens each. {asked['repeats']} runs with the load are "
+        "between runs without, on one server. Target: no error but 429, memory flat, the batch at most 5 % slower.",
         "",
         "| what | measured |",
         "|---|---|",
         f"| errors other than 429 | {record['errors'] or 'none'} |",
         f"| answers | {', '.join(f'{name}: {count}' for name, count in record['statuses'].items())} |",
         f"| small requests | median {latency['p50']:.0f} ms, 99 % within {latency['p99']:.0f} ms |",
-        f"| memory of the server | {held['before']:.0f} MB before, {held['most']:.0f} MB at most, {held['after']:.0f} MB after |",
-        f"| the load took | {record['load_s']:.1f} s |",
-        f"| the batch | {record['batch_alone_s']:.1f} s alone, {record['batch_loaded_s']:.1f} s with the load "
-        f"({record['slower_percent']:+.0f} %) |",
+        f"| memory of both processes | {held['before']:.0f} MB before, {held['most']:.0f} MB at most, "
+        f"{held['first_half']:.0f} MB and {held['second_half']:.0f} MB on average in the halves of the load, "
+        f"{held['after']:.0f} MB after |",
+        f"| the load | {record['load_s']:.1f} s{', longer than the batch' if record['load_outlasted_batch'] else ''}; "
+        f"the clients themselves took {record['clients_cpu_s']:.1f} CPU-s |",
+        f"| the batch alone | {_seconds(record['alone'])} |",
+        f"| the batch with the load | {_seconds(record['loaded'])} |",
+        f"| slower, by the means | {record['slower_percent']:+.1f} % |",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _seconds(runs: list[dict[str, float]]) -> str:
+    engine, gateway = (", ".join(f"{run[name]:.0f}" for run in runs) for name in ("engine_cpu_s", "gateway_cpu_s"))
+    walls = ", ".join(f"{run['wall_s']:.1f} s" for run in runs)
+    return f"{walls} (CPU-s of the engine's process: {engine}; of the gateway's: {gateway})"
 
 
 if __name__ == "__main__":

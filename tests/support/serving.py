@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 from flexmoe.batch.options import RunOptions
 from flexmoe.serving.settings import Limits, ServerOptions
@@ -61,6 +62,20 @@ def options_of(models, data_dir, *, limits=None, **values):
     return ServerOptions(models=tuple(models), run=run, data_dir=data_dir / "data", limits=limits or Limits(), **given)
 
 
+def planned(options, machine, **fixed):
+    """The options of a server that plans its policy, for a machine of the presets.
+
+    Args:
+        machine: a file that is written.
+    """
+    from cost_model import Hardware
+
+    Hardware.preset("cpu").save(machine)
+    budgets = {"gpu_mem": 0.004, "cpu_mem": 0.004, "nvme_mem": 0.1}
+    run = replace(options.run, percent=None, gpu_batch_size=None, hardware=machine, **budgets)
+    return replace(options, run=replace(run, **fixed))
+
+
 class Running:
     """A server that answers.
 
@@ -81,17 +96,16 @@ class Running:
 
 @contextlib.contextmanager
 def running(options):
-    """The server of some options, in this process."""
-    from flexmoe.serving.http.server import address, bound, http_server, parts
+    """The server of some options: its engine in this process, and the process that clients talk to."""
+    from flexmoe.serving.http.server import serving
 
-    with contextlib.closing(bound(options)) as listener, parts(options) as context:
-        server = http_server(context)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    with serving(options) as found:
+        thread = threading.Thread(target=found.run, daemon=True)
         thread.start()
         try:
-            yield Running(address(listener).rstrip("/"), context)
+            yield Running(found.url.rstrip("/"), found.context)
         finally:
-            server.should_exit = True
+            found.server.should_exit = True
             thread.join(20)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from flexmoe.openai.batch_line import URLS
@@ -21,7 +22,7 @@ _WINDOW = re.compile(r"([1-9][0-9]{0,6})([smhd])", re.ASCII)
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _MOST_WINDOW_S = 30 * 86400
 _MOST_KEYS, _KEY_CHARACTERS, _VALUE_CHARACTERS = 16, 64, 512
-_MOST_PRIORITY = 1000
+_MOST_PRIORITY, _MOST_LISTED = 1000, 100
 _FIELDS = ("input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after", "priority")
 _SCHEMA = described(
     {
@@ -78,16 +79,18 @@ def _create(context: Context, body: Mapping[str, Any]) -> dict[str, Any]:
     return batch_object(context, record)
 
 
-def get(context: Served, batch_id: str) -> dict[str, Any]:
+async def get(context: Served, batch_id: str) -> JSONResponse:
     """One batch."""
-    return batch_object(context, _record(context, batch_id, "batch_id"))
+    return JSONResponse(batch_object(context, _record(context, batch_id, "batch_id")))
 
 
-def page(context: Served, after: str | None = None, limit: int = Query(default=20, ge=1, le=100)) -> dict[str, Any]:
+async def page(
+    context: Served, after: str | None = None, limit: int = Query(default=20, ge=1, le=_MOST_LISTED)
+) -> JSONResponse:
     """Batches, the newest first."""
     last = None if after is None else _record(context, after, "after")
     records, more = context.batches.page(limit, last)
-    return listed([batch_object(context, record) for record in records], more=more)
+    return JSONResponse(listed([batch_object(context, record) for record in records], more=more))
 
 
 def cancel(context: Served, batch_id: str) -> dict[str, Any]:
@@ -125,7 +128,7 @@ def batch_object(context: Context, record: BatchRecord) -> dict[str, Any]:
         "request_counts": {"total": total, "completed": ok, "failed": failed},
         "usage": {
             "input_tokens": prompt,
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": {"cached_tokens": record.cached_tokens},
             "output_tokens": generated,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": prompt + generated,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastapi import Request
@@ -16,8 +16,8 @@ from flexmoe.serving.errors import ApiError, invalid, too_large
 from flexmoe.serving.store.files import Upload
 from policies.common.reading import without_nulls
 
-#: So many bytes go to the disk together.
-_PIECE_BYTES = 512 << 10
+#: So many bytes go to a thread that reads and writes them together: each hand-over costs as much as 100 KB do.
+_TOGETHER_BYTES = 1 << 20
 #: Of a field that is no file, and of all names and headers of a part.
 _FIELD_BYTES, _MOST_FIELDS = 4 << 10, 16
 
@@ -97,7 +97,7 @@ class FormReader:
             },
         )
 
-    def write(self, data: bytes) -> None:
+    def write(self, pieces: Iterable[bytes]) -> None:
         """Reads the next bytes of the form.
 
         Raises:
@@ -105,7 +105,8 @@ class FormReader:
             StorageError: the disk is full, or failed.
         """
         try:
-            self._parser.write(data)
+            for data in pieces:
+                self._parser.write(data)
         except FormParserError as error:
             raise ApiError(400, f"the form cannot be read: {error}", code="invalid_form") from None
 
@@ -136,7 +137,7 @@ class FormReader:
 
     def _data(self, data: bytes, start: int, end: int) -> None:
         if self._in_file:
-            self._upload.write(data[start:end])
+            self._upload.write(memoryview(data)[start:end])
             if self._upload.size_bytes > self._most_bytes:
                 raise too_large(self._most_bytes)
         else:
@@ -168,17 +169,16 @@ async def read_form(request: Request, upload: Upload, most_bytes: int) -> tuple[
         form = FormReader(boundary, upload, most_bytes)
     except FormParserError as error:
         raise ApiError(400, f"the form cannot be read: {error}", code="invalid_form") from None
-    waiting = bytearray()
+    waiting: list[bytes] = []
     try:
         async for piece in request.stream():
-            waiting += piece
-            if len(waiting) >= _PIECE_BYTES:
-                data, waiting = bytes(waiting), bytearray()
-                await run_in_threadpool(form.write, data)
+            waiting.append(piece)
+            if sum(map(len, waiting)) >= _TOGETHER_BYTES:
+                pieces, waiting = waiting, []
+                await run_in_threadpool(form.write, pieces)
     except ClientDisconnect:
         raise ApiError(400, "the upload was cut off", code="incomplete_body") from None
-    if waiting:
-        await run_in_threadpool(form.write, bytes(waiting))
+    await run_in_threadpool(form.write, waiting)
     if not form.is_whole:
         raise ApiError(400, "the form has no end: the upload was cut off", code="incomplete_body")
     if form.filename is None:

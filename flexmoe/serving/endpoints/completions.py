@@ -11,19 +11,35 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
+from flexmoe.openai.batch_line import ALIASES, ROLES
+from flexmoe.openai.fields import FLAGS, INTEGERS, LIMITS, NUMBERS
 from flexmoe.serving.endpoints.bodies import described, read_object
+from flexmoe.serving.endpoints.chunks import ChunkStream
 from flexmoe.serving.endpoints.context import Context, context_of
-from flexmoe.serving.endpoints.pieces import Pieces
 from flexmoe.serving.errors import ApiError, busy
-from flexmoe.serving.work.asking import Asked
-from flexmoe.serving.work.calls import Call
+from flexmoe.serving.work.completion_codec import CompletionRequest
+from flexmoe.serving.work.online_requests import OnlineRequest
 
 #: Without anything to say, so often a client and what lies between hear that the answer is still coming; and so often it is
 #: looked whether the client is there.
 _ALIVE_S, _LOOK_S = 15.0, 1.0
 _STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
+#: What the description says of the other fields; `flexmoe.openai.fields` reads them.
+_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(NUMBERS, {"type": "number"}),
+    **dict.fromkeys((*INTEGERS, *LIMITS), {"type": "integer"}),
+    **dict.fromkeys((*FLAGS, "stream"), {"type": "boolean"}),
+    "stream_options": {"type": "object", "properties": {"include_usage": {"type": "boolean"}}},
+    "stop": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+    "logit_bias": {"type": "object", "additionalProperties": {"type": "number"}},
+}
+_MESSAGE: dict[str, Any] = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {"role": {"type": "string", "enum": [*ROLES, *ALIASES]}, "content": {"type": "string"}},
+}
 _PROMPTS: dict[str, Any] = {
-    "/v1/chat/completions": {"messages": {"type": "array", "items": {"type": "object"}}},
+    "/v1/chat/completions": {"messages": {"type": "array", "minItems": 1, "items": _MESSAGE}},
     "/v1/completions": {"prompt": {"anyOf": [{"type": "string"}, {"type": "array"}]}},
 }
 
@@ -32,24 +48,24 @@ def _endpoint(url: str) -> Callable[[Request], Awaitable[Response]]:
     async def complete(request: Request) -> Response:
         """Completes a prompt."""
         context, body = context_of(request), await read_object(request)
-        asked = await run_in_threadpool(context.asker.read, body, url, context.lifecycle.now())
-        waiter = _Waiter(context, asked)
-        if not asked.streams:
-            return await _whole(context, asked, waiter, request)
-        pieces = _pieces(context, asked, waiter)
+        completion = await run_in_threadpool(context.codec.read, body, url, context.lifecycle.now())
+        waiter = _Waiter(context, completion)
+        if not completion.streams:
+            return await _whole(context, completion, waiter, request)
+        pieces = _pieces(context, completion, waiter)
         return StreamingResponse(pieces, media_type="text/event-stream", headers=_STREAM_HEADERS)
 
     return complete
 
 
 class _Waiter:
-    """Waits for what comes of a call.
+    """Waits for what comes of an online request.
 
     Raises:
         ApiError: too many wait already.
     """
 
-    def __init__(self, context: Context, asked: Asked) -> None:
+    def __init__(self, context: Context, completion: CompletionRequest) -> None:
         self._context, self._changed = context, asyncio.Event()
         loop = asyncio.get_running_loop()
 
@@ -59,15 +75,15 @@ class _Waiter:
             except RuntimeError:  # the server has stopped
                 return
 
-        self.call = Call(
-            asked.served.id,
-            asked.parts,
+        self.online = OnlineRequest(
+            completion.served.id,
+            completion.parts,
             arrival=context.work_queue.next_arrival(),
-            streams=asked.streams,
+            streams=completion.streams,
             on_change=changed,
         )
-        if not context.work_queue.call(self.call):
-            raise busy(f"{context.options.limits.calls} completions wait already")
+        if not context.work_queue.submit(self.online):
+            raise busy(f"{context.options.limits.concurrent_requests} completions wait already")
 
     async def wait(self, seconds: float) -> bool:
         """Waits until something is new; False where nothing was for so long."""
@@ -79,43 +95,43 @@ class _Waiter:
         return True
 
     def check(self) -> None:
-        """Shows that the call has not failed.
+        """Shows that the online request has not failed.
 
         Raises:
             ApiError: it has.
         """
-        failure = self.call.failure
+        failure = self.online.failure
         if failure is not None:
             retry_after_s = 5 if failure.status == 503 else None
             raise ApiError(failure.status, failure.message, code=failure.code, retry_after_s=retry_after_s)
 
     def drop(self) -> None:
         """Nobody waits any longer."""
-        if not self.call.is_done:
-            self._context.work_queue.drop(self.call)
+        if not self.online.is_done:
+            self._context.work_queue.drop(self.online)
 
 
-async def _whole(context: Context, asked: Asked, waiter: _Waiter, request: Request) -> Response:
+async def _whole(context: Context, completion: CompletionRequest, waiter: _Waiter, request: Request) -> Response:
     try:
-        while not waiter.call.is_done:
+        while not waiter.online.is_done:
             if not await waiter.wait(_LOOK_S) and await request.is_disconnected():
                 return Response(status_code=499)
         waiter.check()
     finally:
         waiter.drop()
-    return JSONResponse(await run_in_threadpool(context.asker.body, asked, waiter.call.results()))
+    return JSONResponse(await run_in_threadpool(context.codec.body, completion, waiter.online.results()))
 
 
-async def _pieces(context: Context, asked: Asked, waiter: _Waiter) -> AsyncIterator[bytes]:
-    pieces = Pieces(context.asker, asked)
+async def _pieces(context: Context, completion: CompletionRequest, waiter: _Waiter) -> AsyncIterator[bytes]:
+    chunks = ChunkStream(context.codec, completion)
     silent_s = 0.0
     try:
-        for chunk in pieces.beginning():
+        for chunk in chunks.beginning():
             yield _event(chunk)
         while True:
-            done = waiter.call.is_done  # before what is new is read, so that nothing is missed
+            done = waiter.online.is_done  # before what is new is read, so that nothing is missed
             waiter.check()
-            for chunk in await run_in_threadpool(pieces.new, waiter.call):
+            for chunk in await run_in_threadpool(chunks.new, waiter.online):
                 yield _event(chunk)
                 silent_s = 0.0
             if done:
@@ -124,7 +140,7 @@ async def _pieces(context: Context, asked: Asked, waiter: _Waiter) -> AsyncItera
             if silent_s >= _ALIVE_S:
                 yield b": waiting\n\n"
                 silent_s = 0.0
-        for chunk in await run_in_threadpool(pieces.end, waiter.call.results()):
+        for chunk in await run_in_threadpool(chunks.end, waiter.online.results()):
             yield _event(chunk)
         yield b"data: [DONE]\n\n"
     except ApiError as error:  # the status is sent already
@@ -138,8 +154,7 @@ def _event(value: dict[str, Any]) -> bytes:
 
 
 def _schema(url: str) -> dict[str, Any]:
-    properties = {"model": {"type": "string"}, **_PROMPTS[url], "stream": {"type": "boolean"}}
-    properties |= {"max_tokens": {"type": "integer"}, "temperature": {"type": "number"}, "n": {"type": "integer"}}
+    properties = {"model": {"type": "string"}, **_PROMPTS[url], **_FIELDS}
     return described({"required": ["model", *_PROMPTS[url]], "properties": properties})
 
 

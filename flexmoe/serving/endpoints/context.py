@@ -10,7 +10,7 @@ from fastapi import Depends, Request
 from flexmoe.serving.settings import ServerOptions
 from flexmoe.serving.store.batches import BatchStore
 from flexmoe.serving.store.files import FileStore
-from flexmoe.serving.work.asking import Asker
+from flexmoe.serving.work.completion_codec import CompletionCodec
 from flexmoe.serving.work.engine_thread import EngineThread
 from flexmoe.serving.work.lifecycle import Lifecycle
 from flexmoe.serving.work.models import ServedModels
@@ -30,7 +30,7 @@ class Context:
     lifecycle: Lifecycle
     engine: EngineThread
     stats: EngineStats
-    asker: Asker
+    codec: CompletionCodec
 
 
 def context_of(request: Request) -> Context:
@@ -39,4 +39,9 @@ def context_of(request: Request) -> Context:
     return context
 
 
-Served = Annotated[Context, Depends(context_of)]
+async def _context(request: Request) -> Context:
+    """As `context_of`; FastAPI would hand a plain function to another thread, which costs more than most requests do."""
+    return context_of(request)
+
+
+Served = Annotated[Context, Depends(_context)]

@@ -7,20 +7,22 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from flexmoe.errors import StorageError
-from flexmoe.serving.endpoints.bodies import described, read_form
+from flexmoe.serving.endpoints.bodies import described, read_object
 from flexmoe.serving.endpoints.context import Context, Served, context_of
-from flexmoe.serving.errors import ApiError, busy, invalid, not_found
+from flexmoe.serving.errors import ApiError, invalid, not_found
 from flexmoe.serving.store.batches import BatchRecord
-from flexmoe.serving.store.files import StoredFile, Upload
+from flexmoe.serving.store.files import StoredFile
 
 #: What a file may be for: batches run those of the first kind; the others are kept for clients that ask for them.
 PURPOSES = ("batch", "user_data", "assistants", "fine-tune", "vision", "evals")
 _LEAST_EXPIRY_S, _MOST_EXPIRY_S = 3600, 30 * 86400
 _CHUNK_BYTES = 256 << 10
+#: So many are listed at once; more are left to another thread, as they take a while.
+_FEW_LISTED = 100
 _FORM = described(
     {
         "required": ["file", "purpose"],
@@ -35,43 +37,29 @@ _FORM = described(
 )
 
 
-class _Slots:
-    """How many uploads run."""
+async def create(request: Request) -> JSONResponse:
+    """Keeps a file of a client.
 
-    taken = 0
-
-
-async def create(request: Request) -> dict[str, Any]:
-    """Keeps a file of a client."""
-    context = context_of(request)
-    limits, slots = context.options.limits, request.app.state.upload_slots
-    if slots.taken >= limits.uploads:
-        raise busy(f"{limits.uploads} uploads are running; try again when one has ended")
-    announced = int(request.headers.get("content-length") or 0)
-    if context.files.free_bytes() - announced < limits.free_disk_bytes:
-        raise ApiError(507, "the disk has no room for this file; delete files or batches first", code="disk_full")
-    slots.taken += 1
-    try:
-        with await run_in_threadpool(context.files.upload) as upload:
-            filename, fields = await read_form(request, upload, limits.upload_bytes)
-            file = await run_in_threadpool(_keep, context, upload, filename, dict(fields))
-    finally:
-        slots.taken -= 1
-    return file_object(file)
+    The form that clients send has been received already (`flexmoe.serving.http.uploads`): what comes here is JSON with its name in the
+    directory of uploads, the client's name for it, and the other fields.
+    """
+    context, body = context_of(request), await read_object(request)
+    file = await run_in_threadpool(_keep, context, str(body["name"]), str(body["filename"]), dict(body["fields"]))
+    return JSONResponse(file_object(file))
 
 
-def _keep(context: Context, upload: Upload, filename: str, fields: dict[str, str]) -> StoredFile:
+def _keep(context: Context, name: str, filename: str, fields: dict[str, str]) -> StoredFile:
     purpose = fields.pop("purpose", None)
     if purpose not in PURPOSES:
         raise invalid("purpose", f"purpose is {str(purpose)[:80]!r}; give one of {', '.join(PURPOSES)}")
-    anchor, seconds = (fields.pop(f"expires_after[{name}]", None) for name in ("anchor", "seconds"))
+    anchor, seconds = (fields.pop(f"expires_after[{part}]", None) for part in ("anchor", "seconds"))
     if fields:
-        name = next(iter(fields))[:80]
-        raise invalid(name, f"the field {name!r} is not known; remove it", "unknown_parameter")
+        unknown = next(iter(fields))[:80]
+        raise invalid(unknown, f"the field {unknown!r} is not known; remove it", "unknown_parameter")
     now_s, expires_s = context.lifecycle.now(), None
     if anchor is not None or seconds is not None:
         expires_s = now_s + expiry_s({"anchor": anchor, "seconds": seconds}, "expires_after")
-    return context.files.keep(upload, filename or "file", purpose, now_s, expires_s)
+    return context.files.keep(name, filename or "file", purpose, now_s, expires_s)
 
 
 def expiry_s(given: Any, param: str) -> int:
@@ -95,24 +83,32 @@ def expiry_s(given: Any, param: str) -> int:
     return seconds
 
 
-def page(
+async def page(
     context: Served,
     after: str | None = None,
     limit: int = Query(default=10_000, ge=1, le=10_000),
     order: str = Query(default="desc", pattern="^(asc|desc)$"),
     purpose: str | None = None,
-) -> dict[str, Any]:
+) -> JSONResponse:
     """Files, the newest first."""
-    last = None if after is None else _file(context, after, "after")
-    files, more = context.files.page(limit, last, purpose, ascending=order == "asc")
-    return listed([file_object(file) for file in files], more=more)
+
+    def answer() -> JSONResponse:
+        last = None if after is None else _file(context, after, "after")
+        files, more = context.files.page(limit, last, purpose, ascending=order == "asc")
+        return JSONResponse(listed([file_object(file) for file in files], more=more))
+
+    return answer() if limit <= _FEW_LISTED else await run_in_threadpool(answer)
 
 
-def get(context: Served, file_id: str) -> dict[str, Any]:
+async def get(context: Served, file_id: str) -> JSONResponse:
     """One file."""
     file = context.files.get(file_id)
     if file is not None:
-        return file_object(file)
+        return JSONResponse(file_object(file))
+    return JSONResponse(await run_in_threadpool(_unfinished_file, context, file_id))
+
+
+def _unfinished_file(context: Context, file_id: str) -> dict[str, Any]:
     batch, failed = _unfinished(context, file_id)
     size, _ = _lines(context, batch, failed=failed)
     name = f"{batch.id}_{'error' if failed else 'output'}.jsonl"
@@ -221,8 +217,3 @@ def router() -> APIRouter:
     made.add_api_route("/{file_id}", delete, methods=["DELETE"])
     made.add_api_route("/{file_id}/content", content, methods=["GET"], response_class=StreamingResponse)
     return made
-
-
-def upload_slots() -> Any:
-    """What counts the uploads of one server."""
-    return _Slots()

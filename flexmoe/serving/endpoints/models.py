@@ -15,17 +15,17 @@ from flexmoe.serving.work.models import Served as ServedModel
 _SCHEMA = described({"additionalProperties": False, "required": ["model"], "properties": {"model": {"type": "string"}}})
 
 
-def page(context: Served) -> dict[str, Any]:
+async def page(context: Served) -> JSONResponse:
     """All models."""
-    return {"object": "list", "data": [_model_object(context, each) for each in context.models]}
+    return JSONResponse({"object": "list", "data": [_model_object(context, each) for each in context.models]})
 
 
-def get(context: Served, model: str) -> dict[str, Any]:
+async def get(context: Served, model: str) -> JSONResponse:
     """One model."""
     served = context.models.get(model)
     if served is None:
         raise not_found("model", model, "model")
-    return _model_object(context, served)
+    return JSONResponse(_model_object(context, served))
 
 
 async def switch(request: Request) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""The page at `/`: three files of this package."""
+"""The page at `/`: four files of this package."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ _FILES = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
+    "/engine.js": ("engine.js", "text/javascript"),
 }
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
@@ -20,24 +22,19 @@ class Metrics(Collector):
 
     Args:
         context: of the server.
-
-    Attributes:
-        requests: answers by method, route and status.
     """
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self.registry = CollectorRegistry(auto_describe=False)
-        names = ("method", "route", "status")
-        self.requests = Counter("flexmoe_http_requests", "answers that were sent", names, registry=self.registry)
         self.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
         """The numbers of this moment."""
         context = self._context
-        waiting, running = context.work_queue.calls
-        yield _gauge("calls_waiting", "completions that wait for the engine", waiting)
-        yield _gauge("calls_running", "completions in the engine", running)
+        waiting, running = context.work_queue.requests
+        yield _gauge("requests_waiting", "completions that wait for the engine", waiting)
+        yield _gauge("requests_running", "completions in the engine", running)
         open_batches = context.batches.open()
         states = GaugeMetricFamily("flexmoe_batches_open", "batches that have not ended", labels=["status"])
         for status in ("validating", "in_progress", "finalizing", "cancelling"):
@@ -55,34 +52,56 @@ class Metrics(Collector):
         yield _gauge("ready", "whether all batches of the last start are at work", int(context.lifecycle.is_ready))
 
 
+class PerformanceReport:
+    """What `/v1/stats/performance` answers, encoded anew only when something of it has changed.
+
+    Args:
+        context: of the server.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._encoded: tuple[Any, bytes] = (None, b"")
+
+    def encoded(self) -> bytes:
+        """As JSON."""
+        context, engine = self._context, self._context.engine
+        waiting, running = context.work_queue.requests
+        state = {"state": engine.state, "loaded": engine.loaded, "requests": {"waiting": waiting, "running": running}}
+        key = (context.stats.version, engine.state, engine.loaded, waiting, running)
+        known, body = self._encoded
+        if key != known:
+            body = json.dumps(state | context.stats.performance(), ensure_ascii=False).encode()
+            self._encoded = key, body
+        return body
+
+
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"flexmoe_{name}", text, value=value)
 
 
-def health(context: Served) -> JSONResponse:
+async def health(context: Served) -> JSONResponse:
     """Whether the server's threads are alive."""
     alive = context.engine.is_alive()
     return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
 
-def ready(context: Served) -> JSONResponse:
+async def ready(context: Served) -> JSONResponse:
     """Whether every batch that was open when the server started is at work again."""
     is_ready = context.lifecycle.is_ready
     state = {"status": "ready" if is_ready else "recovering"}
     return JSONResponse(state, 200) if is_ready else JSONResponse(state, 503, {"retry-after": "2"})
 
 
-def memory(context: Served) -> JSONResponse:
+async def memory(context: Served) -> JSONResponse:
     """Planned bytes of every tier beside its budget."""
     return JSONResponse(context.stats.memory())
 
 
-def performance(context: Served) -> JSONResponse:
-    """Speed, lanes, policy, bottleneck, and the time that batches still take."""
-    waiting, running = context.work_queue.calls
-    state = {"state": context.engine.state, "loaded": context.engine.loaded}
-    calls = {"calls": {"waiting": waiting, "running": running}}
-    return JSONResponse(state | calls | context.stats.performance())
+async def performance(request: Request) -> Response:
+    """Speed, lanes, policy, bottleneck, advice, and the time that batches still take."""
+    report: PerformanceReport = request.app.state.performance
+    return Response(report.encoded(), media_type="application/json")
 
 
 def experts(context: Served) -> JSONResponse:
@@ -103,6 +122,6 @@ def router() -> APIRouter:
     made.add_api_route("/ready", ready, methods=["GET"])
     made.add_api_route("/metrics", metrics, methods=["GET"], response_class=Response)
     made.add_api_route("/v1/stats/memory", memory, methods=["GET"])
-    made.add_api_route("/v1/stats/performance", performance, methods=["GET"])
+    made.add_api_route("/v1/stats/performance", performance, methods=["GET"], response_class=JSONResponse)
     made.add_api_route("/v1/stats/experts", experts, methods=["GET"])
     return made

@@ -1,4 +1,5 @@
-"""The application: all endpoints, and the errors of all of them in one form."""
+"""The application of the engine's process: all endpoints, and the errors of all of them in one form. The process that clients talk
+to has checked what it gets (`gateway`)."""
 
 from __future__ import annotations
 
@@ -8,21 +9,18 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp
 
 from flexmoe.errors import FlexMoEError, StorageError
 from flexmoe.job.identity import versions
 from flexmoe.serving.endpoints import batches, completions, files, models, page, stats
 from flexmoe.serving.endpoints.context import Context
 from flexmoe.serving.errors import ApiError
-from flexmoe.serving.http.counting import Counting
-from flexmoe.serving.http.guard import Guard
 
 log = logging.getLogger(__name__)
 _MESSAGES = {404: "there is no such endpoint", 405: "this endpoint does not take that method"}
 
 
-def make_app(context: Context) -> ASGIApp:
+def make_app(context: Context) -> FastAPI:
     """The application of a server."""
     app = FastAPI(
         title="FlexMoE",
@@ -32,8 +30,8 @@ def make_app(context: Context) -> ASGIApp:
         redoc_url=None,
     )
     app.state.context = context
-    app.state.upload_slots = files.upload_slots()
     app.state.metrics = stats.Metrics(context)
+    app.state.performance = stats.PerformanceReport(context)
     for part in (files, batches, completions, models, stats, page):
         app.include_router(part.router())
     app.add_exception_handler(ApiError, _api_error)
@@ -41,7 +39,7 @@ def make_app(context: Context) -> ASGIApp:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(FlexMoEError, _user_error)
     app.add_exception_handler(Exception, _fault)
-    return Counting(Guard(app, context.options), app.state.metrics.requests)
+    return app
 
 
 def _response(error: ApiError) -> Response:

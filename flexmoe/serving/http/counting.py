@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
-from prometheus_client import Counter
+from prometheus_client import CollectorRegistry, Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _ID = re.compile(r"/(file-|batch_)[^/]*")
 _ROUTES = re.compile(
-    r"/|/page\.(css|js)|/health|/ready|/metrics|/openapi\.json|/v1/(files|batches|models)(/.*)?|/v1/(chat/)?completions|/v1/stats/\w+"
+    r"/|/page\.(css|js)|/engine\.js|/health|/ready|/metrics|/openapi\.json|/v1/(files|batches|models)(/.*)?|/v1/(chat/)?completions|/v1/stats/\w+"
 )
 _METHODS = frozenset({"GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH"})
+
+
+@dataclass(frozen=True, slots=True)
+class RequestCounter:
+    """A counter in a registry of its own."""
+
+    registry: CollectorRegistry
+    counter: Counter
+
+
+def request_counter() -> RequestCounter:
+    """What counts answers by method, route and status."""
+    registry = CollectorRegistry(auto_describe=False)
+    names = ("method", "route", "status")
+    return RequestCounter(
+        registry, Counter("flexmoe_http_requests", "answers that were sent", names, registry=registry)
+    )
 
 
 class Counting:

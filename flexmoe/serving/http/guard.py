@@ -10,20 +10,23 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import time
 from collections.abc import Mapping
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flexmoe.serving.errors import ApiError, too_large
-from flexmoe.serving.settings import ServerOptions, is_loopback
+from flexmoe.serving.limits import Limits, is_loopback
 
 UPLOAD_PATH = "/v1/files"
 #: What everybody may ask: whether the server lives, and the page, in which nothing of anybody is.
-OPEN_PATHS = frozenset({"/health", "/ready", "/", "/page.css", "/page.js"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/", "/page.css", "/page.js", "/engine.js"})
 _READING = ("GET", "HEAD", "OPTIONS")
 #: The parts of a form around a file.
 _FORM_BYTES = 64 << 10
+#: A body that comes more slowly holds a place that others wait for.
+_LEAST_BYTES_PER_S = 4096
 #: A refused body of at most so many bytes is read, for so many seconds, so that the client reads the answer.
 _DRAINED_BYTES, _DRAINED_S = 64 << 20, 5.0
 _HEADERS = {
@@ -44,12 +47,13 @@ class Guard:
     """An ASGI application around another one.
 
     Args:
-        app: the endpoints.
-        options: of the server.
+        app: what answers.
+        limits: of the server.
+        api_key: that clients have to give; None: they need none.
     """
 
-    def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
-        self._app, self._limits, self._options = app, options.limits, options
+    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None) -> None:
+        self._app, self._limits, self._api_key = app, limits, api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
@@ -92,17 +96,17 @@ class Guard:
 
     def _check_place(self, method: str, headers: Mapping[str, str]) -> None:
         host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname or ""
-        if self._options.api_key is None and not is_loopback(name):
+        name = _split(f"//{host}").hostname or ""
+        if self._api_key is None and not is_loopback(name):
             raise ApiError(421, f"this server is not {host[:80]!r}; ask for localhost", code="wrong_host")
         origin = headers.get("origin")
         if method in _READING or (origin is None and headers.get("sec-fetch-site") in (None, "same-origin", "none")):
             return
-        if origin is None or urlsplit(origin).netloc != host:
+        if origin is None or _split(origin).netloc != host:
             raise ApiError(403, "pages of other sites may change nothing here", code="cross_origin")
 
     def _check_key(self, headers: Mapping[str, str]) -> None:
-        key = self._options.api_key
+        key = self._api_key
         if key is None:
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
@@ -121,6 +125,7 @@ class _Body:
     def __init__(self, receive: Receive, idle_s: float, *, has_body: bool) -> None:
         self._receive, self._idle_s = receive, idle_s
         self.most_bytes, self._size_bytes, self.is_read = 0, 0, not has_body
+        self._waited_s = 0.0
 
     async def receive(self) -> Message:
         """The next piece.
@@ -130,11 +135,17 @@ class _Body:
         """
         if self.is_read:
             return await self._receive()
+        began_s = time.monotonic()
         try:
             message = await asyncio.wait_for(self._receive(), self._idle_s)
         except asyncio.TimeoutError:
             raise ApiError(408, f"nothing has come for {self._idle_s:.0f} s", code="request_timeout") from None
+        self._waited_s += time.monotonic() - began_s
         self._note(message)
+        if not self.is_read and self._waited_s > self._idle_s + self._size_bytes / _LEAST_BYTES_PER_S:
+            raise ApiError(
+                408, f"the body comes at less than {_LEAST_BYTES_PER_S} bytes a second", code="request_timeout"
+            )
         if self._size_bytes > self.most_bytes:
             raise too_large(self.most_bytes)
         return message
@@ -166,6 +177,14 @@ async def answer(error: ApiError, send: Send) -> None:
     raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
     await send({"type": "http.response.body", "body": data})
+
+
+def _split(url: str) -> SplitResult:
+    """The parts of an address; no parts of what is none."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
 
 
 def _headers(scope: Scope) -> dict[str, str]:

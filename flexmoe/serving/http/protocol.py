@@ -1,4 +1,5 @@
-"""HTTP/1.1 as uvicorn speaks it, with a time limit for the headers of a request and an error's own status for bad ones."""
+"""HTTP/1.1 as uvicorn speaks it, with time limits for the headers of a request and for clients that do not read their answer, and
+an error's own status for bad requests."""
 
 from __future__ import annotations
 
@@ -17,11 +18,12 @@ class TimedProtocol(H11Protocol):
     """One connection; `timed_protocol` makes the class.
 
     Attributes:
-        header_s: seconds that the headers of a request may take.
+        idle_s: seconds that the headers of a request may take, and in which a client has to read some of an answer.
     """
 
-    header_s = 30.0
+    idle_s = 30.0
     _timer: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client is there."""
@@ -36,7 +38,18 @@ class TimedProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone."""
         self._unwatch()
+        self._unwatch_reading()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client reads more slowly than it is sent to."""
+        super().pause_writing()
+        self._watch_reading()
+
+    def resume_writing(self) -> None:
+        """It has read enough to be sent more."""
+        self._unwatch_reading()
+        super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
         """What has come is no request: the status is that of the fault, as for headers that are too long."""
@@ -49,19 +62,35 @@ class TimedProtocol(H11Protocol):
         if self.conn.their_state is not h11.IDLE:
             self._unwatch()
         elif self._timer is None:
-            self._timer = self.loop.call_later(self.header_s, self._late)
+            self._timer = self.loop.call_later(self.idle_s, self._late)
 
     def _unwatch(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
+    def _watch_reading(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+        self._stalled = self.loop.call_later(self.idle_s, self._check_reading, unread)
+
+    def _unwatch_reading(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
+    def _check_reading(self, unread: int) -> None:
+        """A client that has read nothing is hung up on: its answer would be kept for ever."""
+        if self.transport.get_write_buffer_size() < unread:
+            self._watch_reading()
+        else:
+            self.transport.abort()
+
     def _late(self) -> None:
         self._timer = None
         if self.transport.is_closing():
             return
         if self.conn.our_state is h11.IDLE:
-            self._refuse(ApiError(408, f"no request has come in {self.header_s:.0f} s", code="request_timeout"))
+            self._refuse(ApiError(408, f"no request has come in {self.idle_s:.0f} s", code="request_timeout"))
         else:
             self.transport.close()
 
@@ -81,6 +110,6 @@ class TimedProtocol(H11Protocol):
         self.transport.close()
 
 
-def timed_protocol(header_s: float) -> type[TimedProtocol]:
-    """The class for connections whose headers may take so many seconds."""
-    return type("Protocol", (TimedProtocol,), {"header_s": header_s})
+def timed_protocol(idle_s: float) -> type[TimedProtocol]:
+    """The class for connections whose clients may let so many seconds pass."""
+    return type("Protocol", (TimedProtocol,), {"idle_s": idle_s})

@@ -6,7 +6,7 @@ const OPEN = new Set(["validating", "in_progress", "finalizing", "cancelling"]);
 const WORDS = { in_progress: "running" };
 const SVG = "http://www.w3.org/2000/svg";
 const byId = (id) => document.getElementById(id);
-const page = { key: sessionStorage.getItem("flexmoe-key"), limit: 20, batches: [], left: {}, chosen: null, told: new Map() };
+const page = { key: sessionStorage.getItem("flexmoe-key"), limit: 20, batches: [], left: {}, performance: null, chosen: null, told: new Map() };
 
 function element(name, text, attributes = {}) {
   const made = document.createElement(name);
@@ -89,14 +89,20 @@ function setList(list, pairs) {
 function rowOf(batch) {
   const row = element("tr");
   row.dataset.id = batch.id;
-  for (const name of ["Batch", "State", "Rows", "Time left", "Actions"]) row.append(element("td", null, { "data-name": name }));
+  for (const name of ["Batch", "State", "Rows", "Rate", "Time left", "Actions"]) row.append(element("td", null, { "data-name": name }));
   const open = element("button", null, { type: "button", class: "id" });
   open.addEventListener("click", () => choose(batch.id, true));
   row.cells[0].append(open);
   row.cells[1].append(element("span"));
   row.cells[2].append(element("progress", null, { max: "1" }), element("span"));
-  row.cells[4].append(element("div", null, { class: "actions" }));
+  row.cells[5].append(element("div", null, { class: "actions" }));
   return row;
+}
+
+// Rows that completed, on average since the batch began; null before that.
+function rowsPerSecond(batch) {
+  const ended = batch.completed_at ?? batch.cancelled_at ?? batch.expired_at ?? batch.failed_at;
+  return batch.in_progress_at ? batch.request_counts.completed / Math.max(1, (ended ?? Date.now() / 1000) - batch.in_progress_at) : null;
 }
 
 function fill(row, batch) {
@@ -112,11 +118,13 @@ function fill(row, batch) {
   bar.value = total ? done / total : 0;
   bar.setAttribute("aria-label", `${done} of ${total} rows are done`);
   count.textContent = total ? `${done} of ${total}${failed ? `, ${failed} failed` : ""}` : "";
-  row.cells[3].textContent = OPEN.has(batch.status) ? duration(page.left[batch.id]?.seconds_left) : "";
+  const speed = rowsPerSecond(batch);
+  row.cells[3].textContent = speed === null ? "" : `${rate(speed)} rows/s`;
+  row.cells[4].textContent = OPEN.has(batch.status) ? duration(page.left[batch.id]?.seconds_left) : "";
   const signature = `${batch.status}|${Boolean(batch.output_file_id)}|${Boolean(batch.error_file_id)}`;
   if (row.dataset.signature !== signature) {
     row.dataset.signature = signature;
-    actions(row.cells[4].firstChild, batch);
+    actions(row.cells[5].firstChild, batch);
   }
 }
 
@@ -169,13 +177,13 @@ function choose(id, focus) {
   const { total, completed, failed } = batch.request_counts;
   const began = batch.in_progress_at;
   const ended = batch.completed_at ?? batch.cancelled_at ?? batch.expired_at ?? batch.failed_at;
-  const seconds = began ? Math.max(1, (ended ?? Date.now() / 1000) - began) : null;
+  const speed = rowsPerSecond(batch);
   setList(byId("facts"), [
     ["State", word(batch.status)],
     ["Model", batch.model],
     ["Endpoint", batch.endpoint],
     ["Rows", `${completed} completed, ${failed} failed, ${total} in all`],
-    ["Rate", seconds ? `${rate((completed + failed) / seconds)} rows per second on average` : null],
+    ["Rate", speed === null ? null : `${rate(speed)} rows per second on average`],
     ["Time left", OPEN.has(batch.status) ? duration(page.left[id]?.seconds_left) : null],
     ["Tokens", `${batch.usage.input_tokens} prompt, ${batch.usage.output_tokens} generated`],
     ["Priority", String(batch.priority)],
@@ -190,6 +198,7 @@ function choose(id, focus) {
   byId("fault-rows").replaceChildren(
     ...faults.map((fault) => element("li", `${fault.line ? `line ${fault.line}: ` : ""}${fault.message} (${fault.code})`)),
   );
+  if (page.performance) showBatchLanes(id, page.performance);
   if (focus) byId("detail-title").focus();
 }
 
@@ -271,127 +280,7 @@ async function start(event) {
   }
 }
 
-// The engine.
-
-function path(values, most) {
-  const step = 300 / Math.max(1, values.length - 1);
-  return values.map((value, at) => `${at ? "L" : "M"}${(at * step).toFixed(1)} ${(88 - (86 * value) / most).toFixed(1)}`).join("");
-}
-
-function showSpeed(history) {
-  const tokens = history.map((each) => each.generated_tokens_per_s + each.prompt_tokens_per_s);
-  const rows = history.map((each) => each.rows_in_flight);
-  const [mostTokens, mostRows] = [Math.max(1e-9, ...tokens), Math.max(1, ...rows)];
-  const chart = byId("speed");
-  if (!history.length) {
-    chart.replaceChildren();
-    byId("speed-legend").textContent = "";
-    return;
-  }
-  chart.replaceChildren(drawn("path", { class: "first", d: path(tokens, mostTokens) }), drawn("path", { class: "other", d: path(rows, mostRows) }));
-  const text = `now ${rate(tokens.at(-1))} tokens per second (most ${rate(mostTokens)}) and ${rows.at(-1)} rows in flight (most ${mostRows})`;
-  chart.setAttribute("aria-label", text);
-  byId("speed-legend").textContent = text;
-}
-
-function showLanes(history, predicted) {
-  const last = history.at(-1)?.lanes ?? {};
-  const names = [...new Set([...Object.keys(last), ...Object.keys(predicted?.lanes ?? {})])].sort();
-  byId("lanes").replaceChildren(
-    ...names.map((name) => {
-      const row = element("div", null, { class: "lane" });
-      const expected = predicted?.lanes?.[name];
-      const text = `${percent(last[name] ?? 0)}${expected === undefined ? "" : `, predicted ${percent(expected)}`}`;
-      const chart = drawn("svg", { viewBox: "0 0 300 90", preserveAspectRatio: "none", role: "img", "aria-label": `lane ${name}: busy ${text}` });
-      chart.append(drawn("path", { class: "first", d: path(history.map((each) => each.lanes[name] ?? 0), 1) }));
-      if (expected !== undefined) chart.append(drawn("line", { class: "expected", x1: 0, x2: 300, y1: 88 - 86 * expected, y2: 88 - 86 * expected }));
-      row.append(element("span", name), chart, element("span", text));
-      return row;
-    }),
-  );
-}
-
-function showMemory(memory) {
-  const tiers = Object.entries(memory.tiers).map(([tier, { planned_bytes, budget_bytes, items }]) => {
-    const box = element("div", null, { class: "tier" });
-    const budget = budget_bytes ?? planned_bytes;
-    const bar = element("progress", null, { max: String(Math.max(1, budget)), "aria-label": `${tier} tier` });
-    bar.value = planned_bytes;
-    const parts = Object.entries(items).filter(([, size]) => size > 0).sort((a, b) => b[1] - a[1]);
-    const of = budget_bytes ? ` of ${bytes(budget_bytes)}` : "";
-    const text = `${bytes(planned_bytes)}${of}: ${parts.map(([name, size]) => `${name} ${bytes(size)}`).join(", ") || "nothing"}`;
-    box.append(element("strong", tier), bar, element("span", text));
-    return box;
-  });
-  byId("memory").replaceChildren(...tiers, element("p", `The process holds ${bytes(memory.process_bytes)}.`));
-}
-
-function showExperts(layers) {
-  const chart = byId("experts");
-  if (!layers.length) {
-    chart.replaceChildren();
-    byId("expert-summary").textContent = "No token has been routed yet.";
-    return;
-  }
-  const experts = layers[0].counts.length;
-  const size = 10;
-  chart.setAttribute("viewBox", `0 0 ${experts * size} ${layers.length * size}`);
-  chart.setAttribute("height", String(Math.min(480, layers.length * 14)));
-  const cells = [];
-  let [worst, where] = [0, layers[0].layer];
-  layers.forEach(({ layer, counts }, y) => {
-    const most = Math.max(1, ...counts);
-    const mean = counts.reduce((sum, count) => sum + count, 0) / experts;
-    if (mean && most / mean > worst) [worst, where] = [most / mean, layer];
-    counts.forEach((count, x) => {
-      const cell = drawn("rect", { x: x * size, y: y * size, width: size - 1, height: size - 1, "fill-opacity": (0.06 + (0.94 * count) / most).toFixed(3) });
-      const title = drawn("title", {});
-      title.textContent = `layer ${layer}, expert ${x}: ${count}`;
-      cell.append(title);
-      cells.push(cell);
-    });
-  });
-  chart.replaceChildren(...cells);
-  byId("expert-summary").textContent =
-    `How often each expert was chosen: ${layers.length} layers (down) of ${experts} experts (across), darker is more. ` +
-    `The most uneven is layer ${where}, where one expert was chosen ${worst.toFixed(1)} times as often as the mean.`;
-}
-
-function showEngine(performance) {
-  const { model, now } = performance;
-  const machine = performance.machine;
-  setList(byId("engine"), [
-    ["State", performance.loaded ? `${performance.loaded}: ${performance.state}` : "no model is loaded"],
-    ["Machine", `${machine.cores} cores, ${bytes(machine.memory_bytes)} of memory${machine.gpu ? `, ${machine.gpu}` : ""}`],
-    ["Device", model ? `${model.device}, ${model.dtype}` : null],
-    ["Rows at once", model ? `at most ${model.block_size}, each of at most ${model.largest_row_tokens} tokens` : null],
-    ["Speed", now ? `${rate(now.generated_tokens_per_s)} generated and ${rate(now.prompt_tokens_per_s)} prompt tokens per second` : null],
-    ["Predicted", model?.predicted ? `${rate(model.predicted.generated_tokens_per_s)} generated tokens per second` : null],
-    ["Completions", `${performance.calls.running} running, ${performance.calls.waiting} waiting`],
-    ["Last failure", performance.last_failure],
-  ]);
-  byId("bottleneck").textContent = model ? `Bottleneck: ${performance.bottleneck}.` : "";
-  setList(byId("policy"), Object.entries(model?.policy ?? {}).map(([name, value]) => [name, value === null ? null : JSON.stringify(value)]));
-  showSpeed(performance.history);
-  showLanes(performance.history, model?.predicted);
-}
-
-function showModels(models) {
-  const list = byId("models");
-  const signature = JSON.stringify(models.data.map((model) => [model.id, model.state]));
-  if (list.dataset.signature === signature) return;
-  list.dataset.signature = signature;
-  const focused = list.contains(document.activeElement);
-  list.replaceChildren(
-    ...models.data.map((model) => {
-      const item = element("li");
-      item.append(element("strong", model.id), element("span", `${model.state}; context of ${model.context_tokens} tokens`));
-      if (model.state === "not loaded") item.append(button("Load", `Load ${model.id}`, () => send("/v1/models/switch", { model: model.id })));
-      return item;
-    }),
-  );
-  if (focused) (list.querySelector("button") ?? byId("batches")).focus();
-}
+// Again and again.
 
 async function poll() {
   try {
@@ -404,6 +293,7 @@ async function poll() {
     showModels(models);
     showMemory(memory);
     showExperts(experts.layers);
+    page.performance = performance;
     if (page.chosen) choose(page.chosen, false);
     const open = batches.data.filter((batch) => OPEN.has(batch.status)).length;
     const text = `${open} ${open === 1 ? "batch is" : "batches are"} open; ${performance.loaded ?? "no model"} is ${performance.state === "idle" && !performance.loaded ? "loaded" : performance.state}`;

@@ -31,6 +31,7 @@ class BatchRecord:
         errors: why the file cannot run: ``code``, ``message``, ``line``, ``param`` each.
         total, completed, failed: rows, as far as they were known when the state last changed.
         prompt_tokens, generated_tokens: of the rows that completed, likewise.
+        cached_tokens: of the prompt tokens, those that were not computed for their row; 0 until the batch has ended.
         priority: batches with a higher one run first.
     """
 
@@ -62,6 +63,7 @@ class BatchRecord:
     cancelling_at: int | None
     cancelled_at: int | None
     priority: int
+    cached_tokens: int
 
     @classmethod
     def of(cls, row: sqlite3.Row) -> BatchRecord:
@@ -120,13 +122,13 @@ class BatchStore:
 
     def get(self, batch_id: str) -> BatchRecord | None:
         """The batch of an id; None where there is none."""
-        rows = self._database.rows("SELECT * FROM batches WHERE id = ?", (batch_id,))
+        rows = self._database.read("SELECT * FROM batches WHERE id = ?", (batch_id,))
         return BatchRecord.of(rows[0]) if rows else None
 
     def of_file(self, file_id: str) -> BatchRecord | None:
         """The batch whose output or error file this is, or will be; None where it is no such file."""
         query = "SELECT * FROM batches WHERE output_file_id = :id OR error_file_id = :id"
-        rows = self._database.rows(query, {"id": file_id})
+        rows = self._database.read(query, {"id": file_id})
         return BatchRecord.of(rows[0]) if rows else None
 
     def open(self) -> list[BatchRecord]:
@@ -139,7 +141,7 @@ class BatchStore:
         """Batches, the newest first: at most ``limit`` of them behind ``after``, and whether there are more."""
         query = "SELECT * FROM batches WHERE (:after IS NULL OR seq < :after) ORDER BY seq DESC LIMIT :most"
         values = {"after": None if after is None else after.seq, "most": limit + 1}
-        found = [BatchRecord.of(row) for row in self._database.rows(query, values)]
+        found = [BatchRecord.of(row) for row in self._database.read(query, values)]
         return found[:limit], len(found) > limit
 
     def advance(self, batch_id: str, status: str, of: Sequence[str], **values: Any) -> BatchRecord | None:

@@ -55,6 +55,7 @@ MIGRATIONS = (
     CREATE INDEX batches_by_status ON batches (status, seq);
     """,
     "ALTER TABLE batches ADD COLUMN priority INTEGER NOT NULL DEFAULT 0;",
+    "ALTER TABLE batches ADD COLUMN cached_tokens INTEGER NOT NULL DEFAULT 0;",
 )
 
 
@@ -71,15 +72,15 @@ class Database:
     """
 
     def __init__(self, path: Path, migrations: Sequence[str] = MIGRATIONS) -> None:
-        self.path, self._lock = path, threading.RLock()
+        self.path, self._lock, self._read_lock = path, threading.RLock(), threading.Lock()
         with self._errors():
-            self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-            self._connection.row_factory = sqlite3.Row
+            self._connection = _connected(path)
         try:
             with self._errors():
                 self._connection.execute("PRAGMA journal_mode = WAL")
                 self._connection.execute("PRAGMA synchronous = FULL")
                 self._migrate(migrations)
+                self._reading = _connected(path)
         except BaseException:
             self._connection.close()
             raise
@@ -88,6 +89,15 @@ class Database:
     def version(self) -> int:
         """Of the schema."""
         return int(self._connection.execute("PRAGMA user_version").fetchone()[0])
+
+    def read(self, query: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[sqlite3.Row]:
+        """The rows of a query, as of the last transaction that has ended. It waits for nobody who writes, nor for the disk.
+
+        Raises:
+            StorageError: the disk failed.
+        """
+        with self._read_lock, self._errors():
+            return self._reading.execute(query, values).fetchall()
 
     def rows(self, query: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[sqlite3.Row]:
         """Executes one statement; returns the rows that it gives.
@@ -116,7 +126,8 @@ class Database:
 
     def close(self) -> None:
         """Closes it; a second call does nothing."""
-        with self._lock:
+        with self._lock, self._read_lock:
+            self._reading.close()
             self._connection.close()
 
     def _migrate(self, migrations: Sequence[str]) -> None:
@@ -138,3 +149,9 @@ class Database:
             raise StorageError(f"the database {self.path} cannot be used: {error}") from error
         except sqlite3.DatabaseError as error:
             raise DataError(f"the database {self.path} is damaged or none ({error}); restore or remove it") from error
+
+
+def _connected(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+    connection.row_factory = sqlite3.Row
+    return connection

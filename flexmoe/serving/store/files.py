@@ -62,7 +62,7 @@ class Upload:
         with storage_errors(path):
             self._descriptor = file_io.create(path)
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Adds bytes.
 
         Raises:
@@ -110,7 +110,7 @@ class FileStore:
 
     def sweep(self) -> None:
         """Removes what no file is made of: uploads that were cut off, and bytes whose file was never kept or is gone."""
-        known = {row["id"] for row in self._database.rows("SELECT id FROM files")}
+        known = {row["id"] for row in self._database.read("SELECT id FROM files")}
         left = [*self._uploads.iterdir(), *(path for path in self._files.iterdir() if path.name not in known)]
         for path in left:
             with contextlib.suppress(OSError):
@@ -120,22 +120,21 @@ class FileStore:
         """Free on the disk of the files."""
         return shutil.disk_usage(self._files).free
 
-    def upload(self) -> Upload:
-        """A place for the bytes of a new file.
+    @property
+    def uploads(self) -> Path:
+        """The directory of uploads."""
+        return self._uploads
 
-        Raises:
-            StorageError: there is none.
-        """
-        return Upload(self._uploads / secrets.token_hex(12))
-
-    def keep(self, upload: Upload, filename: str, purpose: str, now_s: int, expires_s: int | None) -> StoredFile:
+    def keep(self, upload: str, filename: str, purpose: str, now_s: int, expires_s: int | None) -> StoredFile:
         """Makes a file of an upload, durably.
+
+        Args:
+            upload: its name in the directory of uploads; it has been synchronized.
 
         Raises:
             StorageError: the disk is full, or failed; there is no file then.
         """
-        upload.sync()
-        return self.adopt(new_id("file-"), upload.path, filename, purpose, now_s, expires_s)
+        return self.adopt(new_id("file-"), self._uploads / Path(upload).name, filename, purpose, now_s, expires_s)
 
     def adopt(
         self, file_id: str, path: Path, filename: str, purpose: str, now_s: int, expires_s: int | None
@@ -165,7 +164,7 @@ class FileStore:
 
     def get(self, file_id: str) -> StoredFile | None:
         """The file of an id; None where there is none."""
-        rows = self._database.rows("SELECT * FROM files WHERE id = ?", (file_id,))
+        rows = self._database.read("SELECT * FROM files WHERE id = ?", (file_id,))
         return StoredFile.of(rows[0]) if rows else None
 
     def path(self, file: StoredFile) -> Path:
@@ -186,7 +185,7 @@ class FileStore:
             f"AND (:after IS NULL OR seq {way} :after) ORDER BY seq {order} LIMIT :most"
         )
         values = {"purpose": purpose, "after": None if after is None else after.seq, "most": limit + 1}
-        found = [StoredFile.of(row) for row in self._database.rows(query, values)]
+        found = [StoredFile.of(row) for row in self._database.read(query, values)]
         return found[:limit], len(found) > limit
 
     def delete(self, file: StoredFile) -> None:
@@ -198,5 +197,5 @@ class FileStore:
     def expire(self, now_s: int) -> None:
         """Deletes the files whose time is over."""
         query = "SELECT * FROM files WHERE expires_s IS NOT NULL AND expires_s <= ?"
-        for row in self._database.rows(query, (now_s,)):
+        for row in self._database.read(query, (now_s,)):
             self.delete(StoredFile.of(row))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from flexmoe.job.job import Done, Job
 from flexmoe.job.runner import Room
@@ -123,6 +125,13 @@ class BatchRun:
         return request_id.removeprefix(f"{self.key}:")
 
 
+def cached_tokens(output: Path) -> int:
+    """Prompt tokens that were not computed for their row, of all lines of an output file together."""
+    with output.open("rb") as lines:
+        usages = (json.loads(line)["response"]["body"]["usage"] for line in lines)
+        return sum(usage.get("prompt_tokens_details", {}).get("cached_tokens", 0) for usage in usages)
+
+
 def key_of(request_id: str) -> str:
-    """Of whom a request of the engine is: the key of a batch or a call. Those of all of them meet in one engine."""
+    """Of whom a request of the engine is: the key of a batch or an online request. Those of all of them meet in one engine."""
     return request_id.partition(":")[0]

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from flexmoe.batch.failures import as_user_errors
 from flexmoe.errors import FlexMoEError
 from flexmoe.serving.settings import ServerOptions
-from flexmoe.serving.work.calls import CallFailure
 from flexmoe.serving.work.lifecycle import Lifecycle
 from flexmoe.serving.work.models import Loaded, ServedModels, load
+from flexmoe.serving.work.online_requests import RequestFailure
 from flexmoe.serving.work.session import Session
 from flexmoe.serving.work.stats import EngineStats
 from flexmoe.serving.work.work_queue import WorkQueue
@@ -21,7 +21,7 @@ from flexmoe.serving.work.work_queue import WorkQueue
 log = logging.getLogger(__name__)
 #: The engine of a model may fail so many times in a row; then the rows that are left of its batches become error rows.
 _MOST_FAILURES = 3
-_STOPPED = CallFailure(status=503, code="stopping", message="the server is stopping; ask again when it has started")
+_STOPPED = RequestFailure(status=503, code="stopping", message="the server is stopping; ask again when it has started")
 
 
 class EngineThread(threading.Thread):
@@ -68,7 +68,7 @@ class EngineThread(threading.Thread):
                 self._not_loaded(model, error)
                 continue
             self._turn()
-        self._work_queue.fail_calls(_STOPPED, waiting=True)
+        self._work_queue.fail_requests(_STOPPED, waiting=True)
         self._unload()
 
     def _load(self, model: str) -> None:
@@ -88,6 +88,16 @@ class EngineThread(threading.Thread):
         self._loaded_s = time.monotonic()
         self._stats.loaded(self._loaded, self._loaded_s - started_s)
         log.info("%s is loaded, in %.1f s", model, self._loaded_s - started_s)
+        threading.Thread(target=self._advise, args=(self._loaded,), name="flexmoe-advice", daemon=True).start()
+
+    def _advise(self, loaded: Loaded) -> None:
+        """Has the planner say what would help most, while the engine runs already."""
+        try:
+            advice = loaded.advice()
+        except FlexMoEError as error:
+            log.warning("what would help most is not known: %s", error)
+            advice = ()
+        self._stats.advised(loaded.served.id, advice)
 
     def _unload(self) -> None:
         if self._loaded is not None:
@@ -139,7 +149,9 @@ class EngineThread(threading.Thread):
         model = loaded.served.id
         log.error("the engine of %s failed: %s", model, error, exc_info=error)
         self._stats.failed(str(error))
-        self._work_queue.fail_calls(CallFailure(status=500, code="engine_error", message=f"the engine failed: {error}"))
+        self._work_queue.fail_requests(
+            RequestFailure(status=500, code="engine_error", message=f"the engine failed: {error}")
+        )
         runs = session.lost()
         for run in self._work_queue.release():
             self._lifecycle.finish(run)
@@ -158,8 +170,8 @@ class EngineThread(threading.Thread):
         self._stats.failed(str(error))
         self._unload()
         self._work_queue.forget_switch(model)
-        failure = CallFailure(status=503, code="model_not_loaded", message=f"{model} cannot be loaded: {error}")
-        self._work_queue.fail_calls_of(model, failure)
+        failure = RequestFailure(status=503, code="model_not_loaded", message=f"{model} cannot be loaded: {error}")
+        self._work_queue.fail_requests_of(model, failure)
         self._failures[model] += 1
         for run in self._work_queue.waiting_for(model):
             if self._failures[model] >= _MOST_FAILURES:

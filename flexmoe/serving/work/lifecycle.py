@@ -22,7 +22,7 @@ from flexmoe.serving.settings import Limits
 from flexmoe.serving.store.batches import OPEN, BatchRecord, BatchStore
 from flexmoe.serving.store.files import FileStore
 from flexmoe.serving.work.background import BackgroundTasks
-from flexmoe.serving.work.batch_run import BatchRun
+from flexmoe.serving.work.batch_run import BatchRun, cached_tokens
 from flexmoe.serving.work.models import Served, ServedModels
 from flexmoe.serving.work.validation import BatchInput, Fault
 from flexmoe.serving.work.work_queue import WorkQueue
@@ -272,6 +272,7 @@ class Lifecycle:
             failed=result.rows_failed,
             prompt_tokens=result.prompt_tokens,
             generated_tokens=result.generated_tokens,
+            cached_tokens=cached_tokens(result.output_path),
         )
         job.close()
         shutil.rmtree(self._directory / record.id, ignore_errors=True)

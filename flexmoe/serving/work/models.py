@@ -54,6 +54,16 @@ class Loaded:
     plan: RunPlan
     planned_for: frozenset[str]
 
+    def advice(self) -> tuple[str, ...]:
+        """What would help most, as the planner's report has it, a phrase each; none where the policy was given.
+
+        It takes seconds.
+        """
+        options, forecaster, predicted = self.served.options, self.plan.forecaster, self.plan.predicted
+        if forecaster is None or predicted is None or not options.plans_itself:
+            return ()
+        return forecaster.advice(predicted.tokens_per_s, options.kv_tokens, options.fixed)
+
 
 class ServedModels:
     """The models of a server, in the order in which they were given.

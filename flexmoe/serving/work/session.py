@@ -1,4 +1,4 @@
-"""One model's turn: the rows of its batches and its calls, merged into one stream through its engine, sweep by sweep."""
+"""One model's turn: the rows of its batches and its online requests, merged into one stream through its engine, sweep by sweep."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from flexmoe.errors import FlexMoEError, StorageError
 from flexmoe.outputs import RequestOutput
 from flexmoe.params import EngineRequest, InFlight
 from flexmoe.serving.work.batch_run import BatchRun, key_of
-from flexmoe.serving.work.calls import Call, CallFailure
 from flexmoe.serving.work.lifecycle import Lifecycle
 from flexmoe.serving.work.models import Loaded
+from flexmoe.serving.work.online_requests import OnlineRequest, RequestFailure
 from flexmoe.serving.work.work_queue import View, WorkQueue
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ class Session:
 
     Args:
         loaded: the engine.
-        work_queue: from which calls are, and batches.
+        work_queue: from which online requests are, and batches.
         lifecycle: ends those whose rows have ended.
         checkpoint_interval_s: seconds between two writes of what rows of batches have generated.
         clock: seconds.
@@ -47,7 +47,7 @@ class Session:
         self._checkpoint_s = clock()
         # Both by their keys.
         self._runs: dict[str, BatchRun] = {}
-        self._calls: dict[str, Call] = {}
+        self._online: dict[str, OnlineRequest] = {}
         self.results = 0
 
     @property
@@ -64,11 +64,11 @@ class Session:
         for run in view.ended:
             self._abort(run.key)
             self._leave(run)
-        for call in view.dropped:
-            self._abort(call.key)
-            self._end_call(call)
-        for call in view.calls:
-            self._begin_call(call)
+        for online in view.dropped:
+            self._abort(online.key)
+            self._end_online(online)
+        for online in view.requests:
+            self._begin_online(online)
         for run in view.batches:
             self._guarded(run, lambda run=run: self._begin(run))  # type: ignore[misc]
         self._fill([run for run in view.batches if run.key in self._runs])
@@ -87,15 +87,15 @@ class Session:
             self.checkpoint()
 
     def _tell_progress(self) -> None:
-        """Gives the calls that stream what has been generated of them."""
-        told: dict[str, list[InFlight]] = {call.key: [] for call in self._calls.values() if call.streams}
+        """Gives the online requests that stream what has been generated of them."""
+        told: dict[str, list[InFlight]] = {online.key: [] for online in self._online.values() if online.streams}
         if not told:
             return
         for state in self._engine.in_flight(lambda request_id: key_of(request_id) in told):
             told[key_of(state.request_id)].append(state)
         for key, states in told.items():
             if states:
-                self._calls[key].progress(states)
+                self._online[key].progress(states)
 
     def checkpoint(self) -> None:
         """Keeps what the rows of all batches have generated."""
@@ -143,15 +143,15 @@ class Session:
         if not run.job.rows_left:
             self._leave(run)
 
-    def _begin_call(self, call: Call) -> None:
-        self._calls[call.key] = call
-        for request in call.requests:
+    def _begin_online(self, online: OnlineRequest) -> None:
+        self._online[online.key] = online
+        for request in online.requests:
             refused = self._submit(request, urgent=True)
             if refused is not None:
-                self._abort(call.key)
-                failure = CallFailure(status=400, code="cannot_run", message=refused.error or "it cannot run")
-                call.fail(failure)
-                self._end_call(call)
+                self._abort(online.key)
+                failure = RequestFailure(status=400, code="cannot_run", message=refused.error or "it cannot run")
+                online.fail(failure)
+                self._end_online(online)
                 return
 
     def _submit(self, request: EngineRequest, *, urgent: bool) -> RequestOutput | None:
@@ -166,13 +166,13 @@ class Session:
         for result in results:
             self.results += 1
             key = key_of(result.request_id)
-            call, run = self._calls.get(key), self._runs.get(key)
-            if call is not None:
-                call.take(result)
-                if call.failure is not None:
+            online, run = self._online.get(key), self._runs.get(key)
+            if online is not None:
+                online.take(result)
+                if online.failure is not None:
                     self._abort(key)  # where one of its prompts has failed, the others are of no use
-                if call.is_done:
-                    self._end_call(call)
+                if online.is_done:
+                    self._end_online(online)
             elif run is not None:
                 self._guarded(run, lambda run=run, result=result: run.take(result))  # type: ignore[misc]
 
@@ -196,9 +196,9 @@ class Session:
         self._work_queue.take(run)
         self._lifecycle.finish(run)
 
-    def _end_call(self, call: Call) -> None:
-        self._calls.pop(call.key, None)
-        self._work_queue.done(call)
+    def _end_online(self, online: OnlineRequest) -> None:
+        self._online.pop(online.key, None)
+        self._work_queue.done(online)
 
     def _abort(self, key: str) -> None:
         self._engine.abort_all(lambda request_id: key_of(request_id) == key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from flexmoe.batch.bottleneck import bottleneck
 from flexmoe.engine.engine import Engine
 from flexmoe.errors import UsageError
-from flexmoe.serving.work.batch_run import BatchRun
+from flexmoe.serving.work.batch_run import BatchRun, key_of
 from flexmoe.serving.work.models import Loaded
 from flexmoe.system.machine import cpu_name, usable_cores
 from flexmoe.system.memory import resident_bytes
@@ -36,9 +36,10 @@ class _Sample:
     prompt_tokens: int
     generated_tokens: int
     lanes_s: dict[str, float]
+    batch_rows: dict[str, int]
 
     @classmethod
-    def of(cls, engine: Engine, now_s: float) -> _Sample:
+    def of(cls, engine: Engine, now_s: float, runs: Sequence[BatchRun] = ()) -> _Sample:
         totals, last = engine.sweeps.totals, engine.sweeps.since(len(engine.sweeps) - 1)
         return cls(
             time_s=now_s,
@@ -48,6 +49,7 @@ class _Sample:
             prompt_tokens=totals.prompt_tokens,
             generated_tokens=totals.generated_tokens,
             lanes_s={lane: total.busy_s for lane, total in engine.recorder.totals().items()},
+            batch_rows=_batch_rows(engine, runs),
         )
 
     def since(self, before: _Sample) -> dict[str, Any]:
@@ -57,11 +59,16 @@ class _Sample:
         return {
             "time": round(self.time_s, 3),
             "rows_in_flight": self.rows,
+            "batches": self._rows_of_batches(before),
             "sweeps": self.sweeps - before.sweeps,
             "prompt_tokens_per_s": (self.prompt_tokens - before.prompt_tokens) / wall_s,
             "generated_tokens_per_s": (self.generated_tokens - before.generated_tokens) / wall_s,
             "lanes": {lane: round(min(1.0, max(0.0, share)), 4) for lane, share in lanes.items()},
         }
+
+    def _rows_of_batches(self, before: _Sample) -> dict[str, int]:
+        """Rows in flight of each batch that had some at one of the two."""
+        return {name: self.batch_rows.get(name, 0) for name in before.batch_rows | self.batch_rows}
 
 
 class EngineStats:
@@ -69,18 +76,23 @@ class EngineStats:
 
     Args:
         clock: seconds since 1970.
+
+    Attributes:
+        loads, failures: engines that were loaded, and that failed.
+        version: another one whenever `performance` has changed.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock, self._lock = clock, threading.Lock()
         self._samples: deque[_Sample] = deque(maxlen=_KEPT)
+        self._history: deque[dict[str, Any]] = deque(maxlen=_KEPT)
         self._before = {"prompt_tokens": 0, "generated_tokens": 0, "sweeps": 0}
         self._model: dict[str, Any] | None = None
         self._memory: dict[str, Any] = {}
         self._experts: dict[str, Any] = {}
         self._experts_s = 0.0
         self._left: dict[str, dict[str, Any]] = {}
-        self.loads = self.failures = 0
+        self.loads = self.failures = self.version = 0
         self._failure: str | None = None
         self._machine = _machine()
 
@@ -96,6 +108,8 @@ class EngineStats:
             "block_size": loaded.plan.policy.block_size,
             "largest_row_tokens": loaded.llm.largest_row_tokens,
             "predicted": None,
+            "planned": loaded.served.options.plans_itself,
+            "advice": None if loaded.served.options.plans_itself else [],
         }
         if predicted is not None:
             job_s = max(predicted.job_s, 1e-9)
@@ -110,9 +124,9 @@ class EngineStats:
             for tier in plan.memory.parts
         }
         with self._lock:
-            self.loads += 1
+            self.loads, self.version = self.loads + 1, self.version + 1
             self._model, self._memory, self._experts = model, tiers, {}
-            self._samples.clear()
+            self._forget_samples()
             self._samples.append(_Sample.of(loaded.llm.engine, self._clock()))
 
     def unloaded(self) -> None:
@@ -122,13 +136,21 @@ class EngineStats:
                 last = self._samples[-1]
                 for name in self._before:
                     self._before[name] += getattr(last, name)
-            self._samples.clear()
+            self._forget_samples()
             self._model, self._memory, self._experts, self._left = None, {}, {}, {}
+            self.version += 1
+
+    def advised(self, model: str, advice: Sequence[str]) -> None:
+        """What would help most was found for a model; it counts as long as that model is loaded."""
+        with self._lock:
+            if self._model is not None and self._model["id"] == model:
+                self._model = self._model | {"advice": list(advice)}
+                self.version += 1
 
     def failed(self, message: str) -> None:
         """The engine failed, or could not be made."""
         with self._lock:
-            self.failures += 1
+            self.failures, self.version = self.failures + 1, self.version + 1
             self._failure = message
 
     def swept(self, loaded: Loaded, runs: Sequence[BatchRun]) -> None:
@@ -140,12 +162,14 @@ class EngineStats:
         now_s = self._clock()
         if self._samples and now_s - self._samples[-1].time_s < _INTERVAL_S:
             return
-        sample = _Sample.of(loaded.llm.engine, now_s)
+        sample = _Sample.of(loaded.llm.engine, now_s, runs)
         experts = None
         if now_s - self._experts_s >= _EXPERTS_INTERVAL_S:
             self._experts_s, experts = now_s, _experts(loaded.llm.engine)
         with self._lock:
+            self._history.append(sample.since(self._samples[-1]))
             self._samples.append(sample)
+            self.version += 1
             self._experts = experts or self._experts
             self._left = self._times_left(runs, loaded.served.id)
 
@@ -171,7 +195,7 @@ class EngineStats:
             return {
                 "model": self._model,
                 "now": recent,
-                "history": [after.since(before) for before, after in zip(samples, samples[1:])],
+                "history": list(self._history),
                 "totals": self._totals(),
                 "bottleneck": self._bottleneck(),
                 "batches": self._left,
@@ -185,6 +209,10 @@ class EngineStats:
         """Tokens and sweeps since the server started."""
         with self._lock:
             return self._totals()
+
+    def _forget_samples(self) -> None:
+        self._samples.clear()
+        self._history.clear()
 
     def _totals(self) -> dict[str, int]:
         last = self._samples[-1] if self._samples else None
@@ -207,6 +235,15 @@ class EngineStats:
                 ahead += run.tokens_left
                 left[run.id] = {"seconds_left": ahead / rate if rate else None, "tokens_left": run.tokens_left}
         return left
+
+
+def _batch_rows(engine: Engine, runs: Sequence[BatchRun]) -> dict[str, int]:
+    """Rows that each batch has in flight; batches without one are left out."""
+    names, rows = {run.key: run.id for run in runs}, Counter[str]()
+    for request_id, count in engine.rows_in_flight().items():
+        if (name := names.get(key_of(request_id))) is not None:
+            rows[name] += count
+    return dict(rows)
 
 
 def _machine() -> dict[str, Any]:

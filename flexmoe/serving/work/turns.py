@@ -1,6 +1,6 @@
 """Whose turn it is: which model runs next, and which of its batches may run together.
 
-The order is that of priority, and of age among equals; calls (completions that somebody waits for) come before batches. A
+The order is that of priority, and of age among equals; online requests come before batches. A
 batch never overtakes one of another model that is before it, so the turns that follow are the fewest that keep the order:
 one for each stretch of neighbours of one model.
 """
@@ -16,7 +16,7 @@ class Item:
     """Something that waits for a model.
 
     Args:
-        name: of a batch; "" for a call or a switch.
+        name: of a batch; "" for an online request or a switch.
         arrival: place in the order of arrival.
         has_begun: whether rows of the batch have run since the model was loaded.
     """

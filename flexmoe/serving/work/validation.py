@@ -13,8 +13,12 @@ from flexmoe.inputs.request_file import RequestFile
 from flexmoe.openai.batch_line import URLS, Request
 from flexmoe.openai.json_line import show
 from flexmoe.serving.work.models import Served, ServedModels
+from policies.common.file_io import storage_errors
 
 MOST_FAULTS = 100
+#: A file may have as many blank lines as requests.
+_LINES_PER_ROW = 2
+_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,16 +61,23 @@ class BatchInput:
         self.faults: list[Fault] = []
         self.served: Served | None = None
         self._models, self._endpoint = models, endpoint
+        line_count = _line_count(path)
+        if line_count > _LINES_PER_ROW * most_rows:  # to read them would take minutes and gigabytes
+            self._refuse_many(f"{line_count} lines", most_rows)
+            return
         try:
             with RequestFile.open(path, on_invalid="record") as file:
                 self._look(file, most_rows)
         except DataError:
             self.faults = [Fault(code="empty_file", message="the file holds no requests; write one on each line")]
 
+    def _refuse_many(self, held: str, most_rows: int) -> None:
+        message = f"the file holds {held}, and a batch may have {most_rows} requests; divide it"
+        self.faults.append(Fault(code="too_many_requests", message=message))
+
     def _look(self, file: RequestFile, most_rows: int) -> None:
         if len(file) > most_rows:
-            message = f"the file holds {len(file)} requests, and a batch may have {most_rows}; divide it"
-            self.faults.append(Fault(code="too_many_requests", message=message))
+            self._refuse_many(f"{len(file)} requests", most_rows)
             return
         self._check(file)
         if self.faults:
@@ -103,3 +114,13 @@ class BatchInput:
             return Fault(code="mismatched_model", message=message, line=line, param=param)
         self.served = served
         return None
+
+
+def _line_count(path: Path) -> int:
+    """Line ends in a file.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    with storage_errors(path), path.open("rb") as file:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(_CHUNK_BYTES), b""))

@@ -7,7 +7,7 @@ import threading
 from dataclasses import dataclass
 
 from flexmoe.serving.work.batch_run import BatchRun
-from flexmoe.serving.work.calls import Call, CallFailure
+from flexmoe.serving.work.online_requests import OnlineRequest, RequestFailure
 from flexmoe.serving.work.turns import Item, Turn, turn_of
 
 
@@ -17,33 +17,33 @@ class View:
 
     Args:
         leave: take no more rows; when those in the engine have ended, the turn is over.
-        calls: that begin now.
-        dropped: calls that nobody waits for any longer, wherever they are.
+        requests: online ones that begin now.
+        dropped: online requests that nobody waits for any longer, wherever they are.
         batches: whose rows may enter, the first ones first.
         ended: that are to end before their rows have run.
     """
 
     leave: bool
-    calls: tuple[Call, ...]
-    dropped: tuple[Call, ...]
+    requests: tuple[OnlineRequest, ...]
+    dropped: tuple[OnlineRequest, ...]
     batches: tuple[BatchRun, ...]
     ended: tuple[BatchRun, ...]
 
 
 class WorkQueue:
-    """Batches that have been looked at, calls and switches, until the engine takes them. Any thread may use it.
+    """Batches that have been looked at, requests and switches, until the engine takes them. Any thread may use it.
 
     Args:
-        most_calls: that wait or run at one time.
+        most_requests: that wait or run at one time.
     """
 
-    def __init__(self, most_calls: int) -> None:
+    def __init__(self, most_requests: int) -> None:
         self._changed = threading.Condition()
         self._runs: dict[str, BatchRun] = {}
-        self._waiting: list[Call] = []
-        self._running: list[Call] = []
+        self._waiting: list[OnlineRequest] = []
+        self._running: list[OnlineRequest] = []
         self._switch: Item | None = None
-        self._most_calls, self._arrivals = most_calls, itertools.count()
+        self._most_requests, self._arrivals = most_requests, itertools.count()
         self._stopping = False
 
     # What clients bring.
@@ -52,21 +52,21 @@ class WorkQueue:
         """A place in the order of arrival."""
         return next(self._arrivals)
 
-    def call(self, call: Call) -> bool:
-        """A call waits from now on; False where there are too many, or the server stops."""
+    def submit(self, request: OnlineRequest) -> bool:
+        """An online request waits from now on; False where there are too many, or the server stops."""
         with self._changed:
-            if self._stopping or len(self._waiting) + len(self._running) >= self._most_calls:
+            if self._stopping or len(self._waiting) + len(self._running) >= self._most_requests:
                 return False
-            self._waiting.append(call)
+            self._waiting.append(request)
             self._changed.notify_all()
         return True
 
-    def drop(self, call: Call) -> None:
-        """Nobody waits for a call any longer."""
+    def drop(self, request: OnlineRequest) -> None:
+        """Nobody waits for an online request any longer."""
         with self._changed:
-            call.is_dropped = True
-            if call in self._waiting:
-                self._waiting.remove(call)
+            request.is_dropped = True
+            if request in self._waiting:
+                self._waiting.remove(request)
             self._changed.notify_all()
 
     def switch(self, model: str) -> None:
@@ -109,8 +109,8 @@ class WorkQueue:
             return self._runs.pop(batch_id)
 
     @property
-    def calls(self) -> tuple[int, int]:
-        """How many calls wait, and how many run."""
+    def requests(self) -> tuple[int, int]:
+        """How many online requests wait, and how many run."""
         with self._changed:
             return len(self._waiting), len(self._running)
 
@@ -143,7 +143,7 @@ class WorkQueue:
             return [run for run in self._runs.values() if run.model == model]
 
     def view(self, model: str, *, may_leave: bool, fits: frozenset[str], room_tokens: int, idle: bool) -> View:
-        """What the turn of a model asks for now; batches and calls in it are the engine's from now on.
+        """What the turn of a model asks for now; batches and online requests in it are the engine's from now on.
 
         Args:
             may_leave: whether the model has been loaded for long enough.
@@ -156,7 +156,7 @@ class WorkQueue:
                 self._switch = None
             while True:
                 view = self._view(model, may_leave, fits, room_tokens)
-                if not idle or view.leave or view.calls or view.batches or view.ended or view.dropped:
+                if not idle or view.leave or view.requests or view.batches or view.ended or view.dropped:
                     return view
                 # A switch may become due by time alone.
                 self._changed.wait(0.5 if self._items() else None)
@@ -170,21 +170,21 @@ class WorkQueue:
         suited = list(itertools.takewhile(lambda run: run.id in fits or run.needed_tokens <= room_tokens, runs))
         leave = self._stopping or turn.model != model or (bool(runs) and not suited and may_leave)
         ended = tuple(run for run in self._runs.values() if run.in_engine and run.ending is not None)
-        dropped = tuple(call for call in self._running if call.is_dropped)
-        calls = [] if leave else [call for call in self._waiting if call.model == model]
-        for call in calls:
-            self._waiting.remove(call)
-        self._running += calls
+        dropped = tuple(request for request in self._running if request.is_dropped)
+        requests = [] if leave else [request for request in self._waiting if request.model == model]
+        for request in requests:
+            self._waiting.remove(request)
+        self._running += requests
         batches = [] if leave else [run for run in suited if run.ending is None]
         for run in batches:
             run.in_engine = True
-        return View(leave=leave, calls=tuple(calls), dropped=dropped, batches=tuple(batches), ended=ended)
+        return View(leave=leave, requests=tuple(requests), dropped=dropped, batches=tuple(batches), ended=ended)
 
-    def done(self, call: Call) -> None:
-        """The engine is done with a call."""
+    def done(self, request: OnlineRequest) -> None:
+        """The engine is done with an online request."""
         with self._changed:
-            if call in self._running:
-                self._running.remove(call)
+            if request in self._running:
+                self._running.remove(request)
 
     def take(self, run: BatchRun) -> None:
         """A batch leaves the work queue: its rows have ended."""
@@ -205,8 +205,8 @@ class WorkQueue:
                 del self._runs[run.id]
             return ended
 
-    def fail_calls(self, failure: CallFailure, *, waiting: bool = False) -> None:
-        """Ends the calls that run, and those that wait, too, where that is asked.
+    def fail_requests(self, failure: RequestFailure, *, waiting: bool = False) -> None:
+        """Ends the online requests that run, and those that wait, too, where that is asked.
 
         Args:
             failure: what they are told.
@@ -215,16 +215,16 @@ class WorkQueue:
             failed, self._running = self._running, []
             if waiting:
                 failed, self._waiting = failed + self._waiting, []
-        for call in failed:
-            call.fail(failure)
+        for request in failed:
+            request.fail(failure)
 
-    def fail_calls_of(self, model: str, failure: CallFailure) -> None:
-        """Ends the calls that wait for a model which cannot be loaded."""
+    def fail_requests_of(self, model: str, failure: RequestFailure) -> None:
+        """Ends the online requests that wait for a model which cannot be loaded."""
         with self._changed:
-            failed = [call for call in self._waiting if call.model == model]
-            self._waiting = [call for call in self._waiting if call.model != model]
-        for call in failed:
-            call.fail(failure)
+            failed = [request for request in self._waiting if request.model == model]
+            self._waiting = [request for request in self._waiting if request.model != model]
+        for request in failed:
+            request.fail(failure)
 
     def forget_switch(self, model: str) -> None:
         """Nobody waits for a model to be loaded any longer."""
@@ -238,7 +238,7 @@ class WorkQueue:
             self._changed.wait_for(lambda: self._stopping, seconds)
 
     def _items(self) -> list[Item]:
-        items = [Item(model=call.model, arrival=call.arrival) for call in self._waiting]
+        items = [Item(model=request.model, arrival=request.arrival) for request in self._waiting]
         items += [self._switch] if self._switch is not None else []
         for run in self._runs.values():
             record = run.record

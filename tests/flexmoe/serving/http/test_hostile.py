@@ -16,7 +16,14 @@ from tests.support.serving import chat_rows, options_of, running, start_batch, w
 
 KEY = "a-long-secret-key"
 LIMITS = Limits(
-    upload_bytes=200_000, body_bytes=20_000, header_bytes=4000, open_batches=2, rows=50, calls=3, uploads=2, idle_s=0.6
+    upload_bytes=200_000,
+    body_bytes=20_000,
+    header_bytes=4000,
+    open_batches=2,
+    rows=50,
+    concurrent_requests=3,
+    uploads=2,
+    idle_s=0.6,
 )
 FORM = {"purpose": "batch"}
 
@@ -102,7 +109,9 @@ def test_keys_are_checked_everywhere_but_on_the_page_and_health(locked):
         for given in ("Bearer wrong", "Bearer", f"Basic {KEY}", KEY, f"Bearer {KEY}x"):
             assert client.get("/v1/models", headers={"authorization": given}).status_code == 401
         assert client.get("/v1/models", headers={"authorization": f"Bearer {KEY}"}).status_code == 200
-        assert [client.get(path).status_code for path in ("/", "/page.js", "/health", "/ready")] == [200] * 4
+        assert [client.get(path).status_code for path in ("/", "/page.js", "/engine.js", "/health", "/ready")] == [
+            200
+        ] * 5
         assert client.get("/v1/models").headers["www-authenticate"] == "Bearer"
     with locked.client(api_key=KEY) as client:
         assert client.models.list().data[0].id == "tiny"
@@ -129,6 +138,14 @@ def test_the_own_page_may_post_and_no_site_may_read(web, strict):
 def test_a_name_that_another_site_has_pointed_here_is_refused(web):
     assert code(web.get("/v1/models", headers={"host": "evil.example"})) == (421, "wrong_host")
     assert web.get("/v1/models", headers={"host": "localhost:1234"}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["[", "[::1", "[x]", "a b", "localhost, evil", "\x7f"])
+def test_hosts_and_origins_that_are_none_are_refused(strict, host):
+    ask = f"GET /v1/models HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n"
+    assert status(raw(strict.port, ask.encode())) in (400, 421)
+    ask = f"POST /v1/batches HTTP/1.1\r\nhost: localhost\r\norigin: http://{host}\r\nconnection: close\r\n\r\n"
+    assert status(raw(strict.port, ask.encode())) in (400, 403)
 
 
 def test_a_body_of_ten_gigabytes_is_refused_before_it_comes(strict):
@@ -167,6 +184,34 @@ def test_slow_clients_are_not_waited_for(strict):
     answer = raw(strict.port, head)
     assert status(answer) == 408 and b"request_timeout" in answer
     assert time.monotonic() - began < 6
+
+
+def test_a_body_that_comes_byte_by_byte_is_not_waited_for(strict):
+    head = "POST /v1/batches HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 5000\r\n\r\n{"
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", strict.port), timeout=0.1) as client:
+        client.sendall(head.encode())
+        answer = b""
+        while not answer and time.monotonic() - began < 10:
+            client.sendall(b" ")
+            with contextlib.suppress(socket.timeout):
+                answer = client.recv(65536)
+    assert status(answer) == 408 and time.monotonic() - began < 5
+
+
+def test_a_client_that_does_not_read_its_answer_is_hung_up_on(tiny_server_model, tmp_path):
+    limits, size = Limits(idle_s=0.5), 50_000_000
+    with running(options_of([tiny_server_model], tmp_path, limits=limits)) as server:
+        with httpx.Client(base_url=server.url) as client:
+            made = client.post("/v1/files", files={"file": ("a", bytes(size))}, data=FORM).json()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+            client.sendall(f"GET /v1/files/{made['id']}/content HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
+            time.sleep(2)
+            received = 0
+            with contextlib.suppress(ConnectionResetError):
+                while piece := client.recv(1 << 20):
+                    received += len(piece)
+        assert 0 < received < size
 
 
 def test_half_an_upload_leaves_nothing(web, strict):
@@ -216,6 +261,12 @@ def test_bodies_that_are_no_object_are_refused(web, path, content, kind, expecte
 )
 def test_broken_requests_are_refused(strict, data):
     assert status(raw(strict.port, data)) in (400, 421)
+
+
+@pytest.mark.parametrize("more", [{"prompt": ["a"] * 2049}, {"prompt": ["a"] * 20, "n": 128}])
+def test_an_online_request_cannot_fill_the_engine_with_choices(web, more):
+    answer = web.post("/v1/completions", json={"model": "tiny", "max_tokens": 1, **more})
+    assert code(answer) == (400, "invalid_value") and "make a batch" in answer.json()["error"]["message"]
 
 
 def test_carriage_returns_in_what_is_asked_reach_no_header(web):
@@ -283,7 +334,7 @@ def test_forms_without_a_file_with_two_or_of_another_purpose_are_refused(web):
     assert web.post("/v1/files", content=b"x", headers={"content-type": "multipart/form-data"}).status_code == 415
 
 
-def test_too_many_batches_rows_and_calls_are_busy(strict):
+def test_too_many_batches_rows_and_requests_are_busy(strict):
     with strict.client() as client:
         many = wait_for(client, start_batch(client, chat_rows(51)))
         assert many.status == "failed" and many.errors.data[0].code == "too_many_requests"
@@ -307,9 +358,35 @@ def test_too_many_batches_rows_and_calls_are_busy(strict):
         assert all(wait_for(client, batch).status == "cancelled" for batch in running_ones)
 
 
-def test_a_full_disk_is_said(strict, web, monkeypatch):
-    monkeypatch.setattr(strict.context.files, "free_bytes", lambda: 1000)
-    answer = web.post("/v1/files", files={"file": ("a", b"x")}, data=FORM)
+@pytest.mark.parametrize("data", [b"\n" * 150_000, b"{}\n" * 60_000], ids=["blank lines", "short lines"])
+def test_a_file_of_many_lines_is_not_read_line_by_line(strict, data):
+    from flexmoe.inputs.request_file import RequestFile
+
+    with pytest.MonkeyPatch.context() as patch, strict.client() as client:
+        patch.setattr(RequestFile, "open", lambda *_, **__: pytest.fail("the file is read"))
+        file = client.files.create(file=("in.jsonl", data), purpose="batch")
+        batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+        failed = wait_for(client, batch)
+    assert [fault.code for fault in failed.errors.data] == ["too_many_requests"]
+
+
+def test_too_many_uploads_at_one_time_are_busy(web, strict):
+    head = "POST /v1/files HTTP/1.1\r\nhost: localhost\r\ncontent-type: multipart/form-data; boundary=x\r\ncontent-length: 5000\r\n\r\n--x"
+    with contextlib.ExitStack() as stack:
+        for _ in range(LIMITS.uploads):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", strict.port)))
+            client.sendall(head.encode())
+        for _ in range(100):
+            answer = web.post("/v1/files", files={"file": ("a", b"x")}, data=FORM)
+            if answer.status_code != 200:
+                break
+    assert code(answer) == (429, "busy") and int(answer.headers["retry-after"]) > 0
+
+
+def test_a_full_disk_is_said(tiny_server_model, tmp_path):
+    options = options_of([tiny_server_model], tmp_path, limits=Limits(free_disk_bytes=1 << 60))
+    with running(options) as server:
+        answer = httpx.post(f"{server.url}/v1/files", files={"file": ("a", b"x")}, data=FORM)
     assert code(answer) == (507, "disk_full")
 
 

@@ -142,6 +142,46 @@ def test_a_batch_is_run_and_its_objects_are_those_of_the_client(client):
     assert client.batches.list(limit=1).data[0].id == batch.id
 
 
+def test_the_usage_of_a_batch_is_that_of_its_lines_what_was_cached_included(client):
+    rows = chat_rows(12)
+    for row in rows:
+        row["body"]["messages"].insert(0, {"role": "system", "content": "the quick brown fox " * 20})
+    ended = wait_for(client, start_batch(client, rows))
+    usages = [line["response"]["body"]["usage"] for line in lines_of(client, ended)]
+    cached = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages)
+    assert ended.usage.input_tokens_details.cached_tokens == cached > 0
+    assert ended.usage.input_tokens == sum(usage["prompt_tokens"] for usage in usages)
+    assert ended.usage.output_tokens == sum(usage["completion_tokens"] for usage in usages)
+
+
+def test_objects_hold_to_the_types_of_the_client(client, server):
+    """The client itself takes whatever comes; its types are checked here as strictly as they can be."""
+    import httpx
+    from openai.types import Batch, FileObject, Model
+    from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+    rows = chat_rows(3)
+    rows[1]["body"]["max_tokens"] = 10**6
+    batch = start_batch(client, rows)
+    web = httpx.Client(base_url=f"{server.url}/v1")
+    Batch.model_validate(web.get(f"/batches/{batch.id}").json())
+    ended = wait_for(client, batch)
+    Batch.model_validate(web.get(f"/batches/{batch.id}").json())
+    for file_id in (ended.input_file_id, ended.output_file_id, ended.error_file_id):
+        FileObject.model_validate(web.get(f"/files/{file_id}").json())
+    Model.model_validate(web.get("/models/tiny").json())
+    ChatCompletion.model_validate(web.post("/chat/completions", json=ASKED).json())
+    streamed = web.post("/chat/completions", json=ASKED | {"stream": True}).text.split("\n\n")
+    assert streamed[-2:] == ["data: [DONE]", ""]
+    for event in streamed[:-2]:
+        ChatCompletionChunk.model_validate_json(event.removeprefix("data: "))
+    failed = client.files.create(file=("in", b"no json"), purpose="batch")
+    failed = client.batches.create(input_file_id=failed.id, endpoint="/v1/completions", completion_window="24h")
+    assert wait_for(client, failed).errors.data[0].line == 1
+    Batch.model_validate(web.get(f"/batches/{failed.id}").json())
+    web.close()
+
+
 def test_a_row_of_a_batch_is_answered_as_the_same_call_is(client):
     [line] = lines_of(client, wait_for(client, start_batch(client, chat_rows(1))))
     call = client.chat.completions.create(**chat_rows(1)[0]["body"])
@@ -260,10 +300,10 @@ def test_a_client_that_hangs_up_frees_its_place(client, server):
     stream.close()
     context = server.context
     for _ in range(200):
-        if context.work_queue.calls == (0, 0):
+        if context.work_queue.requests == (0, 0):
             return
         threading.Event().wait(0.02)
-    pytest.fail("the call still runs")
+    pytest.fail("the request still runs")
 
 
 def test_stats_health_and_metrics_tell_of_what_ran(client, server):

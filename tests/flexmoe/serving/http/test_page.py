@@ -14,7 +14,7 @@ pytest.importorskip("uvicorn", reason="the server needs pip install 'flexmoe[ser
 pytest.importorskip("openai")
 
 from tests.support.browser import Browser, found  # noqa: E402
-from tests.support.serving import chat_rows, jsonl, options_of, running, start_batch, wait_for  # noqa: E402
+from tests.support.serving import chat_rows, jsonl, options_of, planned, running, start_batch, wait_for  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,7 +34,9 @@ def long_rows(count, tokens=450):
 @pytest.fixture(scope="module")
 def busy(tiny_server_model, tmp_path_factory):
     """A server with a batch of every state; one of them is running."""
-    with running(options_of([tiny_server_model], tmp_path_factory.mktemp("page"))) as server, server.client() as client:
+    home = tmp_path_factory.mktemp("page")
+    options = planned(options_of([tiny_server_model], home), home / "machine.json", gpu_batch_size=8, num_gpu_batches=2)
+    with running(options) as server, server.client() as client:
         rows = chat_rows(12)
         rows[3]["body"]["max_tokens"] = 10**6
         wait_for(client, start_batch(client, rows, metadata={"name": "evening questions"}))
@@ -93,9 +95,22 @@ def test_every_state_progress_lanes_memory_and_experts_are_shown(page):
     assert bar.endswith("of 2000 rows are done")
     page.run("document.querySelector('#batch-rows button.id').click()")
     assert "rows per second" in page.run("document.querySelector('#facts').textContent")
+    assert "rows/s" in page.run("document.querySelector('#batch-rows td[data-name=Rate]').textContent")
+    page.wait("document.querySelectorAll('#batch-lanes .lane .expected').length > 0")
+    assert "rows in flight" in page.run("document.querySelector('#batch-rows-legend').textContent")
+    page.wait("document.querySelectorAll('#advice li').length > 0")
+    assert ": " in page.run("document.querySelector('#advice li').textContent")
     keep(page, "server-light")
     page.look(dark=True)
     keep(page, "server-dark")
+
+
+def test_advice_is_text_and_a_given_policy_has_none(page):
+    page.run("showAdvice({ advice: ['<b>more memory</b>: +5 %'], planned: true })")
+    assert page.run("document.querySelector('#advice li').textContent") == "<b>more memory</b>: +5 %"
+    page.run("showAdvice({ advice: [], planned: false })")
+    assert "policy was given" in page.run("document.querySelector('#no-advice').textContent")
+    assert page.run("document.querySelectorAll('#advice li').length") == 0
 
 
 def test_errors_of_a_file_are_listed_as_text_with_their_line(page):

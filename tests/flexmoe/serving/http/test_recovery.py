@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("uvicorn", reason="the server needs pip install 'flexmoe[serve]'")
 openai = pytest.importorskip("openai")
 
+from flexmoe.serving.work import lifecycle  # noqa: E402
 from tests.support.serving import (  # noqa: E402
     ENDED,
     FLAGS,
@@ -57,6 +58,34 @@ def test_a_stopped_server_resumes_its_batches_with_the_tokens_that_they_had(tiny
         assert ended.status == "completed" and ended.request_counts == whole.request_counts
         assert {line["custom_id"]: answer_of(line) for line in lines_of(client, ended)} == expected
         assert client.batches.retrieve(whole.id).status == "completed"
+
+
+def test_the_server_is_ready_once_every_open_batch_is_at_work_again(tiny_server_model, tmp_path, monkeypatch):
+    httpx = pytest.importorskip("httpx")
+    options, let = options_of([tiny_server_model], tmp_path), threading.Event()
+    with running(options) as server, server.client() as client:
+        batch = start_batch(client, rows_of(60, tokens=200))
+        wait_for(client, batch, "in_progress")
+    opened = lifecycle.open_job
+
+    def waiting(*args, **more):
+        assert let.wait(20)
+        return opened(*args, **more)
+
+    monkeypatch.setattr(lifecycle, "open_job", waiting)
+    with running(options) as server, server.client() as client:
+        try:
+            answer = httpx.get(f"{server.url}/ready")
+            assert (answer.status_code, answer.json()["status"]) == (503, "recovering")
+            assert int(answer.headers["retry-after"]) > 0 and httpx.get(f"{server.url}/health").status_code == 200
+        finally:
+            let.set()
+        end = time.monotonic() + 20
+        while httpx.get(f"{server.url}/ready").status_code != 200:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        client.batches.cancel(batch.id)
+        wait_for(client, batch)
 
 
 def test_an_engine_that_fails_is_made_anew_and_the_batch_goes_on(tiny_server_model, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The schema of the database, its steps, and what is refused."""
 
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -56,3 +57,15 @@ def test_a_transaction_that_an_error_leaves_changes_nothing(tmp_path):
     database.close()
     with pytest.raises((DataError, sqlite3.ProgrammingError)):
         database.rows("SELECT 1")
+
+
+def test_a_read_waits_for_no_transaction_and_sees_those_that_have_ended(tmp_path):
+    database = Database(tmp_path / "db")
+    with ThreadPoolExecutor(1) as other:
+        with database.transaction():
+            database.rows(
+                "INSERT INTO files (id, filename, purpose, size_bytes, created_s) VALUES ('a', 'n', 'b', 1, 2)"
+            )
+            assert other.submit(database.read, "SELECT * FROM files").result(10) == []
+        assert [row["id"] for row in other.submit(database.read, "SELECT * FROM files").result(10)] == ["a"]
+    database.close()

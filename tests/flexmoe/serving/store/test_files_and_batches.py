@@ -4,7 +4,7 @@ import pytest
 
 from flexmoe.serving.store.batches import BatchStore
 from flexmoe.serving.store.database import Database
-from flexmoe.serving.store.files import FileStore
+from flexmoe.serving.store.files import FileStore, Upload
 
 
 @pytest.fixture
@@ -20,9 +20,10 @@ def files(database, tmp_path):
 
 
 def kept(files, data=b"line\n", name="in.jsonl", purpose="batch", now_s=100, expires_s=None):
-    with files.upload() as upload:
+    with Upload(files.uploads / "0123") as upload:
         upload.write(data)
-        return files.keep(upload, name, purpose, now_s, expires_s)
+        upload.sync()
+        return files.keep("0123", name, purpose, now_s, expires_s)
 
 
 def test_a_file_has_its_bytes_below_its_id_whatever_its_name(files, tmp_path):
@@ -33,7 +34,7 @@ def test_a_file_has_its_bytes_below_its_id_whatever_its_name(files, tmp_path):
 
 
 def test_an_upload_that_is_not_kept_leaves_nothing(files, tmp_path):
-    with pytest.raises(KeyError), files.upload() as upload:
+    with pytest.raises(KeyError), Upload(files.uploads / "0123") as upload:
         upload.write(b"half")
         raise KeyError
     assert not list((tmp_path / "uploads").iterdir()) and files.page(10) == ([], False)

@@ -9,7 +9,7 @@ def batch(model, arrival, priority=0, *, begun=False):
     return Item(model=model, arrival=arrival, name=f"{model}{arrival}", priority=priority, has_begun=begun)
 
 
-def call(model, arrival=0):
+def online(model, arrival=0):
     return Item(model=model, arrival=arrival)
 
 
@@ -28,12 +28,12 @@ def test_priority_comes_before_age():
 
 
 def test_a_call_comes_before_batches_of_other_models():
-    assert turn_of([batch("a", 1, 9), call("b")], "a").model == "b"
-    assert turn_of([batch("a", 1), batch("b", 2), call("b")]) == Turn(model="b", batches=())
+    assert turn_of([batch("a", 1, 9), online("b")], "a").model == "b"
+    assert turn_of([batch("a", 1), batch("b", 2), online("b")]) == Turn(model="b", batches=())
 
 
 def test_a_model_keeps_its_turn_until_it_may_leave():
-    items = [call("b"), batch("a", 4, begun=True), batch("b", 2), batch("a", 7)]
+    items = [online("b"), batch("a", 4, begun=True), batch("b", 2), batch("a", 7)]
     assert turn_of(items, "a", may_leave=False) == Turn(model="a", batches=("a4",))
     assert turn_of(items, "a") == Turn(model="b", batches=("b2",))
     assert turn_of([batch("b", 2)], "a", may_leave=False).model == "b", "nothing waits for the one that is loaded"
@@ -51,4 +51,4 @@ def test_all_batches_run_in_order_with_the_fewest_switches():
         done += turn.batches
         items = [each for each in items if each.name not in turn.batches]
     assert done == [each.name for each in ordered]
-    assert switches == sum(one.model != other.model for one, other in zip([call("")] + ordered, ordered))
+    assert switches == sum(one.model != other.model for one, other in zip([online("")] + ordered, ordered))

@@ -14,8 +14,8 @@ _NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CallFailure:
-    """Why a call has no results.
+class RequestFailure:
+    """Why an online request has no results.
 
     Args:
         status: of HTTP.
@@ -28,8 +28,8 @@ class CallFailure:
     message: str
 
 
-class Call:
-    """One call.
+class OnlineRequest:
+    """One online request.
 
     Args:
         model: the id of its model.
@@ -59,7 +59,7 @@ class Call:
         self._on_change, self._lock = on_change, threading.Lock()
         self._results: dict[int, RequestOutput] = {}
         self._generated: dict[tuple[int, int], InFlight] = {}
-        self.failure: CallFailure | None = None
+        self.failure: RequestFailure | None = None
         self.is_dropped = False
 
     @property
@@ -83,7 +83,7 @@ class Call:
     def take(self, result: RequestOutput) -> None:
         """A prompt is done."""
         if result.error is not None:
-            self.fail(CallFailure(status=500, code=result.error_code or "engine_error", message=result.error))
+            self.fail(RequestFailure(status=500, code=result.error_code or "engine_error", message=result.error))
             return
         with self._lock:
             at = self._place(result.request_id)
@@ -97,7 +97,7 @@ class Call:
             self._generated |= {(self._place(each.request_id), each.index): each for each in states}
         self._on_change()
 
-    def fail(self, failure: CallFailure) -> None:
+    def fail(self, failure: RequestFailure) -> None:
         """It ends without results."""
         self.failure = failure
         self._on_change()

@@ -21,12 +21,14 @@ from flexmoe.preflight.prepare import Preparer
 from flexmoe.serving.errors import ApiError, invalid, not_found
 from flexmoe.serving.work.models import Served, ServedModels
 
+#: As many prompts as OpenAI takes in one request.
+MOST_CHOICES = 2048
 #: What a character of which only the first bytes have come is decoded as.
 _UNFINISHED = "\ufffd"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class Text:
     """The text of a choice, as far as it is certain.
 
     Args:
@@ -39,7 +41,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class CompletionRequest:
     """A completion that can run.
 
     Args:
@@ -63,7 +65,7 @@ class Asked:
         return self.parts[0].params.n
 
 
-class _Voice:
+class _ModelCodec:
     """What makes requests and answers of a model; its tokenizer serves one thread at a time."""
 
     def __init__(self, served: Served) -> None:
@@ -78,7 +80,7 @@ class _Voice:
         self.tools = ToolParser(self.preparer.tokenizer)
 
 
-class Asker:
+class CompletionCodec:
     """Reads what clients ask, for the models that are served.
 
     Their tokenizers are loaded at once: libraries that are first imported by several threads at a time are found half made.
@@ -89,9 +91,9 @@ class Asker:
 
     def __init__(self, models: ServedModels) -> None:
         self._models = models
-        self._voices = {served.id: _Voice(served) for served in models}
+        self._own = {served.id: _ModelCodec(served) for served in models}
 
-    def read(self, body: Mapping[str, Any], url: str, now_s: int) -> Asked:
+    def read(self, body: Mapping[str, Any], url: str, now_s: int) -> CompletionRequest:
         """Reads the body of a request for a completion.
 
         Args:
@@ -111,12 +113,13 @@ class Asker:
             request = request_of(line, 1)
         except InvalidLine as error:
             raise invalid(error.param, str(error)) from None
-        voice = self._voices[served.id]
-        with voice.lock:
-            parts = voice.preparer.prepare(request, 0)
+        _check_choices(request)
+        own = self._own[served.id]
+        with own.lock:
+            parts = own.preparer.prepare(request, 0)
         if isinstance(parts, RowError):
             raise ApiError(400, parts.message, code=parts.code, param=parts.param)
-        return Asked(
+        return CompletionRequest(
             served=served,
             request=request if request.echo else request.without_prompt(),
             key=key,
@@ -126,44 +129,44 @@ class Asker:
             include_usage=include_usage,
         )
 
-    def body(self, asked: Asked, results: Sequence[RequestOutput]) -> dict[str, Any]:
+    def body(self, completion: CompletionRequest, results: Sequence[RequestOutput]) -> dict[str, Any]:
         """The whole answer."""
-        voice = self._voices[asked.served.id]
-        with voice.lock:
-            return voice.encoder.body(asked.request, results, asked.key, asked.created_s)
+        own = self._own[completion.served.id]
+        with own.lock:
+            return own.encoder.body(completion.request, results, completion.key, completion.created_s)
 
-    def piece(self, asked: Asked, prompt: int, state: InFlight) -> Piece:
+    def text_so_far(self, completion: CompletionRequest, prompt: int, state: InFlight) -> Text:
         """What is certain of an unfinished choice: no later token changes it.
 
         Args:
             prompt: the number of its prompt.
             state: what its sample has generated.
         """
-        voice = self._voices[asked.served.id]
-        decode = voice.preparer.tokenizer.detokenize
-        request = asked.request
+        own = self._own[completion.served.id]
+        decode = own.preparer.tokenizer.detokenize
+        request = completion.request
         if decode is None or (request.echo and request.kind != "chat"):
-            return Piece()
-        params = asked.parts[prompt].params
-        with voice.lock:
+            return Text()
+        params = completion.parts[prompt].params
+        with own.lock:
             text = decode(state.token_ids, skip_special_tokens=params.skip_special_tokens)
             held = max((len(stop) - 1 for stop in params.stop), default=0)
             text = text.rstrip(_UNFINISHED)
             text = text[: len(text) - held] if held else text
-            before = voice.tools.before if request.functions is not None else _all
-            if request.kind != "chat" or voice.reasoning is None:
-                return Piece(content=request.prefix + before(state.token_ids, text))
-            answer = voice.reasoning.split(
-                asked.parts[prompt].prompt_token_ids,
+            before = own.tools.before if request.functions is not None else _all
+            if request.kind != "chat" or own.reasoning is None:
+                return Text(content=request.prefix + before(state.token_ids, text))
+            answer = own.reasoning.split(
+                completion.parts[prompt].prompt_token_ids,
                 state.token_ids,
                 text,
                 skip_special_tokens=params.skip_special_tokens,
                 without_calls=request.functions is not None,
             )
         if answer.reasoning is None:  # a mark that ends it may still come
-            return Piece()
+            return Text()
         content = request.prefix + before(state.token_ids, answer.content) if answer.content else ""
-        return Piece(content=content, reasoning=answer.reasoning.rstrip())
+        return Text(content=content, reasoning=answer.reasoning.rstrip())
 
     def _served(self, body: Mapping[str, Any]) -> Served:
         name = body.get("model")
@@ -177,6 +180,15 @@ class Asker:
 
 def _all(token_ids: Sequence[int], content: str) -> str:
     return content
+
+
+def _check_choices(request: Request) -> None:
+    """All choices of a request enter the engine before rows of batches do, so there may not be many."""
+    samples = request.sampling.get("n")
+    choices = len(request.prompts) * (samples if isinstance(samples, int) else 1)
+    if choices > MOST_CHOICES:
+        message = f"the request asks for {choices} choices, of all prompts together, and the most is {MOST_CHOICES}; make a batch of it"
+        raise invalid("prompt", message)
 
 
 def _streaming(body: Mapping[str, Any]) -> tuple[bool, bool, dict[str, Any]]:

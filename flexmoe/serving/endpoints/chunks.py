@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexmoe.outputs import RequestOutput
-from flexmoe.serving.work.asking import Asked, Asker, Piece
-from flexmoe.serving.work.calls import Call
+from flexmoe.serving.work.completion_codec import CompletionCodec, CompletionRequest, Text
+from flexmoe.serving.work.online_requests import OnlineRequest
 
 
 @dataclass(slots=True)
@@ -19,18 +19,18 @@ class _Sent:
     reasoning: str = ""
 
 
-class Pieces:
+class ChunkStream:
     """The chunks of one answer.
 
     Args:
-        asker: makes texts of tokens.
-        asked: what was asked.
+        codec: makes texts of tokens.
+        completion: what is to be completed.
     """
 
-    def __init__(self, asker: Asker, asked: Asked) -> None:
-        self._asker, self._asked = asker, asked
-        self._is_chat = asked.request.kind == "chat"
-        self._sent = [_Sent() for _ in range(len(asked.parts) * asked.samples)]
+    def __init__(self, codec: CompletionCodec, completion: CompletionRequest) -> None:
+        self._codec, self._completion = codec, completion
+        self._is_chat = completion.request.kind == "chat"
+        self._sent = [_Sent() for _ in range(len(completion.parts) * completion.samples)]
 
     def beginning(self) -> Iterator[dict[str, Any]]:
         """What comes before the first token: of a chat, who speaks."""
@@ -38,33 +38,33 @@ class Pieces:
             for index in range(len(self._sent)):
                 yield self._chunk([self._chat_choice(index, {"role": "assistant", "content": ""})])
 
-    def new(self, call: Call) -> list[dict[str, Any]]:
+    def new(self, online: OnlineRequest) -> list[dict[str, Any]]:
         """What has become certain since the last time."""
         chunks = []
-        for prompt, state in call.generated():
-            index = prompt * self._asked.samples + state.index
-            delta = self._delta(index, self._asker.piece(self._asked, prompt, state))
+        for prompt, state in online.generated():
+            index = prompt * self._completion.samples + state.index
+            delta = self._delta(index, self._codec.text_so_far(self._completion, prompt, state))
             if delta:
                 chunks.append(self._chunk([self._choice(index, delta)]))
         return chunks
 
     def end(self, results: Sequence[RequestOutput]) -> list[dict[str, Any]]:
         """The rest of every choice with why it ended, and the tokens where they are asked for."""
-        body = self._asker.body(self._asked, results)
+        body = self._codec.body(self._completion, results)
         chunks = []
         for choice in body["choices"]:
             index = choice["index"]
-            delta = self._delta(index, _piece_of(choice))
+            delta = self._delta(index, _text_of(choice))
             chunk = self._choice(index, delta)
             calls = choice.get("message", {}).get("tool_calls")
             if calls:
                 chunk["delta"]["tool_calls"] = [{"index": at} | call for at, call in enumerate(calls)]
             chunks.append(self._chunk([chunk | self._ending(choice)]))
-        if self._asked.include_usage:
+        if self._completion.include_usage:
             chunks.append(self._chunk([]) | {"usage": body["usage"]})
         return chunks
 
-    def _delta(self, index: int, piece: Piece) -> dict[str, str]:
+    def _delta(self, index: int, piece: Text) -> dict[str, str]:
         """What is to be sent of a choice that is certain so far; by field."""
         sent, delta = self._sent[index], {}
         for name in ("reasoning", "content"):
@@ -88,19 +88,19 @@ class Pieces:
         return {name: choice[name] for name in names if name in choice}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        asked = self._asked
+        completion = self._completion
         chunk = {
-            "id": f"{'chatcmpl' if self._is_chat else 'cmpl'}-{asked.key}",
+            "id": f"{'chatcmpl' if self._is_chat else 'cmpl'}-{completion.key}",
             "object": "chat.completion.chunk" if self._is_chat else "text_completion",
-            "created": asked.created_s,
-            "model": asked.request.model,
+            "created": completion.created_s,
+            "model": completion.request.model,
             "choices": choices,
         }
-        return chunk | ({"usage": None} if asked.include_usage else {})
+        return chunk | ({"usage": None} if completion.include_usage else {})
 
 
-def _piece_of(choice: dict[str, Any]) -> Piece:
+def _text_of(choice: dict[str, Any]) -> Text:
     if "text" in choice:
-        return Piece(content=choice["text"])
+        return Text(content=choice["text"])
     message = choice["message"]
-    return Piece(content=message["content"] or "", reasoning=message.get("reasoning_content") or "")
+    return Text(content=message["content"] or "", reasoning=message.get("reasoning_content") or "")
