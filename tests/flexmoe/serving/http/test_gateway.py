@@ -36,7 +36,9 @@ def test_what_many_ask_at_once_is_asked_once_of_the_engine_and_anew_after_a_writ
         assert client.get("/v1/files").json()["data"] == before
 
 
-@pytest.mark.parametrize("path", ["/v1/x/../files", "/v1/./files", "/v1/files/..%2Ffiles", "http://x/v1/files", "*", "/v1/files#x"])
+@pytest.mark.parametrize(
+    "path", ["/v1/x/../files", "/v1/./files", "/v1/files/..%2Ffiles", "http://x/v1/files", "*", "/v1/files#x"]
+)
 def test_addresses_that_two_processes_could_read_differently_lead_nowhere(server, path):
     body = b'{"name": "a", "filename": "b", "fields": {"purpose": "batch"}}'
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\n"
