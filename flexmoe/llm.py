@@ -398,12 +398,9 @@ class LLM:
             problem = self.check(request) or self._ungrammatical(request.params)
             if problem is not None:
                 raise UsageError(f"prompt {request.request_id}: {problem}")
-        limits = [self.engine.limit(request) for request in requests]
-
-        def length(row: int) -> tuple[int, int]:
-            return limits[row] - len(prompts[row]), len(prompts[row])
-
-        order = PrefixOrder(tree, tree.nodes, limits, length).waiting(range(len(requests)), max(1, len(requests)))
+        order = PrefixOrder(tree, tree.nodes, lambda row: self.engine.length(requests[row])).waiting(
+            range(len(requests)), max(1, len(requests))
+        )
         outputs: dict[int, RequestOutput] = {}
         drawn = use_tqdm and sys.stderr is not None and sys.stderr.isatty()
         progress, last = Progress(len(requests), 0, bar=drawn, left=None, what="Processed prompts"), self.tokens

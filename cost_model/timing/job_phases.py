@@ -53,8 +53,8 @@ class JobPhases:
 def job_phases(policy: Policy, allocation: Allocation, workload: Workload) -> JobPhases:
     """How the job proceeds under a policy."""
     m = row_moments(workload)
-    rows = min(policy.block_size, workload.num_requests or policy.block_size)
-    loads = PhaseLoads(moments=m, shares=mode_shares(policy, allocation, rows), prefill_tokens=policy.prefill_tokens)
+    shares = mode_shares(policy, allocation, min(policy.block_size, workload.num_requests or policy.block_size))
+    loads = PhaseLoads(moments=m, shares=shares, prefill_tokens=policy.prefill_tokens)
     if m.mixed or workload.has_common:
         return _mixed_job(policy, allocation, workload, loads)
     block, fill = _rows_in_flight(policy, allocation, loads)

@@ -264,9 +264,10 @@ class Engine:
         with self.device.computing():
             self._parts.close()
 
-    def limit(self, request: EngineRequest) -> int:
-        """Tokens that a request may reach, prompt and completion."""
-        return self._rules.limit(request)
+    def length(self, request: EngineRequest) -> tuple[int, int]:
+        """Tokens that a request may generate, and those of its prompt."""
+        prompt = len(request.prompt_token_ids)
+        return self._rules.limit(request) - prompt, prompt
 
     def _admissible(self, request: EngineRequest) -> RequestState:
         """The request with its samples.

@@ -20,16 +20,16 @@ class PrefixOrder:
     Args:
         tree: prefixes of prompts.
         nodes: of each row the longest prefix of its prompt; -1: none.
-        lengths: tokens that each row may reach.
         length: of a row, the tokens that it is expected to generate, and those of its prompt.
     """
 
-    def __init__(
-        self, tree: PrefixTree, nodes: np.ndarray, lengths: Sequence[int], length: Callable[[int], tuple[int, int]]
-    ) -> None:
+    def __init__(self, tree: PrefixTree, nodes: np.ndarray, length: Callable[[int], tuple[int, int]]) -> None:
         self._nodes, self._length = nodes, length
         self._parents, self._levels = tree.parents, _levels(tree)
-        self._groups = _groups(tree, self._levels, nodes, np.asarray(lengths, dtype=np.float64)) if len(tree) else None
+        self._groups = None
+        if len(tree):
+            lengths = np.fromiter((sum(length(row)) for row in range(len(nodes))), np.float64, len(nodes))
+            self._groups = _groups(tree, self._levels, nodes, lengths)
 
     def waiting(self, rows: Sequence[int], window: int) -> Iterator[int]:
         """These rows in the order in which they wait.

@@ -117,7 +117,7 @@ class Preflight:
             return None
         first = np.frombuffer(self._first_prompt, dtype=np.dtype("l"))
         nodes = np.where(first >= 0, self.prefixes.nodes[first], -1)
-        return PrefixOrder(self.prefixes, nodes, self.lengths.expected_end, self.lengths.expected)
+        return PrefixOrder(self.prefixes, nodes, self.lengths.expected)
 
     def close(self) -> None:
         """Lets go of what was noted."""

@@ -80,9 +80,7 @@ def test_a_finder_takes_prompts_without_a_whole_page():
 def order_of(prompts, lengths, window, rows=None):
     tree = tree_of(prompts)
     return list(
-        PrefixOrder(tree, tree.nodes, lengths, lambda row: (lengths[row], 0)).waiting(
-            rows or range(len(prompts)), window
-        )
+        PrefixOrder(tree, tree.nodes, lambda row: (lengths[row], 0)).waiting(rows or range(len(prompts)), window)
     )
 
 
