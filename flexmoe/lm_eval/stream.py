@@ -28,9 +28,8 @@ def completed(llm: LLM, asked: Sequence[tuple[tuple[int, ...], SamplingParams]])
         problem = llm.check(request)
         if problem is not None:
             raise UsageError(f"request {request.request_id} of the harness: {problem}")
-    limits = [llm.engine.limit(request) for request in requests]
-    order = PrefixOrder(tree, tree.nodes, limits).waiting(range(len(requests)), max(1, len(requests)))
-    for output in llm.stream(requests[place] for place in order):
+    order = PrefixOrder(tree, tree.nodes, lambda row: llm.engine.length(requests[row]))
+    for output in llm.stream(requests[place] for place in order.waiting(range(len(requests)), max(1, len(requests)))):
         if output.error is not None:
             raise UsageError(f"request {output.request_id} of the harness: {output.error}")
         yield int(output.request_id), output
