@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from policies.common.errors import EXIT_USAGE
 WHITESPACE = r"( |\n {0,32})?"
 #: Every character is written in one way, so that no name of a property can be written in a second one.
 _ESCAPES = 'nrbtf\\"'
+_UNWRITABLE = re.compile("[\x00-\x07\x0b\x0e-\x1f\x7f]")
 #: Grammars that are kept compiled. One takes from some hundred kB to several MB, with what its rows have seen of it.
 _KEPT = 64
 MISSING = "structured output needs the package llguidance, not installed here; run pip install 'flexmoe[structured]'"
@@ -155,14 +157,30 @@ def _vocabulary(library: Any, backend: Any, end_id: int) -> Any:
 def _unsound(schema: Any) -> str | None:
     """Why a schema would be followed wrongly, or None.
 
-    A name that the schema does not list may be written twice, and counts twice for the library: readers of JSON count it once.
+    A name that the schema does not list may be written twice, and counts twice for the library: readers of JSON count it once. And
+    of a constant it leaves out characters for which there is no escape (`_ESCAPES`).
     """
+    if any(_UNWRITABLE.search(text) for text in _strings(schema)):
+        return "it holds a control character that is not written, U+0000 to U+001F without \\b, \\f, \\n, \\r and \\t, or U+007F"
     for each in _objects(schema):
         least, required = each.get("minProperties"), each.get("required")
         known = len(set(map(str, required))) if isinstance(required, list) else 0
         if isinstance(least, (int, float)) and least > known + 1:
             return f"minProperties = {least} counts a name that is written twice; require the names, or all but one"
     return None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All texts of a JSON value, names among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield name
+            yield from _strings(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _strings(each)
 
 
 def _objects(value: Any) -> Iterator[dict[str, Any]]:

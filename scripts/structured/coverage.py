@@ -13,6 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +150,18 @@ def _walk(matcher: Matcher, tokenizer: Any, rng: random.Random) -> str | None:
 
 
 def _is_valid(text: str, schema: Any) -> bool:
+    """Whether a text is valid with numbers as floats or as they are written: 782.627 is a multiple of 0.0001, its float is none."""
     try:
-        jsonschema.Draft202012Validator(schema).validate(json.loads(text))
-    except (jsonschema.ValidationError, ValueError):
+        value, exact = json.loads(text), json.loads(text, parse_float=Decimal)
+    except ValueError:
+        return False
+    return _validates(value, schema) or _validates(exact, json.loads(json.dumps(schema), parse_float=Decimal))
+
+
+def _validates(value: Any, schema: Any) -> bool:
+    try:
+        jsonschema.Draft202012Validator(schema).validate(value)
+    except jsonschema.ValidationError:
         return False
     except Exception:  # the schema refers to what the validator does not have; the library's refusals tell of those
         return True
