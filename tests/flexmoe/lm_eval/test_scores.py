@@ -121,7 +121,7 @@ def test_a_token_that_no_bias_reaches_is_scored_all_the_same(model, reference, m
 
 
 def test_answers_of_one_token_compute_their_question_once(model):
-    question = list(range(5, 101))
+    question = list(range(5, 105))
     before = model.llm.metrics()["computed_tokens"]
     model._loglikelihood_tokens([(None, question, [token]) for token in range(40, 48)], disable_tqdm=True)
     computed = model.llm.metrics()["computed_tokens"] - before
