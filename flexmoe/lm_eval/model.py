@@ -195,7 +195,7 @@ class FlexMoELM(TemplateLM):
         given = dict(normalize_gen_kwargs(dict(gen_kwargs), self.max_gen_toks))
         stops = [stop for stop in given.pop("until") if stop]
         given.pop("do_sample")
-        params = SamplingParams(max_tokens=given.pop("max_gen_toks"), stop=stops, **given)
+        params = SamplingParams(max_tokens=given.pop("max_gen_toks"), stop=tuple(stops), **given)
         return params, handle_stop_sequences(list(stops), eos=eos)
 
     def _cut(self, context: str, max_tokens: int) -> tuple[int, ...]:

@@ -70,7 +70,8 @@ def main(argv: list[str]) -> int:
         make_checkpoint(checkpoint, SIZES[args.size])
     words, began_s = corpus_words(), time.perf_counter()
     prompts = [" ".join((words[11 * row % len(words) :] + words)[: args.words]) for row in range(args.rows)]
-    ray.init(include_dashboard=False, log_to_driver=False)
+    # The actor has all cores, and what reads and divides the rows needs one to be scheduled.
+    ray.init(num_cpus=(os.cpu_count() or 1) + 1, include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     flexmoe.ray.dataset.Generate = Timed  # type: ignore[misc]
     pairs = [(plain(args, checkpoint, prompts), through_ray(args, checkpoint, prompts)) for _ in range(args.rounds)]

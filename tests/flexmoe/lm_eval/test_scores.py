@@ -121,7 +121,7 @@ def test_a_token_that_no_bias_reaches_is_scored_all_the_same(model, reference, m
 
 
 def test_answers_of_one_token_compute_their_question_once(model):
-    question = list(range(5, 101))
+    question = list(range(5, 105))
     before = model.llm.metrics()["computed_tokens"]
     model._loglikelihood_tokens([(None, question, [token]) for token in range(40, 48)], disable_tqdm=True)
     computed = model.llm.metrics()["computed_tokens"] - before
@@ -138,8 +138,8 @@ def test_what_cannot_run_says_so(model):
 
 def test_the_command_evaluates_and_says_what_is_wrong(checkpoint, tasks, tmp_path):
     command = [sys.executable, "-m", "flexmoe.lm_eval", "--model", "flexmoe", "--tasks", "local_letter"]
-    command += ["--include_path", str(tasks), "--output_path", str(tmp_path / "out"), "--model_args"]
-    arguments = f"pretrained={checkpoint},policy=none,device=cpu,offload_dir={tmp_path}"
+    command += ["--include_path", str(tasks), "--output_path", str(tmp_path / "out"), "--device", "cpu", "--model_args"]
+    arguments = f"pretrained={checkpoint},policy=none,offload_dir={tmp_path}"
     done = subprocess.run([*command, arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     [results] = (tmp_path / "out").rglob("results_*.json")

@@ -118,7 +118,8 @@ def test_so_many_rows_are_in_flight_whatever_the_batch_size(
         arguments={**options, "sampling_params": NEW, "notes": str(tmp_path), "wanted": 1024},
     )
     assert done.count() == ROWS
-    assert max(int(path.name) for path in tmp_path.iterdir()) == 1024
+    most = max(int(path.name) for path in tmp_path.iterdir())
+    assert 1024 <= most < 1.2 * 1024, "blocks are not cut to the row"
 
 
 class DiesOnce(flexmoe.ray.Generate):

@@ -86,7 +86,7 @@ def test_a_row_that_has_ended_stays_in_the_journal_until_it_is_handed_back(llm, 
 
 def test_a_row_without_room_has_an_error_and_a_closed_loop_takes_none(llm):
     loop = EngineLoop(llm, None, lambda error: None)
-    params = SamplingParams(max_tokens=1000)
+    params = SamplingParams(max_tokens=3000)
     request = EngineRequest(request_id="0", prompt_token_ids=(3,), params=params)
     [future] = loop.submit([(b"", request)])
     assert "the KV cache and its buffers were planned for" in future.result(60).error

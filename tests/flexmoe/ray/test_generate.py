@@ -97,7 +97,7 @@ def test_a_row_that_cannot_run_says_why_and_the_others_run(generate):
         ({"prompt": "x " * 3000}, "the prompt has 6001 tokens"),
         ({"prompt": "Name"}, ""),
         ({"prompt": "Name", "sampling_params": {"max_token": 3}}, "did you mean"),
-        ({"prompt": "Name", "sampling_params": {"max_tokens": 100}}, "prompt and completion may reach"),
+        ({"prompt": "Name", "sampling_params": {"max_tokens": 3000}}, "prompt and completion may reach"),
         ({"prompt": "Name", "sampling_params": {"n": 2}}, "a row has one completion here"),
         ({"prompt": "Name", "sampling_params": {"logprobs": 0}}, "logprobs has no column here"),
         ({"prompt": "Name", "sampling_params": {"echo": True}}, "echo has no column here"),
