@@ -55,6 +55,7 @@ ORDER = (
     ("flexmoe.models",),
     ("flexmoe.kv",),
     ("flexmoe.prefixes",),
+    ("flexmoe.debugging",),
     ("flexmoe.engine",),
     ("flexmoe.text",),
     ("flexmoe.openai",),

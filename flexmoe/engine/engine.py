@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from cost_model.memory.memory_plan import sampling_bytes
+from flexmoe.debugging.finite import DAMAGED, NonFiniteError, overflow
 from flexmoe.engine.build import EngineParts
 from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine_plan import EnginePlan
@@ -24,12 +25,10 @@ from flexmoe.params import EngineRequest, InFlight, Resumed
 from flexmoe.sampling.sampler import NOT_FINITE, Chosen, sample
 from flexmoe.system.memory_watch import MemoryWatch, lacks_memory
 from policies.admission.row_state import AttentionMode
-from policies.common.option_names import option
 from policies.placement import TIERS
 from policies.policy import Policy
 
 log = logging.getLogger(__name__)
-_DAMAGED = "weights of the checkpoint are probably damaged; compare its files with the original's"
 
 
 class Engine:
@@ -139,6 +138,7 @@ class Engine:
 
         Raises:
             StorageError: a disk transfer failed.
+            NonFiniteError: with ``check_finite``, a value that was computed is not finite.
         """
         if self._closed:
             raise UsageError("this engine is closed; make a new one")
@@ -162,6 +162,9 @@ class Engine:
                 workspace_bytes=self._sampling_bytes,
                 upload=self.executor.uploads,
             )
+        except NonFiniteError:
+            self.executor.abandon()
+            raise
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise
@@ -294,7 +297,7 @@ class Engine:
         """End requests whose logits are not finite."""
         if not broken:
             return
-        cause = _overflow() if self.plan.dtype == torch.float16 else _DAMAGED
+        cause = overflow() if self.plan.dtype == torch.float16 else DAMAGED
         if not self._warned:
             self._warned = True
             log.warning("logits are not finite, so rows fail: %s", cause)
@@ -312,11 +315,6 @@ class Engine:
     def _take_complete(self) -> list[RequestOutput]:
         complete, self._complete = self._complete, []
         return complete
-
-
-def _overflow() -> str:
-    other = option("dtype", "bfloat16")
-    return f"numbers beyond float16's largest, 65504, have probably come up; run with {other}, or float32"
 
 
 def _check_format(model: Model, policy: Policy) -> None:
