@@ -74,7 +74,7 @@ class LLM:
         **options: ``gpu_memory_utilization``, the share of the GPU's memory that is ``gpu_mem``; ``compress_weight``, which packs
             16-bit weights once below ``offload_dir`` (in ``int4``, ``int8``, ``fp8`` or ``mxfp4``) and runs those; ``compress_cache``, which keeps
             the KV cache as int8 with a scale for each token and KV head (vLLM's ``kv_cache_dtype="int8"``); further fields of `flexmoe.engine.config.EngineConfig`: ``offload_dir``, ``kv_tokens``, ``longest_row``,
-            ``max_model_len``, ``gen_len``, ``eos_ids``, ``keep_spans``, ``reserve``, ``expert_cache``, ``expert_usage``, ``router_stats``.
+            ``max_model_len``, ``gen_len``, ``eos_ids``, ``keep_spans``, ``reserve``, ``expert_cache``, ``expert_usage``, ``router_stats``, ``check_finite``, ``debug``, ``debug_dir``.
 
     Raises:
         FlexMoEError: the model is missing or broken, or the policy does not fit; before any weight is loaded.

@@ -124,7 +124,7 @@ class Residency:
 
     def count_between(self, first: int, last: int, *kinds: str) -> int:
         """How many units of these kinds (default all) stand at places [first, last) of the order."""
-        return sum(self._counts[kind][last] - self._counts[kind][first] for kind in kinds or KINDS)
+        return sum(self._counts[kind][last] - self._counts[kind][first] for kind in kinds) if kinds else last - first
 
     def largest_streamed_bytes(self, gpu_end: int) -> int:
         """Stored bytes of the largest unit that passes through a slot when the first `gpu_end` units are resident."""

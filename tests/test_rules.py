@@ -56,6 +56,7 @@ ORDER = (
     ("flexmoe.models",),
     ("flexmoe.kv",),
     ("flexmoe.prefixes",),
+    ("flexmoe.debugging",),
     ("flexmoe.engine",),
     ("flexmoe.text",),
     ("flexmoe.openai",),

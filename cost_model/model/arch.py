@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -392,15 +393,7 @@ class ModelArch:
     @property
     def kv_groups(self) -> tuple[LayerGroup, ...]:
         """The layers in groups that share pages of KV; one where all are alike."""
-        windowed = [layer for layer in range(self.num_layers) if self.window_in(layer) is not None]
-        full = [layer for layer in range(self.num_layers) if self.window_in(layer) is None]
-        size = gcd(len(full), len(windowed))
-        kinds = ((None, full), (self.sliding_window, windowed))
-        return tuple(
-            LayerGroup(window, tuple(layers[at : at + size]))
-            for window, layers in kinds
-            for at in range(0, len(layers), size)
-        )
+        return _layer_groups(self.num_layers, self.sliding_window, self.full_layers)
 
     def kv_page_bytes(self, page_tokens: int, dtype_bytes: int, *, compressed: bool = False) -> int:
         """Bytes of a page of KV, which has so many tokens in the layers of a group."""
@@ -451,3 +444,15 @@ class ModelArch:
     def head_row_params(self) -> int:
         """Weights of one row of the head, with its bias."""
         return self.hidden + (1 if self.head_bias else 0)
+
+
+@lru_cache(maxsize=16)
+def _layer_groups(layers: int, window: int | None, full_layers: tuple[int, ...]) -> tuple[LayerGroup, ...]:
+    windowed = [] if window is None else [layer for layer in range(layers) if layer not in full_layers]
+    full = [layer for layer in range(layers) if layer not in windowed]
+    size = gcd(len(full), len(windowed))
+    return tuple(
+        LayerGroup(own, tuple(alike[at : at + size]))
+        for own, alike in ((None, full), (window, windowed))
+        for at in range(0, len(alike), size)
+    )

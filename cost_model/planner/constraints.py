@@ -70,7 +70,7 @@ class Fixed:
     @property
     def given(self) -> dict[str, Any]:
         """The fields that are given, switches included; each of the type that `Policy` has it in."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return {name: value for name in _GIVEN if (value := getattr(self, name)) is not None}
 
     def applied(self, policy: Policy) -> Policy:
         """The policy with what is given; the other share of a pair gives way where both are too much."""
@@ -89,6 +89,9 @@ class Fixed:
         return ", ".join(
             f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}" for name, value in shown.items()
         )
+
+
+_GIVEN = tuple(each.name for each in fields(Fixed))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

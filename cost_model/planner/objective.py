@@ -90,8 +90,7 @@ class Objective:
     def spare_bytes(self, policy: Policy) -> tuple[Allocation, dict[str, int]]:
         """Counts, and bytes left by budget; negative is what is missing."""
         self.effort += _EFFORT_OF_BYTES
-        allocation = self.problem.allocate(policy)
-        memory = self.problem.memory(policy, allocation)
+        allocation, memory = self.problem.sized(policy)
         used = {tier: memory.total(tier) for tier in TIERS}
         budgets = self._budgets.items()
         return allocation, {

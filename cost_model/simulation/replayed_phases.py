@@ -16,7 +16,7 @@ _REPLAYED_OPS = 5_000
 
 def replayed_operations(problem: Problem, policy: Policy) -> float:
     """About as many operations are replayed to judge a policy."""
-    costs = problem.costs(policy, problem.allocate(policy))
+    costs = problem.costs(policy, problem.sized(policy)[0])
     return STEADY_SWEEPS[0] * max(
         _REPLAYED_OPS, FEWEST_KNOTS * operations(costs, min(KNOT_BATCHES, policy.num_gpu_batches))
     )
@@ -28,8 +28,8 @@ def replayed_tokens_per_s(problem: Problem, policy: Policy) -> float:
     Raises:
         InfeasibleError: a tier has too few bytes.
     """
-    allocation = problem.allocate(policy)
-    problem.memory(policy, allocation).check(problem.hardware.budgets())
+    allocation, memory = problem.sized(policy)
+    memory.check(problem.hardware.budgets())
     job = job_phases(policy, allocation, problem.workload)
     phases = [phase for phase in job.phases if phase.sweeps > 0]
     recurs = np.array([phase.sweeps for phase in phases])

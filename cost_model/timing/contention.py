@@ -130,8 +130,11 @@ class Resources:
         return threads, wanted / threads
 
 
+_LANES = {user: user.partition("/")[0] for user in USERS}
+
+
 def _lane(user: str) -> str:
-    return user.partition("/")[0]
+    return _LANES[user]
 
 
 def _weighted(weights: Mapping[str, float], busy: Mapping[str, float]) -> float:

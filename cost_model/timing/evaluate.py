@@ -116,8 +116,7 @@ def evaluate(
 
 def predict(problem: Problem, policy: Policy, *, ignore_memory: bool = False) -> Prediction:
     """`evaluate` for many policies of one problem."""
-    allocation = problem.allocate(policy)
-    memory = problem.memory(policy, allocation)
+    allocation, memory = problem.sized(policy)
     budgets = problem.hardware.budgets()
     if not ignore_memory:
         memory.check(budgets, _remedies(problem.hardware))

@@ -62,6 +62,7 @@ class Costs:
         routing: which experts tokens are routed to.
         overlap, half_blocks: as in `Policy`.
         kv_bytes, kv_disk_bytes: of a token in a layer, in memory and on disk.
+        disk_wait_s: latency of a small transfer: behind the weights, where some of them come from disk.
         stages_host_units: units in host memory are not pinned, so each is copied to a pinned buffer first.
         stream_bytes_per_s: rates at which the links bring a mean streamed unit, by user of `cost_model.timing.contention`.
         lane_share: part of all cores that an operation on a lane keeps busy (device cpu, where all lanes share them).
@@ -101,6 +102,10 @@ class Costs:
         self._pair_flops = 4 * arch.num_heads * arch.head_dim  # a multiply-add for the score, one for the weighted sum
         self._query_bytes = arch.num_heads * arch.head_dim * b
         self._moves_queries = hardware.device != "cpu"
+        on_disk, on_host = (allocation.placement.count_of(tier) for tier in ("disk", "cpu"))
+        self.disk_wait_s = hardware.disk_busy_latency_s if on_disk else hardware.disk_latency_s
+        # What a small copy up waits for the pieces of weights that are before it.
+        self._link_wait_s = gpu.h2d_busy_latency_s if on_disk or on_host else 0.0
         self.stream_bytes_per_s = self._stream_rates()
         self.lane_share = self._lane_share()
 
@@ -203,18 +208,6 @@ class Costs:
     def write_act_s(self, batch: BatchLoad) -> float:
         """Hidden states of the batch, host to disk."""
         return self.disk_wait_s + self.write_s(self.activation_bytes(batch))
-
-    @property
-    def disk_wait_s(self) -> float:
-        """Latency of a small transfer: behind the weights, where some of them come from disk."""
-        hw = self.hardware
-        return hw.disk_busy_latency_s if self.allocation.placement.count_of("disk") else hw.disk_latency_s
-
-    @property
-    def _link_wait_s(self) -> float:
-        """What a small copy up waits for the pieces of weights that are before it."""
-        streamed = any(self.allocation.placement.count_of(tier) for tier in ("cpu", "disk"))
-        return self._gpu.h2d_busy_latency_s if streamed else 0.0
 
     def project_s(self, batch: BatchLoad) -> float:
         """Norm, queries, keys and values, rope."""

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from cost_model.routing.expert_usage import ExpertUsage
 
+#: Policies whose bytes are kept.
+_KEPT = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
@@ -40,6 +43,9 @@ class Problem:
     shares: np.ndarray | None = field(default=None, compare=False)
     on_demand: bool = True
     cache_experts: int = 0
+    _sized: dict[Policy, tuple[Allocation, MemoryPlan]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def of(
@@ -82,6 +88,18 @@ class Problem:
         device, longest = p.hardware.device, p.workload.longest_row
         allocation = allocate(p.arch, policy, p.workload, device=device, kv_tokens=p.kv_tokens, longest_row=longest)
         return replace(allocation, cache_experts=p.cache_experts) if p.cache_experts else allocation
+
+    def sized(self, policy: Policy) -> tuple[Allocation, MemoryPlan]:
+        """What a policy allocates, and its bytes. A search that has fitted a policy to the memory evaluates it next, so those of
+        the last few policies are kept."""
+        found = self._sized.get(policy)
+        if found is None:
+            allocation = self.allocate(policy)
+            found = allocation, self.memory(policy, allocation)
+            if len(self._sized) >= _KEPT:
+                self._sized.clear()
+            self._sized[policy] = found
+        return found
 
     def memory(self, policy: Policy, allocation: Allocation) -> MemoryPlan:
         """The bytes of a policy."""

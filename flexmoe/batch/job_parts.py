@@ -9,6 +9,8 @@ from typing import Any
 from cost_model.model.packing import check_unpacked, packed_as
 from flexmoe.batch.options import RunOptions, is_auto
 from flexmoe.checkpoint.generation_config import generation_config
+from flexmoe.debugging.records import RUN
+from flexmoe.errors import UsageError
 from flexmoe.job.identity import digest, model_identity, tokenizer_identity
 from flexmoe.job.job import Job
 from flexmoe.job.output_files import check_distinct, check_writable
@@ -18,6 +20,7 @@ from flexmoe.preflight.prepare_setup import PreparerSetup
 from flexmoe.preflight.served_model import ServedModel
 from flexmoe.system.interrupts import Interrupts
 from flexmoe.text.chat_template import read_template
+from policies.common.option_names import option
 
 
 def check_files(options: RunOptions) -> None:
@@ -42,6 +45,20 @@ def check_files(options: RunOptions) -> None:
     for path in written.values():
         if path is not None:
             check_writable(path)
+    if options.debug_records is not None:
+        _check_directory(options.debug_records)
+
+
+def _check_directory(directory: Path) -> None:
+    """Refuses a directory for the records of debug mode that could not be written.
+
+    Raises:
+        UsageError: it is a file.
+        StorageError: it, or where it would be made, cannot be written.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{option('debug_dir')} is {directory}, which is a file; give a directory")
+    check_writable(directory / RUN if directory.is_dir() else directory)
 
 
 def open_model(options: RunOptions) -> Model:

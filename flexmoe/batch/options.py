@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from cost_model.model.families import dtype_name
 from cost_model.planner.constraints import Fixed
-from flexmoe.engine.config import RESERVES
+from flexmoe.engine.config import DEBUG_DIR, RESERVES
 from flexmoe.errors import UsageError
 from flexmoe.inputs.options import Format, InputOptions
 from flexmoe.inputs.request_file import OnInvalid
@@ -41,6 +41,7 @@ _PATHS = (
     "metrics_json",
     "router_stats",
     "trace",
+    "debug_dir",
 )
 _COUNTS = ("gen_len", "gpu_batch_size", "num_gpu_batches", "prefill_tokens", "kv_tokens")
 _CHOICES = {
@@ -119,6 +120,9 @@ class RunOptions:
         kv_tokens: KV capacity in tokens; None: from the policy and the rows' lengths.
         prefix_caching: rows that begin alike compute and keep what they have in common once, and wait near each other.
         metrics_json, router_stats, trace: files to write; None writes none.
+        check_finite: end the run where the model computes NaN or an infinity, and name layer, unit and row.
+        debug: write what every sweep computed to the files of ``debug_dir``.
+        debug_dir: directory for them, which asks for ``debug`` too; None: ``<output>.debug``, for the benchmark ``flexmoe_debug``.
 
     Raises:
         UsageError: a value that cannot be used, or two that exclude each other.
@@ -172,6 +176,9 @@ class RunOptions:
     metrics_json: Path | None = None
     router_stats: Path | None = None
     trace: Path | None = None
+    check_finite: bool = False
+    debug: bool = False
+    debug_dir: Path | None = None
 
     def __post_init__(self) -> None:
         self._convert()
@@ -230,6 +237,13 @@ class RunOptions:
         if self.policy_file is not None:
             return getattr(PolicyFile.load(self.policy_file).policy, field)
         return getattr(self.policy if isinstance(self.policy, Policy) else self, field)
+
+    @property
+    def debug_records(self) -> Path | None:
+        """The directory that debug mode writes to; None: there is no debug mode."""
+        if self.debug_dir is not None or not self.debug:
+            return self.debug_dir
+        return DEBUG_DIR if self.output_file is None else self.output_file.with_name(f"{self.output_file.name}.debug")
 
     @property
     def block_size(self) -> int:

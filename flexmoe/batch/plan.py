@@ -232,6 +232,8 @@ class _Planner:
             "router_stats": asked.router_stats is not None,
             "reserve": asked.reserve,
             "prefix_caching": asked.prefix_caching,
+            "check_finite": asked.check_finite,
+            "debug_dir": asked.debug_records,
         }
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from cost_model.memory.memory_plan import scored_at_once
+from flexmoe.debugging.records import DebugRecords, SpanRecorder
+from flexmoe.debugging.watch import Watch
+from flexmoe.debugging.watched import WatchedDispatch, WatchedFamily
 from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine_plan import EnginePlan
 from flexmoe.engine.executor import Executor
@@ -14,6 +18,8 @@ from flexmoe.engine.hidden_states import Activations
 from flexmoe.engine.length_estimate import LengthEstimate
 from flexmoe.engine.router_counter import RouterCounter
 from flexmoe.engine.scheduler import Row, Scheduler
+from flexmoe.kernels.expert_dispatch import ExpertDispatch
+from flexmoe.kernels.family import Family
 from flexmoe.kv.cache import KVCache, KVShape
 from flexmoe.kv.transfers import KVBuffers, KVLanes
 from flexmoe.models.loader import Model
@@ -68,9 +74,21 @@ class _Builder:
 
     def __init__(self, model: Model, config: EngineConfig, plan: EnginePlan, resources: contextlib.ExitStack):
         self._model, self._config, self._plan, self._resources = model, config, plan, resources
-        self._recorder = Recorder(config.keep_spans)
+        self._recorder: Recorder = Recorder(config.keep_spans)
+        self._watch = self._watched()
         self._source = model.source(config.offload_dir, plan.dtype)
         self._units = SweepUnits.of(plan.allocation.placement.tier_of)
+
+    def _watched(self) -> Watch | None:
+        """What sees the tensors, where that is asked for; nothing of it is there otherwise."""
+        config = self._config
+        if config.debug_records is None:
+            return Watch(check=True) if config.check_finite else None
+        self._recorder = recorder = SpanRecorder(config.keep_spans)
+        records = DebugRecords(config.debug_records, _described(self._model, config, self._plan), recorder)
+        watch = Watch(check=config.check_finite, records=records)
+        self._resources.callback(watch.close)
+        return watch
 
     def parts(self) -> EngineParts:
         store = self._store()
@@ -182,16 +200,18 @@ class _Builder:
         router_counter: RouterCounter,
     ) -> Executor:
         plan, allocation, policy = self._plan, self._plan.allocation, self._config.policy
+        family, experts = self._mathematics()
         return Executor(
             device=plan.device,
             recorder=self._recorder,
-            family=self._model.family,
+            family=family,
             units=self._units,
             feed=feed,
             embed=EmbeddingTable(store, self._source, EMBEDDING, allocation.max_tokens),
             kv=kv,
             activations=activations,
             router_counter=router_counter,
+            experts=experts,
             max_tokens=allocation.max_tokens,
             scored_at_once=scored_at_once(
                 self._model.arch,
@@ -203,5 +223,27 @@ class _Builder:
             dtype=plan.dtype,
             overlap=policy.overlap,
             half_blocks=policy.halves,
-            expert_chunk=policy.expert_chunk,
+            watch=self._watch,
         )
+
+    def _mathematics(self) -> tuple[Family, ExpertDispatch]:
+        """The model's mathematics and the dispatch of its experts, both seen by the watch if there is one."""
+        family, chunk = self._model.family, self._config.policy.expert_chunk
+        device, experts = self._plan.device, self._model.arch.num_experts
+        if self._watch is None:
+            return family, ExpertDispatch(device, experts, chunk)
+        return WatchedFamily(family, self._watch), WatchedDispatch(device, experts, chunk, self._watch)
+
+
+def _described(model: Model, config: EngineConfig, plan: EnginePlan) -> dict[str, Any]:
+    """What is run, for whoever reads the records of debug mode."""
+    return {
+        "model": model.arch.fingerprint(),
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "device": str(plan.device.torch),
+        "policy": asdict(config.policy),
+        "layers": model.arch.num_layers,
+        "dense_layers": sorted(model.arch.dense_layers),
+        "experts": model.arch.num_experts,
+        "experts_per_token": model.arch.top_k,
+    }

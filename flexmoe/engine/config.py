@@ -17,6 +17,8 @@ from policies.policy import Policy
 from policies.workload import Workload
 
 RESERVES = ("max", "p95")
+#: Where debug mode writes to if no directory is named.
+DEBUG_DIR = Path("flexmoe_debug")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,9 @@ class EngineConfig:
         router_stats: count which experts are chosen together too, not only how often each is
             (`flexmoe.engine.router_counter`).
         prefix_caching: rows that begin alike compute and keep what they have in common once.
+        check_finite: end the run with `flexmoe.debugging.finite.NonFiniteError` where the model computes NaN or an infinity.
+        debug: write what every sweep computed to files (``docs/debugging.md``).
+        debug_dir: directory for them, which asks for ``debug`` too; None: `DEBUG_DIR`.
 
     Raises:
         UsageError: a value that cannot be used.
@@ -80,13 +85,19 @@ class EngineConfig:
     reserve: str = "p95"
     router_stats: bool = False
     prefix_caching: bool = True
+    check_finite: bool = False
+    debug: bool = False
+    debug_dir: Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "offload_dir", resolved(self.offload_dir))
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         self._check_numbers()
-        if not isinstance(self.prefix_caching, bool):
-            raise UsageError(f"{option('prefix_caching')} is {self.prefix_caching!r}; give True or False")
+        for name in ("prefix_caching", "check_finite", "debug"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{option(name)} is {getattr(self, name)!r}; give True or False")
+        if self.debug_dir is not None:
+            object.__setattr__(self, "debug_dir", resolved(self.debug_dir))
         if self.reserve not in RESERVES:
             raise UsageError(f"reserve is {self.reserve!r}; choose one of {', '.join(RESERVES)}")
         if isinstance(self.expert_usage, (str, Path)):
@@ -101,6 +112,11 @@ class EngineConfig:
     def known_usage(self) -> ExpertUsage | None:
         """The expert usage, read from its file where a path was given."""
         return cast("ExpertUsage | None", self.expert_usage)
+
+    @property
+    def debug_records(self) -> Path | None:
+        """The directory that debug mode writes to; None: there is no debug mode."""
+        return self.debug_dir or (DEBUG_DIR if self.debug else None)
 
     def _check_numbers(self) -> None:
         for name in ("gpu_mem", "cpu_mem", "nvme_mem", "memory_limit"):

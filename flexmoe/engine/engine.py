@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from cost_model.memory.memory_plan import sampling_bytes
+from flexmoe.debugging.finite import DAMAGED, NonFiniteError, overflow
 from flexmoe.engine.build import EngineParts
 from flexmoe.engine.config import EngineConfig
 from flexmoe.engine.engine_plan import EnginePlan
@@ -27,12 +28,10 @@ from flexmoe.structured.grammars import Grammars
 from flexmoe.structured.masks import MaskMaker
 from flexmoe.system.memory_watch import MemoryWatch, lacks_memory
 from policies.admission.row_state import AttentionMode
-from policies.common.option_names import option
 from policies.placement import TIERS
 from policies.policy import Policy
 
 log = logging.getLogger(__name__)
-_DAMAGED = "weights of the checkpoint are probably damaged; compare its files with the original's"
 
 
 class Engine:
@@ -154,6 +153,7 @@ class Engine:
 
         Raises:
             StorageError: a disk transfer failed.
+            NonFiniteError: with ``check_finite``, a value that was computed is not finite.
         """
         if self._closed:
             raise UsageError("this engine is closed; make a new one")
@@ -171,6 +171,9 @@ class Engine:
         try:
             block = Block(runs, self.config.policy.gpu_batch_size, self.config.policy.halves)
             chosen = self._chosen(block, [row.sampler for row in block.logit_owners])
+        except NonFiniteError:
+            self.executor.abandon()
+            raise
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise
@@ -313,7 +316,7 @@ class Engine:
         """End requests whose logits are not finite."""
         if not broken:
             return
-        cause = _overflow() if self.plan.dtype == torch.float16 else _DAMAGED
+        cause = overflow() if self.plan.dtype == torch.float16 else DAMAGED
         if not self._warned:
             self._warned = True
             log.warning("logits are not finite, so rows fail: %s", cause)
@@ -343,11 +346,6 @@ class Engine:
     def _take_complete(self) -> list[RequestOutput]:
         complete, self._complete = self._complete, []
         return complete
-
-
-def _overflow() -> str:
-    other = option("dtype", "bfloat16")
-    return f"numbers beyond float16's largest, 65504, have probably come up; run with {other}, or float32"
 
 
 def _check_format(model: Model, policy: Policy) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from cost_model.model.weight_units import head_rows
+from flexmoe.debugging.watch import Watch
 from flexmoe.engine.head import Logits
 from flexmoe.engine.hidden_states import Activations
 from flexmoe.engine.router_counter import RouterCounter
@@ -56,12 +57,13 @@ class Executor:
         kv: moves KV, and attends to it.
         activations: keeps hidden states between the modules.
         router_counter: counts what the routers choose.
+        experts: computes those of a layer.
         max_tokens: most tokens of a sweep.
         scored_at_once: positions of prompts that are scored at a time.
         dtype: compute dtype.
         overlap: False runs every operation after the one before it.
         half_blocks: as in `policies.policy.Policy`; blocks are ordered for it.
-        expert_chunk: tokens of an expert that are computed at once; None: the usual number.
+        watch: sees the operations of every sweep, in debug mode; it has wrapped ``family`` and ``experts`` then.
 
     Attributes:
         uploads: brings the small arrays of a sweep to the device.
@@ -79,19 +81,20 @@ class Executor:
         kv: KVLanes,
         activations: Activations,
         router_counter: RouterCounter,
+        experts: ExpertDispatch,
         max_tokens: int,
         scored_at_once: int,
         dtype: torch.dtype,
         overlap: bool,
         half_blocks: int = 1,
-        expert_chunk: int | None = None,
+        watch: Watch | None = None,
     ):
         self._device, self._recorder, self._family, self._units = device, recorder, family, units
         self.uploads = Uploads(device)
         self._feed, self._embedding, self._kv, self._hidden = feed, embed, kv, activations
         self._overlap, self._half_blocks, self._router_counter = overlap, half_blocks, router_counter
         arch = family.arch
-        self._experts = ExpertDispatch(device, arch.num_experts, expert_chunk)
+        self._experts, self._watch = experts, watch
         # Of the whole block, since the experts run over all of it: their inputs, their outputs, the router's logits.
         self._x_TD = torch.empty(max_tokens, arch.hidden, dtype=dtype, device=device.torch)
         self._y_TD = torch.empty(max_tokens, arch.hidden, dtype=dtype, device=device.torch)
@@ -119,7 +122,10 @@ class Executor:
             batch.rope = self._family.rope(batch.positions_T, batch.lengths_T, self._dtype)
         shape = self._shape(block)
         self._halves = block.halves(shape.first_half)
-        for op in sweep(shape, overlap=self._overlap):
+        operations = sweep(shape, overlap=self._overlap)
+        if self._watch is not None:
+            operations = self._watch.operations(operations, block, self._halves)
+        for op in operations:
             self._issue(op)
             if not self._overlap:
                 self._wait(op.id)

@@ -150,4 +150,7 @@ def check_fields(values: Any, of_what: str = "") -> None:
     """
     kind: type = type(values)
     for name, check in _checks(kind):
-        object.__setattr__(values, name, check(f"{name} {of_what}" if of_what else name, getattr(values, name)))
+        value = getattr(values, name)
+        checked = check(f"{name} {of_what}" if of_what else name, value)
+        if checked is not value:
+            object.__setattr__(values, name, checked)

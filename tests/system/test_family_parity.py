@@ -23,7 +23,12 @@ def cases(count, seed):
     return [Case(variant="", **{name: rng.choice(CHOICES[name]) for name in names}) for _ in range(count)]
 
 
-WAYS = [(name, case) for at, name in enumerate(RECIPES) for case in cases(3, at)]
+#: Two ways of each family are quick.
+WAYS = [
+    pytest.param(name, case, marks=pytest.mark.slow if number == 2 else ())
+    for at, name in enumerate(RECIPES)
+    for number, case in enumerate(cases(3, at))
+]
 
 
 @pytest.mark.parametrize("device", DEVICES)

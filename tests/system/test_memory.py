@@ -70,9 +70,15 @@ def expected(variant):
     return {row: variant.expected(row, GEN_LEN) for row in ROWS}
 
 
-@pytest.mark.parametrize("percent", [RESIDENT, STREAMED, (0, 0, 0, 0, 0, 0)])
-@pytest.mark.parametrize("schedule", ["rolling", "static"])
-@pytest.mark.parametrize("share", [0.15, 0.6])
+@pytest.mark.parametrize(
+    "percent, schedule, share",
+    [
+        pytest.param(percent, schedule, share, marks=pytest.mark.slow if (at + late + static) % 3 else ())
+        for at, percent in enumerate([RESIDENT, STREAMED, (0, 0, 0, 0, 0, 0)])
+        for static, schedule in enumerate(("rolling", "static"))
+        for late, share in enumerate((0.15, 0.6))
+    ],
+)
 def test_a_sweep_that_finds_no_memory_is_run_again_with_fewer_rows(make, tiny, caplog, percent, schedule, share):
     variant, llm = tiny(), make(percent, schedule)
     with Refuses(1 << 60) as all_of_it:

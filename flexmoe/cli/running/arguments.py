@@ -31,8 +31,8 @@ may then differ, input, model and sampling may not. --overwrite starts a new job
 made progress; the same command with --overwrite resumes the job that it began itself.
 
 exit codes: 0 all rows ok, 1 internal, 2 usage, 3 finished but some rows failed, 4 does not fit or other model,
-65 bad input or checkpoint, 66 input missing, 74 I/O error or disk full, 75 stopped by SIGTERM or SIGHUP, 130 by Ctrl-C; after 1, 4,
-74, 75 and 130 the same command resumes the job
+65 bad input or checkpoint, or --check-finite found NaN or an infinity, 66 input missing, 74 I/O error or disk full, 75 stopped by
+SIGTERM or SIGHUP, 130 by Ctrl-C; after 1, 4, 74, 75 and 130 the same command resumes the job
 """
 _DESCRIPTION = """\
 Complete a JSONL of requests with a Mixture-of-Experts model that does not fit on the GPU.
@@ -148,7 +148,29 @@ def _job_flags(p: argparse.ArgumentParser) -> None:
         "JSON for scripts.analyze_expert_usage",
     )
     g.add_argument("--trace", type=Path, help="write a Chrome trace (chrome://tracing, Perfetto), one track per lane")
+    _debug_flags(p)
     g.add_argument("-v", "--verbose", action="store_true", help="log to stderr")
+
+
+def _debug_flags(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("debugging")
+    g.add_argument(
+        "--check-finite",
+        action="store_true",
+        help="stop where the model computes NaN or an infinity first, and name sweep, layer, unit, expert and row (exit code 65)",
+    )
+    g.add_argument(
+        "--debug",
+        action="store_true",
+        help="write JSON lines of every sweep: its rows, the range of each tensor by layer and unit, the experts of each token, seconds "
+        "and bytes of each operation",
+    )
+    g.add_argument(
+        "--debug-dir",
+        type=Path,
+        metavar="DIR",
+        help="directory for them, with which --debug need not be given (default: <output>.debug, for the benchmark flexmoe_debug)",
+    )
 
 
 def add_policy_flags(p: argparse.ArgumentParser) -> None:

@@ -76,18 +76,24 @@ def detail_lines(metrics: Mapping[str, Any], engine: Engine, predicted: Simulati
 
 
 def engine_file_lines(options: RunOptions, engine: Engine) -> list[str]:
-    """Where the router statistics and the trace are, where they were asked for."""
+    """Where router statistics, debug records and trace are, where they were asked for."""
     lines = []
     if options.router_stats is not None:
         no_tokens = engine.router_counter.is_empty  # no row could run
         nothing = "no token was routed, so there are no router statistics"
         lines.append(nothing if no_tokens else f"router statistics: {options.router_stats}")
+    if options.debug_records is not None:
+        lines.append(f"debug records: {options.debug_records}")
     return lines + ([f"trace: {options.trace}"] if options.trace is not None else [])
 
 
 def nothing_ran_lines(options: RunOptions) -> list[str]:
     """Which files were asked for that a start that found nothing to run does not write."""
-    missing = {"there is no trace": options.trace, "there are no router statistics": options.router_stats}
+    missing = {
+        "there is no trace": options.trace,
+        "there are no router statistics": options.router_stats,
+        "there are no debug records": options.debug_records,
+    }
     return [f"nothing was left to run, so {what}" for what, path in missing.items() if path is not None]
 
 

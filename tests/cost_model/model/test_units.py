@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -158,11 +159,17 @@ def test_on_a_machine_that_reads_faster_than_it_copies_the_disk_decides():
     assert group_on(with_curves(fast, disk=curve, h2d=((256 * MIB, 1e9),)), QWEN) == 4
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """`short(name)`: a variant with short prompts, made once."""
+    return cache(lambda name: make(RECIPES[name], tmp_path_factory.mktemp(name), (1, 5, 40, 17, 9, 20, 3, 30)))
+
+
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-packed"])
 @pytest.mark.parametrize("group", [1, 3, 32])
 @pytest.mark.parametrize("percent", [(100, 0, 100, 0, 100, 0), (0, 60, 100, 0, 100, 0)], ids=str)
-def test_the_policy_decides_how_many_experts_move_as_one(name, group, percent, tmp_path):
-    variant = make(RECIPES[name], tmp_path / "checkpoint", (1, 5, 40, 17, 9, 20, 3, 30))
+def test_the_policy_decides_how_many_experts_move_as_one(name, group, percent, short, tmp_path):
+    variant = short(name)
     policy = Policy.from_percent(
         percent, gpu_batch_size=4, num_gpu_batches=2, prompt_len=60, gen_len=GEN_LEN, experts_per_unit=group
     )

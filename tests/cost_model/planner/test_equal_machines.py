@@ -11,7 +11,7 @@ from tests.support.sweeps import SMALL
 
 JOB = Workload(prompt_len=64, gen_len=32, num_requests=500)
 #: What is fixed makes the search short: it is the same search.
-FIXED, EFFORT = Fixed(schedule="rolling", gpu_batch_size=16), 0.1
+FIXED, EFFORT = Fixed(schedule="rolling", gpu_batch_size=16), 0.03
 
 
 def small(name, **memory):

@@ -38,8 +38,8 @@ SEEDS = (0, pytest.param(3, marks=pytest.mark.slow))
 
 @pytest.fixture(scope="module")
 def t4():
-    """The plan for the T4, with advice."""
-    return solve(MIXTRAL, Hardware.preset("t4"), JOB, advice=True)
+    """A plan for the T4, with advice."""
+    return planned(Hardware.preset("t4"), advice=True)
 
 
 def planned(hardware, arch=MIXTRAL, workload=JOB, **options):
@@ -58,10 +58,10 @@ def test_no_rival_beats_the_planned_policy_by_two_percent(seed):
     problem = random_problem(seed)
     plan = solve(problem.arch, problem.hardware, problem.workload)
     rivals = Rivals(problem)
-    tried = rivals.candidates(300)
+    tried = rivals.candidates(150)
     best = max(tried, key=rivals.tokens_per_s)
-    climbed = [rivals.climb(policy, 200) for policy in (best, tried[0], plan.policy)]
-    assert len(tried) == 300
+    climbed = [rivals.climb(policy, 100) for policy in (best, plan.policy)]
+    assert len(tried) == 150
     assert max(map(rivals.tokens_per_s, (best, *climbed))) <= 1.02 * plan.prediction.tokens_per_s
 
 
@@ -108,9 +108,10 @@ def test_no_rival_of_many_beats_the_planned_policy_by_two_percent(seed):
 
 
 @pytest.mark.slow
-def test_planning_takes_a_few_hundred_programmes_at_most(t4):
-    assert 10 < t4.explanation.programmes < 300
-    assert t4.explanation.evaluations < 10_000
+def test_planning_takes_a_few_hundred_programmes_at_most():
+    explanation = solve(MIXTRAL, Hardware.preset("t4"), JOB, advice=True).explanation
+    assert 10 < explanation.programmes < 300
+    assert explanation.evaluations < 10_000
 
 
 def test_same_arguments_give_the_same_plan():
@@ -180,7 +181,7 @@ def test_planned_policy_survives_its_file(tmp_path, t4):
         pytest.param(40, 0, Fixed(), marks=pytest.mark.slow),
         (1.3, 30, Fixed(schedule="static")),
         (1.0, 30, Fixed()),
-        (1.6, 30, Fixed(cache_gpu_percent=0, cache_cpu_percent=30)),
+        pytest.param(1.6, 30, Fixed(cache_gpu_percent=0, cache_cpu_percent=30), marks=pytest.mark.slow),
         (2.2, 30, Fixed(w_gpu_percent=0, w_cpu_percent=50, cache_gpu_percent=0, cpu_attention_percent=50)),
     ],
     ids=str,

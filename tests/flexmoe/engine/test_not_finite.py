@@ -3,15 +3,14 @@
 import json
 import logging
 import random
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from flexmoe import LLM, SamplingParams
 from flexmoe.batch.run_batch import run_batch
 from policies import Policy, Workload
+from tests.support.edited import edited, large
 from tests.support.engines import RESIDENT, STREAMED, is_clean
 from tests.support.references import request, run
 from tests.support.tiny import offload
@@ -28,25 +27,6 @@ ASKED = (
     {"prompt_logprobs": 0, "n": 2},
     {"logit_bias": {11: 2.5}, "repetition_penalty": 1.3},
 )
-
-
-def edited(tiny, directory, edit):
-    """The tied tiny checkpoint, in one file, with a head of its own, after ``edit`` of its tensors."""
-    shutil.copytree(tiny("tied").directory, directory)
-    tensors = load_file(directory / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    edit(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-    return directory
-
-
-def large(tensors):
-    """Sound in float32 and bfloat16, and beyond float16's range."""
-    for name in tensors:
-        if ".w2." in name:
-            tensors[name] *= 1e6
 
 
 @pytest.fixture
