@@ -25,6 +25,8 @@ from scripts.serving.clients import Clients
 from scripts.serving.processes import Watch, children, cpu_s
 from scripts.serving.timed_batch import TimedBatch
 
+_ASKED = ("clients", "requests", "uploads", "upload_mb", "rows", "max_tokens", "seconds", "repeats")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run it; the exit code is 1 where a request met an error other than 429, or the batch did not complete."""
@@ -83,24 +85,25 @@ async def _measure(args: argparse.Namespace, host: str, port: int, process: int)
             await load
         alone.append(await _run(batch, args.rows, process, gateway))
     watch.note()
-    means_s = {name: fmean(run["wall_s"] for run in runs) for name, runs in (("alone", alone), ("loaded", loaded))}
+    errors = dict(clients.errors) | ({} if batch.completed else {"batch: not complete": 1})
     return {
         "machine": {"cpu": cpu_name(), "cores": usable_cores()},
-        "asked": {
-            name: getattr(args, name)
-            for name in ("clients", "requests", "uploads", "upload_mb", "rows", "max_tokens", "seconds", "repeats")
-        },
+        "asked": {name: getattr(args, name) for name in _ASKED},
         "alone": alone,
         "loaded": loaded,
-        "slower_percent": 100 * (means_s["loaded"] / means_s["alone"] - 1),
+        "slower_percent": 100 * (_mean_s(loaded) / _mean_s(alone) - 1),
         "load_s": clients.wall_s,
         "load_outlasted_batch": outlasted,
         "clients_cpu_s": own_s,
         "statuses": dict(sorted(clients.statuses.items())),
-        "errors": dict(clients.errors) | ({} if batch.completed else {"batch: not complete": 1}),
+        "errors": errors,
         "latency_ms": clients.latencies_ms(),
         "held_mb": watch.held_mb(),
     }
+
+
+def _mean_s(runs: list[dict[str, float]]) -> float:
+    return fmean(run["wall_s"] for run in runs)
 
 
 async def _run(batch: TimedBatch, rows: int, engine: int, gateway: int) -> dict[str, float]:

@@ -119,6 +119,7 @@ def test_errors_of_a_file_are_listed_as_text_with_their_line(page):
     )
     told = page.run("document.querySelector('#fault-rows').textContent")
     assert "line 2: " in told and "<img src=x" in told
+    assert page.run("document.querySelector('#batch-lanes-box').offsetParent") is None, "it never had a row in flight"
     assert page.run("document.querySelectorAll('#content img').length") == 0
     assert "<script>" in page.run("document.querySelector('#facts').textContent")
     keep(page, "server-errors")
