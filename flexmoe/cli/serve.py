@@ -13,7 +13,8 @@ from pathlib import Path
 from flexmoe.batch.options import RunOptions
 from flexmoe.cli.running.arguments import add_machine_flags, add_policy_flags, given_fields
 from flexmoe.errors import UsageError
-from flexmoe.serving.settings import Limits, ServerOptions
+from flexmoe.serving.limits import Limits
+from flexmoe.serving.settings import ServerOptions
 from flexmoe.system.interrupts import Interrupts, Terminated
 from policies.common.command_line import Parser, count, guarded, program_name, say, seconds, size_gib
 from policies.common.memory_units import GIB

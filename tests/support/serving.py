@@ -12,7 +12,8 @@ import urllib.request
 from dataclasses import replace
 
 from flexmoe.batch.options import RunOptions
-from flexmoe.serving.settings import Limits, ServerOptions
+from flexmoe.serving.limits import Limits
+from flexmoe.serving.settings import ServerOptions
 
 ENDED = ("completed", "failed", "cancelled", "expired")
 FLAGS = [

@@ -18,7 +18,7 @@ from pathlib import Path
 from flexmoe.batch.job_parts import open_job
 from flexmoe.errors import FlexMoEError, StorageError
 from flexmoe.job.job import Job
-from flexmoe.serving.settings import Limits
+from flexmoe.serving.limits import Limits
 from flexmoe.serving.store.batches import OPEN, BatchRecord, BatchStore
 from flexmoe.serving.store.files import FileStore
 from flexmoe.serving.work.background import BackgroundTasks

@@ -11,7 +11,7 @@ pytest.importorskip("uvicorn", reason="the server needs pip install 'flexmoe[ser
 httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
 
-from flexmoe.serving.settings import Limits  # noqa: E402
+from flexmoe.serving.limits import Limits  # noqa: E402
 from tests.support.serving import chat_rows, options_of, running, start_batch, wait_for  # noqa: E402
 
 KEY = "a-long-secret-key"
