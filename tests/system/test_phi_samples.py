@@ -101,6 +101,7 @@ def test_the_row_that_computes_the_prompt_for_others_is_as_short_where_one_is(ha
         eos_ids=frozenset(),
         seed=0,
         detokenize=None,
+        grammars=lambda: None,
         recompute_past=SWITCH,
     )
     resumed = tuple(Resumed(token_ids=(5,) * count) for count in had)
