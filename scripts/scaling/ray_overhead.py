@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
     flexmoe.ray.dataset.Generate = Timed  # type: ignore[misc]
     pairs = [(plain(args, checkpoint, prompts), through_ray(args, checkpoint, prompts)) for _ in range(args.rounds)]
     ray.shutdown()
-    if any(one.tokens != other.tokens for one, other in pairs):
+    if args.dtype == "float32" and any(one.tokens != other.tokens for one, other in pairs):
         raise RuntimeError("the tokens of both runs differ")
     figures, raw = _figures(args, pairs)
     print("\n".join(figure_table(figures)))
@@ -145,7 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--words", type=int, default=24, help="of a prompt")
     parser.add_argument("--max-tokens", type=int, default=16)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument(
+        "--dtype", default="float32", help="in others tokens depend on which rows meet, and are not compared"
+    )
     parser.add_argument("--rows-in-flight", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
