@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -22,6 +23,7 @@ from tests.support.paths import ROOT
 GUIDE = ROOT / "docs" / "scale-out.md"
 _BLOCK = re.compile(r"^```(bash|python|yaml)\n# ([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ROWS = 60
+TOKEN = Path.home() / ".ray" / "auth_token"
 #: A scheduler of one machine: the tasks of the array, one after another.
 SBATCH = """#!/bin/bash
 set -eu
@@ -57,6 +59,8 @@ class Guide:
             "NODES": "2",
             "OMP_NUM_THREADS": "1",
             "HOME": str(directory),
+            # Ray uses one where there is one, and looks for it in the home directory.
+            **({"RAY_AUTH_TOKEN_PATH": str(TOKEN)} if TOKEN.exists() else {}),
         }
 
     def run(self, title, **environment):
