@@ -365,6 +365,32 @@ class LLM:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def in_waiting_order(
+        self, prompts: Sequence[tuple[int, ...]], sampling_params: Sequence[SamplingParams]
+    ) -> list[EngineRequest]:
+        """Requests for a `stream`, with the prompts' places as ids: those that generate most first, and those that begin alike
+        together.
+
+        Args:
+            prompts: token ids.
+            sampling_params: of each.
+
+        Raises:
+            UsageError: one can never run.
+        """
+        caching = self.engine.config.prefix_caching
+        tree = find_prefixes(page_digests(ids) if caching else b"" for ids in prompts)
+        requests = [
+            EngineRequest(request_id=str(i), prompt_token_ids=ids, params=params, prefix_ends=tree.ends(i))
+            for i, (ids, params) in enumerate(zip(prompts, sampling_params, strict=True))
+        ]
+        for request in requests:
+            problem = self.check(request) or self._ungrammatical(request.params)
+            if problem is not None:
+                raise UsageError(f"prompt {request.request_id}: {problem}")
+        order = PrefixOrder(tree, tree.nodes, lambda row: self.engine.length(requests[row]))
+        return [requests[i] for i in order.waiting(range(len(requests)), max(1, len(requests)))]
+
     def _complete(
         self,
         prompts: Sequence[tuple[int, ...]],
@@ -374,7 +400,7 @@ class LLM:
         *,
         max_tokens: int | None = None,
     ) -> list[RequestOutput]:
-        """Runs prompts of token ids, the longest rows first and those that begin alike together, and adds the texts of the prompts.
+        """Runs prompts of token ids, and adds the texts of the prompts.
 
         Args:
             max_tokens: of those that have none; None leaves it to the engine.
@@ -383,24 +409,7 @@ class LLM:
         several = one_each(default, len(prompts))
         if max_tokens is not None:
             several = [params.limited(max_tokens) for params in several]
-        caching = self.engine.config.prefix_caching
-        tree = find_prefixes(page_digests(ids) if caching else b"" for ids in prompts)
-        requests = [
-            EngineRequest(
-                request_id=str(i),
-                prompt_token_ids=ids,
-                params=params,
-                prefix_ends=tree.ends(i),
-            )
-            for i, (ids, params) in enumerate(zip(prompts, several))
-        ]
-        for request in requests:
-            problem = self.check(request) or self._ungrammatical(request.params)
-            if problem is not None:
-                raise UsageError(f"prompt {request.request_id}: {problem}")
-        order = PrefixOrder(tree, tree.nodes, lambda row: self.engine.length(requests[row])).waiting(
-            range(len(requests)), max(1, len(requests))
-        )
+        requests = self.in_waiting_order(prompts, several)
         outputs: dict[int, RequestOutput] = {}
         drawn = use_tqdm and sys.stderr is not None and sys.stderr.isatty()
         progress, last = Progress(len(requests), 0, bar=drawn, left=None, what="Processed prompts"), self.tokens
@@ -411,7 +420,7 @@ class LLM:
             progress.sweep(last[0] - before[0], last[1] - before[1])
 
         with contextlib.closing(progress):
-            for output in self.stream((requests[i] for i in order), swept):
+            for output in self.stream(requests, swept):
                 outputs[int(output.request_id)] = output
                 progress.row()
         if requests:

@@ -35,8 +35,8 @@ from flexmoe.preflight.prepare_setup import PreparerSetup
 from policies.policy import Policy, Workload
 from scripts.benchmark.probes import machine, versions
 from scripts.benchmark.record import Figure, Record, figure_table
-from scripts.make_checkpoint import SIZES, make_checkpoint
 from scripts.support.corpus import corpus_words
+from scripts.support.sized_model import add_flags, checkpoint_of
 
 TARGET = 0.03
 _PROMPT_BYTES, _NEW_TOKENS, _BLOCK_ROWS = 1000, 32, 64
@@ -79,9 +79,7 @@ def main(argv: list[str]) -> int:
     directory = args.workdir / "bench-runner"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    checkpoint = args.workdir / f"checkpoint-{args.size}"
-    if not (checkpoint / "config.json").exists():
-        make_checkpoint(checkpoint, SIZES[args.size])
+    checkpoint = checkpoint_of(args)
     write_rows(directory / "in.jsonl", args.rows)
     raw = run(checkpoint, directory, args.rows)
     figures = _figures(raw)
@@ -180,9 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m scripts.bench_runner", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=512, help="default 512")
-    parser.add_argument("--size", choices=list(SIZES), default="demo", help="of the model; default demo (300 MB)")
-    parser.add_argument("--workdir", type=Path, default=Path("build"), metavar="DIR", help="checkpoint and files")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON record, with a table beside it")
+    add_flags(parser, size="demo")
     return parser
 
 

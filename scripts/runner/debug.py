@@ -26,7 +26,7 @@ from typing import Any
 
 from scripts.benchmark.probes import machine, versions
 from scripts.benchmark.record import Figure, Record, figure_table
-from scripts.make_checkpoint import SIZES, make_checkpoint
+from scripts.support.sized_model import add_flags, checkpoint_of
 
 _PROMPT_TOKENS, _NEW_TOKENS = 64, 16
 _MODES: dict[str, dict[str, Any]] = {
@@ -57,9 +57,7 @@ for line in sys.stdin:
 def main(argv: list[str]) -> int:
     """Run the benchmark; the exit code is 1 where this version is slower than the older one."""
     args = _parser().parse_args(argv)
-    checkpoint = args.workdir / f"checkpoint-{args.size}"
-    if not (checkpoint / "config.json").exists():
-        make_checkpoint(checkpoint, SIZES[args.size])
+    checkpoint = checkpoint_of(args)
     vocab = json.loads((checkpoint / "config.json").read_text("utf-8"))["vocab_size"]
     rng, began = random.Random(0), time.monotonic()
     prompts = [[rng.randrange(3, vocab) for _ in range(_PROMPT_TOKENS)] for _ in range(args.rows)]
@@ -161,10 +159,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rows", type=int, default=32, help="in flight together (default 32)")
     parser.add_argument("--rounds", type=int, default=9, help="default 9")
-    parser.add_argument("--size", choices=list(SIZES), default="tiny", help="of the model; default tiny")
     parser.add_argument("--before", type=Path, metavar="DIR", help="a checkout of an older version")
-    parser.add_argument("--workdir", type=Path, default=Path("build"), metavar="DIR", help="of the checkpoint")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON record, with a table beside it")
+    add_flags(parser, size="tiny")
     return parser
 
 

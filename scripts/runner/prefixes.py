@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -31,7 +30,7 @@ from flexmoe.params import SamplingParams
 from policies.policy import Policy, Workload
 from scripts.benchmark.probes import machine, versions
 from scripts.benchmark.record import Figure, Record, figure_table
-from scripts.make_checkpoint import SIZES, make_checkpoint
+from scripts.support.sized_model import add_flags, checkpoint_of
 
 _PAGE = 16
 
@@ -68,9 +67,7 @@ def main(argv: list[str]) -> int:
     if args.part == "attention":
         figures, raw, seconds = attention(args.rounds)
     else:
-        checkpoint = args.workdir / f"checkpoint-{args.size}"
-        if not (checkpoint / "config.json").exists():
-            make_checkpoint(checkpoint, SIZES[args.size])
+        checkpoint = checkpoint_of(args)
         model = load_model(str(checkpoint))
         figures, raw, seconds = compare(model, jobs(args.part, args.rows, model.arch.vocab_size), args.rounds)
     print("\n".join(figure_table(figures)))
@@ -220,9 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("part", choices=("shared", "questions", "unlike", "attention"))
     parser.add_argument("--rows", type=int, help="rows of the job; default: as the text above says")
     parser.add_argument("--rounds", type=int, default=1, help="default 1")
-    parser.add_argument("--size", choices=list(SIZES), default="tiny", help="of the model; default tiny")
-    parser.add_argument("--workdir", type=Path, default=Path("build"), metavar="DIR", help="of the checkpoint")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON record, with a table beside it")
+    add_flags(parser, size="tiny")
     return parser
 
 

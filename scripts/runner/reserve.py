@@ -16,7 +16,6 @@ import random
 import shlex
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from flexmoe.llm import LLM
 from flexmoe.models.loader import Model, load_model
@@ -24,7 +23,7 @@ from flexmoe.params import EngineRequest, SamplingParams
 from policies.policy import Policy, Workload
 from scripts.benchmark.probes import machine, versions
 from scripts.benchmark.record import Figure, Record, figure_table
-from scripts.make_checkpoint import SIZES, make_checkpoint
+from scripts.support.sized_model import add_flags, checkpoint_of
 
 _PROMPT_TOKENS, _MOST_TOKENS, _BLOCK_ROWS = 32, 1024, 96
 #: KV for so many rows of full length.
@@ -45,9 +44,7 @@ class Run:
 def main(argv: list[str]) -> int:
     """Run the benchmark; the exit code is 1 where the default is not the faster rule."""
     args = _parser().parse_args(argv)
-    checkpoint = args.workdir / f"checkpoint-{args.size}"
-    if not (checkpoint / "config.json").exists():
-        make_checkpoint(checkpoint, SIZES[args.size])
+    checkpoint = checkpoint_of(args)
     model = load_model(str(checkpoint))
     rows = requests(args.rows, args.mean_tokens, model.arch.vocab_size)
     kept, learned = (run(model, rows, reserve) for reserve in ("max", "p95"))
@@ -140,9 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rows", type=int, default=300, help="default 300")
     parser.add_argument("--mean-tokens", type=int, default=200, help="about the mean completion (default 200)")
-    parser.add_argument("--size", choices=list(SIZES), default="tiny", help="of the model; default tiny")
-    parser.add_argument("--workdir", type=Path, default=Path("build"), metavar="DIR", help="of the checkpoint")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON record, with a table beside it")
+    add_flags(parser, size="tiny")
     return parser
 
 

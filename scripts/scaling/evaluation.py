@@ -25,8 +25,9 @@ from lm_eval.tasks import TaskManager
 from flexmoe.lm_eval import FlexMoELM
 from scripts.benchmark.probes import machine, versions
 from scripts.benchmark.record import Figure, Record, figure_table
-from scripts.make_checkpoint import SIZES, make_checkpoint
+from scripts.make_checkpoint import SIZES
 from scripts.scaling.tasks import TASKS, write_tasks
+from scripts.support.sized_model import add_flags, checkpoint_of
 
 _KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 #: Scores of the same model differ by rounding alone.
@@ -57,9 +58,7 @@ class Timed:
 def main(argv: list[str]) -> int:
     """Measure; the exit code is 1 where scores differ."""
     args = _parser().parse_args(argv)
-    began_s, checkpoint = time.perf_counter(), args.workdir / f"checkpoint-{args.size}"
-    if not (checkpoint / "config.json").exists():
-        make_checkpoint(checkpoint, SIZES[args.size])
+    began_s, checkpoint = time.perf_counter(), checkpoint_of(args)
     tasks = write_tasks(args.workdir / "tasks", rows=args.rows, words=args.words)
     ours = Timed(FlexMoELM(str(checkpoint), policy="none", max_length=args.max_length, device="cpu", dtype="float32"))
     theirs = Timed(
@@ -139,16 +138,12 @@ def _products(args: argparse.Namespace) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m scripts.scaling.evaluation", description="flexmoe beside hf.")
-    parser.add_argument("--size", default="demo", choices=SIZES)
-    parser.add_argument(
-        "--workdir", type=Path, default=Path("build/scaling"), help="where checkpoint and tasks are kept"
-    )
     parser.add_argument("--rows", type=int, default=32, help="documents of each task")
     parser.add_argument("--words", type=int, default=48, help="of a question")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=16, help="of hf")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("-o", "--out", type=Path, help="write a record")
+    add_flags(parser, size="demo", workdir=Path("build/scaling"))
     return parser
 
 

@@ -26,8 +26,8 @@ from flexmoe.llm import LLM
 from flexmoe.params import SamplingParams
 from scripts.benchmark.probes import machine, versions
 from scripts.benchmark.record import Figure, Record, figure_table
-from scripts.make_checkpoint import SIZES, make_checkpoint
 from scripts.support.corpus import corpus_words
+from scripts.support.sized_model import add_flags, checkpoint_of
 
 #: The run with Ray takes so much longer at most.
 TARGET = 1.05
@@ -65,9 +65,7 @@ class Timed(flexmoe.ray.Generate):
 def main(argv: list[str]) -> int:
     """Measure; the exit code is 1 where the target is missed."""
     args = _parser().parse_args(argv)
-    checkpoint = args.workdir / f"checkpoint-{args.size}"
-    if not (checkpoint / "config.json").exists():
-        make_checkpoint(checkpoint, SIZES[args.size])
+    checkpoint = checkpoint_of(args)
     words, began_s = corpus_words(), time.perf_counter()
     prompts = [" ".join((words[11 * row % len(words) :] + words)[: args.words]) for row in range(args.rows)]
     # The actor has all cores, and what reads and divides the rows needs one to be scheduled.
@@ -140,8 +138,6 @@ def _figures(args: argparse.Namespace, pairs: list[tuple[Run, Run]]) -> tuple[li
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m scripts.scaling.ray_overhead", description="What Ray costs.")
-    parser.add_argument("--size", default="demo", choices=SIZES)
-    parser.add_argument("--workdir", type=Path, default=Path("build/scaling"), help="where the checkpoint is kept")
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--words", type=int, default=24, help="of a prompt")
     parser.add_argument("--max-tokens", type=int, default=16)
@@ -151,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows-in-flight", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("-o", "--out", type=Path, help="write a record")
+    add_flags(parser, size="demo", workdir=Path("build/scaling"))
     return parser
 
 

@@ -21,15 +21,13 @@ import uvicorn
 from flexmoe.serving.http.counting import Counting, request_counter
 from flexmoe.serving.http.gateway import Gateway
 from flexmoe.serving.http.guard import Guard
-from flexmoe.serving.http.protocol import timed_protocol
+from flexmoe.serving.http.protocol import FAREWELL_S, server_config, timed_protocol
 from flexmoe.serving.http.uploads import Uploads
 from flexmoe.serving.http.upstream import Upstream
 from flexmoe.serving.limits import Limits
 
 #: Where cores are short, clients get a tenth of what the engine gets, and otherwise what it leaves.
 _NICER = 10
-#: What is still being answered gets so many seconds when the server stops.
-FAREWELL_S = 5
 #: uvicorn's buffer for the headers of a request: a little more than they may have, for the request line and line ends.
 _HEADER_ROOM_BYTES = 4 << 10
 _STOP = b"stop\n"
@@ -98,17 +96,10 @@ def main() -> None:
     limits, engine = Limits(**told["limits"]), Path(told["engine"])
     requests = request_counter()
     gateway = Gateway(Upstream(engine), Uploads(Path(told["uploads"]), limits), requests.registry)
-    config = uvicorn.Config(
+    config = server_config(
         Counting(Guard(gateway, limits, told["api_key"]), requests.counter),
         http=timed_protocol(limits.idle_s),
-        ws="none",
-        lifespan="off",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
         h11_max_incomplete_event_size=limits.header_bytes + _HEADER_ROOM_BYTES,
-        timeout_graceful_shutdown=FAREWELL_S,
     )
     server = uvicorn.Server(config)
     threading.Thread(target=_end_with_the_engine, args=(server, engine), daemon=True).start()

@@ -7,11 +7,16 @@ import asyncio
 import json
 import sys
 from http import HTTPStatus
+from typing import Any
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flexmoe.serving.errors import ApiError
+
+#: What is still being answered gets so many seconds when the server stops.
+FAREWELL_S = 5
 
 
 class TimedProtocol(H11Protocol):
@@ -113,3 +118,23 @@ class TimedProtocol(H11Protocol):
 def timed_protocol(idle_s: float) -> type[TimedProtocol]:
     """The class for connections whose clients may let so many seconds pass."""
     return type("Protocol", (TimedProtocol,), {"idle_s": idle_s})
+
+
+def server_config(app: Any, **options: Any) -> uvicorn.Config:
+    """How uvicorn serves an application here: requests alone, and without a word of its own.
+
+    Args:
+        app: ASGI.
+        **options: further ones of `uvicorn.Config`.
+    """
+    return uvicorn.Config(
+        app,
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=FAREWELL_S,
+        **options,
+    )

@@ -19,7 +19,8 @@ import uvicorn
 from flexmoe.errors import FlexMoEError, UsageError
 from flexmoe.serving.endpoints.context import Context
 from flexmoe.serving.http.app import make_app
-from flexmoe.serving.http.gateway_process import FAREWELL_S, GatewayProcess
+from flexmoe.serving.http.gateway_process import GatewayProcess
+from flexmoe.serving.http.protocol import server_config
 from flexmoe.serving.settings import ServerOptions
 from flexmoe.serving.store.batches import BatchStore
 from flexmoe.serving.store.database import Database
@@ -171,19 +172,7 @@ def serving(options: ServerOptions) -> Iterator[Serving]:
 
 def _http_server(context: Context) -> uvicorn.Server:
     """What answers the gateway for the parts of a server; when it is told to stop, they are, too."""
-    config = uvicorn.Config(
-        make_app(context),
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        date_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=FAREWELL_S,
-    )
+    config = server_config(make_app(context), http="h11", date_header=False, timeout_keep_alive=_KEEP_ALIVE_S)
     return _Server(config, context.work_queue.stop)
 
 
