@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="JSON record, table beside it; default benchmarks/cpu.json"
     )
-    parser.add_argument("--repeats", type=int, metavar="N", help="pairs per class; default 5")
+    parser.add_argument("--repeats", type=int, metavar="N", help="rounds per class; default 5")
     parser.add_argument(
         "--class",
         action="append",

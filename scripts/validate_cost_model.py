@@ -10,8 +10,9 @@
   many rows and few; two of the twelve keep their KV cache as int8.
 
 No constant comes from these runs. Disks drift, so the disk rate just before and after a run is fed to its prediction. A run
-is repeated when its two disk rates differ by more than 20 %, or when the cores, timed before and after it, are more than 20 %
-off what they were right after the probe; the record then has the prediction for cores of that speed, too. The median of three
+is repeated when its two disk rates differ by more than 20 %, when the cores, timed before and after it, are more than 20 %
+off what they were right after the probe, or when more than 3 % of their time went to other virtual machines; the record then
+has the prediction for cores of that speed, too. The median of three
 runs counts; all are recorded.
 """
 
@@ -41,6 +42,8 @@ from scripts.checkpoints.shapes import SIZES
 from scripts.demonstration.models import REAL
 from scripts.make_checkpoint import make_checkpoint
 from scripts.support.corpus import corpus_words
+from scripts.support.stolen import MOST as MOST_STOLEN
+from scripts.support.stolen import wait_for_calm
 from scripts.validation.configs import Configuration, draw
 from scripts.validation.drift import corrected_s
 from scripts.validation.jobs import REAL_WEIGHTS, draw_jobs
@@ -139,9 +142,12 @@ def _compare(run: Run, predict: Callable[..., Simulation], here: Hardware, cpu_t
     predicted = predict(hardware=here)
     at_their_speed_s = corrected_s(lambda machine: predict(hardware=machine).job_s, here, statistics.mean(cores))
     return {
-        "clean": abs(before - after) <= DRIFT * max(before, after) and all(abs(c - 1) <= DRIFT for c in cores),
+        "clean": abs(before - after) <= DRIFT * max(before, after)
+        and all(abs(c - 1) <= DRIFT for c in cores)
+        and run.stolen <= MOST_STOLEN,
         "disk_bytes_per_s": [before, after],
         "cores_against_probe": cores,
+        "stolen": run.stolen,
         "measured_s": run.wall_s,
         "predicted_s": predicted.job_s,
         "error": predicted.job_s / run.wall_s - 1,
@@ -155,6 +161,7 @@ def _hardware(args: argparse.Namespace) -> Hardware:
     if args.hardware:
         return Hardware.load(args.hardware)
     command = [sys.executable, "-m", "flexmoe.probe", "-o", str(args.work / "machine.json"), "--dir", str(args.work)]
+    wait_for_calm(300.0)
     subprocess.run([*command, "--device", "cpu"], check=True, stdout=subprocess.DEVNULL)
     return Hardware.load(args.work / "machine.json")
 

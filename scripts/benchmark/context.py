@@ -22,7 +22,7 @@ class Scale:
     """How long things run. Quick numbers say that the benchmark works, nothing about speed."""
 
     repeats: int = 5
-    run_s: float = 14.0
+    run_s: float = 8.0
     probe_bytes: int = 1000 << 20
     gemm_s: float = 0.8
     sizes: tuple[int, ...] = (1, 4, 16, 64, 256, 1024, 2048)
@@ -100,9 +100,9 @@ class Bench:
         """Where FlexMoE's disk tier writes, should it write."""
         return str(self.workdir / "offload")
 
-    def probe(self) -> dict:
-        """The best O_DIRECT rate on the shards, now."""
-        return disk_rate(self.shards, self.scale.probe_bytes)
+    def probe(self, like: dict | None = None) -> dict:
+        """The best O_DIRECT rate on the shards, now; or the rate of the combination that an earlier probe found best."""
+        return disk_rate(self.shards, self.scale.probe_bytes, like)
 
     def tokens_per_expert(self, tokens: float) -> int:
         """Mean tokens that one expert gets of a sweep's tokens."""

@@ -6,108 +6,115 @@ from scripts.benchmark import loads
 from scripts.benchmark.context import Bench
 from scripts.benchmark.record import Figure
 from scripts.benchmark.worker import Worker
+from scripts.support.stolen import MOST as MOST_STOLEN
+from scripts.support.stolen import Stolen, wait_for_calm
 
-TARGETS = {"disk-bound": 0.90, "balanced": 0.85, "compute-bound": 0.90}
-#: Of experts that are moved in groups.
-SMALL_EXPERTS_TARGET = 0.85
+TARGETS = {"disk-bound": 0.97, "balanced": 0.90, "compute-bound": 0.95}
 RESIDENT_TARGET = 0.70
 LARGEST_FRACTION = 1.03
+#: The longest wait for a calm machine before a round.
+CALM_S = 30.0
 EXPERTS_ON_DISK = "experts on disk"
 
 
 def limit(bench: Bench) -> tuple[list[Figure], dict]:
-    """Pairs of probes around a run, in each class; the job is sized anew for every pair, as disks drift."""
+    """Rounds of a run between its two limits, in each class; the job is sized anew for every round, as machines drift."""
     figures, raw = [], {}
     with Worker("scripts.benchmark.engine") as engine:
         compute = bench.calibrate(engine)
         for kind in bench.scale.classes:
-            pairs = measured_pairs(bench, engine, kind, compute)
-            raw[kind] = {"pairs": pairs, "bare": _bare(bench, kind, pairs)}
-            figures += _figures(kind, raw[kind], SMALL_EXPERTS_TARGET if bench.has_small_experts else TARGETS[kind])
+            rounds = measured_rounds(bench, engine, kind, compute)
+            raw[kind] = {"rounds": rounds, "bare": _bare(bench, kind, rounds)}
+            figures += _figures(kind, raw[kind], TARGETS[kind])
     return figures, raw
 
 
-def measured_pairs(bench: Bench, engine: Worker, kind: str, compute: loads.Compute) -> list[dict]:
-    """Repeat until enough pairs count; those that do not are kept, with the reason."""
-    pairs: list[dict] = []
-    disk_rate = bench.probe()["best"]
-    while sum(pair["counts"] for pair in pairs) < bench.scale.repeats and len(pairs) < 3 * bench.scale.repeats:
-        job, pair = _pair(bench, engine, kind, disk_rate, compute, seed=len(pairs))
-        pairs.append(pair)
-        disk_rate = pair["after"]["best"]
-        if "compute_s" in pair:
-            compute = compute.corrected(job, pair["compute_s"])
-        bench.say(f"{kind}: {_describe(pair)}")
-    return pairs
-
-
-def _pair(
-    bench: Bench, engine: Worker, kind: str, disk_rate: float, compute: loads.Compute, seed: int
-) -> tuple[loads.Job, dict]:
-    """Probe, run, probe, and the same job with everything resident."""
-    for _ in range(3):  # the disk may have drifted out of the class while the model was loaded
-        sweep_s = bench.expert_bytes / disk_rate
+def measured_rounds(bench: Bench, engine: Worker, kind: str, compute: loads.Compute) -> list[dict]:
+    """Repeat until enough rounds count; those that do not are kept, with the reason."""
+    rounds: list[dict] = []
+    last = bench.probe()
+    while sum(one["counts"] for one in rounds) < bench.scale.repeats and len(rounds) < 3 * bench.scale.repeats:
+        sweep_s = bench.expert_bytes / last["best"]
         job = loads.size_job(
-            kind, disk_s=sweep_s, compute=compute, run_s=bench.scale.run_s, vocab=bench.arch.vocab_size, seed=seed
+            kind,
+            disk_s=sweep_s,
+            compute=compute,
+            run_s=bench.scale.run_s,
+            vocab=bench.arch.vocab_size,
+            seed=len(rounds),
         )
-        bench.open(engine, "disk", job, EXPERTS_ON_DISK)
-        before = bench.probe()
-        disk_rate = before["best"]
-        expected_s = bench.expert_bytes * job.fewest_sweeps / disk_rate
-        if loads.in_class(kind, expected_s, compute.seconds(job)):
-            break
-        engine.ask("close", name="disk")
-    else:
-        bench.open(engine, "disk", job, EXPERTS_ON_DISK)
-        before = bench.probe()
+        one = _round(bench, engine, job, last) | {"rows": job.rows, "new_tokens": job.new_tokens}
+        rounds.append(_judge(bench, engine, kind, job, one))
+        last = one["after"]
+        compute = compute.corrected(job, one["compute_s"])
+        bench.say(f"{kind}: {_describe(one)}")
+    return rounds
+
+
+def _round(bench: Bench, engine: Worker, job: loads.Job, like: dict) -> dict:
+    """Disk, compute, the run, compute, disk: what drifts evenly meanwhile is in the means of the limits as it is in the run."""
+    bench.open(engine, "disk", job, EXPERTS_ON_DISK)
+    bench.open(engine, "resident", job, "resident")
+    wait_for_calm(CALM_S)
+    before, stolen = bench.probe(like), Stolen()
+    first_s = bench.run(engine, "resident", job)["wall_s"]
     result = bench.run(engine, "disk", job)
-    after = bench.probe()
-    engine.ask("close", name="disk")
-    return job, _judge(bench, engine, kind, job, {"before": before, "after": after, **result})
+    second_s, share = bench.run(engine, "resident", job)["wall_s"], stolen.share()
+    after = bench.probe(like)
+    for name in ("disk", "resident"):
+        engine.ask("close", name=name)
+    return {"before": before, "after": after, "computes_s": [first_s, second_s], "stolen": share, **result}
 
 
-def _judge(bench: Bench, engine: Worker, kind: str, job: loads.Job, pair: dict) -> dict:
-    rate = (pair["before"]["best"] + pair["after"]["best"]) / 2
-    pair |= {
-        "rows": job.rows,
-        "new_tokens": job.new_tokens,
+def _judge(bench: Bench, engine: Worker, kind: str, job: loads.Job, one: dict) -> dict:
+    rate = (one["before"]["best"] + one["after"]["best"]) / 2
+    compute_s = sum(one["computes_s"]) / 2
+    one |= {
         "processed_tokens": job.processed_tokens,
         "fewest_sweeps": job.fewest_sweeps,
-        "disk_s": min(bench.expert_bytes * job.fewest_sweeps, pair["disk_bytes"]) / rate,
-        "counts": False,
+        "disk_s": min(bench.expert_bytes * job.fewest_sweeps, one["disk_bytes"]) / rate,
+        "compute_s": compute_s,
+        "gemm_flops_per_s": bench.gemm(engine, job.processed_tokens / job.fewest_sweeps),
     }
-    if not loads.probes_agree(pair["before"]["best"], pair["after"]["best"]):
-        return pair | {"reason": "the probes differ by more than 20 %"}
-    pair["compute_s"] = bench.resident_run(engine, job)["wall_s"]
-    pair["gemm_flops_per_s"] = bench.gemm(engine, job.processed_tokens / job.fewest_sweeps)
-    pair["of_gemm"] = bench.flops(job.processed_tokens, job.new_tokens) / pair["gemm_flops_per_s"] / pair["compute_s"]
-    pair["fraction"] = loads.limit_fraction(pair["disk_s"], pair["compute_s"], pair["wall_s"])
-    if not loads.in_class(kind, pair["disk_s"], pair["compute_s"]):
-        return pair | {"reason": "D/C drifted out of the class"}
-    if pair["fraction"] > LARGEST_FRACTION:
-        return pair | {"reason": "it ran faster than its limit, so the machine was not the same for both"}
-    return pair | {"counts": True}
+    one["of_gemm"] = bench.flops(job.processed_tokens, job.new_tokens) / one["gemm_flops_per_s"] / compute_s
+    one["fraction"] = loads.limit_fraction(one["disk_s"], compute_s, one["wall_s"])
+    one["reason"] = why_not(kind, one)
+    return one | {"counts": not one["reason"]}
 
 
-def _describe(pair: dict) -> str:
-    rates = f"disk {pair['before']['best'] / 1e9:.2f} then {pair['after']['best'] / 1e9:.2f} GB/s"
-    run = (
-        f"T {pair['wall_s']:.1f} s, {pair['sweeps']} sweeps (fewest {pair['fewest_sweeps']}), D {pair['disk_s']:.1f} s"
+def why_not(kind: str, one: dict) -> str:
+    """Why a round says nothing; empty where it does."""
+    if one["stolen"] > MOST_STOLEN:
+        return f"{one['stolen']:.0%} of the cores' time went to other machines"
+    if not loads.probes_agree(one["before"]["best"], one["after"]["best"]):
+        return "the disk's rates before and after differ by more than 20 %"
+    if not loads.probes_agree(*one["computes_s"]):
+        return "the resident runs before and after differ by more than 20 %"
+    if not loads.in_class(kind, one["disk_s"], one["compute_s"]):
+        return "D/C drifted out of the class"
+    if one["fraction"] > LARGEST_FRACTION:
+        return "it ran faster than its limit, so the machine was not the same for both"
+    return ""
+
+
+def _describe(one: dict) -> str:
+    first_s, second_s = one["computes_s"]
+    return (
+        f"T {one['wall_s']:.1f} s, {one['sweeps']} sweeps (fewest {one['fewest_sweeps']}), D {one['disk_s']:.1f} s, "
+        f"C {first_s:.1f} then {second_s:.1f} s ({one['of_gemm']:.0%} of the GEMM rate), "
+        f"disk {one['before']['best'] / 1e9:.2f} then {one['after']['best'] / 1e9:.2f} GB/s, "
+        f"limit reached {one['fraction']:.1%}" + (f"; does not count: {one['reason']}" if one["reason"] else "")
     )
-    if "compute_s" in pair:
-        run += f", C {pair['compute_s']:.1f} s ({pair['of_gemm']:.0%} of the GEMM rate)"
-        run += f", limit reached {pair['fraction']:.1%}"
-    return f"{run}, {rates}" + ("" if pair["counts"] else f"; does not count: {pair['reason']}")
 
 
-def _bare(bench: Bench, kind: str, pairs: list[dict]) -> dict | None:
-    """The loop without an engine, at the D and C of the last pair."""
-    counted = [pair for pair in pairs if pair["counts"]]
+def _bare(bench: Bench, kind: str, rounds: list[dict]) -> dict | None:
+    """The loop without an engine, at the D and C of the last round."""
+    counted = [one for one in rounds if one["counts"]]
     if not counted:
         return None
     last, arch = counted[-1], bench.arch
     with Worker("scripts.benchmark.bare") as bare:
-        before = bench.probe()
+        before = bench.probe(last["after"])
         result = bare.ask(
             "run",
             paths=bench.shards,
@@ -119,7 +126,7 @@ def _bare(bench: Bench, kind: str, pairs: list[dict]) -> dict | None:
             compute_s=last["compute_s"],
             calibrate_s=bench.scale.gemm_s,
         )
-        after = bench.probe()
+        after = bench.probe(before)
     rate = (before["best"] + after["best"]) / 2
     result |= {"before": before, "after": after, "disk_s": result["disk_bytes"] / rate}
     result["fraction"] = loads.limit_fraction(result["disk_s"], result["compute_s"], result["wall_s"])
@@ -131,20 +138,19 @@ def _bare(bench: Bench, kind: str, pairs: list[dict]) -> dict | None:
 
 
 def _figures(kind: str, raw: dict, target: float) -> list[Figure]:
-    counted = [pair for pair in raw["pairs"] if pair["counts"]]
+    counted = [one for one in raw["rounds"] if one["counts"]]
     if not counted:
-        reasons = {pair["reason"] for pair in raw["pairs"]}
-        nothing = f"none of {len(raw['pairs'])} pairs counts: {', '.join(sorted(reasons))}"
+        reasons = {one["reason"] for one in raw["rounds"]}
+        nothing = f"none of {len(raw['rounds'])} rounds counts: {', '.join(sorted(reasons))}"
         return [Figure(what=f"{kind}, all experts on disk", value="-", beside=nothing, ratio=0.0, target=target)]
     disk_s, compute_s, wall_s, fraction, of_gemm = (
-        loads.median([pair[key] for pair in counted])
-        for key in ("disk_s", "compute_s", "wall_s", "fraction", "of_gemm")
+        loads.median([one[key] for one in counted]) for key in ("disk_s", "compute_s", "wall_s", "fraction", "of_gemm")
     )
-    ratios = [pair["disk_s"] / pair["compute_s"] for pair in counted]
-    tokens = loads.median([pair["new_tokens"] / pair["wall_s"] for pair in counted])
-    processed = loads.median([pair["processed_tokens"] / pair["wall_s"] for pair in counted])
+    ratios = [one["disk_s"] / one["compute_s"] for one in counted]
+    tokens = loads.median([one["new_tokens"] / one["wall_s"] for one in counted])
+    processed = loads.median([one["processed_tokens"] / one["wall_s"] for one in counted])
     bare = raw["bare"]
-    fractions = ", ".join(f"{pair['fraction']:.1%}" for pair in counted)
+    fractions = ", ".join(f"{one['fraction']:.1%}" for one in counted)
     return [
         Figure(
             what=f"{kind}, all experts on disk: max(D, C) / T, median of {len(counted)} ({fractions})",
@@ -157,7 +163,7 @@ def _figures(kind: str, raw: dict, target: float) -> list[Figure]:
         Figure(
             what=f"{kind}: C against FLOPs / GEMM rate at that token count, median",
             value=f"C {compute_s:.1f} s",
-            beside=f"GEMM {loads.median([p['gemm_flops_per_s'] for p in counted]) / 1e12:.3f} TFLOP/s",
+            beside=f"GEMM {loads.median([one['gemm_flops_per_s'] for one in counted]) / 1e12:.3f} TFLOP/s",
             ratio=of_gemm,
             target=RESIDENT_TARGET,
         ),

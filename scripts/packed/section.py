@@ -16,7 +16,7 @@ from cost_model.model.weight_units import units_of
 from policies.common.memory_units import GIB
 from scripts.benchmark import loads
 from scripts.benchmark.context import Bench
-from scripts.benchmark.limit import EXPERTS_ON_DISK, TARGETS, measured_pairs
+from scripts.benchmark.limit import EXPERTS_ON_DISK, measured_rounds
 from scripts.benchmark.loads import Job
 from scripts.benchmark.record import Figure
 from scripts.benchmark.worker import Worker
@@ -24,7 +24,7 @@ from scripts.benchmark.worker import Worker
 BF16 = "bf16"
 #: Tokens/s of each format against bf16's where the disk is the limit.
 DISK_TARGETS = {"int8": 1.85, "fp8": 1.85, "int4": 3.4, "mxfp4": 3.4}
-RESIDENT_TARGET = 0.9
+BALANCED_TARGET, RESIDENT_TARGET = 0.85, 0.9
 #: Of the model in int4, beside what Python and torch take.
 MEMORY_FORMAT, MEMORY_TARGET_BYTES = "int4", int(1.2 * GIB)
 DISK_ROWS, RESIDENT_TOKENS, RUN_S = 16, 72, 7.0
@@ -113,26 +113,26 @@ def _balanced(benches: Benches) -> tuple[list[Figure], dict]:
     for name, each in benches.items():
         short = replace(each, scale=replace(each.scale, repeats=1, run_s=min(RUN_S, each.scale.run_s)))
         with Worker("scripts.benchmark.engine") as engine:
-            raw[name] = measured_pairs(short, engine, "balanced", short.calibrate(engine))
+            raw[name] = measured_rounds(short, engine, "balanced", short.calibrate(engine))
         figures.append(balanced_figure(name, raw[name]))
     return figures, raw
 
 
-def balanced_figure(name: str, pairs: Sequence[dict]) -> Figure:
-    """max(D, C) / T of a format's own D and C: the median of the pairs that count."""
-    what, target = f"balanced, {name}: max(D, C) / T, all experts on disk", TARGETS["balanced"]
-    counted = [pair for pair in pairs if pair["counts"]]
+def balanced_figure(name: str, rounds: Sequence[dict]) -> Figure:
+    """max(D, C) / T of a format's own D and C: the median of the rounds that count."""
+    what, target = f"balanced, {name}: max(D, C) / T, all experts on disk", BALANCED_TARGET
+    counted = [one for one in rounds if one["counts"]]
     if not counted:
-        reasons = "; ".join(sorted({pair["reason"] for pair in pairs}))
+        reasons = "; ".join(sorted({one["reason"] for one in rounds}))
         return Figure(
-            what=what, value="-", beside=f"none of {len(pairs)} pairs counts: {reasons}", ratio=0.0, target=target
+            what=what, value="-", beside=f"none of {len(rounds)} rounds counts: {reasons}", ratio=0.0, target=target
         )
     last = counted[-1]
     return Figure(
         what=what,
         value=f"T {last['wall_s']:.1f} s, {last['new_tokens'] / last['wall_s']:.1f} tokens/s",
         beside=f"D {last['disk_s']:.1f} s, C {last['compute_s']:.1f} s",
-        ratio=loads.median([pair["fraction"] for pair in counted]),
+        ratio=loads.median([one["fraction"] for one in counted]),
         target=target,
     )
 

@@ -16,16 +16,19 @@ from flexmoe import LLM, EngineRequest
 from flexmoe.probing.disk import random_buffers, transfer
 from flexmoe.system.device import Device
 from flexmoe.system.direct_io import DirectFile
+from scripts.support.stolen import Stolen, wait_for_calm
 from scripts.validation.configs import Configuration
 
 _UNIT_BYTES, _UNITS, _PROBE_BYTES = 32 << 20, 8, 1 << 30
+_CALM_S = 30.0  # the longest wait for a calm machine before a run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """What a run took; ``lanes_s`` are the seconds in which a lane was at work.
 
-    ``cache_experts`` are those that device memory beyond the policy's holds.
+    ``stolen`` is the share of the cores' time that went to other machines; ``cache_experts`` are those that device memory beyond
+    the policy's holds.
     """
 
     wall_s: float
@@ -35,6 +38,7 @@ class Run:
     disk_after: float
     cpu_before: float
     cpu_after: float
+    stolen: float
     cache_experts: int
 
     @property
@@ -87,11 +91,13 @@ def _prompts(c: Configuration, subject: Subject) -> Iterator[Sequence[int]]:
 
 
 def _run(llm: LLM, requests: list[EngineRequest], disk_rate: Callable[[], float]) -> Run:
+    wait_for_calm(_CALM_S)
     before = llm.metrics()
-    cpu_before, disk_before = cpu_rate(), disk_rate()
+    cpu_before, disk_before, stolen = cpu_rate(), disk_rate(), Stolen()
     for output in llm.stream(requests):
         if output.error:
             raise RuntimeError(output.error)
+    share = stolen.share()
     disk_after, cpu_after = disk_rate(), cpu_rate()
     after = llm.metrics()
     lanes = {lane: t["busy_s"] - before["lanes"].get(lane, {}).get("busy_s", 0.0) for lane, t in after["lanes"].items()}
@@ -103,6 +109,7 @@ def _run(llm: LLM, requests: list[EngineRequest], disk_rate: Callable[[], float]
         disk_after=disk_after,
         cpu_before=cpu_before,
         cpu_after=cpu_after,
+        stolen=share,
         cache_experts=llm.engine.plan.allocation.cache_experts,
     )
 

@@ -23,7 +23,7 @@ def test_a_format_is_compared_with_bf16_in_the_same_round():
     assert disk_figure("bf16", job, measured, disk_s=1.0, fewer_bytes=1.0).met is None
 
 
-def test_a_format_of_which_no_pair_counts_has_missed_its_target():
+def test_a_format_of_which_no_round_counts_has_missed_its_target():
     figure = balanced_figure("fp8", [{"counts": False, "reason": "the probes differ by more than 20 %"}])
     assert figure.met is False and "the probes differ" in figure.beside
 
