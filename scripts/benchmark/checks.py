@@ -27,14 +27,14 @@ def check(bench: Bench) -> tuple[list[Figure], dict]:
 def _tokens(bench: Bench) -> tuple[list[Figure], dict]:
     model = bench.checkpoint("tiny-float32", "--size", "tiny", "--dtype", "float32")
     job = loads.ragged_job(rows=16, vocab=512, seed=9, longest_prompt=120, longest_new=24)
-    with Worker("scripts.benchmark.peers") as peer:
+    with Worker("scripts.benchmark.processes.peers") as peer:
         peer.ask("open", model=model)
         wanted = [
             peer.ask("generate", prompts=[prompt], new_tokens=length, tokens=True)["tokens"][0]
             for prompt, length in zip(job.prompts, job.max_tokens, strict=True)
         ]
     different = {}
-    with Worker("scripts.benchmark.engine") as engine:
+    with Worker("scripts.benchmark.processes.engine") as engine:
         for weights in PLACEMENTS:
             bench.open(engine, "check", job, weights, model=model, num_gpu_batches=4)
             got = bench.run(engine, "check", job, tokens=True)["tokens"]
@@ -61,11 +61,11 @@ def _logits(bench: Bench) -> tuple[list[Figure], dict]:
     prompt = [rng.randrange(loads.FIRST_TOKEN, bench.arch.vocab_size) for _ in range(192)]
     job = loads.Job(prompts=(tuple(prompt),), max_tokens=(1,), prefill_tokens=len(prompt))
     files = {name: bench.workdir / f"logits-{name}.npy" for name in ("ours", "theirs", "float32")}
-    with Worker("scripts.benchmark.engine") as engine:
+    with Worker("scripts.benchmark.processes.engine") as engine:
         bench.open(engine, "check", job, "experts on disk")
         engine.ask("logits", name="check", token_ids=prompt, path=_absolute(files["ours"]))
     for name, dtype in (("theirs", "bfloat16"), ("float32", "float32")):
-        with Worker("scripts.benchmark.peers") as peer:
+        with Worker("scripts.benchmark.processes.peers") as peer:
             peer.ask("open", model=str(bench.model), dtype=dtype)
             peer.ask("logits", token_ids=prompt, path=_absolute(files[name]))
     ours, theirs, exact = (np.load(files[name]) for name in ("ours", "theirs", "float32"))
@@ -109,7 +109,7 @@ def memory(bench: Bench) -> tuple[list[Figure], dict]:
     job = loads.staggered_job(
         sweeps=10, tokens_per_sweep=600, prompt_len=64, vocab=bench.arch.vocab_size, seed=11, ragged=True
     )
-    with Worker("scripts.benchmark.engine") as engine:
+    with Worker("scripts.benchmark.processes.engine") as engine:
         engine.ask("watch_memory")
         plan = bench.open(engine, "memory", job, [10.0, 20.0])["memory"]
         bench.run(engine, "memory", job)
@@ -147,7 +147,7 @@ def steady(bench: Bench) -> tuple[list[Figure], dict]:
     job = loads.equal_job(
         rows=10 * block, prompt_len=prompt_len, new_tokens=new, vocab=512, seed=12, prefill_tokens=prompt_len
     )
-    with Worker("scripts.benchmark.engine") as engine:
+    with Worker("scripts.benchmark.processes.engine") as engine:
         bench.open(engine, "steady", job, "resident", rows=2 * block, model=model, kv_tokens=capacity)
         result = bench.run(engine, "steady", job)
     mean = loads.steady_mean(result["rows_in_flight"], new)

@@ -26,7 +26,7 @@ def ragged(bench: Bench) -> tuple[list[Figure], dict]:
 
 
 def _compared(bench: Bench, measure: Callable) -> tuple[list[Figure], dict]:
-    with Worker("scripts.benchmark.engine") as engine, Worker("scripts.benchmark.peers") as peer:
+    with Worker("scripts.benchmark.processes.engine") as engine, Worker("scripts.benchmark.processes.peers") as peer:
         peer.ask("open", model=str(bench.model))
         experts = fastest_experts(bench, peer)
         figures, raw = measure(bench, engine, peer)

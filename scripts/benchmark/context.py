@@ -100,9 +100,9 @@ class Bench:
         """Where FlexMoE's disk tier writes, should it write."""
         return str(self.workdir / "offload")
 
-    def probe(self, like: dict | None = None) -> dict:
-        """The best O_DIRECT rate on the shards, now; or the rate of the combination that an earlier probe found best."""
-        return disk_rate(self.shards, self.scale.probe_bytes, like)
+    def probe(self) -> dict:
+        """The best O_DIRECT rate on the shards, now."""
+        return disk_rate(self.shards, self.scale.probe_bytes)
 
     def tokens_per_expert(self, tokens: float) -> int:
         """Mean tokens that one expert gets of a sweep's tokens."""
@@ -137,6 +137,22 @@ class Bench:
     def run(self, engine: Worker, name: str, job: Job, **options) -> dict:
         """Run the job on an open `LLM`."""
         return engine.ask("generate", name=name, prompts=job.prompts, max_tokens=job.max_tokens, **options)
+
+    def turns(self, engine: Worker, job: Job, disk: dict, look_bytes: int = 256 << 20) -> dict:
+        """The job on the open models `disk` and `resident`, sweep by sweep in turns, and the disk's rate around each sweep.
+
+        Args:
+            disk: an answer of `probe`; the looks at the disk read as its best combination did.
+        """
+        return engine.ask(
+            "turns",
+            prompts=job.prompts,
+            max_tokens=job.max_tokens,
+            paths=self.shards,
+            threads=disk["threads"],
+            piece_bytes=disk["piece_bytes"],
+            look_bytes=look_bytes,
+        )
 
     def resident_run(self, engine: Worker, job: Job) -> dict:
         """C: the job with everything resident."""

@@ -18,9 +18,9 @@ EXPERTS_ON_DISK = "experts on disk"
 
 
 def limit(bench: Bench) -> tuple[list[Figure], dict]:
-    """Rounds of a run between its two limits, in each class; the job is sized anew for every round, as machines drift."""
+    """Rounds of a run beside its two limits, in each class; the job is sized anew for every round, as machines drift."""
     figures, raw = [], {}
-    with Worker("scripts.benchmark.engine") as engine:
+    with Worker("scripts.benchmark.processes.engine") as engine:
         compute = bench.calibrate(engine)
         for kind in bench.scale.classes:
             rounds = measured_rounds(bench, engine, kind, compute)
@@ -32,9 +32,10 @@ def limit(bench: Bench) -> tuple[list[Figure], dict]:
 def measured_rounds(bench: Bench, engine: Worker, kind: str, compute: loads.Compute) -> list[dict]:
     """Repeat until enough rounds count; those that do not are kept, with the reason."""
     rounds: list[dict] = []
-    last = bench.probe()
+    disk = bench.probe()
+    rate = disk["best"]
     while sum(one["counts"] for one in rounds) < bench.scale.repeats and len(rounds) < 3 * bench.scale.repeats:
-        sweep_s = bench.expert_bytes / last["best"]
+        sweep_s = bench.expert_bytes / rate
         job = loads.size_job(
             kind,
             disk_s=sweep_s,
@@ -43,41 +44,45 @@ def measured_rounds(bench: Bench, engine: Worker, kind: str, compute: loads.Comp
             vocab=bench.arch.vocab_size,
             seed=len(rounds),
         )
-        one = _round(bench, engine, job, last) | {"rows": job.rows, "new_tokens": job.new_tokens}
-        rounds.append(_judge(bench, engine, kind, job, one))
-        last = one["after"]
-        compute = compute.corrected(job, one["compute_s"])
+        one = _judged(bench, engine, kind, job, _round(bench, engine, job, disk))
+        rounds.append(one)
+        rate, compute = one["read_bytes"] / one["disk_s"], compute.corrected(job, one["compute_s"])
         bench.say(f"{kind}: {_describe(one)}")
     return rounds
 
 
-def _round(bench: Bench, engine: Worker, job: loads.Job, like: dict) -> dict:
-    """Disk, compute, the run, compute, disk: what drifts evenly meanwhile is in the means of the limits as it is in the run."""
+def _round(bench: Bench, engine: Worker, job: loads.Job, disk: dict) -> dict:
+    """The run, its resident twin and the disk in turns; D has the bytes that were read while the run's seconds counted."""
     bench.open(engine, "disk", job, EXPERTS_ON_DISK)
     bench.open(engine, "resident", job, "resident")
     wait_for_calm(CALM_S)
-    before, stolen = bench.probe(like), Stolen()
-    first_s = bench.run(engine, "resident", job)["wall_s"]
-    result = bench.run(engine, "disk", job)
-    second_s, share = bench.run(engine, "resident", job)["wall_s"], stolen.share()
-    after = bench.probe(like)
+    stolen = Stolen()
+    sweeps = bench.turns(engine, job, disk)
+    share = stolen.share()
     for name in ("disk", "resident"):
         engine.ask("close", name=name)
-    return {"before": before, "after": after, "computes_s": [first_s, second_s], "stolen": share, **result}
+    reads = list(zip(sweeps["read_bytes"], sweeps["disk_rates"], strict=True))
+    return {
+        "wall_s": sum(sweeps["streamed_s"]),
+        "compute_s": sum(sweeps["resident_s"]),
+        "disk_s": sum(min(bench.expert_bytes, read) / rate for read, rate in reads),
+        "read_bytes": sum(min(bench.expert_bytes, read) for read, _ in reads),
+        "stolen": share,
+        "sweeps": sweeps,
+    }
 
 
-def _judge(bench: Bench, engine: Worker, kind: str, job: loads.Job, one: dict) -> dict:
-    rate = (one["before"]["best"] + one["after"]["best"]) / 2
-    compute_s = sum(one["computes_s"]) / 2
-    one |= {
+def _judged(bench: Bench, engine: Worker, kind: str, job: loads.Job, one: dict) -> dict:
+    one = one | {
+        "rows": job.rows,
+        "new_tokens": job.new_tokens,
         "processed_tokens": job.processed_tokens,
         "fewest_sweeps": job.fewest_sweeps,
-        "disk_s": min(bench.expert_bytes * job.fewest_sweeps, one["disk_bytes"]) / rate,
-        "compute_s": compute_s,
         "gemm_flops_per_s": bench.gemm(engine, job.processed_tokens / job.fewest_sweeps),
+        "fraction": loads.limit_fraction(one["disk_s"], one["compute_s"], one["wall_s"]),
     }
-    one["of_gemm"] = bench.flops(job.processed_tokens, job.new_tokens) / one["gemm_flops_per_s"] / compute_s
-    one["fraction"] = loads.limit_fraction(one["disk_s"], compute_s, one["wall_s"])
+    flops = bench.flops(job.processed_tokens, job.new_tokens)
+    one["of_gemm"] = flops / one["gemm_flops_per_s"] / one["compute_s"]
     one["reason"] = why_not(kind, one)
     return one | {"counts": not one["reason"]}
 
@@ -86,10 +91,6 @@ def why_not(kind: str, one: dict) -> str:
     """Why a round says nothing; empty where it does."""
     if one["stolen"] > MOST_STOLEN:
         return f"{one['stolen']:.0%} of the cores' time went to other machines"
-    if not loads.probes_agree(one["before"]["best"], one["after"]["best"]):
-        return "the disk's rates before and after differ by more than 20 %"
-    if not loads.probes_agree(*one["computes_s"]):
-        return "the resident runs before and after differ by more than 20 %"
     if not loads.in_class(kind, one["disk_s"], one["compute_s"]):
         return "D/C drifted out of the class"
     if one["fraction"] > LARGEST_FRACTION:
@@ -98,12 +99,11 @@ def why_not(kind: str, one: dict) -> str:
 
 
 def _describe(one: dict) -> str:
-    first_s, second_s = one["computes_s"]
     return (
-        f"T {one['wall_s']:.1f} s, {one['sweeps']} sweeps (fewest {one['fewest_sweeps']}), D {one['disk_s']:.1f} s, "
-        f"C {first_s:.1f} then {second_s:.1f} s ({one['of_gemm']:.0%} of the GEMM rate), "
-        f"disk {one['before']['best'] / 1e9:.2f} then {one['after']['best'] / 1e9:.2f} GB/s, "
-        f"limit reached {one['fraction']:.1%}" + (f"; does not count: {one['reason']}" if one["reason"] else "")
+        f"T {one['wall_s']:.1f} s, {len(one['sweeps']['streamed_s'])} sweeps (fewest {one['fewest_sweeps']}), "
+        f"D {one['disk_s']:.1f} s at {one['read_bytes'] / one['disk_s'] / 1e9:.2f} GB/s, "
+        f"C {one['compute_s']:.1f} s ({one['of_gemm']:.0%} of the GEMM rate), limit reached {one['fraction']:.1%}"
+        + (f"; does not count: {one['reason']}" if one["reason"] else "")
     )
 
 
@@ -113,20 +113,21 @@ def _bare(bench: Bench, kind: str, rounds: list[dict]) -> dict | None:
     if not counted:
         return None
     last, arch = counted[-1], bench.arch
-    with Worker("scripts.benchmark.bare") as bare:
-        before = bench.probe(last["after"])
+    with Worker("scripts.benchmark.processes.bare") as bare:
+        before = bench.probe()
         result = bare.ask(
             "run",
             paths=bench.shards,
             hidden=arch.hidden,
             ffn=arch.ffn,
+            expert_bytes=bench.expert_bytes // (arch.num_layers * arch.num_experts),
             units=arch.num_layers * arch.num_experts,
             sweeps=last["fewest_sweeps"],
             threads=before["threads"],
             compute_s=last["compute_s"],
             calibrate_s=bench.scale.gemm_s,
         )
-        after = bench.probe(before)
+        after = bench.probe()
     rate = (before["best"] + after["best"]) / 2
     result |= {"before": before, "after": after, "disk_s": result["disk_bytes"] / rate}
     result["fraction"] = loads.limit_fraction(result["disk_s"], result["compute_s"], result["wall_s"])
@@ -173,7 +174,7 @@ def _figures(kind: str, raw: dict, target: float) -> list[Figure]:
 def rows(bench: Bench) -> tuple[list[Figure], dict]:
     """Tokens/s against rows in flight: all experts on disk, equal short rows that start together."""
     points = []
-    with Worker("scripts.benchmark.engine") as engine:
+    with Worker("scripts.benchmark.processes.engine") as engine:
         for count in bench.scale.sizes:
             job = loads.equal_job(rows=count, prompt_len=8, new_tokens=8, vocab=bench.arch.vocab_size, seed=count)
             for _ in range(2):

@@ -19,7 +19,7 @@ def offload(bench: Bench) -> tuple[list[Figure], dict]:
     folder = bench.workdir / "accelerate"
     shutil.rmtree(folder, ignore_errors=True)
     drop = (str(bench.model), str(folder))
-    with Worker("scripts.benchmark.engine") as engine, Worker("scripts.benchmark.peers") as peer:
+    with Worker("scripts.benchmark.processes.engine") as engine, Worker("scripts.benchmark.processes.peers") as peer:
         resident = bench.scale.resident_bytes
         loaded = peer.ask("open", model=str(bench.model), resident_bytes=resident, offload_dir=str(folder))
         experts = fastest_experts(bench, peer, drop)

@@ -49,26 +49,17 @@ class DirectReader:
             os.close(file)
 
 
-def disk_rate(paths: Sequence[str], each_bytes: int, like: dict | None = None) -> dict:
+def disk_rate(paths: Sequence[str], each_bytes: int) -> dict:
     """The best O_DIRECT read rate over thread counts and piece sizes; each combination reads another part of the files.
-
-    Args:
-        each_bytes: that each combination reads.
-        like: an earlier answer; only its best combination is measured, over three times the bytes. Of a disk that drifts the
-            best of six short looks is more than it gives.
 
     Returns:
         dict: `best` in bytes/s, the `threads` and `piece_bytes` that reached it, and `rates` by "threads x MiB".
     """
     reader = DirectReader(paths)
-    if like:
-        combinations, each_bytes = [(like["threads"], like["piece_bytes"])], 3 * each_bytes
-    else:
-        combinations = list(itertools.product(READ_THREADS, READ_SIZES))
     each_bytes = min(each_bytes, reader.total_bytes)
     rates = {
-        (threads, size): _read_rate(reader, threads, size, number * each_bytes, each_bytes)
-        for number, (threads, size) in enumerate(combinations)
+        (threads, size): read_rate(reader, threads, size, number * each_bytes, each_bytes)
+        for number, (threads, size) in enumerate(itertools.product(READ_THREADS, READ_SIZES))
     }
     reader.close()
     best = max(rates, key=rates.__getitem__)
@@ -85,7 +76,8 @@ def huge_buffer(nbytes: int) -> mmap.mmap:
     return buffer
 
 
-def _read_rate(reader: DirectReader, threads: int, size: int, start: int, total_bytes: int) -> float:
+def read_rate(reader: DirectReader, threads: int, size: int, start: int, total_bytes: int) -> float:
+    """Bytes/s of threads that read pieces of `size` bytes, `total_bytes` from byte `start` of the files."""
     first = start // SYSTEM_PAGE_BYTES * SYSTEM_PAGE_BYTES
     pieces = iter(enumerate(range(first, start + total_bytes, size)))
     ring, slots = memoryview(huge_buffer(RING_BYTES)), RING_BYTES // size

@@ -67,7 +67,7 @@ def _in_turns(benches: Benches, engine: Worker, job: Job, weights: str) -> dict[
 def _disk_bound(benches: Benches) -> tuple[list[Figure], dict]:
     bench = benches[BF16]
     job = loads.equal_job(rows=DISK_ROWS, prompt_len=4, new_tokens=12, vocab=bench.arch.vocab_size, seed=1)
-    with Worker("scripts.benchmark.engine") as engine:
+    with Worker("scripts.benchmark.processes.engine") as engine:
         before = bench.probe()
         runs = _in_turns(benches, engine, job, EXPERTS_ON_DISK)
         after = bench.probe()
@@ -112,7 +112,7 @@ def _balanced(benches: Benches) -> tuple[list[Figure], dict]:
     figures, raw = [], {}
     for name, each in benches.items():
         short = replace(each, scale=replace(each.scale, repeats=1, run_s=min(RUN_S, each.scale.run_s)))
-        with Worker("scripts.benchmark.engine") as engine:
+        with Worker("scripts.benchmark.processes.engine") as engine:
             raw[name] = measured_rounds(short, engine, "balanced", short.calibrate(engine))
         figures.append(balanced_figure(name, raw[name]))
     return figures, raw
@@ -141,7 +141,7 @@ def _resident(benches: Benches) -> tuple[list[Figure], dict]:
     bench = benches[BF16]
     rows = RESIDENT_TOKENS * bench.arch.num_experts // bench.arch.top_k
     job = loads.equal_job(rows=rows, prompt_len=2, new_tokens=5, vocab=bench.arch.vocab_size, seed=2)
-    with Worker("scripts.benchmark.engine") as engine:
+    with Worker("scripts.benchmark.processes.engine") as engine:
         runs = _in_turns(benches, engine, job, "resident")
         gemm = bench.gemm(engine, rows)
     least_s = bench.flops(job.processed_tokens, job.new_tokens) / gemm
@@ -162,7 +162,7 @@ def _resident(benches: Benches) -> tuple[list[Figure], dict]:
 def _memory(bench: Bench) -> tuple[Figure, dict]:
     """The peak of a process that has all weights in memory, less what it has before it opens the model."""
     job = loads.equal_job(rows=DISK_ROWS, prompt_len=8, new_tokens=4, vocab=bench.arch.vocab_size, seed=3)
-    with Worker("scripts.benchmark.engine") as engine:
+    with Worker("scripts.benchmark.processes.engine") as engine:
         engine.ask("watch_memory")
         before = engine.ask("peak_memory")["peak_bytes"]
         engine.ask("watch_memory")

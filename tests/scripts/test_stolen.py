@@ -26,22 +26,12 @@ def test_waiting_ends_in_the_time_allowed():
     [
         ({}, ""),
         ({"stolen": MOST + 0.05}, "8% of the cores' time went to other machines"),
-        ({"after": {"best": 1.3e9}}, "the disk's rates before and after differ"),
-        ({"computes_s": [7.0, 9.0]}, "the resident runs before and after differ"),
         ({"disk_s": 20.0}, "D/C drifted out of the class"),
         ({"fraction": 1.1}, "it ran faster than its limit"),
     ],
 )
 def test_round_counts_where_the_machine_was_the_same_for_all_of_it(change, reason):
-    one = {
-        "stolen": 0.01,
-        "before": {"best": 1e9},
-        "after": {"best": 1.1e9},
-        "computes_s": [8.0, 8.5],
-        "compute_s": 8.25,
-        "disk_s": 8.0,
-        "fraction": 0.9,
-    }
+    one = {"stolen": 0.01, "compute_s": 8.25, "disk_s": 8.0, "fraction": 0.9}
     found = limit.why_not("balanced", one | change)
     assert found.startswith(reason) and bool(found) == bool(reason)
     assert loads.in_class("balanced", one["disk_s"], one["compute_s"])

@@ -13,7 +13,7 @@ import time
 import torch
 from torch.nn.functional import linear, silu
 
-from policies.common.memory_units import SYSTEM_PAGE_BYTES
+from policies.common.memory_units import align_up
 from scripts.benchmark.probes import DirectReader, huge_buffer
 from scripts.benchmark.worker import serve
 
@@ -24,11 +24,14 @@ SLOTS = 6
 class Ring:
     """Slots of one expert each, filled in order by reader threads as they become free."""
 
-    def __init__(self, reader: DirectReader, expert_bytes: int, threads: int):
+    def __init__(self, reader: DirectReader, read_bytes: int, slot_bytes: int, threads: int):
         self._reader = reader
-        self._size = -(-expert_bytes // SYSTEM_PAGE_BYTES) * SYSTEM_PAGE_BYTES
+        self._size = align_up(read_bytes)
         self._pieces: queue.SimpleQueue = queue.SimpleQueue()
-        self.slots = [torch.frombuffer(huge_buffer(self._size), dtype=torch.uint8) for _ in range(SLOTS)]
+        self.slots = [
+            torch.frombuffer(huge_buffer(align_up(max(read_bytes, slot_bytes))), dtype=torch.uint8)
+            for _ in range(SLOTS)
+        ]
         self._left = [0] * SLOTS
         self._full = [threading.Event() for _ in range(SLOTS)]
         self._lock = threading.Lock()
@@ -74,6 +77,7 @@ def run(
     *,
     hidden: int,
     ffn: int,
+    expert_bytes: int,
     units: int,
     sweeps: int,
     threads: int,
@@ -82,54 +86,58 @@ def run(
 ) -> dict:
     """Read and compute `units` experts per sweep, with as many tokens per expert as make all GEMMs take `compute_s`.
 
+    After each sweep the same GEMMs run on the slots as they are, so that both were measured on the same machine.
+
     Args:
+        expert_bytes: to read for one expert; fewer than its 16-bit weights where it is stored packed.
         threads: that read at once.
         calibrate_s: time to spend on each guess of the tokens.
 
     Returns:
         dict: `wall_s` of the loop, `compute_s` of the same GEMMs on slots that are already filled, `tokens` per
-        expert, `disk_bytes` read.
+        expert, `disk_bytes` read in the loop.
     """
     torch.set_num_threads(os.cpu_count())
     reader = DirectReader(paths)
-    ring = Ring(reader, 6 * hidden * ffn, threads)
+    ring = Ring(reader, expert_bytes, 6 * hidden * ffn, threads)
     for number in range(SLOTS):
         ring.fetch(number)
     for number in range(SLOTS):
         ring.wait(number)
-    total = units * sweeps
-    tokens = 64
+    total, tokens = units * sweeps, 64
     for _ in range(3):  # the rate depends on the tokens: approach them from both
-        each_s = _resident(ring, tokens, hidden, ffn, calibrate_s)
+        each_s = _resident_s(ring, tokens, hidden, ffn, SLOTS, calibrate_s)
         tokens = max(1, round(tokens * compute_s / total / each_s))
-    begin = time.perf_counter()
-    _loop(ring, tokens, hidden, ffn, total)
-    wall_s = time.perf_counter() - begin
-    resident_s = _resident(ring, tokens, hidden, ffn, max(calibrate_s, min(8.0, compute_s / 3))) * total
+    wall_s = resident_s = 0.0
+    for sweep in range(sweeps):
+        wall_s += _sweep_s(ring, tokens, hidden, ffn, range(sweep * units, (sweep + 1) * units))
+        resident_s += units * _resident_s(ring, tokens, hidden, ffn, units)
     ring.close()
     reader.close()
-    return {"wall_s": wall_s, "compute_s": resident_s, "tokens": tokens, "disk_bytes": total * 6 * hidden * ffn}
+    return {"wall_s": wall_s, "compute_s": resident_s, "tokens": tokens, "disk_bytes": total * expert_bytes}
 
 
-def _loop(ring: Ring, tokens: int, hidden: int, ffn: int, total: int) -> None:
+def _sweep_s(ring: Ring, tokens: int, hidden: int, ffn: int, numbers: range) -> float:
     x_TD = torch.randn(tokens, hidden).to(torch.bfloat16)
-    for number in range(min(SLOTS, total)):
+    begin = time.perf_counter()
+    for number in numbers[:SLOTS]:
         ring.fetch(number)
-    for number in range(total):
+    for number in numbers:
         _expert(x_TD, ring.wait(number), hidden, ffn)
-        if number + SLOTS < total:
+        if number + SLOTS in numbers:
             ring.fetch(number + SLOTS)
+    return time.perf_counter() - begin
 
 
-def _resident(ring: Ring, tokens: int, hidden: int, ffn: int, seconds: float) -> float:
-    """Seconds per expert when nothing has to be read."""
+def _resident_s(ring: Ring, tokens: int, hidden: int, ffn: int, calls: int, seconds: float = 0.0) -> float:
+    """Seconds per expert when nothing has to be read: of so many calls, or of more that take so long."""
     x_TD = torch.randn(tokens, hidden).to(torch.bfloat16)
     _expert(x_TD, ring.slots[0], hidden, ffn)
-    begin, calls = time.perf_counter(), 0
-    while calls < SLOTS or time.perf_counter() - begin < seconds:
-        _expert(x_TD, ring.slots[calls % SLOTS], hidden, ffn)
-        calls += 1
-    return (time.perf_counter() - begin) / calls
+    begin, done = time.perf_counter(), 0
+    while done < calls or time.perf_counter() - begin < seconds:
+        _expert(x_TD, ring.slots[done % SLOTS], hidden, ffn)
+        done += 1
+    return (time.perf_counter() - begin) / done
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from itertools import accumulate
@@ -14,7 +15,8 @@ from cost_model.model.weight_units import units_of
 from flexmoe import LLM, SamplingParams
 from policies import Policy, Workload
 from policies.placement import residency_order
-from scripts.benchmark.probes import PeakMemory, Repeater, drop_pages, gemm_rate
+from scripts.benchmark.probes import DirectReader, PeakMemory, Repeater, drop_pages, gemm_rate, read_rate
+from scripts.benchmark.processes.turns import in_turns
 from scripts.benchmark.worker import serve
 
 _open: dict[str, LLM] = {}
@@ -116,6 +118,21 @@ def generate(name: str, prompts: list, max_tokens: list[int], tokens: bool = Fal
     }
 
 
+def turns(
+    prompts: list, max_tokens: list[int], paths: list[str], threads: int, piece_bytes: int, look_bytes: int
+) -> dict:
+    """`in_turns` on the models that are open as `disk` and `resident`; each look reads the next bytes of the files."""
+    reader, starts = DirectReader(paths), itertools.count(0, look_bytes)
+
+    def look() -> float:
+        return read_rate(reader, threads, piece_bytes, next(starts), look_bytes)
+
+    try:
+        return in_turns(_open["disk"], _open["resident"], prompts, max_tokens, look)
+    finally:
+        reader.close()
+
+
 def logits(name: str, token_ids: list[int], path: str) -> None:
     """Write the float32 logits after every token of one prompt to an .npy file."""
     np.save(path, _open[name].logits(token_ids).numpy())
@@ -142,6 +159,7 @@ if __name__ == "__main__":
         {
             "open": open_llm,
             "generate": generate,
+            "turns": turns,
             "logits": logits,
             "close": close_llm,
             "gemm": lambda **arguments: {"rate": gemm_rate(**arguments)},
