@@ -58,9 +58,15 @@ def with_biases(
     *,
     ends_e: torch.Tensor,
 ) -> torch.Tensor:
-    """A grouped product, with the bias of its expert added to each token's; on the device, without a wait."""
+    """A grouped product, with the bias of its expert added to each token's; on a GPU without a wait."""
     out_nR = product(x_nC, matrices, ends_e=ends_e)
     if biases_eR is None:
+        return out_nR
+    if not out_nR.is_cuda:  # no bias is written out for each token
+        bounds = [0, *ends_e.tolist()]
+        for expert, (start, end) in enumerate(zip(bounds, bounds[1:])):
+            if end > start:
+                out_nR[start:end] += biases_eR[expert]
         return out_nR
     tokens = torch.arange(len(x_nC), dtype=ends_e.dtype, device=ends_e.device)
     return out_nR.add_(biases_eR.index_select(0, torch.searchsorted(ends_e, tokens, right=True)))
