@@ -66,7 +66,7 @@ class EventLoop:
         """
         self._program, self._seconds, self._nbytes = program, seconds, nbytes
         self._steps, self._at, self._part = program.steps, 0, [0] * COUNT
-        self.active_s = active_s = defaultdict(float)
+        self.active_s = active_s = defaultdict[int, float](float)
         self._reach_step(self._steps[0])
         self._move_ahead()
         finish, known, steps = self._finish, self._speeds, len(self._steps)
