@@ -36,7 +36,8 @@ MODELS = {
 #: Mapped and never touched (`flexmoe.system.memory`); and the step to which the memory of a process is rounded.
 UNTOUCHED_BYTES, STEP_BYTES = 128 * MIB, 32 * MIB
 ROWS, PROMPTS, COMPLETIONS = (16, 48), (8, 256), (4, 16)
-LIMITS_GIB = (0.5, 0.9)
+#: Of a drawn limit, beside what the probe finds for a process on this machine (a plan has a fifth of a GiB more for it).
+BESIDE_GIB = (0.35, 0.7)
 _PLANNED = re.compile(r"^memory +(gpu|cpu): ([\d.]+) GiB", re.MULTILINE)
 
 
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     replace(Hardware.preset("cpu"), process_bytes=own, sources={}).save(hardware)  # its rates choose, and bound nothing
     rng, results = random.Random(args.seed), []
     for number in range(args.runs):
-        result = _run(_draw(rng, number, args.shared), args.work, hardware)
+        result = _run(_draw(rng, number, args.shared, own), args.work, hardware)
         results.append(result)
         print(line(result), flush=True)
     command = "python -m scripts.validation.memory" + (f" --shared {args.shared}" if args.shared else "")
@@ -92,11 +93,11 @@ def line(r: dict) -> str:
     )
 
 
-def _draw(rng: random.Random, number: int, shared: int) -> Drawn:
+def _draw(rng: random.Random, number: int, shared: int, process: int) -> Drawn:
     count = rng.randint(*ROWS)
     rows = tuple((rng.randint(*rng.choice(((8, 24), PROMPTS))), rng.randint(*COMPLETIONS)) for _ in range(count))
     if number % 2:
-        flags = ("--memory-limit", f"{rng.uniform(*LIMITS_GIB):.3f}")
+        flags = ("--memory-limit", f"{process / GIB + rng.uniform(*BESIDE_GIB):.3f}")
     else:
         shares = [share for _ in range(3) for share in _shares(rng)]
         flags = ("--percent", *map(str, shares), "--gpu-batch-size", str(rng.choice((8, 16))), "--num-gpu-batches", "2")
