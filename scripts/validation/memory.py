@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         result = _run(_draw(rng, number, args.shared, own), args.work, hardware)
         results.append(result)
         print(line(result), flush=True)
-    command = "python -m scripts.validation.memory" + (f" --shared {args.shared}" if args.shared else "")
+    command = f"python -m scripts.validation.memory --runs {args.runs} --shared {args.shared}"
     about = {"command": command, "machine": machine(), "versions": versions(), "seed": args.seed}
     record = {**about, "process_bytes": own, "results": results}
     met = all(r["exit_code"] == 0 and r["peak_bytes"] <= r["planned_bytes"] for r in results)
