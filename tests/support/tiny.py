@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +10,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
 from transformers.models.phimoe.modeling_phimoe import PhimoeForCausalLM
+
+from tests.support.kept import kept
 
 BASE = {
     "hidden_size": 64,
@@ -119,24 +119,12 @@ def make(
     generator = torch.Generator().manual_seed(1)
     vocab = model.config.vocab_size
     prompts = [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in lengths]
-    greedy = _kept(known, lambda: [transformers_greedy(model, p, eos_token_id=None) for p in prompts])
+    greedy = kept(known, lambda: [transformers_greedy(model, p, eos_token_id=None) for p in prompts])
     # Ids that do occur, some tokens into two rows: several rows then stop early, and others do not.
     eos_ids = (greedy[1][4], greedy[7 % len(greedy)][7])
     model.generation_config.eos_token_id = list(eos_ids)
     model.save_pretrained(directory, **recipe.save)
     return Variant(directory, model, prompts, greedy, eos_ids)
-
-
-def _kept(path: Path | None, compute: Callable[[], list[list[int]]]) -> list[list[int]]:
-    """What a file has, or what is computed and then put there, as one: another process may look for it meanwhile."""
-    if path is not None and path.exists():
-        return json.loads(path.read_text())
-    ids = compute()
-    if path is not None:
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(ids))
-        part.replace(path)
-    return ids
 
 
 @torch.no_grad()
