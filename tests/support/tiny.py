@@ -159,26 +159,32 @@ def margins(model, ids: list[int]) -> tuple[float, float]:
 
 
 def router_margin(model, logits: list[torch.Tensor]) -> float:
-    """The smallest of the routers' gaps at one token, given the logits of each layer."""
-    gap = _sparsemixer_gap if isinstance(model, PhimoeForCausalLM) else _top_k_gap
-    return min(gap(logits_E.float(), model.config) for logits_E in logits)
+    """The smallest of the routers' gaps at one token, given the logits ``[E]`` of each layer."""
+    return float(router_margins(model, [logits_E[None] for logits_E in logits]))
 
 
-def _top_k_gap(logits_E: torch.Tensor, config) -> float:
+def router_margins(model, logits: list[torch.Tensor]) -> torch.Tensor:
+    """The smallest of the routers' gaps at each token, ``[T]``, given the logits ``[T, E]`` of each layer."""
+    gaps = _sparsemixer_gaps if isinstance(model, PhimoeForCausalLM) else _top_k_gaps
+    return torch.stack([gaps(logits_TE.float(), model.config) for logits_TE in logits]).amin(0)
+
+
+def _top_k_gaps(logits_TE: torch.Tensor, config) -> torch.Tensor:
     """Between the probabilities of the last expert chosen and the first one left out."""
     k = config.num_experts_per_tok
-    best = logits_E.softmax(-1).topk(min(k + 1, len(logits_E))).values
-    return float(best[k - 1] - best[k]) if len(best) > k else float("inf")
+    best = logits_TE.softmax(-1).topk(min(k + 1, logits_TE.shape[1])).values
+    return best[:, k - 1] - best[:, k] if best.shape[1] > k else torch.full((len(best),), float("inf"))
 
 
-def _sparsemixer_gap(logits_E: torch.Tensor, config) -> float:
+def _sparsemixer_gaps(logits_TE: torch.Tensor, config) -> torch.Tensor:
     """Between the first three scores, and between any score and the bound below which it takes no part in a weight."""
-    scores, gaps = logits_E.sort(descending=True).values, []
+    scores, gaps = logits_TE.sort(descending=True).values, []
     for chosen in (0, 1):
-        gaps.append(float(scores[chosen] - scores[chosen + 1]))
-        distance = (scores[chosen] - scores[chosen + 1 :]) / scores[chosen + 1 :].abs().clamp(min=scores[chosen])
-        gaps.append(float((distance - 2 * config.router_jitter_noise).abs().min()))
-    return min(gaps)
+        best, others = scores[:, chosen : chosen + 1], scores[:, chosen + 1 :]
+        gaps.append(best[:, 0] - others[:, 0])
+        distance = (best - others) / others.abs().maximum(best)
+        gaps.append((distance - 2 * config.router_jitter_noise).abs().amin(1))
+    return torch.stack(gaps).amin(0)
 
 
 def assert_greedy(variant: Variant, row: int, got: list[int], want: list[int], margin: float = MARGIN) -> None:

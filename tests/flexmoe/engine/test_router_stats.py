@@ -16,7 +16,7 @@ from flexmoe.errors import UsageError
 from tests.support import tiny_families
 from tests.support.command_lines import THREE_TIERS, body
 from tests.support.exactness import Case, make_llm
-from tests.support.tiny import MARGIN, router_margin
+from tests.support.tiny import MARGIN, router_margins
 
 pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
 
@@ -54,8 +54,7 @@ def chosen_by_transformers(variant, rows):
         ids = variant.prompts[row] + variant.greedy[row][: GENERATED - 1]
         out = model(torch.tensor([ids]), output_router_logits=True)
         best = out.logits[0, -GENERATED:].topk(2).values
-        gaps = [router_margin(model, [layer[at] for layer in out.router_logits]) for at in range(len(ids))]
-        if min(gaps) > MARGIN and (best[:, 0] - best[:, 1]).min() > MARGIN:
+        if router_margins(model, out.router_logits).min() > MARGIN and (best[:, 0] - best[:, 1]).min() > MARGIN:
             decided.append(row)
             for layer, ids_TK in seen.items():
                 chosen.setdefault(layer, []).append(ids_TK)
