@@ -1,6 +1,5 @@
 """The rules of the sources: which way imports point, what a folder holds, and what each package may use."""
 
-import ast
 import re
 import subprocess
 import sys
@@ -16,11 +15,9 @@ from tests.support.source_tree import (
     imports,
     is_module,
     modules,
-    nodes,
     path_of,
     private_names,
-    texts,
-    tree,
+    source,
 )
 
 #: Lowest first: a module imports from its own line and from those above it. A name without a line of its own belongs to the
@@ -154,7 +151,7 @@ def test_an_init_holds_a_docstring_at_most():
     inits = (m for m in modules(*WITH_SCRIPTS) if path_of(m).name == "__init__.py" and m not in {*PACKAGES, *PUBLIC})
     none_of(
         "The __init__ of a folder within a package holds a docstring at most",
-        (m for m in inits if len(tree(m).body) > (ast.get_docstring(tree(m)) is not None)),
+        (m for m in inits if not source(m).documented_only),
     )
 
 
@@ -221,7 +218,7 @@ def test_models_do_not_know_the_executor():
 def test_no_assert_outside_the_tests():
     none_of(
         "Nothing but tests asserts",
-        (f"{m}:{node.lineno}" for m in modules(*WITH_SCRIPTS) for node in nodes(m, ast.Assert)),
+        (f"{m}:{line}" for m in modules(*WITH_SCRIPTS) for line in source(m).asserts),
     )
 
 
@@ -229,11 +226,10 @@ def test_only_command_lines_print():
     none_of(
         "Only command lines print",
         (
-            f"{m}:{node.lineno}"
+            f"{m}:{line}"
             for m in modules(*PACKAGES)
             if m not in MAY_PRINT and not m.endswith("__main__")
-            for node in nodes(m, ast.Call)
-            if isinstance(node.func, ast.Name) and node.func.id == "print"
+            for line in source(m).prints
         ),
     )
 
@@ -315,11 +311,11 @@ def test_messages_call_options_by_the_name_that_the_caller_knows():
     none_of(
         "Outside the command lines a message names an option with option()",
         (
-            f"{module}:{text.lineno} says {flag}"
+            f"{module}:{line} says {flag}"
             for module in modules(*PACKAGES)
             if not {"cli", "__main__", "command_line"} & set(module.split("."))
-            for text in texts(module)
-            for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text.value)
+            for line, text in source(module).texts
+            for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)
             if (module, flag) not in FLAGS_OF_OTHERS
         ),
     )

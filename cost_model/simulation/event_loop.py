@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cost_model.simulation.program import Program, Task
+from cost_model.simulation.program import Program, Step, Task
 from cost_model.simulation.threads import COPY, COUNT, MAIN, STREAM, STREAM_USER, TASK_THREADS, USER_BIT, WAKES
 from cost_model.simulation.weight_queues import WeightQueues
 from cost_model.timing.contention import USERS
 
 _NEVER = float("inf")
-#: Speed by place in `USERS` while those whose bits are set work; None where all have the speed 1.
-Speeds = Callable[[int], "tuple[float, ...] | None"]
+#: By a mask of those who work (bits by place in `USERS`), their speeds by place; None where all have the speed 1.
+Speeds = Mapping[int, "tuple[float, ...] | None"]
 #: (user, name, start, end, bytes) of an operation.
 Record = Callable[[str, str, float, float, float], None]
 
@@ -44,8 +45,8 @@ class EventLoop:
     def __init__(
         self, queues: WeightQueues, buffers: Buffers, speeds: Speeds, op_s: float, record: Record | None = None
     ):
-        self._moves = queues.moves
-        self._queues, self._buffers, self._speeds_of, self._op_s, self._record = queues, buffers, speeds, op_s, record
+        self._speeds, self._op_s, self._record = speeds, op_s, record
+        self._follow(queues, buffers)
         self.now = 0.0
         self.active_s: dict[int, float] = {}
         self._mask, self._slowed = 0, False
@@ -65,26 +66,30 @@ class EventLoop:
         """
         self._program, self._seconds, self._nbytes = program, seconds, nbytes
         self._steps, self._at, self._part = program.steps, 0, [0] * COUNT
-        self.active_s = {}
-        self._reach_step()
-        for thread in STREAM:
-            self._move_next(thread)
-        finish, active_s = self._finish, self.active_s
-        while self._at < len(self._steps):
-            self._set_speeds()
+        self.active_s = active_s = defaultdict[int, float](float)
+        self._reach_step(self._steps[0])
+        self._move_ahead()
+        finish, known, steps = self._finish, self._speeds, len(self._steps)
+        while self._at < steps:
+            speeds = known[self._mask]
+            if speeds is not None or self._slowed:
+                self._set_speeds(speeds)
             end = min(finish)
             if end == _NEVER:
                 raise RuntimeError(f"the replay stands still before {self._steps[self._at].name}")
-            active_s[self._mask] = active_s.get(self._mask, 0.0) + end - self.now
+            active_s[self._mask] += end - self.now
             self.now = end
-            self._end(finish.index(end))
+            thread = finish.index(end)
+            finish[thread] = _NEVER
+            self._mask &= ~(1 << self._user[thread])
+            self._end(thread)
         self._next_sweep()
 
     def turn_to(self, queues: WeightQueues, buffers: Buffers) -> None:
         """From the next sweep on the weight stream is another one; what the old one has moved ahead is lost."""
         if queues is self._queues:
             return
-        self._queues, self._buffers, self._moves = queues, buffers, queues.moves
+        self._follow(queues, buffers)
         for thread in STREAM:
             if self._finish[thread] != _NEVER:
                 self._mask &= ~(1 << self._user[thread])
@@ -92,11 +97,12 @@ class EventLoop:
             self._done[thread] = 0
         self._freed = self._unstaged = 0
 
-    def _set_speeds(self) -> None:
+    def _follow(self, queues: WeightQueues, buffers: Buffers) -> None:
+        self._queues, self._buffers, self._moves = queues, buffers, queues.moves
+        self._streams = [thread for thread in STREAM if queues.moves[thread]]
+
+    def _set_speeds(self, speeds: tuple[float, ...] | None) -> None:
         """What runs continues at the speed that the others leave it."""
-        speeds = self._speeds_of(self._mask)
-        if speeds is None and not self._slowed:
-            return
         now, finish, speed, user = self.now, self._finish, self._speed, self._user
         for thread, end in enumerate(finish):
             if end != _NEVER:
@@ -114,11 +120,9 @@ class EventLoop:
         self._started[thread] = self.now
 
     def _end(self, thread: int) -> None:
-        place = self._user[thread]
-        self._mask &= ~(1 << place)
-        self._finish[thread] = _NEVER
         if self._record is not None:
-            self._record(USERS[place], self._name[thread], self._started[thread], self.now, self._bytes[thread])
+            user = USERS[self._user[thread]]
+            self._record(user, self._name[thread], self._started[thread], self.now, self._bytes[thread])
         if thread == MAIN:
             self._end_step()
         elif thread in WAKES:
@@ -126,33 +130,29 @@ class EventLoop:
         else:
             self._end_move(thread)
 
-    def _reach_step(self) -> None:
-        for thread in self._steps[self._at].handed_on:
+    def _reach_step(self, step: Step) -> None:
+        for thread in step.handed_on:
             self._submitted[thread] += 1
             self._run_task(thread)
-        self._compute()
+        self._compute(step)
 
-    def _compute(self) -> None:
-        """Begin the step that the main thread has reached, unless it has begun or waits for somebody."""
-        if self._finish[MAIN] != _NEVER or self._at == len(self._steps):
-            return
-        step, done = self._steps[self._at], self._done
+    def _compute(self, step: Step) -> None:
+        """Begin the step that the main thread has reached and not begun, unless it waits for somebody."""
+        done = self._done
         for thread, count in step.after:
             if done[thread] < count:
                 return
-        if step.unit is not None and done[step.unit[0]] <= step.unit[1]:
-            return
-        self._name[MAIN], self._bytes[MAIN] = step.name, 0.0
-        self._begin(MAIN, step.user, self._seconds[step.seconds] + step.dispatched * self._op_s)
+        if self._record is not None:
+            self._name[MAIN], self._bytes[MAIN] = step.name, 0.0
+        self._begin(MAIN, step.user, self._seconds[step.seconds] * step.times + step.dispatched * self._op_s)
 
     def _end_step(self) -> None:
         if self._steps[self._at].frees:
             self._freed += 1
-            for thread in STREAM:
-                self._move_next(thread)
+            self._move_ahead()
         self._at += 1
         if self._at < len(self._steps):
-            self._reach_step()
+            self._reach_step(self._steps[self._at])
 
     def _run_task(self, thread: int) -> None:
         at, done = self._done[thread], self._done
@@ -181,13 +181,17 @@ class EventLoop:
         self._run_task(thread)
         for other in WAKES[thread]:
             self._run_task(other)
-        self._compute()
+        if self._finish[MAIN] == _NEVER:
+            self._compute(self._steps[self._at])
+
+    def _move_ahead(self) -> None:
+        for thread in self._streams:
+            if self._finish[thread] == _NEVER:
+                self._move_next(thread)
 
     def _move_next(self, thread: int) -> None:
-        """Begin the thread's next move, if there is a slot for it and, where it is staged, it has been."""
+        """Begin the next move of a thread that rests, if there is a slot for it and, where it is staged, it has been."""
         moves = self._moves[thread]
-        if not moves or self._finish[thread] != _NEVER:
-            return
         ahead, at = divmod(self._done[thread], len(moves))
         move = moves[at]
         if thread != COPY and move.staged >= 0:
@@ -199,7 +203,8 @@ class EventLoop:
             other, place = move.staged_by
             if self._done[other] <= place + ahead * len(self._moves[other]):
                 return
-        self._name[thread], self._bytes[thread] = move.name, move.nbytes
+        if self._record is not None:
+            self._name[thread], self._bytes[thread] = move.name, move.nbytes
         self._begin(thread, STREAM_USER[thread], move.seconds)
 
     def _end_move(self, thread: int) -> None:
@@ -207,9 +212,9 @@ class EventLoop:
         if thread == COPY and moves[self._done[thread] % len(moves)].staged >= 0:
             self._unstaged += 1
         self._done[thread] += 1
-        for other in STREAM:
-            self._move_next(other)
-        self._compute()
+        self._move_ahead()
+        if self._finish[MAIN] == _NEVER:
+            self._compute(self._steps[self._at])
 
     def _next_sweep(self) -> None:
         for thread in TASK_THREADS:

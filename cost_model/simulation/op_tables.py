@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import expert_units, head_chunks, head_rows
 from cost_model.routing.demand import Demand
 from cost_model.timing.op_costs import Costs
@@ -33,9 +32,9 @@ def head_place(chunk: int) -> int:
     return len(_OF_SWEEP) + chunk
 
 
-def batch_place(arch: ModelArch, batch: int, name: str) -> int:
-    """Place of an operation of a GPU batch."""
-    return len(_OF_SWEEP) + head_chunks(arch) + batch * len(_OF_BATCH) + _BATCH_PLACE[name]
+def batch_place(chunks: int, batch: int, name: str) -> int:
+    """Place of an operation of a GPU batch of a model whose head has so many chunks."""
+    return len(_OF_SWEEP) + chunks + batch * len(_OF_BATCH) + _BATCH_PLACE[name]
 
 
 def table_of_seconds(

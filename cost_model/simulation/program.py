@@ -7,10 +7,13 @@ thread and its place there, and "after it" is "that thread has done so many".
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 
 from cost_model.model.arch import ModelArch
+from cost_model.model.weight_units import head_chunks
 from cost_model.simulation.op_tables import batch_place, head_place, sweep_place
 from cost_model.simulation.threads import ACT, ATTENDED, BROUGHT, COUNT, CPU, DEMANDED, KV, NOT_DISPATCHED, STORE, WRITE
 from cost_model.simulation.weight_queues import WeightQueues
@@ -39,24 +42,31 @@ class Step:
     """One operation of the main thread.
 
     Attributes:
-        name: as in a trace.
+        op: of the schedule.
         user: of `Resources`.
         seconds: place in the table of seconds.
         handed_on: threads that get an operation just before, in order.
-        dispatched: operations that the main thread dispatches for it, itself included.
-        after: (thread, operations of this sweep that it must have done).
+        times: operations like it that follow at once, as nobody waits for anything between them, itself included.
+        dispatched: operations that the main thread dispatches for it, themselves included.
+        after: (thread, operations of this sweep that it must have done), with those of the weight stream.
         unit: the streamed unit that it computes with, as (thread, place there) that brings it; None: it is resident.
         frees: slots that are free after it, 0 or 1.
     """
 
-    name: str
+    op: Op | None
     user: str
     seconds: int
     handed_on: tuple[int, ...]
     dispatched: int
     after: _After
+    times: int = 1
     unit: tuple[int, int] | None = None
     frees: int = 0
+
+    @property
+    def name(self) -> str:
+        """As in a trace."""
+        return f"{self.op.kind} {self.op.unit or self.op.layer}" if self.op else self.user
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,14 +86,31 @@ class Program:
     tasks: tuple[tuple[Task, ...], ...]
 
 
-def compile_sweep(arch: ModelArch, shape: SweepShape, queues: WeightQueues) -> Program:
-    """The program of a sweep. Its last step is the host's work between two sweeps, when all new KV is home."""
-    return _Compiler(arch, shape, queues).program()
+def compile_sweep(arch: ModelArch, shape: SweepShape, queues: WeightQueues, *, one_by_one: bool = True) -> Program:
+    """The program of a sweep. Its last step is the host's work between two sweeps, when all new KV is home.
+
+    Args:
+        one_by_one: no operations of the main thread are joined to one step.
+    """
+    program = _Compiler(arch, shape, queues).program()
+    return program if one_by_one else Program(steps=tuple(_joined(program.steps)), tasks=program.tasks)
+
+
+def _joined(steps: Sequence[Step]) -> Iterator[Step]:
+    """The steps; of those that are alike, like a layer's experts that live on the device, one that stands for all."""
+    for key, alike in groupby(steps, key=attrgetter("handed_on", "after", "frees", "user", "seconds")):
+        if any(key[:3]):  # somebody waits between them
+            yield from alike
+        else:
+            first, *others = alike
+            times, dispatched = 1 + len(others), sum(each.dispatched for each in (first, *others))
+            yield replace(first, times=times, dispatched=dispatched) if others else first
 
 
 class _Compiler:
     def __init__(self, arch: ModelArch, shape: SweepShape, queues: WeightQueues):
         self._arch, self._shape, self._brought_by = arch, shape, queues.brought_by
+        self._chunks = head_chunks(arch)
         self._steps: list[Step] = []
         self._tasks: list[list[Task]] = [[] for _ in range(COUNT)]
         #: By operation, (thread, how many it has done when that is done).
@@ -98,7 +125,7 @@ class _Compiler:
                 self._hand_on(op)
         home = tuple((thread, len(self._tasks[thread])) for thread in (STORE, WRITE) if self._tasks[thread])
         self._steps.append(
-            Step(name="host", user="host", seconds=sweep_place("host"), handed_on=(), dispatched=0, after=home)
+            Step(op=None, user="host", seconds=sweep_place("host"), handed_on=(), dispatched=0, after=home)
         )
         return Program(steps=tuple(self._steps), tasks=tuple(map(tuple, self._tasks)))
 
@@ -110,17 +137,17 @@ class _Compiler:
         used = self._shape.units.attention[op.layer].unit if op.kind == "project" else op.unit
         unit = self._brought_by.get(used) if used is not None else None
         frees = int(op.releases is not None and op.releases in self._brought_by)
-        self._step(op, self._place(op), after=self._latest(op.deps), unit=unit, frees=frees)
+        arrived = () if unit is None else ((unit[0], unit[1] + 1),)
+        self._step(op, self._place(op), after=(*self._latest(op.deps), *arrived), unit=unit, frees=frees)
 
     def _step(
         self, op: Op, seconds: int, *, after: _After, unit: tuple[int, int] | None = None, frees: int = 0
     ) -> None:
         handed = tuple(self._handed)
         dispatched = 1 + sum(thread not in NOT_DISPATCHED for thread in handed)
-        name = f"{op.kind} {op.unit or op.layer}"
         self._steps.append(
             Step(
-                name=name,
+                op=op,
                 user="gpu",
                 seconds=seconds,
                 handed_on=handed,
@@ -134,7 +161,7 @@ class _Compiler:
 
     def _place(self, op: Op) -> int:
         if op.batch >= 0:
-            return batch_place(self._arch, op.batch, op.kind)
+            return batch_place(self._chunks, op.batch, op.kind)
         if op.kind == "head" and op.unit is not None:
             return head_place(op.unit.first)
         kind = "dense" if op.kind == "expert" and self._arch.is_dense(op.layer) else op.kind
@@ -163,7 +190,7 @@ class _Compiler:
 
     def _part_place(self, op: Op, seconds: str) -> int:
         of_batch = op.batch >= 0 and seconds != "disk_wait"
-        return batch_place(self._arch, op.batch, seconds) if of_batch else sweep_place(seconds)
+        return batch_place(self._chunks, op.batch, seconds) if of_batch else sweep_place(seconds)
 
     def _takes_part(self, user: str, op: Op) -> bool:
         if user.startswith("disk") and op.kind in ("load_act", "store_act"):

@@ -8,11 +8,13 @@ its unit. `cost_model.timing.sweep_bounds` is the closed form of this.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, repeat
 
 from cost_model.memory.allocation import KEPT_SLOTS
-from cost_model.simulation.event_loop import Buffers, EventLoop
+from cost_model.routing.demand import Demand
+from cost_model.simulation.event_loop import Buffers, EventLoop, Record
 from cost_model.simulation.op_tables import table_of_bytes, table_of_seconds
 from cost_model.simulation.program import Program, compile_sweep
 from cost_model.simulation.serial_loop import SerialLoop
@@ -40,6 +42,7 @@ _Shapes = tuple[tuple[bool, bool, bool], ...]
 #: Sweeps of one load until they are alike, as a rule and at most.
 STEADY_SWEEPS = (3, 8)
 _SETTLED = 0.002
+_NONE = frozenset[int]()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,11 +83,10 @@ class Replayer:
 
     def __init__(self, costs: Costs, gpu_batch_size: int):
         self._costs, self._rows = costs, gpu_batch_size
-        self._resources = Resources(costs)
         self._units = SweepUnits.of(costs.allocation.placement.tier_of)
         self._streams: dict[frozenset[int], tuple[WeightQueues, Buffers]] = {}
-        self._programs: dict[tuple[_Shapes, frozenset[int]], Program] = {}
-        self._speeds: dict[int, tuple[float, ...] | None] = {}
+        self._programs: dict[tuple[_Shapes, frozenset[int], bool], Program] = {}
+        self._speeds = _KnownSpeeds(costs)
 
     def replay(self, loads: Sequence[SweepLoad], *, keep_spans: bool = False) -> Replayed:
         """As the function of this name."""
@@ -94,43 +96,48 @@ class Replayer:
             if user not in _NOT_RECORDED:
                 done.spans.append((_TRACKS.get(user, user), name, start, end, round(nbytes)))
 
-        loop = (EventLoop if self._costs.overlap else SerialLoop)(
-            *self._stream(frozenset()), self._speeds_of, self._costs.op_s, record if keep_spans else None
-        )
-        demand = None
-        for load in loads:
-            start = loop.now
-            demand = self._costs.routing.on_demand(load.tokens, already=demand is not None)
-            halves = self._costs.cut(load.seen(self._costs.arch), self._rows, demand)
-            cut = [batch for half in halves for batch in half]
-            on_demand = demand.layers if demand else frozenset()
-            loop.turn_to(*self._stream(on_demand))
-            nbytes = table_of_bytes(self._costs, cut, demand) if keep_spans else ()
-            loop.sweep(self._program(cut, on_demand), table_of_seconds(self._costs, halves, load, demand), nbytes)
-            done.sweep_s.append(loop.now - start)
-            done.lanes_s.append(_lanes_s(loop.active_s))
+        for sweep_s, lanes_s in self._sweeps(loads, self._rows, record if keep_spans else None):
+            done.sweep_s.append(sweep_s)
+            done.lanes_s.append(lanes_s)
         return done
 
-    def steady(self, load: SweepLoad) -> tuple[float, dict[str, float]]:
+    def steady(self, load: SweepLoad, gpu_batch_size: int | None = None) -> tuple[float, dict[str, float]]:
         """Seconds of a sweep in a row of like ones, and those in which each lane is at work.
 
         At first nothing has been prefetched; where many slots fill slowly, that takes more than a sweep to be made up.
-        """
-        for sweeps in STEADY_SWEEPS:
-            replayed = self.replay([load] * sweeps)
-            before, last = replayed.sweep_s[-2:]
-            if abs(last - before) <= _SETTLED * last:
-                break
-        return last, replayed.lanes_s[-1]
 
-    def _speeds_of(self, mask: int) -> tuple[float, ...] | None:
-        try:
-            return self._speeds[mask]
-        except KeyError:
-            found = self._resources.speeds([user for place, user in enumerate(USERS) if mask >> place & 1])
-        slowed = any(speed != 1.0 for speed in found.values())
-        self._speeds[mask] = tuple(found.get(user, 1.0) for user in USERS) if slowed else None
-        return self._speeds[mask]
+        Args:
+            gpu_batch_size: rows per GPU batch, where it is another one than the policy's.
+        """
+        fewest, most = STEADY_SWEEPS
+        found = self._sweeps(repeat(load), gpu_batch_size or self._rows)
+        for sweeps in (fewest, most - fewest):
+            *_, (before_s, _), (sweep_s, lanes_s) = islice(found, sweeps)
+            if abs(sweep_s - before_s) <= _SETTLED * sweep_s:
+                break
+        return sweep_s, lanes_s
+
+    def _sweeps(
+        self, loads: Iterable[SweepLoad], rows: int, record: Record | None = None
+    ) -> Iterator[tuple[float, dict[str, float]]]:
+        """Of each sweep, one after the other: its seconds, and those in which each lane is at work."""
+        costs = self._costs
+        before: SweepLoad | None = None
+        demand: Demand | None = None
+        loop = (EventLoop if costs.overlap else SerialLoop)(*self._stream(_NONE), self._speeds, costs.op_s, record)
+        for load in loads:
+            start, last = loop.now, demand
+            demand = costs.routing.on_demand(load.tokens, already=demand is not None)
+            if load is not before or demand is not last:  # else it is as the sweep before
+                before, on_demand = load, demand.layers if demand else _NONE
+                halves = costs.cut(load.seen(costs.arch), rows, demand)
+                cut = [batch for half in halves for batch in half]
+                seconds = table_of_seconds(costs, halves, load, demand)
+                nbytes = table_of_bytes(costs, cut, demand) if record else ()
+                program = self._program(cut, on_demand, one_by_one=record is not None)
+                loop.turn_to(*self._stream(on_demand))
+            loop.sweep(program, seconds, nbytes)
+            yield loop.now - start, _lanes_s(loop.active_s)
 
     def _stream(self, on_demand: frozenset[int]) -> tuple[WeightQueues, Buffers]:
         """The weight stream; in on-demand mode the expert cache borrows all but a few of its slots."""
@@ -141,9 +148,10 @@ class Replayer:
             self._streams[on_demand] = weight_queues(self._costs, self._units, on_demand), buffers
         return self._streams[on_demand]
 
-    def _program(self, cut: Sequence[BatchLoad], on_demand: frozenset[int]) -> Program:
+    def _program(self, cut: Sequence[BatchLoad], on_demand: frozenset[int], one_by_one: bool) -> Program:
         shapes = tuple((b.new["fetch"] + b.new["disk"] > 0, b.new["cpu"] > 0, b.new["disk"] > 0) for b in cut)
-        if (shapes, on_demand) not in self._programs:
+        key = shapes, on_demand, one_by_one
+        if key not in self._programs:
             tiers = self._costs.allocation.activation_tiers
             fetched, on_cpu, on_disk = (frozenset(j for j, own in enumerate(shapes) if own[k]) for k in range(3))
             shape = SweepShape(
@@ -156,8 +164,23 @@ class Replayer:
                 on_demand=on_demand,
                 half_blocks=self._costs.half_blocks,
             )
-            self._programs[shapes, on_demand] = compile_sweep(self._costs.arch, shape, self._stream(on_demand)[0])
-        return self._programs[shapes, on_demand]
+            queues = self._stream(on_demand)[0]
+            self._programs[key] = compile_sweep(self._costs.arch, shape, queues, one_by_one=one_by_one)
+        return self._programs[key]
+
+
+class _KnownSpeeds(dict[int, tuple[float, ...] | None]):
+    """As `event_loop.Speeds`; of each mask they are found once."""
+
+    def __init__(self, costs: Costs):
+        super().__init__()
+        self._resources = Resources(costs)
+
+    def __missing__(self, mask: int) -> tuple[float, ...] | None:
+        found = self._resources.speeds([user for place, user in enumerate(USERS) if mask >> place & 1])
+        slowed = any(speed != 1.0 for speed in found.values())
+        self[mask] = tuple(found.get(user, 1.0) for user in USERS) if slowed else None
+        return self[mask]
 
 
 def _lanes_s(active_s: dict[int, float]) -> dict[str, float]:

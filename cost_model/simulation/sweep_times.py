@@ -74,7 +74,8 @@ def corrected_times(
     closed_s, lanes_s = _as_arrays(list(map(SweepForm(costs, gpu_batch_size).time, loads)))
     demanded = [costs.routing.on_demand(load.tokens) is not None for load in loads]
     knots = _knots(loads, demanded, recurs * closed_s, _count_knots(costs, batches, replayed_ops))
-    ratios = np.array([_replayed_over_closed(costs, gpu_batch_size, loads[knot]) for knot in knots])
+    replayer = Replayer(costs, gpu_batch_size)
+    ratios = np.array([_replayed_over_closed(replayer, costs, gpu_batch_size, loads[knot]) for knot in knots])
     mixed = _nearness(loads, demanded, knots) @ ratios
     seconds = closed_s * mixed[:, 0]
     # A lane may be nearer to all of the sweep than at the knots.
@@ -124,10 +125,10 @@ def _knots(loads: Sequence[SweepLoad], demanded: list[bool], spent_s: np.ndarray
     return found
 
 
-def _replayed_over_closed(costs: Costs, gpu_batch_size: int, load: SweepLoad) -> list[float]:
+def _replayed_over_closed(replayer: Replayer, costs: Costs, gpu_batch_size: int, load: SweepLoad) -> list[float]:
     """Ratio of the seconds of a sweep, then of those of each lane."""
     rows = gpu_batch_size * max(1, ceil(load.rows / gpu_batch_size / KNOT_BATCHES))
-    replayed_s, lanes_s = Replayer(costs, rows).steady(load)
+    replayed_s, lanes_s = replayer.steady(load, rows)
     closed = sweep_time(costs, load, rows)
     lanes = [lanes_s[lane] / closed.lanes_s[lane] if closed.lanes_s[lane] else 1.0 for lane in LANES]
     return [replayed_s / closed.total_s, *lanes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from cost_model.model.weight_units import units_of
 from cost_model.simulation.threads import COPY, READ, STAGE
@@ -17,19 +18,24 @@ class Move:
     """A streamed unit on a thread of the weight stream.
 
     Attributes:
-        name, nbytes: the unit.
+        unit, nbytes: what is moved.
         seconds: what it takes alone.
         place: its place among all streamed units of a sweep, which get slots in this order.
         staged: its place among the units that pass through a staging slot; -1: it does not.
         staged_by: (thread, place there) that fills its staging slot before this move; None: it has none.
     """
 
-    name: str
+    unit: UnitId
     nbytes: int
     seconds: float
     place: int
     staged: int = -1
     staged_by: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """As in a trace."""
+        return str(self.unit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +63,14 @@ def weight_queues(costs: Costs, units: SweepUnits, on_demand: frozenset[int] = f
     """
     direct = costs.hardware.device == "cpu"
     sizes = {unit.id: unit.stored_bytes for unit in units_of(costs.arch)}
+    copy_s, read_s = cache(costs.copy_s), cache(costs.read_s)
     moves: dict[int, list[Move]] = {COPY: [], READ: [], STAGE: []}
     brought_by: dict[UnitId, tuple[int, int]] = {}
     streamed, staged = units.streamed(on_demand), 0
     for place, step in enumerate(streamed):
         size, on_disk = sizes[step.unit], step.tier == "disk"
-        move = Move(name=str(step.unit), nbytes=size, seconds=costs.copy_s(size), place=place)
-        read = replace(move, seconds=costs.read_s(size))
+        move = Move(unit=step.unit, nbytes=size, seconds=copy_s(size), place=place)
+        read = Move(unit=step.unit, nbytes=size, seconds=read_s(size), place=place) if on_disk else move
         if costs.stages_host_units or (on_disk and not direct):
             thread, first = (READ, read) if on_disk else (STAGE, move)
             move = replace(move, staged=staged, staged_by=(thread, len(moves[thread])))

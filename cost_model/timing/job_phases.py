@@ -19,7 +19,7 @@ from math import ceil, floor
 
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation, common_tokens
 from cost_model.timing.job_rows import BUNDLES, STATIC_BUNDLES, followed_rows
-from cost_model.timing.length_moments import row_moments
+from cost_model.timing.length_moments import RowMoments, row_moments
 from cost_model.timing.phase_loads import Phase, PhaseLoads
 from cost_model.timing.row_flow import Stretch, flow
 from cost_model.timing.sweep_load import RowGroup, SweepLoad
@@ -53,7 +53,8 @@ class JobPhases:
 def job_phases(policy: Policy, allocation: Allocation, workload: Workload) -> JobPhases:
     """How the job proceeds under a policy."""
     m = row_moments(workload)
-    shares = mode_shares(policy, allocation, min(policy.block_size, workload.num_requests or policy.block_size))
+    most = min(policy.block_size, workload.num_requests or policy.block_size)
+    shares = mode_shares(policy, allocation, most, _mean_row_pages(allocation, m))
     loads = PhaseLoads(moments=m, shares=shares, prefill_tokens=policy.prefill_tokens)
     if m.mixed or workload.has_common:
         return _mixed_job(policy, allocation, workload, loads)
@@ -73,23 +74,35 @@ def job_phases(policy: Policy, allocation: Allocation, workload: Workload) -> Jo
     return JobPhases(phases=tuple(phases), tokens=tokens, rows_in_flight=rows, row_sweeps=life)
 
 
-def mode_shares(policy: Policy, allocation: Allocation, rows: int) -> dict[str, float]:
+def mode_shares(policy: Policy, allocation: Allocation, rows: int, row_pages: int = 0) -> dict[str, float]:
     """Share of the rows by how they are attended; their home tiers follow the KV pages.
 
     Args:
         rows: in flight; of those of the host tier, whole ones are attended by the CPU, as in `policies.admission`.
+        row_pages: of a row. A tier that has fewer is the home of none, however large its share is.
     """
-    total = sum(allocation.kv_pages.values())
-    on_host = allocation.kv_pages["cpu"] / total
+    pages = _pages_of_homes(allocation, row_pages)
+    total = sum(pages.values())
+    on_host = pages["cpu"] / total
     of_host = max(1, round(on_host * rows))
     attended = floor(policy.cpu_attention_percent / 100 * of_host + 0.5) / of_host
     shares = {
-        "gpu": allocation.kv_pages["gpu"] / total,
+        "gpu": pages["gpu"] / total,
         "fetch": on_host * (1 - attended),
-        "disk": allocation.kv_pages["disk"] / total,
+        "disk": pages["disk"] / total,
         "cpu": on_host * attended,
     }
     return {mode: share for mode, share in shares.items() if share}
+
+
+def _pages_of_homes(allocation: Allocation, row_pages: int) -> dict[str, int]:
+    """KV pages of each tier that holds a row of so many; 0 of the others."""
+    least = min(row_pages, max(allocation.kv_pages.values()))
+    return {tier: pages if pages >= least else 0 for tier, pages in allocation.kv_pages.items()}
+
+
+def _mean_row_pages(allocation: Allocation, m: RowMoments) -> int:
+    return allocation.kv_layout.held(ceil(m.s + m.n - 1))
 
 
 def _rows_in_flight(policy: Policy, allocation: Allocation, loads: PhaseLoads) -> tuple[float, float]:
@@ -103,7 +116,8 @@ def _rows_in_flight(policy: Policy, allocation: Allocation, loads: PhaseLoads) -
     m, life = loads.moments, loads.life_sweeps
     pace = policy.prefill_tokens / m.s
     staggered = m.s + (m.n + PAGE_TOKENS) / 2
-    pages = sum(allocation.kv_pages.values()) - allocation.kv_layout.entering(m.s, policy.prefill_tokens)
+    homes = _pages_of_homes(allocation, _mean_row_pages(allocation, m))
+    pages = sum(homes.values()) - allocation.kv_layout.entering(m.s, policy.prefill_tokens)
     rows = float(policy.block_size)
     for _ in range(3):
         apart = min(1.0, rows / pace / life) if policy.schedule == "rolling" else 0.0
@@ -142,7 +156,8 @@ class _Part:
 
 def _mixed_job(policy: Policy, allocation: Allocation, workload: Workload, loads: PhaseLoads) -> JobPhases:
     """Rows of many lengths, followed through the admission."""
-    room, static = sum(allocation.kv_pages.values()), policy.schedule == "static"
+    homes, static = _pages_of_homes(allocation, _mean_row_pages(allocation, loads.moments)), policy.schedule == "static"
+    room = sum(homes.values())
     room -= ceil(allocation.kv_layout.entering(loads.moments.s, policy.prefill_tokens))
     parts = _followed(workload, policy.block_size, policy.prefill_tokens, room, static, allocation.kv_layout)
     read_once = 0.0 if allocation.kv_layout.windowed else common_tokens(workload, policy.gpu_batch_size)

@@ -102,7 +102,10 @@ class Costs:
         self._pair_flops = 4 * arch.num_heads * arch.head_dim  # a multiply-add for the score, one for the weighted sum
         self._query_bytes = arch.num_heads * arch.head_dim * b
         self._moves_queries = hardware.device != "cpu"
-        on_disk, on_host = (allocation.placement.count_of(tier) for tier in ("disk", "cpu"))
+        at = allocation.placement
+        self._streamed = {tier: [(at.count_of(tier, k), at.bytes_of(tier, k)) for k in STREAMED] for tier in TIERS}
+        self._streams = any(units for tier in TIERS[1:] for units, _ in self._streamed[tier])
+        on_disk, on_host = (at.count_of(tier) for tier in ("disk", "cpu"))
         self.disk_wait_s = hardware.disk_busy_latency_s if on_disk else hardware.disk_latency_s
         # What a small copy up waits for the pieces of weights that are before it.
         self._link_wait_s = gpu.h2d_busy_latency_s if on_disk or on_host else 0.0
@@ -111,12 +114,10 @@ class Costs:
 
     def cut(self, load: SweepLoad, gpu_batch_size: int, demand: Demand | None) -> list[list[BatchLoad]]:
         """The GPU batches of a sweep, of each half-block; of one where the block marches as one (`SweepShape.first_half`)."""
-        at = self.allocation.placement
-        moves = any(at.count_of(tier, *STREAMED) for tier in TIERS[1:])
-        moves |= any(group.rows > 0 for mode, group in load.groups.items() if mode != "gpu")
-        if self.half_blocks == 1 or demand is not None or not moves:
+        if self.half_blocks == 1 or demand is not None:
             return [batches(load, gpu_batch_size)]
-        return half_batches(load, gpu_batch_size)
+        moves = self._streams or any(group.rows > 0 for mode, group in load.groups.items() if mode != "gpu")
+        return half_batches(load, gpu_batch_size) if moves else [batches(load, gpu_batch_size)]
 
     def unpack_s(self, kind: str, weights: float) -> float:
         """So many weights of units of a kind, as each product unpacks them; 0 where they are not packed."""
@@ -168,10 +169,8 @@ class Costs:
         Args:
             without: (units, bytes) of experts that do not.
         """
-        at = self.allocation.placement
-        found = {kind: (at.count_of(tier, kind), at.bytes_of(tier, kind)) for kind in STREAMED}
-        found["expert"] = (found["expert"][0] - without[0], found["expert"][1] - without[1])
-        return list(found.values())
+        attention, (units, nbytes), head = self._streamed[tier]
+        return [attention, (units - without[0], nbytes - without[1]), head]
 
     def read_s(self, nbytes: float, transfers: float = 1.0) -> float:
         """Units of one size, disk to host: so many, which have so many bytes together."""

@@ -15,6 +15,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache, lru_cache
+from itertools import chain
 from math import ceil, inf
 
 from cost_model.memory.allocation import PAGE_TOKENS
@@ -121,6 +123,21 @@ class _Common:
         )
 
 
+class _PagesHeld(dict[int, float]):
+    """Pages of a row of so many tokens, those left out that count as another row's."""
+
+    def __init__(self, layout: KVPages, share: float):
+        super().__init__()
+        self._layout, self._share = layout, share
+
+    def __missing__(self, tokens: int) -> float:
+        self[tokens] = pages = max(1.0, self._layout.held(tokens) * self._share)
+        return pages
+
+
+_pages_held = lru_cache(maxsize=16)(_PagesHeld)
+
+
 class _Flow:
     def __init__(
         self,
@@ -134,13 +151,15 @@ class _Flow:
         held_share: float,
     ):
         self.stretches: list[Stretch] = []
-        self._layout, self._common, self._held_share = layout, common, held_share
+        self._layout, self._parts = layout, cache(common.parts)
+        self._pages = _pages_held(layout, held_share)
+        self._own_tokens = cache(self._computed_tokens)
         self._queue, self._block, self._pace, self._room, self._static = rows[::-1], block, pace, room, static
         # Groups by their end, and the pages that all in flight will hold then, unless there is room for any that may be.
         self._running: list[tuple[float, float, float]] = []
         self._used: list[float] = []
-        most = sorted((self._held(s + n - 1) for s, n, count in rows for _ in range(min(count, block))))[-block:]
-        self._ample = sum(most) <= room
+        most = sorted(chain.from_iterable([self._pages[s + n - 1]] * min(count, block) for s, n, count in rows))
+        self._ample = sum(most[-block:]) <= room
         self._at, self._budget = 0, float(pace)
         self._closed, self._fresh, self._blocks = False, True, 0
         self._rows = self._base = 0.0  # of what decodes
@@ -185,9 +204,9 @@ class _Flow:
         """How many rows may enter with all that are in flight fitting until their ends: usage is highest at an end."""
         if self._ample:
             return most
-        at, room, running = self._at, self._room, self._running
+        at, room, running, pages = self._at, self._room, self._running, self._pages
         own = at + n - 1
-        free, needed = room - self._used_at(own), self._held(s + n - 1)
+        free, needed = room - self._used_at(own), pages[s + n - 1]
         found, self._fits_at = min(float(most), free / needed), float(at)
         if free < needed:  # perhaps when it ends after the next of those that end no earlier
             later = bisect_left(running, (own,))
@@ -196,21 +215,17 @@ class _Flow:
         for (end, _, _), used in zip(running, self._used):
             if end > own:
                 break
-            fits = (room - used) / self._held(held + end)
+            fits = (room - used) / pages[ceil(held + end)]
             if fits < found:
                 found = fits
                 if fits < 1:
                     self._fits_at = max(self._fits_at, s + end - self._layout.longest_row(int((room - used) // 1), 1))
         return int(found + _ROUNDING)
 
-    def _held(self, tokens: float) -> float:
-        """Pages of a row, those left out that count as another row's."""
-        return max(1.0, self._layout.held(ceil(tokens)) * self._held_share)
-
     def _used_at(self, sweep: float) -> float:
         """Pages of those in flight that have not ended before."""
-        later = self._running[bisect_left(self._running, (sweep,)) :]
-        return sum([self._held(base + sweep) * rows for _, base, rows in later])
+        later, pages = self._running[bisect_left(self._running, (sweep,)) :], self._pages
+        return sum([pages[ceil(base + sweep)] * rows for _, base, rows in later])
 
     def _enter(self, s: int, n: int, count: int) -> int:
         """Up to ``count`` rows enter, in this sweep or as fast as the pace allows, but not beyond the next end."""
@@ -248,12 +263,12 @@ class _Flow:
     def _start(self, s: int, n: int, rows: float, start: float, new: float) -> None:
         """Rows are in flight; ``new`` of them do not decode in this sweep."""
         base, end = s - start, start + n - 1
-        running, used = self._running, self._used
+        running, used, pages = self._running, self._used, self._pages
         at = bisect_left(running, (end,))
         if not self._ample:
-            own = self._used_at(end) + rows * self._held(s + n - 1)
+            own = self._used_at(end) + rows * pages[s + n - 1]
             for place in range(at):
-                used[place] += rows * self._held(base + running[place][0])
+                used[place] += rows * pages[ceil(base + running[place][0])]
             for place in range(at, len(running)):
                 if running[place][0] > end:
                     break
@@ -270,7 +285,7 @@ class _Flow:
         rows = tokens / self._own_tokens(s)
         self._budget -= tokens
         self._tokens += tokens
-        for part, begin in self._common.parts(s):
+        for part, begin in self._parts(s):
             own = s - begin
             chunks = part * rows * own / min(own, self._pace)
             self._chunks += chunks
@@ -278,9 +293,9 @@ class _Flow:
             self._pairs += part * rows * (s * s - begin * begin) / 2
         self._entered += rows
 
-    def _own_tokens(self, s: int) -> float:
+    def _computed_tokens(self, s: int) -> float:
         """Prompt tokens that a row computes, on average."""
-        return sum(part * (s - begin) for part, begin in self._common.parts(s))
+        return sum(part * (s - begin) for part, begin in self._parts(s))
 
     def _end_sweep(self) -> bool:
         """The sweep is full; whether rows end with it."""

@@ -127,6 +127,8 @@ def _checked(index: int, prompt: Any) -> ReadPrompt:
         return ReadPrompt(text, None)
     if isinstance(ids, Iterable) and not isinstance(ids, (str, bytes)) and (text is None or isinstance(text, str)):
         found = list(ids)
+        if set(map(type, found)) <= {int}:  # as nearly always; the test below takes a second for a million tokens
+            return ReadPrompt(text, tuple(found))
         if all(isinstance(i, Integral) and not isinstance(i, bool) for i in found):
             return ReadPrompt(text, tuple(int(i) for i in found))
     raise UsageError(f"prompt {index} is {prompt!r:.80}; {_GIVE}")

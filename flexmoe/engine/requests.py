@@ -75,7 +75,7 @@ class RequestRules:
         prompt, limit = request.prompt_token_ids, self.limit(request)
         if not prompt:
             return "the prompt has no tokens"
-        wrong = next((t for t in prompt if not 0 <= t < self.vocab_size), None)
+        wrong = next((t for t in (min(prompt), max(prompt)) if not 0 <= t < self.vocab_size), None)
         if wrong is not None:
             return f"token id {wrong} is outside the vocabulary of {self.vocab_size}"
         has = f"the prompt has {len(prompt)} tokens; the model's context"
@@ -118,7 +118,8 @@ class RequestRules:
         if resumed and len(resumed) != params.n:
             return f"it resumes {len(resumed)} samples and asks for n = {params.n}"
         for state in resumed:
-            if any(not 0 <= t < self.vocab_size for t in state.token_ids):
+            ids = state.token_ids
+            if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
                 return f"it resumes with a token id outside the vocabulary of {self.vocab_size}"
             if params.logprobs is not None and len(state.logprobs or ()) != len(state.token_ids):
                 return "it resumes without the log-probabilities that it asks for"

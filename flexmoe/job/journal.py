@@ -27,6 +27,7 @@ from flexmoe.job.journal_records import (
     Generated,
     Head,
     Kind,
+    decode,
     decode_counts,
     decode_line,
     encode,
@@ -232,10 +233,10 @@ class Journal:
     def _payload(self, place: int, length: int, descriptor: int | None = None) -> bytes:
         with storage_errors(self.path):
             data = file_io.read_at(self._descriptor if descriptor is None else descriptor, HEAD_BYTES + length, place)
-        head = Head.decode(data)
-        if head is None or head.length != length or zlib.crc32(data[HEAD_BYTES:]) != head.crc:
+        payload = decode(data)
+        if payload is None or len(payload) != length:
             raise DataError(f"{self.path} is damaged at byte {place}: the disk returned other bytes than were written")
-        return data[HEAD_BYTES:]
+        return payload
 
     def _recover(self, job: str) -> None:
         """Reads all records that are there, and cuts off what follows the last whole one."""

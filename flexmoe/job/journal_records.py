@@ -65,6 +65,15 @@ def encode(kind: Kind, row: int, payload: bytes) -> bytes:
     return b"".join((fields, _CRC.pack(zlib.crc32(fields)), payload))
 
 
+def decode(data: bytes, at: int = 0) -> bytes | None:
+    """The payload of the record at a byte of `data`; None where there is no whole and undamaged one."""
+    head = Head.decode(data[at : at + HEAD_BYTES])
+    if head is None:
+        return None
+    payload = data[at + HEAD_BYTES : at + HEAD_BYTES + head.length]
+    return payload if len(payload) == head.length and zlib.crc32(payload) == head.crc else None
+
+
 def encode_line(line: bytes, prompt_tokens: int, generated_tokens: int) -> bytes:
     """The payload of a finished or failed row."""
     return _COUNTS.pack(prompt_tokens, generated_tokens) + line

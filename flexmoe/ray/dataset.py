@@ -30,7 +30,8 @@ def generate(
     """Completes the rows of a data set with `Generate`, so many of them at once whatever the size of a batch is.
 
     An actor has as many rows at once as the calls that Ray lets it have open, times the rows of a call. Ray opens one call at
-    a time unless told otherwise; here it opens ``rows_in_flight / batch_size`` of them, and blocks are cut to one call each.
+    a time unless told otherwise; here it opens ``rows_in_flight / batch_size`` of them, and blocks are cut to one call each;
+    those that are smaller are joined, since a task for each of them is slower than an engine takes its rows.
 
     Args:
         dataset: with the columns that `Generate` takes.
@@ -69,7 +70,7 @@ def generate(
         max_tasks_in_flight_per_actor=calls,
         max_concurrent_calls_per_actor=calls,
     )
-    return dataset.repartition(target_num_rows_per_block=batch_size).map_batches(
+    return dataset.repartition(target_num_rows_per_block=batch_size, strict=True).map_batches(
         Generate,
         batch_size=batch_size,
         batch_format="pyarrow",

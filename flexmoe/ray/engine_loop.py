@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from flexmoe.batch.engine_driver import EngineDriver
 from flexmoe.batch.failures import as_user_errors
-from flexmoe.engine.requests import RefusedError
 from flexmoe.errors import UsageError
 from flexmoe.llm import LLM
 from flexmoe.outputs import RequestOutput
@@ -37,7 +38,7 @@ class _Row:
     result: RequestOutput | None = None
 
 
-class EngineLoop:
+class EngineLoop(EngineDriver):
     """Runs rows as they come. No more of them wait in the engine than one block; the others wait before it.
 
     Args:
@@ -48,8 +49,8 @@ class EngineLoop:
     """
 
     def __init__(self, llm: LLM, journal: TokenJournal | None, on_failure: Callable[[Exception], None]) -> None:
-        self._engine, self._journal, self._on_failure = llm.engine, journal, on_failure
-        self._ahead = max(1, llm.engine.config.policy.block_size)
+        super().__init__(llm.engine, math.inf if journal is None else journal.interval_s)
+        self._journal, self._on_failure = journal, on_failure
         self._inbox: deque[_Row] = deque()
         self._rows: dict[str, _Row] = {}
         self._changed = threading.Condition()
@@ -96,8 +97,7 @@ class EngineLoop:
                     self._sweep()
             self._end(UsageError("this engine is closed; make a new one"))
         except Exception as error:  # noqa: BLE001 - whoever made the loop decides what is to become of it
-            if self._journal is not None:
-                self._save(self._journal)
+            self.try_checkpoint()
             self._on_failure(error)
             self._end(error)
 
@@ -107,12 +107,11 @@ class EngineLoop:
             self._changed.wait_for(lambda: self._closing or self._inbox or self._engine.unfinished)
             if self._closing:
                 return False
-            while self._inbox and self._engine.waiting < self._ahead:
+            while self._inbox and self.has_room:
                 row = self._inbox.popleft()
-                try:
-                    self._engine.submit(row.request)
-                except RefusedError as refused:
-                    self._finish(row, row.request.failed(refused.reason))
+                refused = self.queue(row.request)
+                if refused is not None:
+                    self._finish(row, refused)
             return True
 
     def _sweep(self) -> None:
@@ -121,8 +120,8 @@ class EngineLoop:
                 row = self._rows.get(result.request_id)
             if row is not None:  # else who asked has given up
                 self._finish(row, result)
-        if self._journal is not None and self._journal.is_due:
-            self._save(self._journal)
+        if self.is_checkpoint_due:
+            self.try_checkpoint()
         self._sweeps += 1
         if self._sweeps == _SWEEPS_TO_JUDGE and self._most_rows < self._ahead:
             log.warning(
@@ -147,12 +146,14 @@ class EngineLoop:
             if state is not None:
                 yield row.key, state
 
-    def _save(self, journal: TokenJournal) -> None:
-        """Keeps what rows have generated. It only spares tokens: where it cannot be done, the rows run all the same."""
-        try:
-            journal.save(self._states())
-        except Exception as error:  # noqa: BLE001 - also on the way out of another failure, which is the one to report
-            log.warning("what the rows in flight have generated could not be kept: %s", error)
+    def keep_generated(self) -> None:
+        """Writes what rows have generated that are not released.
+
+        Raises:
+            StorageError: the disk is full, or failed.
+        """
+        if self._journal is not None:
+            self._journal.save(self._states())
 
     def _end(self, error: Exception) -> None:
         with self._changed:

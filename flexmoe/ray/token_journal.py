@@ -11,14 +11,12 @@ import logging
 import os
 import secrets
 import socket
-import time
-import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from flexmoe.errors import DataError, UsageError
-from flexmoe.job.journal_records import HEAD_BYTES, TOKENS, Generated, Head, encode
+from flexmoe.job.journal_records import HEAD_BYTES, TOKENS, Generated, decode, encode
 from flexmoe.params import InFlight, Resumed
 from policies.common.checks import check_number
 from policies.common.file_io import storage_errors, write_file
@@ -35,9 +33,9 @@ class TokenJournal:
     Args:
         directory: on a disk that all nodes share.
         interval_s: seconds between two writes.
-        clock: seconds.
 
     Attributes:
+        interval_s: as given.
         recovered_rows: rows of which other actors have left tokens.
 
     Raises:
@@ -45,11 +43,9 @@ class TokenJournal:
         StorageError: the directory cannot be made or read.
     """
 
-    def __init__(
-        self, directory: str | os.PathLike[str], interval_s: float, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._directory, self._clock = Path(directory), clock
-        self._interval_s = check_number("checkpoint_interval_s", interval_s, zero=True)
+    def __init__(self, directory: str | os.PathLike[str], interval_s: float) -> None:
+        self._directory = Path(directory)
+        self.interval_s = check_number("checkpoint_interval_s", interval_s, zero=True)
         if self._directory.exists() and not self._directory.is_dir():
             raise UsageError(f"journal is {str(directory)!r}, which is a file; give a directory")
         with storage_errors(self._directory):
@@ -57,17 +53,11 @@ class TokenJournal:
             self._known = _read_all(self._directory)
         self.recovered_rows = len(self._known)
         self._path = self._directory / f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"
-        self._saved_s = clock()
 
     def resumed(self, key: bytes) -> tuple[Resumed, ...]:
         """What the row of this key has generated before, for its one sample; (): nothing."""
         before = self._known.get(key)
         return () if before is None else (before.resumed(),)
-
-    @property
-    def is_due(self) -> bool:
-        """Whether it is time to save."""
-        return self._clock() - self._saved_s >= self._interval_s
 
     def save(self, rows: Iterable[tuple[bytes, InFlight]]) -> None:
         """Writes what rows have generated, by their keys, in place of what this actor wrote before.
@@ -75,7 +65,6 @@ class TokenJournal:
         Raises:
             StorageError: the disk is full, or failed; the file is as it was.
         """
-        self._saved_s = self._clock()
         with storage_errors(self._path):
             write_file(self._path, (_record(key, state) for key, state in rows))
 
@@ -107,9 +96,8 @@ def _read_all(directory: Path) -> dict[bytes, Generated]:
 def _records(data: bytes) -> Iterator[tuple[bytes, Generated]]:
     at = 0
     while at < len(data):
-        head = Head.decode(data[at : at + HEAD_BYTES])
-        payload = b"" if head is None else data[at + HEAD_BYTES : at + HEAD_BYTES + head.length]
-        if head is None or len(payload) != head.length or zlib.crc32(payload) != head.crc:
+        payload = decode(data, at)
+        if payload is None:
             raise DataError(f"no record at byte {at}")
         yield payload[:KEY_BYTES], Generated.decode(payload[KEY_BYTES:])
-        at += HEAD_BYTES + head.length
+        at += HEAD_BYTES + len(payload)

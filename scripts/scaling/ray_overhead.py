@@ -3,12 +3,16 @@
     python -m scripts.scaling.ray_overhead [--size demo] [--rows 2000] [-o benchmarks/scaling.json]
 
 Both run with one policy and give the same tokens. The run without Ray is the limit of the one with it. Counted is the time from the first row that
-an engine is given to the last row that the caller has; the start of Ray and of the actor is printed beside it. The best of the rounds counts.
+an engine is given to the last row that the caller has; the start of Ray and of the actor is printed beside it, and what the engine's sweeps took:
+Ray can make them more (an engine that is starved of rows), or the time between them longer. The best of the rounds counts.
+
+Ray's workers have the lowest priority of a machine (nice 15). Here they have that of the run without Ray, so that both lose alike to what else runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -41,15 +45,18 @@ class Run:
         wall_s: from the first row in to the last row out.
         start_s: before that.
         tokens: generated, by row.
+        sweeps, sweeps_s: of the engine, and the time within them.
     """
 
     wall_s: float
     start_s: float
     tokens: list[list[int]]
+    sweeps: int
+    sweeps_s: float
 
 
 class Timed(flexmoe.ray.Generate):
-    """Notes when its first row came."""
+    """Notes when its first row came, and beside that its sweeps."""
 
     def __init__(self, model: str, *, note: str, **options: Any) -> None:
         super().__init__(model, **options)
@@ -59,7 +66,10 @@ class Timed(flexmoe.ray.Generate):
         """As its base."""
         if not os.path.exists(self._note):
             Path(self._note).write_text(repr(time.time()))
-        return await super().__call__(batch)
+        done = await super().__call__(batch)
+        metrics = self.llm.metrics()
+        Path(self._note).with_suffix(".json").write_text(json.dumps([metrics["sweeps"], metrics["wall_s"]]))
+        return done
 
 
 def main(argv: list[str]) -> int:
@@ -69,7 +79,8 @@ def main(argv: list[str]) -> int:
     words, began_s = corpus_words(), time.perf_counter()
     prompts = [" ".join((words[11 * row % len(words) :] + words)[: args.words]) for row in range(args.rows)]
     # The actor has all cores, and what reads and divides the rows needs one to be scheduled.
-    ray.init(num_cpus=(os.cpu_count() or 1) + 1, include_dashboard=False, log_to_driver=False)
+    cpus, niceness = (os.cpu_count() or 1) + 1, {"worker_niceness": 0}
+    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, _system_config=niceness)
     ray.data.DataContext.get_current().enable_progress_bars = False
     flexmoe.ray.dataset.Generate = Timed  # type: ignore[misc]
     pairs = [(plain(args, checkpoint, prompts), through_ray(args, checkpoint, prompts)) for _ in range(args.rounds)]
@@ -91,9 +102,14 @@ def plain(args: argparse.Namespace, checkpoint: Path, prompts: list[str]) -> Run
     with LLM(str(checkpoint), policy=None, device="cpu", dtype=args.dtype, longest_row=512) as llm:
         first_s = time.time()
         outputs = llm.generate(prompts, SamplingParams(max_tokens=args.max_tokens, ignore_eos=True), use_tqdm=False)
-        end_s = time.time()
-    tokens = [list(output.outputs[0].token_ids) for output in outputs]
-    return Run(wall_s=end_s - first_s, start_s=first_s - began_s, tokens=tokens)
+        end_s, metrics = time.time(), llm.metrics()
+    return Run(
+        wall_s=end_s - first_s,
+        start_s=first_s - began_s,
+        tokens=[list(output.outputs[0].token_ids) for output in outputs],
+        sweeps=metrics["sweeps"],
+        sweeps_s=metrics["wall_s"],
+    )
 
 
 def through_ray(args: argparse.Namespace, checkpoint: Path, prompts: list[str]) -> Run:
@@ -113,8 +129,15 @@ def through_ray(args: argparse.Namespace, checkpoint: Path, prompts: list[str]) 
         )
         rows = done.take_all()
         end_s, first_s = time.time(), float(note.read_text())
+        sweeps, sweeps_s = json.loads(note.with_suffix(".json").read_text())
     tokens = {row["row"]: list(row["generated_tokens"]) for row in rows}
-    return Run(wall_s=end_s - first_s, start_s=first_s - began_s, tokens=[tokens[row] for row in range(len(prompts))])
+    return Run(
+        wall_s=end_s - first_s,
+        start_s=first_s - began_s,
+        tokens=[tokens[row] for row in range(len(prompts))],
+        sweeps=sweeps,
+        sweeps_s=sweeps_s,
+    )
 
 
 def _figures(args: argparse.Namespace, pairs: list[tuple[Run, Run]]) -> tuple[list[Figure], dict[str, Any]]:
@@ -130,10 +153,26 @@ def _figures(args: argparse.Namespace, pairs: list[tuple[Run, Run]]) -> tuple[li
             target=TARGET,
             at_most=True,
         ),
+        *_of_sweeps(*pairs[-1]),
         Figure(what="before the first row", value=f"{starts[1]:.1f} s", beside=f"without Ray {starts[0]:.1f} s"),
     ]
     walls = [[run.wall_s for run in pair] for pair in pairs]
-    return figures, {"rounds_wall_s": walls, "start_s": starts, "generated_tokens": generated}
+    sweeps = [[[run.sweeps, run.sweeps_s] for run in pair] for pair in pairs]
+    return figures, {"rounds_wall_s": walls, "rounds_sweeps": sweeps, "start_s": starts, "generated_tokens": generated}
+
+
+def _of_sweeps(without: Run, with_ray: Run) -> list[Figure]:
+    """What Ray does to the engine, apart from how fast the machine is at the time: of the last round."""
+    shares = [100 * (1 - run.sweeps_s / run.wall_s) for run in (without, with_ray)]
+    return [
+        Figure(
+            what="sweeps",
+            value=f"{with_ray.sweeps}",
+            beside=f"without Ray {without.sweeps}",
+            ratio=with_ray.sweeps / without.sweeps,
+        ),
+        Figure(what="time outside of sweeps", value=f"{shares[1]:.1f} %", beside=f"without Ray {shares[0]:.1f} %"),
+    ]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """Skewed routers choose experts by the law that was asked for, whatever the family, and topics have their own favourites."""
 
 from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from flexmoe.errors import UsageError
 from scripts.checkpoints.router_skew import RouterSkew, chosen, likings
 from scripts.checkpoints.shapes import model_arch, model_config
 from scripts.make_checkpoint import SIZES, make_checkpoint
+from tests.support.drawn import drawn
 
 COMMON = {
     "num_hidden_layers": 4,
@@ -68,8 +70,7 @@ def rank_correlation(one, other):
     return np.corrcoef(np.argsort(np.argsort(one)), np.argsort(np.argsort(other)))[0, 1]
 
 
-@pytest.mark.parametrize("exponent", [0.5, 1.0])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, exponent", drawn(list(product(MODELS, (0.5, 1.0)))))
 def test_experts_are_chosen_by_zipfs_law_in_another_order_in_every_layer(name, exponent, tmp_path):
     model = made(MODELS[name], tmp_path / "made", router_skew=exponent)
     skew, ids = skew_of(MODELS[name], exponent=exponent), prompts(16, 128)

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, fields
+from itertools import combinations
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from flexmoe.kernels.native import library as native
 from flexmoe.weights import supply
 from flexmoe.weights.stream import WeightStream
 from policies import Policy, Workload
+from tests.support.drawn import drawn
 from tests.support.tiny import GEN_LEN, LONGEST_ROW, MARGIN, RECIPES, assert_greedy, offload
 
 DEVICES = [
@@ -92,6 +94,21 @@ def sample(count, seed):
         rng.shuffle(column)
         columns[name] = column
     return [Case(**{name: column[i] for name, column in columns.items()}) for i in range(count)]
+
+
+#: Of a case's fields those whose pairs of values are all among the quick ones.
+_PAIRED = ("schedule", "overlap", "half_blocks", "disturbed")
+
+
+def quick_of(cases, paired=_PAIRED):
+    """Parameters of a test whose last one is a `Case`; those that repeat what others have are slow."""
+    names, others = list(CHOICES), len(cases[0]) - 1
+    places = [others + names.index(name) for name in paired]
+
+    def values(parameters):
+        return (*parameters[:-1], *(getattr(parameters[-1], name) for name in names))
+
+    return drawn(cases, pairs=combinations(sorted(places), 2), axes=values)
 
 
 def make_llm(variant, case, device, tmp_path, monkeypatch, **options):

@@ -44,9 +44,10 @@ class Import:
         return f"{self.module}:{self.line} imports {name}"
 
 
-def paths(*packages: str) -> list[Path]:
+@cache
+def paths(*packages: str) -> tuple[Path, ...]:
     """The Python files of packages, or of folders given with slashes."""
-    return sorted(path for package in packages for path in (ROOT / package).rglob("*.py"))
+    return tuple(sorted(path for package in packages for path in (ROOT / package).rglob("*.py")))
 
 
 def modules(*packages: str) -> list[str]:
@@ -54,6 +55,7 @@ def modules(*packages: str) -> list[str]:
     return [_module_of(path) for path in paths(*packages)]
 
 
+@cache
 def path_of(module: str) -> Path:
     """The file of a module of the project."""
     path = ROOT.joinpath(*module.split("."))
@@ -71,28 +73,61 @@ def folders(*packages: str) -> list[Path]:
     return sorted({path.parent.relative_to(ROOT) for path in paths(*packages)})
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What the rules ask of a module, found in one walk. The tree itself is not kept: those of all modules are large.
+
+    Args:
+        imports: all of them, those within functions and under `TYPE_CHECKING` too.
+        asserts: lines.
+        prints: lines that call `print`.
+        private: lines that use an attribute with a private name, with the text before the dot and the name.
+        texts: lines and values of the texts that the module makes, also within f-strings, but not of its docstrings.
+        documented_only: it holds a docstring at most.
+    """
+
+    imports: tuple[Import, ...]
+    asserts: tuple[int, ...]
+    prints: tuple[int, ...]
+    private: tuple[tuple[int, str, str], ...]
+    texts: tuple[tuple[int, str], ...]
+    documented_only: bool
+
+
 @cache
-def tree(module: str) -> ast.Module:
-    """The parsed source."""
-    return ast.parse(path_of(module).read_text("utf-8"))
+def source(module: str) -> Source:
+    """Of a module of the project."""
+    tree = ast.parse(path_of(module).read_text("utf-8"))
+    nodes = list(ast.walk(tree))
+    typed = {id(inner) for node in nodes if isinstance(node, ast.If) and _for_types(node) for inner in node.body}
+    alone = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    imports, asserts, prints, private, texts = [], [], [], [], []
+    for node in nodes:
+        match node:
+            case ast.Import() | ast.ImportFrom():
+                found = _imported(module, node)
+                imports += [Import(module, node.lineno, *what, for_types=id(node) in typed) for what in found]
+            case ast.Assert():
+                asserts.append(node.lineno)
+            case ast.Call(func=ast.Name(id="print")):
+                prints.append(node.lineno)
+            case ast.Attribute(attr=name) if _is_private(name):
+                private.append((node.lineno, ast.unparse(node.value), name))
+            case ast.Constant(value=str(text)) if id(node) not in alone:
+                texts.append((node.lineno, text))
+    lists = (tuple(found) for found in (imports, asserts, prints, private, texts))
+    return Source(*lists, documented_only=len(tree.body) <= (ast.get_docstring(tree) is not None))
 
 
-def nodes(module: str, *kinds: type[ast.AST]) -> Iterator[ast.AST]:
-    """All nodes of these kinds."""
-    return (node for node in ast.walk(tree(module)) if isinstance(node, kinds))
+def _for_types(node: ast.If) -> bool:
+    return any(
+        "TYPE_CHECKING" in (getattr(part, "id", None), getattr(part, "attr", None)) for part in ast.walk(node.test)
+    )
 
 
-@cache
 def imports(module: str) -> tuple[Import, ...]:
     """All imports of a module: those within functions and under `TYPE_CHECKING` too."""
-    typed = {
-        inner for node in nodes(module, ast.If) if "TYPE_CHECKING" in ast.unparse(node.test) for inner in node.body
-    }
-    found: list[Import] = []
-    for node in nodes(module, ast.Import, ast.ImportFrom):
-        for target, name, alias in _imported(module, node):
-            found.append(Import(module, node.lineno, target, name, alias, node in typed))
-    return tuple(found)
+    return source(module).imports
 
 
 def _imported(module: str, node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, str | None, str]]:
@@ -128,15 +163,9 @@ def private_names(module: str) -> Iterator[str]:
         if is_module(i.target) and any(map(_is_private, (i.name or "", *i.target.split(".")))):
             yield str(i)
     imported = {i.alias for i in own if i.name is None and is_module(i.target)}
-    for node in nodes(module, ast.Attribute):
-        if _is_private(node.attr) and ast.unparse(node.value) in imported:
-            yield f"{module}:{node.lineno} uses {ast.unparse(node)}"
-
-
-def texts(module: str) -> Iterator[ast.Constant]:
-    """The texts that a module makes, also those within f-strings, but not its docstrings."""
-    alone = {id(node.value) for node in nodes(module, ast.Expr)}
-    return (node for node in nodes(module, ast.Constant) if isinstance(node.value, str) and id(node) not in alone)
+    for line, owner, name in source(module).private:
+        if owner in imported:
+            yield f"{module}:{line} uses {owner}.{name}"
 
 
 def cycle(edges: Iterable[tuple[str, str]]) -> list[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +10,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
 from transformers.models.phimoe.modeling_phimoe import PhimoeForCausalLM
+
+from tests.support.kept import kept
 
 BASE = {
     "hidden_size": 64,
@@ -119,24 +119,12 @@ def make(
     generator = torch.Generator().manual_seed(1)
     vocab = model.config.vocab_size
     prompts = [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in lengths]
-    greedy = _kept(known, lambda: [transformers_greedy(model, p, eos_token_id=None) for p in prompts])
+    greedy = kept(known, lambda: [transformers_greedy(model, p, eos_token_id=None) for p in prompts])
     # Ids that do occur, some tokens into two rows: several rows then stop early, and others do not.
     eos_ids = (greedy[1][4], greedy[7 % len(greedy)][7])
     model.generation_config.eos_token_id = list(eos_ids)
     model.save_pretrained(directory, **recipe.save)
     return Variant(directory, model, prompts, greedy, eos_ids)
-
-
-def _kept(path: Path | None, compute: Callable[[], list[list[int]]]) -> list[list[int]]:
-    """What a file has, or what is computed and then put there, as one: another process may look for it meanwhile."""
-    if path is not None and path.exists():
-        return json.loads(path.read_text())
-    ids = compute()
-    if path is not None:
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(ids))
-        part.replace(path)
-    return ids
 
 
 @torch.no_grad()
@@ -171,26 +159,32 @@ def margins(model, ids: list[int]) -> tuple[float, float]:
 
 
 def router_margin(model, logits: list[torch.Tensor]) -> float:
-    """The smallest of the routers' gaps at one token, given the logits of each layer."""
-    gap = _sparsemixer_gap if isinstance(model, PhimoeForCausalLM) else _top_k_gap
-    return min(gap(logits_E.float(), model.config) for logits_E in logits)
+    """The smallest of the routers' gaps at one token, given the logits ``[E]`` of each layer."""
+    return float(router_margins(model, [logits_E[None] for logits_E in logits]))
 
 
-def _top_k_gap(logits_E: torch.Tensor, config) -> float:
+def router_margins(model, logits: list[torch.Tensor]) -> torch.Tensor:
+    """The smallest of the routers' gaps at each token, ``[T]``, given the logits ``[T, E]`` of each layer."""
+    gaps = _sparsemixer_gaps if isinstance(model, PhimoeForCausalLM) else _top_k_gaps
+    return torch.stack([gaps(logits_TE.float(), model.config) for logits_TE in logits]).amin(0)
+
+
+def _top_k_gaps(logits_TE: torch.Tensor, config) -> torch.Tensor:
     """Between the probabilities of the last expert chosen and the first one left out."""
     k = config.num_experts_per_tok
-    best = logits_E.softmax(-1).topk(min(k + 1, len(logits_E))).values
-    return float(best[k - 1] - best[k]) if len(best) > k else float("inf")
+    best = logits_TE.softmax(-1).topk(min(k + 1, logits_TE.shape[1])).values
+    return best[:, k - 1] - best[:, k] if best.shape[1] > k else torch.full((len(best),), float("inf"))
 
 
-def _sparsemixer_gap(logits_E: torch.Tensor, config) -> float:
+def _sparsemixer_gaps(logits_TE: torch.Tensor, config) -> torch.Tensor:
     """Between the first three scores, and between any score and the bound below which it takes no part in a weight."""
-    scores, gaps = logits_E.sort(descending=True).values, []
+    scores, gaps = logits_TE.sort(descending=True).values, []
     for chosen in (0, 1):
-        gaps.append(float(scores[chosen] - scores[chosen + 1]))
-        distance = (scores[chosen] - scores[chosen + 1 :]) / scores[chosen + 1 :].abs().clamp(min=scores[chosen])
-        gaps.append(float((distance - 2 * config.router_jitter_noise).abs().min()))
-    return min(gaps)
+        best, others = scores[:, chosen : chosen + 1], scores[:, chosen + 1 :]
+        gaps.append(best[:, 0] - others[:, 0])
+        distance = (best - others) / others.abs().maximum(best)
+        gaps.append((distance - 2 * config.router_jitter_noise).abs().amin(1))
+    return torch.stack(gaps).amin(0)
 
 
 def assert_greedy(variant: Variant, row: int, got: list[int], want: list[int], margin: float = MARGIN) -> None:

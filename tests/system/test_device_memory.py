@@ -26,12 +26,13 @@ pytestmark = pytest.mark.usefixtures("one_thread", "pretend")
 PRESETS = sorted((Path(policies.__file__).parent / "presets").glob("[!c]*/*.json"))
 SHAPE = {"model_type": "mixtral", "dtype": "float32", "num_local_experts": 8, "num_hidden_layers": 4}
 SWEEPS = 6
-#: Every other file with one of the kernels in `make test`, all with both in `make test-all`.
+#: Every other file with one of the kernels in `make test`, all with both in `make test-all`; of the two files of the largest
+#: model, whose jobs have a hundred rows, one.
 KERNELS = ("masked", "varlen")
 CASES = [
     pytest.param(file, kernel, id=f"{file.parent.name}/{file.stem}-{kernel}", marks=() if quick else pytest.mark.slow)
     for number, file in enumerate(PRESETS)
-    for kernel, quick in zip(KERNELS, (number % 4 == 0, number % 4 == 2))
+    for kernel, quick in zip(KERNELS, (number % 4 == 0, number % 4 == 2 and number != 14))
 ]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.support.exactness import CHOICES, DEVICES, Case, check, make_llm
+from tests.support.exactness import CHOICES, DEVICES, Case, check, make_llm, quick_of
 from tests.support.tiny import GEN_LEN, LONGEST_ROW, MARGIN, make, router_margin
 from tests.support.tiny_families import RECIPES, SWITCH, drawn
 
@@ -23,12 +23,8 @@ def cases(count, seed):
     return [Case(variant="", **{name: rng.choice(CHOICES[name]) for name in names}) for _ in range(count)]
 
 
-#: Two ways of each family are quick.
-WAYS = [
-    pytest.param(name, case, marks=pytest.mark.slow if number == 2 else ())
-    for at, name in enumerate(RECIPES)
-    for number, case in enumerate(cases(3, at))
-]
+#: Three ways of each family; together the quick ones have all that the others have.
+WAYS = quick_of([(name, case) for at, name in enumerate(RECIPES) for case in cases(3, at)], paired=())
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -86,14 +86,19 @@ def attempt(bare, monkeypatch, fault=None):
     return None
 
 
+#: Every third call is quick; all of them are slow.
+every = pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+
+
+@every
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_at_any_call_is_a_sentence_and_the_job_goes_on_afterwards(bare, monkeypatch, name, tmp_path):
+def test_a_fault_at_any_call_is_a_sentence_and_the_job_goes_on_afterwards(bare, monkeypatch, name, every, tmp_path):
     fault, fails, for_good = FAULTS[name]
     small_job(bare)
     counting = FaultyOS(-1, None, fails, False)
     assert attempt(bare, monkeypatch, counting) is None and counting.calls > 10
     expected = bare.output.read_bytes(), bare.errors.read_bytes()
-    for at in range(counting.calls):
+    for at in range(0, counting.calls, every):
         directory = tmp_path / f"{at}"
         directory.mkdir()
         other = Runner(directory, bare.setup)
@@ -116,12 +121,13 @@ def killed(name, real, *args, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_process_that_is_killed_at_any_call_leaves_what_the_next_one_goes_on_with(bare, monkeypatch, tmp_path):
+@every
+def test_a_process_that_is_killed_at_any_call_leaves_what_the_next_one_goes_on_with(bare, monkeypatch, every, tmp_path):
     small_job(bare)
     counting = FaultyOS(-1, None, WRITES, False)
     assert attempt(bare, monkeypatch, counting) is None
     expected = bare.output.read_bytes(), bare.errors.read_bytes()
-    for at in range(counting.calls):
+    for at in range(0, counting.calls, every):
         directory = tmp_path / f"{at}"
         directory.mkdir()
         other = Runner(directory, bare.setup)

@@ -1,6 +1,7 @@
 """Memory that runs short: the block shrinks and the run goes on, with the same tokens."""
 
 import logging
+from itertools import product
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from flexmoe import LLM, EngineRequest, SamplingParams
 from flexmoe.system import memory_watch
 from policies import Policy, Workload
 from policies.common.memory_units import GIB
+from tests.support.drawn import drawn
 from tests.support.engines import RESIDENT, STREAMED, is_clean
 from tests.support.tiny import GEN_LEN, offload
 
@@ -72,12 +74,7 @@ def expected(variant):
 
 @pytest.mark.parametrize(
     "percent, schedule, share",
-    [
-        pytest.param(percent, schedule, share, marks=pytest.mark.slow if (at + late + static) % 3 else ())
-        for at, percent in enumerate([RESIDENT, STREAMED, (0, 0, 0, 0, 0, 0)])
-        for static, schedule in enumerate(("rolling", "static"))
-        for late, share in enumerate((0.15, 0.6))
-    ],
+    drawn(list(product((RESIDENT, STREAMED, (0, 0, 0, 0, 0, 0)), ("rolling", "static"), (0.15, 0.6)))),
 )
 def test_a_sweep_that_finds_no_memory_is_run_again_with_fewer_rows(make, tiny, caplog, percent, schedule, share):
     variant, llm = tiny(), make(percent, schedule)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.support.drawn import drawn
 from tests.support.exactness import Case, check
 from tests.support.packed import CONFIGS, FAMILIES, MORE_FAMILIES, packed, plain
 
@@ -28,14 +29,10 @@ def variants(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "family, form, placement, staged",
-    [
-        pytest.param(
-            family, form, placement, staged, marks=[] if (number + 2 * at + 5 * staged) % 16 == 0 else pytest.mark.slow
-        )
-        for number, (family, form) in enumerate(PAIRS)
-        for at, placement in enumerate(PLACEMENTS)
-        for staged in (False, True)
-    ],
+    drawn(
+        [(*pair, placement, staged) for pair in PAIRS for placement in PLACEMENTS for staged in (False, True)],
+        pairs=[(2, 3)],
+    ),
 )
 def test_ids_are_those_of_the_values(family, form, placement, staged, variants, tmp_path, monkeypatch):
     case = Case(placement=placement, batches=(2, 2), staged=staged, eos=False)

@@ -3,13 +3,16 @@
 The unmutated engine passes every case in the order of every seed; without one of its waits it fails within few.
 """
 
+from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 
 from tests.support.exactness import check, sample
-from tests.support.stream_cases import CASES, KNOWN_FAULTS, run
+from tests.support.kept import kept
+from tests.support.stream_cases import CASES, KNOWN_FAULTS, Outcome, run
 from tests.support.stream_cuda import simulated
 from tests.support.stream_mutants import CAUGHT, Mutant
 from tests.support.stream_queues import ORDERS
@@ -34,9 +37,15 @@ QUICK = [(name, at) for at, name in enumerate(CASES)]
 
 
 @pytest.fixture(scope="module")
-def outcome(tiny, variants):
-    """`outcome(name, seed)`: of a run of the unmutated engine."""
-    return cache(lambda name, seed: run(name, _either(tiny, variants), seed))
+def outcome(tiny, variants, in_common):
+    """`outcome(name, seed)`: of a run of the unmutated engine, in whichever process it has run."""
+
+    def get(name, seed):
+        file = in_common / f"streams-{name.replace(' ', '-')}-{seed}.json"
+        found = kept(file, lambda: vars(replace(run(name, _either(tiny, variants), seed), metrics={})))
+        return Outcome(**found | {"syncs": Counter(found["syncs"])})
+
+    return cache(get)
 
 
 def _either(tiny, variants):
@@ -63,7 +72,7 @@ def test_ids_do_not_depend_on_any_of_many_orders(name, seed, outcome):
 @pytest.mark.parametrize(
     "case, seed",
     [
-        pytest.param(case, seed, marks=pytest.mark.slow if seed != 15 else ())
+        pytest.param(case, seed, marks=pytest.mark.slow if seed != 30 else ())
         for seed, case in enumerate(sample(48, seed=2))
     ],
     ids=str,

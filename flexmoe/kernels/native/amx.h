@@ -8,7 +8,7 @@
 
 #include "numbers.h"
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define HAS_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -34,6 +34,9 @@ struct Tiles {
   ~Tiles() { _tile_release(); }
   Tiles(const Tiles&) = delete;
 };
+
+// What was stored before tiles are loaded is in memory: to the compiler a load of a tile is assembly that reads nothing.
+INLINE void settle() { asm volatile("" ::: "memory"); }
 
 // Numbers [0, count) of 32 in bf16.
 INLINE __m512i load_32(const bf16* p, __mmask32 valid) { return _mm512_maskz_loadu_epi16(valid, p); }

@@ -81,25 +81,35 @@ INLINE void token_offsets(const Call& c, int row, int t, int count, int64_t* off
 // burst would fill the core's miss buffers and stop it, and a pause leaves the memory idle. In the order of addresses,
 // which hardware prefetchers follow.
 struct Ahead {
-  const char* k;
+  const char *k, *at = nullptr;
   ptrdiff_t v_minus_k;
   const int64_t* offsets;
   int64_t element_bytes;
-  int token = 0, end, byte = 0, bytes;
-  Ahead(const Call& c, size_t element, const int64_t* token_offsets, int count, int head, int heads)
+  int token = 0, end, bytes, left = 0, credit = 0, together, apart;  // tokens that lie side by side: from here on, and of a page
+  // `t`: of the first token.
+  Ahead(const Call& c, size_t element, const int64_t* token_offsets, int count, int head, int heads, int t)
       : k((const char*)c.k_pool + int64_t(head) * c.width * element),
         v_minus_k((const char*)c.v_pool - (const char*)c.k_pool), offsets(token_offsets), element_bytes(element),
-        end(count), bytes(heads * c.width * int(element)) {}
+        end(count), bytes(heads * c.width * int(element)), together(heads == c.G ? c.page_tokens - t % c.page_tokens : 1),
+        apart(heads == c.G ? c.page_tokens : 1) {}
+  // So many bytes more of the keys, in whole lines, and of the values.
   template <int LOCALITY = 3> INLINE void fetch(int most) {
-    while (most > 0 && token < end) {
-      const char* p = k + offsets[token] * element_bytes + byte;
-      const int now = std::min(most, bytes - byte);
-      for (int b = 0; b < now; b += 64)
-        __builtin_prefetch(p + b, 0, LOCALITY), __builtin_prefetch(p + b + v_minus_k, 0, LOCALITY);
-      most -= now, byte += now;
-      if (byte >= bytes) byte = 0, token++;
+    for (credit += most; credit >= 64;) {
+      if (!left) {
+        if (token >= end) return;
+        const int run = std::min(together, end - token);
+        const char* first = k + offsets[token] * element_bytes;
+        at = (const char*)(uintptr_t(first) & ~uintptr_t(63));
+        left = int(first - at + run * bytes + 63) / 64, token += run, together = apart;
+      }
+      const int now = std::min(credit / 64, left);
+      for (const char* stop = at + now * 64; at < stop; at += 64)
+        __builtin_prefetch(at, 0, LOCALITY), __builtin_prefetch(at + v_minus_k, 0, LOCALITY);
+      left -= now, credit -= now * 64;
     }
   }
+  // Into L2, from where registers are scarce.
+  __attribute__((noinline)) void fetch_far(int most) { fetch<2>(most); }
 };
 
 }  // namespace

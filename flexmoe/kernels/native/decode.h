@@ -168,7 +168,7 @@ template <class T, class E> struct Stream {
       const int t_ahead = done ? first_key(c, item_ahead.row) : t + count;
       const int next = std::min(STREAM_CHUNK, c.context_lens[item_ahead.row] - t_ahead);
       token_offsets(c, item_ahead.row, t_ahead, next, offsets[now ^ 1]);
-      Ahead ahead(c, sizeof(E), offsets[now ^ 1], next, item_ahead.head_begin, heads);
+      Ahead ahead(c, sizeof(E), offsets[now ^ 1], next, item_ahead.head_begin, heads, t_ahead);
       for (int h = item.head_begin; h < item.head_end; h++)
         step(h, h - item.head_begin, offsets[now], t, count, position, ahead);
       t += count, count = next;

@@ -14,7 +14,7 @@ Any best(Any base, Any avx2, Any avx512, Any bf16, Any amx) {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                           __builtin_cpu_supports("avx512cd");
   if (has_avx512 && __builtin_cpu_supports("avx512bf16"))
-    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") ? amx : bf16;
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") ? amx : bf16;
   return has_avx512 ? avx512 : has_avx2 ? avx2 : base;
 }
 

@@ -122,6 +122,7 @@ template <class E> struct AmxTile : Tile<bf16, E, TILE_VECTORS> {
   // scores[key][line]: two tiles of keys times two of lines at once.
   void score(const AmxChunk<E>& chunk, int tiles, float* scores) {
     constexpr int step = LINES * 4;
+    settle();
     for (int n = 0; n < vectors; n += 2)
       for (int i = 0; i < tiles; i += 2) {
         const bf16* lines = query + n * W * 2;
@@ -199,6 +200,7 @@ template <class E> struct AmxTile : Tile<bf16, E, TILE_VECTORS> {
   // o[column][line] of two times sixteen of each, over so many times 32 keys.
   void accumulate(const bf16* values, int groups, const bf16* weights) {
     constexpr int step = LINES * 4, value_step = AMX_CHUNK * 2;
+    settle();
     for (int n = 0; n < vectors; n += 2)
       for (int d = 0; d < padded; d += 32) {
         float* to = o + d * LINES + n * W;

@@ -81,6 +81,7 @@ INLINE void multiply_tiles(const bf16* a, const bf16* b, int D, const Panel& pan
   const int64_t lines = panel.vectors * W, step = lines * 4;
   const bf16* x = (const bf16*)panel.packed + n * W * 2;
   const bool two = n + 1 < panel.vectors;
+  settle();
   _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
   for (int d = 0; d < D; d += 32, x += 32 * lines) {
     if (fetch)

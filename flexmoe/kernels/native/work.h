@@ -13,6 +13,7 @@
 #include "call.h"
 #include "decode.h"
 #include "decode_amx.h"
+#include "decode_amx_int8.h"
 #include "numbers.h"
 #include "prefill.h"
 #include "prefill_amx.h"
@@ -38,6 +39,7 @@ struct Scratch {
 // What the stream path is for queries of T; lines that it takes at most.
 #if defined(HAS_AMX)
 template <class T, class E> constexpr bool on_amx = std::is_same<T, bf16>::value;
+template <class E> using AmxOf = std::conditional_t<std::is_same<E, i8>::value, AmxBytes, AmxStream>;
 INLINE int stream_lines(int dtype) { return dtype == 1 && may_use_amx() ? AMX_LINES : STREAM_LINES; }
 INLINE int tiles_at_once(int dtype) { return dtype == 1 && may_use_amx() ? AMX_TILES : 1; }
 #else
@@ -56,7 +58,7 @@ template <class T, class E> bool run_item(const Call& c, const Item& item, const
 #if defined(HAS_AMX)
   if constexpr (on_amx<T, E>)
     if (may_use_amx()) {
-      if (item.tile < 0) return run_stream<AmxStream<E>>(c, item, following, scratch);
+      if (item.tile < 0) return run_stream<AmxOf<E>>(c, item, following, scratch);
       float* memory = scratch.get(amx_tiles_floats<E>(c));
       if (memory) run_amx_tiles<E>(c, item, memory);
       return memory;

@@ -6,10 +6,10 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
-from flexmoe.engine.requests import RefusedError
+from flexmoe.batch.engine_driver import EngineDriver
 from flexmoe.errors import FlexMoEError, StorageError
 from flexmoe.outputs import RequestOutput
-from flexmoe.params import EngineRequest, InFlight
+from flexmoe.params import InFlight
 from flexmoe.serving.work.batch_run import BatchRun, key_of
 from flexmoe.serving.work.lifecycle import Lifecycle
 from flexmoe.serving.work.models import Loaded
@@ -19,7 +19,7 @@ from flexmoe.serving.work.work_queue import View, WorkQueue
 log = logging.getLogger(__name__)
 
 
-class Session:
+class Session(EngineDriver):
     """What is in a model's engine.
 
     Args:
@@ -41,10 +41,8 @@ class Session:
         checkpoint_interval_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._loaded, self._engine = loaded, loaded.llm.engine
-        self._work_queue, self._lifecycle = work_queue, lifecycle
-        self._interval_s, self._clock = checkpoint_interval_s, clock
-        self._checkpoint_s = clock()
+        super().__init__(loaded.llm.engine, checkpoint_interval_s, clock)
+        self._loaded, self._work_queue, self._lifecycle = loaded, work_queue, lifecycle
         # Both by their keys.
         self._runs: dict[str, BatchRun] = {}
         self._online: dict[str, OnlineRequest] = {}
@@ -83,7 +81,7 @@ class Session:
         self._tell_progress()
         for run in [run for run in self._runs.values() if not run.job.rows_left]:
             self._leave(run)
-        if self._clock() - self._checkpoint_s >= self._interval_s:
+        if self.is_checkpoint_due:
             self.checkpoint()
 
     def _tell_progress(self) -> None:
@@ -97,12 +95,11 @@ class Session:
             if states:
                 self._online[key].progress(states)
 
-    def checkpoint(self) -> None:
-        """Keeps what the rows of all batches have generated."""
+    def keep_generated(self) -> None:
+        """Writes what the rows of all batches have generated; a batch whose disk fails leaves, and nothing is raised."""
         in_flight = self._engine.in_flight()
         for run in list(self._runs.values()):
             self._guarded(run, lambda run=run: run.checkpoint(in_flight))  # type: ignore[misc]
-        self._checkpoint_s = self._clock()
 
     def end(self) -> None:
         """The turn is over, and nothing is in the engine."""
@@ -112,10 +109,7 @@ class Session:
 
     def lost(self) -> list[BatchRun]:
         """The engine failed: its batches, with what their rows had generated kept as far as that is possible."""
-        try:
-            self.checkpoint()
-        except Exception as error:  # noqa: BLE001 - the failure that led here is the one to report
-            log.warning("what the rows in flight have generated could not be kept: %s", error)
+        self.try_checkpoint()
         runs = list(self._runs.values())
         for run in runs:
             self._work_queue.take(run)
@@ -129,15 +123,14 @@ class Session:
 
     def _fill(self, runs: Iterable[BatchRun]) -> None:
         """Queues rows until a block waits: those of the first batch, then those of the next one."""
-        ahead = self._loaded.plan.policy.block_size
         for run in runs:
-            self._guarded(run, lambda run=run: self._pull(run, ahead))  # type: ignore[misc]
-            if self._engine.waiting >= ahead:
+            self._guarded(run, lambda run=run: self._pull(run))  # type: ignore[misc]
+            if not self.has_room:
                 return
 
-    def _pull(self, run: BatchRun, ahead: int) -> None:
-        while self._engine.waiting < ahead and (request := run.pull()) is not None:
-            refused = self._submit(request, urgent=False)
+    def _pull(self, run: BatchRun) -> None:
+        while self.has_room and (request := run.pull()) is not None:
+            refused = self.queue(request)
             if refused is not None:
                 run.take(refused)
         if not run.job.rows_left:
@@ -146,21 +139,13 @@ class Session:
     def _begin_online(self, online: OnlineRequest) -> None:
         self._online[online.key] = online
         for request in online.requests:
-            refused = self._submit(request, urgent=True)
+            refused = self.queue(request, urgent=True)
             if refused is not None:
                 self._abort(online.key)
                 failure = RequestFailure(status=400, code="cannot_run", message=refused.error or "it cannot run")
                 online.fail(failure)
                 self._end_online(online)
                 return
-
-    def _submit(self, request: EngineRequest, *, urgent: bool) -> RequestOutput | None:
-        """Queues a request; the result of one that can never run."""
-        try:
-            self._engine.submit(request, urgent=urgent)
-        except RefusedError as refused:
-            return request.failed(refused.reason)
-        return None
 
     def _give(self, results: Iterable[RequestOutput]) -> None:
         for result in results:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 
@@ -18,6 +19,7 @@ from policies.common.memory_units import GIB
 from policies.placement import TIERS
 from policies.policy import Policy
 from policies.workload import Workload
+from tests.support.drawn import drawn
 
 ARCH = ModelArch.from_name("mixtral-8x7b")
 JOB = Workload(prompt_len=512, gen_len=32)
@@ -62,8 +64,9 @@ def line(lines, start):
     return next(each for each in lines if each[11:].startswith(start))
 
 
-@pytest.mark.parametrize("preset", Hardware.preset_names())
-@pytest.mark.parametrize("model", ("mixtral-8x22b-instruct", "qwen3-235b-a22b-2507"))
+@pytest.mark.parametrize(
+    "preset, model", drawn(list(product(Hardware.preset_names(), ("mixtral-8x22b-instruct", "qwen3-235b-a22b-2507"))))
+)
 def test_the_screen_fits_a_screen(preset, model):
     lengths = tuple((100 + s, 1 + s % 7, 10_000) for s in range(50))
     job = Workload(prompt_len=125, gen_len=4, num_requests=500_000, lengths=lengths)

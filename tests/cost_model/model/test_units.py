@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import cache
+from itertools import combinations, product
 
 import pytest
 
@@ -30,6 +31,7 @@ from flexmoe.models.registry import family
 from policies import Policy, Workload
 from policies.common.memory_units import MIB
 from policies.policy import PolicyFile
+from tests.support.drawn import drawn
 from tests.support.tiny import GEN_LEN, assert_greedy, make, offload
 from tests.support.tiny_families import RECIPES
 
@@ -165,9 +167,14 @@ def short(tmp_path_factory):
     return cache(lambda name: make(RECIPES[name], tmp_path_factory.mktemp(name), (1, 5, 40, 17, 9, 20, 3, 30)))
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3-packed"])
-@pytest.mark.parametrize("group", [1, 3, 32])
-@pytest.mark.parametrize("percent", [(100, 0, 100, 0, 100, 0), (0, 60, 100, 0, 100, 0)], ids=str)
+@pytest.mark.parametrize(
+    "name, group, percent",
+    drawn(
+        list(product(("qwen3", "qwen3-packed"), (1, 3, 32), ((100, 0, 100, 0, 100, 0), (0, 60, 100, 0, 100, 0)))),
+        pairs=combinations(range(3), 2),
+    ),
+    ids=str,
+)
 def test_the_policy_decides_how_many_experts_move_as_one(name, group, percent, short, tmp_path):
     variant = short(name)
     policy = Policy.from_percent(

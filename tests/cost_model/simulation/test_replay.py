@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from cost_model.model.weight_units import head_chunks, head_rows
-from cost_model.simulation.replay import Replayer, replay
+from cost_model.simulation.replay import STEADY_SWEEPS, Replayer, replay
 from cost_model.timing.sweep_bounds import sweep_time
 from cost_model.timing.sweep_load import batches
 from tests.support.sweeps import RESIDENT, SMALL, costs_of, decoding, random_sweep
@@ -233,3 +233,20 @@ def test_a_walk_gives_the_same_whatever_was_walked_before():
     replayer.replay([decoding(3)])
     again = replayer.replay([load] * 2)
     assert first.sweep_s == again.sweep_s and first.lanes_s == again.lanes_s
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_operations_that_are_joined_take_as_long_as_one_by_one(seed):
+    costs, policy, load = random_sweep(random.Random(seed))
+    joined, one_by_one = (replay(costs, [load] * 3, policy.gpu_batch_size, keep_spans=keep) for keep in (False, True))
+    assert joined.sweep_s == pytest.approx(one_by_one.sweep_s, rel=1e-9)
+    for found, expected in zip(joined.lanes_s, one_by_one.lanes_s, strict=True):
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_steady_sweep_is_one_in_a_row_of_like_ones(seed):
+    costs, policy, load = random_sweep(random.Random(seed))
+    replayer = Replayer(costs, policy.gpu_batch_size)
+    in_a_row = replayer.replay([load] * STEADY_SWEEPS[-1]).sweep_s
+    assert replayer.steady(load)[0] in [in_a_row[sweeps - 1] for sweeps in STEADY_SWEEPS]

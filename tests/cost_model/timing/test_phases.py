@@ -8,6 +8,7 @@ import pytest
 from cost_model.memory.allocation import allocate
 from cost_model.simulation.job_sweeps import job_sweeps
 from cost_model.simulation.simulate import simulate
+from cost_model.timing.evaluate import evaluate
 from cost_model.timing.job_phases import job_phases
 from cost_model.timing.op_costs import Costs
 from cost_model.timing.sweep_bounds import SweepForm
@@ -55,3 +56,17 @@ def test_every_block_of_a_static_job_is_full_whatever_tiers_its_kv_lives_in():
         policy = policy_of((100, 0, gpu, cpu, 100, 0), rows=25, batches=2, prompt_len=70, schedule="static")
         found = simulate(SMALL, MACHINE, job(150, prompt_len=70), policy, full=True)
         assert found.sweeps == 3 * 32
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["alike", "mixed lengths"])
+def test_a_tier_with_less_room_than_a_row_is_the_home_of_none(mixed):
+    """Sweeps of few rows had been charged for a part of one on the CPU, and what it costs to hand that on in each layer."""
+    workload = Workload.of_lengths([(300, 200), (340, 240)] * 20) if mixed else job(40, prompt_len=320, gen_len=220)
+    policy = policy_of(
+        (100, 0, 94, 6, 100, 0), rows=1, batches=5, prompt_len=320, gen_len=220, cpu_attention_percent=100.0
+    )
+    allocation = allocate(SMALL, policy, workload, device="cuda", longest_row=workload.longest_row)
+    assert 0 < allocation.kv_pages["cpu"] < allocation.kv_layout.held(320)
+    assert all(set(phase.load.groups) == {"gpu"} for phase in job_phases(policy, allocation, workload).phases)
+    closed, simulated = (f(SMALL, MACHINE, workload, policy).tokens_per_s for f in (evaluate, simulate))
+    assert closed == pytest.approx(simulated, rel=0.05)

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from flexmoe.cli import run as command
 from flexmoe.models.loader import load_model
 from policies.policy import Policy, PolicyFile
 from tests.support.command_lines import RESIDENT, ROWS, THREE_TIERS, assert_one_sentence, body
+from tests.support.forked import Forked
 from tests.support.paths import ROOT
 from tests.support.tiny import assert_greedy
 from tests.support.tokenizers import build_tokenizer
@@ -435,10 +437,9 @@ def start(args):
     )
 
 
-def test_help_opens_with_an_example_and_explains_the_six_numbers():
-    process = start(["--help"])
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (0, "")
+def test_help_opens_with_an_example_and_explains_the_six_numbers(tmp_path):
+    code, out, err = Forked(lambda: command.main(["--help"]), tmp_path).wait()
+    assert (code, err) == (0, "")
     example = "python -m flexmoe.run --model DIR -i requests.jsonl -o out.jsonl"
     assert out.index(example) < out.index("options:") < out.index("--percent W W C C A A")
     for words in ("weights on the GPU", "KV cache in CPU memory", "activations on the GPU", "exit codes"):
@@ -452,18 +453,19 @@ def test_as_a_program_it_exits_with_the_code_and_a_sentence(job):
     assert_one_sentence(err, "90", "20", "110")
 
 
-def test_ctrl_c_exits_130_with_a_sentence_and_no_file_under_the_final_name(job, tiny):
+def test_ctrl_c_exits_130_with_a_sentence_and_no_file_under_the_final_name(job, tiny, tmp_path):
     job.write([{"prompt": tiny().prompts[1], "max_tokens": 400} for _ in range(400)])
     model = job.directory / "endless"
     shutil.copytree(job.model, model)
     (model / "generation_config.json").write_text('{"eos_token_id": [299]}')
-    process = start(job.args(*THREE_TIERS, "--checkpoint-interval", "0", model=model))
+    args = job.args(*THREE_TIERS, "--checkpoint-interval", "0", model=model)
+    forked = Forked(lambda: sys.exit(command.main(args)), tmp_path)
     journal = job.directory / "out.jsonl.flexmoe" / "journal"
-    while process.poll() is None and not (journal.exists() and journal.stat().st_size > 1000):
+    while forked.is_running() and not (journal.exists() and journal.stat().st_size > 1000):
         time.sleep(0.01)  # until sweeps run
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    os.kill(forked.process, signal.SIGINT)
+    code, _, err = forked.wait(60)
+    assert code == 130
     stopping, told = err.splitlines()
     assert "stopping after this sweep" in stopping
     assert_one_sentence(told, "interrupted", "of 400 rows are done", "the same command resumes it")

@@ -12,6 +12,7 @@ from cost_model.model.weight_units import units_of
 from flexmoe import LLM, EngineRequest, SamplingParams
 from flexmoe.errors import UsageError
 from policies import Policy, Workload
+from tests.support.drawn import drawn
 from tests.support.engines import RESIDENT, STREAMED, is_clean
 from tests.support.tiny import GEN_LEN, PROMPT_LENGTHS, assert_greedy, offload
 
@@ -289,8 +290,7 @@ def test_an_error_of_the_source_leaves_a_clean_engine(make, tiny):
 # Counting.
 
 
-@pytest.mark.parametrize("schedule", ("rolling", "static"))
-@pytest.mark.parametrize("pace", (23, 1000))
+@pytest.mark.parametrize("pace, schedule", drawn(list(itertools.product((23, 1000), ("rolling", "static")))))
 def test_prompt_and_generated_tokens_add_up(pace, schedule, make, tiny):
     llm = make(STREAMED, rows=4, batches=2, prefill_tokens=pace, schedule=schedule)
     outputs = llm.generate(tiny().prompts, SamplingParams(max_tokens=5))

@@ -1,6 +1,7 @@
 """What the routers choose is counted as transformers' routers choose it, whatever the policy, and without a wait."""
 
 import json
+from functools import cache
 
 import numpy as np
 import pytest
@@ -15,23 +16,11 @@ from flexmoe.errors import UsageError
 from tests.support import tiny_families
 from tests.support.command_lines import THREE_TIERS, body
 from tests.support.exactness import Case, make_llm
-from tests.support.tiny import MARGIN, make, router_margin
+from tests.support.tiny import MARGIN, router_margins
 
 pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
 
 GENERATED = 4
-
-
-@pytest.fixture(scope="module")
-def variants(tmp_path_factory):
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = make(tiny_families.RECIPES[name], tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return get
 
 
 @pytest.fixture
@@ -65,8 +54,7 @@ def chosen_by_transformers(variant, rows):
         ids = variant.prompts[row] + variant.greedy[row][: GENERATED - 1]
         out = model(torch.tensor([ids]), output_router_logits=True)
         best = out.logits[0, -GENERATED:].topk(2).values
-        gaps = [router_margin(model, [layer[at] for layer in out.router_logits]) for at in range(len(ids))]
-        if min(gaps) > MARGIN and (best[:, 0] - best[:, 1]).min() > MARGIN:
+        if router_margins(model, out.router_logits).min() > MARGIN and (best[:, 0] - best[:, 1]).min() > MARGIN:
             decided.append(row)
             for layer, ids_TK in seen.items():
                 chosen.setdefault(layer, []).append(ids_TK)
@@ -97,10 +85,16 @@ SHORT = (0, 1, 2, 5, 6, 8, 9, 10, 12)  # of up to 50 tokens: no row crosses the 
 # Against transformers.
 
 
+@pytest.fixture(scope="module")
+def chosen_of(variants):
+    """`chosen_of(name)`: what transformers chooses in the short rows, and which of them count; found once."""
+    return cache(lambda name: chosen_by_transformers(variants(name), SHORT))
+
+
 @pytest.mark.parametrize("name", tiny_families.RECIPES)
-def test_counts_and_coactivation_are_those_of_transformers_routers(name, variants, llm_of):
+def test_counts_and_coactivation_are_those_of_transformers_routers(name, variants, chosen_of, llm_of):
     variant = variants(name)
-    chosen, rows = chosen_by_transformers(variant, SHORT)
+    chosen, rows = chosen_of(name)
     assert len(rows) >= len(SHORT) - 1
     llm = llm_of(variant)
     generate(llm, variant, rows)
@@ -124,9 +118,9 @@ def test_counts_and_coactivation_are_those_of_transformers_routers(name, variant
     ],
     ids=str,
 )
-def test_totals_do_not_depend_on_policy_chunks_or_schedule(case, variants, llm_of):
+def test_totals_do_not_depend_on_policy_chunks_or_schedule(case, variants, chosen_of, llm_of):
     variant = variants("qwen3")
-    chosen, rows = chosen_by_transformers(variant, SHORT)
+    chosen, rows = chosen_of("qwen3")
     llm = llm_of(variant, **case)
     generate(llm, variant, rows)
     for layer, ids_TK in chosen.items():

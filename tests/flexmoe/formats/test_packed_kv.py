@@ -118,3 +118,73 @@ def test_compressed_heads_of_another_size_are_refused(width):
         native_attention.paged_attention(
             rows.q, pool, pool, ragged.tables, ragged.q_starts, ragged.contexts, scale=0.25
         )
+
+
+def native_out(rows, pools, **options):
+    ragged = rows.ragged
+    arguments = ragged.tables, ragged.q_starts, ragged.contexts
+    return native_attention.paged_attention(rows.q, *pools, *arguments, scale=rows.q.shape[-1] ** -0.5, **options)
+
+
+def spread(*, heads, size):
+    """Rows whose numbers are of unlike sizes: a number of a query 40 times the others, tokens with values 1,000 times those of others,
+    and a first token that has most of the weight and nearly no value."""
+    rows = Rows(heads=heads, kv_heads=1, size=size, dtype=torch.bfloat16)
+    rows.q[..., 3] *= 40
+    generator = torch.Generator().manual_seed(size)
+    pools = rows.plain.clone()
+    pools[1] *= 10.0 ** (3 * torch.rand(pools.shape[1:4], generator=generator)).unsqueeze(-1) / 100
+    for table in rows.ragged.tables:
+        pools[0, table[0], 0], pools[1, table[0], 0] = pools[0, table[0], 0].abs() * 2, 1e-3
+    rows.pools = pack(pools)
+    rows.plain = values(rows.pools, size)
+    return rows
+
+
+@pytest.mark.skipif(not native.available(), reason="no native library on this machine")
+@pytest.mark.parametrize("heads", [1, 4, 7, 8, 12, 16])
+@pytest.mark.parametrize("size", [64, 128, 33])
+def test_numbers_of_unlike_sizes_keep_the_error_of_bf16(heads, size):
+    rows = spread(heads=heads, size=size)
+    expected = rows.expected(None)
+    error = (native_out(rows, rows.pools).float() - expected).abs().amax(-1) / expected.abs().amax(-1)
+    assert error.max() < 1e-2
+    plain = rows.plain.to(torch.bfloat16)
+    of_plain = (native_out(rows, plain).float() - expected).abs().amax(-1) / expected.abs().amax(-1)
+    assert error.mean() < 1.1 * of_plain.mean()
+
+
+@pytest.mark.skipif(not native.available(), reason="no native library on this machine")
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+@pytest.mark.parametrize("heads", [8, 16])
+def test_a_nan_reaches_the_outputs_of_its_head_and_no_other(where, heads):
+    rows = Rows(heads=heads, kv_heads=2, size=64, dtype=torch.bfloat16)
+    row, token = 5, int(rows.ragged.q_starts[5])  # decode of 251 tokens
+    clean = native_out(rows, rows.pools)
+    if where == "query":
+        rows.q[token, 0, 9] = torch.nan
+        wrong = [0]
+    else:
+        plain = rows.plain.clone()
+        plain[int(where == "value"), rows.ragged.tables[row, 3], 4, 0, 9] = torch.nan
+        rows.pools, wrong = pack(plain), range(heads // 2)
+    found = native_out(rows, rows.pools)
+    assert found[token, [*wrong]].isnan().all()
+    found[token, [*wrong]] = clean[token, [*wrong]]
+    torch.testing.assert_close(found, clean, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.skipif(not native.available(), reason="no native library on this machine")
+def test_neither_threads_nor_other_rows_change_a_bit():
+    rows = Rows(heads=12, kv_heads=3, size=64, dtype=torch.bfloat16)
+    whole = native_out(rows, rows.pools, num_threads=1)
+    assert torch.equal(native_out(rows, rows.pools, num_threads=2), whole)
+    assert torch.equal(native_out(rows, rows.pools, num_threads=5), whole)
+    starts = rows.ragged.q_starts
+    for row in (0, 3, 5):
+        begin, end = starts[row : row + 2].tolist()
+        alone = native_attention.paged_attention(
+            rows.q[begin:end], *rows.pools, rows.ragged.tables[row : row + 1], torch.tensor([0, end - begin]).int(),
+            rows.ragged.contexts[row : row + 1], scale=64**-0.5,
+        )  # fmt: skip
+        assert torch.equal(alone, whole[begin:end])

@@ -26,6 +26,7 @@ from flexmoe.quantizing import quantize as job
 from flexmoe.quantizing.checksums import check_checkpoint
 from flexmoe.quantizing.quantize import quantize
 from policies.common import file_io
+from tests.support.drawn import drawn
 from tests.support.exactness import Case, check
 from tests.support.packed import FAMILIES, MORE_FAMILIES
 from tests.support.paths import ROOT
@@ -134,8 +135,7 @@ def test_matrices_that_lie_together_are_not_packed(recipe, tmp_path):
         quantize(variant.directory, tmp_path / "out", "fp8", None)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("family, form", drawn(PAIRS))
 def test_experts_and_projections_are_packed_and_the_rest_is_copied(family, form, source, tmp_path, monkeypatch):
     monkeypatch.setattr(outputs, "SHARD_BYTES", 30_000)
     made = packed(source, family, form, tmp_path / "out")

@@ -122,6 +122,27 @@ def test_so_many_rows_are_in_flight_whatever_the_batch_size(
     assert 1024 <= most < 1.2 * 1024, "blocks are not cut to the row"
 
 
+class Counted:
+    """Notes how many rows a call has."""
+
+    def __init__(self, model, *, notes):
+        self._notes = notes
+
+    async def __call__(self, batch):
+        with open(os.path.join(self._notes, f"{time.monotonic_ns()}-{id(batch)}"), "w") as note:
+            note.write(str(batch.num_rows))
+        return batch
+
+
+@pytest.mark.parametrize("blocks", [1, 8, 200])
+def test_calls_have_as_many_rows_as_a_batch_whatever_the_size_of_a_block(cluster, rows, tmp_path, monkeypatch, blocks):
+    monkeypatch.setattr(flexmoe.ray.dataset, "Generate", Counted)
+    data = ray.data.from_items(rows[:500], override_num_blocks=blocks)
+    done = flexmoe.ray.generate(data, "none", batch_size=64, arguments={"notes": str(tmp_path)})
+    assert sorted(row["id"] for row in done.take_all()) == list(range(500))
+    assert sorted(int(path.read_text()) for path in tmp_path.iterdir()) == [52, *[64] * 7]
+
+
 class DiesOnce(flexmoe.ray.Generate):
     """Its engine fails in the tenth sweep, in the first actor that is made."""
 

@@ -1,8 +1,6 @@
 """`flexmoe.ray.Generate` without Ray: what an actor makes of its batches."""
 
 import asyncio
-import subprocess
-import sys
 
 import numpy as np
 import pandas
@@ -12,7 +10,7 @@ import pytest
 import flexmoe.ray
 from flexmoe import SamplingParams
 from flexmoe.errors import UsageError
-from tests.support.paths import ROOT
+from tests.support.forked import Forked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = {"max_tokens": 6, "ignore_eos": True}
@@ -148,24 +146,17 @@ def test_arguments_are_checked_before_anything_is_loaded(tmp_path):
         flexmoe.ray.Generate("no-model", journal=tmp_path / "file")
 
 
-DEAD = """
-import asyncio, sys
-import pyarrow
-import flexmoe.ray
-actor = flexmoe.ray.Generate(sys.argv[1], policy=None, device="cpu", longest_row=64, offload_dir=sys.argv[2])
-def fail():
-    raise RuntimeError("the device is lost")
-actor.llm.engine.step = fail
-asyncio.run(actor(pyarrow.table({"prompt": ["The river"]})))
-"""
-
-
 def test_a_dead_engine_ends_its_process(checkpoint, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", DEAD, str(checkpoint), str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 1 and "the engine failed, and its actor ends: the device is lost" in done.stderr
+    def fail():
+        raise RuntimeError("the device is lost")
+
+    def lost():
+        actor = flexmoe.ray.Generate(
+            str(checkpoint), policy=None, device="cpu", longest_row=64, offload_dir=str(tmp_path)
+        )
+        actor.llm.engine.step = fail
+        run(actor, pyarrow.table({"prompt": ["The river"]}))
+        raise SystemExit(99)
+
+    code, _, err = Forked(lost, tmp_path).wait()
+    assert code == 1 and "the engine failed, and its actor ends: the device is lost" in err

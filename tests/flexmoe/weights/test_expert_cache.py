@@ -5,6 +5,7 @@ import random
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import combinations, product
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,6 +33,7 @@ from policies import Policy, Workload
 from policies.schedule import SweepUnits
 from policies.units import UnitId, expert_unit
 from scripts.support.belady import belady, best_static
+from tests.support.drawn import drawn
 from tests.support.tiny import GEN_LEN, assert_greedy, offload
 from tests.support.tiny_units import within
 
@@ -107,18 +109,14 @@ def streamed_of(run, layer):
     return np.flatnonzero(run.feed._rule.streamed[layer]).tolist()
 
 
+#: Of the names, groups, places, ways and orders every pair is quick.
 @pytest.mark.parametrize(
-    "staged, overlap",
-    [
-        pytest.param(False, True, id="direct-overlapped"),
-        pytest.param(True, False, id="staged-serial"),
-        pytest.param(False, False, id="direct-serial", marks=pytest.mark.slow),
-        pytest.param(True, True, id="staged-overlapped", marks=pytest.mark.slow),
-    ],
+    "name, group, percents, staged, overlap",
+    drawn(
+        list(product(("qwen3", "qwen3-packed", "mixtral-packed"), (1, 3), PERCENTS, (False, True), (True, False))),
+        pairs=combinations(range(5), 2),
+    ),
 )
-@pytest.mark.parametrize("percents", PERCENTS)
-@pytest.mark.parametrize("name", ["qwen3", "qwen3-packed", "mixtral-packed"])
-@pytest.mark.parametrize("group", [1, 3])
 def test_every_expert_comes_with_its_own_numbers(name, group, percents, staged, overlap, variants, monkeypatch):
     rng = random.Random(7)
     options = {"group": group, "staged": staged, "overlap": overlap, "monkeypatch": monkeypatch}

@@ -3,6 +3,7 @@
 import random
 import struct
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -14,15 +15,15 @@ from flexmoe.models.loader import DTYPES, load_model
 from flexmoe.weights import supply
 from flexmoe.weights.stream import WeightStream
 from policies import Policy, Workload
+from tests.support.drawn import drawn
 from tests.support.tiny import RECIPES, make
 
 #: Percents of the weights in device memory and in host memory; the rest is on disk.
+PLACES = {"disk, all tiers": ((0, 0), (30, 30)), "device, host": ((100, 0), (0, 100))}
 PLACED = pytest.mark.parametrize(
     "placements",
-    [
-        pytest.param(((0, 0), (30, 30)), id="disk, all tiers"),
-        pytest.param(((100, 0), (0, 100)), id="device, host", marks=pytest.mark.slow),
-    ],
+    [name if name == "disk, all tiers" else pytest.param(name, marks=pytest.mark.slow) for name in PLACES],
+    indirect=True,
 )
 PROMPT = list(range(20, 60))
 KINDS = {
@@ -34,9 +35,15 @@ KINDS = {
     "head": "lm_head",
 }
 FLOATS = (*DTYPES.values(), torch.float64)
+PLAIN = ("gqa-4-to-1", "gqa-8-to-2", "tied")
 
 
-@pytest.fixture(scope="module", params=["gqa-4-to-1", "gqa-8-to-2", "tied"])
+@pytest.fixture
+def placements(request):
+    return PLACES[request.param]
+
+
+@pytest.fixture(scope="module", params=PLAIN)
 def plain(request, tmp_path_factory):
     """A checkpoint's directory and its float32 tensors, whose values every dtype holds; both layouts, and a tied one."""
     directory, tensors = tmp_path_factory.mktemp("plain"), {}
@@ -69,9 +76,11 @@ def logits(model, placement, dtype, tmp_path, group=None):
         return llm.logits(PROMPT)
 
 
-@PLACED
-@pytest.mark.parametrize("staged", [False, True], ids=["direct", "staged"])
-@pytest.mark.parametrize("compute", DTYPES)
+@pytest.mark.parametrize(
+    "plain, compute, staged, placements",
+    drawn(list(product(PLAIN, DTYPES, (False, True), PLACES)), pairs=[(0, 2), (1, 2), (2, 3)]),
+    indirect=["plain", "placements"],
+)
 def test_drawn_mixes_of_dtypes_compute_what_one_dtype_does(plain, compute, staged, placements, tmp_path, monkeypatch):
     if staged:
         monkeypatch.setattr(supply, "WeightStream", _staged_stream)
@@ -89,8 +98,11 @@ def test_drawn_mixes_of_dtypes_compute_what_one_dtype_does(plain, compute, stage
         assert _alike(got, want, compute, exact=staged), (most, kind, placement, group)
 
 
-@PLACED
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "plain, kind, placements",
+    drawn(list(product(PLAIN, KINDS, PLACES)), pairs=[(0, 2)]),
+    indirect=["plain", "placements"],
+)
 def test_what_only_float32_holds_is_not_rounded_on_its_way_to_float32(plain, kind, placements, tmp_path):
     fine = {name: t + (2.0**-12 if KINDS[kind] in name else 0) for name, t in plain[1].items()}
     one = write(plain, fine, tmp_path / "one")

@@ -316,7 +316,11 @@ def test_stats_health_and_metrics_tell_of_what_ran(client, server):
     assert "flexmoe_generated_tokens_total" in metrics and 'route="/v1/files"' in metrics
     tiers = found["/v1/stats/memory"].json()["tiers"]
     assert tiers["gpu"]["planned_bytes"] > 0 and "weights" in tiers["gpu"]["items"]
-    performance = httpx.get(f"{server.url}/v1/stats/performance").json()
+    for _ in range(200):  # they are counted once a second
+        performance = httpx.get(f"{server.url}/v1/stats/performance").json()
+        if performance["totals"]["generated_tokens"]:
+            break
+        threading.Event().wait(0.05)
     assert performance["model"]["id"] == "tiny" and performance["totals"]["generated_tokens"] > 0
     experts = httpx.get(f"{server.url}/v1/stats/experts").json()
     assert performance["machine"]["cores"] >= 1 and experts["model"] == "tiny"
