@@ -101,7 +101,7 @@ def test_download_that_hangs_is_given_up(tmp_path, offered, monkeypatch):
 class SlowIndex(BaseHTTPRequestHandler):
     """A package index of one wheel, which it sends in pieces with pauses between them."""
 
-    wheel, piece_bytes, pause_s = b"", 300_000, 0.25
+    wheel, piece_bytes, pause_s = b"", 300_000, 0.4
 
     def do_GET(self):
         page = f'<a href="/{WHEEL}">{WHEEL}</a>'.encode()
@@ -123,7 +123,7 @@ def test_slow_download_is_waited_for(tmp_path, offered, monkeypatch):
     content = random.Random(0).randbytes(3_000_000)
     offered(content)
     monkeypatch.setattr(subject, "SHA256", hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(subject, "STALL_S", 1.5)
+    monkeypatch.setattr(subject, "STALL_S", 3.0)  # longer than pip takes to start on busy cores
     monkeypatch.setattr(SlowIndex, "wheel", (tmp_path / "wheels" / WHEEL).read_bytes())
     (tmp_path / "wheels" / WHEEL).unlink()
     with ThreadingHTTPServer(("127.0.0.1", 0), SlowIndex) as server:
