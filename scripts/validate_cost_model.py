@@ -9,11 +9,10 @@
 - packed: the two synthetic models with weights in int4, int8, fp8 and mxfp4, on the disk, over all tiers and resident, with
   many rows and few; two of the twelve keep their KV cache as int8.
 
-No constant comes from these runs. Disks drift, so the disk rate just before and after a run is fed to its prediction. A run
-is repeated when its two disk rates differ by more than 20 %, when the cores, timed before and after it, are more than 20 %
-off what they were right after the probe, or when more than 3 % of their time went to other virtual machines; the record then
-has the prediction for cores of that speed, too. The median of three
-runs counts; all are recorded.
+No constant comes from these runs. A shared machine changes its speed within seconds, so between the sweeps of a run, about
+every 1.5 s of them, reads and products of experts are timed, and the run is predicted for the speeds that they found; beside it
+the record has what was predicted for the machine as the probe found it. A run is repeated when more than 3 % of the cores' time
+went to other virtual machines. The median of three runs counts; all are recorded.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -45,11 +44,12 @@ from scripts.support.corpus import corpus_words
 from scripts.support.stolen import MOST as MOST_STOLEN
 from scripts.support.stolen import wait_for_calm
 from scripts.validation.configs import Configuration, draw
-from scripts.validation.drift import corrected_s
+from scripts.validation.drift import corrected
 from scripts.validation.jobs import REAL_WEIGHTS, draw_jobs
+from scripts.validation.looks import TOKENS, mean_look
 from scripts.validation.packed import draw_packed
 from scripts.validation.record import lines, summary, write
-from scripts.validation.runs import Run, Subject, cpu_rate, measure
+from scripts.validation.runs import Run, Subject, measure
 
 MODELS = {
     "bench": SIZES["bench"],
@@ -59,7 +59,7 @@ MODELS = {
 SKEWED = {**SIZES["demo"], "num_hidden_layers": 12, "num_local_experts": 8}
 EVEN, MIXED, PACKED = "even", "mixed", "packed"
 EACH = {EVEN: 8, MIXED: 3}
-REPEATS, MOST_TRIES, DRIFT = 3, 7, 0.2
+REPEATS, MOST_TRIES = 3, 5
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,14 +72,13 @@ def main(argv: list[str] | None = None) -> int:
         subjects[REAL_WEIGHTS] = _real(args.work)
     archs = {name: s.arch for name, s in subjects.items()}
     hardware = _hardware(args)
-    cpu_then = statistics.median(cpu_rate() for _ in range(5))
     results: dict[str, list[dict]] = {name: [] for name in sets}
     print(f"{machine()['cpu']}, {machine()['cores']} cores", flush=True)
     for name in sets:
         for c in _configurations(name, args, archs, synthetic, hardware):
             if args.only is None or c.name in args.only:
                 subject = _packed(subjects, c.model) if name == PACKED else subjects[c.model]
-                results[name].append(validate(c, subject, hardware, args.work, cpu_then))
+                results[name].append(validate(c, subject, hardware, args.work))
                 print(*lines(results[name][-1]), sep="\n", flush=True)
     summaries = {name: summary(found) for name, found in results.items() if found}
     print(*(f"{name}: {found['text']}" for name, found in summaries.items()), sep="\n")
@@ -110,50 +109,43 @@ def validate(
     subject: Subject,
     hardware: Hardware,
     work: Path,
-    cpu_then: float,
     *,
     repeats: int = REPEATS,
     most: int = MOST_TRIES,
 ) -> dict:
-    """Runs of one configuration, each with its prediction, until ``repeats`` are clean or ``most`` were made.
-
-    Args:
-        cpu_then: `cpu_rate` right after the probe that ``hardware`` is from.
-    """
+    """Runs of one configuration, each with its prediction, until ``repeats`` are clean or ``most`` were made."""
     runs: list[dict] = []
-    workload, waiting = c.workload, c.waiting
+    predict = partial(simulate, subject.arch, workload=c.workload, policy=c.policy, full=True, rows=c.waiting)
 
-    for run in measure(c, subject, work, most):
-        here = with_speeds(hardware, disk_read=run.disk_read_bytes_per_s / hardware.disk_read_bytes_per_s)
-        options = {"full": True, "rows": waiting, "cache_experts": run.cache_experts}
-        predict = partial(simulate, subject.arch, workload=workload, policy=c.policy, **options)
-        runs.append(_compare(run, predict, here, cpu_then))
+    for run in measure(c, subject, hardware, work, most):
+        runs.append(_compare(run, partial(predict, cache_experts=run.cache_experts), hardware))
         if sum(r["clean"] for r in runs) == repeats:
             break
     counted = [r for r in runs if r["clean"]] or runs
     middle = sorted(counted, key=lambda r: r["error"])[len(counted) // 2]
-    errors = {name: statistics.median(r[name] for r in counted) for name in ("error", "corrected_error")}
+    errors = {name: statistics.median(r[name] for r in counted) for name in ("error", "error_as_probed")}
     return {**c.to_json(), "runs": runs, "median": middle, **errors}
 
 
-def _compare(run: Run, predict: Callable[..., Simulation], here: Hardware, cpu_then: float) -> dict:
-    before, after = run.disk_before, run.disk_after
-    cores = [rate / cpu_then for rate in (run.cpu_before, run.cpu_after)]
-    predicted = predict(hardware=here)
-    at_their_speed_s = corrected_s(lambda machine: predict(hardware=machine).job_s, here, statistics.mean(cores))
+def _compare(run: Run, predict: Callable[..., Simulation], probed: Hardware) -> dict:
+    found = mean_look(run.stretches)
+    here = with_speeds(probed, disk_read=found.disk / probed.disk_read_bytes_per_s)
+    predicted = corrected(lambda machine: predict(hardware=machine), here, found.memory, list(zip(TOKENS, found.cores)))
+    as_probed = predict(hardware=probed)
     return {
-        "clean": abs(before - after) <= DRIFT * max(before, after)
-        and all(abs(c - 1) <= DRIFT for c in cores)
-        and run.stolen <= MOST_STOLEN,
-        "disk_bytes_per_s": [before, after],
-        "cores_against_probe": cores,
+        "clean": run.stolen <= MOST_STOLEN,
+        "disk_bytes_per_s": found.disk,
+        "memory_against_probe": found.memory,
+        "cores_against_probe": found.cores,
+        "stretches": [asdict(stretch) for stretch in run.stretches],
         "stolen": run.stolen,
         "measured_s": run.wall_s,
         "predicted_s": predicted.job_s,
+        "predicted_as_probed_s": as_probed.job_s,
         "error": predicted.job_s / run.wall_s - 1,
-        "corrected_error": at_their_speed_s / run.wall_s - 1,
-        "sweeps": [run.sweeps, predicted.sweeps],
-        "lanes_s": {lane: [run.lanes_s.get(lane, 0.0), predicted.lanes_s.get(lane, 0.0)] for lane in predicted.lanes_s},
+        "error_as_probed": as_probed.job_s / run.wall_s - 1,
+        "sweeps": [run.sweeps, as_probed.sweeps],
+        "lanes_s": {lane: [run.lanes_s.get(lane, 0.0), seconds] for lane, seconds in predicted.lanes_s.items()},
     }
 
 

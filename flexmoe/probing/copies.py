@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from cost_model.hardware.link_curves import LinkCurve
-from flexmoe.probing.timing import best_of_rounds, best_s, elapsed_s, median_s, repeat_s
+from flexmoe.probing.timing import best_of_rounds, best_s, elapsed_s, mean_s, repeat_s
 from flexmoe.system.device import Device, Event, Stream
 from flexmoe.weights.slots import copy_in_pieces
 
@@ -131,11 +131,11 @@ def small_copy_s(device: Device, nbytes: int, seconds: float) -> float:
         device.link.small(arrived)
         arrived.synchronize()
 
-    alone_s = median_s(copy, seconds)
+    alone_s = mean_s(copy, seconds)
     feeder = threading.Thread(target=feed, daemon=True)
     feeder.start()
     try:
-        return max(0.0, median_s(copy, seconds) - alone_s)
+        return max(0.0, mean_s(copy, seconds) - alone_s)
     finally:
         ends.set()
         feeder.join()

@@ -17,6 +17,7 @@ from flexmoe.system.device import Device, Event, Stream
 
 _MOST_CALLS = 1000
 _CURVE_ROUNDS = 3
+_OUTLIER = 3.0
 
 
 def repeat_s(
@@ -30,13 +31,13 @@ def repeat_s(
 ) -> float:
     """Seconds of one call of what is done on ``stream`` (None: the compute stream).
 
-    On cpu the median of as many calls as take ``seconds``, at least ``least`` of them unless those took three times as
+    On cpu `mean_s` of as many calls as take ``seconds``, at least ``least`` of them unless those took three times as
     long. On CUDA the mean between two events around about as many, the first calls left out.
     """
     for _ in range(warm):
         work()
     return (
-        _device_s(device, work, seconds, stream or device.compute) if device.is_cuda else median_s(work, seconds, least)
+        _device_s(device, work, seconds, stream or device.compute) if device.is_cuda else mean_s(work, seconds, least)
     )
 
 
@@ -57,12 +58,17 @@ def best_of_rounds(sizes: Sequence[int], bytes_per_s: Callable[[int], float]) ->
     return tuple((size, max(rates)) for size, *rates in zip(sizes, *rounds, strict=True))
 
 
-def median_s(work: Callable[[], object], seconds: float, least: int = 3) -> float:
-    """Host seconds of one of as many calls as take ``seconds``, as `repeat_s` on cpu."""
+def mean_s(work: Callable[[], object], seconds: float, least: int = 3) -> float:
+    """Host seconds of one of as many calls as take ``seconds``, as `repeat_s` on cpu.
+
+    A run pays for slow calls, too, so this is their mean and not their median. Calls of more than three times the median are
+    left out: they waited for something else.
+    """
     times: list[float] = []
     while not times or sum(times) < seconds or (len(times) < least and sum(times) < 3 * seconds):
         times.append(_timed(work))
-    return statistics.median(times)
+    most = _OUTLIER * statistics.median(times)
+    return statistics.mean(each for each in times if each <= most)
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cost_model.model.arch import ModelArch
-from cost_model.model.weight_units import experts_per_unit, units_of
+from cost_model.model.weight_units import units_of
 from policies.common.memory_units import GIB
 from scripts.benchmark import loads
 from scripts.benchmark.loads import Job
@@ -91,11 +91,6 @@ class Bench:
         return sum(unit.stored_bytes for unit in units_of(self.arch) if unit.kind == "expert")
 
     @property
-    def has_small_experts(self) -> bool:
-        """Whether experts are moved in groups."""
-        return experts_per_unit(self.arch) > 1
-
-    @property
     def offload(self) -> str:
         """Where FlexMoE's disk tier writes, should it write."""
         return str(self.workdir / "offload")
@@ -153,6 +148,18 @@ class Bench:
             piece_bytes=disk["piece_bytes"],
             look_bytes=look_bytes,
         )
+
+    def ask_products(
+        self, engine: Worker, name: str, job: Job, share: float, seconds: float
+    ) -> list[tuple[int, float, float]]:
+        """The job on an open `LLM`, with the products of an expert timed behind each sweep: `with_products`.
+
+        Args:
+            share: of a sweep's tokens that an expert gets.
+            seconds: how long products are timed.
+        """
+        asked = {"prompts": job.prompts, "max_tokens": job.max_tokens, "share": share, "seconds": seconds}
+        return engine.ask("products", name=name, **asked)["sweeps"]
 
     def resident_run(self, engine: Worker, job: Job) -> dict:
         """C: the job with everything resident."""

@@ -10,7 +10,7 @@ from scripts.support.stolen import MOST as MOST_STOLEN
 from scripts.support.stolen import Stolen, wait_for_calm
 
 TARGETS = {"disk-bound": 0.97, "balanced": 0.90, "compute-bound": 0.95}
-RESIDENT_TARGET = 0.70
+RESIDENT_TARGET = 0.75
 LARGEST_FRACTION = 1.03
 #: The longest wait for a calm machine before a round.
 CALM_S = 30.0

@@ -104,32 +104,47 @@ def read_rate(reader: DirectReader, threads: int, size: int, start: int, total_b
     return sum(done) / (time.perf_counter() - begin)
 
 
-def gemm_rate(tokens: int, hidden: int, ffn: int, seconds: float, experts: int = 0) -> float:
-    """FLOP/s of the three products of an expert over `tokens` tokens, bf16, with weights that no cache holds.
+class Products:
+    """The three products of an expert, bf16, on all cores, with weights that no cache holds.
 
     Args:
         experts: different experts to cycle over; 0 takes 1 GiB of them.
     """
-    import torch
-    from torch.nn.functional import linear
 
-    torch.set_num_threads(os.cpu_count())
-    experts = experts or max(2, (1 << 30) // (6 * hidden * ffn))
-    first = [torch.randn(ffn, hidden), torch.randn(ffn, hidden), torch.randn(hidden, ffn)]
-    weights = [[w.to(torch.bfloat16) / hidden**0.5 for w in first] for _ in range(experts)]
-    x_TD = torch.randn(tokens, hidden).to(torch.bfloat16)
-    begin, calls = 0.0, 0
-    with torch.inference_mode():
-        for number, (w1_FD, w3_FD, w2_DF) in enumerate(itertools.cycle(weights)):
-            if number == 2:  # two rounds to warm up
-                begin = time.perf_counter()
-            h_TF = linear(x_TD, w1_FD)
-            linear(x_TD, w3_FD)
-            linear(h_TF, w2_DF)
-            calls = max(0, number - 1)
-            if calls >= 2 and time.perf_counter() - begin > seconds:
-                break
-    return calls * 6 * tokens * hidden * ffn / (time.perf_counter() - begin)
+    def __init__(self, hidden: int, ffn: int, experts: int = 0) -> None:
+        import torch
+
+        torch.set_num_threads(os.cpu_count() or 1)
+        experts = experts or max(2, (1 << 30) // (6 * hidden * ffn))
+        first = [torch.randn(ffn, hidden), torch.randn(ffn, hidden), torch.randn(hidden, ffn)]
+        self._weights = itertools.cycle(
+            [[w.to(torch.bfloat16) / hidden**0.5 for w in first] for _ in range(experts)],
+        )
+        self._hidden, self._flops = hidden, 6 * hidden * ffn
+
+    def rate(self, tokens: int, seconds: float) -> float:
+        """FLOP/s over so many tokens: of at least two experts, behind two that are not counted."""
+        import torch
+        from torch.nn.functional import linear
+
+        x_TD = torch.randn(tokens, self._hidden).to(torch.bfloat16)
+        begin, calls = 0.0, 0
+        with torch.inference_mode():
+            for number, (w1_FD, w3_FD, w2_DF) in enumerate(self._weights):
+                if number == 2:
+                    begin = time.perf_counter()
+                h_TF = linear(x_TD, w1_FD)
+                linear(x_TD, w3_FD)
+                linear(h_TF, w2_DF)
+                calls = max(0, number - 1)
+                if calls >= 2 and time.perf_counter() - begin > seconds:
+                    break
+        return calls * tokens * self._flops / (time.perf_counter() - begin)
+
+
+def gemm_rate(tokens: int, hidden: int, ffn: int, seconds: float, experts: int = 0) -> float:
+    """`Products.rate` of new weights."""
+    return Products(hidden, ffn, experts).rate(tokens, seconds)
 
 
 class Repeater:

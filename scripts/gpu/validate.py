@@ -6,7 +6,6 @@ planner finds for a job that fits neither GPU nor host memory. What the time doe
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 
 from cost_model.hardware.hardware import Hardware
@@ -25,7 +24,7 @@ from scripts.make_checkpoint import SIZES
 from scripts.validate_cost_model import validate as validate_one
 from scripts.validation.configs import CLASSES, Configuration, classify, draw
 from scripts.validation.record import MEAN_TARGET, WORST_TARGET, lines, summary
-from scripts.validation.runs import Subject, cpu_rate
+from scripts.validation.runs import Subject
 
 DESCRIPTION = (
     "Mixtral 8x7B cut to 4 layers (wide), 16 layers of 8 experts of 1024 x 3584 (deep); dummy weights, bfloat16"
@@ -47,11 +46,10 @@ AROUND_S = 15.0
 def validate(run: Context) -> tuple[list[Figure], dict]:
     """Predicted against measured, whole job and per lane."""
     hardware = run.hardware()
-    cpu_then = statistics.median(cpu_rate() for _ in range(5))
     disk_file = run.workdir / "disk-rate.bin"
     try:
         _write(disk_file, REHEARSED_DISK_FILE_BYTES if run.rehearse else DISK_FILE_BYTES)
-        results = _results(run, _subjects(run, disk_file), hardware, cpu_then)
+        results = _results(run, _subjects(run, disk_file), hardware)
     finally:
         disk_file.unlink(missing_ok=True)
     if not results:
@@ -66,7 +64,7 @@ def validate(run: Context) -> tuple[list[Figure], dict]:
     }
 
 
-def _results(run: Context, subjects: dict[str, Subject], hardware: Hardware, cpu_then: float) -> list[dict]:
+def _results(run: Context, subjects: dict[str, Subject], hardware: Hardware) -> list[dict]:
     results, (repeats, most) = [], (1, 1) if run.rehearse else (REPEATS, MOST_TRIES)
     for c in _configurations(run, subjects, hardware):
         subject = subjects[c.model]
@@ -74,7 +72,7 @@ def _results(run: Context, subjects: dict[str, Subject], hardware: Hardware, cpu
         if run.left_s() < repeats * expected_s + (0 if run.rehearse else AROUND_S):
             run.say(f"{c.name} is left out: {run.left_s():.0f} s are left")
             continue
-        results.append(validate_one(c, subject, hardware, run.workdir, cpu_then, repeats=repeats, most=most))
+        results.append(validate_one(c, subject, hardware, run.workdir, repeats=repeats, most=most))
         run.say("\n".join(lines(results[-1])))
     return results
 

@@ -46,6 +46,7 @@ class Run:
         start_s: before that.
         tokens: generated, by row.
         sweeps, sweeps_s: of the engine, and the time within them.
+        engine_cpu_s, others_cpu_s: processor time of the engine's process in ``wall_s``, and that of all other processes of the machine.
     """
 
     wall_s: float
@@ -53,6 +54,26 @@ class Run:
     tokens: list[list[int]]
     sweeps: int
     sweeps_s: float
+    engine_cpu_s: float
+    others_cpu_s: float
+
+
+class CPUTime:
+    """Processor time since this was made: of this process, and of all others together."""
+
+    def __init__(self) -> None:
+        self._own_s, self._all_s = time.process_time(), _busy_s()
+
+    def spent(self) -> tuple[float, float]:
+        """Seconds of this process, and of the others."""
+        own_s = time.process_time() - self._own_s
+        return own_s, _busy_s() - self._all_s - own_s
+
+
+def _busy_s() -> float:
+    """Of all processes, by the kernel's counters of user, nice and system time, proc(5)."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    return sum(int(fields[at]) for at in (1, 2, 3)) / os.sysconf("SC_CLK_TCK")
 
 
 class Timed(flexmoe.ray.Generate):
@@ -66,9 +87,11 @@ class Timed(flexmoe.ray.Generate):
         """As its base."""
         if not os.path.exists(self._note):
             Path(self._note).write_text(repr(time.time()))
+            self._cpu = CPUTime()
         done = await super().__call__(batch)
         metrics = self.llm.metrics()
-        Path(self._note).with_suffix(".json").write_text(json.dumps([metrics["sweeps"], metrics["wall_s"]]))
+        noted = [metrics["sweeps"], metrics["wall_s"], *self._cpu.spent()]
+        Path(self._note).with_suffix(".json").write_text(json.dumps(noted))
         return done
 
 
@@ -100,15 +123,17 @@ def plain(args: argparse.Namespace, checkpoint: Path, prompts: list[str]) -> Run
     """Without Ray."""
     began_s = time.time()
     with LLM(str(checkpoint), policy=None, device="cpu", dtype=args.dtype, longest_row=512) as llm:
-        first_s = time.time()
+        first_s, cpu = time.time(), CPUTime()
         outputs = llm.generate(prompts, SamplingParams(max_tokens=args.max_tokens, ignore_eos=True), use_tqdm=False)
-        end_s, metrics = time.time(), llm.metrics()
+        end_s, metrics, (engine_cpu_s, others_cpu_s) = time.time(), llm.metrics(), cpu.spent()
     return Run(
         wall_s=end_s - first_s,
         start_s=first_s - began_s,
         tokens=[list(output.outputs[0].token_ids) for output in outputs],
         sweeps=metrics["sweeps"],
         sweeps_s=metrics["wall_s"],
+        engine_cpu_s=engine_cpu_s,
+        others_cpu_s=others_cpu_s,
     )
 
 
@@ -129,7 +154,7 @@ def through_ray(args: argparse.Namespace, checkpoint: Path, prompts: list[str]) 
         )
         rows = done.take_all()
         end_s, first_s = time.time(), float(note.read_text())
-        sweeps, sweeps_s = json.loads(note.with_suffix(".json").read_text())
+        sweeps, sweeps_s, engine_cpu_s, others_cpu_s = json.loads(note.with_suffix(".json").read_text())
     tokens = {row["row"]: list(row["generated_tokens"]) for row in rows}
     return Run(
         wall_s=end_s - first_s,
@@ -137,6 +162,8 @@ def through_ray(args: argparse.Namespace, checkpoint: Path, prompts: list[str]) 
         tokens=[tokens[row] for row in range(len(prompts))],
         sweeps=sweeps,
         sweeps_s=sweeps_s,
+        engine_cpu_s=engine_cpu_s,
+        others_cpu_s=others_cpu_s,
     )
 
 
@@ -158,7 +185,14 @@ def _figures(args: argparse.Namespace, pairs: list[tuple[Run, Run]]) -> tuple[li
     ]
     walls = [[run.wall_s for run in pair] for pair in pairs]
     sweeps = [[[run.sweeps, run.sweeps_s] for run in pair] for pair in pairs]
-    return figures, {"rounds_wall_s": walls, "rounds_sweeps": sweeps, "start_s": starts, "generated_tokens": generated}
+    cpu = [[[run.engine_cpu_s, run.others_cpu_s] for run in pair] for pair in pairs]
+    return figures, {
+        "rounds_wall_s": walls,
+        "rounds_sweeps": sweeps,
+        "rounds_cpu_s": cpu,
+        "start_s": starts,
+        "generated_tokens": generated,
+    }
 
 
 def _of_sweeps(without: Run, with_ray: Run) -> list[Figure]:
@@ -172,6 +206,17 @@ def _of_sweeps(without: Run, with_ray: Run) -> list[Figure]:
             ratio=with_ray.sweeps / without.sweeps,
         ),
         Figure(what="time outside of sweeps", value=f"{shares[1]:.1f} %", beside=f"without Ray {shares[0]:.1f} %"),
+        Figure(
+            what="processor time of the engine",
+            value=f"{with_ray.engine_cpu_s:.1f} s",
+            beside=f"without Ray {without.engine_cpu_s:.1f} s",
+            ratio=with_ray.engine_cpu_s / without.engine_cpu_s,
+        ),
+        Figure(
+            what="processor time of all other processes",
+            value=f"{with_ray.others_cpu_s:.1f} s",
+            beside=f"without Ray {without.others_cpu_s:.1f} s",
+        ),
     ]
 
 

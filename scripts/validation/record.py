@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from scripts.validation.looks import TOKENS
+
 MEAN_TARGET, WORST_TARGET = 0.08, 0.20
 _LANES = ("gpu", "cpu", "h2d", "d2h", "disk_read", "disk_write")
 
@@ -14,16 +16,15 @@ def lines(result: dict) -> list[str]:
     """One configuration: what it is, its whole-job times, and its lanes' busy seconds (predicted/measured)."""
     p, m = result["policy"], result["median"]
     shares = "/".join(f"{p[k]:.0f}" for k in p if k.endswith("_percent") and k != "cpu_attention_percent")
-    disk = " ".join(f"{rate / 1e9:.2f}" for rate in m["disk_bytes_per_s"])
-    cores = " ".join(f"{rate:.2f}" for rate in m["cores_against_probe"])
+    disk, cores = m["disk_bytes_per_s"] / 1e9, " ".join(f"{speed:.2f}" for speed in m["cores_against_probe"])
     return [
         f"{result['name']:<12} {result['model']:<6} {p['gpu_batch_size']} x {p['num_gpu_batches']} {p['schedule']}, {shares}, "
         f"CPU attention {p['cpu_attention_percent']:.0f}, prefill {p['prefill_tokens']}, {result['rows']} rows of "
         f"{result['prompt_len']} + {result['gen_len']}",
         f"{'':<13}predicted {m['predicted_s']:.2f} s, measured {m['measured_s']:.2f} s: {100 * result['error']:+.1f} % "
-        f"({100 * result['corrected_error']:+.1f} % by the speed of the cores); sweeps "
-        f"{m['sweeps'][1]:.0f}/{m['sweeps'][0]}; disk {disk} GB/s, cores {cores} of the probe's; runs "
-        + " ".join(f"{r['measured_s']:.2f}{'' if r['clean'] else ' (drifted)'}" for r in result["runs"]),
+        f"({100 * result['error_as_probed']:+.1f} % as probed); sweeps {m['sweeps'][1]:.0f}/{m['sweeps'][0]}; "
+        f"disk {disk:.2f} GB/s, memory {m['memory_against_probe']:.2f} and cores {cores} of the probe's; runs "
+        + " ".join(f"{r['measured_s']:.2f}{'' if r['clean'] else ' (disturbed)'}" for r in result["runs"]),
         f"{'':<13}" + ", ".join(f"{lane} {m['lanes_s'][lane][1]:.2f}/{m['lanes_s'][lane][0]:.2f} s" for lane in _LANES),
     ]
 
@@ -48,10 +49,10 @@ def summary(results: Sequence[dict]) -> dict:
             for name, c in kinds.items()
         ),
     ]
-    corrected = [abs(r["corrected_error"]) for r in results]
+    probed = [abs(r["error_as_probed"]) for r in results]
     text.append(
-        f"  corrected by the speed of the cores around each run: mean {100 * sum(corrected) / len(corrected):.1f} %, worst "
-        f"{100 * max(corrected):.1f} %"
+        f"  for the machine as probed, before its drift: mean {100 * sum(probed) / len(probed):.1f} %, worst "
+        f"{100 * max(probed):.1f} %"
     )
     met = mean <= MEAN_TARGET and worst <= WORST_TARGET
     return {"mean_abs_error": mean, "worst_abs_error": worst, "kinds": kinds, "met": met, "text": "\n".join(text)}
@@ -64,8 +65,9 @@ def write(path: Path, record: dict) -> None:
     text = [
         "# Predicted against measured",
         "",
-        "`python -m scripts.validate_cost_model`; seconds are predicted/measured. The disk is read with O_DIRECT (page cache",
-        f"bypassed). Machine: {record['machine']['cpu']}, {record['machine']['cores']} cores; torch {record['versions']['torch']}.",
+        "`python -m scripts.validate_cost_model`; seconds are predicted/measured, for the speeds found between the sweeps. Those of",
+        f"cores are of products of {', '.join(map(str, TOKENS))} tokens. The disk is read with O_DIRECT (page cache bypassed).",
+        f"Machine: {record['machine']['cpu']}, {record['machine']['cores']} cores; torch {record['versions']['torch']}.",
         "",
         "```",
         *(line for result in record["results"] for line in lines(result)),

@@ -1,50 +1,39 @@
-"""Measured runs of a configuration: the engine as users run it, with the disk rate just before and after."""
+"""Measured runs of a configuration: the engine as users run it, with looks at the machine between its sweeps."""
 
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch.nn.functional import linear
-
+from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
 from flexmoe import LLM, EngineRequest
-from flexmoe.probing.disk import random_buffers, transfer
 from flexmoe.system.device import Device
-from flexmoe.system.direct_io import DirectFile
+from scripts.support.reads import read_when_quiet
 from scripts.support.stolen import Stolen, wait_for_calm
 from scripts.validation.configs import Configuration
+from scripts.validation.looks import Looks, Stretch, looks_at
 
-_UNIT_BYTES, _UNITS, _PROBE_BYTES = 32 << 20, 8, 1 << 30
 _CALM_S = 30.0  # the longest wait for a calm machine before a run
+_STRETCH_S = 1.5  # of sweeps, before the next look
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """What a run took; ``lanes_s`` are the seconds in which a lane was at work.
 
-    ``stolen`` is the share of the cores' time that went to other machines; ``cache_experts`` are those that device memory beyond
-    the policy's holds.
+    ``stretches`` are its sweeps with the looks around them, ``stolen`` is the share of the cores' time that went to other
+    machines; ``cache_experts`` are those that device memory beyond the policy's holds.
     """
 
     wall_s: float
     sweeps: int
     lanes_s: dict[str, float]
-    disk_before: float
-    disk_after: float
-    cpu_before: float
-    cpu_after: float
+    stretches: tuple[Stretch, ...]
     stolen: float
     cache_experts: int
-
-    @property
-    def disk_read_bytes_per_s(self) -> float:
-        """The mean of both rates."""
-        return (self.disk_before + self.disk_after) / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +51,12 @@ class Subject:
     text: tuple[int, ...] = ()
 
 
-def measure(c: Configuration, subject: Subject, work: Path, most: int) -> Iterator[Run]:
-    """Run the job up to ``most`` times on one loaded engine."""
+def measure(c: Configuration, subject: Subject, hardware: Hardware, work: Path, most: int) -> Iterator[Run]:
+    """Run the job up to ``most`` times on one loaded engine.
+
+    Args:
+        hardware: what the probe found.
+    """
     workload = c.workload
     llm = LLM(
         str(subject.path),
@@ -74,11 +67,11 @@ def measure(c: Configuration, subject: Subject, work: Path, most: int) -> Iterat
         longest_row=workload.longest_row,
         offload_dir=work / "offload",
     )
-    buffers = random_buffers(Device(subject.device), _UNIT_BYTES, _UNITS)
     requests = c.requests(_prompts(c, subject))
     try:
-        for _ in range(most):
-            yield _run(llm, requests, lambda: _disk_rate(subject.disk_files, buffers))
+        with looks_at(Device(subject.device), hardware, subject.arch, subject.disk_files) as looks:
+            for _ in range(most):
+                yield _run(llm, requests, looks)
     finally:
         llm.close()
 
@@ -90,52 +83,49 @@ def _prompts(c: Configuration, subject: Subject) -> Iterator[Sequence[int]]:
         yield text[start : start + s] if text else [rng.randrange(subject.arch.vocab_size) for _ in range(s)]
 
 
-def _run(llm: LLM, requests: list[EngineRequest], disk_rate: Callable[[], float]) -> Run:
+def _run(llm: LLM, requests: list[EngineRequest], looks: Looks) -> Run:
     wait_for_calm(_CALM_S)
-    before = llm.metrics()
-    cpu_before, disk_before, stolen = cpu_rate(), disk_rate(), Stolen()
-    for output in llm.stream(requests):
+    before, stretches, stolen = llm.metrics(), _Stretches(llm, looks), Stolen()
+    for output in llm.stream(requests, on_sweep=stretches.swept):
         if output.error:
             raise RuntimeError(output.error)
-    share = stolen.share()
-    disk_after, cpu_after = disk_rate(), cpu_rate()
-    after = llm.metrics()
+    share, after = stolen.share(), llm.metrics()
     lanes = {lane: t["busy_s"] - before["lanes"].get(lane, {}).get("busy_s", 0.0) for lane, t in after["lanes"].items()}
     return Run(
         wall_s=after["wall_s"] - before["wall_s"],
         sweeps=after["sweeps"] - before["sweeps"],
         lanes_s=lanes,
-        disk_before=disk_before,
-        disk_after=disk_after,
-        cpu_before=cpu_before,
-        cpu_after=cpu_after,
+        stretches=stretches.ended(),
         stolen=share,
         cache_experts=llm.engine.plan.allocation.cache_experts,
     )
 
 
-@torch.inference_mode()
-def cpu_rate(tokens: int = 24, hidden: int = 512, ffn: int = 1792, seconds: float = 0.4) -> float:
-    """FLOP/s of small GEMMs over weights that no cache holds: whether the machine is as fast as it was."""
-    weights = [torch.full((ffn, hidden), 0.01, dtype=torch.bfloat16) for _ in range(64)]
-    x_TD, calls, begin = torch.ones(tokens, hidden, dtype=torch.bfloat16), 0, time.perf_counter()
-    while time.perf_counter() - begin < seconds:
-        for weight in weights:
-            linear(x_TD, weight)
-        calls += len(weights)
-    return 2 * calls * tokens * hidden * ffn / (time.perf_counter() - begin)
+class _Stretches:
+    """Cuts a run into stretches as it goes; looks lie between sweeps, where the engine's clock stands."""
+
+    def __init__(self, llm: LLM, looks: Looks) -> None:
+        self._llm, self._looks, self._found = llm, looks, list[Stretch]()
+        self._wall_s, self._before = _wall_s(llm), looks.look()
+
+    def swept(self) -> None:
+        """After a sweep."""
+        if _wall_s(self._llm) - self._wall_s >= _STRETCH_S:
+            self._cut()
+
+    def ended(self) -> tuple[Stretch, ...]:
+        """All of them, after the last sweep."""
+        if _wall_s(self._llm) > self._wall_s:
+            self._cut()
+        return tuple(self._found)
+
+    def _cut(self) -> None:
+        read_when_quiet(self._llm)
+        wall_s, after = _wall_s(self._llm), self._looks.look()
+        self._found.append(Stretch(before=self._before, after=after, wall_s=wall_s - self._wall_s))
+        self._wall_s, self._before = wall_s, after
 
 
-def _disk_rate(files: Sequence[Path], buffers: list) -> float:
-    """Bytes/s of the runtime's disk threads over the files, page cache bypassed."""
-    nbytes = seconds = 0.0
-    for path in files:
-        file = DirectFile(path)
-        try:
-            done = transfer("disk_read", file, buffers, path.stat().st_size // _UNIT_BYTES * _UNIT_BYTES, 10.0)
-        finally:
-            file.close()
-        nbytes, seconds = nbytes + done.nbytes, seconds + done.seconds
-        if nbytes > _PROBE_BYTES:
-            break
-    return nbytes / seconds
+def _wall_s(llm: LLM) -> float:
+    """Seconds of all sweeps so far."""
+    return llm.metrics()["wall_s"]

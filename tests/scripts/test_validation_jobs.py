@@ -11,7 +11,7 @@ from policies import Policy
 from scripts.gpu.context import reduced_model
 from scripts.make_checkpoint import SIZES
 from scripts.validation.configs import Configuration
-from scripts.validation.drift import corrected_s
+from scripts.validation.drift import corrected
 from scripts.validation.jobs import KINDS, MT_BENCH, REAL_WEIGHTS, draw_jobs
 
 SECONDS = (0.02, 60.0)
@@ -87,11 +87,18 @@ def test_a_prediction_is_corrected_by_the_speed_of_the_cores(archs):
         (0, 0, 0, 100, 100, 0), gpu_batch_size=2, num_gpu_batches=2, prompt_len=20, gen_len=5
     )
 
-    def ratio(policy):
-        def job_s(hardware):
-            return simulate(archs["small"], hardware, c.workload, policy, full=True).job_s
+    def ratio(policy, memory, speeds):
+        def predict(hardware):
+            return simulate(archs["small"], hardware, c.workload, policy, full=True)
 
-        return corrected_s(job_s, machine, 0.5) / job_s(machine)
+        found = corrected(predict, machine, memory, speeds)
+        ratios = {lane: found.lanes_s[lane] / s for lane, s in predict(machine).lanes_s.items() if s}
+        return found.job_s / predict(machine).job_s, ratios
 
-    assert ratio(c.policy) == pytest.approx(2, rel=1e-6)
-    assert 1 <= ratio(slow_disk) < 1.5
+    whole, lanes = ratio(c.policy, 0.5, [(2, 0.5), (256, 0.5)])
+    assert whole == pytest.approx(2, rel=1e-6) and lanes["gpu"] == pytest.approx(2, rel=1e-6)
+    whole, lanes = ratio(slow_disk, 0.5, [(2, 0.5)])
+    assert 1 <= whole < 1.5 and lanes["disk_read"] == pytest.approx(1, rel=0.02)
+    assert ratio(c.policy, 1.0, [])[0] == 1.0
+    slow_products, _ = ratio(c.policy, 1.0, [(1, 1.0), (2, 0.5)])
+    assert 1.1 < slow_products < 2  # products of one token, and all that is none, are as fast as they were

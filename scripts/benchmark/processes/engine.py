@@ -15,8 +15,8 @@ from cost_model.model.weight_units import units_of
 from flexmoe import LLM, SamplingParams
 from policies import Policy, Workload
 from policies.placement import residency_order
-from scripts.benchmark.probes import DirectReader, PeakMemory, Repeater, drop_pages, gemm_rate, read_rate
-from scripts.benchmark.processes.turns import in_turns
+from scripts.benchmark.probes import DirectReader, PeakMemory, Products, Repeater, drop_pages, gemm_rate, read_rate
+from scripts.benchmark.processes.turns import in_turns, with_products
 from scripts.benchmark.worker import serve
 
 _open: dict[str, LLM] = {}
@@ -133,6 +133,15 @@ def turns(
         reader.close()
 
 
+def products(name: str, prompts: list, max_tokens: list[int], share: float, seconds: float) -> dict:
+    """`with_products` of an open model; an expert gets `share` of a sweep's tokens, and is timed for so many seconds."""
+    llm = _open[name]
+    arch = llm.engine.model.arch
+    found = Products(arch.hidden, arch.ffn)
+    sweeps = with_products(llm, prompts, max_tokens, lambda tokens: found.rate(max(1, round(share * tokens)), seconds))
+    return {"sweeps": sweeps}
+
+
 def logits(name: str, token_ids: list[int], path: str) -> None:
     """Write the float32 logits after every token of one prompt to an .npy file."""
     np.save(path, _open[name].logits(token_ids).numpy())
@@ -160,6 +169,7 @@ if __name__ == "__main__":
             "open": open_llm,
             "generate": generate,
             "turns": turns,
+            "products": products,
             "logits": logits,
             "close": close_llm,
             "gemm": lambda **arguments: {"rate": gemm_rate(**arguments)},

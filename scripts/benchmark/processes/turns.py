@@ -1,4 +1,4 @@
-"""A job with its experts on disk and the same job with everything resident, sweep by sweep in turns, and looks at the disk.
+"""Jobs sweep by sweep, in turns with what they are compared with: the same job with everything resident, the disk, products.
 
 A shared machine changes its speed by half within seconds. What is measured a second apart was measured on the same machine.
 """
@@ -9,8 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from flexmoe import LLM, SamplingParams
-
-_QUIET_S = 0.03  # without a finished read: none is under way
+from scripts.support.reads import bytes_read, read_when_quiet
 
 
 def in_turns(
@@ -37,10 +36,10 @@ def in_turns(
             llm.engine.submit(request)
     streamed_s, resident_s, read_bytes, rates = [], [], [], [look()]
     while streamed.engine.unfinished:
-        read = _when_quiet(streamed)
+        read = read_when_quiet(streamed)
         streamed_s.append(_step_s(streamed))
-        read_bytes.append(_read_bytes(streamed) - read)
-        _when_quiet(streamed)
+        read_bytes.append(bytes_read(streamed) - read)
+        read_when_quiet(streamed)
         resident_s.append(_step_s(resident))
         rates.append(look())
     if resident.engine.unfinished:
@@ -49,22 +48,35 @@ def in_turns(
     return {"streamed_s": streamed_s, "resident_s": resident_s, "read_bytes": read_bytes, "disk_rates": around}
 
 
+def with_products(
+    llm: LLM, prompts: Sequence, max_tokens: Sequence[int], rate: Callable[[int], float]
+) -> list[tuple[int, float, float]]:
+    """Run a job, and behind each sweep time the products of an expert by themselves.
+
+    Args:
+        llm: holds the whole job in flight.
+        rate: FLOP/s when a sweep has so many tokens.
+
+    Returns:
+        list[tuple]: of each sweep its tokens, its seconds, and the mean of the rates before and behind it.
+    """
+    params = [SamplingParams(max_tokens=most, ignore_eos=True) for most in max_tokens]
+    for request in llm.in_waiting_order(prompts, params):
+        llm.engine.submit(request)
+    found: list[tuple[int, float, float]] = []
+    last = 0, 0.0
+    while llm.engine.unfinished:
+        seconds = _step_s(llm)
+        tokens = llm.metrics()["tokens_per_sweep"][-1]
+        now = rate(tokens)
+        found.append((tokens, seconds, (now + last[1]) / 2 if last[0] == tokens else now))
+        last = tokens, now
+    return found
+
+
 def _step_s(llm: LLM) -> float:
     begin = time.perf_counter()
     for output in llm.engine.step():
         if output.error:
             raise RuntimeError(output.error)
     return time.perf_counter() - begin
-
-
-def _when_quiet(llm: LLM) -> int:
-    """Bytes read so far, once no more come."""
-    read = -1
-    while read != (read := _read_bytes(llm)):
-        time.sleep(_QUIET_S)
-    return read
-
-
-def _read_bytes(llm: LLM) -> int:
-    totals = llm.engine.recorder.totals()
-    return totals["disk_read"].nbytes if "disk_read" in totals else 0
