@@ -26,7 +26,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import flexmoe  # noqa: F401 - sets how idle threads wait, before torch is loaded
 from cost_model.hardware.hardware import Hardware
 from cost_model.hardware.speeds import with_speeds
 from cost_model.model.arch import ModelArch

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from flexmoe.system.machine import instruction_set
+from flexmoe.system.machine import instruction_set, usable_cores
 from policies.common.memory_units import SYSTEM_PAGE_BYTES
 
 READ_THREADS = (1, 2, 4)
@@ -206,7 +206,7 @@ def machine() -> dict:
     memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "cpu": cpu,
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "instructions": instruction_set(),
         "memory_gib": round(memory_bytes / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import os
+import statistics
 import time
+from dataclasses import replace
+from functools import cache
 from itertools import accumulate
 
 import numpy as np
 import torch
 
+from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import units_of
 from flexmoe import LLM, SamplingParams
@@ -18,6 +22,10 @@ from policies.placement import residency_order
 from scripts.benchmark.probes import DirectReader, PeakMemory, Products, Repeater, drop_pages, gemm_rate, read_rate
 from scripts.benchmark.processes.turns import in_turns, with_products
 from scripts.benchmark.worker import serve
+
+#: Tokens of an expert that a plan may have computed at once, the runtime's own first.
+CHUNKS = (512, 1024, 2048)
+_CHUNK_S, _CHUNK_ROUNDS = 0.2, 5
 
 _open: dict[str, LLM] = {}
 _watch: list[PeakMemory] = []
@@ -52,6 +60,7 @@ def open_llm(
         gen_len=lengths[1],
         prefill_tokens=prefill_tokens,
     )
+    policy = replace(policy, expert_chunk=_best_chunk(arch.hidden, arch.ffn))
     begin = time.perf_counter()
     llm = LLM(
         model,
@@ -66,7 +75,23 @@ def open_llm(
     llm.generate([[5] * 8], [SamplingParams(max_tokens=1, ignore_eos=True)])
     _open[name] = llm
     memory = llm.metrics()["memory"]
-    return {"load_s": load_s, "memory": memory, "percents": [gpu, cpu], "flops_per_token": arch.flops_per_token}
+    return {
+        "load_s": load_s,
+        "memory": memory,
+        "percents": [gpu, cpu],
+        "expert_chunk": policy.expert_chunk,
+        "flops_per_token": arch.flops_per_token,
+    }
+
+
+@cache
+def _best_chunk(hidden: int, ffn: int) -> int:
+    """Tokens of an expert computed at once as the planner chooses them, from products timed in turns."""
+    products, tokens = Products(hidden, ffn), CHUNKS
+    rounds = [[products.rate(count, _CHUNK_S) for count in tokens] for _ in range(_CHUNK_ROUNDS)]
+    rates = tuple(statistics.median(of_one) for of_one in zip(*rounds))
+    curve = GemmRates(tokens=tokens, weight_elements=(3 * hidden * ffn,), flops_per_s=(rates,))
+    return curve.fastest(3 * hidden * ffn, tokens[0])
 
 
 def weight_percents(arch: ModelArch, weights: str | list[float] | int) -> tuple[float, float]:
