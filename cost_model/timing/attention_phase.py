@@ -68,8 +68,8 @@ class AttentionPhase:
             self.batches += [self._times(costs, batch, tier, count)] * count
         self.compute_s = sum(batch.project_s + batch.attend_s for batch in self.batches)
 
-    def seconds(self, experts_s: float) -> float:
-        """Seconds of the phase, after experts that take so long.
+    def seconds(self, experts_s: float, slower: float = 1.0) -> float:
+        """Seconds of the phase, after experts that take so long, where loads of KV take ``slower`` times as long as alone.
 
         Each time is when a thread is done with what it has got so far, counted from the first projection: ``now`` the main
         thread, ``loaded`` the one that fetches KV, ``stored`` the one that takes new KV home, ``on_cpu`` the CPU's attention,
@@ -77,12 +77,12 @@ class AttentionPhase:
         much earlier. ``ready`` is when all that the batch to attend next waits for is there.
         """
         now = stored = on_cpu = ready = 0.0
-        loaded = self.batches[0].fetch_s - experts_s
+        loaded = slower * self.batches[0].fetch_s - experts_s
         moved = self.batches[-1].down_s - experts_s
         before: BatchTimes | None = None
         for batch in self.batches:
             if before and batch.fetch_s:
-                loaded = max(loaded, now) + batch.fetch_s
+                loaded = max(loaded, now) + slower * batch.fetch_s
             if batch.up_s:
                 now = moved = max(moved, now) + batch.up_s
             now += batch.project_s
