@@ -118,7 +118,9 @@ class OnDemand:
             if left <= most or share >= 1:
                 return self._most_considered if left <= most else 0.0
             return min(self._most_considered, math.log1p(-most / left) / math.log1p(-share))
-        return float(bisect_left(range(1, int(self._most_considered) + 1), True, key=lambda t: not self.pays(shares, t)))
+        return float(
+            bisect_left(range(1, int(self._most_considered) + 1), True, key=lambda t: not self.pays(shares, t))
+        )
 
     @property
     def _most_considered(self) -> float:

@@ -50,9 +50,7 @@ class JobPhases:
     row_sweeps: float
 
 
-def job_phases(
-    policy: Policy, allocation: Allocation, workload: Workload, *, most_on_demand: float = 0.0
-) -> JobPhases:
+def job_phases(policy: Policy, allocation: Allocation, workload: Workload, *, most_on_demand: float = 0.0) -> JobPhases:
     """How the job proceeds under a policy.
 
     Args:
@@ -216,7 +214,9 @@ def _followed(
     recurring = (total // window - 1) / (windows - 1) if windows and total is not None else 1.0
     once = 0.0 if windows and total is None else 1.0
     recurs = _between(stretches, window, windows * window) if windows else [False] * len(stretches)
-    counted = ((each, each.sweeps * (recurring if again else once)) for each, again in zip(stretches, recurs, strict=True))
+    counted = (
+        (each, each.sweeps * (recurring if again else once)) for each, again in zip(stretches, recurs, strict=True)
+    )
     return tuple((each, sweeps) for each, sweeps in counted if sweeps)
 
 

@@ -46,8 +46,8 @@ THREADS = {
 _DEMANDED = ("disk_read/routed", "h2d/routed")
 #: Who brings weights over each resource.
 _LINKS = (("pcie", "h2d"), ("disk_read", "disk_read"))
-#: What the thread that loads KV shares with weights: the disk and, with a GPU, the link.
-_KV_BESIDE = (("disk_read/kv", ("disk_read", "disk_read/routed")), ("h2d/kv", ("h2d", "h2d/routed")))
+#: What the thread that loads KV shares with streamed weights: the disk and, with a GPU, the link.
+_KV_BESIDE = (("disk_read/kv", "disk_read"), ("h2d/kv", "h2d"))
 #: Users that keep all cores of device cpu busy.
 _ALL_CORES = ("gpu", "cpu", "h2d/kv", "h2d/attended", "d2h")
 _LANE_OF = {user: "gpu" if user == "host" else user.partition("/")[0] for user in USERS}
@@ -155,15 +155,15 @@ class SweepForm:
         return found
 
     def _waited_s(self, busy: Mapping[str, float]) -> float:
-        """Seconds that the thread which loads KV loses to weights on the disk and on the link.
+        """Seconds that the thread which loads KV loses to streamed weights on the disk and on the link.
 
         Two that use a link share it evenly, so while both do, each loses what the other gets done. The thread reads and copies
         in turn; of what the other one does, that part coincides which the thread uses this link of its time.
         """
         loads_s, waited_s = sum(busy[user] for user in THREADS["kv loads"]), 0.0
-        for own, others in _KV_BESIDE[: 1 if self._on_cpu else 2]:
+        for own, other in _KV_BESIDE[: 1 if self._on_cpu else 2]:
             if busy[own]:
-                waited_s += busy[own] / loads_s * min(busy[own], sum(busy[user] for user in others))
+                waited_s += busy[own] / loads_s * min(busy[own], busy[other])
         return waited_s
 
     def _chain(
@@ -185,14 +185,15 @@ class SweepForm:
         layers, experts_s = self._layers, experts.chain_s
         loads_s = sum(busy[user] for user in THREADS["kv loads"])
         slower = 1 + self._waited_s(busy) / loads_s if loads_s else 1.0
-        phase_s = attention.seconds(experts_s, slower)
+        routed_s = sum(experts.moved_s[user] for user in _DEMANDED)
+        phase_s = attention.seconds(experts_s, slower, routed_s)
         chain_s = layers * (phase_s + experts_s) + outside.total_s
         name = "on demand" if experts_s > experts.compute_s else "schedule"
         computed_s = chain_s - layers * (experts_s - experts.compute_s)
         found = {name: chain_s + (self._beside_s(busy, computed_s) if self._on_cpu else 0.0)}
         for name, link_s, ahead_s in stream.links:
             # Where a link decides, the experts last as long as their units take to come, and more KV hides behind them.
-            window_s = attention.seconds(max(experts_s, link_s / layers - min(ahead_s, phase_s)), slower)
+            window_s = attention.seconds(max(experts_s, link_s / layers - min(ahead_s, phase_s)), slower, routed_s)
             window_s += experts.resident_s
             idle_s, last_s = layers * max(0.0, window_s - ahead_s), max(0.0, window_s - ahead_s)
             end_s = max(0.0, window_s + outside.standing_s - ahead_s) - last_s
