@@ -46,8 +46,6 @@ THREADS = {
 _DEMANDED = ("disk_read/routed", "h2d/routed")
 #: Who brings weights over each resource.
 _LINKS = (("pcie", "h2d"), ("disk_read", "disk_read"))
-#: What the thread that loads KV shares with streamed weights: the disk and, with a GPU, the link.
-_KV_BESIDE = (("disk_read/kv", "disk_read"), ("h2d/kv", "h2d"))
 #: Users that keep all cores of device cpu busy.
 _ALL_CORES = ("gpu", "cpu", "h2d/kv", "h2d/attended", "d2h")
 _LANE_OF = {user: "gpu" if user == "host" else user.partition("/")[0] for user in USERS}
@@ -155,16 +153,15 @@ class SweepForm:
         return found
 
     def _waited_s(self, busy: Mapping[str, float]) -> float:
-        """Seconds that the thread which loads KV loses to streamed weights on the disk and on the link.
+        """Seconds that the thread which loads KV loses to streamed weights on the disk.
 
-        Two that use a link share it evenly, so while both do, each loses what the other gets done. The thread reads and copies
-        in turn; of what the other one does, that part coincides which the thread uses this link of its time.
+        Two that read share the disk evenly, so while both do, each loses what the other gets done. The thread reads and copies
+        in turn; of what the other one reads, that part coincides which the thread reads of its time.
         """
-        loads_s, waited_s = sum(busy[user] for user in THREADS["kv loads"]), 0.0
-        for own, other in _KV_BESIDE[: 1 if self._on_cpu else 2]:
-            if busy[own]:
-                waited_s += busy[own] / loads_s * min(busy[own], busy[other])
-        return waited_s
+        read_s = busy["disk_read/kv"]
+        if not read_s:
+            return 0.0
+        return read_s / sum(busy[user] for user in THREADS["kv loads"]) * min(read_s, busy["disk_read"])
 
     def _chain(
         self,
