@@ -11,7 +11,7 @@ from cost_model.hardware.hardware import Hardware
 from cost_model.model.arch import ModelArch
 from cost_model.planner.solve import with_achieved_shares
 from cost_model.timing.evaluate import Prediction
-from cost_model.timing.job_phases import mode_shares
+from cost_model.timing.phase_loads import mode_shares
 from cost_model.timing.sweep_load import MODES
 from policies.common.memory_units import GIB
 from policies.placement import TIERS

@@ -7,7 +7,7 @@ for sweeps of so few tokens that they may be on demand.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -57,7 +57,6 @@ class Routing:
         self, arch: ModelArch, allocation: Allocation, shares: np.ndarray | None = None, on_demand: bool = True
     ):
         self._arch, self._allocation, self._shares, self._may = arch, allocation, shares, on_demand
-        self._on_demand: OnDemand | None = None
         self._known: dict[tuple[float, bool], Demand | None] = {}
 
     def touched(self, tokens: float) -> float:
@@ -83,6 +82,11 @@ class Routing:
             self._known[key] = self._demand(tokens, already)
         return self._known[key]
 
+    @cached_property
+    def most_on_demand(self) -> float:
+        """Tokens of the largest sweep that is on demand, the one before it not being so; 0 where none is."""
+        return self._chooser.most_tokens(self._shares) if self._may else 0.0
+
     def streamed(self, tier: str) -> tuple[int, int]:
         """(units, bytes) of a tier's experts that no sweep on demand streams."""
         return self._experts.between(*self._allocation.placement.stretch(tier))
@@ -91,29 +95,36 @@ class Routing:
     def _experts(self) -> _SparseExperts:
         return _SparseExperts.of(self._arch, self._allocation.placement.residency.expert_order)
 
+    @cached_property
+    def _chooser(self) -> OnDemand:
+        import numpy as np
+
+        from cost_model.routing.on_demand import OnDemand, borrowed_experts
+
+        allocation, places = self._allocation, self._experts.places
+        cached = borrowed_experts(self._arch, allocation) + allocation.cache_experts
+        streamed = places >= allocation.placement.gpu_end
+        on_disk_count = int(np.count_nonzero(places >= allocation.placement.cpu_end))
+        from_disk = on_disk_count / max(1, int(np.count_nonzero(streamed)))
+        return OnDemand(self._arch, streamed, from_disk, cached)
+
     def _demand(self, tokens: float, already: bool) -> Demand | None:
         import numpy as np
 
-        from cost_model.routing.on_demand import OnDemand, borrowed_experts, touched, uniform_shares
+        from cost_model.routing.on_demand import touched, uniform_shares
 
         allocation, places = self._allocation, self._experts.places
-        if self._on_demand is None:
-            cached = borrowed_experts(self._arch, allocation) + allocation.cache_experts
-            streamed = places >= allocation.placement.gpu_end
-            on_disk_count = int(np.count_nonzero(places >= allocation.placement.cpu_end))
-            from_disk = on_disk_count / max(1, int(np.count_nonzero(streamed)))
-            self._on_demand = OnDemand(self._arch, streamed, from_disk, cached)
-        streamed = self._on_demand.streamed
+        streamed = self._chooser.streamed
         shares = uniform_shares(self._arch) if self._shares is None else self._shares
-        if not self._on_demand.pays(shares, tokens, already):
+        if not self._chooser.pays(shares, tokens, already):
             return None
         reached, on_disk = touched(shares, tokens), places >= allocation.placement.cpu_end
         all_streamed, all_on_disk = float(reached[streamed].sum()), float(reached[on_disk].sum())
-        missed = self._on_demand.missed(shares, tokens)
+        missed = self._chooser.missed(shares, tokens)
         missed_bytes = missed * single_expert_bytes(self._arch)
         disk_share = all_on_disk / all_streamed if all_streamed else 0.0
         return Demand(
-            layers=self._on_demand.layers,
+            layers=self._chooser.layers,
             disk_layers=int(np.count_nonzero(on_disk.any(axis=1))),
             host_bytes=missed_bytes * (1 - disk_share),
             disk_bytes=missed_bytes * disk_share,

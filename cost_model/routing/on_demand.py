@@ -6,6 +6,8 @@ measured or uniform shares. A share is the probability that a token is routed to
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -94,9 +96,39 @@ class OnDemand:
         Args:
             already: it was used for the sweep before.
         """
-        arch = self.arch
-        if self.cached < FEWEST_CACHED or tokens * arch.top_k > MOST_TOKENS_PER_EXPERT * arch.num_experts:
+        if tokens > self._most_considered:
             return False
-        most = (_STILL_PAYS if already else _PAYS) * np.count_nonzero(self.streamed) * arch.expert_bytes
+        most = self._most_missed(_STILL_PAYS if already else _PAYS)
+        return most > 0 and self.missed(shares, tokens) <= most
+
+    def most_tokens(self, shares: np.ndarray | None) -> float:
+        """Tokens of the largest sweep for which on-demand mode is used, the one before it not being so; 0 where it is for none.
+
+        Under uniform routing each of the experts that are not cached is reached with the same 1 - (1 - k / E)^T, which is solved
+        for T; else T is found by bisection.
+
+        Args:
+            shares: ``[layers, E]``; None: all are alike.
+        """
+        most, arch = self._most_missed(_PAYS), self.arch
+        if not most or not self._most_considered:
+            return 0.0
+        if shares is None:
+            left, share = int(np.count_nonzero(self.streamed)) - self.cached, arch.top_k / arch.num_experts
+            if left <= most or share >= 1:
+                return self._most_considered if left <= most else 0.0
+            return min(self._most_considered, math.log1p(-most / left) / math.log1p(-share))
+        return float(
+            bisect_left(range(1, int(self._most_considered) + 1), True, key=lambda t: not self.pays(shares, t))
+        )
+
+    @property
+    def _most_considered(self) -> float:
+        """Tokens of the largest sweep for which the mode is considered."""
+        return 0.0 if self.cached < FEWEST_CACHED else MOST_TOKENS_PER_EXPERT * self.arch.num_experts / self.arch.top_k
+
+    def _most_missed(self, part: float) -> float:
+        """Experts moved one by one that take as long as a part of all that are streamed."""
         alone = self.from_disk * LOAD_BYTES["disk"] + (1 - self.from_disk) * LOAD_BYTES["cpu"]
-        return bool(most > 0 and self.missed(shares, tokens) * (arch.expert_bytes + alone) <= most)
+        whole = int(np.count_nonzero(self.streamed)) * self.arch.expert_bytes
+        return part * whole / (self.arch.expert_bytes + alone) if whole else 0.0

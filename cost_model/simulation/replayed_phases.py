@@ -30,9 +30,10 @@ def replayed_tokens_per_s(problem: Problem, policy: Policy) -> float:
     """
     allocation, memory = problem.sized(policy)
     memory.check(problem.hardware.budgets())
-    job = job_phases(policy, allocation, problem.workload)
+    costs = problem.costs(policy, allocation)
+    job = job_phases(policy, allocation, problem.workload, most_on_demand=costs.routing.most_on_demand)
     phases = [phase for phase in job.phases if phase.sweeps > 0]
     recurs = np.array([phase.sweeps for phase in phases])
-    loads, costs = [phase.load for phase in phases], problem.costs(policy, allocation)
+    loads = [phase.load for phase in phases]
     times = corrected_times(costs, policy.gpu_batch_size, loads, recurs, _REPLAYED_OPS)
     return job.tokens / float(recurs @ times.seconds)

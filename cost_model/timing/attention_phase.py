@@ -68,21 +68,23 @@ class AttentionPhase:
             self.batches += [self._times(costs, batch, tier, count)] * count
         self.compute_s = sum(batch.project_s + batch.attend_s for batch in self.batches)
 
-    def seconds(self, experts_s: float) -> float:
-        """Seconds of the phase, after experts that take so long.
+    def seconds(self, experts_s: float, slower: float = 1.0, routed_s: float = 0.0) -> float:
+        """Seconds of the phase, after experts that take so long, where loads of KV take ``slower`` times as long as alone, and
+        that of the first batch shares its links with experts that come on demand for ``routed_s``.
 
         Each time is when a thread is done with what it has got so far, counted from the first projection: ``now`` the main
         thread, ``loaded`` the one that fetches KV, ``stored`` the one that takes new KV home, ``on_cpu`` the CPU's attention,
-        ``moved`` the one that moves hidden states. What is asked for while the experts of the layer before run begins that
+        ``brought`` the one that brings its results, ``moved`` the one that moves hidden states. What is asked for while the experts of the layer before run begins that
         much earlier. ``ready`` is when all that the batch to attend next waits for is there.
         """
-        now = stored = on_cpu = ready = 0.0
-        loaded = self.batches[0].fetch_s - experts_s
+        now = stored = on_cpu = brought = ready = 0.0
+        first_s = self.batches[0].fetch_s
+        loaded = slower * first_s + min(first_s, routed_s) - experts_s
         moved = self.batches[-1].down_s - experts_s
         before: BatchTimes | None = None
         for batch in self.batches:
             if before and batch.fetch_s:
-                loaded = max(loaded, now) + batch.fetch_s
+                loaded = max(loaded, now) + slower * batch.fetch_s
             if batch.up_s:
                 now = moved = max(moved, now) + batch.up_s
             now += batch.project_s
@@ -90,7 +92,8 @@ class AttentionPhase:
             stored = max(stored, now, wait) + batch.store_s
             if batch.cpu_s:
                 on_cpu = max(on_cpu, stored) + batch.cpu_s
-                wait = max(wait, on_cpu + batch.attended_s)
+                brought = max(brought, on_cpu) + batch.attended_s
+                wait = max(wait, brought)
             if before:
                 now = max(now, ready) + before.attend_s
                 moved = max(moved, now) + before.down_s
@@ -150,7 +153,7 @@ class HalfBlocks:
 
     def __init__(self, halves: Sequence[AttentionPhase], experts_s: Sequence[float]):
         self._order = [phase.batches for phase in halves]
-        self._now = self._stored = self._on_cpu = self._loaded = self._moved = 0.0
+        self._now = self._stored = self._on_cpu = self._brought = self._loaded = self._moved = 0.0
         ends, ready = [], self._project(self._order[0][0], self._load(self._order[0][0]))
         for layer in range(_LAPS):
             for half in range(2):
@@ -190,7 +193,8 @@ class HalfBlocks:
         if not batch.cpu_s:
             return loaded
         self._on_cpu = max(self._on_cpu, self._stored) + batch.cpu_s
-        return max(loaded, self._on_cpu + batch.attended_s)
+        self._brought = max(self._brought, self._on_cpu) + batch.attended_s
+        return max(loaded, self._brought)
 
 
 def hidden_states_s(costs: Costs, batch: BatchLoad, tier: str) -> dict[str, float]:

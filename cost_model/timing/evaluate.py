@@ -137,7 +137,7 @@ def _remedies(hardware: Hardware) -> dict[str, str]:
 def _predict(
     costs: Costs, policy: Policy, workload: Workload, memory: MemoryPlan, budgets: Mapping[str, int | None]
 ) -> Prediction:
-    job = job_phases(policy, costs.allocation, workload)
+    job = job_phases(policy, costs.allocation, workload, most_on_demand=costs.routing.most_on_demand)
     form = SweepForm(costs, policy.gpu_batch_size)
     timed = [(phase, form.time(phase.load)) for phase in job.phases if phase.sweeps > 0]
     total_s = sum(phase.sweeps * time.total_s for phase, time in timed)

@@ -20,7 +20,7 @@ from math import ceil, floor
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation, common_tokens
 from cost_model.timing.job_rows import BUNDLES, STATIC_BUNDLES, followed_rows
 from cost_model.timing.length_moments import RowMoments, row_moments
-from cost_model.timing.phase_loads import Phase, PhaseLoads
+from cost_model.timing.phase_loads import Phase, PhaseLoads, mode_shares, pages_of_homes, shares_of_whole_rows
 from cost_model.timing.row_flow import Stretch, flow
 from cost_model.timing.sweep_load import RowGroup, SweepLoad
 from policies.admission.kv_pages import KVPages
@@ -50,14 +50,19 @@ class JobPhases:
     row_sweeps: float
 
 
-def job_phases(policy: Policy, allocation: Allocation, workload: Workload) -> JobPhases:
-    """How the job proceeds under a policy."""
+def job_phases(policy: Policy, allocation: Allocation, workload: Workload, *, most_on_demand: float = 0.0) -> JobPhases:
+    """How the job proceeds under a policy.
+
+    Args:
+        most_on_demand: tokens of the largest sweep whose experts come on demand. Of rows of different lengths such sweeps and
+            larger ones are never in one phase, as their times lie far apart.
+    """
     m = row_moments(workload)
     most = min(policy.block_size, workload.num_requests or policy.block_size)
     shares = mode_shares(policy, allocation, most, _mean_row_pages(allocation, m))
     loads = PhaseLoads(moments=m, shares=shares, prefill_tokens=policy.prefill_tokens)
     if m.mixed or workload.has_common:
-        return _mixed_job(policy, allocation, workload, loads)
+        return _mixed_job(policy, allocation, workload, m, floor(most_on_demand + _ROUNDING))
     block, fill = _rows_in_flight(policy, allocation, loads)
     life, total = loads.life_sweeps, workload.num_requests
     if policy.schedule == "static":
@@ -72,33 +77,6 @@ def job_phases(policy: Policy, allocation: Allocation, workload: Workload) -> Jo
     else:
         rows, phases, tokens = block, _waves(loads, float(total), block, min(fill, life)), total * m.n
     return JobPhases(phases=tuple(phases), tokens=tokens, rows_in_flight=rows, row_sweeps=life)
-
-
-def mode_shares(policy: Policy, allocation: Allocation, rows: int, row_pages: int = 0) -> dict[str, float]:
-    """Share of the rows by how they are attended; their home tiers follow the KV pages.
-
-    Args:
-        rows: in flight; of those of the host tier, whole ones are attended by the CPU, as in `policies.admission`.
-        row_pages: of a row. A tier that has fewer is the home of none, however large its share is.
-    """
-    pages = _pages_of_homes(allocation, row_pages)
-    total = sum(pages.values())
-    on_host = pages["cpu"] / total
-    of_host = max(1, round(on_host * rows))
-    attended = floor(policy.cpu_attention_percent / 100 * of_host + 0.5) / of_host
-    shares = {
-        "gpu": pages["gpu"] / total,
-        "fetch": on_host * (1 - attended),
-        "disk": pages["disk"] / total,
-        "cpu": on_host * attended,
-    }
-    return {mode: share for mode, share in shares.items() if share}
-
-
-def _pages_of_homes(allocation: Allocation, row_pages: int) -> dict[str, int]:
-    """KV pages of each tier that holds a row of so many; 0 of the others."""
-    least = min(row_pages, max(allocation.kv_pages.values()))
-    return {tier: pages if pages >= least else 0 for tier, pages in allocation.kv_pages.items()}
 
 
 def _mean_row_pages(allocation: Allocation, m: RowMoments) -> int:
@@ -116,7 +94,7 @@ def _rows_in_flight(policy: Policy, allocation: Allocation, loads: PhaseLoads) -
     m, life = loads.moments, loads.life_sweeps
     pace = policy.prefill_tokens / m.s
     staggered = m.s + (m.n + PAGE_TOKENS) / 2
-    homes = _pages_of_homes(allocation, _mean_row_pages(allocation, m))
+    homes = pages_of_homes(allocation, _mean_row_pages(allocation, m))
     pages = sum(homes.values()) - allocation.kv_layout.entering(m.s, policy.prefill_tokens)
     rows = float(policy.block_size)
     for _ in range(3):
@@ -154,19 +132,26 @@ class _Part:
     logits: float
 
 
-def _mixed_job(policy: Policy, allocation: Allocation, workload: Workload, loads: PhaseLoads) -> JobPhases:
+def _mixed_job(
+    policy: Policy, allocation: Allocation, workload: Workload, m: RowMoments, most_on_demand: int
+) -> JobPhases:
     """Rows of many lengths, followed through the admission."""
-    homes, static = _pages_of_homes(allocation, _mean_row_pages(allocation, loads.moments)), policy.schedule == "static"
-    room = sum(homes.values())
-    room -= ceil(allocation.kv_layout.entering(loads.moments.s, policy.prefill_tokens))
-    parts = _followed(workload, policy.block_size, policy.prefill_tokens, room, static, allocation.kv_layout)
+    row_pages, static = _mean_row_pages(allocation, m), policy.schedule == "static"
+    room = sum(pages_of_homes(allocation, row_pages).values())
+    room -= ceil(allocation.kv_layout.entering(m.s, policy.prefill_tokens))
+    parts = _parts_of_job(
+        workload, policy.block_size, policy.prefill_tokens, room, static, allocation.kv_layout, most_on_demand
+    )
     read_once = 0.0 if allocation.kv_layout.windowed else common_tokens(workload, policy.gpu_batch_size)
     phases = [
         Phase(
             name=part.name,
             sweeps=part.sweeps,
             load=SweepLoad(
-                groups={mode: part.rows.part(share).reading_once(read_once) for mode, share in loads.shares.items()},
+                groups={
+                    mode: part.rows.part(share).reading_once(read_once)
+                    for mode, share in shares_of_whole_rows(policy, allocation, part.rows.rows, row_pages).items()
+                },
                 logits=part.logits,
             ),
         )
@@ -176,15 +161,38 @@ def _mixed_job(policy: Policy, allocation: Allocation, workload: Workload, loads
     total = workload.num_requests
     return JobPhases(
         phases=tuple(phases),
-        tokens=sum(part.sweeps * part.logits for part in parts) if total is None else total * loads.moments.n,
+        tokens=sum(part.sweeps * part.logits for part in parts) if total is None else total * m.n,
         rows_in_flight=sum(part.sweeps * part.rows.rows for part in steady) / sum(part.sweeps for part in steady),
-        row_sweeps=loads.life_sweeps,
+        row_sweeps=max(1, ceil(m.s / policy.prefill_tokens)) + m.n - 1,
     )
 
 
+#: What the sweeps of a part are alike in: their name, whether they have prompts, whether their experts may come on demand.
+_Kind = tuple[str, bool, bool]
+
+
 @lru_cache(maxsize=4096)
-def _followed(workload: Workload, block: int, pace: int, room: int, static: bool, layout: KVPages) -> tuple[_Part, ...]:
-    """The sweeps of a job of rows of many lengths, or of one period where it is endless.
+def _parts_of_job(
+    workload: Workload, block: int, pace: int, room: int, static: bool, layout: KVPages, most_on_demand: int
+) -> tuple[_Part, ...]:
+    """The sweeps of a job of rows of many lengths, or of one period where it is endless, a few of each kind."""
+    kinds: dict[_Kind, list[tuple[Stretch, float]]] = {}
+    for each, sweeps in _followed(workload, block, pace, room, static, layout):
+        kind = _name(each, static), each.prompt_tokens > 0, each.decode_rows + each.prompt_tokens <= most_on_demand
+        kinds.setdefault(kind, []).append((each, sweeps))
+    whole, found = sum(sweeps for members in kinds.values() for _, sweeps in members), []
+    for (name, *_), members in kinds.items():
+        members.sort(key=lambda member: member[0].decode_rows + member[0].prompt_tokens)
+        sweeps = sum(count for _, count in members)
+        found += [_mean(name, part) for part in _parts(members, sweeps, 1 + round(_PARTS * sweeps / whole))]
+    return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def _followed(
+    workload: Workload, block: int, pace: int, room: int, static: bool, layout: KVPages
+) -> tuple[tuple[Stretch, float], ...]:
+    """The stretches of a job of rows of many lengths, or of one period where it is endless, and how many sweeps each stands for.
 
     Of a long job the first windows are followed, and what recurs of these counts as often as makes all its rows: the sweeps
     in which the rows of the second window and of those after it enter.
@@ -203,25 +211,20 @@ def _followed(workload: Workload, block: int, pace: int, room: int, static: bool
         prefix=(workload.prefix_len, workload.rows_per_prefix),
         held_share=1 - held_once / (workload.prompt_len + workload.gen_len),
     )
-    recurring = 1 + (total / window - windows) / (windows - 1) if windows and total is not None else 1.0
+    recurring = (total // window - 1) / (windows - 1) if windows and total is not None else 1.0
     once = 0.0 if windows and total is None else 1.0
-    recurs = _after(stretches, window) if windows else [False] * len(stretches)
-    kinds: dict[tuple[str, bool], list[tuple[Stretch, float]]] = {}
-    for each, again in zip(stretches, recurs, strict=True):
-        if sweeps := each.sweeps * (recurring if again else once):
-            kinds.setdefault((_name(each, static), each.prompt_tokens > 0), []).append((each, sweeps))
-    whole, found = sum(sweeps for members in kinds.values() for _, sweeps in members), []
-    for (name, _), members in kinds.items():
-        members.sort(key=lambda member: member[0].decode_rows + member[0].prompt_tokens)
-        sweeps = sum(count for _, count in members)
-        found += [_mean(name, part) for part in _parts(members, sweeps, 1 + round(_PARTS * sweeps / whole))]
-    return tuple(found)
+    recurs = _between(stretches, window, windows * window) if windows else [False] * len(stretches)
+    counted = (
+        (each, each.sweeps * (recurring if again else once)) for each, again in zip(stretches, recurs, strict=True)
+    )
+    return tuple((each, sweeps) for each, sweeps in counted if sweeps)
 
 
-def _after(stretches: Sequence[Stretch], rows: int) -> list[bool]:
-    """Which stretches begin when so many rows have entered, and rows wait."""
+def _between(stretches: Sequence[Stretch], first: int, last: int) -> list[bool]:
+    """Which stretches begin when so many rows have entered, and no more than those, and rows wait."""
     entered = accumulate((each.sweeps * each.entered for each in stretches), initial=0.0)
-    return [each.waiting and before >= rows * (1 - _ROUNDING) for each, before in zip(stretches, entered)]
+    begin, end = first * (1 - _ROUNDING), last * (1 - _ROUNDING)
+    return [each.waiting and begin <= before < end for each, before in zip(stretches, entered)]
 
 
 def _name(stretch: Stretch, static: bool) -> str:

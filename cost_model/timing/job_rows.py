@@ -19,9 +19,12 @@ Row = tuple[int, int]
 #: (prompt tokens, generated tokens, rows that are so long).
 Bundle = tuple[int, int, int]
 
-#: Bundles of a job that is followed, about; of static blocks, which close with the first end and so may be far smaller than
-#: the policy says; and rows of a block that are bundles of their own.
-BUNDLES, STATIC_BUNDLES, _SINGLES = 160, 1500, 3
+#: Bundles of a job that is followed, about; and of static blocks, which close with the first end and so may be far smaller
+#: than the policy says.
+BUNDLES, STATIC_BUNDLES = 160, 1500
+#: The rows of the largest bundles, over those of a mean one; and how far apart the completions of a bundle may be, over
+#: the part that makes so many bundles of completions from 1 to e tokens.
+_LARGER, _APART = 1.5, 12.0
 #: The golden ratio: its multiples, taken modulo 1, fill the unit interval evenly, however many are taken.
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -95,38 +98,38 @@ def followed_rows(workload: Workload, window: int, most: int = BUNDLES) -> tuple
         most: bundles, about.
 
     Returns:
-        tuple: the bundles, and the windows that these fill; 0 where they are all rows of the job.
+        tuple: the bundles, and how many windows they fill beside the last, partial one; 0 where they are all rows of the job.
     """
     total = workload.num_requests
     if total is not None and total <= max(window, most):
         if total <= most:
             return tuple((s, n, 1) for s, n in waiting_rows(workload, window, 0)), 0
         return _bundled(workload, total, most), 0
+    full, last = (most, 0) if total is None else divmod(total, window)
     if 2 * window <= most:  # so few that it matters which rows meet
         windows = most // window
-        rows = waiting_rows(replace(workload, num_requests=windows * window), window, 0)
+        rows = waiting_rows(replace(workload, num_requests=windows * window + last), window, 0)
         return tuple((s, n, 1) for s, n in rows), windows
-    last = window if total is None else min(window, total - window)
-    rows_of_both = *_bundled(workload, window, most // 2), *_bundled(workload, last, most // 2)
-    return rows_of_both, 0 if last < window or total == 2 * window else 2
+    found = _bundled(workload, window, most // 2) * min(2, full)
+    if last:
+        found += _bundled(workload, last, most // 2)
+    return found, 2 if full > 2 else 0
 
 
 def _bundled(workload: Workload, wanted: int, most: int) -> tuple[Bundle, ...]:
     """``wanted`` rows of the histogram's mix, the longest first, in about ``most`` bundles.
 
-    Each eighth, about a block where it is a window, is bundled by itself: a block ends with its last row, so those that generate
-    most are alone.
+    Each eighth, about a block where it is a window, is bundled by itself, as a block ends with its last row. Rows of a bundle
+    generate nearly as many tokens each: what is in flight when most have ended matters row by row.
     """
     counted = _stretched(workload, wanted)
     rows = sorted(((s, n) for s, n, count in counted for _ in range(count)), key=row_length, reverse=True)
-    part = ceil(wanted / WINDOW_BLOCKS)
-    size = max(1, ceil((part - _SINGLES) / (most / WINDOW_BLOCKS - _SINGLES)))
-    found = list[Bundle]()
-    for start in range(0, wanted, part):
-        block = rows[start : start + part]
-        bundles = [block[at : at + 1] for at in range(min(_SINGLES, len(block)))]
-        bundles += [block[at : at + size] for at in range(_SINGLES, len(block), size)]
-        found += [(_mean(s for s, _ in each), _mean(n for _, n in each), len(each)) for each in bundles]
+    part, size, alike = ceil(wanted / WINDOW_BLOCKS), ceil(_LARGER * wanted / most), 1 - _APART / most
+    found, first = list[Bundle](), 0
+    for at in range(1, wanted + 1):
+        if at == wanted or at % part == 0 or at - first == size or rows[at][1] < alike * rows[first][1]:
+            found.append((_mean(s for s, _ in rows[first:at]), _mean(n for _, n in rows[first:at]), at - first))
+            first = at
     return tuple(found)
 
 

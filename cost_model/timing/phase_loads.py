@@ -16,10 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, floor
 
+from cost_model.memory.allocation import Allocation
 from cost_model.timing.length_moments import RowMoments
 from cost_model.timing.sweep_load import RowGroup, SweepLoad
+from policies.policy import Policy
 
 #: Gauss-Legendre nodes on [0, 1], of weight 1/2 each.
 _NODES = (0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2)
@@ -119,3 +121,49 @@ class PhaseLoads:
             for mode, share in self.shares.items()
         }
         return SweepLoad(groups=groups, logits=decode + enter)
+
+
+def mode_shares(policy: Policy, allocation: Allocation, rows: int, row_pages: int = 0) -> dict[str, float]:
+    """Share of the rows by how they are attended; their home tiers follow the KV pages.
+
+    Args:
+        rows: in flight; of those of the host tier, whole ones are attended by the CPU, as in `policies.admission`.
+        row_pages: of a row. A tier that has fewer is the home of none, however large its share is.
+    """
+    pages = pages_of_homes(allocation, row_pages)
+    total = sum(pages.values())
+    on_host = pages["cpu"] / total
+    attended = _attended(policy, max(1, round(on_host * rows)))
+    return _by_mode(pages["gpu"] / total, on_host, pages["disk"] / total, attended)
+
+
+def shares_of_whole_rows(policy: Policy, allocation: Allocation, rows: float, row_pages: int) -> dict[str, float]:
+    """The same of few rows, each of which is in one tier: where its share has most room for it, as `policies.admission` chooses.
+
+    Rows that generate most enter first, so those left in the end are those that were there when no more had entered.
+    """
+    pages = pages_of_homes(allocation, row_pages)
+    count, total = max(1, round(rows)), sum(pages.values())
+    asked = {tier: own / total * count for tier, own in pages.items()}
+    whole = {tier: floor(own) for tier, own in asked.items()}
+    nearest = sorted(asked, key=lambda tier: whole[tier] - asked[tier])
+    for tier in nearest[: count - sum(whole.values())]:
+        whole[tier] += 1
+    on_host = whole["cpu"]
+    return _by_mode(whole["gpu"] / count, on_host / count, whole["disk"] / count, _attended(policy, max(1, on_host)))
+
+
+def pages_of_homes(allocation: Allocation, row_pages: int) -> dict[str, int]:
+    """KV pages of each tier that holds a row of so many; 0 of the others."""
+    least = min(row_pages, max(allocation.kv_pages.values()))
+    return {tier: pages if pages >= least else 0 for tier, pages in allocation.kv_pages.items()}
+
+
+def _attended(policy: Policy, rows: int) -> float:
+    """Part of so many rows of the host tier that the CPU attends, in whole rows."""
+    return floor(policy.cpu_attention_percent / 100 * rows + 0.5) / rows
+
+
+def _by_mode(gpu: float, cpu: float, disk: float, attended: float) -> dict[str, float]:
+    shares = {"gpu": gpu, "fetch": cpu * (1 - attended), "disk": disk, "cpu": cpu * attended}
+    return {mode: share for mode, share in shares.items() if share}

@@ -237,7 +237,7 @@ class _Flow:
         if count * own > self._budget:
             self._enter_over_sweeps(s, n, count)
         else:
-            self._compute(s, count * own)
+            self._compute(s, count * own, count)
             self._start(s, n, count, self._at, count)
         return count
 
@@ -247,14 +247,18 @@ class _Flow:
 
     def _enter_over_sweeps(self, s: int, n: int, count: int) -> None:
         """Rows that this sweep has no room for enter one after the other; those that were first decode meanwhile."""
-        begin, left = self._at, count * self._own_tokens(s) - self._budget
+        begin, prompt = self._at, self._own_tokens(s)
+        left = count * prompt - self._budget
         more = ceil(left / self._pace)
-        self._compute(s, self._budget)
+        last = left - (more - 1) * self._pace
+        # Where a sweep ends within a prompt, it and the next one have a piece of it.
+        pieces_of_first, pieces_of_last = ceil(self._budget / prompt), ceil(last / prompt)
+        self._compute(s, self._budget, pieces_of_first)
         self._end_sweep()
-        each = self._pace / self._own_tokens(s)
+        each = self._pace / prompt
         own = min((count - 1) / 2, each * (n - 1))
-        self._pass(more - 1, s, own)
-        self._compute(s, left - (more - 1) * self._pace)
+        self._pass(more - 1, s, own, (count + more - pieces_of_first - pieces_of_last) / max(1, more - 1))
+        self._compute(s, last, pieces_of_last)
         start = begin + more * (count + 1) / (2 * count)
         # Of short rows some have ended by now.
         alive = min(count, max(1.0, n * each))
@@ -280,16 +284,14 @@ class _Flow:
         self._rows += rows - new
         self._base += (rows - new) * base
 
-    def _compute(self, s: int, tokens: float) -> None:
-        """So many tokens of prompts of ``s`` are computed in this sweep, a chunk of at most the pace of each."""
+    def _compute(self, s: int, tokens: float, pieces: float) -> None:
+        """So many tokens of prompts of ``s`` are computed in this sweep, in so many pieces of prompts or whole ones."""
         rows = tokens / self._own_tokens(s)
         self._budget -= tokens
         self._tokens += tokens
+        self._chunks += pieces
         for part, begin in self._parts(s):
-            own = s - begin
-            chunks = part * rows * own / min(own, self._pace)
-            self._chunks += chunks
-            self._past += chunks * (begin + max(0.0, own - self._pace) / 2)
+            self._past += part * (pieces * begin + max(0.0, pieces - rows) * (s - begin) / 2)
             self._pairs += part * rows * (s * s - begin * begin) / 2
         self._entered += rows
 
@@ -306,14 +308,15 @@ class _Flow:
         self._new_rows = self._new_base = 0.0
         return self._leave()
 
-    def _pass(self, sweeps: int, s: int = 0, own: float = 0.0) -> None:
-        """So many sweeps pass, each full of prompts of ``s``, of which ``own`` rows decode by now; or without prompts."""
+    def _pass(self, sweeps: int, s: int = 0, own: float = 0.0, pieces: float = 0.0) -> None:
+        """So many sweeps pass, each full of so many pieces of prompts of ``s``, of which ``own`` rows decode by now; or without
+        prompts."""
         while sweeps > 0:
             step = sweeps
             if self._running:
                 step = min(sweeps, max(1, int(self._running[0][0] - self._at + _WITHIN) + 1))
             if s:
-                self._compute(s, self._pace)
+                self._compute(s, self._pace, pieces)
             middle = self._at + (step - 1) / 2
             self._record(step, self._rows + own, self._base + self._rows * middle + own * s)
             self._at += step

@@ -44,6 +44,8 @@ THREADS = {
 }
 #: Users that the chain waits for where experts come on demand.
 _DEMANDED = ("disk_read/routed", "h2d/routed")
+#: Who brings weights over each resource.
+_LINKS = (("pcie", "h2d"), ("disk_read", "disk_read"))
 #: Users that keep all cores of device cpu busy.
 _ALL_CORES = ("gpu", "cpu", "h2d/kv", "h2d/attended", "d2h")
 _LANE_OF = {user: "gpu" if user == "host" else user.partition("/")[0] for user in USERS}
@@ -104,19 +106,25 @@ class SweepForm:
         stream = self._stream_beside(demand, len(halves))
         experts = [_experts(costs, sum(batch.tokens for batch in cut), demand, stream) for cut in halves]
         embed_s = costs.embed_s(BatchLoad(tokens=load.tokens)) + sum(map(len, halves)) * costs.op_s
-        computed_s = embed_s + _head_s(costs, load) + costs.sample_s(load.logits)
+        head_s = _head_s(costs, load)
+        computed_s = embed_s + head_s + costs.sample_s(load.logits)
         busy = {user: layers * seconds for user, seconds in _summed(part.moved_s for part in attention).items()}
         busy |= stream.busy_s
         busy |= {user: layers * seconds for user, seconds in _summed(part.moved_s for part in experts).items()}
         layer_s = sum(part.compute_s for part in attention) + sum(part.compute_s for part in experts)
         busy |= {"gpu": layers * layer_s + computed_s, "host": costs.host_s(load.rows)}
         if costs.overlap:
-            outside_s = computed_s + busy["host"]
+            shared = self._shared(busy)
+            outside = _Outside(
+                total_s=computed_s + busy["host"],
+                standing_s=computed_s + busy["host"] - stream.head_share * head_s,
+                beside_s={name: max(0.0, shared[name] - busy[user]) for name, user in _LINKS if name in shared},
+            )
             if len(halves) > 1:
-                chain = self._chain_of_halves(busy, attention, experts, stream, outside_s)
+                chain = self._chain_of_halves(busy, attention, experts, stream, outside)
             else:
-                chain = self._chain(busy, attention[0], experts[0], stream, outside_s)
-            bounds = self._shared(busy) | chain
+                chain = self._chain(busy, attention[0], experts[0], stream, outside)
+            bounds = shared | chain
         else:
             bounds = {"serial": sum(busy.values())}
         total_s = max(bounds.values())
@@ -137,11 +145,23 @@ class SweepForm:
         """
         found = {name: sum([busy[user] for user in users]) for name, users in THREADS.items()}
         found |= self._resources.seconds(busy)
+        found["kv loads"] += self._waited_s(busy)
         if self._on_cpu:
             cores = self._costs.hardware.cores
             slower = max(0.0, self._beside["h2d"] * (cores + 1) - 1)
             found["h2d"] += slower * min(busy["h2d"], sum(busy[user] for user in _ALL_CORES))
         return found
+
+    def _waited_s(self, busy: Mapping[str, float]) -> float:
+        """Seconds that the thread which loads KV loses to streamed weights on the disk.
+
+        Two that read share the disk evenly, so while both do, each loses what the other gets done. The thread reads and copies
+        in turn; of what the other one reads, that part coincides which the thread reads of its time.
+        """
+        read_s = busy["disk_read/kv"]
+        if not read_s:
+            return 0.0
+        return read_s / sum(busy[user] for user in THREADS["kv loads"]) * min(read_s, busy["disk_read"])
 
     def _chain(
         self,
@@ -149,26 +169,33 @@ class SweepForm:
         attention: AttentionPhase,
         experts: _Experts,
         stream: _WeightStream,
-        outside_s: float,
+        outside: _Outside,
     ) -> dict[str, float]:
         """Seconds of the compute chain, and of each link behind it.
 
         The chain is L layers of attention and experts, and what is done once per sweep. A link has its own seconds and those
         in which it stands still: in each of the L windows from the last streamed expert of a layer to the first of the next,
         with that layer's attention and the experts that live on the device, no slot is freed, so it stops after the seconds
-        ``ahead_s`` that fill all slots. The last window has what is done once, too.
+        ``ahead_s`` that fill all slots. The last window has what is done once, too, but for the head as far as it is streamed:
+        it frees slots. What else crosses a link does so while layers are computed, in these windows at best.
         """
         layers, experts_s = self._layers, experts.chain_s
-        phase_s = attention.seconds(experts_s)
-        chain_s = layers * (phase_s + experts_s) + outside_s
+        loads_s = sum(busy[user] for user in THREADS["kv loads"])
+        slower = 1 + self._waited_s(busy) / loads_s if loads_s else 1.0
+        routed_s = sum(experts.moved_s[user] for user in _DEMANDED)
+        phase_s = attention.seconds(experts_s, slower, routed_s)
+        chain_s = layers * (phase_s + experts_s) + outside.total_s
         name = "on demand" if experts_s > experts.compute_s else "schedule"
         computed_s = chain_s - layers * (experts_s - experts.compute_s)
         found = {name: chain_s + (self._beside_s(busy, computed_s) if self._on_cpu else 0.0)}
-        for link_s, ahead_s in stream.links:
+        for name, link_s, ahead_s in stream.links:
             # Where a link decides, the experts last as long as their units take to come, and more KV hides behind them.
-            window_s = attention.seconds(max(experts_s, link_s / layers - min(ahead_s, phase_s))) + experts.resident_s
-            idle_s = (layers - 1) * max(0.0, window_s - ahead_s) + max(0.0, window_s + outside_s - ahead_s)
-            found["slots"] = max(found.get("slots", 0.0), link_s + idle_s)
+            window_s = attention.seconds(max(experts_s, link_s / layers - min(ahead_s, phase_s)), slower, routed_s)
+            window_s += experts.resident_s
+            idle_s, last_s = layers * max(0.0, window_s - ahead_s), max(0.0, window_s - ahead_s)
+            end_s = max(0.0, window_s + outside.standing_s - ahead_s) - last_s
+            beside_s = outside.beside_s.get(name, 0.0)
+            found["slots"] = max(found.get("slots", 0.0), link_s + max(idle_s, beside_s) + end_s)
         return found
 
     def _chain_of_halves(
@@ -177,7 +204,7 @@ class SweepForm:
         attention: Sequence[AttentionPhase],
         experts: Sequence[_Experts],
         stream: _WeightStream,
-        outside_s: float,
+        outside: _Outside,
     ) -> dict[str, float]:
         """The same of two half-blocks. A sweep is a first layer, L - 1 more, and the experts of the second half.
 
@@ -188,27 +215,42 @@ class SweepForm:
         """
         layers, seconds = self._layers, [part.chain_s for part in experts]
         march = HalfBlocks(attention, seconds)
-        chain_s = march.first_s + (layers - 1) * march.layer_s + seconds[1] + outside_s
+        chain_s = march.first_s + (layers - 1) * march.layer_s + seconds[1] + outside.total_s
         found = {"schedule": chain_s + (self._beside_s(busy, chain_s) if self._on_cpu else 0.0)}
         first, last, batches = attention[0].batches[0], attention[1].batches[-1], len(attention[1].batches)
-        for link_s, ahead_s in stream.links:
+        for _, link_s, ahead_s in stream.links:
             late_s = max(last.fetch_s, last.store_s + last.cpu_s + last.attended_s) - link_s / layers / batches
             window_s = sum(seconds) / expert_units(self._costs.arch) + first.up_s + first.project_s
             window_s += max(0.0, late_s) + last.attend_s
             idle_s = max(0.0, window_s - ahead_s)
-            end_s = march.first_s + seconds[1] + outside_s - link_s / layers - ahead_s
+            end_s = march.first_s + seconds[1] + outside.standing_s - link_s / layers - ahead_s
             found["slots"] = max(found.get("slots", 0.0), link_s + (layers - 1) * idle_s + max(idle_s, end_s))
         return found
 
     def _beside_s(self, busy: Mapping[str, float], computed_s: float) -> float:
-        """Seconds that copies and readers take from the cores that compute on device cpu."""
-        return sum(share * min(computed_s, busy[user]) for user, share in self._beside.items())
+        """Seconds that others take from the cores that compute on device cpu: copies and readers, and new KV on its way home,
+        which wants all cores and has half of them, but where the CPU's attention waits for it and nothing is computed meanwhile."""
+        stored_s = 0.0 if busy["cpu"] else min(computed_s, busy["d2h"])
+        return stored_s + sum(share * min(computed_s, busy[user]) for user, share in self._beside.items())
 
 
 def beside_shares(resources: Resources) -> dict[str, float]:
     """Part of all cores that weights and disk transfers take from what computes beside them on device cpu."""
     users = ("h2d", *(user for user in USERS if user.startswith("disk") and user not in _DEMANDED))
     return {user: resources.seconds({user: 1.0})["cores"] for user in users}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outside:
+    """Seconds beside the layers.
+
+    ``total_s``: of the chain; ``standing_s``: of these, those in which no slot is freed; ``beside_s``: what a link does beside
+    weights, in the layers, by the name of the resource.
+    """
+
+    total_s: float
+    standing_s: float
+    beside_s: Mapping[str, float]
 
 
 class _WeightStream:
@@ -221,7 +263,8 @@ class _WeightStream:
 
     Attributes:
         busy_s: seconds of a sweep, by user of `cost_model.timing.contention`.
-        links: of each link, (its seconds in a sweep, those of what it may bring before a slot is freed).
+        head_share: part of the head's units that are streamed.
+        links: of each link, (the shared resource that it alone is of those who bring weights, its seconds in a sweep, those of what it may bring before a slot is freed).
     """
 
     def __init__(self, costs: Costs, demanded: bool = False, held_slots: int = 0):
@@ -233,6 +276,8 @@ class _WeightStream:
         read_s = sum(costs.read_s(size, units) for units, size in moved["disk"])
         from_host, from_disk = (sum(units for units, _ in moved[tier]) for tier in ("cpu", "disk"))
         slots = min(costs.allocation.slots, KEPT_SLOTS) if demanded else costs.allocation.slots - held_slots
+        at, chunks = costs.allocation.placement, head_chunks(costs.arch)
+        self.head_share = sum(at.count_of(tier, "head") for tier in TIERS[1:]) / chunks
         self.busy_s = {"h2d": copy_s, "disk_read": read_s}
         if costs.stages_host_units:
             self.busy_s["stage"] = sum(costs.copy_s(size, units) for units, size in moved["cpu"])
@@ -250,8 +295,9 @@ def _summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 def _links(
     costs: Costs, from_host: int, from_disk: int, copy_s: float, read_s: float, slots: int
-) -> list[tuple[float, float]]:
-    """(seconds of a sweep, seconds of what fills all slots) of each link that brings units; none where none is streamed.
+) -> list[tuple[str, float, float]]:
+    """(shared resource, seconds of a sweep, seconds of what fills all slots) of each link that brings units; none where none is
+    streamed. Where two links count as one, it is no part of a single resource, which is "" then.
 
     On CUDA every unit is copied, and the disk fills its staging slots as well. On device cpu each unit is copied or read into
     its slot, and the two count as one link: with one slot they take turns, and each further one lets a unit of the next kind
@@ -263,11 +309,11 @@ def _links(
     part = slots / (from_host + from_disk)
     if costs.hardware.device == "cuda":
         staged = allocation.staging_slots / from_disk if from_disk else 0.0
-        return [(copy_s, part * copy_s), (read_s, (part + staged) * read_s)]
+        return [("pcie", copy_s, part * copy_s), ("disk_read", read_s, (part + staged) * read_s)]
     # A layer's host units come before its disk units, so few slots hold either these or those, and one link rests.
     each_s = min(copy_s / from_host, read_s / from_disk) if from_host and from_disk else 0.0
     link_s = max(copy_s, read_s, copy_s + read_s - 2 * layers * (slots - 1) * each_s)
-    return [(link_s, part * link_s)]
+    return [("" if from_host else "disk_read", link_s, part * link_s)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from cost_model.model.weight_units import units_of
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.solve import solve
 from cost_model.timing.evaluate import Prediction
-from cost_model.timing.job_phases import mode_shares
+from cost_model.timing.phase_loads import mode_shares
 from policies.policy import Policy, Workload
 from scripts.gpu.limit import Limit, Rates, steady_limit
 

@@ -79,3 +79,11 @@ def test_small_experts_have_to_spare_more_loads_the_faster_their_link_is():
 
 def test_one_place_to_load_into_is_too_few():
     assert not on_demand(MIXTRAL, cached=1).pays(uniform_shares(MIXTRAL), 1)
+
+
+@pytest.mark.parametrize("cached", [1, 4, 40, 10_000])
+@pytest.mark.parametrize("arch", [MIXTRAL, QWEN], ids=["mixtral", "qwen3"])
+def test_the_largest_sweep_on_demand_is_the_last_that_pays(arch, cached):
+    shares, some = uniform_shares(arch), on_demand(arch, cached, gpu=10)
+    last = max((tokens for tokens in range(1, 600) if some.pays(shares, tokens)), default=0)
+    assert int(some.most_tokens(None) + 1e-9) == last == some.most_tokens(shares)

@@ -70,3 +70,25 @@ def test_a_tier_with_less_room_than_a_row_is_the_home_of_none(mixed):
     assert all(set(phase.load.groups) == {"gpu"} for phase in job_phases(policy, allocation, workload).phases)
     closed, simulated = (f(SMALL, MACHINE, workload, policy).tokens_per_s for f in (evaluate, simulate))
     assert closed == pytest.approx(simulated, rel=0.05)
+
+
+def test_a_row_of_few_is_in_one_tier():
+    """A part of a row on the CPU had been charged what handing over a whole one costs, in each sweep."""
+    workload = Workload.of_lengths([(60, n) for n in (40, 40, 90, 91, 92)])
+    policy = policy_of(
+        (100, 0, 80, 20, 100, 0), rows=1, batches=5, prompt_len=60, gen_len=70, cpu_attention_percent=100
+    )
+    allocation = allocate(SMALL, policy, workload, device="cuda", longest_row=workload.longest_row, kv_tokens=2000)
+    found = {round(p.load.rows): p.load.groups for p in job_phases(policy, allocation, workload).phases if p.sweeps}
+    assert {mode: round(group.rows) for mode, group in found[5].items()} == {"gpu": 4, "cpu": 1}
+    assert set(found[1]) == {"gpu"}
+
+
+def test_sweeps_on_demand_and_others_are_not_one_phase():
+    workload = Workload.of_lengths([(60, n) for n in range(1, 80)])
+    policy = policy_of((100, 0, 100, 0, 100, 0), rows=80, batches=1, prompt_len=60, gen_len=70, schedule="static")
+    allocation = allocate(SMALL, policy, workload, device="cuda", longest_row=workload.longest_row)
+    most = 3.5
+    ends = [p for p in job_phases(policy, allocation, workload, most_on_demand=most).phases if p.name == "drain"]
+    assert sum(p.sweeps for p in ends if p.load.tokens <= most) == pytest.approx(3, abs=1)
+    assert all(p.load.tokens <= 3 or p.load.tokens >= 4 for p in ends)

@@ -105,12 +105,27 @@ def test_what_is_followed_has_the_rows_of_the_job_those_of_each_window_that_gene
     for window, windows in ((24, 6), (200, 2), (2000, 0), (5000, 0)):
         bundles, found = followed_rows(workload, window)
         followed = sum(count for *_, count in bundles)
-        assert found == windows and len(bundles) <= 200 and followed == min(3000, windows * window or 3000)
+        assert found == windows and len(bundles) <= 250
+        assert followed == (windows * window + 3000 % window if windows else 3000)
         assert sum(s * count for s, _, count in bundles) / followed == pytest.approx(workload.prompt_len, rel=0.03)
         assert sum(n * count for _, n, count in bundles) / followed == pytest.approx(workload.gen_len, rel=0.05)
         rows = [n for _, n, count in bundles[: len(bundles) // max(1, windows)] for _ in range(count)]
         eighth = len(rows) // 8
         assert sum(rows[:eighth]) > sum(rows[3 * eighth : 4 * eighth]) > 1.5 * sum(rows[-eighth:])
+
+
+def test_a_sweep_that_ends_within_a_prompt_has_a_piece_of_it_as_the_next_one_has():
+    """Ten prompts of 10 tokens, 25 a sweep: two and a half of them, so three pieces each."""
+    found = flow([(10, 50, 10)], block=10, pace=25, room=100, static=False)
+    prompts = [(each.sweeps, each.prompt_rows) for each in found if each.prompt_tokens]
+    assert sum(sweeps * pieces for sweeps, pieces in prompts) == 10 + 3
+
+
+def test_the_longest_rows_are_bundles_of_their_own_where_they_differ():
+    """How few are in flight in the end decides whether experts come on demand."""
+    workload = Workload.of_lengths([(32, n) for n in (900, 800, 800, 700, *[5] * 1600)])
+    bundles, _ = followed_rows(workload, 2000)
+    assert [(n, count) for _, n, count in bundles[:3]] == [(900, 1), (800, 2), (700, 1)]
 
 
 def test_few_rows_are_followed_one_by_one_as_they_wait():

@@ -2,11 +2,14 @@
 
 import random
 import statistics
+from dataclasses import replace
 
 import pytest
 
 from cost_model.simulation.replay import Replayer
+from cost_model.timing.attention_phase import AttentionPhase
 from cost_model.timing.sweep_bounds import sweep_time
+from cost_model.timing.sweep_load import batches
 from tests.support.sweeps import MANY_EXPERTS, MIXTRAL, SMALL, costs_of, decoding, random_sweep
 
 
@@ -43,3 +46,38 @@ def test_slots_do_not_count_the_kv_that_comes_under_the_experts():
     replayed_s, _ = Replayer(costs, policy.gpu_batch_size).steady(load)
     assert closed.total_s == pytest.approx(replayed_s, rel=0.02)
     assert closed.bounds_s["slots"] <= closed.bounds_s["pcie"] * 1.02
+
+
+def test_slots_know_what_crosses_the_link_beside_weights():
+    """While the host works between two sweeps only the slots fill. New KV on its way home makes all the rest take longer."""
+    costs, policy = costs_of((0, 100, 0, 100, 100, 0), batches=1, hardware={"sweep_s": 0.02, "handoff_s": 4e-3})
+    _takes_what_its_replay_takes(costs, policy, decoding(8, fetch=8))
+
+
+def test_a_streamed_head_frees_slots():
+    arch, gpu = replace(SMALL, vocab_size=200_000), {"op_s": 5e-4}
+    costs, policy = costs_of(
+        (0, 100, 100, 0, 100, 0), arch=arch, batches=1, weight_slots=11, hardware={"sweep_s": 0.03}, gpu=gpu
+    )
+    _takes_what_its_replay_takes(costs, policy, decoding(8))
+
+
+def test_what_the_cpu_attends_is_brought_by_one_thread():
+    """Each result waits for the link; those of all GPU batches come one after the other."""
+    costs, _ = costs_of((97, 3, 0, 100, 100, 0), gpu={"h2d_busy_latency_s": 2e-3}, cpu_attention_percent=100)
+    phase = AttentionPhase(costs, batches(decoding(4, cpu=4), 1))
+    assert len(phase.batches) == 4
+    assert phase.seconds(0.0) >= sum(batch.attended_s for batch in phase.batches) >= 8e-3
+
+
+def test_kv_on_disk_shares_the_disk_with_weights():
+    """The thread that loads KV reads and copies in turn, and reads more slowly while weights are read."""
+    costs, policy = costs_of(
+        (40, 0, 0, 0, 100, 0), batches=2, hardware={"disk_read_bytes_per_s": 2e9}, gpu={"kv_load_bytes_per_s": 3e9}
+    )
+    _takes_what_its_replay_takes(costs, policy, decoding(16, context=40_000, disk=16))
+
+
+def _takes_what_its_replay_takes(costs, policy, load):
+    replayed_s, _ = Replayer(costs, policy.gpu_batch_size).steady(load)
+    assert sweep_time(costs, load, policy.gpu_batch_size).total_s == pytest.approx(replayed_s, rel=0.04)
