@@ -15,11 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, product
 from typing import Any
 
 from policies.units import KINDS, UnitId
 
 LANES = ("disk_read", "disk_write", "h2d", "d2h", "gpu", "cpu")
+#: GPU batches whose fetched KV has a place on the device at a time.
+KV_BUFFERS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,10 +263,14 @@ def _attend(build: _Builder, shape: SweepShape, layer: int, j: int, after: tuple
 def _project(
     build: _Builder, shape: SweepShape, layer: int, j: int, weights: int, after: tuple[int, ...], loaded: int
 ) -> tuple[int, ...]:
-    """Everything that a batch's ``attend`` waits for; returns those ids."""
+    """Everything that a batch's ``attend`` waits for; returns those ids.
+
+    New KV of rows on disk goes home when the old has come, for that moves their last pages on. Elsewhere it need not wait for
+    the link, and nor does the CPU, whose queries go down with it."""
     hidden = _load_act(build, shape, layer, j, after)
     project = build.add("project", "gpu", layer, (weights, hidden), batch=j)
-    stored = build.add("store_kv", "d2h", layer, (project, loaded), batch=j) if j in shape.stored_batches else -1
+    before = loaded if j in shape.disk_batches else -1
+    stored = build.add("store_kv", "d2h", layer, (project, before), batch=j) if j in shape.stored_batches else -1
     if j in shape.disk_batches:
         build.add("write_kv", "disk_write", layer, (stored,), batch=j)
     on_cpu = build.add("cpu_attend", "cpu", layer, (stored,), batch=j) if j in shape.cpu_batches else -1
@@ -286,9 +293,12 @@ class _HalfBlocks:
     """The layers of a sweep whose block marches as two halves.
 
     The attention of all batches is one pipeline through the halves and layers, in turns: the first half in a layer, the
-    second one there, the first one in the next layer. As in a block that marches as one, a batch is projected, and its KV
-    requested, before the batch in front of it is attended, so that no more than two are under way. Between the batches of
-    a turn the experts of the other half compute, evenly spread, and all of them before that half is projected again.
+    second one there, the first one in the next layer. As in a block that marches as one, a batch is projected before the
+    batch in front of it is attended, so that no more than two are under way. Between the batches of a turn the experts of
+    the other half compute, evenly spread, and all of them before that half is projected again.
+
+    KV is requested as soon as there is a place for it: when a batch that fetches has been attended, that of the last but one
+    after it. Where few batches of a half fetch, it comes while others, of both halves, are attended on the CPU.
 
     The first half takes a layer's units as they arrive, the resident ones first. The second one starts with the streamed
     ones, which are all there then, so that their slots are soon free.
@@ -305,11 +315,15 @@ class _HalfBlocks:
         self._pending = (_Pending(0), _Pending(1))
         self._weights = -1  # the copy of the attention unit of the layer that was projected last
         self._arrived: dict[UnitId, int] = {}
+        self._to_load = product(range(len(shape.units.attention)), sorted(shape.fetched_batches))
+        self._loads: dict[tuple[int, int], int] = {}  # by layer and batch, those that have been requested
 
     def layers(self) -> Iterator[Op]:
         """The operations of all layers."""
         turns = [(layer, half) for layer in range(len(self._shape.units.attention)) for half in range(2)]
-        ahead = self._project(0, 0, _load_kv(self._build, self._shape, 0, 0))
+        for _ in range(KV_BUFFERS):
+            self._load_next()
+        ahead = self._project(0, 0)
         for turn, following in zip(turns, [*turns[1:], None]):
             ahead = self._turn(*turn, following, ahead)
             yield from self._build.drain()
@@ -324,29 +338,29 @@ class _HalfBlocks:
         own, other, ends = self._batches[half], self._pending[1 - half], []
         for place, j in enumerate(own, start=1):
             last = place == len(own)
-            after: tuple[int, ...] = ()
-            if not last:
-                after = self._project(layer, j + 1, _load_kv(self._build, self._shape, layer, j + 1))
-                self._experts(other, place, len(own))
-            elif following is None:
-                self._experts(other, place, len(own))
-            else:
-                at, first = following[0], self._batches[following[1]][0]
-                loaded = _load_kv(self._build, self._shape, at, first)
-                self._experts(other, place, len(own))
-                after = self._project(at, first, loaded)
+            after = () if last else self._project(layer, j + 1)
+            self._experts(other, place, len(own))
+            if last and following is not None:
+                after = self._project(following[0], self._batches[following[1]][0])
             end, home = _attend(self._build, self._shape, layer, j, ahead)
+            if j in self._shape.fetched_batches:
+                self._load_next()
             ends.append(end)
             self.ready[j] = (-1, home)
             ahead = after
         self._route(layer, half, ends)
         return ahead
 
-    def _project(self, layer: int, j: int, loaded: int) -> tuple[int, ...]:
+    def _load_next(self) -> None:
+        """Requests the KV of the next batch that fetches, if there is one."""
+        for at in islice(self._to_load, 1):
+            self._loads[at] = _load_kv(self._build, self._shape, *at)
+
+    def _project(self, layer: int, j: int) -> tuple[int, ...]:
         """A batch up to where it can be attended; returns what its ``attend`` waits for."""
         if j == 0:
             self._weights = _fetch(self._build, layer, self._shape.units.attention[layer])
-        weights = self._weights
+        weights, loaded = self._weights, self._loads.pop((layer, j), -1)
         return (*_project(self._build, self._shape, layer, j, weights, self.ready[j], loaded), weights)
 
     def _route(self, layer: int, half: int, ends: Sequence[int]) -> None:

@@ -212,7 +212,8 @@ class _Paths:
         waits for all of the device's batches but the last, and CPU attention for all fetches but the last.
 
         (23) All loads late, then the last batch attended. (24) The first projected and sent down, all CPU attention, its
-        results up; (25) the same after the other batches on the device; (26) the same after all loads but the last.
+        results up; (25) the same after the other batches on the device; (26) the same after all loads but the last, where they
+        do not come beside the other half-block.
         """
         p, lp, batch_s = self.phase, self.lp, rows * self.lp.per_s
         late_loads = self._late_loads(batch_s) if self.fetched else []
@@ -226,6 +227,8 @@ class _Paths:
         paths.append(on_cpu)
         if others:
             paths.append([*lp.rows_s(p.device_s, *others), (lp.u, -batch_s * last), *on_cpu])
+        if lp.choice.half_blocks > 1:
+            return paths
         last_load: Term = (lp.u, -batch_s * self._one_load_s())
         return paths + [[*late, last_load, *on_cpu] for late in late_loads]
 

@@ -9,12 +9,14 @@ projected, by the thread that stores those of the batches before it.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import cycle, groupby, islice
 
 from cost_model.timing.op_costs import Costs
 from cost_model.timing.sweep_load import BatchLoad
+from policies.schedule import KV_BUFFERS
 
 #: Users of `cost_model.timing.contention` that bring hidden states to the device, and home.
 UP = ("disk_read/wait", "disk_read/act", "h2d/act")
@@ -33,6 +35,7 @@ class BatchTimes:
     """Seconds of one GPU batch in one layer, by operation; dispatch is counted in ``project_s`` and ``attend_s``.
 
     ``fetch_s``: its KV to the device, from disk too; ``up_s`` and ``down_s``: its hidden states, from and to disk too.
+    ``on_disk``: it has rows there, whose new KV goes home when the old has come.
     """
 
     project_s: float
@@ -43,6 +46,7 @@ class BatchTimes:
     attend_s: float
     up_s: float
     down_s: float
+    on_disk: bool
 
 
 class AttentionPhase:
@@ -89,7 +93,7 @@ class AttentionPhase:
                 now = moved = max(moved, now) + batch.up_s
             now += batch.project_s
             wait = loaded if batch.fetch_s else 0.0
-            stored = max(stored, now, wait) + batch.store_s
+            stored = max(stored, now, wait if batch.on_disk else 0.0) + batch.store_s
             if batch.cpu_s:
                 on_cpu = max(on_cpu, stored) + batch.cpu_s
                 brought = max(brought, on_cpu) + batch.attended_s
@@ -126,6 +130,7 @@ class AttentionPhase:
             attend_s=costs.attend_s(batch) + (1 + away) * costs.op_s,
             up_s=up,
             down_s=down,
+            on_disk=to_disk,
         )
 
     def _hidden_states(self, costs: Costs, batch: BatchLoad, tier: str, count: int) -> tuple[float, float]:
@@ -140,7 +145,8 @@ class HalfBlocks:
     """The chain of operations of a block that marches as two halves, in the order of `policies.schedule`.
 
     In the turn of one half, the next batch is projected before one is attended, and between them a part of the experts of the
-    other half is computed, all of it before that half is projected again.
+    other half is computed, all of it before that half is projected again. When a batch that fetches KV has been attended,
+    that of the last but one after it is requested.
 
     Args:
         halves: the attention of each half.
@@ -154,7 +160,11 @@ class HalfBlocks:
     def __init__(self, halves: Sequence[AttentionPhase], experts_s: Sequence[float]):
         self._order = [phase.batches for phase in halves]
         self._now = self._stored = self._on_cpu = self._brought = self._loaded = self._moved = 0.0
-        ends, ready = [], self._project(self._order[0][0], self._load(self._order[0][0]))
+        self._to_load = cycle([batch.fetch_s for order in self._order for batch in order if batch.fetch_s])
+        self._loads: deque[float] = deque()  # when the KV that has been requested is there
+        for _ in range(KV_BUFFERS):
+            self._load_next()
+        ends, ready = [], self._project(self._order[0][0])
         for layer in range(_LAPS):
             for half in range(2):
                 ready = self._turn(half, ready, experts_s[1 - half] if layer or half else 0.0)
@@ -166,30 +176,31 @@ class HalfBlocks:
         own = self._order[half]
         following, part_s = [*own[1:], self._order[1 - half][0]], experts_s / len(own)
         for place, (batch, after) in enumerate(zip(own, following), start=1):
-            loaded = self._load(after)
             if place == len(own):
                 self._now += part_s
-            coming = self._project(after, loaded)
+            coming = self._project(after)
             if place < len(own):
                 self._now += part_s
             self._now = max(self._now, ready) + batch.attend_s
+            if batch.fetch_s:
+                self._load_next()
             self._moved = max(self._moved, self._now) + batch.down_s
             ready = coming
         return ready
 
-    def _load(self, batch: BatchTimes) -> float:
-        """When the KV of a batch that is requested now is there."""
-        if not batch.fetch_s:
-            return 0.0
-        self._loaded = max(self._loaded, self._now) + batch.fetch_s
-        return self._loaded
+    def _load_next(self) -> None:
+        """Requests the KV of the next batch that fetches."""
+        for fetch_s in islice(self._to_load, 1):
+            self._loaded = max(self._loaded, self._now) + fetch_s
+            self._loads.append(self._loaded)
 
-    def _project(self, batch: BatchTimes, loaded: float) -> float:
+    def _project(self, batch: BatchTimes) -> float:
         """When all is there that the attention of the batch waits for."""
+        loaded = self._loads.popleft() if batch.fetch_s else 0.0
         if batch.up_s:
             self._now = self._moved = max(self._moved, self._now) + batch.up_s
         self._now += batch.project_s
-        self._stored = max(self._stored, self._now, loaded) + batch.store_s
+        self._stored = max(self._stored, self._now, loaded if batch.on_disk else 0.0) + batch.store_s
         if not batch.cpu_s:
             return loaded
         self._on_cpu = max(self._on_cpu, self._stored) + batch.cpu_s

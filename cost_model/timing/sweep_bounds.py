@@ -145,7 +145,7 @@ class SweepForm:
         """
         found = {name: sum([busy[user] for user in users]) for name, users in THREADS.items()}
         found |= self._resources.seconds(busy)
-        found["kv loads"] += self._waited_s(busy)
+        found["kv loads"] = self._loads_s(busy) + self._waited_s(busy)
         if self._on_cpu:
             cores = self._costs.hardware.cores
             slower = max(0.0, self._beside["h2d"] * (cores + 1) - 1)
@@ -162,6 +162,18 @@ class SweepForm:
         if not read_s:
             return 0.0
         return read_s / sum(busy[user] for user in THREADS["kv loads"]) * min(read_s, busy["disk_read"])
+
+    def _loads_s(self, busy: Mapping[str, float], moved_s: float = 0.0) -> float:
+        """Seconds of the thread that fetches KV, without those in which it rests; weights of ``moved_s`` are moved in those.
+
+        KV keeps the link busy for a part w of its seconds. While weights are moved too, each has 1 / (1 + w) of its speed, so KV
+        takes longer by w times the seconds of those weights that are not moved while the thread rests or reads the disk.
+        """
+        loads_s = sum(busy[user] for user in THREADS["kv loads"])
+        if self._on_cpu:
+            return loads_s
+        beside_s = min(busy["h2d/kv"], max(0.0, busy["h2d"] - busy["disk_read/kv"] - moved_s))
+        return loads_s + self._resources.seconds({"h2d/kv": beside_s})["pcie"]
 
     def _chain(
         self,
@@ -211,11 +223,13 @@ class SweepForm:
         Where a link decides, the last batch of the second half is attended, and the first one of the next layer projected, when
         the first half has computed the last unit of a layer to come. It was projected a batch's part of a layer before. Only
         then is a slot freed. At the end of a sweep that takes as long as all of what is outside the layers and in the first one,
-        in which the slots of the last layer are filled, too.
+        in which the slots of the last layer are filled, too. Fetched KV comes all the time but for what is outside the layers.
         """
         layers, seconds = self._layers, [part.chain_s for part in experts]
         march = HalfBlocks(attention, seconds)
         chain_s = march.first_s + (layers - 1) * march.layer_s + seconds[1] + outside.total_s
+        moved_s = min([outside.total_s, *(ahead_s for _, _, ahead_s in stream.links)])
+        chain_s = max(chain_s, self._loads_s(busy, moved_s) + outside.total_s)
         found = {"schedule": chain_s + (self._beside_s(busy, chain_s) if self._on_cpu else 0.0)}
         first, last, batches = attention[0].batches[0], attention[1].batches[-1], len(attention[1].batches)
         for _, link_s, ahead_s in stream.links:

@@ -236,8 +236,8 @@ class Executor:
 
     def _op_load_kv(self, op: Op) -> Future[Event]:
         batch = self._batch(op)
-        batch.loaded = self._kv.load(op.layer, batch)
-        return batch.loaded
+        batch.loaded[op.layer] = future = self._kv.load(op.layer, batch)
+        return future
 
     def _op_project(self, op: Op) -> None:
         batch = self._batch(op)
@@ -250,8 +250,8 @@ class Executor:
         self._qkv[batch.index] = (q, k, v)
 
     def _op_store_kv(self, op: Op) -> Future[None]:
-        batch = self._batch(op)
-        batch.stored = self._kv.store(op.layer, batch, *self._qkv[batch.index], batch.loaded, self._sinks(op.layer))
+        batch, after = self._batch(op), [self._pending[dep] for dep in op.deps if dep in self._pending]
+        batch.stored = self._kv.store(op.layer, batch, *self._qkv[batch.index], after, self._sinks(op.layer))
         return batch.stored
 
     def _op_write_kv(self, op: Op) -> Future[None]:
@@ -283,7 +283,9 @@ class Executor:
         if mode is AttentionMode.GPU:
             return self._kv.attend_gpu(layer, batch, qkv[0], self._sinks(layer))
         if mode is AttentionMode.FETCH:
-            return self._kv.attend_fetched(layer, batch, *qkv, begun(batch.loaded).result(), self._sinks(layer))
+            return self._kv.attend_fetched(
+                layer, batch, *qkv, begun(batch.loaded.pop(layer, None)).result(), self._sinks(layer)
+            )
         arrived, batch.attended = begun(batch.attended), None  # the output is kept no longer than it is needed
         return self._device.use_here(arrived.result().tensor)
 

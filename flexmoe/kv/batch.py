@@ -84,7 +84,8 @@ class Batch:
         logit_rows, score_rows: places of the batch whose hidden states the head wants.
         kv: where the KV of each group lies, by group of layers (`flexmoe.kv.group_index`); like ``rope``, derived once per
             sweep.
-        loaded, stored, attended: transfers and CPU attention of the current layer.
+        loaded: by layer, transfers of fetched KV that have been requested.
+        stored, attended: transfer and CPU attention of the current layer.
         side: of the two sets of buffers, that of the last store.
     """
 
@@ -99,7 +100,7 @@ class Batch:
     score_rows: torch.Tensor
     kv: dict[AttentionMode, list[Any]] = field(default_factory=dict)
     rope: Any = None
-    loaded: Future[Event] | None = None
+    loaded: dict[int, Future[Event]] = field(default_factory=dict)
     stored: Future[None] | None = None
     attended: Future[Arrived] | None = None
     side: int = 0

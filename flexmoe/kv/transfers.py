@@ -9,7 +9,7 @@ Two sets of buffers alternate, so that the next batch is brought while this one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -170,18 +170,19 @@ class KVLanes:
         q_THd: torch.Tensor,
         k_TGw: torch.Tensor,
         v_TGw: torch.Tensor,
-        loaded: Future[Event] | None,
+        after: Sequence[Future[Event]] = (),
         sinks_H: torch.Tensor | None = None,
     ) -> Future[None]:
         """Take the new KV of the batch's ``fetch`` and ``cpu`` rows to its home (and the ``cpu`` rows' queries down, with sinks).
 
-        It waits until the batch's past KV is ``loaded``, because storing moves the tails of disk rows on.
+        Args:
+            after: what it waits for: where rows are on disk, whose tails it moves on, until their past KV is loaded.
         """
         side = batch.side = self._stored % 2
         self._stored += 1
         produced = self._device.record()
         future = self._lanes["d2h"].submit(
-            self._store, layer, batch, side, (q_THd, k_TGw, v_TGw, sinks_H), produced, loaded
+            self._store, layer, batch, side, (q_THd, k_TGw, v_TGw, sinks_H), produced, after
         )
         self._stores.append(future)
         return future
@@ -307,11 +308,11 @@ class KVLanes:
         side: int,
         made: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
         produced: Event,
-        loaded: Future[Event] | None,
+        after: Sequence[Future[Event]],
     ) -> None:
         """Take ``made``, queries, keys, values and sinks, to the host and KV on to its home."""
-        if loaded is not None:
-            loaded.result()
+        for future in after:
+            future.result()
         indices: list[GroupIndex] = [
             self._index(layer, batch, mode) for mode in batch.kv if mode is not AttentionMode.GPU
         ]

@@ -108,7 +108,7 @@ class KVBench:
             self._loading.popleft().result().synchronize()
 
     def _store(self) -> None:
-        self._lanes.store(self._next_layer(), self._batch, *self._new, None).result()
+        self._lanes.store(self._next_layer(), self._batch, *self._new).result()
         self._lanes.drain()
 
     def _next_layer(self) -> int:

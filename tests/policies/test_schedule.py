@@ -174,15 +174,31 @@ def test_each_half_is_projected_in_the_next_layer_after_all_its_experts():
             assert project.layer == 0 or own[-1].id in reaches(ops, project)
 
 
-def test_no_more_than_two_batches_of_two_halves_are_under_way():
-    """Two sets of buffers serve fetched KV and CPU attention."""
+@pytest.mark.parametrize("begun_by", ["load_kv", "project"])
+def test_no_more_than_two_batches_of_two_halves_are_under_way(begun_by):
+    """Two sets of buffers serve fetched KV, and two CPU attention."""
     for shape in in_halves():
         under_way, most = set(), 0
         for op in sweep(shape):
-            under_way |= {(op.layer, op.batch)} if op.kind in ("load_kv", "project") else set()
+            under_way |= {(op.layer, op.batch)} if op.kind == begun_by else set()
             under_way -= {(op.layer, op.batch)} if op.kind == "attend" else set()
             most = max(most, len(under_way))
-        assert most == 2
+        assert most == (2 if begun_by == "project" else min(2, len(shape.units.attention) * len(shape.fetched_batches)))
+
+
+def test_two_halves_request_fetched_kv_as_soon_as_there_is_a_buffer():
+    """The first two at once, then one when a batch that fetches has been attended: in the order in which they are attended."""
+    seen = 0
+    for shape in in_halves():
+        ops = list(sweep(shape))
+        loads = find(ops, kind="load_kv")
+        attended = [op for op in find(ops, kind="attend") if op.batch in shape.fetched_batches]
+        assert [(op.layer, op.batch) for op in loads] == [(op.layer, op.batch) for op in attended]
+        assert [op.id for op in loads[:2]] == list(range(len(loads[:2])))
+        for load, before in zip(loads[2:], attended):
+            seen += 1
+            assert not [op for op in ops[before.id + 1 : load.id] if op.lane == "gpu"]
+    assert seen >= 20
 
 
 def test_two_halves_use_each_unit_once_each_and_give_it_back_after_that():
@@ -305,13 +321,15 @@ def test_kv_of_the_next_batch_is_requested_before_this_one_is_attended():
                 assert load.id < find(ops, kind="attend", layer=load.layer, batch=load.batch - 1)[0].id
 
 
-def test_new_kv_is_stored_after_the_old_was_loaded():
+def test_new_kv_of_rows_on_disk_alone_is_stored_after_the_old_was_loaded():
+    """There it moves the last pages on. The CPU, whose queries come down with it, waits for no other load."""
     for shape in (*shapes(), *in_halves()):
         ops = list(sweep(shape))
         for store in find(ops, kind="store_kv"):
             where = {"layer": store.layer, "batch": store.batch}
             project, loads = find(ops, kind="project", **where)[0], find(ops, kind="load_kv", **where)
-            assert {project.id, *(op.id for op in loads)} <= set(store.deps)
+            before = loads if store.batch in shape.disk_batches else []
+            assert set(store.deps) == {project.id, *(op.id for op in before)}
         for write in find(ops, kind="write_kv"):
             assert find(ops, kind="store_kv", layer=write.layer, batch=write.batch)[0].id in write.deps
         for attend in find(ops, kind="cpu_attend"):

@@ -110,8 +110,10 @@ class Bench:
         k, v = (torch.randn(tokens, KV_HEADS, SIZE, generator=self.generator) for _ in range(2))
         k, v = self.lanes.as_stored(k, v)
         self.lanes.append(layer, batch, k, v)
-        stored = self.lanes.store(layer, batch, q, k, v, loaded) if set(modes) - {AttentionMode.GPU} else None
-        if any(run.kv.tier == "disk" for g in batch.groups for run in g.runs):
+        on_disk = any(run.kv.tier == "disk" for g in batch.groups for run in g.runs)
+        after = [loaded] if on_disk else []
+        stored = self.lanes.store(layer, batch, q, k, v, after) if set(modes) - {AttentionMode.GPU} else None
+        if on_disk:
             self.lanes.write(layer, batch)
         attended = self.lanes.cpu_attend(layer, batch, stored) if AttentionMode.CPU in modes else None
         return q, k, v, loaded, attended

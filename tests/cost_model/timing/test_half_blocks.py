@@ -48,6 +48,34 @@ def test_two_halves_hide_cpu_attention_behind_experts():
     assert seconds[1] < 1.07 * lanes["cpu"] + two.host_s(4096)
 
 
+def fetching(machine, percent, fetched):
+    """A sweep of two half-blocks of four batches each, of which the first ones have rows whose KV is fetched."""
+    load, arch = decoding(4096, context=400, fetch=fetched, cpu=4096 - fetched), replace(MIXTRAL, num_layers=6)
+    cpu_percent = 100 * (4096 - fetched) / 4096
+    costs, policy = costs_of(
+        percent, arch=arch, machine=machine, rows=512, batches=8, half_blocks=2, cpu_attention_percent=cpu_percent
+    )
+    closed = sweep_time(costs, load, policy.gpu_batch_size)
+    return costs, closed, Replayer(costs, policy.gpu_batch_size).steady(load)[0]
+
+
+def test_fetched_kv_comes_while_the_cpu_attends_other_batches_of_two_halves():
+    """Neither waits for the other, though few batches fetch: the slower one, the CPU, is all that is left beside the host's work."""
+    costs, closed, replayed_s = fetching("rtx4090", (100, 0, 0, 100, 100, 0), 800)
+    lanes = closed.bounds_s
+    assert 0.6 < lanes["kv loads"] / lanes["cpu"] < 1
+    assert closed.total_s < 1.1 * (lanes["cpu"] + costs.host_s(4096))
+    assert replayed_s < 1.1 * (lanes["cpu"] + costs.host_s(4096))
+
+
+def test_kv_is_fetched_more_slowly_while_weights_are_moved():
+    """The thread that fetches it is busy all the time, the link is not."""
+    costs, closed, replayed_s = fetching("a5000", (60, 40, 0, 100, 100, 0), 2400)
+    alone_s = fetching("a5000", (100, 0, 0, 100, 100, 0), 2400)[1].bounds_s["kv loads"]
+    assert closed.bounds_s["kv loads"] > 1.1 * alone_s > 1.1 * closed.bounds_s["pcie"]
+    assert closed.total_s <= replayed_s < 1.05 * closed.total_s
+
+
 def test_weights_cross_the_link_once_a_sweep_whether_the_block_is_cut_or_not():
     load = decoding(96, cpu=96)
     for halves in (1, 2):
