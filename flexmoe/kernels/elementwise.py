@@ -96,9 +96,7 @@ def rotate(
     pools = None if new is None else (new.k_pool, new.v_pool)
     if native.can_rotate(q_nHd, k_nGd, v_nGd, angles, pools):
         slots, first = (None, 0) if new is None else (new.slots, new.start)
-        native.rotate(
-            q_nHd, k_nGd, v_nGd, angles, interleaved=interleaved, pools=pools, slots_m=slots, first=first
-        )
+        native.rotate(q_nHd, k_nGd, v_nGd, angles, interleaved=interleaved, pools=pools, slots_m=slots, first=first)
         return q_nHd, k_nGd
     q_nHd, k_nGd = _turned(q_nHd, angles, interleaved), _turned(k_nGd, angles, interleaved)
     if new is not None:

@@ -146,11 +146,10 @@ class KVLanes:
         if AttentionMode.GPU not in batch.kv:
             return None
         index: GroupIndex = self._index(layer, batch, AttentionMode.GPU)
-        return NewKV(*self._cache.on_gpu(layer), index.home, index.group.start, index.group.stop)
+        k_pool, v_pool = self._cache.on_gpu(layer)
+        return NewKV(k_pool, v_pool, index.home, index.group.start, index.group.stop)
 
-    def as_stored(
-        self, batch: Batch, k_TGd: torch.Tensor, v_TGd: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def as_stored(self, batch: Batch, k_TGd: torch.Tensor, v_TGd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """New keys and values as the cache stores them, ``[T, G, w]``, which the operations below take for ``fetch`` and ``cpu``
         rows; a batch without such rows has no use for them, and its are left as they are."""
         if all(mode is AttentionMode.GPU for mode in batch.kv):

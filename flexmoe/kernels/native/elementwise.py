@@ -133,7 +133,13 @@ def rotate(
     to: tuple[int | None, ...] = (None, None, 0, 0, None, 0, 0, 0, 0)
     if pools is not None and slots_m is not None:
         k_pool, item = pools[0], pools[0].element_size()
-        slots = k_pool.stride(1) * item, k_pool.shape[0] * k_pool.shape[1], slots_m.data_ptr(), first, first + len(slots_m)
+        slots = (
+            k_pool.stride(1) * item,
+            k_pool.shape[0] * k_pool.shape[1],
+            slots_m.data_ptr(),
+            first,
+            first + len(slots_m),
+        )
         stored = k_pool.dtype != k_nGd.dtype, k_pool.stride(2) * item
         to = k_pool.data_ptr(), pools[1].data_ptr(), *slots, *stored
     turned = cos.data_ptr(), sin.data_ptr(), cos.stride(0)
@@ -208,9 +214,22 @@ def _functions() -> ctypes.CDLL:
     rows = (integer, pointer, int64)
     norm_end = (real, pointer, real, integer, pointer, int64, int64, integer, integer)
     library.flexmoe_norm.argtypes = [*rows, pointer, int64, *norm_end]
-    made = (*rows, pointer, int64, pointer, int64, pointer, pointer, int64, int64, *[integer] * 5)
-    slots = (pointer, pointer, int64, int64, pointer, int64, int64, integer, integer)
-    library.flexmoe_rotate.argtypes = [*made, *slots, integer]
+    library.flexmoe_rotate.argtypes = [
+        *rows,
+        pointer,
+        int64,
+        pointer,
+        int64,
+        pointer,
+        pointer,
+        *[int64] * 2,
+        *[integer] * 5,
+        *[pointer] * 2,
+        *[int64] * 2,
+        pointer,
+        *[int64] * 2,
+        *[integer] * 3,
+    ]
     library.flexmoe_gate.argtypes = [
         *rows,
         pointer,
