@@ -114,7 +114,8 @@ def test_new_keys_and_values_are_written_where_they_belong_while_they_are_projec
     """As they are written after the projection, whatever is normed, turned or scaled, and only those of the named tokens."""
     whole = ModelArch.from_name(name)
     rotary = whole.rotary_dim and 16 * whole.rotary_dim // whole.head_dim
-    arch = replace(whole, hidden=64, num_heads=4, num_kv_heads=2, head_dim=16, rotary_dim=rotary, qk_norm=norm)
+    shape = dict(hidden=64, num_heads=4, num_kv_heads=2, head_dim=16, rotary_dim=rotary)
+    arch = replace(whole, qk_norm=norm, packed=None, **shape)
     math, generator = family(arch), torch.Generator().manual_seed(1)
     weights = {
         part.role: torch.randn(part.shape, generator=generator).mul_(0.1).bfloat16()
