@@ -12,6 +12,7 @@ import torch
 from cost_model.model.arch import ModelArch
 from flexmoe.checkpoint.unit_layout import Part
 from flexmoe.debugging.watch import Watch
+from flexmoe.kernels.elementwise import NewKV
 from flexmoe.kernels.expert_dispatch import ExpertDispatch
 from flexmoe.kernels.expert_weights import ExpertProducts, ExpertWeights
 from flexmoe.kernels.family import Family, Rope, Weights
@@ -57,12 +58,17 @@ class WatchedFamily:
         self._watch.saw("hidden_states", h_TD, {"rows of the table": x_TD})
         return h_TD
 
-    def project(self, h_TD: torch.Tensor, w: Weights, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values of the residual stream, to which the experts of the layer before have added."""
+    def project(
+        self, h_TD: torch.Tensor, w: Weights, rope: Rope, new: NewKV | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values of the residual stream, to which the experts of the layer before have added. Keys and values
+        are seen before they are written."""
         self._watch.saw("hidden_states", h_TD)
-        q, k, v = self._family.project(h_TD, w, rope)
+        q, k, v = self._family.project(h_TD, w, rope, None)
         for name, x in (("query", q), ("key", k), ("value", v)):
             self._watch.saw(name, x, w)
+        if new is not None:
+            new.put(k, v)
         return q, k, v
 
     def output(

@@ -244,10 +244,9 @@ class Executor:
         if op.layer > 0:
             self._hidden.add(batch.index, self._expert_output(batch))
         weights = self._feed.get(self._units.attention[op.layer].unit)
-        q, k, v = self._family.project(self._hidden[batch.index], weights, batch.rope)
-        k, v = self._kv.as_stored(k, v)
-        self._kv.append(op.layer, batch, k, v)
-        self._qkv[batch.index] = (q, k, v)
+        new = self._kv.new_kv(op.layer, batch)
+        q, k, v = self._family.project(self._hidden[batch.index], weights, batch.rope, new)
+        self._qkv[batch.index] = (q, *self._kv.as_stored(batch, k, v))
 
     def _op_store_kv(self, op: Op) -> Future[None]:
         batch, after = self._batch(op), [self._pending[dep] for dep in op.deps if dep in self._pending]

@@ -1,20 +1,48 @@
-"""What happens between the products of a layer: norm, rotary embedding, gate, rows put or added to others.
+"""What happens between the products of a layer: norm, rotary embedding with new keys and values to their pages, gate, rows put or
+added to others.
 
 On the CPU each is one pass over memory in native code, with float32 inside and one rounding at the end. Elsewhere, and where
 there is no native library, torch does it.
 
-Legend: n rows or tokens, D numbers of a row, H heads, F expert width.
+Legend: n rows or tokens, D numbers of a row, H heads, G KV heads, d head size, w elements of a head in a pool, F expert width.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
+from flexmoe.formats.packed_kv import is_packed, pack
 from flexmoe.kernels.native import elementwise as native
 
 #: Cosine and sine of rotary embedding.
 Angles = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NewKV:
+    """Where keys and values of new tokens go: those of the tokens [start, stop) of a batch, to slots of a pool.
+
+    Attributes:
+        k_pool, v_pool: pages ``[pages, page_tokens, G, w]``, of plain or of compressed heads.
+        slots: int64 ``[stop - start]``, flat token slots.
+        start, stop: tokens of the batch.
+    """
+
+    k_pool: torch.Tensor
+    v_pool: torch.Tensor
+    slots: torch.Tensor
+    start: int
+    stop: int
+
+    def put(self, k_nGd: torch.Tensor, v_nGd: torch.Tensor) -> None:
+        """Write them, given keys, rotated, and values of all tokens of the batch."""
+        k_nGd, v_nGd = k_nGd[self.start : self.stop], v_nGd[self.start : self.stop]
+        if is_packed(self.k_pool):
+            k_nGd, v_nGd = pack(k_nGd), pack(v_nGd)
+        put_rows((self.k_pool.flatten(0, 1), self.v_pool.flatten(0, 1)), self.slots, (k_nGd, v_nGd))
 
 
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float, *, weight_first: bool = False) -> torch.Tensor:
@@ -47,19 +75,37 @@ def add_and_norm(
     return h_nD, rms_norm(h_nD, weight_D, eps, weight_first=weight_first)
 
 
-def rotate(x_nHd: torch.Tensor, angles: Angles, *, interleaved: bool = False) -> torch.Tensor:
-    """Heads turned by cosine and sine, perhaps in place; dimensions behind the turned ones stay as they are.
+def rotate(
+    q_nHd: torch.Tensor,
+    k_nGd: torch.Tensor,
+    v_nGd: torch.Tensor,
+    angles: Angles,
+    new: NewKV | None = None,
+    *,
+    interleaved: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys turned by cosine and sine, perhaps in place; dimensions behind the turned ones stay as they are.
 
     Args:
-        x_nHd: queries or keys.
-        angles: cosine and sine ``[n, 1, d]``, the two halves of which are equal.
+        q_nHd, k_nGd, v_nGd: of a batch's tokens.
+        angles: cosine and sine ``[n, 1, rotated]``, the two halves of which are equal.
+        new: where keys, turned, and values of some tokens go. What is returned of the keys of these tokens is undefined.
         interleaved: pairs are neighbours, not of the two halves. The result then has the first of all pairs before the
             second ones, in queries as in keys, which their products do not see.
     """
+    pools = None if new is None else (new.k_pool, new.v_pool)
+    if native.can_rotate(q_nHd, k_nGd, v_nGd, angles, pools):
+        slots, first = (None, 0) if new is None else (new.slots, new.start)
+        native.rotate(q_nHd, k_nGd, v_nGd, angles, interleaved=interleaved, pools=pools, slots_m=slots, first=first)
+        return q_nHd, k_nGd
+    q_nHd, k_nGd = _turned(q_nHd, angles, interleaved), _turned(k_nGd, angles, interleaved)
+    if new is not None:
+        new.put(k_nGd, v_nGd)
+    return q_nHd, k_nGd
+
+
+def _turned(x_nHd: torch.Tensor, angles: Angles, interleaved: bool) -> torch.Tensor:
     cos, sin = angles
-    if native.fits(x_nHd, cos, sin) and x_nHd.stride(1) == x_nHd.shape[2]:
-        native.rotate(x_nHd, cos, sin, interleaved=interleaved)
-        return x_nHd
     turned, rest = x_nHd[..., : cos.shape[-1]], x_nHd[..., cos.shape[-1] :]
     first, second = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
     if interleaved:

@@ -13,6 +13,7 @@ import torch
 
 from cost_model.model.arch import ModelArch
 from flexmoe.checkpoint.unit_layout import Part
+from flexmoe.kernels.elementwise import NewKV
 from flexmoe.kernels.expert_weights import ExpertProducts, ExpertWeights
 from policies.units import UnitId
 
@@ -44,8 +45,13 @@ class Family(Protocol):
     def embedded(self, x_TD: torch.Tensor) -> torch.Tensor:
         """The residual stream that rows of the embedding table begin."""
 
-    def project(self, h_TD: torch.Tensor, w: Weights, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries ``[T, H, Dh]``, keys and values ``[T, G, Dh]`` of the residual stream."""
+    def project(
+        self, h_TD: torch.Tensor, w: Weights, rope: Rope, new: NewKV | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries ``[T, H, Dh]``, keys and values ``[T, G, Dh]`` of the residual stream.
+
+        Keys and values of the tokens that ``new`` names are written there; what is returned of these keys is undefined.
+        """
 
     def output(
         self, h_TD: torch.Tensor, attended_THd: torch.Tensor, w: Weights

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from flexmoe.kernels.elementwise import put_rows
+from flexmoe.kernels.elementwise import NewKV
 from flexmoe.kernels.paged_attention import Kernel, choose_kernel, paged_attention, plan_attention
 from flexmoe.kv.batch import Arrived, Batch, Block, Group
 from flexmoe.kv.cache import KVCache
@@ -141,19 +141,22 @@ class KVLanes:
         """That of a batch's rows of a mode, for a layer."""
         return batch.kv[mode][self._cache.group_of[layer]]
 
-    def as_stored(self, k_TGd: torch.Tensor, v_TGd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """New keys and values as the cache stores them, ``[T, G, w]``, which the operations below take."""
+    def new_kv(self, layer: int, batch: Batch) -> NewKV | None:
+        """Where the new KV of the batch's ``gpu`` rows goes, in the device pool; the family's `project` writes it there."""
+        if AttentionMode.GPU not in batch.kv:
+            return None
+        index: GroupIndex = self._index(layer, batch, AttentionMode.GPU)
+        k_pool, v_pool = self._cache.on_gpu(layer)
+        return NewKV(k_pool, v_pool, index.home, index.group.start, index.group.stop)
+
+    def as_stored(self, batch: Batch, k_TGd: torch.Tensor, v_TGd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """New keys and values as the cache stores them, ``[T, G, w]``, which the operations below take for ``fetch`` and ``cpu``
+        rows; a batch without such rows has no use for them, and its are left as they are."""
+        if all(mode is AttentionMode.GPU for mode in batch.kv):
+            return k_TGd, v_TGd
         return self._cache.shape.as_stored(k_TGd), self._cache.shape.as_stored(v_TGd)
 
     # Operations of the schedule. Those that return a future have been handed to a lane.
-
-    def append(self, layer: int, batch: Batch, k_TGw: torch.Tensor, v_TGw: torch.Tensor) -> None:
-        """Write the new KV of the batch's ``gpu`` rows into the device pool."""
-        if AttentionMode.GPU in batch.kv:
-            index: GroupIndex = self._index(layer, batch, AttentionMode.GPU)
-            tokens = slice(index.group.start, index.group.stop)
-            k_pool, v_pool = (pool.flatten(0, 1) for pool in self._cache.on_gpu(layer))
-            put_rows((k_pool, v_pool), index.home, (k_TGw[tokens], v_TGw[tokens]))
 
     def load(self, layer: int, batch: Batch) -> Future[Event]:
         """Bring the past KV of the batch's ``fetch`` rows to the device; the future gives the event to wait for."""

@@ -347,8 +347,7 @@ def _dense_work(
     def work() -> None:
         weights = next(sets)
         h_TD.add_(y_TD)  # the output of the layer before's experts
-        _, k, v = math.project(h_TD, weights, rope)
-        lanes.append(0, batch, k, v)
+        math.project(h_TD, weights, rope, lanes.new_kv(0, batch))
         _, x_TD[:], logits_TE = math.output(h_TD, attended_THd, weights)
         if logits_TE is not None:
             router_TE[:] = logits_TE

@@ -108,8 +108,9 @@ class Bench:
         tokens = batch.stop - batch.start
         q = torch.randn(tokens, HEADS, SIZE, generator=self.generator)
         k, v = (torch.randn(tokens, KV_HEADS, SIZE, generator=self.generator) for _ in range(2))
-        k, v = self.lanes.as_stored(k, v)
-        self.lanes.append(layer, batch, k, v)
+        if (new := self.lanes.new_kv(layer, batch)) is not None:
+            new.put(k, v)
+        k, v = (self.cache.shape.as_stored(x) for x in (k, v))
         on_disk = any(run.kv.tier == "disk" for g in batch.groups for run in g.runs)
         after = [loaded] if on_disk else []
         stored = self.lanes.store(layer, batch, q, k, v, after) if set(modes) - {AttentionMode.GPU} else None

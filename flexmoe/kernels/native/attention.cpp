@@ -8,7 +8,7 @@
 // Keys that rows have in common come first, tile by tile of all lines of these rows, so that they are read once for all of
 // them; each row goes on from there by itself. Its result then depends on which of its keys are shared, and on nothing else.
 //
-// This file is the C entry points (those of products.h, packed_work.h and choice.h, too; elementwise.h has its own) and the
+// This file is the C entry points (those of products.h, packed_work.h and choice.h, too; elementwise.h and rotary.h have their own) and the
 // checks that need the tensors' contents.
 
 #include <algorithm>
@@ -25,6 +25,7 @@
 #include "packed_work.h"
 #include "products.h"
 #include "products_amx.h"
+#include "rotary.h"
 #include "work.h"
 
 namespace {

@@ -103,10 +103,19 @@ struct Ahead {
         left = int(first - at + run * bytes + 63) / 64, token += run, together = apart;
       }
       const int now = std::min(credit / 64, left);
-      for (const char* stop = at + now * 64; at < stop; at += 64)
-        __builtin_prefetch(at, 0, LOCALITY), __builtin_prefetch(at + v_minus_k, 0, LOCALITY);
-      left -= now, credit -= now * 64;
+      const char *line = at, *const stop = at + now * 64;
+      for (; line < stop; line += 64) __builtin_prefetch(line, 0, LOCALITY), __builtin_prefetch(line + v_minus_k, 0, LOCALITY);
+      at = stop, left -= now, credit -= now * 64;
     }
+  }
+  // Into L2, a few bytes at a time.
+  INLINE void fetch_some(int most) {
+    credit += most;
+    const int now = credit / 64;
+    if (now > left) return fetch_far(0);
+    const char *line = at, *const stop = at + now * 64;
+    for (; line < stop; line += 64) __builtin_prefetch(line, 0, 2), __builtin_prefetch(line + v_minus_k, 0, 2);
+    at = stop, left -= now, credit -= now * 64;
   }
   // Into L2, from where registers are scarce.
   __attribute__((noinline)) void fetch_far(int most) { fetch<2>(most); }

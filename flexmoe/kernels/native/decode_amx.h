@@ -50,6 +50,24 @@ INLINE bool evenly(const Call& c, const int64_t* offsets) {
   return c.page_tokens >= TILE_KEYS && offsets[TILE_KEYS - 1] - offsets[0] == (TILE_KEYS - 1) * int64_t(c.G) * c.width;
 }
 
+// The softmax of line l of a vector: that of a query head from the start, or from what shared keys have left of it.
+INLINE void begin_softmax(const Call& c, int head, int l, const float* from, vf* max_sum) {
+  for (int i = l % LINES_AT_ONCE; i < W; i += LINES_AT_ONCE) {
+    max_sum[0][i] = from ? from[c.D] : first_score(c, head);
+    max_sum[1][i] = i >= LINES_AT_ONCE ? 0.0f : from ? from[c.D + 1] : first_sum(c);
+  }
+}
+// Scores of the lines from l on with four keys, of which the first is `first` of `count` from t on: -inf where they do not see it.
+INLINE vf masked(const Call& c, int row, vf x, int l, int t, int first, int count) {
+  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const vi key = lane / LINES_AT_ONCE + first;
+  vi position = (vi){} + (c.context_lens[row] - (c.q_starts[row + 1] - c.q_starts[row]));
+  for (int i = 0; i < W; i++) position[i] += (l + i % LINES_AT_ONCE) / c.N;
+  vi hidden = (key >= count) | (key + t > position);
+  if (c.window) hidden |= key + t <= position - c.window;
+  return hidden ? (vf){} - __builtin_inff() : x;
+}
+
 struct AmxStream {
   const Call& c;
   const int row, heads, lines, group, padded_lines, D, padded, context, begin;
@@ -111,10 +129,7 @@ struct AmxStream {
         const int64_t token = first_token + l / c.N;
         vf* state = max_sum + (h * (padded_lines / LINES_AT_ONCE) + l / LINES_AT_ONCE) * 2;
         const float* from = begin > 0 && c.state && l < lines ? state_of(c, token, own) : nullptr;
-        for (int i = l % LINES_AT_ONCE; i < W; i += LINES_AT_ONCE) {
-          state[0][i] = from ? from[D] : first_score(c, own);
-          state[1][i] = i >= LINES_AT_ONCE ? 0.0f : from ? from[D + 1] : first_sum(c);
-        }
+        begin_softmax(c, own, l, from, state);
         if (l >= lines) continue;
         const bf16* query = (const bf16*)c.q + token * c.q_stride + int64_t(own) * D;
         put_pairs(query, D, q + h * padded * padded_lines + 2 * l, padded_lines);
@@ -187,7 +202,7 @@ struct AmxStream {
     vf x[VECTORS], highest = state[0];
     UNROLL for (int i = 0; i < VECTORS; i++) {
       x[i] = load_4x4(scores_of(turn) + 4 * i * padded_lines + l, padded_lines) * factor;
-      if constexpr (MASKED) x[i] = masked(x[i], l, t, 4 * i, count);
+      if constexpr (MASKED) x[i] = masked(c, row, x[i], l, t, 4 * i, count);
     }
     vf top[4] = {highest, x[0], x[1], x[2]};
     UNROLL for (int i = 3; i < VECTORS; i++) top[i % 4] = vmax(top[i % 4], x[i]);
@@ -214,15 +229,6 @@ struct AmxStream {
   static INLINE __m512i in_order(__m256i x) {
     const __m512i key = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_maskz_permutexvar_epi16(0x55555555, key, _mm512_castsi256_si512(x));
-  }
-  INLINE vf masked(vf x, int l, int t, int first, int count) const {
-    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const vi key = lane / LINES_AT_ONCE + first, past = (vi){} + (context - lines / c.N);
-    vi position = past;
-    for (int i = 0; i < W; i++) position[i] += (l + i % LINES_AT_ONCE) / c.N;
-    vi hidden = (key >= count) | (key + t > position);
-    if (c.window) hidden |= key + t <= position - c.window;
-    return hidden ? (vf){} - __builtin_inff() : x;
   }
   __attribute__((noinline)) void rescale(vf alpha, float* own) {
     for (int l = 0; l < LINES_AT_ONCE; l++, own += padded)

@@ -22,21 +22,21 @@ namespace {
 
 struct AmxBytes {
   const Call& c;
-  // Lines come in groups, whose high bytes lie before the low ones.
+  // Lines come in groups, whose high bytes lie before the low ones; of queries and scores those of four lines each.
   const int row, heads, lines, group, groups, D, padded, context, begin;
   const int64_t first_token;
-  int8_t *q, *weights, *values, *keys;  // [heads][groups][padded / 64][16][2][group][4], [groups][2][group][64],
+  int8_t *q, *weights, *values, *keys;  // [heads][groups][padded / 64][16][group / 4][2][4][4], [groups][2][group][64],
                                         // [padded / 16][16][64], [64][padded]
   float *q_scale, *o;                   // [heads][lines], [heads][lines][padded], columns as `interleave` leaves them
-  int32_t *scores, *sums;               // [2][groups][64][2][group], [groups][padded / 16][2][group][16]
+  int32_t *scores, *sums;               // [2][groups][64][group / 4][2][4], [2][2][2][group][16]
   vf* max_sum;                          // [heads][lines / 4][2]: as in decode.h
   alignas(64) float k_scale[2][AMX_KEYS], v_scale[AMX_KEYS];
-  alignas(64) float alpha[2][AMX_LINES], factor[2][AMX_LINES];
-  int turn = 0, pending = -1;  // which of two buffers is this step's; the head whose sums are not in the outputs yet
+  alignas(64) float alpha[AMX_LINES], factor[AMX_LINES];
+  int turn = 0, pending = -1;  // which of two buffers is this step's; the head whose outputs lack the step before
 
   static size_t scratch_floats(const Call& c, int heads) {
     const size_t padded = round_up(c.D, 64);
-    return heads * AMX_LINES * (padded / 2 + 1 + padded + 2 * W) + AMX_LINES * (AMX_KEYS / 2 + 4 * AMX_KEYS + 2 * padded) +
+    return heads * AMX_LINES * (padded / 2 + 1 + padded + 2 * W) + AMX_LINES * (AMX_KEYS / 2 + 4 * AMX_KEYS + 64) +
            padded * AMX_KEYS / 2 + 192;
   }
   AmxBytes(const Call& call, const Item& item, float* scratch)
@@ -49,7 +49,7 @@ struct AmxBytes {
     auto take = [&](size_t floats) { float* taken = at; at += (floats + 15) / 16 * 16; return taken; };
     q = (int8_t*)take(size_t(heads) * all * padded / 2), o = take(size_t(heads) * all * padded);
     max_sum = (vf*)take(size_t(heads) * all / LINES_AT_ONCE * 2 * W), q_scale = take(size_t(heads) * all);
-    scores = (int32_t*)take(4 * all * AMX_KEYS), sums = (int32_t*)take(2 * all * padded);
+    scores = (int32_t*)take(4 * all * AMX_KEYS), sums = (int32_t*)take(4 * group * 32);
     weights = (int8_t*)take(all * AMX_KEYS / 2);
     values = (int8_t*)take(padded * AMX_KEYS / 4), keys = (int8_t*)take(padded * AMX_KEYS / 4);
   }
@@ -84,11 +84,10 @@ struct AmxBytes {
     for (int h = 0; h < heads; h++, v += c.width) {
       turn ^= 1;
       if (h + 1 < heads) score(k += c.width, offsets, count, h + 1, ahead);
-      if (pending >= 0) multiply();
+      if (pending >= 0) accumulate(pending, ahead);
       take_scales(v, offsets, count, v_scale);
       for (int l = 0; l < lines; l += LINES_AT_ONCE)
         masked ? softmax<true>(h, l, t, count, ahead) : softmax<false>(h, l, t, count, ahead);
-      if (pending >= 0) add(pending, turn ^ 1, ahead);
       if (padded != D) interleave<false, false>(v, offsets, count, ahead);
       else if (count == AMX_KEYS) interleave<true, true>(v, offsets, count, ahead);
       else interleave<true, false>(v, offsets, count, ahead);
@@ -129,7 +128,7 @@ struct AmxBytes {
         _tile_zero(0);
         _tile_zero(1);
         for (int d = 0; d < padded; d += 64) {
-          ahead.fetch_far(some);
+          ahead.fetch_some(some);
           _tile_loadd(2, query + size_t(d) * 2 * group, columns);
           _tile_loadd(3, a + d, a_step);
           _tile_dpbssd(0, 3, 2);
@@ -158,23 +157,23 @@ struct AmxBytes {
   // Weights of four lines in two bytes, and what outputs and their products are times.
   template <bool MASKED> __attribute__((noinline)) void softmax(int h, int l, int t, int count, Ahead& ahead) {
     constexpr int VECTORS = AMX_KEYS / 4;
-    const int some = share(AMX_KEYS * 3 / 8, 3 * ((lines + 3) / LINES_AT_ONCE));
-    ahead.fetch<2>(some);
+    const int some = share(AMX_KEYS * 3 / 8, 9 * ((lines + 3) / LINES_AT_ONCE));
     vf* state = max_sum + (h * groups * group + l) / LINES_AT_ONCE * 2;
-    const int32_t* from = scores_of(turn, l / 8) + l % 8;
+    const int32_t* from = scores_of(turn, l / 8) + l % 8 * 2;
     const vf of_lines = repeated<4>(q_scale + h * groups * group + l);
     vf x[VECTORS], w[VECTORS];
     UNROLL for (int i = 0; i < VECTORS; i++) {
+      if (i % 4 == 0) ahead.fetch_some(some);
       x[i] = scores_4x4(from + i * 8 * group) * (each_4_times(k_scale[turn] + i / 4 * 16, i % 4) * of_lines);
-      if constexpr (MASKED) x[i] = masked(x[i], l, t, 4 * i, count);
+      if constexpr (MASKED) x[i] = masked(c, row, x[i], l, t, 4 * i, count);
     }
-    ahead.fetch<2>(some);
     vf top[4] = {state[0], x[0], x[1], x[2]};
     UNROLL for (int i = 3; i < VECTORS; i++) top[i % 4] = vmax(top[i % 4], x[i]);
     const vf highest = relative_to(state[0], over_keys(vmax(vmax(top[0], top[1]), vmax(top[2], top[3])), true));
     const vf before = exp2_nonpositive(state[0] - highest);
     vf total[2] = {state[1] * before, {}}, of_values[2] = {};
     UNROLL for (int i = 0; i < VECTORS; i++) {
+      if (i % 4 == 0) ahead.fetch_some(some);
       w[i] = exp2_rounded(x[i] - highest);
       total[i % 2] += w[i];
       w[i] *= each_4_times(v_scale + i / 4 * 16, i % 4);
@@ -182,28 +181,20 @@ struct AmxBytes {
     }
     state[0] = highest, state[1] = total[0] + total[1];
     const vf whole = vmax((vf){} + 1e-30f, over_keys(of_values[0] + of_values[1], false));  // a NaN stays
-    _mm_store_ps(alpha[turn] + l, _mm512_castps512_ps128((__m512)before));
-    _mm_store_ps(factor[turn] + l, _mm512_castps512_ps128((__m512)(whole * (1 / WEIGHT_STEPS))));
-    ahead.fetch<2>(some);
+    _mm_store_ps(alpha + l, _mm512_castps512_ps128((__m512)before));
+    _mm_store_ps(factor + l, _mm512_castps512_ps128((__m512)(whole * (1 / WEIGHT_STEPS))));
+    ahead.fetch_some(some);
     const vf steps = (vf){} + WEIGHT_STEPS;
     put_weights(w, steps / whole, weights + (l / 8 * 2 * group + l % 8) * AMX_KEYS, group);
   }
   // Of four keys and four lines: lane = key of 4 * 4 + line.
   INLINE vf scores_4x4(const int32_t* p) const {
-    const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 16);
-    if (group == 4) return two_bytes(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
-    const __m512i d = _mm512_loadu_si512(p + 32), e = _mm512_loadu_si512(p + 48);
-    const __m512i ab = _mm512_shuffle_i32x4(a, b, 0x88), de = _mm512_shuffle_i32x4(d, e, 0x88);
-    return two_bytes(_mm512_shuffle_i32x4(ab, de, 0x88), _mm512_shuffle_i32x4(ab, de, 0xdd));
+    const int next = 2 * group;
+    const __m512i a = two_rows(p, p + next), b = two_rows(p + 2 * next, p + 3 * next);
+    return two_bytes(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
   }
-  INLINE vf masked(vf x, int l, int t, int first, int count) const {
-    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const vi key = lane / LINES_AT_ONCE + first;
-    vi position = (vi){} + (context - lines / c.N);
-    for (int i = 0; i < W; i++) position[i] += (l + i % LINES_AT_ONCE) / c.N;
-    vi hidden = (key >= count) | (key + t > position);
-    if (c.window) hidden |= key + t <= position - c.window;
-    return hidden ? (vf){} - __builtin_inff() : x;
+  static INLINE __m512i two_rows(const int32_t* p, const int32_t* next) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_load_si256((const __m256i*)p)), _mm256_load_si256((const __m256i*)next), 1);
   }
   // Values of four keys side by side, in the order in which weights come. Of each 64 columns, those of a tile are the same
   // four of each sixteen.
@@ -213,7 +204,7 @@ struct AmxBytes {
     for (int r = 0; r < 16; r++) {
       const i8* from[4];
       UNROLL for (int j = 0; j < 4; j++) from[j] = v + offsets[std::min(r % 4 * 16 + 4 * j + r / 4, FULL ? AMX_KEYS : count - 1)];
-      ahead.fetch_far(some);
+      ahead.fetch_some(some);
       int8_t* to = rows + r * 64;
       for (int d = 0; d < width; d += 64, to += 4 * 1024) {
         __m512i x[4];
@@ -226,37 +217,40 @@ struct AmxBytes {
     }
   }
 
-  // Sums of weights times values.
-  __attribute__((noinline)) void multiply() {
+  // Adds weights times values of the step before to the outputs: 32 columns are multiplied while those before them are added.
+  __attribute__((noinline)) void accumulate(int h, Ahead& ahead) {
     settle();
-    const int tile = 2 * group * 16;
+    const int tile = 2 * group * 16, some = share(AMX_KEYS / 8, groups * (padded / 32));
     const int8_t *of_lines = weights, *end = values + padded * 64;
-    int32_t* to = sums;
     for (int g = 0; g < groups; g++, of_lines += 2 * group * AMX_KEYS) {
+      float* own = o + (size_t(h) * groups + g) * group * padded;
+      const int count = std::min(group, lines - g * group);
+      int32_t *to = sums, *before = sums + 2 * tile;
       _tile_loadd(4, of_lines, 64);
-      for (const int8_t* rows = values; rows < end; rows += 2048, to += 2 * tile) {
+      for (const int8_t* rows = values; rows < end; rows += 2048, std::swap(to, before)) {
+        ahead.fetch_some(some);
         _tile_zero(6);
         _tile_loadd(3, rows, 64);
         _tile_dpbusd(6, 4, 3);
         _tile_zero(7);
         _tile_loadd(5, rows + 1024, 64);
         _tile_dpbusd(7, 4, 5);
+        if (rows > values) add(before, g, count, own), own += 32;
         _tile_stored(6, to, 64);
         _tile_stored(7, to + tile, 64);
       }
+      settle();
+      add(before, g, count, own);
     }
   }
-  // Adds those of the step `which` to the outputs.
-  __attribute__((noinline)) void add(int h, int which, Ahead& ahead) {
-    const int some = share(AMX_KEYS / 8, lines);
-    const int width = padded, step = 2 * group * 16, low = group * 16;
-    for (int l = 0; l < lines; l++) {
-      ahead.fetch_far(some);
-      float *own = o + (size_t(h) * groups * group + l) * width, *end = own + width;
-      const int32_t* from = sums + (l / 8 * (width / 16) * 2 * group + l % 8) * 16;
-      const vf before = (vf){} + alpha[which][l], times = (vf){} + factor[which][l];
-      for (; own < end; own += 16, from += step)
-        store(own, load(own) * before + two_bytes(_mm512_load_si512(from), _mm512_load_si512(from + low)) * times);
+  INLINE void add(const int32_t* from, int g, int count, float* own) const {
+    const int tile = 2 * group * 16, low = group * 16;
+    for (int l = 0; l < count; l++, own += padded, from += 16) {
+      const vf scale = (vf){} + alpha[g * group + l], times = (vf){} + factor[g * group + l];
+      UNROLL for (int i = 0; i < 2; i++) {
+        const int32_t* at = from + i * tile;
+        store(own + 16 * i, load(own + 16 * i) * scale + two_bytes(_mm512_load_si512(at), _mm512_load_si512(at + low)) * times);
+      }
     }
   }
 
@@ -271,13 +265,10 @@ struct AmxBytes {
         const int64_t token = first_token + l / c.N;
         vf* state = max_sum + (h * all + l) / LINES_AT_ONCE * 2;
         const float* from = begin > 0 && c.state && l < lines ? state_of(c, token, own) : nullptr;
-        for (int i = l % LINES_AT_ONCE; i < W; i += LINES_AT_ONCE) {
-          state[0][i] = from ? from[D] : first_score(c, own);
-          state[1][i] = i >= LINES_AT_ONCE ? 0.0f : from ? from[D + 1] : first_sum(c);
-        }
+        begin_softmax(c, own, l, from, state);
         if (l >= lines) continue;
         const bf16* query = (const bf16*)c.q + token * c.q_stride + int64_t(own) * D;
-        int8_t* to = q + (size_t(h) * groups + l / 8) * 2 * group * padded + l % 8 * 4;
+        int8_t* to = q + (size_t(h) * groups + l / 8) * 2 * group * padded + l % 8 / LINES_AT_ONCE * 32 + l % LINES_AT_ONCE * 4;
         q_scale[h * all + l] = put_query(query, D, to, group) * c.scale * LOG2E;
         if (from) pack_output(from, o + (size_t(h) * all + l) * padded);
       }
@@ -289,7 +280,7 @@ struct AmxBytes {
   }
   void finish(int head_begin) {
     Ahead nothing(c, sizeof(i8), nullptr, 0, head_begin, heads, 0);
-    if (pending >= 0) multiply(), add(pending, turn, nothing);
+    if (pending >= 0) accumulate(pending, nothing);
     float* in_order = (float*)values;
     for (int h = 0; h < heads; h++)
       for (int l = 0; l < lines; l++) {

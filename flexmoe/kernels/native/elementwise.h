@@ -1,4 +1,4 @@
-// Work between the products, one pass over memory each: norm, rotary embedding, gate, rows put or added to others.
+// Work between the products, one pass over memory each: norm, gate, rows put or added to others. Rotary embedding is in rotary.h.
 //
 // Numbers are widened to fp32, and rounded once where the result is stored. A result depends neither on the other rows nor
 // on the threads. The C entry points are at the end; elementwise.py says what their arguments mean.
@@ -117,32 +117,6 @@ void norm_row(const T* x, T* added, float factor, const T* weight, float eps, bo
   }
 }
 
-// One head turned in place: dimension i of the first half with dimension i of the second, or neighbours, which are parted.
-template <class T> void rotate_head(T* x, const T* cosine, const T* sine, int half, bool interleaved, T* parted) {
-  const T *first = x, *second = x + half;
-  if (interleaved) {
-    std::memcpy(parted, x, 2 * half * sizeof(T));
-    first = parted, second = parted + 1;
-  }
-  int i = 0;
-  for (; i + W <= half; i += W) {
-    vf a, b;
-    if (interleaved) {
-      const vf low = load(parted + 2 * i), high = load(parted + 2 * i + W);
-      a = every_second<0>(low, high, Lanes()), b = every_second<1>(low, high, Lanes());
-    } else {
-      a = load(first + i), b = load(second + i);
-    }
-    const vf c = load(cosine + i), s = load(sine + i);
-    store(x + i, a * c - b * s), store(x + half + i, b * c + a * s);
-  }
-  const int step = interleaved ? 2 : 1;
-  for (; i < half; i++) {
-    const float a = widen(first[i * step]), b = widen(second[i * step]), c = widen(cosine[i]), s = widen(sine[i]);
-    narrow(a * c - b * s, x + i), narrow(b * c + a * s, x + half + i);
-  }
-}
-
 struct Gate {
   bool clamped;
   float limit, alpha;  // of clamped gates
@@ -176,7 +150,6 @@ template <class T> void add_row(T* to, const T* from, float factor, int D) {
 }
 
 constexpr int LEAST_COLUMNS = 128;  // of rows that threads share by columns: neighbours must not write one cache line
-constexpr int MOST_ROTATED = 1024;  // dimensions of a head whose pairs are neighbours
 
 }  // namespace
 
@@ -193,22 +166,6 @@ void flexmoe_norm(int dtype, const void* x, int64_t x_stride, void* added, int64
                  weight_first, (T*)out + i * out_stride, D);
     });
   });
-}
-
-int flexmoe_rotate(int dtype, void* x, int64_t x_stride, const void* cosine, const void* sine, int64_t angle_stride,
-                   int64_t T_, int H, int D, int rotated, int interleaved, int num_threads) {
-  if (interleaved && rotated > MOST_ROTATED) return 1;
-  with_type(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    over_rows(T_, int64_t(H) * D, num_threads, [&](int64_t first, int64_t last) {
-      T parted[MOST_ROTATED];
-      for (int64_t t = first; t < last; t++)
-        for (int h = 0; h < H; h++)
-          rotate_head((T*)x + t * x_stride + int64_t(h) * D, (const T*)cosine + t * angle_stride,
-                      (const T*)sine + t * angle_stride, rotated / 2, interleaved, parted);
-    });
-  });
-  return 0;
 }
 
 void flexmoe_gate(int dtype, const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, int alternate,

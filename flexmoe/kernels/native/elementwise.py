@@ -1,9 +1,10 @@
-"""Norm, rotary embedding, gate and rows put or added to others on CPU cores (`elementwise.h`), one pass over memory each.
+"""Norm, rotary embedding with new keys and values to their pages, gate and rows put or added to others on CPU cores
+(`elementwise.h`, `rotary.h`), one pass over memory each.
 
 `flexmoe.kernels.elementwise` has the same in torch, and says which is taken. Tensors are fp32, bf16 or fp16 on the CPU, and
 dimensions behind the first are contiguous; the caller sees to that (`fits`).
 
-Legend: n rows or tokens, D numbers of a row, H heads, F expert width.
+Legend: n rows or tokens, D numbers of a row, H heads, G KV heads, d head size, w elements of a head in a pool, F expert width.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ from functools import cache
 
 import torch
 
+from flexmoe.formats.packed_kv import WORD
 from flexmoe.kernels.native import library as native
+
+#: Dimensions that a head has at most in `rotate`.
+MOST_HEAD = 1024
 
 
 def fits(*tensors: torch.Tensor) -> bool:
@@ -23,6 +28,34 @@ def fits(*tensors: torch.Tensor) -> bool:
         dtype in native.DTYPE_CODES
         and all(x.dtype == dtype and x.device.type == "cpu" and x.stride(-1) == 1 for x in tensors)
         and native.available()
+    )
+
+
+def can_rotate(
+    q_nHd: torch.Tensor,
+    k_nGd: torch.Tensor,
+    v_nGd: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    pools: tuple[torch.Tensor, torch.Tensor] | None,
+) -> bool:
+    """Whether `rotate` takes these."""
+    size = q_nHd.shape[2]
+    return (
+        fits(q_nHd, k_nGd, v_nGd, *angles)
+        and all(x.stride(1) == size for x in (q_nHd, k_nGd, v_nGd))
+        and angles[0].stride() == angles[1].stride()
+        and size <= MOST_HEAD
+        and (pools is None or _is_pool(*pools, k_nGd.dtype))
+    )
+
+
+def _is_pool(k_pool: torch.Tensor, v_pool: torch.Tensor, dtype: torch.dtype) -> bool:
+    return (
+        k_pool.dtype == v_pool.dtype
+        and k_pool.dtype in (dtype, WORD)
+        and k_pool.device.type == v_pool.device.type == "cpu"
+        and k_pool.is_contiguous()
+        and v_pool.is_contiguous()
     )
 
 
@@ -71,13 +104,50 @@ def norm(
     return out_nD
 
 
-def rotate(x_nHd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> None:
-    """Turn heads in place; cosine and sine are ``[n, 1, rotated]``, of which the two halves are equal."""
-    n, heads, size = x_nHd.shape
-    angles = cos.data_ptr(), sin.data_ptr(), cos.stride(0)
-    shape = n, heads, size, cos.shape[-1], interleaved
-    if _functions().flexmoe_rotate(*_rows(x_nHd), *angles, *shape, _threads()):
-        raise ValueError(f"heads of which {cos.shape[-1]} dimensions are turned are too large")
+def rotate(
+    q_nHd: torch.Tensor,
+    k_nGd: torch.Tensor,
+    v_nGd: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    *,
+    interleaved: bool,
+    pools: tuple[torch.Tensor, torch.Tensor] | None = None,
+    slots_m: torch.Tensor | None = None,
+    first: int = 0,
+) -> None:
+    """Turn queries and keys in place, but keys of the m tokens from ``first`` on into the slots of a pool, where values go, too.
+
+    Args:
+        q_nHd, k_nGd, v_nGd: heads contiguous, one after the other.
+        angles: cosine and sine ``[n, 1, rotated]``, of which the two halves are equal.
+        pools: keys and values ``[pages, page_tokens, G, w]``, in the dtype of the keys or of compressed heads.
+        slots_m: int64, flat token slots of the pools.
+
+    Raises:
+        IndexError: there is no such slot.
+        ValueError: a head has more than `MOST_HEAD` dimensions.
+    """
+    (n, heads, size), kv_heads, (cos, sin) = q_nHd.shape, k_nGd.shape[1], angles
+    made = *_rows(q_nHd), k_nGd.data_ptr(), k_nGd.stride(0), v_nGd.data_ptr(), v_nGd.stride(0)
+    shape = n, heads, kv_heads, size, cos.shape[-1], interleaved
+    to: tuple[int | None, ...] = (None, None, 0, 0, None, 0, 0, 0, 0)
+    if pools is not None and slots_m is not None:
+        k_pool, item = pools[0], pools[0].element_size()
+        slots = (
+            k_pool.stride(1) * item,
+            k_pool.shape[0] * k_pool.shape[1],
+            slots_m.data_ptr(),
+            first,
+            first + len(slots_m),
+        )
+        stored = k_pool.dtype != k_nGd.dtype, k_pool.stride(2) * item
+        to = k_pool.data_ptr(), pools[1].data_ptr(), *slots, *stored
+    turned = cos.data_ptr(), sin.data_ptr(), cos.stride(0)
+    status = _functions().flexmoe_rotate(*made, *turned, *shape, *to, _threads())
+    if status == _NO_SUCH_SLOT:
+        raise IndexError("keys and values are put to slots that their pool does not have")
+    if status:
+        raise ValueError(f"a head of {size} dimensions is turned; {MOST_HEAD} is the most")
 
 
 def gate(
@@ -127,6 +197,7 @@ def put_rows(
         raise IndexError(f"rows are put to places that {len(to[0])} rows do not have")
 
 
+_NO_SUCH_SLOT = 1
 _pair = ctypes.c_void_p * 2
 _threads = torch.get_num_threads
 
@@ -143,7 +214,22 @@ def _functions() -> ctypes.CDLL:
     rows = (integer, pointer, int64)
     norm_end = (real, pointer, real, integer, pointer, int64, int64, integer, integer)
     library.flexmoe_norm.argtypes = [*rows, pointer, int64, *norm_end]
-    library.flexmoe_rotate.argtypes = [*rows, pointer, pointer, int64, int64, *[integer] * 5]
+    library.flexmoe_rotate.argtypes = [
+        *rows,
+        pointer,
+        int64,
+        pointer,
+        int64,
+        pointer,
+        pointer,
+        *[int64] * 2,
+        *[integer] * 5,
+        *[pointer] * 2,
+        *[int64] * 2,
+        pointer,
+        *[int64] * 2,
+        *[integer] * 3,
+    ]
     library.flexmoe_gate.argtypes = [
         *rows,
         pointer,

@@ -69,7 +69,7 @@ float put_query(const bf16* query, int D, int8_t* to, int group) {
     _mm_store_si128((__m128i*)quads[0], _mm512_cvtepi32_epi8(high));
     _mm_store_si128((__m128i*)quads[1], _mm512_cvtepi32_epi8(_mm512_sub_epi32(x, _mm512_slli_epi32(high, 8))));
     for (int i = 0; i < 4; i++)
-      for (int byte = 0; byte < 2; byte++) std::memcpy(to + (2 * i + byte) * 4 * group, &quads[byte][i], 4);
+      for (int byte = 0; byte < 2; byte++) std::memcpy(to + 8 * group * i + 16 * byte, &quads[byte][i], 4);
   }
   return (largest + sum_in_groups<W>(nothing)[0]) / QUERY_STEPS;
 }

@@ -22,7 +22,7 @@ from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import experts_per_unit, units_of
 from flexmoe.checkpoint.unit_layout import WIDE_ROUTER, Part
 from flexmoe.formats.packed_matrix import PackedMatrix, fields_of, packed_parts
-from flexmoe.kernels.elementwise import add_and_norm, rms_norm, rotate, silu_gate
+from flexmoe.kernels.elementwise import NewKV, add_and_norm, rms_norm, rotate, silu_gate
 from flexmoe.kernels.expert_weights import ExpertProducts, ExpertWeights, PackedShape
 from flexmoe.kernels.family import Rope, Weights
 from flexmoe.kernels.linear import linear
@@ -153,29 +153,38 @@ class Decoder:
         """The residual stream that rows of the embedding table begin."""
         return x_TD if self.multipliers.embedding == 1.0 else x_TD * self.multipliers.embedding
 
-    def project(self, h_TD: torch.Tensor, w: Weights, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries ``[T, H, Dh]``, keys and values ``[T, G, Dh]`` of hidden states; queries and keys are rotated."""
+    def project(
+        self, h_TD: torch.Tensor, w: Weights, rope: Rope, new: NewKV | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries ``[T, H, Dh]``, keys and values ``[T, G, Dh]`` of hidden states; queries and keys are rotated.
+
+        Keys and values of the tokens that ``new`` names are written there; what is returned of these keys is undefined.
+        """
         x_TD, arch = self.norm(h_TD, w, "input_norm"), self.arch
         counts = (("q", arch.num_heads), ("k", arch.num_kv_heads), ("v", arch.num_kv_heads))
         q, k, v = (
             linear(x_TD, self._matrix(w, role, count * arch.head_dim, arch.hidden), w.get(f"{role}_bias"))
             for role, count in counts
         )
-        q, k = self._turned(q, w, "q_norm", rope), self._turned(k, w, "k_norm", rope)
+        q, k, v = self._heads(q, w, "q_norm"), self._heads(k, w, "k_norm"), v.unflatten(-1, (-1, arch.head_dim))
+        if arch.qk_norm == "rotated":
+            q, k = rotate(q, k, v, rope, interleaved=arch.rope_interleaved)
+            q, k = self.norm(q, w, "q_norm"), self.norm(k, w, "k_norm")
+            if new is not None:
+                new.put(k, v)
+        else:
+            q, k = rotate(q, k, v, rope, new, interleaved=arch.rope_interleaved)
         if self.multipliers.attention is not None:  # kernels scale by the root of the size of a head
             q = q * (self.multipliers.attention * arch.head_dim**0.5)
-        return q, k, v.unflatten(-1, (-1, arch.head_dim))
+        return q, k, v
 
-    def _turned(self, x: torch.Tensor, w: Weights, norm: str, rope: Rope) -> torch.Tensor:
-        """Heads ``[T, H, Dh]`` of a projection, normed where the shape says and rotated."""
+    def _heads(self, x: torch.Tensor, w: Weights, norm: str) -> torch.Tensor:
+        """Heads ``[T, H, Dh]`` of a projection, normed where they are so before they are rotated."""
         arch = self.arch
         if arch.qk_norm == "projection":
             x = self.norm(x, w, norm)
         x = x.unflatten(-1, (-1, arch.head_dim))
-        if arch.qk_norm == "head":
-            x = self.norm(x, w, norm)
-        x = rotate(x, rope, interleaved=arch.rope_interleaved)
-        return self.norm(x, w, norm) if arch.qk_norm == "rotated" else x
+        return self.norm(x, w, norm) if arch.qk_norm == "head" else x
 
     def output(
         self, h_TD: torch.Tensor, attended_THd: torch.Tensor, w: Weights

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flexmoe.formats.packed_kv import WORD, head_words, unpack
 from flexmoe.kernels import elementwise
 from flexmoe.kernels.native import library as native
 
@@ -71,13 +72,96 @@ def test_the_sum_before_a_norm_is_rounded_before_it_is_normed(dtype, size, in_to
 @pytest.mark.parametrize("size, turned", [(64, 64), (64, 32), (10, 6), (128, 128)])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_heads_are_turned_as_torch_turns_them(dtype, size, turned, interleaved, in_torch, two_threads):
-    x = numbers(70, 3 * size + 2, dtype=dtype)[:, : 3 * size].unflatten(1, (3, size))
-    half = torch.linspace(-3, 3, 70 * turned // 2).view(70, 1, -1)
+    q, k, v, rope = projected(70, size, turned, dtype)
+    exact = in_torch(elementwise.rotate, q, k, v, rope, interleaved=interleaved)
+    found = elementwise.rotate(q, k, v, rope, interleaved=interleaved)
+    for each, right in zip(found, exact):
+        assert_rounded(each, right, dtype, steps=1.1, atol=1e-6)
+
+
+def projected(tokens, size, turned, dtype):
+    """Queries of 6 heads, keys and values of 3, with gaps between tokens; cosine and sine."""
+    q, k, v = (
+        numbers(tokens, heads * size + 2, dtype=dtype, seed=seed)[:, : heads * size].unflatten(1, (heads, size))
+        for seed, heads in enumerate((6, 3, 3))
+    )
+    half = torch.linspace(-3, 3, tokens * turned // 2).view(tokens, 1, -1)
     angles = torch.cat([half, half], dim=-1)
-    rope = angles.cos().to(dtype), angles.sin().to(dtype)
-    exact = in_torch(elementwise.rotate, x, rope, interleaved=interleaved)
-    found = elementwise.rotate(x, rope, interleaved=interleaved)
-    assert_rounded(found, exact, dtype, steps=1.1, atol=1e-6)
+    return q, k, v, (angles.cos().to(dtype), angles.sin().to(dtype))
+
+
+def in_pages(pages, page_tokens, size, start, stop, dtype, compressed):
+    """Where tokens [start, stop) go: three rows, which begin and end inside pages, one of them in a single page."""
+    width, stored = (head_words(size), WORD) if compressed else (size, dtype)
+    pool = numbers(2, pages, page_tokens, 3, width, dtype=torch.float32, seed=9).mul_(9).to(stored)
+    order, lengths = torch.randperm(pages, generator=torch.Generator().manual_seed(4)), (1, page_tokens + 2)
+    lengths = (*lengths, stop - start - sum(lengths))
+    slots, taken = [], 0
+    for begin, length in zip((page_tokens - 1, 3, page_tokens - 2), lengths):
+        places = torch.arange(begin, begin + length)
+        slots.append(order[taken + places // page_tokens] * page_tokens + places % page_tokens)
+        taken += -(-(begin + length) // page_tokens)
+    return elementwise.NewKV(pool[0], pool[1], torch.cat(slots), start, stop), pool
+
+
+@DTYPES
+@pytest.mark.parametrize("size, turned", [(64, 64), (64, 32), (9, 6), (128, 128), (33, 32)])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "int8"])
+@pytest.mark.parametrize("part", [False, True], ids=["all", "part"])
+def test_keys_are_turned_into_their_pages(dtype, size, turned, interleaved, compressed, part, in_torch, two_threads):
+    start, stop = (7, 61) if part else (0, 70)
+    q, k, v, rope = projected(70, size, turned, dtype)
+    apart_q, apart_k = elementwise.rotate(q.clone(), k.clone(), v, rope, interleaved=interleaved)
+    right, wanted = in_pages(9, 16, size, start, stop, dtype, compressed)
+    in_torch(lambda: right.put(apart_k, v))
+    new, pool = in_pages(9, 16, size, start, stop, dtype, compressed)
+    found_q, found_k = elementwise.rotate(q, k, v, rope, new, interleaved=interleaved)
+    assert torch.equal(found_q, apart_q)
+    assert torch.equal(pool, wanted), "what is turned and put at once is what is put after it has been turned"
+    elsewhere = torch.cat([torch.arange(start), torch.arange(stop, 70)])
+    assert torch.equal(found_k[elsewhere], apart_k[elsewhere]), "keys that go nowhere are turned where they are"
+
+
+def test_without_the_library_keys_are_turned_into_their_pages_too(in_torch):
+    q, k, v, rope = projected(70, 64, 64, torch.float32)
+    (right, wanted), (new, pool) = (in_pages(9, 16, 64, 0, 70, torch.float32, False) for _ in range(2))
+    elementwise.rotate(q.clone(), k.clone(), v, rope, right)
+    in_torch(lambda: elementwise.rotate(q, k, v, rope, new))
+    torch.testing.assert_close(pool, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("place", [2, 64])
+def test_a_head_with_a_number_that_is_not_finite_is_compressed_to_nan(bad, place):
+    q, k, v, rope = projected(70, 65, 64, torch.bfloat16)
+    v[5, 1, place] = bad
+    new, pool = in_pages(9, 16, 65, 0, 70, torch.bfloat16, True)
+    elementwise.rotate(q, k, v, rope, new)
+    values = unpack(pool[1].flatten(0, 1)[new.slots], torch.empty(70, 3, 65))
+    is_bad = values.isnan().all(-1)
+    assert is_bad.sum() == 1 and is_bad[5, 1] and values.isnan().sum() == 65
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-38, 3e38])
+def test_heads_of_tiny_and_of_large_numbers_are_compressed_as_torch_does(scale, in_torch):
+    q, k, v, rope = projected(70, 40, 40, torch.float32)
+    v.div_(4).mul_(scale)
+    (right, wanted), (new, pool) = (in_pages(9, 16, 40, 0, 70, torch.float32, True) for _ in range(2))
+    elementwise.rotate(q, k, v, rope, new)
+    in_torch(lambda: right.put(k, v))
+    assert torch.equal(pool[1], wanted[1])
+
+
+def test_slots_that_a_pool_does_not_have_are_refused():
+    q, k, v, rope = projected(70, 64, 64, torch.bfloat16)
+    new, pool = in_pages(9, 16, 64, 0, 70, torch.bfloat16, False)
+    before = pool.clone()
+    for wrong in (-1, 9 * 16):
+        new.slots[3] = wrong
+        with pytest.raises(IndexError, match="slots"):
+            elementwise.rotate(q, k, v, rope, new)
+    assert torch.equal(pool, before)
 
 
 @DTYPES

@@ -1,6 +1,7 @@
 """What a family refuses, and the pieces of mathematics that only one of them has."""
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ from cost_model.model.known_shapes import known_config
 from cost_model.model.packing import TOGETHER
 from cost_model.model.weight_units import units_of
 from flexmoe.errors import DataError
+from flexmoe.formats.packed_kv import WORD, head_words
+from flexmoe.kernels.elementwise import NewKV
 from flexmoe.models.common.decoder import Decoder
 from flexmoe.models.registry import FAMILIES, family
+from policies.units import UnitId
 from tests.support.tiny_families import SWITCH, long_rope
 
 SHAPES = ("mixtral-8x7b", "mixtral-8x22b", "phi-3.5-moe", "qwen3-30b-a3b", "qwen3-235b-a22b")
@@ -91,6 +95,42 @@ def test_the_parts_of_a_unit_are_its_planned_bytes_in_both_layouts(name, packed)
 def test_a_phi_config_that_cannot_be_run_is_refused(changes, named):
     with pytest.raises(DataError, match=named):
         phi(**changes)
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "int8"])
+@pytest.mark.parametrize(
+    "name, norm",
+    [
+        ("mixtral-8x7b", ""),
+        ("qwen3-30b-a3b", "head"),
+        ("qwen3-30b-a3b", "rotated"),
+        ("minimax-m2", "projection"),
+        ("ernie-4.5-21b-a3b", ""),
+        ("glm-4.5-air", ""),
+        ("granite-3.0-3b-a800m", ""),
+    ],
+)
+def test_new_keys_and_values_are_written_where_they_belong_while_they_are_projected(name, norm, compressed):
+    """As they are written after the projection, whatever is normed, turned or scaled, and only those of the named tokens."""
+    whole = ModelArch.from_name(name)
+    rotary = whole.rotary_dim and 16 * whole.rotary_dim // whole.head_dim
+    shape = dict(hidden=64, num_heads=4, num_kv_heads=2, head_dim=16, rotary_dim=rotary)
+    arch = replace(whole, qk_norm=norm, packed=None, **shape)
+    math, generator = family(arch), torch.Generator().manual_seed(1)
+    weights = {
+        part.role: torch.randn(part.shape, generator=generator).mul_(0.1).bfloat16()
+        for part in math.parts(())[UnitId("attention", 0)]
+    }
+    h = torch.randn(50, 64, generator=generator).bfloat16()
+    rope = math.rope(torch.arange(50), torch.full((50,), 50), torch.bfloat16)
+    width, dtype = (head_words(16), WORD) if compressed else (16, torch.bfloat16)
+    first, second = torch.zeros(2, 2, 5, 16, 2, width, dtype=dtype)
+    slots = torch.randperm(80, generator=generator)[:40]
+    q, k, v = math.project(h, weights, rope, None)
+    NewKV(first[0], first[1], slots, 7, 47).put(k, v)
+    same_q, same_k, _ = math.project(h, weights, rope, NewKV(second[0], second[1], slots, 7, 47))
+    assert torch.equal(same_q, q) and torch.equal(second, first) and first.any()
+    assert torch.equal(same_k[:7], k[:7]) and torch.equal(same_k[47:], k[47:]), "what others need"
 
 
 def test_every_token_is_turned_by_the_factors_of_its_own_row():

@@ -225,14 +225,20 @@ def test_only_what_the_runtime_groups_is_measured_in_units(monkeypatch):
 @pytest.mark.parametrize("count", [1, 16, 150])
 def test_attention_module_is_timed_over_a_whole_batch_with_its_new_kv_and_routing(count, monkeypatch):
     calls, project, route = [], Mixtral.project, gemms.ExpertDispatch.route
-    monkeypatch.setattr(Mixtral, "project", lambda self, h, w, rope: calls.append(len(h)) or project(self, h, w, rope))
+    monkeypatch.setattr(
+        Mixtral, "project", lambda self, h, w, rope, new: calls.append(len(h)) or project(self, h, w, rope, new)
+    )
     monkeypatch.setattr(
         gemms.ExpertDispatch, "route", lambda self, ids, *rest: calls.append(len(ids)) or route(self, ids, *rest)
     )
-    append = gemms.KVLanes.append
-    monkeypatch.setattr(
-        gemms.KVLanes, "append", lambda self, layer, b, k, v: calls.append(len(k)) or append(self, layer, b, k, v)
-    )
+    new_kv = gemms.KVLanes.new_kv
+
+    def counted(self, layer, batch):
+        new = new_kv(self, layer, batch)
+        calls.append(new.stop - new.start)
+        return new
+
+    monkeypatch.setattr(gemms.KVLanes, "new_kv", counted)
     arena = WeightArena(CPU, torch.float32, MIB)
     with gemms.dense_bench(CPU, gemms.bench_arch(HEADS, 2), torch.float32, arena, 150, TINY) as seconds:
         assert seconds(count, 0.001, 0, 2) > 0
