@@ -148,7 +148,9 @@ def test_a_folder_holds_twelve_modules_at_most():
 
 
 def test_an_init_holds_a_docstring_at_most():
-    inits = (m for m in modules(*WITH_SCRIPTS) if path_of(m).name == "__init__.py" and m not in {*WITH_SCRIPTS, *PUBLIC})
+    inits = (
+        m for m in modules(*WITH_SCRIPTS) if path_of(m).name == "__init__.py" and m not in {*WITH_SCRIPTS, *PUBLIC}
+    )
     none_of(
         "The __init__ of a folder within a package holds a docstring at most",
         (m for m in inits if not source(m).documented_only),
