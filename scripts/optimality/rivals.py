@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import islice, product
 
 from cost_model.memory.allocation import residency
 from cost_model.timing.evaluate import evaluate
@@ -51,9 +51,9 @@ class Rivals:
 
     def candidates(self, count: int) -> list[Policy]:
         """At least so many policies that fit, fewer only where nearly nothing does; from the grid and at random."""
-        grid = [policy for policy in self._grid() if self.tokens_per_s(policy)]
+        grid = list(self._grid())
         self._rng.shuffle(grid)
-        found = dict.fromkeys(grid[: count // 2])
+        found = dict.fromkeys(islice(filter(self.tokens_per_s, grid), count // 2))
         for _ in range(20 * count):
             if len(found) >= count:
                 break
