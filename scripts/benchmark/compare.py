@@ -64,6 +64,7 @@ def _equal(bench: Bench, engine: Worker, peer: Worker) -> tuple[list[Figure], di
     job = loads.equal_job(
         rows=scale.prompt_rows, prompt_len=prompt_len, new_tokens=new, vocab=bench.arch.vocab_size, seed=2
     )
+    what = f"resident, {job.rows} prompts of {prompt_len} + {new}"
     bench.open(engine, "resident", job, "resident")
     ours, theirs, sweeps = [], [], []
     for _ in range(scale.repeats):
@@ -71,32 +72,35 @@ def _equal(bench: Bench, engine: Worker, peer: Worker) -> tuple[list[Figure], di
         theirs.append(_batch(peer, job, range(job.rows)))
         sweeps.append(_shares_of_products(bench, engine, job))
         bench.say(
-            f"{job.rows} prompts of {prompt_len} + {new}: FlexMoE {ours[-1]:.1f} s, transformers {theirs[-1]:.1f} s; products "
-            f"are {sweeps[-1]['prefill']:.1%} of prefill and {sweeps[-1]['decode']:.1%} of decode"
+            f"{what}: FlexMoE {ours[-1]:.1f} s, transformers {theirs[-1]:.1f} s; products are {sweeps[-1]['prefill']:.1%} of "
+            f"prefill and {sweeps[-1]['decode']:.1%} of decode"
         )
     engine.ask("close", name="resident")
     ours_s, theirs_s = loads.median(ours), loads.median(theirs)
-    ratio = loads.median([their_s / our_s for their_s, our_s in zip(theirs, ours)])
-    figures = [
-        Figure(
-            what=f"resident, {job.rows} prompts of {prompt_len} + {new}: medians of {len(ours)} in turns",
-            value=f"{ours_s:.1f} s, {job.new_tokens / ours_s:.1f} generated tokens/s",
-            beside=f"transformers {theirs_s:.1f} s, {job.new_tokens / theirs_s:.1f} tokens/s",
-            ratio=ratio,
-            target=EQUAL_TARGET,
-        ),
-        *(
-            Figure(
-                what=f"resident, {job.rows} prompts of {prompt_len} + {new}, {kind}: FLOPs / GEMM rate at that token count",
-                value=f"{loads.median([one[f'{kind}_s'] for one in sweeps]):.1f} s",
-                beside=f"products alone {loads.median([one[f'{kind}_products_s'] for one in sweeps]):.1f} s, between the sweeps",
-                ratio=loads.median([one[kind] for one in sweeps]),
-                target=target,
-            )
-            for kind, target in (("prefill", PREFILL_TARGET), ("decode", DECODE_TARGET))
-        ),
+    beside_peer = Figure(
+        what=f"{what}: medians of {len(ours)} in turns",
+        value=f"{ours_s:.1f} s, {job.new_tokens / ours_s:.1f} generated tokens/s",
+        beside=f"transformers {theirs_s:.1f} s, {job.new_tokens / theirs_s:.1f} tokens/s",
+        ratio=loads.median([their_s / our_s for their_s, our_s in zip(theirs, ours)]),
+        target=EQUAL_TARGET,
+    )
+    of_products = [
+        _products_figure(f"{what}, {kind}", [(one[f"{kind}_s"], one[f"{kind}_products_s"]) for one in sweeps], target)
+        for kind, target in (("prefill", PREFILL_TARGET), ("decode", DECODE_TARGET))
     ]
-    return figures, {"ours_s": ours, "theirs_s": theirs, "sweeps": sweeps}
+    return [beside_peer, *of_products], {"ours_s": ours, "theirs_s": theirs, "sweeps": sweeps}
+
+
+def _products_figure(what: str, times: list[tuple[float, float]], target: float) -> Figure:
+    """Of (seconds of sweeps, seconds of their products by themselves) of each round."""
+    sweeps_s, products_s = (loads.median(list(of_one)) for of_one in zip(*times))
+    return Figure(
+        what=f"{what}: FLOPs / GEMM rate at that token count",
+        value=f"{sweeps_s:.1f} s",
+        beside=f"products alone {products_s:.1f} s, between the sweeps",
+        ratio=loads.median([alone_s / took_s for took_s, alone_s in times]),
+        target=target,
+    )
 
 
 def _shares_of_products(bench: Bench, engine: Worker, job: Job) -> dict[str, float]:
