@@ -49,8 +49,7 @@ def shuffled_rows(workload: Workload, seed: int) -> Iterator[tuple[int, int]]:
     """
     if not workload.lengths:
         return repeat((workload.prompt_len, workload.gen_len))
-    counted = _stretched(workload, workload.num_requests or sum(count for _, _, count in workload.lengths))
-    rows = [(s, n) for s, n, count in counted for _ in range(count)]
+    rows = _mix(workload, workload.num_requests or sum(count for _, _, count in workload.lengths))
     random.Random(seed).shuffle(rows)
     return iter(rows)
 
@@ -104,26 +103,33 @@ def followed_rows(workload: Workload, window: int, most: int = BUNDLES) -> tuple
     if total is not None and total <= max(window, most):
         if total <= most:
             return tuple((s, n, 1) for s, n in waiting_rows(workload, window, 0)), 0
-        return _bundled(workload, total, most), 0
+        return _bundled(_mix(workload, total), most), 0
     full, last = (most, 0) if total is None else divmod(total, window)
     if 2 * window <= most:  # so few that it matters which rows meet
         windows = most // window
         rows = waiting_rows(replace(workload, num_requests=windows * window + last), window, 0)
         return tuple((s, n, 1) for s, n in rows), windows
-    found = _bundled(workload, window, most // 2) * min(2, full)
-    if last:
-        found += _bundled(workload, last, most // 2)
-    return found, 2 if full > 2 else 0
+    sizes = [window] * min(2, full) + [last] * bool(last)
+    if full > 2:
+        parts = [_mix(workload, size) for size in sizes]
+    else:  # every row has its window, so that none of the few longest is rounded away
+        rows = shuffled_rows(workload, 0)
+        parts = [list(islice(rows, size)) for size in sizes]
+    return tuple(chain.from_iterable(_bundled(part, most // 2) for part in parts)), 2 if full > 2 else 0
 
 
-def _bundled(workload: Workload, wanted: int, most: int) -> tuple[Bundle, ...]:
-    """``wanted`` rows of the histogram's mix, the longest first, in about ``most`` bundles.
+def _mix(workload: Workload, wanted: int) -> list[Row]:
+    """So many rows of the histogram's mix."""
+    return [(s, n) for s, n, count in _stretched(workload, wanted) for _ in range(count)]
+
+
+def _bundled(rows: Sequence[Row], most: int) -> tuple[Bundle, ...]:
+    """The rows, the longest first, in about ``most`` bundles.
 
     Each eighth, about a block where it is a window, is bundled by itself, as a block ends with its last row. Rows of a bundle
     generate nearly as many tokens each: what is in flight when most have ended matters row by row.
     """
-    counted = _stretched(workload, wanted)
-    rows = sorted(((s, n) for s, n, count in counted for _ in range(count)), key=row_length, reverse=True)
+    rows, wanted = sorted(rows, key=row_length, reverse=True), len(rows)
     part, size, alike = ceil(wanted / WINDOW_BLOCKS), ceil(_LARGER * wanted / most), 1 - _APART / most
     found, first = list[Bundle](), 0
     for at in range(1, wanted + 1):

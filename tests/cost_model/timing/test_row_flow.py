@@ -128,6 +128,15 @@ def test_the_longest_rows_are_bundles_of_their_own_where_they_differ():
     assert [(n, count) for _, n, count in bundles[:3]] == [(900, 1), (800, 2), (700, 1)]
 
 
+@pytest.mark.parametrize("rows, window", [(2400, 1000), (1900, 1000), (1300, 1000)])
+def test_no_row_is_rounded_away_where_all_windows_are_followed(rows, window):
+    """One row that generates far more than all others is in flight alone for most of the job's sweeps."""
+    workload = Workload.of_lengths([(8, 500), *[(8, 4)] * (rows - 1)])
+    bundles, windows = followed_rows(workload, window)
+    assert windows == 0 and sum(count for *_, count in bundles) == rows
+    assert [(n, count) for _, n, count in bundles if n > 4] == [(500, 1)]
+
+
 def test_few_rows_are_followed_one_by_one_as_they_wait():
     workload = Workload.of_lengths([(s, n) for s in range(1, 11) for n in range(1, 11)])
     bundles, windows = followed_rows(workload, 16)
