@@ -211,7 +211,7 @@ def _followed(
         prefix=(workload.prefix_len, workload.rows_per_prefix),
         held_share=1 - held_once / (workload.prompt_len + workload.gen_len),
     )
-    recurring = (total // window - 1) / (windows - 1) if windows and total is not None else 1.0
+    recurring = ((total - 1) // window - 1) / (windows - 1) if windows and total is not None else 1.0
     once = 0.0 if windows and total is None else 1.0
     recurs = _between(stretches, window, windows * window) if windows else [False] * len(stretches)
     counted = (

@@ -25,6 +25,8 @@ BUNDLES, STATIC_BUNDLES = 160, 1500
 #: The rows of the largest bundles, over those of a mean one; and how far apart the completions of a bundle may be, over
 #: the part that makes so many bundles of completions from 1 to e tokens.
 _LARGER, _APART = 1.5, 12.0
+#: Long rows of which so many are expected near the end of a job are taken to be there.
+_LIKELY = 0.5
 #: The golden ratio: its multiples, taken modulo 1, fill the unit interval evenly, however many are taken.
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -104,18 +106,39 @@ def followed_rows(workload: Workload, window: int, most: int = BUNDLES) -> tuple
         if total <= most:
             return tuple((s, n, 1) for s, n in waiting_rows(workload, window, 0)), 0
         return _bundled(_mix(workload, total), most), 0
-    full, last = (most, 0) if total is None else divmod(total, window)
+    full = most if total is None else (total - 1) // window
+    last = 0 if total is None else total - full * window
     if 2 * window <= most:  # so few that it matters which rows meet
         windows = most // window
-        rows = waiting_rows(replace(workload, num_requests=windows * window + last), window, 0)
-        return tuple((s, n, 1) for s, n in rows), windows
+        rows = list(waiting_rows(replace(workload, num_requests=windows * window + last), window, 0))
+        ending = _ending(rows[windows * window :], workload, window)
+        return tuple((s, n, 1) for s, n in (*rows[: windows * window], *ending)), windows
     sizes = [window] * min(2, full) + [last] * bool(last)
     if full > 2:
         parts = [_mix(workload, size) for size in sizes]
+        parts[2:] = [_ending(part, workload, window) for part in parts[2:]]
     else:  # every row has its window, so that none of the few longest is rounded away
         rows = shuffled_rows(workload, 0)
         parts = [list(islice(rows, size)) for size in sizes]
     return tuple(chain.from_iterable(_bundled(part, most // 2) for part in parts)), 2 if full > 2 else 0
+
+
+def _ending(rows: Sequence[Row], workload: Workload, window: int) -> list[Row]:
+    """The last rows of a job, with one that is in flight when all others have ended, where these have none so long.
+
+    Of few long rows a window has none, and the job has one near its end as often as not: a row that generates n tokens outlasts
+    the job if it enters in the last n sweeps.
+    """
+    rows = sorted(rows, key=row_length, reverse=True)
+    total, counted = workload.num_requests or 0, sum(count for *_, count in workload.lengths)
+    if not rows or not counted:
+        return rows
+    sweeps, expected = WINDOW_BLOCKS * total / window * workload.gen_len, 0.0
+    for s, n, count in sorted(workload.lengths, key=lambda each: each[:2][::-1], reverse=True):
+        expected += total * count / counted * min(1.0, n / sweeps)
+        if expected >= _LIKELY:
+            return [max(rows[0], (s, n), key=row_length), *rows[1:]]
+    return rows
 
 
 def _mix(workload: Workload, wanted: int) -> list[Row]:

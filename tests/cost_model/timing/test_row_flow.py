@@ -106,10 +106,10 @@ def test_what_is_followed_has_the_rows_of_the_job_those_of_each_window_that_gene
         bundles, found = followed_rows(workload, window)
         followed = sum(count for *_, count in bundles)
         assert found == windows and len(bundles) <= 250
-        assert followed == (windows * window + 3000 % window if windows else 3000)
+        assert followed == (windows * window + 2999 % window + 1 if windows else 3000)
         assert sum(s * count for s, _, count in bundles) / followed == pytest.approx(workload.prompt_len, rel=0.03)
         assert sum(n * count for _, n, count in bundles) / followed == pytest.approx(workload.gen_len, rel=0.05)
-        rows = [n for _, n, count in bundles[: len(bundles) // max(1, windows)] for _ in range(count)]
+        rows = [n for _, n, count in bundles for _ in range(count)][:window]
         eighth = len(rows) // 8
         assert sum(rows[:eighth]) > sum(rows[3 * eighth : 4 * eighth]) > 1.5 * sum(rows[-eighth:])
 
@@ -135,6 +135,16 @@ def test_no_row_is_rounded_away_where_all_windows_are_followed(rows, window):
     bundles, windows = followed_rows(workload, window)
     assert windows == 0 and sum(count for *_, count in bundles) == rows
     assert [(n, count) for _, n, count in bundles if n > 4] == [(500, 1)]
+
+
+@pytest.mark.parametrize(
+    "window, longest, found", [(20, 40_000, True), (20, 5000, False), (1000, 5000, True), (1000, 100, False)]
+)
+def test_a_long_row_that_outlasts_a_job_of_many_windows_is_among_the_last_ones(window, longest, found):
+    """It was rounded away. In blocks of an eighth of a window the job takes 640 sweeps, or 32,000."""
+    workload = Workload.of_lengths([(8, longest), *[(8, 4)] * 19_999])
+    bundles, windows = followed_rows(workload, window)
+    assert windows >= 2 and [(n, count) for _, n, count in bundles if n > 4] == ([(longest, 1)] if found else [])
 
 
 def test_few_rows_are_followed_one_by_one_as_they_wait():
