@@ -188,8 +188,10 @@ class Climb:
         ranked = self.ranked(policies)
         kinds: dict[tuple[bool, ...], Policy] = {}
         for policy in ranked:
-            homes = policy.cache_gpu_percent > 1, policy.cache_cpu_percent > 1, policy.cpu_attention_percent > 50
-            kinds.setdefault((*homes, (policy.weight_slots or 0) >= _MANY_SLOTS, policy.half_blocks > 1), policy)
+            attended, slots = policy.cpu_attention_percent, policy.weight_slots or 0
+            homes = policy.cache_gpu_percent > 1, policy.cache_cpu_percent > 1, attended > 50, attended == 100
+            kind = *homes, slots >= _MANY_SLOTS, policy.half_blocks > 1, policy.num_gpu_batches <= 2
+            kinds.setdefault(kind, policy)
         return list(dict.fromkeys([*kinds.values(), *ranked]))
 
     def start(self, policy: Policy) -> Policy | None:
