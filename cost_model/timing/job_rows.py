@@ -118,8 +118,8 @@ def followed_rows(workload: Workload, window: int, most: int = BUNDLES) -> tuple
         parts = [_mix(workload, size) for size in sizes]
         parts[2:] = [_ending(part, workload, window) for part in parts[2:]]
     else:  # every row has its window, so that none of the few longest is rounded away
-        rows = shuffled_rows(workload, 0)
-        parts = [list(islice(rows, size)) for size in sizes]
+        shuffled = shuffled_rows(workload, 0)
+        parts = [list(islice(shuffled, size)) for size in sizes]
     return tuple(chain.from_iterable(_bundled(part, most // 2) for part in parts)), 2 if full > 2 else 0
 
 
