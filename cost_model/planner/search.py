@@ -119,7 +119,9 @@ class _Search:
         best = climb.simplified(climb.kicked(self._pool[:_KICKED_FROM], self._effort))
         final = Climb(Objective(self._problem, self._fixed, replayed_tokens_per_s), gain=_FINAL_GAIN)
         judged = self._effort * _FINAL_OPS / replayed_operations(self._problem, best)
-        few = list(dict.fromkeys([best, *climb.diverse(climb.objective.evaluated)]))
+        # Of rows of many lengths the replayed sweeps are means: they tell less apart than more kinds would differ in.
+        finer = not self._problem.workload.lengths
+        few = list(dict.fromkeys([best, *climb.diverse(climb.objective.evaluated, finer=finer)]))
         first, *_ = final.ranked(few[: max(_FEWEST_FINALISTS, min(_MOST_FINALISTS, int(judged / 2)))])
         self._best = final.run(first, judged - final.objective.evaluations, _STEPS_AFTER)
         self.replayed_tokens_per_s = final.objective.tokens_per_s(self._best)
@@ -183,15 +185,19 @@ class Climb:
         """The policies, best first, each once."""
         return sorted(dict.fromkeys(policies), key=self.objective.tokens_per_s, reverse=True)
 
-    def diverse(self, policies: Iterable[Policy]) -> list[Policy]:
-        """The best of each kind first, then the best of all."""
+    def diverse(self, policies: Iterable[Policy], *, finer: bool = False) -> list[Policy]:
+        """The best of each kind first, then the best of all.
+
+        Args:
+            finer: those in which the CPU attends all KV in host memory are a kind, and so are those of at most two GPU batches.
+        """
         ranked = self.ranked(policies)
         kinds: dict[tuple[bool, ...], Policy] = {}
         for policy in ranked:
             attended, slots = policy.cpu_attention_percent, policy.weight_slots or 0
-            homes = policy.cache_gpu_percent > 1, policy.cache_cpu_percent > 1, attended > 50, attended == 100
-            kind = *homes, slots >= _MANY_SLOTS, policy.half_blocks > 1, policy.num_gpu_batches <= 2
-            kinds.setdefault(kind, policy)
+            homes = policy.cache_gpu_percent > 1, policy.cache_cpu_percent > 1, attended > 50
+            kind = *homes, slots >= _MANY_SLOTS, policy.half_blocks > 1
+            kinds.setdefault((*kind, attended == 100, policy.num_gpu_batches <= 2) if finer else kind, policy)
         return list(dict.fromkeys([*kinds.values(), *ranked]))
 
     def start(self, policy: Policy) -> Policy | None:
