@@ -10,7 +10,7 @@
   many rows and few; two of the twelve keep their KV cache as int8.
 
 No constant comes from these runs. A shared machine changes its speed within seconds, so between the sweeps of a run, about
-every 1.5 s of them, reads and products of experts are timed, and the run is predicted for the speeds that they found; beside it
+every 1.5 s of them, reads, the memory and products of experts are timed, and the run is predicted for the speeds found; beside it
 the record has what was predicted for the machine as the probe found it. A run is repeated when more than 3 % of the cores' time
 went to other virtual machines. The median of three runs counts; all are recorded.
 """

@@ -77,9 +77,10 @@ class AttentionPhase:
         that of the first batch shares its links with experts that come on demand for ``routed_s``.
 
         Each time is when a thread is done with what it has got so far, counted from the first projection: ``now`` the main
-        thread, ``loaded`` the one that fetches KV, ``stored`` the one that takes new KV home, ``on_cpu`` the CPU's attention,
-        ``brought`` the one that brings its results, ``moved`` the one that moves hidden states. What is asked for while the experts of the layer before run begins that
-        much earlier. ``ready`` is when all that the batch to attend next waits for is there.
+        thread, ``loaded`` the one that fetches KV, ``stored`` the one that takes new KV home, ``on_cpu`` the CPU's
+        attention, ``brought`` the one that brings its results, ``moved`` the one that moves hidden states. What is asked
+        for while the experts of the layer before run begins that much earlier. ``ready`` is when all that the batch to
+        attend next waits for is there.
         """
         now = stored = on_cpu = brought = ready = 0.0
         first_s = self.batches[0].fetch_s

@@ -278,7 +278,8 @@ class _WeightStream:
     Attributes:
         busy_s: seconds of a sweep, by user of `cost_model.timing.contention`.
         head_share: part of the head's units that are streamed.
-        links: of each link, (the shared resource that it alone is of those who bring weights, its seconds in a sweep, those of what it may bring before a slot is freed).
+        links: of each link, (the shared resource that it alone is of those who bring weights, its seconds in a sweep, those of what
+            it may bring before a slot is freed).
     """
 
     def __init__(self, costs: Costs, demanded: bool = False, held_slots: int = 0):

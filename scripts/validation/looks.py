@@ -83,11 +83,11 @@ class Looks:
     ) -> None:
         self._buffers, self._files = random_buffers(device, _UNIT_BYTES, _UNITS), files
         self._device, self._gpu, self._seconds, self._elements = device, hardware.gpu, seconds, elements
-        self._values = noise(device, torch.float32, _MEMORY_BYTES // 4)
+        self._values = None if seconds is None else noise(device, torch.float32, _MEMORY_BYTES // 4)
 
     def look(self) -> Look:
         """Takes about half a second."""
-        if self._seconds is None:
+        if self._seconds is None or self._values is None:
             return Look(disk=self._disk(), memory=1.0, cores=())
         memory = memory_rate(self._device, self._values, _CORES_S) / self._gpu.memory_bytes_per_s
         return Look(disk=self._disk(), memory=memory, cores=self._cores(self._seconds))

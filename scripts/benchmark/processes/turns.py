@@ -30,10 +30,8 @@ def in_turns(
     Raises:
         RuntimeError: the models did not make the same sweeps.
     """
-    params = [SamplingParams(max_tokens=most, ignore_eos=True) for most in max_tokens]
     for llm in (streamed, resident):
-        for request in llm.in_waiting_order(prompts, params):
-            llm.engine.submit(request)
+        _submit(llm, prompts, max_tokens)
     streamed_s, resident_s, read_bytes, rates = [], [], [], [look()]
     while streamed.engine.unfinished:
         read = read_when_quiet(streamed)
@@ -60,9 +58,7 @@ def with_products(
     Returns:
         list[tuple]: of each sweep its tokens, its seconds, and the mean of the rates before and behind it.
     """
-    params = [SamplingParams(max_tokens=most, ignore_eos=True) for most in max_tokens]
-    for request in llm.in_waiting_order(prompts, params):
-        llm.engine.submit(request)
+    _submit(llm, prompts, max_tokens)
     found: list[tuple[int, float, float]] = []
     last = 0, 0.0
     while llm.engine.unfinished:
@@ -72,6 +68,12 @@ def with_products(
         found.append((tokens, seconds, (now + last[1]) / 2 if last[0] == tokens else now))
         last = tokens, now
     return found
+
+
+def _submit(llm: LLM, prompts: Sequence, max_tokens: Sequence[int]) -> None:
+    params = [SamplingParams(max_tokens=most, ignore_eos=True) for most in max_tokens]
+    for request in llm.in_waiting_order(prompts, params):
+        llm.engine.submit(request)
 
 
 def _step_s(llm: LLM) -> float:
