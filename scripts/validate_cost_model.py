@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 
 from cost_model.hardware.hardware import Hardware
+from cost_model.hardware.link_curves import transfer_s
 from cost_model.hardware.speeds import with_speeds
 from cost_model.model.arch import ModelArch
 from cost_model.model.packing import packed_as
@@ -45,7 +46,7 @@ from scripts.support.stolen import wait_for_calm
 from scripts.validation.configs import Configuration, draw
 from scripts.validation.drift import corrected
 from scripts.validation.jobs import REAL_WEIGHTS, draw_jobs
-from scripts.validation.looks import TOKENS, mean_look
+from scripts.validation.looks import TOKENS, UNIT_BYTES, mean_look
 from scripts.validation.packed import draw_packed
 from scripts.validation.record import lines, summary, write
 from scripts.validation.runs import Run, Subject, measure
@@ -128,7 +129,8 @@ def validate(
 
 def _compare(run: Run, predict: Callable[..., Simulation], probed: Hardware) -> dict:
     found = mean_look(run.stretches)
-    here = with_speeds(probed, disk_read=found.disk / probed.disk_read_bytes_per_s)
+    as_looked_at_s = transfer_s(probed.disk_read_curve, probed.disk_read_bytes_per_s, UNIT_BYTES)
+    here = with_speeds(probed, disk_read=found.disk * as_looked_at_s / UNIT_BYTES)
     predicted = corrected(lambda machine: predict(hardware=machine), here, found.memory, list(zip(TOKENS, found.cores)))
     as_probed = predict(hardware=probed)
     return {

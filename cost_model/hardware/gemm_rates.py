@@ -1,10 +1,11 @@
 """How long a linear operation takes over so many tokens: a measured curve, and its convex pieces for a linear programme."""
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from statistics import fmean
 from typing import Annotated, Any
 
 from policies.common.checks import check_number
@@ -73,6 +74,17 @@ class GemmRates:
                 f"flops_per_s has rows of {[len(row) for row in rows]} rates; it needs {len(self.weight_elements)} rows "
                 f"(one per weight size) of {len(self.tokens)} (one per number of tokens)."
             )
+
+    @classmethod
+    def mean(cls, each: "Sequence[GemmRates]") -> "GemmRates":
+        """The mean of rates that were measured at different times, of the sizes that all of them have."""
+        first, sizes = each[0], min(len(rates.weight_elements) for rates in each)
+        rows = zip(*(rates.flops_per_s[:sizes] for rates in each), strict=True)
+        return cls(
+            tokens=first.tokens,
+            weight_elements=first.weight_elements[:sizes],
+            flops_per_s=tuple(tuple(map(fmean, zip(*row, strict=True))) for row in rows),
+        )
 
     def seconds(self, tokens: float, elements: float) -> float:
         """Time of `tokens` x `elements` multiply-adds; 0 without tokens.

@@ -23,6 +23,8 @@ from policies.workload import Workload
 
 PAGE_TOKENS = 16
 LOOK_AHEAD_BYTES = GIB
+#: Transfers of KV pages to or from disk that are under way at once.
+KV_TRANSFERS = 8
 #: K and V that attention on CUDA copies side by side at a time, a single row's excepted.
 GATHER_BYTES = GIB // 4
 #: Slots that stream attention, dense layers and the head in on-demand mode.
@@ -69,6 +71,11 @@ class Allocation:
     recompute_past: int | None = None
     cache_experts: int = 0
     held_slots: int = 0
+
+    @property
+    def shares_disk(self) -> bool:
+        """KV or hidden states live on disk, in small transfers, beside what else is read there."""
+        return self.kv_pages["disk"] > 0 or "disk" in self.activation_tiers
 
 
 def allocate(

@@ -1,7 +1,8 @@
 """What the lanes share: cores, the link to the compute device, host memory, the disk. How fast each runs beside others.
 
 A user is one kind of work on a lane; its lane is the part of its name before the slash. Bandwidth that is asked for
-more than it yields is split in proportion to what each user asks for. Cores are split as an operating system does it:
+more than it yields is split in proportion to what each user asks for. KV pages on disk get less: a drive serves bytes in the order
+in which they are asked for, and more of weights are. Cores are split as an operating system does it:
 by threads, and a thread that asks for less than its fair part (a disk reader that mostly sleeps) gets all it asks for.
 """
 
@@ -56,6 +57,7 @@ class Resources:
         self._memory = {} if self._on_cpu else _host_memory(costs)
         busy_s = self._hardware.disk_busy_latency_s
         self._wait_speed = min(1.0, self._hardware.disk_latency_s / busy_s) if busy_s else 1.0
+        self._kv_speed = costs.kv_speed_beside_weights
 
     def speeds(self, active: Collection[str]) -> dict[str, float]:
         """How fast each of the active users gets on, 1 being its speed when it is alone."""
@@ -80,15 +82,27 @@ class Resources:
     def _slowed(self, active: Collection[str]) -> list[tuple[list[str], float]]:
         """(users, their speed) of each bandwidth that is asked for more than it yields."""
         alone = dict.fromkeys(active, 1.0)
-        readers = [user for user in active if _lane(user) == "disk_read" and user not in _WAITS]
         writers = [user for user in active if _lane(user) == "disk_write" and user not in _WAITS]
-        asked: list[tuple[list[str], float]] = [(readers, len(readers)), (writers, len(writers))]
+        asked: list[tuple[list[str], float]] = [(writers, len(writers))]
         if not self._on_cpu:
             asked.append(([user for user in active if user in self._link], self._link_used(alone)))
             asked.append(([user for user in active if user in self._memory], _weighted(self._memory, alone)))
-        found = [(users, 1 / times) for users, times in asked if times > 1]
-        waiting = [user for user in _WAITS if user in active]
-        return [*found, (waiting, self._wait_speed)] if "disk_read" in active else found
+        found = [(users, 1 / times) for users, times in asked if times > 1] + self._reads(active)
+        if "disk_read" not in active:
+            return found
+        waiting, written = ([user for user in users if user in active] for users in (_WAITS, ("disk_write",)))
+        return [*found, (waiting, self._wait_speed), (written, self._kv_speed["disk_write"])]
+
+    def _reads(self, active: Collection[str]) -> list[tuple[list[str], float]]:
+        """(users, their speed) of those who read the disk, where they are several."""
+        readers = [user for user in active if _lane(user) == "disk_read" and user not in _WAITS]
+        if len(readers) < 2:
+            return []
+        even, kv = 1 / len(readers), "disk_read/kv"
+        if kv not in readers or "disk_read" not in readers:
+            return [(readers, even)]
+        speed = min(even, self._kv_speed[kv])
+        return [([kv], speed), ([user for user in readers if user != kv], (1 - speed) / (len(readers) - 1))]
 
     def _link_used(self, busy: Mapping[str, float]) -> float:
         """Seconds of the link: while both directions run, each has the part r of its speed.

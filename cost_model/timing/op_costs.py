@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import Hardware
 from cost_model.hardware.link_curves import transfer_s
-from cost_model.memory.allocation import PAGE_TOKENS, Allocation, single_expert_bytes
+from cost_model.memory.allocation import KV_TRANSFERS, PAGE_TOKENS, Allocation, single_expert_bytes
 from cost_model.memory.memory_plan import expert_chunk, kv_disk_page_bytes, scored_at_once
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import are_grouped
@@ -268,6 +268,22 @@ class Costs:
         hw = self.hardware
         write_s = self.kv_disk_bytes / hw.disk_write_bytes_per_s
         return batch.new["disk"] * (write_s + hw.kv_block_write_s / PAGE_TOKENS)
+
+    @property
+    def kv_speed_beside_weights(self) -> dict[str, float]:
+        """How fast KV is read and written while weights are read, 1 being its speed alone, by user of
+        `cost_model.timing.contention`.
+
+        Each of the lane's transfers then takes ``disk_busy_latency_s``, and `KV_TRANSFERS` are under way.
+        """
+        hw, page = self.hardware, self.kv_disk_bytes * PAGE_TOKENS
+        stretch = self.kv_disk_bytes * self.allocation.stretch_tokens
+        alone_s = {
+            "disk_read/kv": hw.kv_block_read_s + stretch / hw.disk_read_bytes_per_s,
+            "disk_write": hw.kv_block_write_s + page / hw.disk_write_bytes_per_s,
+        }
+        busy_s = hw.disk_busy_latency_s / KV_TRANSFERS
+        return {user: min(1.0, seconds / busy_s) if busy_s else 1.0 for user, seconds in alone_s.items()}
 
     def expert_s(self, tokens: float, elements: float) -> float:
         """One expert of so many weights over its tokens, by itself."""

@@ -93,7 +93,7 @@ class SweepForm:
     def __init__(self, costs: Costs, gpu_batch_size: int):
         self._costs, self._rows, self._layers = costs, gpu_batch_size, costs.arch.num_layers
         self._on_cpu = costs.hardware.device == "cpu"
-        self._resources = Resources(costs)
+        self._resources, self._kv_speed = Resources(costs), costs.kv_speed_beside_weights
         self._beside = beside_shares(self._resources) if self._on_cpu else {}
         self._streams: dict[tuple[bool, int], _WeightStream] = {}
 
@@ -146,6 +146,7 @@ class SweepForm:
         found = {name: sum([busy[user] for user in users]) for name, users in THREADS.items()}
         found |= self._resources.seconds(busy)
         found["kv loads"] = self._loads_s(busy) + self._waited_s(busy)
+        found["disk_write"] += _lost_s(busy["disk_write"], self._kv_speed["disk_write"], busy["disk_read"])
         if self._on_cpu:
             cores = self._costs.hardware.cores
             slower = max(0.0, self._beside["h2d"] * (cores + 1) - 1)
@@ -155,13 +156,15 @@ class SweepForm:
     def _waited_s(self, busy: Mapping[str, float]) -> float:
         """Seconds that the thread which loads KV loses to streamed weights on the disk.
 
-        Two that read share the disk evenly, so while both do, each loses what the other gets done. The thread reads and copies
-        in turn; of what the other one reads, that part coincides which the thread reads of its time.
+        Two that read share the disk, so while both do, each loses what the other gets done. The thread reads and copies in turn; of
+        what the other one reads, that part coincides which the thread reads of its time.
         """
         read_s = busy["disk_read/kv"]
         if not read_s:
             return 0.0
-        return read_s / sum(busy[user] for user in THREADS["kv loads"]) * min(read_s, busy["disk_read"])
+        speed = min(0.5, self._kv_speed["disk_read/kv"])
+        lost_s = _lost_s(read_s, speed, busy["disk_read"] / (1 - speed))
+        return read_s / sum(busy[user] for user in THREADS["kv loads"]) * lost_s
 
     def _loads_s(self, busy: Mapping[str, float], moved_s: float = 0.0) -> float:
         """Seconds of the thread that fetches KV, without those in which it rests; weights of ``moved_s`` are moved in those.
@@ -246,6 +249,11 @@ class SweepForm:
         which wants all cores and has half of them, but where the CPU's attention waits for it and nothing is computed meanwhile."""
         stored_s = 0.0 if busy["cpu"] else min(computed_s, busy["d2h"])
         return stored_s + sum(share * min(computed_s, busy[user]) for user, share in self._beside.items())
+
+
+def _lost_s(alone_s: float, speed: float, beside_s: float) -> float:
+    """Seconds that work of so many loses to others that run for ``beside_s``, while it has a part of its speed."""
+    return (1 - speed) * min(alone_s / speed, beside_s)
 
 
 def beside_shares(resources: Resources) -> dict[str, float]:

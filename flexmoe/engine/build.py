@@ -24,6 +24,7 @@ from flexmoe.kv.cache import KVCache, KVShape
 from flexmoe.kv.transfers import KVBuffers, KVLanes
 from flexmoe.models.loader import Model
 from flexmoe.system.device import keep_freed_memory
+from flexmoe.system.direct_io import PIECE_BYTES, SHARED_PIECE_BYTES
 from flexmoe.system.machine import make_directory
 from flexmoe.system.trace import Recorder
 from flexmoe.weights.store import EmbeddingTable, WeightStore
@@ -115,7 +116,8 @@ class _Builder:
     def _store(self) -> WeightStore:
         plan, pin = self._plan, self._config.policy.pin_weight
         tiers = plan.allocation.placement.tier_of
-        store = WeightStore(plan.device, self._recorder, self._source, tiers, plan.dtype, pin)
+        piece = SHARED_PIECE_BYTES if plan.allocation.shares_disk else PIECE_BYTES
+        store = WeightStore(plan.device, self._recorder, self._source, tiers, plan.dtype, pin, piece)
         self._resources.callback(store.close)
         store.load()
         self._recorder.reset_totals()  # a run's rates do not count what loading moved

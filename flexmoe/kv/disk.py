@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from cost_model.memory.allocation import KV_TRANSFERS
 from flexmoe.kv.batch import Run
 from flexmoe.kv.cache import KVCache
 from flexmoe.system.device import Device
@@ -130,8 +131,9 @@ class DiskKV:
         self._write_buffers = [device.host_buffer(write_pages * cache.disk_page_bytes) for _ in range(2)]
         self._writing: list[Pending | None] = [None, None]
         self._stored = 0
-        self._reader = DiskPool(recorder, "disk_read", threads=2, worker="kv")  # last, since it starts threads
-        self._writer = DiskPool(recorder, "disk_write", threads=2, worker="kv")
+        # Last, since they start threads.
+        self._reader = DiskPool(recorder, "disk_read", threads=KV_TRANSFERS, worker="kv")
+        self._writer = DiskPool(recorder, "disk_write", threads=KV_TRANSFERS, worker="kv")
 
     def read(self, layer: int, index: DiskIndex, side: int) -> torch.Tensor:
         """Read the full pages of the index; returns them, ``[pages, 2, page_tokens, G, w]``."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from cost_model.hardware.link_curves import LinkCurve
-from flexmoe.probing.timing import best_of_rounds, best_s, elapsed_s, mean_s, repeat_s
+from flexmoe.probing.timing import best_s, elapsed_s, mean_of_rounds, mean_s, repeat_s
 from flexmoe.system.device import Device, Event, Stream
 from flexmoe.weights.slots import copy_in_pieces
 
@@ -105,7 +105,7 @@ def copy_curve(device: Device, nbytes: int, sizes: Sequence[int], seconds: float
         with device.on(stream):
             return lanes[0].nbytes / repeat_s(device, copy, seconds, stream=stream)
 
-    return best_of_rounds([size for size in sizes if size <= nbytes], rate)
+    return mean_of_rounds([size for size in sizes if size <= nbytes], rate)
 
 
 def small_copy_s(device: Device, nbytes: int, seconds: float) -> float:

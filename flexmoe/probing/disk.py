@@ -15,7 +15,7 @@ import torch
 from cost_model.hardware.link_curves import LinkCurve
 from flexmoe.errors import StorageError
 from flexmoe.probing.effort import Effort
-from flexmoe.probing.timing import best_of_rounds
+from flexmoe.probing.timing import mean_of_rounds
 from flexmoe.system.device import Device
 from flexmoe.system.direct_io import PIECE_BYTES, DirectFile, DiskPool, Pending, Transfer
 from flexmoe.system.machine import free_disk_bytes
@@ -80,7 +80,7 @@ def disk_rates(device: Device, directory: Path, effort: Effort) -> DiskRates:
 
 
 def _read_curve(file: DirectFile, buffers: list[torch.Tensor], nbytes: int, effort: Effort) -> LinkCurve:
-    """Bytes/s of reads by the bytes of a unit, each the best of rounds that read other parts of the file."""
+    """Bytes/s of reads by the bytes of a unit, each the mean of rounds that read other parts of the file."""
     sizes = [size for size in effort.link_bytes if size <= min(buffers[0].numel(), nbytes // _SLOTS)]
     start = 0
 
@@ -93,7 +93,7 @@ def _read_curve(file: DirectFile, buffers: list[torch.Tensor], nbytes: int, effo
         start += done.nbytes
         return done.bytes_per_s
 
-    return best_of_rounds(sizes, rate)
+    return mean_of_rounds(sizes, rate)
 
 
 def transfer(

@@ -27,7 +27,7 @@ class Effort:
 
     Attributes:
         buffer_bytes: host memory held at once; on CUDA also the GPU memory of the weights.
-        point_s: seconds per measured number.
+        point_s: seconds per measured number, of all passes together.
         curve_s: a weight size whose curve over tokens would take longer than this is left out.
         tokens: token counts of the curves, by device type.
         experts: (hidden, width) of the experts measured, rising.
@@ -43,6 +43,8 @@ class Effort:
         disk_s: seconds after which writing stops, and reading.
         layers, rows, batch_rows: the sweeps of a tiny model from which the overheads follow: all combinations.
         sweeps: how many of each.
+        passes: on device cpu, how often what the cores' speed decides is measured, at different times: a shared machine changes
+            that speed by half within a second. What counts is the mean.
     """
 
     buffer_bytes: int = GIB
@@ -73,6 +75,7 @@ class Effort:
     rows: tuple[int, ...] = (8, 64, 256)
     batch_rows: tuple[int, ...] = (16, 256)
     sweeps: int = 15
+    passes: int = 3
 
     def bounded(self, *limits: int | None) -> Effort:
         """The same with buffers no larger than an eighth of the available host memory and the given limits."""

@@ -25,7 +25,7 @@ from flexmoe.probing.effort import Effort
 from flexmoe.probing.gemms import bench_arch
 from flexmoe.probing.sweeps import gpu_batches, timed_sweeps
 from flexmoe.system.device import Device
-from flexmoe.system.direct_io import PIECE_BYTES, READ_THREADS, DirectFile, DiskPool, Transfer
+from flexmoe.system.direct_io import READ_THREADS, SHARED_PIECE_BYTES, DirectFile, DiskPool, Transfer
 from flexmoe.system.machine import usable_cores
 from flexmoe.system.trace import Recorder
 from policies.common.memory_units import align_down
@@ -60,7 +60,7 @@ def disk_latency(device: Device, directory: Path, effort: Effort) -> Latency:
         StorageError: the directory cannot be written or is full.
     """
     path, small = directory / f"latency-{os.getpid()}.bin", device.host_buffer(_SMALL_BYTES)
-    piece = min(PIECE_BYTES, align_down(effort.buffer_bytes // _PIECES))
+    piece = min(SHARED_PIECE_BYTES, align_down(effort.buffer_bytes // _PIECES))
     buffers = random_buffers(device, piece, _PIECES)
     with probe_directory(directory), contextlib.closing(DirectFile(path, writable=True)) as file:
         os.unlink(path)
@@ -99,7 +99,7 @@ class Reading:
 
     def __init__(self, file: DirectFile, buffers: list[torch.Tensor], nbytes: int):
         self._file = file
-        self._piece_bytes = min(PIECE_BYTES, len(buffers[0]))
+        self._piece_bytes = min(SHARED_PIECE_BYTES, len(buffers[0]))
         self._pieces = nbytes // self._piece_bytes
         starts = range(0, len(buffers[0]) // self._piece_bytes * self._piece_bytes, self._piece_bytes)
         memory = [buffer.numpy().data for buffer in buffers]

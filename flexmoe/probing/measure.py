@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,10 @@ from flexmoe.probing.latency import (
     streaming_core_s_per_byte,
 )
 from flexmoe.probing.sweeps import overheads, score_s
-from flexmoe.probing.timing import WeightArena
+from flexmoe.probing.timing import CURVE_ROUNDS, WeightArena, mean_of_passes
 from flexmoe.progress import Steps
 from flexmoe.system.device import Device, give_back_freed_memory, keep_freed_memory
-from flexmoe.system.direct_io import PIECE_BYTES, READ_THREADS
+from flexmoe.system.direct_io import PIECE_BYTES, READ_THREADS, SHARED_PIECE_BYTES
 from flexmoe.system.machine import cpu_name, filesystem
 from policies.common.directories import OFFLOAD_DIR, resolved
 from policies.common.memory_units import MIB
@@ -104,9 +104,7 @@ def probe(device: str = "auto", directory: str | Path = OFFLOAD_DIR, effort: Eff
     others = Others()
     try:
         with Steps(MEASURING, bar=sys.stderr.isatty()) as steps, dev.computing():
-            for number, (what, step) in enumerate(_STEPS.items(), 1):
-                steps.begin(number, len(_STEPS), what)
-                step(setting, found)
+            run_steps(setting, found, steps)
     except torch.OutOfMemoryError as error:
         raise InfeasibleError(
             f"the GPU has too little free memory to be measured ({str(error).splitlines()[0]}); end what else uses it"
@@ -114,6 +112,24 @@ def probe(device: str = "auto", directory: str | Path = OFFLOAD_DIR, effort: Eff
     finally:
         _give_back(dev)
     return _hardware(dev, found, others.sentence())
+
+
+def run_steps(setting: Setting, found: Found, steps: Steps) -> None:
+    """All steps. On device cpu those that the cores' speed decides are made in passes, between the others; their means count."""
+    count = 1 if setting.device.is_cuda else setting.effort.passes
+    passes = [Found(dict(found.values)) for _ in range(count)]
+    each = replace(setting, effort=replace(setting.effort, point_s=setting.effort.point_s / count))
+    disk, *others = _ALONE
+    order = [(disk, setting, found)]
+    for at, own in enumerate(passes, 1):
+        order += [(what, each, own) for what in _IN_PASSES]
+        order += [(what, setting, found) for what in (others[at - 1 : at] if at < count else others[at - 1 :])]
+    for number, (what, how, into) in enumerate(order, 1):
+        steps.begin(number, len(order), what)
+        STEPS[what](how, into)
+    for name, source in passes[0].sources.items():
+        source += f"; the mean of {count} passes" if count > 1 else ""
+        found.put(source, **{name: mean_of_passes([own.values[name] for own in passes])})
 
 
 def _give_back(device: Device) -> None:
@@ -157,7 +173,9 @@ def _disk(s: Setting, found: Found) -> None:
     own = f"{source}; CPU time of this process"
     found.put(source, disk_read_bytes_per_s=rates.read.bytes_per_s)
     found.put(f"{source}, flushed", disk_write_bytes_per_s=rates.write.bytes_per_s)
-    found.put(f"{source}, a unit at a time, 4 under way; the best of 3 rounds", disk_read_curve=rates.curve)
+    found.put(
+        f"{source}, a unit at a time, 4 under way; the mean of {CURVE_ROUNDS} rounds", disk_read_curve=rates.curve
+    )
     found.put(own, disk_read_core_s_per_byte=rates.read.core_s_per_byte)
     found.put(own, disk_write_core_s_per_byte=rates.write.core_s_per_byte)
     _kv_blocks(s, found, rates)
@@ -201,7 +219,7 @@ def _copies(s: Setting, found: Found) -> None:
     )
     room = s.effort.buffer_bytes // (2 if s.device.is_cuda else 4)
     found.put(
-        f"{how}, units of each size in three pieces, one after the other in {room / MIB:.0f} MiB; the best of 3 rounds",
+        f"{how}, units of each size in three pieces, one after the other in {room / MIB:.0f} MiB; the mean of {CURVE_ROUNDS} rounds",
         h2d_curve=copy_curve(s.device, room, s.effort.link_bytes, s.effort.point_s),
     )
 
@@ -284,7 +302,8 @@ def _latencies(s: Setting, found: Found) -> None:
         found.put("on device cpu a thread copies what it is asked for", h2d_busy_latency_s=0.0)
     disk = disk_latency(s.device, s.directory, s.effort)
     found.put("64 KiB written or read with nothing else under way", disk_latency_s=disk.alone_s)
-    found.put(f"the same while {READ_THREADS} threads read without end", disk_busy_latency_s=disk.busy_s)
+    busy = f"the same while {READ_THREADS} threads read {SHARED_PIECE_BYTES / MIB:.0f} MiB each without end"
+    found.put(busy, disk_busy_latency_s=disk.busy_s)
 
 
 def _streaming(s: Setting, found: Found) -> None:
@@ -322,7 +341,16 @@ def _process(s: Setting, found: Found) -> None:
     found.put(source, process_bytes=process_bytes(s.device, s.dtypes[2]))
 
 
-_STEPS: dict[str, Callable[[Setting, Found], None]] = {
+_IN_PASSES = (
+    "memory",
+    "copies",
+    "KV loads and stores",
+    "attention",
+    "experts and attention modules",
+    "overheads",
+)
+_ALONE = ("the disk", "latencies", "computing beside transfers", "the process")
+STEPS: dict[str, Callable[[Setting, Found], None]] = {
     "the disk": _disk,
     "memory": _memory,
     "copies": _copies,

@@ -6,17 +6,18 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 
+from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.link_curves import LinkCurve
 from flexmoe.checkpoint.unit_layout import Part, pack, views
 from flexmoe.system.device import Device, Event, Stream
 
 _MOST_CALLS = 1000
-_CURVE_ROUNDS = 3
+CURVE_ROUNDS = 5
 _OUTLIER = 3.0
 
 
@@ -52,10 +53,26 @@ def best_s(work: Callable[[], object], rounds: int) -> float:
     return min(_timed(work) for _ in range(rounds))
 
 
-def best_of_rounds(sizes: Sequence[int], bytes_per_s: Callable[[int], float]) -> LinkCurve:
-    """The best rate of each size. The sizes take turns, so that a machine which is slow for a while is so for all of them."""
-    rounds = [[bytes_per_s(size) for size in sizes] for _ in range(_CURVE_ROUNDS)]
-    return tuple((size, max(rates)) for size, *rates in zip(sizes, *rounds, strict=True))
+def mean_of_rounds(sizes: Sequence[int], bytes_per_s: Callable[[int], float]) -> LinkCurve:
+    """The mean rate of each size: a run gets the slow times of a drive or a link, too.
+
+    The sizes take turns, so that a machine which is slow for a while is so for all of them.
+    """
+    rounds = [[bytes_per_s(size) for size in sizes] for _ in range(CURVE_ROUNDS)]
+    return tuple((size, statistics.fmean(rates)) for size, *rates in zip(sizes, *rounds, strict=True))
+
+
+def mean_of_passes(values: Sequence[Any]) -> Any:
+    """The mean of a value of a machine that was measured several times: a number, `GemmRates`, a curve over sizes, or a mapping
+    to these."""
+    first = values[0]
+    if isinstance(first, Mapping):
+        return {key: mean_of_passes([each[key] for each in values]) for key in first}
+    if isinstance(first, GemmRates):
+        return GemmRates.mean(values)
+    if isinstance(first, tuple):
+        return tuple((size, statistics.fmean(each[at][1] for each in values)) for at, (size, _) in enumerate(first))
+    return statistics.fmean(values)
 
 
 def mean_s(work: Callable[[], object], seconds: float, least: int = 3) -> float:

@@ -24,6 +24,9 @@ from flexmoe.system.trace import Recorder
 from policies.common.memory_units import align_down, align_up
 
 PIECE_BYTES = 4 << 20
+#: Pieces of weights where small transfers share the disk with them. A drive serves what it has been asked for in turn, so a small
+#: transfer waits for all pieces that are under way.
+SHARED_PIECE_BYTES = 1 << 20
 READ_THREADS = 4
 
 
@@ -200,10 +203,18 @@ class DiskPool:
         lane: ``disk_read`` or ``disk_write``.
         threads: transfers in flight at once.
         worker: worker i records as ``lane/<worker>i``.
+        piece_bytes: transfers are cut into pieces of about so many.
     """
 
-    def __init__(self, recorder: Recorder, lane: str = "disk_read", threads: int = READ_THREADS, worker: str = ""):
-        self._recorder = recorder
+    def __init__(
+        self,
+        recorder: Recorder,
+        lane: str = "disk_read",
+        threads: int = READ_THREADS,
+        worker: str = "",
+        piece_bytes: int = PIECE_BYTES,
+    ):
+        self._recorder, self._piece_bytes = recorder, piece_bytes
         self._write = lane == "disk_write"
         self._calls: queue.SimpleQueue[bool | None] = queue.SimpleQueue()  # one for each piece that waits, None to end
         self._waiting: dict[bool, deque[_Piece]] = {True: deque(), False: deque()}  # by urgency
@@ -220,7 +231,7 @@ class DiskPool:
             urgent: overtake what is not; a piece that has been begun is finished first.
         """
         self._start()
-        pieces = [piece for t in transfers for piece in _cut(t)]
+        pieces = [piece for t in transfers for piece in _cut(t, self._piece_bytes)]
         pending = Pending(len(pieces), on_done)
         for piece in pieces:
             self._waiting[urgent].append(_Piece(piece, name, pending))
@@ -278,10 +289,10 @@ class UrgentTransfers:
         return self.pool.submit(transfers, name, on_done, urgent=True)
 
 
-def _cut(transfer: Transfer) -> list[Transfer]:
-    """Pieces of about `PIECE_BYTES`, all alike: several threads then share even one unit's bytes."""
+def _cut(transfer: Transfer, piece_bytes: int) -> list[Transfer]:
+    """Pieces of about so many bytes, all alike: several threads then share even one unit's."""
     size = len(transfer.buffer)
-    each = align_up(-(-size // max(1, round(size / PIECE_BYTES))))
+    each = align_up(-(-size // max(1, round(size / piece_bytes))))
     return [
         Transfer(
             transfer.file,

@@ -15,7 +15,7 @@ from cost_model.memory.memory_plan import LOADS_IN_FLIGHT
 from flexmoe.checkpoint.unit_layout import FLOAT32_ROLES, UnitLayout, pack, views
 from flexmoe.formats.packed_matrix import is_packed
 from flexmoe.system.device import Device
-from flexmoe.system.direct_io import DiskPool, OnDone, Pending
+from flexmoe.system.direct_io import PIECE_BYTES, DiskPool, OnDone, Pending
 from flexmoe.system.trace import Recorder
 from flexmoe.weights.sources import WeightSource
 from policies.units import UnitId
@@ -43,6 +43,7 @@ class WeightStore:
         tier_of: tier of each unit.
         dtype: compute dtype; GPU homes hold it.
         pin: keep CPU homes registered with the driver.
+        piece_bytes: of reads from disk, as in `DiskPool`.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class WeightStore:
         tier_of: Mapping[UnitId, str],
         dtype: torch.dtype,
         pin: bool = True,
+        piece_bytes: int = PIECE_BYTES,
     ):
         self.device = device
         self.dtype = dtype
@@ -61,7 +63,7 @@ class WeightStore:
         self.recorder = recorder
         self.layouts: dict[UnitId, UnitLayout] = {unit: source.layout(unit) for unit in tier_of}
         self._source = source
-        self._pool = DiskPool(recorder)
+        self._pool = DiskPool(recorder, piece_bytes=piece_bytes)
         self._urgent = self._pool.urgent()
         self._cpu: dict[UnitId, torch.Tensor] = {}
         self._gpu: dict[UnitId, dict[str, torch.Tensor]] = {}

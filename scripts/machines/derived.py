@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import Gpu, Hardware
+from cost_model.memory.allocation import KV_TRANSFERS
 from cost_model.memory.memory_plan import allocator_bytes
 from policies.common.memory_units import GIB
 from scripts.machines.cards import DESKTOP, MACHINES_BY_NAME, Card, Drive, Host
@@ -25,16 +26,14 @@ ATTENTION_PASSES = 5
 PREFILL_SHARE = 0.4
 INT8_ATTENTION_SOURCE = "not measured: a token of compressed KV takes what one of 16 bits takes"
 DISK_CORE_S_PER_BYTE, KV_BLOCK_CORE_S, OP_S, ROW_S, SWEEP_S, HANDOFF_S = 5e-11, 10e-6, 30e-6, 30e-6, 2e-3, 100e-6
-#: The runtime's threads that read KV, and those that write it.
-KV_THREADS = 2
 #: The process beside what is planned: Python and torch with what they keep; with CUDA also its libraries and its context.
 PROCESS_BYTES = {"cpu": GIB // 2, "cuda": 2 * GIB}
 PROCESS_SOURCES = {
     "cpu": "estimate: 0.31 to 0.38 GiB on two cores (benchmarks/memory.md), and threads of more cores",
     "cuda": "estimate: 0.4 GiB of Python and torch, the rest for CUDA's libraries and the host's part of its context",
 }
-#: The runtime reads weights in pieces of so many bytes.
-PIECE_BYTES = 4 << 20
+#: The runtime reads weights in pieces of so many bytes where small transfers share the disk with them.
+PIECE_BYTES = 1 << 20
 #: Of weights on their way up before a small copy: two pieces.
 PIECES_BEFORE_BYTES = 24 << 20
 
@@ -197,9 +196,9 @@ def machine(name: str, device: str, gpu: Gpu, host: Host, gpu_sources: dict[str,
         h2d_core_s_per_byte=1 / gpu.h2d_bytes_per_s if device == "cpu" else 0.0,
         disk_read_core_s_per_byte=DISK_CORE_S_PER_BYTE,
         disk_write_core_s_per_byte=DISK_CORE_S_PER_BYTE,
-        kv_block_read_s=1 / disk.reads_per_s / KV_THREADS,
+        kv_block_read_s=1 / disk.reads_per_s / KV_TRANSFERS,
         kv_block_core_s=KV_BLOCK_CORE_S,
-        kv_block_write_s=1 / disk.writes_per_s / KV_THREADS,
+        kv_block_write_s=1 / disk.writes_per_s / KV_TRANSFERS,
         disk_latency_s=1 / disk.reads_per_s,
         disk_busy_latency_s=1 / disk.reads_per_s + PIECE_BYTES / disk.read_bytes_per_s,
         handoff_s=HANDOFF_S,
@@ -214,13 +213,13 @@ def machine(name: str, device: str, gpu: Gpu, host: Host, gpu_sources: dict[str,
 
 def kv_block_sources(disk: Drive) -> dict[str, str]:
     """Where the costs of a KV block on disk come from."""
-    rule = "estimate: {:,.0f} {} of 4 KiB a second at random places, one after the other, of which the runtime has two under way; {}"
+    rule = "estimate: {:,.0f} {} of 4 KiB a second at random places, one after the other, of which the runtime has {} under way; {}"
     return {
-        "kv_block_read_s": rule.format(disk.reads_per_s, "reads", disk.source),
+        "kv_block_read_s": rule.format(disk.reads_per_s, "reads", KV_TRANSFERS, disk.source),
         "kv_block_core_s": "estimate: about what flexmoe.probe finds on two virtual cores",
-        "kv_block_write_s": rule.format(disk.writes_per_s, "writes", disk.source),
+        "kv_block_write_s": rule.format(disk.writes_per_s, "writes", KV_TRANSFERS, disk.source),
         "disk_latency_s": f"estimate: one read of 4 KiB at a random place; {disk.source}",
-        "disk_busy_latency_s": "estimate: as disk_latency_s, behind one piece of 4 MiB of a weight",
+        "disk_busy_latency_s": "estimate: as disk_latency_s, behind one piece of 1 MiB of a weight",
         "handoff_s": "estimate: about what flexmoe.probe finds on two virtual cores",
     }
 

@@ -24,7 +24,8 @@ from flexmoe.probing.timing import WeightArena, noise
 from flexmoe.system.device import Device
 from flexmoe.system.direct_io import DirectFile
 
-_UNIT_BYTES, _UNITS = 32 << 20, 8
+#: Of units that are read, so many under way.
+UNIT_BYTES, _UNITS = 32 << 20, 8
 _DISK_S, _CORES_S, _MEMORY_BYTES = 0.2, 0.1, 256 << 20
 #: Tokens of the products that are timed: bound by the memory, between, and by the cores.
 TOKENS = (2, 32, 256)
@@ -81,7 +82,7 @@ class Looks:
         seconds: Seconds | None,
         elements: int,
     ) -> None:
-        self._buffers, self._files = random_buffers(device, _UNIT_BYTES, _UNITS), files
+        self._buffers, self._files = random_buffers(device, UNIT_BYTES, _UNITS), files
         self._device, self._gpu, self._seconds, self._elements = device, hardware.gpu, seconds, elements
         self._values = None if seconds is None else noise(device, torch.float32, _MEMORY_BYTES // 4)
 
@@ -96,7 +97,7 @@ class Looks:
         nbytes = seconds = 0.0
         for path in self._files:
             with contextlib.closing(DirectFile(path)) as file:
-                whole = path.stat().st_size // _UNIT_BYTES * _UNIT_BYTES
+                whole = path.stat().st_size // UNIT_BYTES * UNIT_BYTES
                 done = transfer("disk_read", file, self._buffers, whole, _DISK_S - seconds)
             nbytes, seconds = nbytes + done.nbytes, seconds + done.seconds
             if seconds >= _DISK_S:

@@ -56,9 +56,26 @@ def test_both_directions_at_once_run_at_their_duplex_rates():
 
 
 def test_weights_and_kv_share_the_disk_and_reads_do_not_wait_for_writes():
-    there = resources(**WIDE)
+    there = resources(**WIDE, disk_busy_latency_s=0.0)
     assert there.speeds(["disk_read", "disk_read/kv"]) == {"disk_read": 0.5, "disk_read/kv": 0.5}
     assert there.speeds(["disk_read", "disk_write"]) == {"disk_read": 1.0, "disk_write": 1.0}
+
+
+def test_kv_pages_on_disk_wait_behind_the_weights_that_are_read():
+    page_bytes = 16 * 4096  # of Mixtral's KV in a layer
+    there = resources(
+        **WIDE,
+        disk_read_bytes_per_s=1e9,
+        disk_write_bytes_per_s=1e9,
+        kv_block_read_s=0.0,
+        kv_block_write_s=0.0,
+        disk_busy_latency_s=8 * 500e-6,
+    )
+    written = page_bytes / 1e9 / 500e-6
+    assert there.speeds(["disk_read", "disk_write"]) == pytest.approx({"disk_read": 1.0, "disk_write": written})
+    both = there.speeds(["disk_read", "disk_read/kv"])
+    assert both["disk_read/kv"] < 0.5 and sum(both.values()) == pytest.approx(1.0)
+    assert there.speeds(["disk_read/kv", "disk_write"]) == {"disk_read/kv": 1.0, "disk_write": 1.0}
 
 
 def test_copies_and_attention_share_host_memory():

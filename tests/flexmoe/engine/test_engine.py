@@ -10,7 +10,9 @@ import torch
 
 from cost_model.model.weight_units import units_of
 from flexmoe import LLM, EngineRequest, SamplingParams
+from flexmoe.engine import build
 from flexmoe.errors import UsageError
+from flexmoe.system.trace import Recorder
 from policies import Policy, Workload
 from tests.support.drawn import drawn
 from tests.support.engines import RESIDENT, STREAMED, is_clean
@@ -45,6 +47,25 @@ def make(tiny, tmp_path):
     yield call
     for llm in made:
         llm.close()
+
+
+@pytest.mark.parametrize(
+    ("percent", "small"),
+    [((0, 0, 100, 0, 100, 0), False), ((0, 0, 0, 0, 100, 0), True), ((0, 0, 100, 0, 0, 0), True)],
+    ids=("weights alone", "kv", "hidden states"),
+)
+def test_weights_are_read_in_small_pieces_where_small_transfers_wait_behind_them(make, monkeypatch, percent, small):
+    monkeypatch.setattr(build, "SHARED_PIECE_BYTES", 4096)
+    read, add = [], Recorder.add
+
+    def spy(self, lane, name, start_s, end_s, nbytes=0):
+        if lane.startswith("disk_read/") and not lane.startswith(("disk_read/kv", "disk_read/act")):
+            read.append(nbytes)
+        add(self, lane, name, start_s, end_s, nbytes)
+
+    monkeypatch.setattr(Recorder, "add", spy)
+    make(percent).generate([[5, 6, 7]], SamplingParams(max_tokens=2))
+    assert read and (max(read) <= 2 * 4096) == small
 
 
 def request(variant, row, max_tokens=GEN_LEN, **params):

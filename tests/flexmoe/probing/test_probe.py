@@ -10,6 +10,7 @@ import sys
 import time
 import weakref
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from cost_model.hardware.cache import last_measured
+from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import Gpu, Hardware
 from flexmoe.cli import probe as command
 from flexmoe.engine import executor
@@ -39,7 +41,8 @@ from flexmoe.probing import (
 from flexmoe.probing.cache import cached_probe
 from flexmoe.probing.effort import Effort, Heads
 from flexmoe.probing.measure import probe
-from flexmoe.probing.timing import WeightArena, best_of_rounds
+from flexmoe.probing.timing import CURVE_ROUNDS, WeightArena, mean_of_rounds
+from flexmoe.progress import Steps
 from flexmoe.system import device as device_module
 from flexmoe.system.device import Device
 from flexmoe.system.trace import Recorder
@@ -71,6 +74,7 @@ TINY = Effort(
     rows=(2, 6),
     batch_rows=(2, 8),
     sweeps=2,
+    passes=1,
 )
 HEADS = Heads(hidden=32, heads=4, kv_heads=2, head_dim=8)
 CPU = Device("cpu")
@@ -443,16 +447,16 @@ def test_a_curve_of_reads_takes_other_parts_of_the_file_in_turn(tmp_path, monkey
     monkeypatch.setattr(disk, "transfer", counted)
     found = disk.disk_rates(CPU, tmp_path, replace(TINY, point_s=0.0))
     rounds = reads[2:]
-    assert [size for _, size, *_ in rounds] == [size for size, _ in found.curve] * 3
+    assert [size for _, size, *_ in rounds] == [size for size, _ in found.curve] * CURVE_ROUNDS
     assert {(lane, slots) for lane, _, slots, *_ in rounds} == {("disk_read", 4)}
     assert all(0 <= start < end <= found.write.nbytes for *_, start, end in rounds)
     assert len({start for *_, start, _ in rounds}) > 3
 
 
-def test_rounds_take_turns_and_the_best_of_each_size_counts():
-    asked, rates = [], iter([1.0, 5.0, 3.0, 4.0, 2.0, 6.0])
-    assert best_of_rounds((1, 2), lambda size: asked.append(size) or next(rates)) == ((1, 3.0), (2, 6.0))
-    assert asked == [1, 2] * 3 and best_of_rounds((), asked.append) == ()
+def test_rounds_take_turns_and_the_mean_of_each_size_counts():
+    asked, rates = [], iter([1.0, 5.0, 3.0, 4.0, 2.0, 6.0, 4.0, 6.0, 5.0, 9.0])
+    assert mean_of_rounds((1, 2), lambda size: asked.append(size) or next(rates)) == ((1, 3.0), (2, 6.0))
+    assert asked == [1, 2] * CURVE_ROUNDS and mean_of_rounds((), asked.append) == ()
 
 
 @pytest.mark.parametrize("rows, batch_rows", [(2, 8), (6, 2)])
@@ -684,6 +688,31 @@ def test_progress_goes_to_stderr(tmp_path, monkeypatch, capsys):
         assert command.main(["-o", str(tmp_path / "m.json"), "--device", "cpu", "--dir", str(tmp_path)]) == 0
     told = capsys.readouterr()
     assert "measuring this machine, step 1 of 10: the disk" in told.err and "measuring" not in told.out
+
+
+def test_what_the_cores_decide_is_the_mean_of_passes_between_the_other_steps(monkeypatch):
+    made, speeds = [], iter((1.0, 2.0, 6.0))
+
+    def step(what):
+        def make(setting, found):
+            made.append((what, setting.effort.point_s))
+            if what == "memory":
+                rate = next(speeds)
+                grid = GemmRates(tokens=(1.0,), weight_elements=(8.0,), flops_per_s=((rate,),))
+                found.put("a sum", host_bytes_per_s=rate, experts={2: grid}, h2d_curve=((4, rate),))
+
+        return make
+
+    monkeypatch.setattr(measure, "STEPS", {what: step(what) for what in measure.STEPS})
+    found, effort = measure.Found(), replace(TINY, passes=3, point_s=0.3)
+    setting = measure.Setting(device=CPU, directory=Path(), effort=effort, dtypes={})
+    measure.run_steps(setting, found, Steps("measuring", bar=False))
+    assert found.values["host_bytes_per_s"] == 3.0 and found.values["h2d_curve"] == ((4, 3.0),)
+    assert found.values["experts"][2].flops_per_s == ((3.0,),) and "mean of 3 passes" in found.sources["experts"]
+    names = [what for what, _ in made]
+    assert names.count("memory") == names.count("overheads") == 3 and names.count("the disk") == 1
+    assert names.index("latencies") < len(names) - 1 - names[::-1].index("memory"), "passes lie between other steps"
+    assert [point_s for what, point_s in made if what == "memory"] == pytest.approx([0.1] * 3)
 
 
 @contextlib.contextmanager

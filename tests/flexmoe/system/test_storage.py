@@ -240,6 +240,14 @@ def test_large_transfer_is_cut_into_pieces_that_tile_it(tmp_path, threads_before
     file.close()
 
 
+def test_pieces_have_the_size_that_a_pool_was_asked_for(tmp_path, threads_before):
+    (tmp_path / "big.bin").write_bytes(bytes(8 * PAGE_BYTES))
+    file, pool, buffer = SlowFile(), DiskPool(Recorder(), piece_bytes=2 * PAGE_BYTES), page_buffer(8 * PAGE_BYTES)
+    pool.submit([Transfer(file, 0, buffer, 8 * PAGE_BYTES)], "big").wait()
+    assert sorted(file.offsets) == [at * PAGE_BYTES for at in (0, 2, 4, 6)]
+    pool.close()
+
+
 def test_first_error_reaches_the_callback_and_wait_while_other_pieces_complete(threads_before):
     pool, file, seen = DiskPool(Recorder(), threads=2), SlowFile(fails_at=PAGE_BYTES), []
     transfers = [Transfer(file, i * PAGE_BYTES, page_buffer(1), 1) for i in range(5)]
