@@ -79,8 +79,8 @@ def _function() -> Callable[..., int]:
     """The function of the library, with its arguments."""
     function = native.required().flexmoe_feed_forward
     pointer, int64, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    ends = [integer, integer, pointer, int64, int64, integer]
-    function.argtypes = [pointer, int64, pointer, pointer, int64, *[pointer] * 3, *ends]
+    ends = integer, integer, pointer, int64, int64, integer
+    function.argtypes = [pointer, int64, pointer, pointer, int64, pointer, pointer, pointer, *ends]
     function.restype = integer
     called: Callable[..., int] = function
     return called
