@@ -36,6 +36,11 @@ class WatchedFamily:
         """The shape."""
         return self._family.arch
 
+    @property
+    def gated_by_silu(self) -> bool:
+        """False: `feed_forward` is seen."""
+        return False
+
     def parts(self, on_disk: Iterable[str]) -> dict[UnitId, list[Part]]:
         """Parts of every unit."""
         return self._family.parts(on_disk)

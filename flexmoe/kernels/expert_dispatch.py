@@ -17,10 +17,13 @@ import torch
 from cost_model.memory.memory_plan import EXPERT_CHUNK_TOKENS
 from cost_model.model.weight_units import GROUPED_TOKENS
 from flexmoe.kernels.elementwise import add_rows
-from flexmoe.kernels.expert_weights import ExpertWeights
+from flexmoe.kernels.expert_weights import ExpertProducts, ExpertWeights
 from flexmoe.kernels.family import Family
 from flexmoe.kernels.native import library as native
 from flexmoe.system.device import Device
+
+#: Numbers of a matrix from which on an expert is worth calls of its own: threads meet three times in each.
+_LARGE = 1 << 20
 
 
 class ExpertDispatch:
@@ -84,15 +87,33 @@ class ExpertDispatch:
             family: the model's mathematics.
         """
         if len(experts) == 1:
-            self.add(experts[0], x_TD, y_TD, partial(family.feed_forward, w=weights.expert(0)))
+            if not self._add_gated(experts[0], x_TD, y_TD, weights.expert(0), family):
+                self.add(experts[0], x_TD, y_TD, partial(family.feed_forward, w=weights.expert(0)))
         elif self.can_group(experts, weights):
             self.add_group(
                 experts, x_TD, y_TD, lambda x_nD, bounds: family.feed_forward(x_nD, weights.grouped(bounds.ends()))
             )
-        else:
+        elif not all(
+            self._add_gated(expert, x_TD, y_TD, weights.expert(at), family) for at, expert in enumerate(experts)
+        ):
             self.add_group(
                 experts, x_TD, y_TD, lambda x_nD, bounds: family.feed_forward(x_nD, weights.in_turn(bounds.slices()))
             )
+
+    def _add_gated(
+        self, expert: int, x_TD: torch.Tensor, y_TD: torch.Tensor, own: ExpertProducts, family: Family
+    ) -> bool:
+        """`add` in one native call for each chunk, where there is one; False: nothing was added."""
+        if not family.gated_by_silu:
+            return False
+        for pairs in self._chunks(range(expert, expert + 1)):
+            if self._is_dense:
+                added = own.add_gated(x_TD[pairs], y_TD[pairs])
+            else:
+                added = own.add_gated(x_TD, y_TD, self._tokens[pairs], self._weights[pairs])
+            if not added:  # that depends on the weights alone: the first chunk already was not
+                return False
+        return True
 
     def add(
         self, expert: int, x_TD: torch.Tensor, y_TD: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]
@@ -133,15 +154,21 @@ class ExpertDispatch:
     def add_some(
         self, weights: Mapping[int, ExpertWeights], x_TD: torch.Tensor, y_TD: torch.Tensor, family: Family
     ) -> None:
-        """Run single experts over their tokens and add the weighted results to the block's output: their tokens are gathered,
-        activated and added together.
+        """Run single experts over their tokens and add the weighted results to the block's output: tokens of small experts are
+        gathered, activated and added together.
 
         Args:
             weights: of each expert, by its number.
             x_TD, y_TD, family: as for `add_unit`.
         """
+        large = family.arch.hidden * family.arch.ffn >= _LARGE
+        few = {
+            expert: own
+            for expert, own in weights.items()
+            if not (large and self._add_gated(expert, x_TD, y_TD, own.expert(0), family))
+        }
         grouped = self._device.torch.type == "cpu" and native.available()
-        for pairs in self._together(weights):
+        for pairs in self._together(few):
             tokens = torch.cat([self._tokens[own] for _, own in pairs])
             ends = list(accumulate(own.stop - own.start for _, own in pairs))
             together = ExpertWeights.together([weights[expert] for expert, _ in pairs])

@@ -20,6 +20,7 @@ from flexmoe.checkpoint.unit_layout import tensors_of
 from flexmoe.formats.packed_matrix import CODECS, SEPARATOR, PackedMatrix
 from flexmoe.kernels.grouped_product import can_group, grouped_product, product_in_turn, with_biases
 from flexmoe.kernels.linear import linear, linears
+from flexmoe.kernels.native.feed_forward import can_feed_forward, feed_forward
 
 
 class ExpertProducts:
@@ -63,6 +64,31 @@ class ExpertProducts:
     def down(self, h_nF: torch.Tensor) -> torch.Tensor:
         """Back to ``[n, D]``."""
         return self._product(h_nF, self._down, self._biases[1])
+
+    def add_gated(
+        self,
+        x_TD: torch.Tensor,
+        y_TD: torch.Tensor,
+        tokens_n: torch.Tensor | None = None,
+        factors_n: torch.Tensor | None = None,
+    ) -> bool:
+        """Add ``factors · down · (silu(gate) · up)`` of one expert's tokens to their outputs in one native call.
+
+        Args:
+            x_TD, y_TD: inputs and outputs of all tokens.
+            tokens_n: those of the expert, each once; None: all.
+            factors_n: in the dtype of the outputs; None: one.
+
+        Returns:
+            bool: False where this machine has no such call for these weights; then nothing was added.
+        """
+        if self._alternate or self._biases[0] is not None or not isinstance(self._down, torch.Tensor):
+            return False
+        gate, up = self._gate_up if len(self._gate_up) == 2 else self._gate_up[0].chunk(2)
+        if not can_feed_forward(x_TD, y_TD, gate, up, self._down):
+            return False
+        feed_forward(x_TD, y_TD, (gate, up, self._down), tokens_n, factors_n)
+        return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,10 @@ class Family(Protocol):
     def arch(self) -> ModelArch:
         """The shape."""
 
+    @property
+    def gated_by_silu(self) -> bool:
+        """Whether `feed_forward` is ``down · (silu(gate) · up)`` and nothing else sees it, so that one kernel may take its place."""
+
     def parts(self, on_disk: Iterable[str]) -> dict[UnitId, list[Part]]:
         """Parts of every unit, given the names in the checkpoint."""
 

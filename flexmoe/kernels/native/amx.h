@@ -29,6 +29,7 @@ struct Tiles {
     struct alignas(64) { uint8_t palette, start_row, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } config = {};
     config.palette = 1;
     for (int i = 0; i < 8; i++) config.bytes[i] = uint16_t(shapes[i].bytes), config.rows[i] = uint8_t(shapes[i].rows);
+    asm volatile("" : "+m"(config));  // to the compiler the intrinsic reads eight bytes of it
     _tile_loadconfig(&config);
   }
   ~Tiles() { _tile_release(); }

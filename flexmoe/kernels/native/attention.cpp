@@ -22,6 +22,7 @@
 #include "call.h"
 #include "choice.h"
 #include "elementwise.h"
+#include "feed_forward.h"
 #include "packed_work.h"
 #include "products.h"
 #include "products_amx.h"

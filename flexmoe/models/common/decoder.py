@@ -76,6 +76,11 @@ class Decoder:
         self.arch = arch
         self._routing, self._rotary = self.routing(config or {}), Rotary.of(arch, config or {})
 
+    @property
+    def gated_by_silu(self) -> bool:
+        """Whether `feed_forward` is ``down · (silu(gate) · up)``."""
+        return type(self).feed_forward is Decoder.feed_forward
+
     def routing(self, config: Mapping[str, Any]) -> Routing:
         """The router of all layers: the best softmax probabilities, which are made to add up to one.
 
@@ -212,8 +217,11 @@ class Decoder:
         weights = ExpertWeights.of(own, PackedShape(packed, arch.hidden, arch.shared_ffn) if packed else None)
         step = EXPERT_CHUNK_TOKENS[x_TD.device.type]
         for h_nD, x_nD in zip(h_TD.split(step), x_TD.split(step)):
+            factors_n1 = None if gate is None else torch.sigmoid(linear(x_nD, gate))
+            if self.gated_by_silu and weights.expert(0).add_gated(x_nD, h_nD, factors_n=factors_n1):
+                continue
             y_nD = self.feed_forward(x_nD, weights.expert(0))
-            h_nD.add_(y_nD if gate is None else y_nD.mul_(torch.sigmoid(linear(x_nD, gate))))
+            h_nD.add_(y_nD if factors_n1 is None else y_nD.mul_(factors_n1))
 
     def feed_forward(self, x_nD: torch.Tensor, w: ExpertProducts) -> torch.Tensor:
         """Output ``[n, D]`` of an expert (or the MLP of a dense layer), or of several experts at once."""
