@@ -57,6 +57,12 @@ INLINE void put_pairs(const bf16* from, int count, bf16* to, int step) {
   for (int d = 0; d + 2 <= count; d += 2) std::memcpy(to + d * step, from + d, 4);
   if (count % 2) to[(count - 1) * step] = from[count - 1];
 }
+// Sixteen numbers and sixteen others in bf16, by turns.
+INLINE __m512i pairs_of(__m512 a, __m512 b) {
+  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)_mm512_cvtne2ps_pbh(b, a));
+}
 INLINE __mmask32 first_of_32(int count) { return count >= 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1; }
 
 }  // namespace

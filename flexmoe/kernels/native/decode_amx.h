@@ -12,61 +12,12 @@
 
 #include "amx.h"
 #include "call.h"
+#include "four_lines_amx.h"
 #include "lanes.h"
 #include "numbers.h"
 
 #if defined(HAS_AMX)
 namespace {
-
-constexpr int AMX_LINES = 16;  // at most this many lines take the stream path on AMX
-constexpr int AMX_KEYS = 64;   // at a time, of every head
-constexpr int TILE_KEYS = 16;
-constexpr int LINES_AT_ONCE = 4;  // of a vector, of which lane = key of 4 * LINES_AT_ONCE + line
-
-// Vectors of 4 keys and 4 lines, 16 keys in all, to vectors of a line and 16 keys, of which key 4 i + j is at 4 j + i.
-INLINE void weights_by_line(const vf* x, __m512 (&line)[4]) {
-  const __m512 a = _mm512_unpacklo_ps((__m512)x[0], (__m512)x[1]), b = _mm512_unpackhi_ps((__m512)x[0], (__m512)x[1]);
-  const __m512 c = _mm512_unpacklo_ps((__m512)x[2], (__m512)x[3]), d = _mm512_unpackhi_ps((__m512)x[2], (__m512)x[3]);
-  line[0] = (__m512)_mm512_unpacklo_pd((__m512d)a, (__m512d)c), line[1] = (__m512)_mm512_unpackhi_pd((__m512d)a, (__m512d)c);
-  line[2] = (__m512)_mm512_unpacklo_pd((__m512d)b, (__m512d)d), line[3] = (__m512)_mm512_unpackhi_pd((__m512d)b, (__m512d)d);
-}
-
-// Four numbers of each of four rows.
-INLINE vf load_4x4(const float* p, int step) {
-  if (step == 4) return load(p);
-  __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(p));
-  x = _mm512_insertf32x4(x, _mm_loadu_ps(p + step), 1);
-  x = _mm512_insertf32x4(x, _mm_loadu_ps(p + 2 * step), 2);
-  return (vf)_mm512_insertf32x4(x, _mm_loadu_ps(p + 3 * step), 3);
-}
-INLINE vf over_keys(vf x, bool greatest) {  // of the four keys of each line, in all of its lanes
-  const vf y = (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0x4e);
-  x = greatest ? vmax(x, y) : x + y;
-  const vf z = (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0xb1);
-  return greatest ? vmax(x, z) : x + z;
-}
-// Whether a tile of keys lies at one step: its tokens are of two pages at most.
-INLINE bool evenly(const Call& c, const int64_t* offsets) {
-  return c.page_tokens >= TILE_KEYS && offsets[TILE_KEYS - 1] - offsets[0] == (TILE_KEYS - 1) * int64_t(c.G) * c.width;
-}
-
-// The softmax of line l of a vector: that of a query head from the start, or from what shared keys have left of it.
-INLINE void begin_softmax(const Call& c, int head, int l, const float* from, vf* max_sum) {
-  for (int i = l % LINES_AT_ONCE; i < W; i += LINES_AT_ONCE) {
-    max_sum[0][i] = from ? from[c.D] : first_score(c, head);
-    max_sum[1][i] = i >= LINES_AT_ONCE ? 0.0f : from ? from[c.D + 1] : first_sum(c);
-  }
-}
-// Scores of the lines from l on with four keys, of which the first is `first` of `count` from t on: -inf where they do not see it.
-INLINE vf masked(const Call& c, int row, vf x, int l, int t, int first, int count) {
-  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const vi key = lane / LINES_AT_ONCE + first;
-  vi position = (vi){} + (c.context_lens[row] - (c.q_starts[row + 1] - c.q_starts[row]));
-  for (int i = 0; i < W; i++) position[i] += (l + i % LINES_AT_ONCE) / c.N;
-  vi hidden = (key >= count) | (key + t > position);
-  if (c.window) hidden |= key + t <= position - c.window;
-  return hidden ? (vf){} - __builtin_inff() : x;
-}
 
 struct AmxStream {
   const Call& c;
@@ -121,19 +72,21 @@ struct AmxStream {
   }
 
   void start(int head_begin) {
-    std::memset(q, 0, size_t(heads) * padded_lines * padded * 2);
-    std::fill(o, o + size_t(heads) * padded_lines * padded, 0.0f);
     for (int h = 0; h < heads; h++)
-      for (int l = 0; l < padded_lines; l++) {
-        const int own = (head_begin + h) * c.N + l % c.N;
-        const int64_t token = first_token + l / c.N;
-        vf* state = max_sum + (h * (padded_lines / LINES_AT_ONCE) + l / LINES_AT_ONCE) * 2;
-        const float* from = begin > 0 && c.state && l < lines ? state_of(c, token, own) : nullptr;
-        begin_softmax(c, own, l, from, state);
-        if (l >= lines) continue;
-        const bf16* query = (const bf16*)c.q + token * c.q_stride + int64_t(own) * D;
-        put_pairs(query, D, q + h * padded * padded_lines + 2 * l, padded_lines);
-        for (int d = 0; from && d < D; d++) o[(h * padded_lines + l) * size_t(padded) + d % 2 * padded / 2 + d / 2] = from[d];
+      for (int l = 0; l < padded_lines; l += LINES_AT_ONCE) {
+        const FourLines four(c, row, head_begin + h, l, begin > 0 && c.state);
+        four.begin(max_sum + (h * padded_lines + l) / LINES_AT_ONCE * 2);
+        char* to = (char*)(q + size_t(h) * padded * padded_lines + 2 * l);
+        for (int d = 0; d < padded; d += 32, to += 16 * 4 * padded_lines) {
+          vf x[LINES_AT_ONCE];
+          UNROLL for (int j = 0; j < LINES_AT_ONCE; j++)
+            x[j] = four.query[j] ? (vf)load_32(four.query[j] + d, first_of_32(D - d)) : vf{};
+          put_words<false>(x, to, 4 * padded_lines);
+        }
+        float* own = o + (size_t(h) * padded_lines + l) * padded;
+        std::fill(own, own + LINES_AT_ONCE * padded, 0.0f);
+        for (int j = 0; j < LINES_AT_ONCE; j++, own += padded)
+          for (int d = 0; four.from[j] && d < D; d++) own[d % 2 * padded / 2 + d / 2] = four.from[j][d];
       }
   }
 
@@ -262,25 +215,21 @@ struct AmxStream {
       }
   }
 
-  // Columns in order from even and odd ones.
-  INLINE void unpack_output(const float* from, float* to) const {
-    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    for (int d = 0; d < padded; d += 32) {
-      const __m512 a = (__m512)load(from + d / 2), b = (__m512)load(from + (padded + d) / 2);
-      store(to + d, (vf)_mm512_permutex2var_ps(a, low, b)), store(to + d + 16, (vf)_mm512_permutex2var_ps(a, high, b));
-    }
-  }
   void finish(int head_begin) {
     Ahead nothing(c, sizeof(bf16), nullptr, 0, head_begin, heads, 0);
     accumulate(nothing);
-    float* in_order = (float*)values;
     for (int h = 0; h < heads; h++)
-      for (int l = 0; l < lines; l++) {
-        const vf sum = over_keys(max_sum[(h * padded_lines + l) / LINES_AT_ONCE * 2 + 1], false);
-        unpack_output(o + (h * padded_lines + l) * size_t(padded), in_order);
-        bf16* to = (bf16*)c.out + ((first_token + l / c.N) * c.H + (head_begin + h) * c.N + l % c.N) * D;
-        narrow_row(in_order, to, D, 1.0f / sum[l % LINES_AT_ONCE]);
+      for (int l = 0; l < lines; l += LINES_AT_ONCE) {
+        const FourLines four(c, row, head_begin + h, l, false);
+        const vf times = 1.0f / over_keys(max_sum[(h * padded_lines + l) / LINES_AT_ONCE * 2 + 1], false);
+        const float* from = o + size_t(h * padded_lines + l) * padded;
+        for (int j = 0; j < LINES_AT_ONCE && four.out[j]; j++, from += padded) write(from, of_line(times, j), four.out[j]);
       }
+  }
+  // Columns in order from even and odd ones.
+  INLINE void write(const float* from, vf times, bf16* to) const {
+    for (int d = 0; d < padded; d += 32)
+      _mm512_mask_storeu_epi16(to + d, first_of_32(D - d), pairs_of((__m512)(load(from + d / 2) * times), (__m512)(load(from + (padded + d) / 2) * times)));
   }
 };
 

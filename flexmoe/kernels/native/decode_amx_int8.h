@@ -13,7 +13,7 @@
 
 #include "amx.h"
 #include "call.h"
-#include "decode_amx.h"
+#include "four_lines_amx.h"
 #include "numbers.h"
 #include "two_bytes_amx.h"
 
@@ -256,21 +256,17 @@ struct AmxBytes {
 
   void start(int head_begin) {
     const int all = group * groups;
-    std::memset(q, 0, size_t(heads) * 2 * all * padded);
-    std::fill(o, o + size_t(heads) * all * padded, 0.0f);
-    std::fill(q_scale, q_scale + heads * all, 0.0f);
     for (int h = 0; h < heads; h++)
-      for (int l = 0; l < all; l++) {
-        const int own = (head_begin + h) * c.N + l % c.N;
-        const int64_t token = first_token + l / c.N;
-        vf* state = max_sum + (h * all + l) / LINES_AT_ONCE * 2;
-        const float* from = begin > 0 && c.state && l < lines ? state_of(c, token, own) : nullptr;
-        begin_softmax(c, own, l, from, state);
-        if (l >= lines) continue;
-        const bf16* query = (const bf16*)c.q + token * c.q_stride + int64_t(own) * D;
-        int8_t* to = q + (size_t(h) * groups + l / 8) * 2 * group * padded + l % 8 / LINES_AT_ONCE * 32 + l % LINES_AT_ONCE * 4;
-        q_scale[h * all + l] = put_query(query, D, to, group) * c.scale * LOG2E;
-        if (from) pack_output(from, o + (size_t(h) * all + l) * padded);
+      for (int l = 0; l < all; l += LINES_AT_ONCE) {
+        const FourLines four(c, row, head_begin + h, l, begin > 0 && c.state);
+        four.begin(max_sum + (h * all + l) / LINES_AT_ONCE * 2);
+        int8_t* to = q + (size_t(h) * groups + l / 8) * 2 * group * padded + l % 8 / LINES_AT_ONCE * 32;
+        const vf scale = put_queries(four.query, D, padded, to, 8 * group) * (c.scale * LOG2E);
+        _mm_store_ps(q_scale + h * all + l, _mm512_castps512_ps128((__m512)scale));
+        float* own = o + (size_t(h) * all + l) * padded;
+        std::fill(own, own + LINES_AT_ONCE * padded, 0.0f);
+        for (int j = 0; j < LINES_AT_ONCE; j++)
+          if (four.from[j]) pack_output(four.from[j], own + j * padded);
       }
   }
   // Outputs lie as values came: quads of columns of each 64 transposed.
@@ -281,15 +277,25 @@ struct AmxBytes {
   void finish(int head_begin) {
     Ahead nothing(c, sizeof(i8), nullptr, 0, head_begin, heads, 0);
     if (pending >= 0) accumulate(pending, nothing);
-    float* in_order = (float*)values;
+    const int all = group * groups;
     for (int h = 0; h < heads; h++)
-      for (int l = 0; l < lines; l++) {
-        const vf sum = over_keys(max_sum[(h * groups * group + l) / LINES_AT_ONCE * 2 + 1], false);
-        const float* from = o + (size_t(h) * groups * group + l) * padded;
-        for (int d = 0; d < padded; d += 4) std::memcpy(in_order + d, from + column(d), 16);
-        bf16* to = (bf16*)c.out + ((first_token + l / c.N) * c.H + (head_begin + h) * c.N + l % c.N) * D;
-        narrow_row(in_order, to, D, 1.0f / sum[l % LINES_AT_ONCE]);
+      for (int l = 0; l < lines; l += LINES_AT_ONCE) {
+        const FourLines four(c, row, head_begin + h, l, false);
+        const vf times = 1.0f / over_keys(max_sum[(h * all + l) / LINES_AT_ONCE * 2 + 1], false);
+        const float* from = o + (size_t(h) * all + l) * padded;
+        for (int j = 0; j < LINES_AT_ONCE && four.out[j]; j++, from += padded) write(from, of_line(times, j), four.out[j]);
       }
+  }
+  INLINE void write(const float* from, vf times, bf16* to) const {
+    for (int d = 0; d < padded; d += 64) {
+      vf x[4];
+      UNROLL for (int i = 0; i < 4; i++) x[i] = load(from + d + 16 * i) * times;
+      turn_quads(x);
+      UNROLL for (int i = 0; i < 2; i++) {
+        const __mmask32 valid = D - d > 32 * i ? first_of_32(D - d - 32 * i) : 0;
+        _mm512_mask_storeu_epi16(to + d + 32 * i, valid, (__m512i)_mm512_cvtne2ps_pbh((__m512)x[2 * i + 1], (__m512)x[2 * i]));
+      }
+    }
   }
 };
 

@@ -185,11 +185,6 @@ template <class E> struct AmxTile : Tile<bf16, E, TILE_VECTORS> {
     if (key >= count) hidden = (vi){} - 1;
     return hidden ? (vf){} - __builtin_inff() : x;
   }
-  INLINE __m512i pairs_of(__m512 a, __m512 b) const {
-    alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
-                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return _mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)_mm512_cvtne2ps_pbh(b, a));
-  }
   void rescale() {
     for (int n = 0; n < vectors; n++) {
       if (!_mm512_cmp_ps_mask((__m512)alpha[n], _mm512_set1_ps(1.0f), _CMP_NEQ_UQ)) continue;

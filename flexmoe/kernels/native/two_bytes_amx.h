@@ -8,7 +8,7 @@
 #include <cstring>
 
 #include "amx.h"
-#include "decode_amx.h"
+#include "four_lines_amx.h"
 #include "lanes.h"
 #include "numbers.h"
 
@@ -50,28 +50,49 @@ INLINE void put_weights(const vf* w, vf steps, int8_t* to, int group) {
   UNROLL for (int i = 0; i < 4; i++) _mm512_store_ps(to + (group + i) * AMX_KEYS, line[i]);
 }
 
+// Quad i of vector j becomes quad j of vector i.
+INLINE void turn_quads(vf (&x)[4]) {
+  const __m512 a = _mm512_shuffle_f32x4((__m512)x[0], (__m512)x[1], 0x44), b = _mm512_shuffle_f32x4((__m512)x[0], (__m512)x[1], 0xee);
+  const __m512 e = _mm512_shuffle_f32x4((__m512)x[2], (__m512)x[3], 0x44), f = _mm512_shuffle_f32x4((__m512)x[2], (__m512)x[3], 0xee);
+  x[0] = (vf)_mm512_shuffle_f32x4(a, e, 0x88), x[1] = (vf)_mm512_shuffle_f32x4(a, e, 0xdd);
+  x[2] = (vf)_mm512_shuffle_f32x4(b, f, 0x88), x[3] = (vf)_mm512_shuffle_f32x4(b, f, 0xdd);
+}
+
 INLINE vf widened(const bf16* query, int D, int d) {
   const __mmask16 valid = D - d >= W ? 0xffff : (1 << (D - d)) - 1;
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, query + d)), 16);
 }
-// A query in two bytes of each number; returns what they are times, NaN where one is.
-float put_query(const bf16* query, int D, int8_t* to, int group) {
-  vf top = {}, nothing = {};
-  for (int d = 0; d < D; d += W) {
-    const vf x = widened(query, D, d);
-    top = vmax(top, vmax(-x, x)), nothing += x * 0.0f;
+// Queries of four lines in two bytes of each number, in rows of `columns` bytes, as `decode_amx_int8.h` has them; returns what each
+// is times, in all of its lanes, NaN where one of its numbers is.
+INLINE vf put_queries(const bf16* const (&query)[LINES_AT_ONCE], int D, int padded, int8_t* to, int columns) {
+  alignas(16) float scale[LINES_AT_ONCE] = {};
+  vf steps[LINES_AT_ONCE] = {};
+  UNROLL for (int j = 0; j < LINES_AT_ONCE; j++) {
+    if (!query[j]) continue;
+    vf top = {}, nothing = {};
+    for (int d = 0; d < D; d += W) {
+      const vf x = widened(query[j], D, d);
+      top = vmax(top, vmax(-x, x)), nothing += x * 0.0f;
+    }
+    const vf largest = max_in_groups<W>(top);
+    steps[j] = largest > 0.0f ? QUERY_STEPS / largest : vf{};
+    scale[j] = (largest[0] + sum_in_groups<W>(nothing)[0]) / QUERY_STEPS;
   }
-  const float largest = max_in_groups<W>(top)[0], steps = largest > 0.0f ? QUERY_STEPS / largest : 0.0f;
-  for (int d = 0; d < D; d += W, to += W / 4 * 8 * group) {
-    const __m512i x = _mm512_cvtps_epi32((__m512)(widened(query, D, d) * steps));
-    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(128)), 8);
-    alignas(16) int32_t quads[2][4];
-    _mm_store_si128((__m128i*)quads[0], _mm512_cvtepi32_epi8(high));
-    _mm_store_si128((__m128i*)quads[1], _mm512_cvtepi32_epi8(_mm512_sub_epi32(x, _mm512_slli_epi32(high, 8))));
-    for (int i = 0; i < 4; i++)
-      for (int byte = 0; byte < 2; byte++) std::memcpy(to + 8 * group * i + 16 * byte, &quads[byte][i], 4);
+  for (int d = 0; d < padded; d += 64, to += 16 * columns) {
+    vf high[LINES_AT_ONCE] = {}, low[LINES_AT_ONCE] = {};
+    UNROLL for (int j = 0; j < LINES_AT_ONCE; j++) {
+      if (!query[j]) continue;
+      __m512i x[4];
+      UNROLL for (int i = 0; i < 4; i++)
+        x[i] = d + i * W < D ? _mm512_cvtps_epi32((__m512)(widened(query[j], D, d + i * W) * steps[j])) : _mm512_setzero_si512();
+      const __m512i a = _mm512_packs_epi32(x[0], x[1]), b = _mm512_packs_epi32(x[2], x[3]);
+      const __m512i half = _mm512_set1_epi16(128), low_byte = _mm512_set1_epi16(255);
+      high[j] = (vf)_mm512_packs_epi16(_mm512_srai_epi16(_mm512_adds_epi16(a, half), 8), _mm512_srai_epi16(_mm512_adds_epi16(b, half), 8));
+      low[j] = (vf)_mm512_packus_epi16(_mm512_and_si512(a, low_byte), _mm512_and_si512(b, low_byte));
+    }
+    put_words<true>(high, (char*)to, columns), put_words<true>(low, (char*)to + 16, columns);
   }
-  return (largest + sum_in_groups<W>(nothing)[0]) / QUERY_STEPS;
+  return repeated<LINES_AT_ONCE>(scale);
 }
 
 }  // namespace
