@@ -24,13 +24,16 @@ from policies import Policy, Workload
 from scripts.checkpoints.shapes import SIZES
 from scripts.make_checkpoint import make_checkpoint
 
-#: FlexLLMGen's six numbers.
+_RESIDENT, _STREAMED, _ATTENDED = (100, 0, 100, 0, 100, 0), (30, 70, 100, 0, 100, 0), (100, 0, 0, 100, 100, 0)
+#: FlexLLMGen's six numbers, and rows.
 CASES = {
-    "resident": (100, 0, 100, 0, 100, 0),
-    "streamed from host memory": (30, 70, 100, 0, 100, 0),
-    "attended on the other tier": (100, 0, 0, 100, 100, 0),
+    "resident": (_RESIDENT, 64),
+    "streamed from host memory": (_STREAMED, 64),
+    "attended on the other tier": (_ATTENDED, 64),
+    "streamed from host memory, 512 rows": (_STREAMED, 512),
+    "attended on the other tier, 512 rows": (_ATTENDED, 512),
 }
-ROWS, BATCHES, PROMPT_LEN, GEN_LEN = 64, 4, 64, 32
+BATCHES, PROMPT_LEN, GEN_LEN = 4, 64, 32
 ROUNDS = 15
 _LEAST_ID, _SOME_IDS = 5, 4000
 MOST = 0.03
@@ -66,7 +69,8 @@ class Result:
 
 def measure(case: str, model: Path, offload: Path, rounds: int) -> Result:
     """The rounds of a case."""
-    prompts = [[_LEAST_ID + (7 * row + 3 * at) % _SOME_IDS for at in range(PROMPT_LEN)] for row in range(ROWS)]
+    rows = CASES[case][1]
+    prompts = [[_LEAST_ID + (7 * row + 3 * at) % _SOME_IDS for at in range(PROMPT_LEN)] for row in range(rows)]
     rates: dict[int, list[float]] = {1: [], 2: []}
     ids: dict[int, list[int]] = {}
     engines = {halves: _llm(case, model, offload, halves) for halves in (1, 2)}
@@ -75,7 +79,7 @@ def measure(case: str, model: Path, offload: Path, rounds: int) -> Result:
             start = time.perf_counter()
             params = SamplingParams(max_tokens=GEN_LEN, ignore_eos=True)
             outputs = engines[halves].generate(prompts, params)
-            rates[halves].append(ROWS * GEN_LEN / (time.perf_counter() - start))
+            rates[halves].append(rows * GEN_LEN / (time.perf_counter() - start))
             ids[halves] = [token for output in outputs for token in output.outputs[0].token_ids]
     finally:
         for llm in engines.values():
@@ -85,13 +89,14 @@ def measure(case: str, model: Path, offload: Path, rounds: int) -> Result:
 
 
 def _llm(case: str, model: Path, offload: Path, halves: int) -> LLM:
+    percent, rows = CASES[case]
     policy = Policy.from_percent(
-        CASES[case],
-        gpu_batch_size=ROWS // BATCHES,
+        percent,
+        gpu_batch_size=rows // BATCHES,
         num_gpu_batches=BATCHES,
         prompt_len=PROMPT_LEN,
         gen_len=GEN_LEN,
-        prefill_tokens=ROWS * PROMPT_LEN,
+        prefill_tokens=64 * PROMPT_LEN,
         cpu_attention_percent=100,
         half_blocks=halves,
     )
@@ -107,7 +112,7 @@ def table(results: Sequence[Result]) -> str:
         [
             "# Two half-blocks forced on the CPU",
             "",
-            f"`python -m scripts.optimality.half_blocks_on_cpu`. {ROWS} rows of {PROMPT_LEN} + {GEN_LEN} tokens in {BATCHES} GPU batches, a model of",
+            f"`python -m scripts.optimality.half_blocks_on_cpu`. 64 or 512 rows of {PROMPT_LEN} + {GEN_LEN} tokens in {BATCHES} GPU batches, a model of",
             "0.3 GB in bfloat16; median of the generated tokens/s. The cost is the median of the rounds' ratios, beside it the middle half of",
             f"them. Asked for: a cost of at most {100 * MOST:.0f} %. The planner takes 1.",
             "",
