@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from math import ceil
 from typing import Annotated, Any
 
 from policies.common.checks import check_count, check_shares
@@ -144,6 +145,23 @@ class Policy:
     def halves(self) -> int:
         """Half-blocks that a block marches as: one GPU batch is not cut."""
         return self.half_blocks if self.num_gpu_batches > 1 else 1
+
+    @property
+    def fetched_rows(self) -> int:
+        """Rows of a GPU batch whose KV is brought to the GPU, at most.
+
+        Of two half-blocks every GPU batch has rows of every kind, so many as the shares ask for: what is beyond that the CPU
+        attends, where it attends at all."""
+        if self.halves == 1 or self.cache_cpu_percent and not self.cpu_attention_percent:
+            return self.gpu_batch_size
+        on_disk = 100 - self.cache_gpu_percent - self.cache_cpu_percent
+        percent = max(0.0, on_disk) + self.cache_cpu_percent * (1 - self.cpu_attention_percent / 100)
+        return min(self.gpu_batch_size, ceil(self.gpu_batch_size * percent / 100) + 1)
+
+    def most_fetched(self, tails: int) -> int | None:
+        """Rows of the host tier whose KV may be fetched at once, beside so many rows of the disk tier; None is no limit."""
+        limited = self.fetched_rows < self.gpu_batch_size
+        return max(0, self.fetched_rows * self.num_gpu_batches - tails) if limited else None
 
     @property
     def block_size(self) -> int:

@@ -295,7 +295,8 @@ class _HalfBlocks:
     The attention of all batches is one pipeline through the halves and layers, in turns: the first half in a layer, the
     second one there, the first one in the next layer. As in a block that marches as one, a batch is projected before the
     batch in front of it is attended, so that no more than two are under way. Between the batches of a turn the experts of
-    the other half compute, evenly spread, and all of them before that half is projected again.
+    the other half compute, evenly spread, all of them before the last but one is attended: then that half is projected again
+    while the CPU still attends the last one.
 
     KV is requested as soon as there is a place for it: when a batch that fetches has been attended, that of the last but one
     after it. Where few batches of a half fetch, it comes while others, of both halves, are attended on the CPU.
@@ -336,10 +337,11 @@ class _HalfBlocks:
         """Attention of one half in a layer, between the experts of the other one. ``ahead`` is what the first batch waits for;
         returns that of the batch after the last one."""
         own, other, ends = self._batches[half], self._pending[1 - half], []
+        parts = max(1, len(own) - 1)
         for place, j in enumerate(own, start=1):
             last = place == len(own)
             after = () if last else self._project(layer, j + 1)
-            self._experts(other, place, len(own))
+            self._experts(other, min(place, parts), parts)
             if last and following is not None:
                 after = self._project(following[0], self._batches[following[1]][0])
             end, home = _attend(self._build, self._shape, layer, j, ahead)

@@ -172,7 +172,8 @@ def _fetch_pages(policy: Policy, layout: KVPages, pages: Mapping[str, int], long
     row_pages = max(pages.values())
     if longest_row:
         row_pages = layout.seen(longest_row, policy.prefill_tokens)
-    return min(policy.gpu_batch_size * row_pages, pages["cpu"] + pages["disk"]) + policy.gpu_batch_size
+    rows = policy.fetched_rows
+    return min(rows * row_pages, pages["cpu"] + pages["disk"]) + rows
 
 
 def _gather_pages(arch: ModelArch, policy: Policy, pages: Mapping[str, int], fetch_pages: int, longest_row: int) -> int:

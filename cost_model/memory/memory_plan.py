@@ -111,8 +111,16 @@ def plan_memory(
     kv = _kv_bytes(arch, allocation, device, compute_bytes, compressed=policy.compress_cache)
     act = _activation_bytes(arch, policy, allocation, device, compute_bytes)
     parts = {tier: {**weights[tier], **kv[tier], **act[tier]} for tier in TIERS}
+    parts["cpu"]["load buffers"] = _beside_later(parts["cpu"])
     parts["cpu"][PROCESS] = process_bytes
     return MemoryPlan(parts={t: {k: v for k, v in items.items() if v} for t, items in parts.items()})
+
+
+def _beside_later(host: Mapping[str, int]) -> int:
+    """What the buffers that resident weights are loaded through take of host memory beyond all that comes after them: they are
+    given back before anything but weights is allocated."""
+    later = sum(size for item, size in host.items() if item not in ("weights", "load buffers"))
+    return max(0, host["load buffers"] - later)
 
 
 def _weight_bytes(

@@ -223,6 +223,7 @@ class _Job:
         self._room = {tier: int(allocation.kv_pages[tier] / bundle) for tier in TIERS}
         self._block = _block_bundles(policy, bundle)
         self._window = WINDOW_BLOCKS * self._block if mixed else 0
+        most = policy.most_fetched(allocation.tails)
         self._admission: Admission[RowLengths] = Admission(
             replace(
                 policy,
@@ -234,6 +235,7 @@ class _Job:
             tails=ceil(allocation.tails / bundle),
             layout=self._layout,
             recompute_past=self._recompute_past,
+            most_fetched=None if most is None else ceil(most / bundle),
         )
         self._groups: list[list[list[float]]] = []
         self._logits: list[int] = []

@@ -146,7 +146,7 @@ class HalfBlocks:
     """The chain of operations of a block that marches as two halves, in the order of `policies.schedule`.
 
     In the turn of one half, the next batch is projected before one is attended, and between them a part of the experts of the
-    other half is computed, all of it before that half is projected again. When a batch that fetches KV has been attended,
+    other half is computed, all of it before the last but one is attended. When a batch that fetches KV has been attended,
     that of the last but one after it is requested.
 
     Args:
@@ -175,9 +175,10 @@ class HalfBlocks:
     def _turn(self, half: int, ready: float, experts_s: float) -> float:
         """One half in a layer, whose first batch is ``ready`` then; returns when the batch after the last one is."""
         own = self._order[half]
-        following, part_s = [*own[1:], self._order[1 - half][0]], experts_s / len(own)
+        parts = max(1, len(own) - 1)
+        following, part_s = [*own[1:], self._order[1 - half][0]], experts_s / parts
         for place, (batch, after) in enumerate(zip(own, following), start=1):
-            if place == len(own):
+            if place == len(own) == parts:
                 self._now += part_s
             coming = self._project(after)
             if place < len(own):

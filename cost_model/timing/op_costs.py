@@ -85,6 +85,7 @@ class Costs:
         self._scored_share = scored_share
         self._scored_at_once = scored_at_once(arch, policy, allocation, device=hardware.device, compute_bytes=b)
         self.overlap, self.half_blocks = policy.overlap, policy.halves
+        self._fetched_share = policy.fetched_rows / policy.gpu_batch_size
         self.stages_host_units = hardware.device == "cuda" and not policy.pin_weight
         compressed = policy.compress_cache
         self.kv_bytes = arch.kv_bytes_per_token_layer(b, compressed=compressed)
@@ -117,7 +118,8 @@ class Costs:
         if self.half_blocks == 1 or demand is not None:
             return [batches(load, gpu_batch_size)]
         moves = self._streams or any(group.rows > 0 for mode, group in load.groups.items() if mode != "gpu")
-        return half_batches(load, gpu_batch_size) if moves else [batches(load, gpu_batch_size)]
+        fetched_rows = self._fetched_share * gpu_batch_size
+        return half_batches(load, gpu_batch_size, fetched_rows) if moves else [batches(load, gpu_batch_size)]
 
     def unpack_s(self, kind: str, weights: float) -> float:
         """So many weights of units of a kind, as each product unpacks them; 0 where they are not packed."""

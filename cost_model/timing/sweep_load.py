@@ -174,14 +174,20 @@ def batches(load: SweepLoad, gpu_batch_size: int) -> list[BatchLoad]:
     return cut
 
 
-def half_batches(load: SweepLoad, gpu_batch_size: int) -> list[list[BatchLoad]]:
-    """The same of a block that marches as two halves, for each half: both have rows of every kind (`flexmoe.kv.batch`). Of a
-    sweep of one batch, that one alone."""
-    count = ceil(load.rows / gpu_batch_size - 1e-9)
+def half_batches(load: SweepLoad, gpu_batch_size: int, fetched_rows: float) -> list[list[BatchLoad]]:
+    """The same of a block that marches as two halves, for each half: all batches have rows of every kind (`flexmoe.kv.batch`). Of
+    a sweep of one batch, that one alone.
+
+    Args:
+        fetched_rows: rows of a GPU batch whose KV is brought to the device, at most.
+    """
+    fetched = sum(load.groups[mode].rows for mode in ("fetch", "disk") if mode in load.groups)
+    count = ceil(max(load.rows / gpu_batch_size, fetched / fetched_rows) - 1e-9)
     if count < 2:
         return [batches(load, gpu_batch_size)]
-    first = in_first_half(count) / count
-    return [batches(load.part(share), gpu_batch_size) for share in (first, 1 - first)]
+    [each] = batches(load.part(1 / count), gpu_batch_size + 1)
+    first = in_first_half(count)
+    return [[each] * first, [each] * (count - first)]
 
 
 def _strips(load: SweepLoad) -> Iterator[tuple[str, float, float, float, float, float]]:

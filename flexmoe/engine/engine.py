@@ -169,7 +169,8 @@ class Engine:
                 raise RuntimeError(f"{self.unfinished} requests wait, but the scheduler can admit none of them")
             return self._take_complete()
         try:
-            block = Block(runs, self.config.policy.gpu_batch_size, self.config.policy.halves)
+            policy = self.config.policy
+            block = Block(runs, policy.gpu_batch_size, policy.halves, policy.fetched_rows)
             chosen = self._chosen(block, [row.sampler for row in block.logit_owners])
         except NonFiniteError:
             self.executor.abandon()

@@ -97,6 +97,7 @@ class Scheduler:
             layout=cache.layout,
             expected_end=expected_end,
             recompute_past=recompute_past,
+            most_fetched=policy.most_fetched(cache.free_tails),
         )
 
     @property

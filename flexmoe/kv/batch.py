@@ -123,12 +123,13 @@ class Block:
     Args:
         runs: one per row.
         gpu_batch_size: rows per GPU batch.
-        half_blocks: 2: the rows of each kind are dealt to two halves of like work, each a number of whole GPU batches; those of
-            one prefix to one of them where neither reads more for that.
+        half_blocks: 2: the rows of each kind are dealt to two halves of like work, and in each to its GPU batches; those of one
+            prefix to one half where neither reads more for that, and to as few of its batches as that allows.
+        fetched_rows: rows of a GPU batch whose KV may be fetched, where there are two halves; None is no limit.
 
     Attributes:
         runs: the runs in block order: rows attended in one place together, so that most GPU batches hold one group, and among
-            those the rows that share pages; of two half-blocks in each.
+            those the rows that share pages; of two half-blocks in each GPU batch.
         batches: the GPU batches.
         logit_owners: owner of each row of the sweep's logits, in order.
         scored: the runs that have targets, in order.
@@ -136,22 +137,19 @@ class Block:
         scores: the targets' log-probabilities, in order; the executor's answer, None where there are no targets.
     """
 
-    def __init__(self, runs: Sequence[Run], gpu_batch_size: int, half_blocks: int = 1):
-        halves = [sorted(runs, key=lambda r: (_MODES.index(r.mode), r.kv.tier, r.kv.shared))]
+    def __init__(self, runs: Sequence[Run], gpu_batch_size: int, half_blocks: int = 1, fetched_rows: int | None = None):
+        ordered = sorted(runs, key=lambda r: (_MODES.index(r.mode), r.kv.tier, r.kv.shared))
+        cut = [ordered[i : i + gpu_batch_size] for i in range(0, len(ordered), gpu_batch_size)]
         if half_blocks > 1:
-            halves = _dealt(halves[0], -(-len(runs) // gpu_batch_size))
-        self.runs = [run for half in halves for run in half]
+            cut = _dealt(ordered, max(len(cut), _batches_to_fetch(ordered, fetched_rows)))
+        self.runs = [run for batch in cut for run in batch]
         self.logit_owners = [r.owner for r in self.runs for _ in range(r.logits)]
         self.scored = [r for r in self.runs if r.targets]
         self.targets = torch.tensor([t for run in self.scored for t in run.targets], dtype=torch.int64)
         self.scores: PromptScores | None = None
         self.batches: list[Batch] = []
-        start = 0
-        for half in halves:
-            for i in range(0, len(half), gpu_batch_size):
-                batch = _batch(len(self.batches), start, half[i : i + gpu_batch_size])
-                self.batches.append(batch)
-                start = batch.stop
+        for own in cut:
+            self.batches.append(_batch(len(self.batches), self.tokens, own))
 
     @property
     def tokens(self) -> int:
@@ -168,7 +166,37 @@ class Block:
         return [slice(0, middle), slice(middle, self.tokens)][: 2 if first_half else 1]
 
 
+def _batches_to_fetch(runs: list[Run], fetched_rows: int | None) -> int:
+    """GPU batches in which no more rows are fetched than may be."""
+    fetched = sum(run.mode is AttentionMode.FETCH for run in runs)
+    return -(-fetched // fetched_rows) if fetched_rows else 0
+
+
 def _dealt(runs: list[Run], batches: int) -> list[list[Run]]:
+    """The runs of so many GPU batches of two half-blocks: those of each kind in turns, in each batch in the order that they had."""
+    first = in_first_half(batches)
+    counts = (first, batches - first)
+    return [batch for half, count in zip(_halves(runs, batches), counts) for batch in _spread(half, count)]
+
+
+def _spread(runs: list[Run], batches: int) -> list[list[Run]]:
+    """The runs of a half, in turns, for its GPU batches. Those that decode and share pages lie together: each batch has as many of
+    a kind as in turns, but neighbours."""
+    turns = [at % batches for at in range(len(runs))] if batches else []
+    kinds: dict[tuple[AttentionMode, str], list[int]] = {}
+    for at, run in enumerate(runs):
+        if len(run.tokens) == 1 and run.kv.shared:
+            kinds.setdefault((run.mode, run.kv.tier), []).append(at)
+    for places in kinds.values():
+        for at, turn in zip(places, sorted(turns[at] for at in places)):
+            turns[at] = turn
+    cut: list[list[Run]] = [[] for _ in range(batches)]
+    for run, turn in zip(runs, turns):
+        cut[turn].append(run)
+    return cut
+
+
+def _halves(runs: list[Run], batches: int) -> list[list[Run]]:
     """The runs, in turns, for two halves in proportion to their GPU batches; in each in the order that they had.
 
     Those of one prefix come to one half where neither half reads more for that, so that a prefix is not read for both.

@@ -36,6 +36,7 @@ class Admission(Generic[RowT]):
         layout: pages of a row.
         expected_end: length that a row is expected to reach; default its limit. A row that outgrows it may find its
             tier full; then the youngest row of the tier is preempted.
+        most_fetched: rows of the host tier whose KV may be fetched at once; the CPU attends the others. None is no limit.
         recompute_past: a row that grows past this length is preempted, so that all of it is computed as one run: its
             keys are stored rotated, and beyond that length they are rotated otherwise.
 
@@ -57,10 +58,11 @@ class Admission(Generic[RowT]):
         layout: KVPages,
         expected_end: Callable[[RowT], int] | None = None,
         recompute_past: int | None = None,
+        most_fetched: int | None = None,
     ):
         self._policy, self._layout = policy, layout
         self._expected_end = expected_end or (lambda row: row.limit)
-        self._recompute_past = recompute_past
+        self._recompute_past, self._most_fetched = recompute_past, most_fetched
         self._pages = {tier: pages[tier] for tier in TIERS}
         self._usable = [tier for tier in TIERS if pages[tier]]
         on_disk = 100.0 - policy.cache_gpu_percent - policy.cache_cpu_percent
@@ -362,8 +364,11 @@ class Admission(Generic[RowT]):
     def _mode(self, tier: str) -> AttentionMode:
         if tier != "cpu":
             return AttentionMode.GPU if tier == "gpu" else AttentionMode.FETCH
-        wanted = self._policy.cpu_attention_percent / 100 * (self._rows["cpu"] + 1)
-        return AttentionMode.CPU if self._rows_on_cpu_attention + 0.5 <= wanted else AttentionMode.FETCH
+        rows, attended = self._rows["cpu"], self._rows_on_cpu_attention
+        if attended + 0.5 <= self._policy.cpu_attention_percent / 100 * (rows + 1):
+            return AttentionMode.CPU
+        full = self._most_fetched is not None and rows - attended >= self._most_fetched
+        return AttentionMode.CPU if full else AttentionMode.FETCH
 
     def _leave(self, row: RowT) -> None:
         del self._running[row]

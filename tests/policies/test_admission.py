@@ -27,7 +27,9 @@ def policy_of(kv=GPU, rows=8, prefill_tokens=64, **rest):
     )
 
 
-def admission_of(kv=GPU, *, gpu=0, cpu=0, disk=0, tails=0, expected_end=None, recompute_past=None, **policy):
+def admission_of(
+    kv=GPU, *, gpu=0, cpu=0, disk=0, tails=0, expected_end=None, recompute_past=None, most_fetched=None, **policy
+):
     return Admission(
         policy_of(kv, **policy),
         pages={"gpu": gpu, "cpu": cpu, "disk": disk},
@@ -35,6 +37,7 @@ def admission_of(kv=GPU, *, gpu=0, cpu=0, disk=0, tails=0, expected_end=None, re
         layout=KVPages(page_tokens=BLOCK),
         expected_end=expected_end,
         recompute_past=recompute_past,
+        most_fetched=most_fetched,
     )
 
 
@@ -231,6 +234,20 @@ def test_rows_that_come_and_go_keep_the_share_that_is_attended_on_the_cpu():
         shares.append(modes.count(AttentionMode.CPU) / len(modes))
     assert shares[0] == 0.3
     assert sum(shares) / len(shares) == pytest.approx(0.3, abs=0.06)
+
+
+def test_the_cpu_attends_rows_beyond_those_that_may_be_fetched():
+    """Rows that it attended end first; those that enter then would be fetched."""
+    admission = admission_of(CPU, cpu=200, rows=10, prefill_tokens=1000, cpu_attention_percent=50, most_fetched=5)
+    first = wait(admission, *[(8, 40)] * 10)
+    sweep(admission)
+    assert [row.mode for row in first].count(AttentionMode.FETCH) == 5
+    for row in first:
+        if row.mode is AttentionMode.CPU:
+            admission.finish(row)
+    wait(admission, *[(8, 40)] * 5)
+    sweep(admission)
+    assert [row.mode for row in admission.running].count(AttentionMode.FETCH) == 5
 
 
 def test_rows_on_the_gpu_are_attended_there_and_disk_rows_are_fetched():

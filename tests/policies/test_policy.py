@@ -107,6 +107,25 @@ def test_other_numbers_of_half_blocks_are_refused(value):
         make_policy(half_blocks=value)
 
 
+def test_buffers_of_two_half_blocks_are_for_a_batchs_share_of_fetched_rows():
+    def policy(half_blocks, attended, kv=(10, 80)):
+        return Policy.from_percent(
+            (0, 100, *kv, 100, 0),
+            gpu_batch_size=100,
+            num_gpu_batches=4,
+            prompt_len=32,
+            gen_len=16,
+            half_blocks=half_blocks,
+            cpu_attention_percent=attended,
+        )
+
+    assert policy(1, 75).fetched_rows == policy(2, 0).fetched_rows == 100
+    assert policy(1, 75).most_fetched(tails=0) is None
+    two = policy(2, 75)  # a quarter of 80, and 10 on disk
+    assert two.fetched_rows == 31 and two.most_fetched(tails=40) == 4 * 31 - 40
+    assert policy(2, 100, (20, 80)).fetched_rows == 1
+
+
 def test_an_unknown_schedule_is_refused_with_the_known_ones():
     with pytest.raises(UsageError, match="'lazy'.*rolling, static"):
         make_policy(schedule="lazy")

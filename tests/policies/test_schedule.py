@@ -141,14 +141,31 @@ def test_two_halves_march_half_a_layer_apart():
             ("attend", 0, 1),
             ("route", 0, -1),
         ),
-        *(("project", 0, 3), ("expert", 0, E0), ("attend", 0, 2)),
-        *(("copy", 0, E1), ("expert", 0, E1), ("copy", 1, a1), ("project", 1, 0), ("attend", 0, 3), ("route", 0, -1)),
-        *(("project", 1, 1), ("expert", 0, E1), ("attend", 1, 0)),
-        *(("expert", 0, E0), ("project", 1, 2), ("attend", 1, 1), ("route", 1, -1)),
-        *(("project", 1, 3), ("attend", 1, 2), ("copy", 1, e1), ("expert", 1, e1), ("attend", 1, 3), ("route", 1, -1)),
+        *(("project", 0, 3), ("expert", 0, E0), ("copy", 0, E1), ("expert", 0, E1), ("attend", 0, 2)),
+        *(("copy", 1, a1), ("project", 1, 0), ("attend", 0, 3), ("route", 0, -1)),
+        *(("project", 1, 1), ("expert", 0, E1), ("expert", 0, E0), ("attend", 1, 0)),
+        *(("project", 1, 2), ("attend", 1, 1), ("route", 1, -1)),
+        *(("project", 1, 3), ("copy", 1, e1), ("expert", 1, e1), ("attend", 1, 2), ("attend", 1, 3), ("route", 1, -1)),
         *(("expert", 1, e1), ("collect", 2, -1), ("head", 2, UnitId("head", 2)), ("sample", 2, -1)),
     ]
     assert [op.releases for op in sweep(shape) if op.releases] == [a0, E1, E0, a1, e1, UnitId("head", 2)]
+
+
+def test_a_half_is_projected_again_while_the_last_batch_of_the_other_one_is_attended():
+    """Its experts are spread over the batches before that one, so that the CPU always has the next batch."""
+    shape = SweepShape(
+        units=SweepUnits.of({UnitId("attention", at): "gpu" for at in range(2)} | {E0: "gpu", E1: "gpu"}),
+        activation_tiers=("gpu",) * 6,
+        cpu_batches=frozenset(range(6)),
+        half_blocks=2,
+    )
+    gpu = [(op.kind, op.layer, max(op.batch, -1)) for op in sweep(shape) if op.lane == "gpu" and op.kind != "embed"]
+    second = gpu[gpu.index(("project", 0, 4)) : gpu.index(("project", 1, 1))]
+    assert second == [
+        *(("project", 0, 4), ("expert", 0, -1), ("attend", 0, 3)),
+        *(("project", 0, 5), ("expert", 0, -1), ("attend", 0, 4)),
+        *(("project", 1, 0), ("attend", 0, 5), ("route", 0, -1)),
+    ]
 
 
 def test_a_block_marches_as_one_where_two_halves_have_nothing_to_hide():

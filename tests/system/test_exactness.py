@@ -42,6 +42,16 @@ def test_greedy_ids_of_two_half_blocks_equal_transformers(placement, batches, de
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("placement", [(30, 30, 0, 100, 100, 0), (30, 30, 20, 60, 100, 0)], ids=str)
+def test_greedy_ids_are_equal_where_every_batch_of_two_half_blocks_fetches_its_part(
+    placement, device, tiny, tmp_path, monkeypatch
+):
+    """Buffers are for that part; rows that are sent back change how many are fetched."""
+    case = Case(placement=placement, batches=(8, 3), cpu_attention=75, half_blocks=2, disturbed="sent-back")
+    check(tiny(case.variant), case, device, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "placement, schedule",
     [

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -88,7 +89,7 @@ def pages(nbytes):
 def host_buffers(monkeypatch):
     """Bytes of all host buffers made, whole pages, by what they are."""
     taken, real = Counter(), Device.host_buffer
-    taken.made = []
+    taken.made, taken.loading = [], []
     by_function = {"_begin_cpu": "cpu weights", "__init__": "cpu embedding rows"}
 
     def host_buffer(self, nbytes, *, pinned=True, shared=False):
@@ -107,7 +108,14 @@ def host_buffers(monkeypatch):
         }[module]
         taken[name] += pages(nbytes)
         taken.made.append(name)
-        return real(self, nbytes, pinned=pinned, shared=shared)
+        made = real(self, nbytes, pinned=pinned, shared=shared)
+        if name == "cpu load buffers":
+            taken.loading.append(weakref.ref(made))
+        elif name not in ("cpu weights", "gpu weights"):
+            assert not any(buffer() is not None for buffer in taken.loading), (
+                f"{name}: buffers of loading are still there"
+            )
+        return made
 
     monkeypatch.setattr(Device, "host_buffer", host_buffer)
     return taken
@@ -147,15 +155,19 @@ def test_the_runtime_takes_what_was_planned(checkpoint, tmp_path, host_buffers, 
         units = len(engine.plan.allocation.placement.tier_of)
         slack_bytes = unit_slack_bytes(engine.model.arch)
         slack = {"weights": units * slack_bytes, "slots": engine.plan.allocation.slots * slack_bytes}
-        slack["load buffers"] = 4 * slack_bytes + 4 * max(u.stored_bytes for u in units_of(engine.model.arch))
+        # Gone before the rest is there; the plan has what they take beyond that.
+        loading, taken["cpu"]["load buffers"] = taken["cpu"].pop("load buffers", 0), 0
+        assert taken["cpu"].get("weights", 0) + loading <= planned.total("cpu") + 12 * PAGE_BYTES
         for tier in ("gpu", "cpu"):
             for item, size in taken[tier].items():
                 asked = planned.parts[tier].get(item, 0)
                 assert size <= asked + 12 * PAGE_BYTES, f"{tier} {item} takes more than planned"
-                if item != "workspace":  # what a sweep needs on top is not allocated at the start
+                if item not in ("workspace", "load buffers"):  # what a sweep needs on top is not allocated at the start
                     assert size >= asked - slack.get(item, 0) - PAGE_BYTES, f"{tier} {item} takes less than planned"
             forgotten = (
-                set(planned.parts[tier]) - set(taken[tier]) - {"cast", "workspace", "activations", "page rounding"}
+                set(planned.parts[tier])
+                - set(taken[tier])
+                - {"cast", "workspace", "activations", "page rounding", "load buffers"}
             )
             assert not forgotten, f"{tier}: planned, but nothing was allocated for {forgotten}"
             assert sum(taken[tier].values()) <= planned.total(tier), f"{tier} takes more than planned in all"
@@ -323,3 +335,14 @@ def test_too_small_a_budget_is_refused_before_anything_is_written(checkpoint, tm
     with pytest.raises(InfeasibleError, match="the cpu memory needs .* are missing.*raise cpu_mem"):
         Engine(load_model(str(checkpoint)), config)
     assert not host_buffers and not os.path.exists(tmp_path / "off")
+
+
+def test_buffers_of_loading_count_only_beyond_what_comes_after_them(arch):
+    percent, rest = next((percent, rest) for percent, rest in POLICIES.values() if percent[0])
+    policy = policy_of(percent, **rest)
+    loading = 4 * (max(u.stored_bytes for u in units_of(arch)) + unit_slack_bytes(arch))
+    for kv_tokens in (40 * PAGE_TOKENS, 40_000 * PAGE_TOKENS):
+        allocation = allocate(arch, policy, WORKLOAD, device="cuda", kv_tokens=kv_tokens)
+        host = plan_memory(arch, policy, allocation, device="cuda", compute_bytes=4).parts["cpu"]
+        later = sum(size for item, size in host.items() if item not in ("weights", "load buffers"))
+        assert host.get("load buffers", 0) == max(0, loading - later)

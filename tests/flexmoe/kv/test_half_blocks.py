@@ -46,8 +46,27 @@ def test_each_half_has_half_of_the_rows_of_each_kind():
     for mode in MODES:
         of_mode = [sum(run.mode is mode for run in half) for half in halves]
         assert abs(of_mode[0] - of_mode[1]) <= 1
-    for half in halves:
-        assert [MODES.index(run.mode) for run in half] == sorted(MODES.index(run.mode) for run in half)
+
+
+def test_each_batch_of_two_halves_has_its_part_of_the_rows_of_each_kind():
+    block = Block(runs_of(400), 50, half_blocks=2)
+    batches = [[run for g in b.groups for run in g.runs] for b in block.batches]
+    for mode in MODES:
+        of_mode = [sum(run.mode is mode for run in batch) for batch in batches]
+        assert max(of_mode) - min(of_mode) <= 2
+    for batch in batches:
+        assert len(batch) == 50
+        assert [MODES.index(run.mode) for run in batch] == sorted(MODES.index(run.mode) for run in batch)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 40, 97])
+def test_no_batch_of_two_halves_fetches_more_rows_than_it_may(rows):
+    """Rows are spread over more batches, where most of those that are left are fetched."""
+    runs = [run for run in runs_of(3 * rows, seed=rows) if run.mode is not AttentionMode.GPU][:rows]
+    block = Block(runs, 20, half_blocks=2, fetched_rows=4)
+    fetched = [sum(len(g.runs) for g in b.groups if g.mode is AttentionMode.FETCH) for b in block.batches]
+    assert max(fetched) <= 4
+    assert len(block.batches) == max(-(-len(runs) // 20), -(-sum(fetched) // 4))
 
 
 def test_the_tokens_of_the_halves_lie_side_by_side():
