@@ -139,7 +139,8 @@ def resized(policy: Policy, size: int, count: int, held: Held, workload: Workloa
     if count > max(MOST_BATCHES, policy.num_gpu_batches) or rows > 2 * (workload.num_requests or rows):
         return None
     pace = policy.prefill_tokens if held is Held.SHARES_AND_PACE else ceil(policy.prefill_tokens / block * rows)
-    other = replace(policy, gpu_batch_size=size, num_gpu_batches=count, prefill_tokens=max(1, pace))
+    halves = policy.half_blocks if count > 1 else 1
+    other = replace(policy, gpu_batch_size=size, num_gpu_batches=count, prefill_tokens=max(1, pace), half_blocks=halves)
     gpu, cpu, kept = policy.cache_gpu_percent, policy.cache_cpu_percent, block / rows
     if held in (Held.SHARES, Held.SHARES_AND_PACE) or rows == block:
         return other

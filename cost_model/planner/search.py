@@ -298,7 +298,8 @@ def _shrunk(policy: Policy) -> Policy:
     else:
         size = max(1, min(size - 1, int(size * 0.97)))
     fewer_slots = max(2, slots - 1) if slots else None
-    return replace(policy, num_gpu_batches=count, gpu_batch_size=size, weight_slots=fewer_slots)
+    halves = policy.half_blocks if count > 1 else 1
+    return replace(policy, num_gpu_batches=count, gpu_batch_size=size, weight_slots=fewer_slots, half_blocks=halves)
 
 
 def _alternating(first: Sequence[Policy], second: Sequence[Policy]) -> list[Policy]:

@@ -1,5 +1,7 @@
 """Moves from one policy to a neighbouring one: what they hold, and that they lead to policies."""
 
+from dataclasses import replace
+
 import pytest
 
 from cost_model.planner.moves import Held, moves, resized, simpler
@@ -56,6 +58,12 @@ def test_rows_come_where_they_are_not_held(held, tiers):
 
 def test_pace_is_held_where_it_is_asked_for():
     assert resized(POLICY, 64, 6, Held.SHARES_AND_PACE, JOB).prefill_tokens == POLICY.prefill_tokens
+
+
+def test_of_two_half_blocks_one_gpu_batch_marches_as_one():
+    two = replace(POLICY, half_blocks=2)
+    assert resized(two, 64, 3, Held.SHARES, JOB).half_blocks == 2
+    assert resized(two, 64, 1, Held.SHARES, JOB).half_blocks == 1
 
 
 def test_the_same_policy_is_no_neighbour():
