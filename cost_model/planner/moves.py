@@ -139,8 +139,7 @@ def resized(policy: Policy, size: int, count: int, held: Held, workload: Workloa
     if count > max(MOST_BATCHES, policy.num_gpu_batches) or rows > 2 * (workload.num_requests or rows):
         return None
     pace = policy.prefill_tokens if held is Held.SHARES_AND_PACE else ceil(policy.prefill_tokens / block * rows)
-    halves = policy.half_blocks if count > 1 else 1
-    other = replace(policy, gpu_batch_size=size, num_gpu_batches=count, prefill_tokens=max(1, pace), half_blocks=halves)
+    other = replace(in_batches(policy, size, count), prefill_tokens=max(1, pace))
     gpu, cpu, kept = policy.cache_gpu_percent, policy.cache_cpu_percent, block / rows
     if held in (Held.SHARES, Held.SHARES_AND_PACE) or rows == block:
         return other
@@ -149,6 +148,12 @@ def resized(policy: Policy, size: int, count: int, held: Held, workload: Workloa
         return None if alike else with_shares(other, "cache", gpu * kept, gpu + cpu - gpu * kept)
     alike = rows < block and gpu + cpu >= 100
     return None if alike else with_shares(other, "cache", gpu * kept, cpu * kept)
+
+
+def in_batches(policy: Policy, size: int, count: int) -> Policy:
+    """The policy with ``count`` GPU batches of ``size`` rows, whatever else that asks for; a single one marches as one."""
+    halves = policy.half_blocks if count > 1 else 1
+    return replace(policy, gpu_batch_size=size, num_gpu_batches=count, half_blocks=halves)
 
 
 def _row_moves(workload: Workload, *changes: _Change) -> Iterator[Move]:

@@ -18,7 +18,7 @@ from cost_model.planner.constraints import Fixed
 from cost_model.planner.discrete import Choices, choice_of, halves_may_pay, rounded
 from cost_model.planner.lp import Relaxed
 from cost_model.planner.lp_model import Price
-from cost_model.planner.moves import as_one_or_two, moves, simpler
+from cost_model.planner.moves import as_one_or_two, in_batches, moves, simpler
 from cost_model.planner.objective import Objective
 from cost_model.simulation.replayed_phases import replayed_operations, replayed_tokens_per_s
 from cost_model.timing.problem import Problem
@@ -298,8 +298,7 @@ def _shrunk(policy: Policy) -> Policy:
     else:
         size = max(1, min(size - 1, int(size * 0.97)))
     fewer_slots = max(2, slots - 1) if slots else None
-    halves = policy.half_blocks if count > 1 else 1
-    return replace(policy, num_gpu_batches=count, gpu_batch_size=size, weight_slots=fewer_slots, half_blocks=halves)
+    return replace(in_batches(policy, size, count), weight_slots=fewer_slots)
 
 
 def _alternating(first: Sequence[Policy], second: Sequence[Policy]) -> list[Policy]:

@@ -40,6 +40,9 @@ class Resources:
 
     Args:
         costs: whose lanes they are.
+
+    Attributes:
+        kv_speed: how fast KV pages on disk are read and written while weights are read, by user; 1 is the speed alone.
     """
 
     def __init__(self, costs: Costs):
@@ -57,7 +60,7 @@ class Resources:
         self._memory = {} if self._on_cpu else _host_memory(costs)
         busy_s = self._hardware.disk_busy_latency_s
         self._wait_speed = min(1.0, self._hardware.disk_latency_s / busy_s) if busy_s else 1.0
-        self._kv_speed = costs.kv_speed_beside_weights
+        self.kv_speed = costs.kv_speed_beside_weights
 
     def speeds(self, active: Collection[str]) -> dict[str, float]:
         """How fast each of the active users gets on, 1 being its speed when it is alone."""
@@ -91,7 +94,7 @@ class Resources:
         if "disk_read" not in active:
             return found
         waiting, written = ([user for user in users if user in active] for users in (_WAITS, ("disk_write",)))
-        return [*found, (waiting, self._wait_speed), (written, self._kv_speed["disk_write"])]
+        return [*found, (waiting, self._wait_speed), (written, self.kv_speed["disk_write"])]
 
     def _reads(self, active: Collection[str]) -> list[tuple[list[str], float]]:
         """(users, their speed) of those who read the disk, where they are several."""
@@ -101,7 +104,7 @@ class Resources:
         even, kv = 1 / len(readers), "disk_read/kv"
         if kv not in readers or "disk_read" not in readers:
             return [(readers, even)]
-        speed = min(even, self._kv_speed[kv])
+        speed = min(even, self.kv_speed[kv])
         return [([kv], speed), ([user for user in readers if user != kv], (1 - speed) / (len(readers) - 1))]
 
     def _link_used(self, busy: Mapping[str, float]) -> float:

@@ -93,7 +93,7 @@ class SweepForm:
     def __init__(self, costs: Costs, gpu_batch_size: int):
         self._costs, self._rows, self._layers = costs, gpu_batch_size, costs.arch.num_layers
         self._on_cpu = costs.hardware.device == "cpu"
-        self._resources, self._kv_speed = Resources(costs), costs.kv_speed_beside_weights
+        self._resources = Resources(costs)
         self._beside = beside_shares(self._resources) if self._on_cpu else {}
         self._streams: dict[tuple[bool, int], _WeightStream] = {}
 
@@ -146,7 +146,7 @@ class SweepForm:
         found = {name: sum([busy[user] for user in users]) for name, users in THREADS.items()}
         found |= self._resources.seconds(busy)
         found["kv loads"] = self._loads_s(busy) + self._waited_s(busy)
-        found["disk_write"] += _lost_s(busy["disk_write"], self._kv_speed["disk_write"], busy["disk_read"])
+        found["disk_write"] += _lost_s(busy["disk_write"], self._resources.kv_speed["disk_write"], busy["disk_read"])
         if self._on_cpu:
             cores = self._costs.hardware.cores
             slower = max(0.0, self._beside["h2d"] * (cores + 1) - 1)
@@ -162,7 +162,7 @@ class SweepForm:
         read_s = busy["disk_read/kv"]
         if not read_s:
             return 0.0
-        speed = min(0.5, self._kv_speed["disk_read/kv"])
+        speed = min(0.5, self._resources.kv_speed["disk_read/kv"])
         lost_s = _lost_s(read_s, speed, busy["disk_read"] / (1 - speed))
         return read_s / sum(busy[user] for user in THREADS["kv loads"]) * lost_s
 

@@ -10,6 +10,7 @@ from cost_model.hardware.gemm_rates import GemmRates
 from cost_model.hardware.hardware import Gpu, Hardware
 from cost_model.memory.allocation import KV_TRANSFERS
 from cost_model.memory.memory_plan import allocator_bytes
+from flexmoe.system.direct_io import SHARED_PIECE_BYTES
 from policies.common.memory_units import GIB
 from scripts.machines.cards import DESKTOP, MACHINES_BY_NAME, Card, Drive, Host
 from scripts.machines.flexllmgen import t4_flexllmgen
@@ -32,8 +33,6 @@ PROCESS_SOURCES = {
     "cpu": "estimate: 0.31 to 0.38 GiB on two cores (benchmarks/memory.md), and threads of more cores",
     "cuda": "estimate: 0.4 GiB of Python and torch, the rest for CUDA's libraries and the host's part of its context",
 }
-#: The runtime reads weights in pieces of so many bytes where small transfers share the disk with them.
-PIECE_BYTES = 1 << 20
 #: Of weights on their way up before a small copy: two pieces.
 PIECES_BEFORE_BYTES = 24 << 20
 
@@ -200,7 +199,7 @@ def machine(name: str, device: str, gpu: Gpu, host: Host, gpu_sources: dict[str,
         kv_block_core_s=KV_BLOCK_CORE_S,
         kv_block_write_s=1 / disk.writes_per_s / KV_TRANSFERS,
         disk_latency_s=1 / disk.reads_per_s,
-        disk_busy_latency_s=1 / disk.reads_per_s + PIECE_BYTES / disk.read_bytes_per_s,
+        disk_busy_latency_s=1 / disk.reads_per_s + SHARED_PIECE_BYTES / disk.read_bytes_per_s,
         handoff_s=HANDOFF_S,
         cpu_attention_bytes_per_s=CPU_ATTENTION_SHARE * host.memory_bytes_per_s,
         cpu_attention_flops_per_s=host.cores * host.core_flops_per_s,
