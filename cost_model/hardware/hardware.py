@@ -170,6 +170,8 @@ class Hardware:
         process_bytes: host memory that the process takes beside what the plan places: Python, libraries with what they keep,
             threads; 0 where not measured.
         cpu_int8_attention: as `Gpu.int8_attention`, of attention in host memory.
+        disk_read_beside_compute: the part of its rate that reading from disk keeps while all cores compute; 1 where it was not
+            measured. A virtual machine's disk is served by its host, on cores that its own work wants too.
 
     Raises:
         UsageError: a value is of the wrong type or out of range; the sentence names it.
@@ -202,6 +204,7 @@ class Hardware:
     disk_read_curve: LinkCurve = ()
     process_bytes: Annotated[int, whole(0)] = 0
     cpu_int8_attention: Rate = 1.0
+    disk_read_beside_compute: Rate = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self, "of the machine")

@@ -2,8 +2,9 @@
 
 A user is one kind of work on a lane; its lane is the part of its name before the slash. Bandwidth that is asked for
 more than it yields is split in proportion to what each user asks for. KV pages on disk get less: a drive serves bytes in the order
-in which they are asked for, and more of weights are. Cores are split as an operating system does it:
-by threads, and a thread that asks for less than its fair part (a disk reader that mostly sleeps) gets all it asks for.
+in which they are asked for, and more of weights are. All that is read is slower while the cores compute, by what was measured.
+Cores are split as an operating system does it: by threads, and a thread that asks for less than its fair part (a disk reader that
+mostly sleeps) gets all it asks for.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ _DISK_THREADS = 4
 #: Bytes of host memory that pass for a byte of KV: it is gathered (read, written), then copied (read); or backwards.
 _PASSES_OF_KV = 3
 _WAITS = ("disk_read/wait", "disk_write/wait")
+#: Users that keep all cores computing: attention in host memory, and on device cpu the compute lane.
+_COMPUTING = {"cuda": ("cpu",), "cpu": ("gpu", "cpu")}
 
 
 class Resources:
@@ -61,6 +64,9 @@ class Resources:
         busy_s = self._hardware.disk_busy_latency_s
         self._wait_speed = min(1.0, self._hardware.disk_latency_s / busy_s) if busy_s else 1.0
         self.kv_speed = costs.kv_speed_beside_weights
+        self._computing = _COMPUTING[self._hardware.device]
+        both = self.speeds([self._computing[0], "disk_read"])
+        self._read_speed_beside, self._compute_speed_beside = both["disk_read"], both[self._computing[0]]
 
     def speeds(self, active: Collection[str]) -> dict[str, float]:
         """How fast each of the active users gets on, 1 being its speed when it is alone."""
@@ -68,19 +74,42 @@ class Resources:
         for users, speed in self._slowed(active):
             for user in users:
                 found[user] = min(found[user], speed)
+        beside = self._read_speed(active)
         if self._on_cpu:
-            level = self._level(active)
-            for user in active:
-                found[user] = min(found[user], level / self._threads[user][1] if self._threads[user][1] else 1.0)
+            asked = {user: self._asked(user, beside) for user in active}
+            level = self._level(asked.values())
+            for user, (_, part) in asked.items():
+                found[user] = min(found[user], level / part if part else 1.0)
+        for user in active:
+            found[user] *= beside if _is_read(user) else 1.0
         return found
 
     def seconds(self, busy: Mapping[str, float]) -> dict[str, float]:
         """The fewest seconds in which each shared resource serves users that are so many seconds busy when alone."""
-        found = {"disk_read": sum(s for user, s in busy.items() if _lane(user) == "disk_read" and user not in _WAITS)}
+        found = {"disk_read": sum(seconds for user, seconds in busy.items() if _is_read(user))}
         if self._on_cpu:
             used = sum(threads * part * busy.get(user, 0.0) for user, (threads, part) in self._threads.items())
             return found | {"cores": used / self._hardware.cores}
         return found | {"pcie": self._link_used(busy), "host memory": _weighted(self._memory, busy)}
+
+    def _read_speed(self, active: Collection[str]) -> float:
+        """The part of its rate that reading from disk has beside those that compute."""
+        computing = any(user in active for user in self._computing)
+        return self._hardware.disk_read_beside_compute if computing else 1.0
+
+    def _asked(self, user: str, read_speed: float) -> tuple[float, float]:
+        """(threads, part of a core that each asks for), of readers that have a part of their speed."""
+        threads, part = self._threads[user]
+        return threads, part * (read_speed if _is_read(user) else 1.0)
+
+    def read_lost_s(self, busy: Mapping[str, float]) -> float:
+        """Seconds that the disk's reads take longer as cores compute meanwhile.
+
+        Those compute for longer too, at what the readers leave them of the cores. For experts on demand they mostly wait.
+        """
+        read_s = sum(busy.get(user, 0.0) for user in USERS if _is_read(user) and user != "disk_read/routed")
+        computed_s = sum(busy.get(user, 0.0) for user in self._computing) / self._compute_speed_beside
+        return lost_s(read_s, self._read_speed_beside, computed_s)
 
     def _slowed(self, active: Collection[str]) -> list[tuple[list[str], float]]:
         """(users, their speed) of each bandwidth that is asked for more than it yields."""
@@ -98,7 +127,7 @@ class Resources:
 
     def _reads(self, active: Collection[str]) -> list[tuple[list[str], float]]:
         """(users, their speed) of those who read the disk, where they are several."""
-        readers = [user for user in active if _lane(user) == "disk_read" and user not in _WAITS]
+        readers = [user for user in active if _is_read(user)]
         if len(readers) < 2:
             return []
         even, kv = 1 / len(readers), "disk_read/kv"
@@ -118,13 +147,13 @@ class Resources:
                 directions[_lane(user)] += self._link[user] * seconds
         return max(directions.values()) + min(directions.values()) * self._duplex_extra
 
-    def _level(self, active: Collection[str]) -> float:
+    def _level(self, asked_parts: Collection[tuple[float, float]]) -> float:
         """The part of a core that a thread gets which asks for all of it.
 
         Max-min fairness: those that ask for least are served in full, as long as the rest would get no less than they ask for
         if all that is left were split evenly.
         """
-        room, asked = float(self._hardware.cores), sorted((self._threads[user] for user in active), key=lambda t: t[1])
+        room, asked = float(self._hardware.cores), sorted(asked_parts, key=lambda each: each[1])
         threads = sum(count for count, _ in asked)
         for count, part in asked:
             if part * threads > room:
@@ -152,6 +181,15 @@ _LANES = {user: user.partition("/")[0] for user in USERS}
 
 def _lane(user: str) -> str:
     return _LANES[user]
+
+
+def _is_read(user: str) -> bool:
+    return _lane(user) == "disk_read" and user not in _WAITS
+
+
+def lost_s(alone_s: float, speed: float, beside_s: float) -> float:
+    """Seconds that work of so many loses to others that run for ``beside_s``, while it has a part of its speed."""
+    return (1 - speed) * min(alone_s / speed, beside_s)
 
 
 def _weighted(weights: Mapping[str, float], busy: Mapping[str, float]) -> float:

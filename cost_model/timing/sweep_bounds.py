@@ -26,7 +26,7 @@ from cost_model.memory.allocation import KEPT_SLOTS
 from cost_model.model.weight_units import expert_units, head_chunks
 from cost_model.routing.demand import Demand
 from cost_model.timing.attention_phase import DOWN, UP, AttentionPhase, HalfBlocks
-from cost_model.timing.contention import USERS, Resources
+from cost_model.timing.contention import USERS, Resources, lost_s
 from cost_model.timing.op_costs import Costs
 from cost_model.timing.sweep_load import BatchLoad, SweepLoad
 from policies.placement import TIERS
@@ -119,7 +119,9 @@ class SweepForm:
                 total_s=computed_s + busy["host"],
                 standing_s=computed_s + busy["host"] - stream.head_share * head_s,
                 beside_s={name: max(0.0, shared[name] - busy[user]) for name, user in _LINKS if name in shared},
+                late_s={"disk_read": self._resources.read_lost_s(busy)},
             )
+            shared["disk_read"] += outside.late_s["disk_read"]
             if len(halves) > 1:
                 chain = self._chain_of_halves(busy, attention, experts, stream, outside)
             else:
@@ -146,7 +148,7 @@ class SweepForm:
         found = {name: sum([busy[user] for user in users]) for name, users in THREADS.items()}
         found |= self._resources.seconds(busy)
         found["kv loads"] = self._loads_s(busy) + self._waited_s(busy)
-        found["disk_write"] += _lost_s(busy["disk_write"], self._resources.kv_speed["disk_write"], busy["disk_read"])
+        found["disk_write"] += lost_s(busy["disk_write"], self._resources.kv_speed["disk_write"], busy["disk_read"])
         if self._on_cpu:
             cores = self._costs.hardware.cores
             slower = max(0.0, self._beside["h2d"] * (cores + 1) - 1)
@@ -163,8 +165,8 @@ class SweepForm:
         if not read_s:
             return 0.0
         speed = min(0.5, self._resources.kv_speed["disk_read/kv"])
-        lost_s = _lost_s(read_s, speed, busy["disk_read"] / (1 - speed))
-        return read_s / sum(busy[user] for user in THREADS["kv loads"]) * lost_s
+        late_s = lost_s(read_s, speed, busy["disk_read"] / (1 - speed))
+        return read_s / sum(busy[user] for user in THREADS["kv loads"]) * late_s
 
     def _loads_s(self, busy: Mapping[str, float], moved_s: float = 0.0) -> float:
         """Seconds of the thread that fetches KV, without those in which it rests; weights of ``moved_s`` are moved in those.
@@ -203,7 +205,8 @@ class SweepForm:
         name = "on demand" if experts_s > experts.compute_s else "schedule"
         computed_s = chain_s - layers * (experts_s - experts.compute_s)
         found = {name: chain_s + (self._beside_s(busy, computed_s) if self._on_cpu else 0.0)}
-        for name, link_s, ahead_s in stream.links:
+        for name, alone_s, ahead_s in stream.links:
+            link_s = alone_s + outside.late_s.get(name, 0.0)
             # Where a link decides, the experts last as long as their units take to come, and more KV hides behind them.
             window_s = attention.seconds(max(experts_s, link_s / layers - min(ahead_s, phase_s)), slower, routed_s)
             window_s += experts.resident_s
@@ -235,7 +238,8 @@ class SweepForm:
         chain_s = max(chain_s, self._loads_s(busy, moved_s) + outside.total_s)
         found = {"schedule": chain_s + (self._beside_s(busy, chain_s) if self._on_cpu else 0.0)}
         first, last, batches = attention[0].batches[0], attention[1].batches[-1], len(attention[1].batches)
-        for _, link_s, ahead_s in stream.links:
+        for name, alone_s, ahead_s in stream.links:
+            link_s = alone_s + outside.late_s.get(name, 0.0)
             late_s = max(last.fetch_s, last.store_s + last.cpu_s + last.attended_s) - link_s / layers / batches
             window_s = sum(seconds) / expert_units(self._costs.arch) + first.up_s + first.project_s
             window_s += max(0.0, late_s) + last.attend_s
@@ -251,11 +255,6 @@ class SweepForm:
         return stored_s + sum(share * min(computed_s, busy[user]) for user, share in self._beside.items())
 
 
-def _lost_s(alone_s: float, speed: float, beside_s: float) -> float:
-    """Seconds that work of so many loses to others that run for ``beside_s``, while it has a part of its speed."""
-    return (1 - speed) * min(alone_s / speed, beside_s)
-
-
 def beside_shares(resources: Resources) -> dict[str, float]:
     """Part of all cores that weights and disk transfers take from what computes beside them on device cpu."""
     users = ("h2d", *(user for user in USERS if user.startswith("disk") and user not in _DEMANDED))
@@ -267,12 +266,13 @@ class _Outside:
     """Seconds beside the layers.
 
     ``total_s``: of the chain; ``standing_s``: of these, those in which no slot is freed; ``beside_s``: what a link does beside
-    weights, in the layers, by the name of the resource.
+    weights, in the layers, by the name of the resource; ``late_s``: what its weights take longer as cores compute meanwhile.
     """
 
     total_s: float
     standing_s: float
     beside_s: Mapping[str, float]
+    late_s: Mapping[str, float]
 
 
 class _WeightStream:

@@ -36,6 +36,7 @@ _UNITS = {
     "_core_s": ("core-us", 1e-6),
     "unpack_s": ("ps", 1e-12),
     "int8_attention": ("x that of 16 bits", 1),
+    "beside_compute": ("x the rate alone", 1),
     "_s": ("us", 1e-6),
 }
 _SHOWN_TOKENS = (1, 8, 64, 512, 4096)

@@ -13,6 +13,7 @@ import os
 import statistics
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from flexmoe.system.trace import Recorder
 from policies.common.memory_units import align_down
 
 _SMALL_BYTES, _SMALL_TRANSFERS = 64 << 10, 128
+#: Of reads beside products: points of time that a rate takes, rows, and both sizes of the weights, more than a core's cache.
+_POINTS, _PRODUCT_ROWS, _PRODUCT_SIZE = 3, 256, 2048
 #: Pieces of the file that is read meanwhile; as many are under way as keep every thread busy.
 _PIECES = 4 * READ_THREADS
 #: A slow disk serves few small transfers beside the large ones.
@@ -59,7 +62,48 @@ def disk_latency(device: Device, directory: Path, effort: Effort) -> Latency:
     Raises:
         StorageError: the directory cannot be written or is full.
     """
-    path, small = directory / f"latency-{os.getpid()}.bin", device.host_buffer(_SMALL_BYTES)
+    with read_file(device, directory, effort) as (file, buffers, nbytes):
+        view = device.host_buffer(_SMALL_BYTES).numpy().data
+        alone_s = statistics.median(_small_transfers_s(file, view, nbytes))
+        with contextlib.closing(Reading(file, buffers, nbytes)):
+            return Latency(alone_s=alone_s, busy_s=statistics.fmean(_small_transfers_s(file, view, nbytes)))
+
+
+def reading_beside_compute(device: Device, directory: Path, effort: Effort) -> float:
+    """The part of its rate that reading keeps while products take all cores: the mean ratio of both rates, taken in turn.
+
+    Raises:
+        StorageError: the directory cannot be written or is full.
+    """
+    ratios = []
+    with contextlib.ExitStack() as stack:
+        reading = stack.enter_context(
+            contextlib.closing(Reading(*stack.enter_context(read_file(device, directory, effort))))
+        )
+        for _ in range(_ROUNDS):
+            alone, beside = (_read_rate(reading, work, _POINTS * effort.point_s) for work in (time.sleep, compute))
+            ratios.append(beside / alone)
+    return min(1.0, statistics.fmean(ratios))
+
+
+def _read_rate(reading: Reading, work: Callable[[float], None], seconds: float) -> float:
+    """Bytes per second beside ``work``, one at least."""
+    before, begin = reading.bytes_read, time.perf_counter()
+    work(seconds)
+    return max(1, reading.bytes_read - before) / (time.perf_counter() - begin)
+
+
+def compute(seconds: float) -> None:
+    """Products that keep all cores busy for so long."""
+    weights, end_s = torch.ones(_PRODUCT_SIZE, _PRODUCT_SIZE), time.perf_counter() + seconds
+    while time.perf_counter() < end_s:
+        torch.mm(weights[:_PRODUCT_ROWS], weights)
+
+
+@contextlib.contextmanager
+def read_file(device: Device, directory: Path, effort: Effort) -> Iterator[tuple[DirectFile, list[torch.Tensor], int]]:
+    """A file that is gone afterwards, buffers of one size and the bytes that are written: a buffer after the other."""
+    path = directory / f"latency-{os.getpid()}.bin"
     piece = min(SHARED_PIECE_BYTES, align_down(effort.buffer_bytes // _PIECES))
     buffers = random_buffers(device, piece, _PIECES)
     with probe_directory(directory), contextlib.closing(DirectFile(path, writable=True)) as file:
@@ -67,10 +111,7 @@ def disk_latency(device: Device, directory: Path, effort: Effort) -> Latency:
         for number, buffer in enumerate(buffers):
             file.write_from(buffer.numpy().data, number * piece)
         file.sync()
-        start, view = _PIECES * piece, small.numpy().data
-        alone_s = statistics.median(_small_transfers_s(file, view, start))
-        with contextlib.closing(Reading(file, buffers, start)):
-            return Latency(alone_s=alone_s, busy_s=statistics.fmean(_small_transfers_s(file, view, start)))
+        yield file, buffers, _PIECES * piece
 
 
 def _small_transfers_s(file: DirectFile, view: memoryview, start: int) -> list[float]:
@@ -107,10 +148,16 @@ class Reading:
         self._depth = min(2 * READ_THREADS, len(self._views))
         self._error: BaseException | None = None
         self._ends, self._begun, self._stopped = False, threading.Event(), threading.Semaphore(0)
-        self._pool = DiskPool(Recorder())
+        self._recorder = Recorder()
+        self._pool = DiskPool(self._recorder)
         for number in range(self._depth):
             self._submit(number)
         self._begun.wait()
+
+    @property
+    def bytes_read(self) -> int:
+        """So far."""
+        return self._recorder.totals()["disk_read"].nbytes
 
     def close(self) -> None:
         """Wait for what is under way.

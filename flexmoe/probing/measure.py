@@ -40,6 +40,7 @@ from flexmoe.probing.latency import (
     handoff_s,
     moved_archs,
     moved_rows,
+    reading_beside_compute,
     streaming_arch,
     streaming_core_s_per_byte,
 )
@@ -307,7 +308,12 @@ def _latencies(s: Setting, found: Found) -> None:
 
 
 def _streaming(s: Setting, found: Found) -> None:
-    """On CUDA copies take no core, and no GEMM waits for those that disk reads take."""
+    """On CUDA copies take no core, and no GEMM waits for those that disk reads take; the CPU's attention slows reads there."""
+    beside = reading_beside_compute(s.device, s.directory, s.effort)
+    found.put(
+        f"reads of {READ_THREADS} threads while products take all cores, beside those alone",
+        disk_read_beside_compute=beside,
+    )
     if s.device.is_cuda:
         found.put("the device's own engines copy", h2d_core_s_per_byte=0.0)
         return

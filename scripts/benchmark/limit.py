@@ -6,8 +6,7 @@ from scripts.benchmark import loads
 from scripts.benchmark.context import Bench
 from scripts.benchmark.record import Figure
 from scripts.benchmark.worker import Worker
-from scripts.support.stolen import MOST as MOST_STOLEN
-from scripts.support.stolen import Stolen, wait_for_calm
+from scripts.support.stolen import Stolen, most_stolen, stolen_by_reads, wait_for_calm
 
 TARGETS = {"disk-bound": 0.97, "balanced": 0.90, "compute-bound": 0.95}
 RESIDENT_TARGET = 0.75
@@ -56,7 +55,7 @@ def _round(bench: Bench, engine: Worker, job: loads.Job, disk: dict) -> dict:
     bench.open(engine, "disk", job, EXPERTS_ON_DISK)
     bench.open(engine, "resident", job, "resident")
     wait_for_calm(CALM_S)
-    stolen = Stolen()
+    by_reads, stolen = stolen_by_reads(bench.workdir), Stolen()
     sweeps = bench.turns(engine, job, disk)
     share = stolen.share()
     for name in ("disk", "resident"):
@@ -68,6 +67,7 @@ def _round(bench: Bench, engine: Worker, job: loads.Job, disk: dict) -> dict:
         "disk_s": sum(min(bench.expert_bytes, read) / rate for read, rate in reads),
         "read_bytes": sum(min(bench.expert_bytes, read) for read, _ in reads),
         "stolen": share,
+        "stolen_by_reads": by_reads,
         "sweeps": sweeps,
     }
 
@@ -89,7 +89,7 @@ def _judged(bench: Bench, engine: Worker, kind: str, job: loads.Job, one: dict) 
 
 def why_not(kind: str, one: dict) -> str:
     """Why a round says nothing; empty where it does."""
-    if one["stolen"] > MOST_STOLEN:
+    if one["stolen"] > most_stolen(one["stolen_by_reads"], one["disk_s"], one["wall_s"]):
         return f"{one['stolen']:.0%} of the cores' time went to other machines"
     if not loads.in_class(kind, one["disk_s"], one["compute_s"]):
         return "D/C drifted out of the class"

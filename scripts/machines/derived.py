@@ -220,6 +220,7 @@ def kv_block_sources(disk: Drive) -> dict[str, str]:
         "disk_latency_s": f"estimate: one read of 4 KiB at a random place; {disk.source}",
         "disk_busy_latency_s": "estimate: as disk_latency_s, behind one piece of 1 MiB of a weight",
         "handoff_s": "estimate: about what flexmoe.probe finds on two virtual cores",
+        "disk_read_beside_compute": "a drive in the machine itself; that of a virtual machine is served by its host's cores: 1",
     }
 
 

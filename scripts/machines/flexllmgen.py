@@ -58,6 +58,7 @@ SOURCES = {
     "disk_latency_s": _ABSENT,
     "disk_busy_latency_s": _ABSENT,
     "handoff_s": _ABSENT,
+    "disk_read_beside_compute": "FlexLLMGen's planner has no such loss: 1",
     "cpu_attention_bytes_per_s": "cpu_flops 0.0123 TFLOP/s at one FLOP per byte of KV",
     "cpu_attention_flops_per_s": "cpu_flops 0.0123 TFLOP/s, fitted on decoding; its prompts are never attended on the CPU",
     "row_s": _ABSENT,

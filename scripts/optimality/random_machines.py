@@ -59,11 +59,15 @@ def random_problem(seed: int) -> RandomProblem:
     rng = random.Random(seed)
     preset = Hardware.preset(rng.choice(Hardware.preset_names()))
     known = rng.random() < 0.7
+    kept = random.Random(f"reads beside computation {seed}").uniform(0.0, 1.0)
     arch = ModelArch.from_name(rng.choice(_MODELS)) if known else _synthetic(rng)
     return RandomProblem(
         seed=seed,
         arch=arch,
-        hardware=_machine(rng, preset, 1.0 if known else min(1.0, 2 * arch.total_bytes / 9e10)),
+        hardware=replace(
+            _machine(rng, preset, 1.0 if known else min(1.0, 2 * arch.total_bytes / 9e10)),
+            disk_read_beside_compute=1.0 if kept < 0.5 else kept,
+        ),
         workload=Workload(
             prompt_len=int(log_uniform(rng, 16, 4096)),
             gen_len=int(log_uniform(rng, 8, 1024)),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
 import torch
 
-#: The most of the cores' time that may be stolen from a run that counts.
+from flexmoe.probing.effort import Effort
+from flexmoe.probing.latency import Reading, compute, read_file
+from flexmoe.system.device import Device
+
+#: The most of the cores' time that may be stolen from a run that counts, beside what its own reads cost.
 MOST = 0.03
 
 
@@ -38,6 +43,29 @@ def wait_for_calm(at_most_s: float, look_s: float = 1.0) -> float:
             break
         time.sleep(look_s)
     return time.perf_counter() - begin
+
+
+def stolen_by_reads(directory: Path, seconds: float = 1.0) -> float:
+    """The share of the cores' time that is stolen while this machine reads and computes with all it has.
+
+    The host of a virtual machine serves its disk on cores that the machine's own work wants too: that is no disturbance.
+    """
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(read_file(Device("cpu"), directory, Effort()))
+        stack.enter_context(contextlib.closing(Reading(*file)))
+        stolen = Stolen()
+        compute(seconds)
+        return stolen.share()
+
+
+def most_stolen(by_reads: float, read_s: float, wall_s: float) -> float:
+    """The most that may be stolen from a run that counts.
+
+    Args:
+        by_reads: from `stolen_by_reads`.
+        read_s, wall_s: seconds in which the run read from disk, of all of it.
+    """
+    return MOST + by_reads * min(1.0, read_s / wall_s)
 
 
 def _jiffies(stat: Path) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from cost_model.model.arch import ModelArch
 from flexmoe import LLM, EngineRequest
 from flexmoe.system.device import Device
 from scripts.support.reads import read_when_quiet
-from scripts.support.stolen import Stolen, wait_for_calm
+from scripts.support.stolen import Stolen, most_stolen, stolen_by_reads, wait_for_calm
 from scripts.validation.configs import Configuration
 from scripts.validation.looks import Looks, Stretch, looks_at
 
@@ -25,7 +25,7 @@ class Run:
     """What a run took; ``lanes_s`` are the seconds in which a lane was at work.
 
     ``stretches`` are its sweeps with the looks around them, ``stolen`` is the share of the cores' time that went to other
-    machines; ``cache_experts`` are those that device memory beyond the policy's holds.
+    machines, and ``most_stolen`` the most that a run without disturbance may have lost; ``cache_experts`` are those that device memory beyond the policy's holds.
     """
 
     wall_s: float
@@ -33,6 +33,7 @@ class Run:
     lanes_s: dict[str, float]
     stretches: tuple[Stretch, ...]
     stolen: float
+    most_stolen: float
     cache_experts: int
 
 
@@ -71,7 +72,7 @@ def measure(c: Configuration, subject: Subject, hardware: Hardware, work: Path, 
     try:
         with looks_at(Device(subject.device), hardware, subject.arch, subject.disk_files) as looks:
             for _ in range(most):
-                yield _run(llm, requests, looks)
+                yield _run(llm, requests, looks, work)
     finally:
         llm.close()
 
@@ -83,20 +84,23 @@ def _prompts(c: Configuration, subject: Subject) -> Iterator[Sequence[int]]:
         yield text[start : start + s] if text else [rng.randrange(subject.arch.vocab_size) for _ in range(s)]
 
 
-def _run(llm: LLM, requests: list[EngineRequest], looks: Looks) -> Run:
+def _run(llm: LLM, requests: list[EngineRequest], looks: Looks, work: Path) -> Run:
     wait_for_calm(_CALM_S)
+    by_reads = stolen_by_reads(work)
     before, stretches, stolen = llm.metrics(), _Stretches(llm, looks), Stolen()
     for output in llm.stream(requests, on_sweep=stretches.swept):
         if output.error:
             raise RuntimeError(output.error)
     share, after = stolen.share(), llm.metrics()
     lanes = {lane: t["busy_s"] - before["lanes"].get(lane, {}).get("busy_s", 0.0) for lane, t in after["lanes"].items()}
+    wall_s = after["wall_s"] - before["wall_s"]
     return Run(
-        wall_s=after["wall_s"] - before["wall_s"],
+        wall_s=wall_s,
         sweeps=after["sweeps"] - before["sweeps"],
         lanes_s=lanes,
         stretches=stretches.ended(),
         stolen=share,
+        most_stolen=most_stolen(by_reads, lanes.get("disk_read", 0.0), wall_s),
         cache_experts=llm.engine.plan.allocation.cache_experts,
     )
 

@@ -111,6 +111,35 @@ def test_a_disk_reader_that_mostly_sleeps_is_not_slowed_and_takes_its_cores_from
     assert speeds["gpu"] == pytest.approx((4 - 0.8) / 4)
 
 
+def test_the_disk_is_read_more_slowly_while_all_cores_compute():
+    rate = 1e9
+    disk = {"disk_read_bytes_per_s": rate, "disk_read_core_s_per_byte": 1.6 / rate, "disk_read_beside_compute": 0.6}
+    there = resources("cpu", cores=2, **disk)
+    assert there.speeds(["gpu", "disk_read"]) == pytest.approx({"gpu": 1 - 0.6 * 1.6 / 2, "disk_read": 0.6})
+    assert there.speeds(["h2d", "disk_read"])["disk_read"] == pytest.approx(1.0)
+    cuda = resources(disk_read_beside_compute=0.6)
+    assert cuda.speeds(["gpu", "disk_read"]) == {"gpu": 1.0, "disk_read": 1.0}
+    assert cuda.speeds(["cpu", "disk_read"])["disk_read"] == 0.6
+
+
+def test_readers_on_busy_cores_share_them_though_the_disk_could_serve_more():
+    rate = 1e9
+    disk = {"disk_read_bytes_per_s": rate, "disk_read_core_s_per_byte": 8 / rate, "disk_read_beside_compute": 0.9}
+    speeds = resources("cpu", cores=4, **disk).speeds(["gpu", "disk_read"])
+    assert speeds == pytest.approx({"gpu": 4 / 12, "disk_read": 4 / 12 * 8 / 8})
+
+
+def test_seconds_that_reads_lose_while_cores_compute():
+    rate = 1e9
+    disk = {"disk_read_bytes_per_s": rate, "disk_read_core_s_per_byte": 1.6 / rate, "disk_read_beside_compute": 0.6}
+    there = resources("cpu", cores=2, **disk)
+    # What computes has 0.52 of its speed beside reads that have 0.6 of theirs.
+    assert there.read_lost_s({"gpu": 1.04, "disk_read": 9.0}) == pytest.approx(0.4 * 2.0)
+    assert there.read_lost_s({"gpu": 99.0, "disk_read": 9.0}) == pytest.approx(0.4 * 15.0)
+    assert there.read_lost_s({"gpu": 99.0, "disk_read/routed": 9.0}) == there.read_lost_s({"gpu": 1.0}) == 0.0
+    assert resources().read_lost_s({"cpu": 1.0, "disk_read": 1.0}) == 0.0
+
+
 def test_seconds_of_a_resource_are_those_in_which_it_serves_all():
     there = resources(gpu=LINK, host_bytes_per_s=20e9)
     found = there.seconds(

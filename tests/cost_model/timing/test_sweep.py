@@ -78,6 +78,20 @@ def test_kv_on_disk_shares_the_disk_with_weights():
     _takes_what_its_replay_takes(costs, policy, decoding(16, context=40_000, disk=16))
 
 
+@pytest.mark.parametrize("rate", [1e8, 3e8, 1e9, 3e9, 1e10, 3e10])
+@pytest.mark.parametrize("beside", [0.6, 0.8])
+def test_reads_that_computation_slows_last_longer(rate, beside):
+    """From bound by the disk to bound by the cores."""
+    disk = {"disk_read_bytes_per_s": rate, "disk_read_curve": (), "disk_read_core_s_per_byte": 1.6 / rate}
+    percents, parts = (50, 0, 100, 0, 100, 0), {"arch": SMALL, "rows": 64, "batches": 1, "machine": "cpu"}
+    seconds = []
+    for part in (1.0, beside):
+        costs, policy = costs_of(percents, hardware={"cores": 2, **disk, "disk_read_beside_compute": part}, **parts)
+        _takes_what_its_replay_takes(costs, policy, decoding(64))
+        seconds.append(sweep_time(costs, decoding(64), policy.gpu_batch_size).total_s)
+    assert seconds[0] <= seconds[1] <= seconds[0] / beside
+
+
 def _takes_what_its_replay_takes(costs, policy, load):
     replayed_s, _ = Replayer(costs, policy.gpu_batch_size).steady(load)
     assert sweep_time(costs, load, policy.gpu_batch_size).total_s == pytest.approx(replayed_s, rel=0.04)
