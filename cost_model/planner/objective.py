@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from operator import mul
 
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation, residency
 from cost_model.memory.memory_plan import MemoryPlan
@@ -109,10 +108,11 @@ class Objective:
         gpu_end, cpu_end = self._ends(policy)
         more = ((gpu_end + 1, max(cpu_end, gpu_end + 1)), (gpu_end, cpu_end + 1))
         now = self._in_any_memory(policy)
-        gains = [max(0.0, self._in_any_memory(self.with_units(policy, *ends)) / now - 1) for ends in more]
+        gpu_gain, cpu_gain = (max(0.0, self._in_any_memory(self.with_units(policy, *ends)) / now - 1) for ends in more)
 
         def tokens_per_s(tried: Policy) -> float:
-            return self.tokens_per_s(tried) * (1 + sum(map(mul, gains, self._parts_of_next(tried))))
+            on_gpu, on_cpu = self._parts_of_next(tried)
+            return self.tokens_per_s(tried) * (1 + gpu_gain * on_gpu + cpu_gain * on_cpu)
 
         return tokens_per_s
 
