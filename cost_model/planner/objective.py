@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation, residency
+from cost_model.memory.memory_plan import MemoryPlan
 from cost_model.model.weight_units import unit_slack_bytes
 from cost_model.planner.constraints import Fixed
 from cost_model.planner.moves import with_shares
@@ -54,6 +55,7 @@ class Objective:
         self._judge = judge
         self._known: dict[Policy, float] = {}
         self._budgets = problem.hardware.budgets()
+        self._parts: dict[Policy, tuple[float, float]] = {}
         arch = problem.arch
         bytes_before, slack = residency(arch, fixed.expert_order).prefix_bytes, unit_slack_bytes(arch)
         # What the first so many units take on the GPU, and in host memory.
@@ -91,11 +93,51 @@ class Objective:
         """Counts, and bytes left by budget; negative is what is missing."""
         self.effort += _EFFORT_OF_BYTES
         allocation, memory = self.problem.sized(policy)
+        return allocation, self._spare(memory)
+
+    def _spare(self, memory: MemoryPlan) -> dict[str, int]:
         used = {tier: memory.total(tier) for tier in TIERS}
         budgets = self._budgets.items()
-        return allocation, {
-            name: size - sum(used[t] for t in name.split("+")) for name, size in budgets if size is not None
-        }
+        return {name: size - sum(used[t] for t in name.split("+")) for name, size in budgets if size is not None}
+
+    def with_parts_of_units(self, policy: Policy) -> Callable[[Policy], float]:
+        """What policies near the given one would give if weight units could be cut: spare bytes count as their part of the next.
+
+        Room for a unit often takes several changes, of rows, pace and KV at once, of which none gains before the last.
+        """
+        gpu_end, cpu_end = self._ends(policy)
+        more = ((gpu_end + 1, max(cpu_end, gpu_end + 1)), (gpu_end, cpu_end + 1))
+        now = self._in_any_memory(policy)
+        gpu_gain, cpu_gain = (max(0.0, self._in_any_memory(self.with_units(policy, *ends)) / now - 1) for ends in more)
+
+        def tokens_per_s(tried: Policy) -> float:
+            on_gpu, on_cpu = self._parts_of_next(tried)
+            return self.tokens_per_s(tried) * (1 + gpu_gain * on_gpu + cpu_gain * on_cpu)
+
+        return tokens_per_s
+
+    def _ends(self, policy: Policy) -> tuple[int, int]:
+        placement = self.problem.sized(policy)[0].placement
+        return placement.gpu_end, placement.cpu_end
+
+    def _in_any_memory(self, policy: Policy) -> float:
+        """What `predict` says, whether the policy fits or not."""
+        self.evaluations += 1
+        self.effort += 1 + policy.num_gpu_batches / _BATCHES
+        return predict(self.problem, policy, ignore_memory=True).tokens_per_s
+
+    def _parts_of_next(self, policy: Policy) -> tuple[float, float]:
+        """The part of the next unit's bytes that is spare, on the GPU and in host memory; 0 where what is there is fixed."""
+        if policy not in self._parts:
+            gpu_end, cpu_end = self._ends(policy)
+            spare = self._spare(self.problem.sized(policy)[1])
+            gpu, cpu, both = (spare.get(name, _NO_LIMIT) for name in ("gpu", "cpu", "gpu+cpu"))
+            # A unit that moves up from host memory takes nothing more of what both tiers share.
+            on_gpu = _part_of_next(self._on_gpu, gpu_end, gpu if cpu_end > gpu_end else min(gpu, both))
+            on_cpu = _part_of_next(self._on_cpu, cpu_end, min(cpu, both))
+            fixed = self.fixed.w_gpu_percent is not None, self.fixed.w_cpu_percent is not None
+            self._parts[policy] = 0.0 if fixed[0] else on_gpu, 0.0 if fixed[1] else on_cpu
+        return self._parts[policy]
 
     def fitted(self, policy: Policy | None) -> Policy | None:
         """The policy with its weights in the fastest tiers that hold them; KV moves down where it is too much.
@@ -173,3 +215,10 @@ class Objective:
             policy, "cache", 100 * (blocks["gpu"] - from_gpu) / total, 100 * (blocks["cpu"] - from_cpu + to_cpu) / total
         )
         return self.fixed.applied(moved)
+
+
+def _part_of_next(prefix_bytes: Sequence[int], units: int, spare: int) -> float:
+    """The part of the bytes of the unit after the first so many that is spare; 0 where there is no more unit."""
+    if units == len(prefix_bytes) - 1:
+        return 0.0
+    return min(1.0, max(0, spare) / (prefix_bytes[units + 1] - prefix_bytes[units]))

@@ -2,14 +2,15 @@
 
 The programmes' optima are the starts. Each is climbed from by single moves (`moves`), and the best is left by a few
 random moves at once, to be climbed from again: where memory binds, one step alone often does not fit, or undoes what it
-gains, as rows against slots, or larger batches against fewer rows. Every candidate is evaluated by `predict`; the best few of
+gains, as rows against slots, or larger batches against fewer rows. These climbs go up by what policies would give if weight
+units could be cut (`Objective.with_parts_of_units`). Every candidate is evaluated by `predict`; the best few of
 each kind are evaluated once more with their sweeps replayed, and so are the steps from the best of these.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
@@ -237,19 +238,33 @@ class Climb:
             policy, low, beyond = (found, middle, beyond) if found else (policy, low, middle)
         return policy
 
-    def run(self, policy: Policy, effort: float, steps: tuple[float, ...] = _STEPS) -> Policy:
-        """The best policy met on the way up by single moves, each repeated while it helps."""
-        best, last = policy, self.objective.effort + effort
+    def run(
+        self,
+        policy: Policy,
+        effort: float,
+        steps: tuple[float, ...] = _STEPS,
+        up_by: Callable[[Policy], float] | None = None,
+    ) -> Policy:
+        """The best policy met on the way up by single moves, each repeated while it helps.
+
+        Args:
+            up_by: what the way goes up by; default: the objective's tokens per second.
+        """
+        worth = up_by or self.objective.tokens_per_s
+        best, at, last = policy, policy, self.objective.effort + effort
         for step in steps:
             before = None
-            while best != before:
-                before = best
+            while at != before:
+                before = at
                 for move in self._moves:
                     while self.objective.effort < last:
-                        tried = self.objective.fitted(move(best, step))
-                        if tried is None or not self._gains(tried, best):
+                        tried = self.objective.fitted(move(at, step))
+                        if tried is None:
                             break
-                        best = tried
+                        best = tried if self._gains(tried, best) else best
+                        if worth(tried) <= worth(at) * self._gain:
+                            break
+                        at = tried
         return best
 
     def kicked(self, policies: Sequence[Policy], effort: float) -> Policy:
@@ -269,7 +284,9 @@ class Climb:
                 away = rng.choice(self._moves)(away, rng.choice(_KICK_STEPS)) or away
             start = self.start(away)
             self.objective.effort += 1  # a kick may lead nowhere, for ever
-            found = self.run(start, _PER_KICK, _STEPS_AFTER) if start else best
+            if start is None:
+                continue
+            found = self.run(start, _PER_KICK, _STEPS_AFTER, self.objective.with_parts_of_units(start))
             if self._gains(found, best, _KICK_GAIN):
                 gained = self.objective.effort
             best = found if self._gains(found, best) else best

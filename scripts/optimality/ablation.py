@@ -26,6 +26,7 @@ from cost_model.planner import (
     lp_model,
     lp_sweep,
     moves,
+    objective,
     search,
 )
 from policies.common.errors import InfeasibleError
@@ -74,6 +75,11 @@ VARIANTS = (
         deletes=(lp, lp_model, lp_sweep, linearize, discrete),
     ),
     Variant(name="kicks", without=((search, "KICKS_EFFORT", 0),), deletes=(search.Climb.kicked,)),
+    Variant(
+        name="climbs by parts of units",
+        without=((objective.Objective, "with_parts_of_units", lambda self, policy: self.tokens_per_s),),
+        deletes=(objective.Objective.with_parts_of_units,),
+    ),
     Variant(
         name="starts of other kinds",
         without=((search.Climb, "diverse", search.Climb.ranked),),

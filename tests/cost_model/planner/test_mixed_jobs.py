@@ -6,10 +6,15 @@ from dataclasses import replace
 import pytest
 
 from cost_model import Hardware, Workload, solve
+from cost_model.model.weight_units import group_on
 from cost_model.planner.constraints import Fixed
+from cost_model.planner.infeasible import smallest_policies
+from cost_model.planner.objective import Objective
+from cost_model.planner.search import Climb
 from cost_model.simulation.replayed_phases import replayed_tokens_per_s
 from cost_model.simulation.simulate import simulate
 from cost_model.timing.problem import Problem
+from policies.policy import Policy
 from scripts.optimality import agreement
 from tests.support.sweeps import SMALL
 
@@ -47,10 +52,8 @@ def test_a_free_plan_is_not_slower_than_one_of_a_given_schedule(planned, machine
     assert replayed(machine, free) >= (1 - 1e-9) * replayed(machine, restricted)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
-def test_a_free_plan_is_not_slower_than_one_with_anything_else_fixed(seed):
-    """Stated tolerance: 1 %, as the search is local."""
+def drawn(seed):
+    """A machine and what is fixed there; of shares of the weights that do not fit, the largest part that does."""
     rng = random.Random(seed)
     w_gpu, kv_gpu = (round(rng.uniform(0, 100), 1) for _ in range(2))
     fixed = rng.choice(
@@ -61,8 +64,50 @@ def test_a_free_plan_is_not_slower_than_one_with_anything_else_fixed(seed):
         ]
     )
     machine = replace(rng.choice([CPU, CUDA]), host_memory_bytes=6 << 30)
+    problem = Problem.of(SMALL.grouped(group_on(machine, SMALL)), machine, JOB)
+    while fixed.w_gpu_percent is not None and not smallest_policies(problem, fixed):
+        shares = (0.9 * fixed.w_gpu_percent, 0.9 * fixed.w_cpu_percent)
+        fixed = replace(fixed, w_gpu_percent=shares[0], w_cpu_percent=shares[1])
+    return machine, fixed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_a_free_plan_is_not_slower_than_one_with_anything_else_fixed(seed):
+    """Stated tolerance: 1 %, as the search is local."""
+    machine, fixed = drawn(seed)
     free, restricted = solve(SMALL, machine, JOB), solve(SMALL, machine, JOB, fixed=fixed)
     assert replayed(machine, free) >= 0.99 * replayed(machine, restricted)
+
+
+def test_steps_that_make_room_for_a_unit_together_are_found_where_spare_bytes_count():
+    """Of these steps none gains before the last: smaller GPU batches, another pace, fewer slots."""
+    problem = Problem.of(SMALL.grouped(group_on(CUDA, SMALL)), replace(CUDA, host_memory_bytes=6 << 30), JOB)
+    objective = Objective(problem, Fixed())
+    start = objective.fitted(
+        Policy.from_percent(
+            (100, 0, 100, 0, 100, 0),
+            gpu_batch_size=49,
+            num_gpu_batches=2,
+            prompt_len=JOB.prompt_len,
+            gen_len=JOB.gen_len,
+            prefill_tokens=216,
+            weight_slots=2,
+        )
+    )
+    alone, together = (
+        Climb(objective).run(start, 150, (0.3,), up_by) for up_by in (None, objective.with_parts_of_units(start))
+    )
+    assert objective.tokens_per_s(together) > 1.005 * objective.tokens_per_s(alone)
+
+
+def test_spare_bytes_count_as_no_unit_where_the_weights_are_fixed():
+    free = Objective(Problem.of(SMALL.grouped(group_on(CUDA, SMALL)), CUDA, JOB), Fixed())
+    percent = (60, 2, 100, 0, 100, 0)
+    policy = Policy.from_percent(percent, gpu_batch_size=49, num_gpu_batches=2, prompt_len=8, gen_len=8)
+    fixed = Objective(free.problem, Fixed(w_gpu_percent=60, w_cpu_percent=2))
+    assert free.with_parts_of_units(policy)(policy) > free.tokens_per_s(policy) > 0
+    assert fixed.with_parts_of_units(policy)(policy) == fixed.tokens_per_s(policy) > 0
 
 
 @pytest.mark.parametrize("machine", [CPU, CUDA], ids=lambda each: each.name)
