@@ -23,7 +23,7 @@ from cost_model.timing.job_rows import (
     typical_rows,
     waiting_prompts,
 )
-from cost_model.timing.sweep_load import MODES, RowGroup, SweepLoad
+from cost_model.timing.sweep_load import COPY_LANES, MODES, RowGroup, SweepLoad, copied_by_lane
 from policies.admission.admission import Admission
 from policies.admission.order import WINDOW_BLOCKS, longest_first
 from policies.admission.row_state import AttentionMode, Prefix, RowLengths
@@ -60,6 +60,7 @@ class JobSweeps:
         groups: ``[sweeps, modes, fields of RowGroup]``.
         logits: rows that get a token.
         pages: KV pages in use per tier, ``[sweeps, 3]``.
+        copied: pages of prefixes that are copied from tier to tier before it, ``[sweeps, lanes]`` (`COPY_LANES`).
         phase: "fill", "steady" or "drain".
         recurs: how many sweeps of the job each one stands for.
         period: (first, last + 1) of the sweeps that stand for several; equal when none does.
@@ -68,13 +69,14 @@ class JobSweeps:
     groups: np.ndarray
     logits: np.ndarray
     pages: np.ndarray
+    copied: np.ndarray
     phase: np.ndarray
     recurs: np.ndarray
     period: tuple[int, int]
 
     def load(self, sweep: int) -> SweepLoad:
         """What one sweep has to do."""
-        return as_load(self.groups[sweep], self.logits[sweep])
+        return as_load(self.groups[sweep], self.logits[sweep], self.copied[sweep])
 
     def generating(self, tokens: float) -> JobSweeps:
         """The same sweeps, those of the period recurring as often as makes so many tokens in all.
@@ -105,14 +107,15 @@ class JobSweeps:
         return summed
 
 
-def as_load(groups: np.ndarray, logits: float) -> SweepLoad:
-    """A load from ``[modes, fields of RowGroup]``."""
+def as_load(groups: np.ndarray, logits: float, copied: np.ndarray) -> SweepLoad:
+    """A load from ``[modes, fields of RowGroup]``, and the pages that are copied on each of `COPY_LANES`."""
     found = {
         mode: RowGroup(**dict(zip(_FIELDS, map(float, values), strict=True)))
         for mode, values in zip(MODES, groups, strict=True)
         if values.any()
     }
-    return SweepLoad(groups=found, logits=float(logits))
+    moved = {lane: float(pages) for lane, pages in zip(COPY_LANES, copied, strict=True) if pages}
+    return SweepLoad(groups=found, logits=float(logits), copied=moved)
 
 
 def job_sweeps(
@@ -240,6 +243,7 @@ class _Job:
         self._groups: list[list[list[float]]] = []
         self._logits: list[int] = []
         self._pages: list[list[int]] = []
+        self._copied: list[list[float]] = []
         self._phase: list[str] = []
         self._entered = self._finished = self._most = self._blocks_begun = 0
         self._first: tuple[int, int, int] | None = None  # sweep, rows entered, rows finished where the period begins
@@ -308,6 +312,10 @@ class _Job:
         """One sweep; returns how many rows end in it."""
         admission, groups, logits, ended = self._admission, [[0.0] * len(_FIELDS) for _ in MODES], 0, []
         self._pages.append([admission.held(tier) for tier in TIERS])
+        changes = admission.prefixes.changes
+        copies = ((source.tier, copy.tier, copy.pages) for copy, source in changes if source is not None)
+        moved = copied_by_lane(copies)
+        self._copied.append([moved.get(lane, 0.0) for lane in COPY_LANES])
         self._read_once(rows, groups)
         for row in rows:
             group, run, past = groups[_MODE_OF[row.tier, row.mode]], row.run, row.cached
@@ -327,7 +335,7 @@ class _Job:
             admission.finish(row)
         admission.end_sweep()
         admission.prefixes.opened.clear()
-        admission.prefixes.closed.clear()
+        admission.prefixes.changes.clear()
         self._groups.append(groups)
         self._logits.append(logits)
         self._finished += len(ended)
@@ -366,6 +374,7 @@ class _Job:
             groups=np.array(self._groups).reshape(sweeps, len(MODES), len(_FIELDS)) * bundle,
             logits=np.array(self._logits) * bundle,
             pages=np.array(self._pages).reshape(sweeps, len(TIERS)) * bundle,
+            copied=np.array(self._copied).reshape(sweeps, len(COPY_LANES)) * bundle,
             phase=np.array(self._phase),
             recurs=recurs,
             period=period,

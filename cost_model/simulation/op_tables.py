@@ -48,7 +48,8 @@ def table_of_seconds(
     """
     arch, tokens = costs.arch, [sum(batch.tokens for batch in cut) for cut in halves]
     dense = list(map(costs.mlp_s, tokens))
-    table = [costs.host_s(load.rows), 0.0, 0.0, costs.sample_s(load.logits)]
+    between_s = costs.host_s(load.rows) + sum(costs.copied_s(load).values())
+    table = [between_s, 0.0, 0.0, costs.sample_s(load.logits)]
     if demand:
         own = costs.demanded(demand, load.tokens)
         table += [own.unit_s, dense[0], costs.hardware.disk_latency_s, 0.0, 0.0]

@@ -137,7 +137,10 @@ class Replayer:
                 program = self._program(cut, on_demand, one_by_one=record is not None)
                 loop.turn_to(*self._stream(on_demand))
             loop.sweep(program, seconds, nbytes)
-            yield loop.now - start, _lanes_s(loop.active_s)
+            lanes_s = _lanes_s(loop.active_s)
+            for lane, copied_s in costs.copied_s(load).items():
+                lanes_s[lane] += copied_s
+            yield loop.now - start, lanes_s
 
     def _stream(self, on_demand: frozenset[int]) -> tuple[WeightQueues, Buffers]:
         """The weight stream; in on-demand mode the expert cache borrows all but a few of its slots."""

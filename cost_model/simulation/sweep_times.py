@@ -44,7 +44,7 @@ def operations(costs: Costs, gpu_batches: float) -> float:
 
 def replayed_times(costs: Costs, gpu_batch_size: int, sweeps: JobSweeps) -> SweepTimes:
     """Every sweep that was followed, replayed one after the other."""
-    loads = [as_load(groups, logits) for groups, logits in zip(sweeps.groups, sweeps.logits, strict=True)]
+    loads = [sweeps.load(at) for at in range(len(sweeps.logits))]
     replayed = Replayer(costs, gpu_batch_size).replay(loads)
     return SweepTimes(
         seconds=np.array(replayed.sweep_s),
@@ -84,7 +84,7 @@ def corrected_times(
 
 def _groups(sweeps: JobSweeps, most: int) -> tuple[list[SweepLoad], np.ndarray]:
     """The mean load of each group of like sweeps, and the group of each sweep."""
-    flat = np.column_stack([sweeps.groups.reshape(len(sweeps.logits), -1), sweeps.logits])
+    flat = np.column_stack([sweeps.groups.reshape(len(sweeps.logits), -1), sweeps.logits, sweeps.copied])
     width = _NARROWEST
     while True:
         _, group_of = np.unique(np.round(np.log1p(flat) / width), axis=0, return_inverse=True)
@@ -95,8 +95,8 @@ def _groups(sweeps: JobSweeps, most: int) -> tuple[list[SweepLoad], np.ndarray]:
         width *= 1.5
     sizes = np.bincount(group_of)
     means = np.stack([np.bincount(group_of, weights=column) / sizes for column in flat.T], axis=1)
-    shape = sweeps.groups.shape[1:]
-    return [as_load(mean[:-1].reshape(shape), mean[-1]) for mean in means], group_of
+    shape, size = sweeps.groups.shape[1:], sweeps.groups[0].size
+    return [as_load(mean[:size].reshape(shape), mean[size], mean[size + 1 :]) for mean in means], group_of
 
 
 def _as_arrays(times: list[SweepTime]) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,14 @@ from math import ceil, floor
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation, common_tokens
 from cost_model.timing.job_rows import BUNDLES, STATIC_BUNDLES, followed_rows
 from cost_model.timing.length_moments import RowMoments, row_moments
-from cost_model.timing.phase_loads import Phase, PhaseLoads, mode_shares, pages_of_homes, shares_of_whole_rows
+from cost_model.timing.phase_loads import (
+    Phase,
+    PhaseLoads,
+    copied_per_row,
+    mode_shares,
+    pages_of_homes,
+    shares_of_whole_rows,
+)
 from cost_model.timing.row_flow import Stretch, flow
 from cost_model.timing.sweep_load import RowGroup, SweepLoad
 from policies.admission.kv_pages import KVPages
@@ -153,6 +160,10 @@ def _mixed_job(
                     for mode, share in shares_of_whole_rows(policy, allocation, part.rows.rows, row_pages).items()
                 },
                 logits=part.logits,
+                copied={
+                    lane: (part.logits - part.rows.decode_rows) * pages
+                    for lane, pages in copied_per_row(workload, allocation, part.rows.rows, row_pages).items()
+                },
             ),
         )
         for part in parts

@@ -271,6 +271,18 @@ class Costs:
         write_s = self.kv_disk_bytes / hw.disk_write_bytes_per_s
         return batch.new["disk"] * (write_s + hw.kv_block_write_s / PAGE_TOKENS)
 
+    def copied_s(self, load: SweepLoad) -> dict[str, float]:
+        """Prefixes from tier to tier, between two sweeps: by lane, one after the other."""
+        hw, layers = self.hardware, self.arch.num_layers / len(self.arch.kv_groups)
+        on_disk = self.kv_disk_bytes * PAGE_TOKENS
+        each_s = {
+            "h2d": self.kv_bytes * PAGE_TOKENS / self._gpu.h2d_bytes_per_s,
+            "d2h": self.kv_bytes * PAGE_TOKENS / self._gpu.d2h_bytes_per_s,
+            "disk_read": on_disk / hw.disk_read_bytes_per_s,
+            "disk_write": on_disk / hw.disk_write_bytes_per_s,
+        }
+        return {lane: pages * layers * each_s[lane] for lane, pages in load.copied.items()}
+
     @property
     def kv_speed_beside_weights(self) -> dict[str, float]:
         """How fast KV is read and written while weights are read, 1 being its speed alone, by user of

@@ -16,12 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import permutations
 from math import ceil, floor
 
-from cost_model.memory.allocation import Allocation
+from cost_model.memory.allocation import PAGE_TOKENS, Allocation
 from cost_model.timing.length_moments import RowMoments
-from cost_model.timing.sweep_load import RowGroup, SweepLoad
+from cost_model.timing.sweep_load import RowGroup, SweepLoad, copied_by_lane
+from policies.admission.shared_prefix import shared_tokens
+from policies.placement import TIERS
 from policies.policy import Policy
+from policies.workload import Workload
 
 #: Gauss-Legendre nodes on [0, 1], of weight 1/2 each.
 _NODES = (0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2)
@@ -157,6 +161,28 @@ def pages_of_homes(allocation: Allocation, row_pages: int) -> dict[str, int]:
     """KV pages of each tier that holds a row of so many; 0 of the others."""
     least = min(row_pages, max(allocation.kv_pages.values()))
     return {tier: pages if pages >= least else 0 for tier, pages in allocation.kv_pages.items()}
+
+
+def copied_per_row(workload: Workload, allocation: Allocation, rows: float, row_pages: int) -> dict[str, float]:
+    """KV pages of prefixes that are copied from tier to tier for a row that enters, on average, by lane.
+
+    The k rows of a prefix follow each other into the tier where it is, until that is full. Of the rows in flight each of t
+    tiers has m; so k of them in a row lie on both sides of an end of such m with the probability (k - 1) / m, and a prefix is copied
+    min(t - 1, (k - 1) / m) times.
+
+    Args:
+        rows: in flight.
+        row_pages: as in `mode_shares`.
+    """
+    homes, layout = pages_of_homes(allocation, row_pages), allocation.kv_layout
+    whole = shared_tokens(workload.prompt_len, PAGE_TOKENS)
+    prefix = min(whole, workload.prefix_len) if workload.rows_per_prefix > 1 else 0
+    each, all_of_them = workload.rows_per_prompt, workload.rows_per_prompt * workload.rows_per_prefix
+    ways = {(a, b): homes[a] * homes[b] for a, b in permutations(TIERS, 2) if homes[a] and homes[b]}
+    tiers, pages = sum(map(bool, homes.values())), 0.0
+    for count, own in ((all_of_them, layout.before(prefix)), (each, layout.before(whole) - layout.shared(prefix))):
+        pages += own / count * min(tiers - 1, (count - 1) * tiers / max(1.0, rows))
+    return copied_by_lane((*way, pages * part / sum(ways.values())) for way, part in ways.items() if pages)
 
 
 def _attended(policy: Policy, rows: int) -> float:

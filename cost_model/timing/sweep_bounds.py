@@ -44,6 +44,8 @@ THREADS = {
 }
 #: Users that the chain waits for where experts come on demand.
 _DEMANDED = ("disk_read/routed", "h2d/routed")
+#: Who copies prefixes from tier to tier, by lane.
+_COPIES = {"h2d": "h2d/kv", "d2h": "d2h", "disk_read": "disk_read/kv", "disk_write": "disk_write"}
 #: Who brings weights over each resource.
 _LINKS = (("pcie", "h2d"), ("disk_read", "disk_read"))
 #: Users that keep all cores of device cpu busy.
@@ -113,11 +115,15 @@ class SweepForm:
         busy |= {user: layers * seconds for user, seconds in _summed(part.moved_s for part in experts).items()}
         layer_s = sum(part.compute_s for part in attention) + sum(part.compute_s for part in experts)
         busy |= {"gpu": layers * layer_s + computed_s, "host": costs.host_s(load.rows)}
+        copied = costs.copied_s(load)
+        copied_s = sum(copied.values())
+        for lane, seconds in copied.items():
+            busy[_COPIES[lane]] += seconds
         if costs.overlap:
             shared = self._shared(busy)
             outside = _Outside(
-                total_s=computed_s + busy["host"],
-                standing_s=computed_s + busy["host"] - stream.head_share * head_s,
+                total_s=computed_s + busy["host"] + copied_s,
+                standing_s=computed_s + busy["host"] + copied_s - stream.head_share * head_s,
                 beside_s={name: max(0.0, shared[name] - busy[user]) for name, user in _LINKS if name in shared},
                 late_s={"disk_read": self._resources.read_lost_s(busy)},
             )

@@ -5,7 +5,7 @@ Counts are real numbers: in a mean sweep of the steady state 3.7 rows may enter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil
 
@@ -15,6 +15,17 @@ from policies.schedule import in_first_half
 #: Attended on the device from device memory; fetched from host memory or from disk; attended in host memory. A block
 #: lines its rows up in this order (`flexmoe.kv.batch`).
 MODES = ("gpu", "fetch", "disk", "cpu")
+#: Lanes that pages of a prefix pass when they are copied from a tier to another one.
+_COPY_LANES: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("gpu", "cpu"): ("d2h",),
+    ("cpu", "gpu"): ("h2d",),
+    ("cpu", "disk"): ("disk_write",),
+    ("disk", "cpu"): ("disk_read",),
+    ("gpu", "disk"): ("d2h", "disk_write"),
+    ("disk", "gpu"): ("disk_read", "h2d"),
+}
+#: All of those.
+COPY_LANES = ("h2d", "d2h", "disk_read", "disk_write")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,12 +100,28 @@ class RowGroup:
         )
 
 
+def copied_by_lane(copies: Iterable[tuple[str, str, float]]) -> dict[str, float]:
+    """Pages that each lane moves for copies of (source tier, target tier, pages)."""
+    found: dict[str, float] = {}
+    for source, target, pages in copies:
+        for lane in _COPY_LANES[source, target]:
+            found[lane] = found.get(lane, 0.0) + pages
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepLoad:
-    """One sweep's work. ``groups`` by mode; ``logits``: rows that get a token."""
+    """One sweep's work.
+
+    Attributes:
+        groups: rows by mode.
+        logits: rows that get a token.
+        copied: KV pages of prefixes that are copied from tier to tier before it, by lane (`COPY_LANES`).
+    """
 
     groups: Mapping[str, RowGroup]
     logits: float
+    copied: Mapping[str, float] = field(default_factory=dict)
 
     def seen(self, arch: ModelArch) -> SweepLoad:
         """The load of a mean layer, whose rows see what the windows of the layers let them see."""
@@ -107,7 +134,8 @@ class SweepLoad:
     def part(self, share: float) -> SweepLoad:
         """A share of all counts."""
         groups = {mode: group.part(share) for mode, group in self.groups.items()}
-        return SweepLoad(groups=groups, logits=share * self.logits)
+        copied = {lane: share * pages for lane, pages in self.copied.items()}
+        return SweepLoad(groups=groups, logits=share * self.logits, copied=copied)
 
     @property
     def rows(self) -> float:

@@ -164,6 +164,7 @@ class Engine:
         start = time.perf_counter()
         self._memory.check()
         runs = self.scheduler.plan_sweep()
+        self.kv.copy(self.scheduler.take_copies())
         if not runs:
             if self._requests:  # `check` admits only rows that fit an empty tier, so this cannot be waited out
                 raise RuntimeError(f"{self.unfinished} requests wait, but the scheduler can admit none of them")

@@ -1,7 +1,8 @@
 """Rows with their token ids and their KV: carries out what `policies.admission.admission` decides from lengths alone.
 
 A row's restart state is its token ids: preempted, it re-enters as one run of prompt + tokens. Rows that begin with the same
-pages share them: the first computes them, and the others are forked from there, so that none is copied.
+pages share them: the first computes them, and the others are forked from there. Only for rows of another tier they are copied,
+once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from flexmoe.kv.batch import Run
-from flexmoe.kv.cache import KVCache, KVExhausted, RowKV
+from flexmoe.kv.cache import KVCache, KVExhausted, PageCopy, RowKV
 from flexmoe.params import EngineRequest
 from flexmoe.prefixes.registry import PrefixRegistry
 from policies.admission.admission import Admission
@@ -90,6 +91,7 @@ class Scheduler:
         self._cache, self._recompute_past = cache, recompute_past
         self._prefixes = PrefixRegistry(cache.page_tokens) if prefix_caching else None
         self.saved_tokens = self.needed_tokens = 0
+        self._copies: list[PageCopy] = []
         self.admission: Admission[Row] = Admission(
             policy,
             pages={tier: cache.total(tier) for tier in TIERS},
@@ -155,7 +157,7 @@ class Scheduler:
         return {"needed_tokens": needed, "saved_tokens": saved, "hit_rate": saved / needed if needed else 0.0}
 
     def plan_sweep(self) -> list[Run]:
-        """Choose the runs of the next sweep and reserve their KV.
+        """Choose the runs of the next sweep and reserve their KV. Before it runs the pages of `take_copies` have to be copied.
 
         Raises:
             RuntimeError: the cache has less room than admission counts.
@@ -163,14 +165,19 @@ class Scheduler:
         rows = self.admission.plan_sweep()
         for row in self.admission.preempted:
             self._close(row)
+        self._change_prefixes()
         for row in rows:
             if row.kv is None:
                 self._begin(row)
-        self._close_prefixes()  # what they held is counted as free already
         for row in rows:
             if row.kv is None or row.run > 1 or row.cached % self._cache.page_tokens == 0:
                 self._reserve(row, row.run)
         return [row.next_run() for row in rows]
+
+    def take_copies(self) -> list[PageCopy]:
+        """What the rows of the sweep that has been planned need from other tiers, in the order in which it has to be copied."""
+        copies, self._copies = self._copies, []
+        return copies
 
     def commit(self, row: Row, token: int | None) -> int:
         """The row's run is in the cache; ``token`` is what it generated, None while its prompt is unfinished.
@@ -197,14 +204,14 @@ class Scheduler:
         """The row is done: its place and its KV are free. A static block takes no more rows then."""
         self.admission.finish(row)
         self._close(row)
-        self._close_prefixes()
+        self._change_prefixes()
 
     def drop(self, row: Row) -> None:
         """Remove a row, whether it is in flight, waits, or waits for its beginning to be computed; one that has ended stays so."""
         if row.tier:
             self.finish(row)
         elif self.admission.drop(row):
-            self._close_prefixes()
+            self._change_prefixes()
 
     def clear(self) -> None:
         """Drop every row."""
@@ -215,7 +222,7 @@ class Scheduler:
         """Take a row out of flight; it re-enters first, as one run of all its tokens."""
         self.admission.preempt(row)
         self._close(row)
-        self._close_prefixes()
+        self._change_prefixes()
 
     def shrink(self, *, restart: bool = False) -> int | None:
         """Have fewer rows in flight from now on, three quarters of those that are now; the youngest wait again.
@@ -253,11 +260,14 @@ class Scheduler:
                 row.kv = self._cache.open(row.tier)
             self._cache.reserve(row.kv, tokens)
         except KVExhausted as e:
-            raise RuntimeError(
-                f"admission counts {row.pages} pages of the {row.tier} tier for a row, and the KV cache, with "
-                f"{self._cache.free(row.tier)} free pages and {self._cache.free_tails} free tails, refuses them: "
-                "someone else holds KV of this cache"
-            ) from e
+            raise RuntimeError(self._refused(row.pages, row.tier, "row")) from e
+
+    def _refused(self, pages: int, tier: str, what: str) -> str:
+        return (
+            f"admission counts {pages} pages of the {tier} tier for a {what}, and the KV cache, with "
+            f"{self._cache.free(tier)} free pages and {self._cache.free_tails} free tails, refuses them: "
+            "someone else holds KV of this cache"
+        )
 
     def _close(self, row: Row) -> None:
         self._cache.close(row.held_kv())
@@ -272,7 +282,18 @@ class Scheduler:
         if row.found_tokens is None:
             row.found_tokens = row.cached
 
-    def _close_prefixes(self) -> None:
-        closed = self.admission.prefixes.closed
-        while closed:
-            self._cache.close(closed.pop().kv)
+    def _change_prefixes(self) -> None:
+        """Copy and close pages of prefixes as admission has counted it, in its order: then there is room for each copy, and its
+        room is nobody's that is still to be copied."""
+        changes = self.admission.prefixes.changes
+        for pages, source in changes:
+            if source is None:
+                self._cache.close(pages.kv)
+                continue
+            above = None if pages.above is None else pages.above.kv
+            try:
+                pages.kv, copy = self._cache.copy_shared(source.kv, pages.tier, above)
+            except KVExhausted as e:
+                raise RuntimeError(self._refused(pages.pages, pages.tier, "prefix")) from e
+            self._copies.append(copy)
+        changes.clear()

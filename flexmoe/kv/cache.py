@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,17 @@ from policies.common.memory_units import align_up
 
 class KVExhausted(Exception):
     """A tier has no free page left: the scheduler sends a row back."""
+
+
+def neighbours(*pages: Sequence[int]) -> Iterator[slice]:
+    """Places of pages that are neighbours, of several lists those that are so in all of them."""
+    start, count = 0, len(pages[0])
+    while start < count:
+        stop = start + 1
+        while stop < count and all(each[stop] == each[stop - 1] + 1 for each in pages):
+            stop += 1
+        yield slice(start, stop)
+        start = stop
 
 
 class PageAllocator:
@@ -49,13 +61,8 @@ class PageAllocator:
 
     def free_runs(self) -> list[tuple[int, int]]:
         """Free pages as (first, how many) of neighbours."""
-        runs: list[tuple[int, int]] = []
-        for page in sorted(self._free):
-            if runs and sum(runs[-1]) == page:
-                runs[-1] = runs[-1][0], runs[-1][1] + 1
-            else:
-                runs.append((page, 1))
-        return runs
+        pages = sorted(self._free)
+        return [(pages[run.start], run.stop - run.start) for run in neighbours(pages)]
 
     def take(self, after: int = -1) -> int:
         """A free page, held once: the one that follows ``after`` if it is free, else the one that was freed last.
@@ -120,6 +127,20 @@ class RowKV:
     def pages(self) -> list[int]:
         """All pages that it holds, group by group."""
         return [page for table in self.tables for page in table.pages]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageCopy:
+    """Pages to be copied from a tier to another one (`flexmoe.kv.transfers`).
+
+    Attributes:
+        source, target: the tiers.
+        pages: of each group of layers, the pages of the source and those of the target, as many.
+    """
+
+    source: str
+    target: str
+    pages: tuple[tuple[list[int], list[int]], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -371,6 +392,32 @@ class KVCache:
         row.shared = (*row.shared, (end * self.page_tokens, next(self._numbers)))
         tables = self._shared_tables(row, first, end)
         return RowKV(row.tier, tables, length=end * self.page_tokens, shared=row.shared)
+
+    def copy_shared(self, source: RowKV, tier: str, begun: RowKV | None = None) -> tuple[RowKV, PageCopy]:
+        """The same for rows of another tier: a hold on pages there, whose bytes are still to be copied.
+
+        Args:
+            source: what `share` has given, or this.
+            tier: another one than the source's.
+            begun: of the tokens, those of a shorter beginning that are there already; of windowed layers they are copied again.
+
+        Raises:
+            KVExhausted: the tier has too few free pages.
+        """
+        allocator, have = self._allocators[tier], 0 if begun is None else begun.length // self.page_tokens
+        firsts = [have if g.window is None else given.first for given, g in zip(source.tables, self.shape.groups)]
+        copied = [given.pages[first - given.first :] for given, first in zip(source.tables, firsts)]
+        if sum(map(len, copied)) > allocator.free:
+            raise KVExhausted
+        tables = [PageTable() for _ in firsts] if begun is None else self._shared_tables(begun, have, have)
+        for table, first, pages in zip(tables, firsts, copied):
+            table.first = first - len(table.pages)
+            for _ in pages:
+                table.pages.append(allocator.take(after=table.pages[-1] if table.pages else -1))
+        places = (table.pages[first - table.first :] for table, first in zip(tables, firsts))
+        shared = *(() if begun is None else begun.shared), (source.length, next(self._numbers))
+        copy = PageCopy(source=source.tier, target=tier, pages=tuple(zip(copied, places)))
+        return RowKV(tier, tables, source.length, shared=shared), copy
 
     def forget_free(self) -> None:
         """Give the memory of pages that no row holds back to the system, as far as it is neither pinned nor a GPU's."""

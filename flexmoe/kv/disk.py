@@ -10,7 +10,7 @@ import torch
 
 from cost_model.memory.allocation import KV_TRANSFERS
 from flexmoe.kv.batch import Run
-from flexmoe.kv.cache import KVCache
+from flexmoe.kv.cache import KVCache, neighbours
 from flexmoe.system.device import Device
 from flexmoe.system.direct_io import DiskPool, Pending, Transfer
 from flexmoe.system.trace import Recorder
@@ -119,6 +119,9 @@ class DiskKV:
         read_pages: most pages that one group reads in one layer.
         write_pages: most pages that the runs of one group touch in one layer.
 
+    Attributes:
+        read_pages: as given; no `read` may have more.
+
     Raises:
         ValueError: the cache has no disk tier.
     """
@@ -130,24 +133,33 @@ class DiskKV:
         self._read_buffers = [device.host_buffer(read_pages * cache.disk_page_bytes) for _ in range(2)]
         self._write_buffers = [device.host_buffer(write_pages * cache.disk_page_bytes) for _ in range(2)]
         self._writing: list[Pending | None] = [None, None]
-        self._stored = 0
+        self._stored, self.read_pages = 0, read_pages
         # Last, since they start threads.
         self._reader = DiskPool(recorder, "disk_read", threads=KV_TRANSFERS, worker="kv")
         self._writer = DiskPool(recorder, "disk_write", threads=KV_TRANSFERS, worker="kv")
 
-    def read(self, layer: int, index: DiskIndex, side: int) -> torch.Tensor:
-        """Read the full pages of the index; returns them, ``[pages, 2, page_tokens, G, w]``."""
-        size, buffer = self._cache.disk_page_bytes, self._read_buffers[side]
-        bytes_, transfers, i = buffer.numpy().data, [], 0
-        while i < len(index.pages):
-            stop = i + 1
-            while stop < len(index.pages) and index.pages[stop] == index.pages[stop - 1] + 1:
-                stop += 1
-            piece = bytes_[i * size : stop * size]
-            transfers.append(Transfer(self._file, self._cache.disk_offset(layer, index.pages[i]), piece, len(piece)))
-            i = stop
-        self._reader.submit(transfers, f"kv {layer}").wait()
-        return self._pages(buffer)[: len(index.pages)]
+    def read(self, layer: int, pages: Sequence[int], side: int) -> torch.Tensor:
+        """Read full pages; returns them, ``[pages, 2, page_tokens, G, w]``."""
+        buffer = self._read_buffers[side]
+        self._reader.submit(self._transfers(layer, pages, buffer), f"kv {layer}").wait()
+        return self._pages(buffer)[: len(pages)]
+
+    def staged(self) -> torch.Tensor:
+        """The pages of a buffer, ``[pages, 2, page_tokens, G, w]``: to be filled between two sweeps and written by
+        `write_staged`."""
+        return self._pages(self._write_buffers[0])
+
+    def write_staged(self, layer: int, pages: Sequence[int]) -> None:
+        """Write as many of them to these pages of the file."""
+        self._writer.submit(self._transfers(layer, pages, self._write_buffers[0]), f"kv {layer}").wait()
+
+    def _transfers(self, layer: int, pages: Sequence[int], buffer: torch.Tensor) -> list[Transfer]:
+        """Between pages of the file, neighbours at once, and the first ones of a buffer."""
+        size, bytes_, found = self._cache.disk_page_bytes, buffer.numpy().data, []
+        for run in neighbours(pages):
+            piece = bytes_[run.start * size : run.stop * size]
+            found.append(Transfer(self._file, self._cache.disk_offset(layer, pages[run.start]), piece, len(piece)))
+        return found
 
     def gather(self, layer: int, which: int, index: DiskIndex, raw: torch.Tensor, out: torch.Tensor) -> None:
         """Past K (``which`` 0) or V (1) of the disk rows into ``out`` ``[tokens, G, w]``, in row order."""

@@ -19,7 +19,7 @@ import torch
 from flexmoe.kernels.elementwise import NewKV
 from flexmoe.kernels.paged_attention import Kernel, choose_kernel, paged_attention, plan_attention
 from flexmoe.kv.batch import Arrived, Batch, Block, Group
-from flexmoe.kv.cache import KVCache
+from flexmoe.kv.cache import KVCache, PageCopy, neighbours
 from flexmoe.kv.disk import DiskKV
 from flexmoe.kv.group_index import FetchIndex, GroupIndex, HostIndex, index_group, on_device
 from flexmoe.system.device import Device, Event
@@ -255,6 +255,18 @@ class KVLanes:
             q_THd, k_pool, v_pool, index.ragged, window=window, sinks=sinks_H, workspace=self._gathered
         )
 
+    def copy(self, copies: Iterable[PageCopy]) -> None:
+        """Copy pages from tier to tier, one after the other, between two sweeps: what has been computed is in its home then, and
+        the buffers are free. Host memory that it reads or writes is nobody else's until it returns.
+
+        Raises:
+            StorageError: a disk transfer failed.
+        """
+        for copy in copies:
+            for layer in range(self._cache.shape.layers):
+                self._copy(layer, copy, *copy.pages[self._cache.group_of[layer]])
+            self._wait_for_copies()
+
     def drain(self) -> None:
         """Wait until all new KV is home; raises what a lane met."""
         stores, self._stores = self._stores, []
@@ -278,11 +290,54 @@ class KVLanes:
             raise RuntimeError("this KV cache has no disk tier")
         return self._disk
 
+    # Between two sweeps.
+
+    def _copy(self, layer: int, copy: PageCopy, sources: list[int], targets: list[int]) -> None:
+        if copy.source == "disk":
+            there, step = self._pool(layer, copy.target), self._on_disk.read_pages
+            for at in range(0, len(sources), step):
+                read = self._on_disk.read(layer, sources[at : at + step], 0)
+                self._put(layer, copy, [(pages, there[:, page]) for pages, page in zip(read, targets[at:])])
+                self._wait_for_copies()
+        elif copy.target == "disk":
+            here, staged = self._pool(layer, copy.source), self._on_disk.staged()
+            for at in range(0, len(sources), len(staged)):
+                self._put(layer, copy, [(here[:, page], pages) for page, pages in zip(sources[at:], staged)])
+                self._wait_for_copies()
+                self._on_disk.write_staged(layer, targets[at : at + len(staged)])
+        else:
+            here, there = self._pool(layer, copy.source), self._pool(layer, copy.target)
+            runs = [(run.start, run.stop - run.start) for run in neighbours(sources, targets)]
+            pieces = [(here.narrow(1, sources[at], n), there.narrow(1, targets[at], n)) for at, n in runs]
+            self._put(layer, copy, pieces)
+
+    def _pool(self, layer: int, tier: str) -> torch.Tensor:
+        return self._cache.on_gpu(layer) if tier == "gpu" else self._cache.on_cpu(layer)
+
+    def _put(self, layer: int, copy: PageCopy, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Copy keys and values ``[2, ...]``, each of them contiguous, from the first of each pair to the second. The compute stream
+        orders it behind what has written, and before what will read, the device's pages."""
+        name, nbytes = f"prefix {layer}", sum(source.numel() * source.element_size() for source, _ in pieces)
+        timed = self._recorder.span("d2h/home", name)  # from host memory to host memory
+        if "gpu" in (copy.source, copy.target):
+            lane = "h2d/prefix" if copy.target == "gpu" else "d2h/prefix"
+            timed = self._device.timed(self._recorder, lane, name, nbytes)
+        with self._device.computing(), timed:
+            for source, target in pieces:
+                for k_or_v in range(2):
+                    target[k_or_v].copy_(source[k_or_v], non_blocking=True)
+
+    def _wait_for_copies(self) -> None:
+        """For the host, which may write what has been read, or read what has been written."""
+        copied = self._device.record()
+        self._device.link.small(copied)
+        self._device.host_wait(copied)
+
     # What the lanes do.
 
     def _load(self, layer: int, index: FetchIndex, side: int) -> Event:
         """While one side's copies are under way, the other side's KV is gathered."""
-        raw = None if index.disk is None else self._on_disk.read(layer, index.disk, side)
+        raw = None if index.disk is None else self._on_disk.read(layer, index.disk.pages, side)
         self._packed_read[side].synchronize()  # by the copies of the load before the last; on this lane's own thread
         stream = self._streams["h2d"]
         self._placed.wait(stream)

@@ -195,7 +195,7 @@ class BlockBench:
         groups, begin_core_s = itertools.cycle(self._groups), time.process_time()
         while sum(took_s) < seconds or not took_s:
             index, begin_s = next(groups).read, time.perf_counter()
-            self._disk.read(0, index, len(took_s) % 2)
+            self._disk.read(0, index.pages, len(took_s) % 2)
             took_s.append(time.perf_counter() - begin_s)
         core_s = time.process_time() - begin_core_s
         return statistics.median(took_s) / self._group, core_s / len(took_s) / self._group

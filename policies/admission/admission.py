@@ -293,15 +293,15 @@ class Admission(Generic[RowT]):
             int | None: prompt tokens that it takes of the budget; None where no tier has room for it.
         """
         row = self.waiting[0]
+        awaited = self.prefixes.awaited(row)
+        # An urgent row waits for another one only, since those in flight share the prompt tokens that are left.
+        if awaited is not None and (not row.urgent or (awaited.maker is not None and awaited.maker.urgent)):
+            self.prefixes.put_aside(self.waiting.popleft(), awaited)
+            return 0
         for tier in self._tiers(row):
-            awaited = self.prefixes.awaited(row, tier)
-            # An urgent row waits for another one only, since those in flight share the prompt tokens that are left.
-            if awaited is not None and (not row.urgent or (awaited.maker is not None and awaited.maker.urgent)):
-                self.prefixes.put_aside(self.waiting.popleft(), awaited)
-                return 0
             begun = self.prefixes.begun(row, tier)
             curve = self._curve(row, budget, begun)
-            if self._fits(tier, curve):
+            if self._fits(tier, curve, self.prefixes.copied_pages(begun, tier)):
                 self._enter(self.waiting.popleft(), tier, curve, begun)
                 return self._give_run(row, budget)
         return None
@@ -345,8 +345,9 @@ class Admission(Generic[RowT]):
         curve = growth(tokens, chunks, decode, self._layout, chunk)
         return [pages - begun.shared_pages for pages in curve] if begun else curve
 
-    def _fits(self, tier: str, curve: list[int]) -> bool:
-        return self._has_room(tier, curve[0]) and self._projections[tier].fits(curve)
+    def _fits(self, tier: str, curve: list[int], copied: int = 0) -> bool:
+        """Whether a row with this future may enter, and pages that are copied for it."""
+        return self._has_room(tier, curve[0] + copied) and self._projections[tier].fits(curve, copied)
 
     def _has_room(self, tier: str, pages: int) -> bool:
         """Rows that have outgrown their expected end hold pages that no projection knows of."""

@@ -60,9 +60,10 @@ class Projection:
         """The most pages in use in any sweep to come."""
         return self.held + max(self._usage, default=0)
 
-    def fits(self, curve: Sequence[int]) -> bool:
-        """Whether a row with this future can be added. The rows that are there fit: each was asked about first."""
-        room = self.pages - self.held
+    def fits(self, curve: Sequence[int], held: int = 0) -> bool:
+        """Whether a row with this future can be added, and so many more pages held. The rows that are there fit: each was asked
+        about first."""
+        room = self.pages - self.held - held
         return max(curve) <= room and max(map(add, self._usage, curve), default=0) <= room
 
     def add(self, row: Hashable, curve: Sequence[int]) -> None:

@@ -81,7 +81,7 @@ class Prefix(Generic[RowT]):
         parent: the next shorter beginning that some of the rows have in common with still others.
         wanted: rows that wait for their turn and begin so.
         path: the beginnings from the shortest one to this one.
-        copies: where its pages are, or are being computed, by tier.
+        copies: where its pages are, by tier; or, where they are in none, where a row computes them.
     """
 
     tokens: int
@@ -99,11 +99,12 @@ class PrefixPages(Generic[RowT]):
     """The pages of a prefix in a tier.
 
     Attributes:
-        maker: the row in flight that computes it; None once it is there.
+        maker: the row in flight that computes it; None once it is there, or is a copy of another tier's.
         aside: rows that wait until it is there.
         pages: that it is charged with, those of shorter prefixes not among them.
         shared_pages: those that rows which hold it need not count, those of shorter prefixes among them.
         holders: rows in flight, and longer prefixes, that hold it.
+        above: of those that are there, the pages of the next shorter prefix, which it holds.
         kv: what the owner of the cache keeps of it.
     """
 
@@ -114,4 +115,5 @@ class PrefixPages(Generic[RowT]):
     pages: int = 0
     shared_pages: int = 0
     holders: int = 0
+    above: PrefixPages[RowT] | None = None
     kv: Any = None

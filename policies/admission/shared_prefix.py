@@ -1,11 +1,12 @@
 """Beginnings that rows have in common: computed by one of them, then where the others begin.
 
 A prefix is a number of whole KV pages. Prefixes form a tree: what rows have in common with a few others begins with what
-they have in common with many. The first row that enters computes those of its prefixes that are not there; the rows that
-would compute much of the same wait until it is done, outside of the queue, and are the next to enter then. In each tier a
-prefix is computed once, and its pages count once, for as long as a row in flight holds them or a waiting one wants them.
-Pages that only waiting rows want are idle. They are evicted when a row in flight needs the room, when nothing else can
-run, and beyond a share of the tier; rows that enter later compute them again.
+they have in common with many. The first row that enters computes those of its prefixes that are in no tier; the rows that
+would compute much of the same wait until it is done, outside of the queue, and are the next to enter then. A row whose
+prefix is in another tier than its own gets a copy of the pages: a prefix is computed once, and its pages count once in each tier,
+for as long as a row in flight holds them or a waiting one wants them. Pages that only waiting rows want are idle. They are
+evicted when a row in flight needs the room, when nothing else can run, and beyond a share of the tier; rows that enter later
+compute them again, if they are in no other tier.
 
 Layers with a window give back pages that rows in flight have passed. Of them a prefix has those that the next token sees,
 beside the rows' own, and the row that computes it stops there for a sweep.
@@ -70,7 +71,8 @@ class Prefixes(Generic[RowT]):
     Attributes:
         reserved_places: rows that wait outside of the queue; places in the block are kept for them.
         opened: pages of prefixes that have been computed, with the row that did; the owner of the cache takes them from here.
-        closed: pages that are no longer needed, likewise.
+        changes: what has happened to other pages, likewise, in the order in which it has to be done: those that are to be
+            copied, with those of another tier that they are copied from, and those that are no longer needed, with None.
     """
 
     def __init__(self, free: dict[str, int], projections: Mapping[str, Projection], layout: KVPages):
@@ -78,7 +80,7 @@ class Prefixes(Generic[RowT]):
         self._idle: dict[PrefixPages[RowT], None] = {}
         self.reserved_places = 0
         self.opened: list[tuple[RowT, PrefixPages[RowT]]] = []
-        self.closed: list[PrefixPages[RowT]] = []
+        self.changes: list[tuple[PrefixPages[RowT], PrefixPages[RowT] | None]] = []
 
     def want(self, row: RowT) -> None:
         """The row waits for its turn."""
@@ -93,22 +95,29 @@ class Prefixes(Generic[RowT]):
                 self._settle(copy)
 
     def begun(self, row: RowT, tier: str) -> PrefixPages[RowT] | None:
-        """The longest prefix of the row whose pages are in a tier."""
-        found = None
-        for copy in self._copies(row, tier):
-            if copy.maker is not None:
-                break
-            found = copy
-        return found if not row.computes_all else None
+        """The longest prefix of the row whose pages are there: in a tier, unless another one has more."""
+        if row.prefix is None or row.computes_all:
+            return None
+        found = self._whole(row, tier)
+        for other in self._free:
+            copy = self._whole(row, other)
+            if copy is not None and (found is None or copy.prefix.tokens > found.prefix.tokens):
+                found = copy
+        return found
+
+    def copied_pages(self, found: PrefixPages[RowT] | None, tier: str) -> int:
+        """Pages that a tier lacks of a prefix that is somewhere."""
+        return sum(self._own_pages(prefix) for prefix in _lacking(found, tier))
 
     def covered(self, row: RowT, tier: str) -> int:
         """Tokens of the row whose pages are in a tier, or will be when the rows in flight have computed them."""
         return max((copy.prefix.tokens for copy in self._copies(row, tier)), default=0)
 
-    def awaited(self, row: RowT, tier: str) -> PrefixPages[RowT] | None:
-        """What a row in flight computes in a tier, where that spares the row so much that it had better wait."""
-        if row.computes_all:
+    def awaited(self, row: RowT) -> PrefixPages[RowT] | None:
+        """What a row in flight computes, where that spares the row so much that it had better wait."""
+        if row.prefix is None or row.computes_all:
             return None
+        tier = max(self._free, key=lambda tier: self.covered(row, tier))
         there = self.begun(row, tier)
         begin, end = (there.prefix.tokens if there else 0), self.covered(row, tier)
         if end == begin or end - begin < _WORTH_WAITING * (row.length - begin):
@@ -131,16 +140,18 @@ class Prefixes(Generic[RowT]):
         return False
 
     def enter(self, row: RowT, copy: PrefixPages[RowT] | None) -> None:
-        """A row with a prefix is in flight, after the pages of ``copy``; it computes what is not there for the others."""
+        """A row with a prefix is in flight, after the pages of ``copy``, which its tier gets where it lacks them; it computes what
+        is in no tier for the others."""
         if row.prefix is None:
             return
         if copy is not None:
+            copy = self._brought(copy, row.tier)
             self._hold(row, copy)
             row.cached, row.shared_pages = copy.prefix.tokens, copy.shared_pages
         begin = copy.prefix.tokens if copy else 0
         for prefix in row.prefix.path:
             if prefix.tokens > begin:
-                if row.tier in prefix.copies:
+                if prefix.copies:
                     break  # another row computes it
                 prefix.copies[row.tier] = PrefixPages(prefix=prefix, tier=row.tier, maker=row)
         self.unwant(row)
@@ -179,7 +190,8 @@ class Prefixes(Generic[RowT]):
         return released
 
     def evict(self, tier: str | None = None, keep: RowT | None = None) -> bool:
-        """Evict the idle prefix (of a tier) that fewest rows wait for; returns whether there was one.
+        """Evict an idle prefix (of a tier), one that another tier has too or the one that fewest rows wait for; returns whether
+        there was one.
 
         Args:
             keep: a row whose own prefixes go last.
@@ -188,7 +200,11 @@ class Prefixes(Generic[RowT]):
         found = [copy for copy in self._idle if tier in (None, copy.tier)]
         if not found:
             return False
-        self._close(min(found, key=lambda copy: (copy.prefix in own, copy.prefix.wanted, copy.prefix.tokens)))
+
+        def worth(copy: PrefixPages[RowT]) -> tuple[bool, bool, int, int]:
+            return copy.prefix in own, len(copy.prefix.copies) == 1, copy.prefix.wanted, copy.prefix.tokens
+
+        self._close(min(found, key=worth))
         return True
 
     def _copies(self, row: RowT, tier: str) -> Iterator[PrefixPages[RowT]]:
@@ -198,6 +214,15 @@ class Prefixes(Generic[RowT]):
             if copy is None:
                 return
             yield copy
+
+    def _whole(self, row: RowT, tier: str) -> PrefixPages[RowT] | None:
+        """The longest prefix of the row whose pages are in a tier."""
+        found = None
+        for copy in self._copies(row, tier):
+            if copy.maker is not None:
+                break
+            found = copy
+        return found
 
     def made(self, row: RowT) -> Iterator[PrefixPages[RowT]]:
         """What a row in flight computes for others, the shortest first."""
@@ -217,7 +242,7 @@ class Prefixes(Generic[RowT]):
         projection = self._projections[tier]
         if not copy.prefix.wanted or beside > min(self._free[tier], projection.pages - projection.peak):
             return False
-        copy.maker, copy.pages, copy.shared_pages = None, own + beside, shared
+        copy.maker, copy.pages, copy.shared_pages = None, self._own_pages(copy.prefix), shared
         projection.lend(row, own)
         row.pages -= own
         row.shared_pages = shared
@@ -225,15 +250,42 @@ class Prefixes(Generic[RowT]):
         if row.held is not None:  # the longer prefix holds the shorter one now, and the row holds the longer one
             row.held.holders -= 1
         self._hold(row, copy)
-        if copy.prefix.parent is not None:
-            copy.prefix.parent.copies[tier].holders += 1
+        self._hold_above(copy)
         self.opened.append((row, copy))
         return True
+
+    def _own_pages(self, prefix: Prefix[RowT]) -> int:
+        """Pages that a prefix is charged with, those of shorter ones not among them."""
+        before = self._layout.shared(prefix.parent.tokens) if prefix.parent is not None else 0
+        return self._layout.before(prefix.tokens) - before
+
+    def _brought(self, found: PrefixPages[RowT], tier: str) -> PrefixPages[RowT]:
+        """The pages of a prefix in a tier, copied from where they are as far as the tier lacks them."""
+        for prefix in _lacking(found, tier):
+            copy = PrefixPages(
+                prefix=prefix,
+                tier=tier,
+                maker=None,
+                pages=self._own_pages(prefix),
+                shared_pages=self._layout.shared(prefix.tokens),
+            )
+            prefix.copies[tier] = copy
+            self._charge(copy, copy.pages)
+            self._hold_above(copy)
+            self.changes.append((copy, prefix.copies[found.tier]))
+        return found.prefix.copies[tier]
 
     def _hold(self, row: RowT, copy: PrefixPages[RowT]) -> None:
         copy.holders += 1
         self._idle.pop(copy, None)
         row.held = copy
+
+    def _hold_above(self, copy: PrefixPages[RowT]) -> None:
+        """The pages are there, and hold those of the next shorter prefix."""
+        if copy.prefix.parent is not None:
+            copy.above = copy.prefix.parent.copies[copy.tier]
+            copy.above.holders += 1
+            self._idle.pop(copy.above, None)
 
     def _settle(self, copy: PrefixPages[RowT]) -> None:
         """Nobody in flight may hold it any longer: then it is idle, or closed where no row waits for it."""
@@ -251,14 +303,17 @@ class Prefixes(Generic[RowT]):
         self._idle.pop(copy, None)
         del copy.prefix.copies[copy.tier]
         self._charge(copy, -copy.pages)
-        self.closed.append(copy)
-        parent = copy.prefix.parent
-        if parent is not None:
-            above = parent.copies[copy.tier]
-            above.holders -= 1
-            self._settle(above)
+        self.changes.append((copy, None))
+        if copy.above is not None:
+            copy.above.holders -= 1
+            self._settle(copy.above)
 
     def _charge(self, copy: PrefixPages[RowT], pages: int) -> None:
         """Count so many more pages as held whatever the rows do."""
         self._free[copy.tier] -= pages
         self._projections[copy.tier].held += pages
+
+
+def _lacking(found: PrefixPages[RowT] | None, tier: str) -> list[Prefix[RowT]]:
+    """The prefixes that a tier lacks of one that is somewhere, and of those that it begins with; the shortest first."""
+    return [prefix for prefix in found.prefix.path if tier not in prefix.copies] if found is not None else []

@@ -2,6 +2,7 @@
 vain."""
 
 import random
+from itertools import permutations
 
 import pytest
 
@@ -15,7 +16,33 @@ B = 16
 
 
 class Samples(Simulation):
-    """A simulation whose requests have several samples."""
+    """A simulation whose requests have several samples, and which remembers the tokens that were written to each page."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.written, self.copied, self.known = {}, [], {}
+
+    def compute(self, runs, copies):
+        for copy in copies:
+            self.copied.append((copy.source, copy.target, sum(len(sources) for sources, _ in copy.pages)))
+            for source, target in (pair for each in copy.pages for pair in zip(*each, strict=True)):
+                self.written[copy.target, target] = self.written[copy.source, source]
+        for run in runs:
+            self.check_begun(run)
+            for at, page in full_pages(run.kv, 0, run.kv.length):
+                assert self.written[run.kv.tier, page] == run.owner.tokens[: (at + 1) * B], "a page of other tokens"
+        for run in runs:
+            for at, page in full_pages(run.kv, run.kv.length, run.kv.length + len(run.tokens)):
+                self.written[run.kv.tier, page] = run.owner.tokens[: (at + 1) * B]
+        self.known = {run.owner: run.kv for run in runs}
+
+    def check_begun(self, run):
+        """What is in a tier nobody computes, nor two rows what they share."""
+        for prefix in run.owner.prefix.path if run.owner.prefix else ():
+            makers = [copy.maker for copy in prefix.copies.values()]
+            assert makers.count(None) == len(makers) or len(makers) == 1
+            if None in makers and self.known.get(run.owner) is not run.kv and not run.owner.computes_all:
+                assert run.kv.length >= prefix.tokens, "it is there"
 
     def submit(self, prompt, gen, ends=(None,), token=None, prefix_ends=()):
         """``prompt``: a number of tokens that nobody else has, or token ids."""
@@ -51,6 +78,13 @@ class Samples(Simulation):
         assert all(admission.free(t) == self.cache.total(t) and admission.projected_peak(t) == 0 for t in TIERS)
         assert admission.prefixes.reserved_places == self.scheduler.rows_waiting == 0
         return self
+
+
+def full_pages(kv, begin, end):
+    """(number, page) of the pages that are full when so many tokens are stored, from the first that was not before."""
+    for table in kv.tables:
+        for at in range(max(table.first, begin // B), end // B):
+            yield at, table.pages[at - table.first]
 
 
 def held_by(row):
@@ -266,6 +300,74 @@ def test_what_requests_begin_with_alike_is_computed_and_held_once(percent, tiers
     }
 
 
+def test_what_requests_begin_with_alike_is_copied_where_their_tier_lacks_it(tmp_path):
+    """Four pages that are shared and four rows of one of their own fill a tier."""
+    sim = Samples(
+        policy(MIXED_KV, rows=12, prefill_tokens=1000), pages(gpu=8, cpu=8, disk=8), tails=12, tmp_path=tmp_path
+    )
+    rows = family(sim, *[8] * 12)
+    sim.sweep()
+    sim.sweep()
+    assert len(sim.scheduler.running) == 12
+    assert [count for *_, count in sim.copied] == [4, 4], "once for each of the other tiers"
+    assert all(sim.used(tier) == 4 + 4 for tier in TIERS), "shared once in each tier"
+    assert [row.found_tokens for row in rows] == [0] + [64] * 11
+    assert len({row.kv.shared for row in rows}) == 3, "rows of a tier share its pages"
+    sim.run()
+    assert computed(sim) == 64 + 12 * 8 + 12 * 4
+
+
+def test_a_row_waits_for_what_is_computed_in_a_tier_that_has_no_room_for_it(tmp_path):
+    sim = Samples(policy((100, 0, 50, 50, 100, 0), rows=4, prefill_tokens=40), pages(gpu=5, cpu=5))
+    first, second = family(sim, 8, 8)
+    for _ in range(2):
+        assert [run.owner for run in sim.sweep()] == [first]
+        assert sim.scheduler.rows_waiting == 1
+    sim.sweep()
+    assert second.tier != first.tier and second.found_tokens == 64 and sim.copied == [(first.tier, second.tier, 4)]
+    sim.run()
+
+
+@pytest.mark.parametrize("window", [None, 5, 40])
+def test_longer_beginnings_are_copied_behind_shorter_ones_that_are_there(window):
+    groups = (LayerGroup(None, (0,)), LayerGroup(window, (1,))) if window else ()
+    sim = Samples(policy((100, 0, 50, 50, 100, 0), rows=9, prefill_tokens=1000), pages(gpu=99, cpu=99), groups=groups)
+    head, tail = (7,) * 32, (8,) * 48
+    rows = [sim.submit((*head, *tail, at), 90, prefix_ends=(32, 80))[0] for at in range(2)]
+    other = sim.submit((*head, *(9,) * 3), 90, prefix_ends=(32,))[0]
+    late = sim.submit((*head, *tail, 5), 90, prefix_ends=(32, 80))[0]
+    admission = sim.scheduler.admission
+    order = {other: ["cpu"], late: ["cpu"]}
+    admission._tiers = lambda row: order.get(row, ["gpu"])
+    for _ in range(4):
+        sim.sweep()
+    assert [row.found_tokens for row in (*rows, other, late)] == [0, 80, 32, 80]
+    assert (other.tier, late.tier) == ("cpu", "cpu") and other.kv.shared == late.kv.shared[:1]
+    layout = sim.cache.layout
+    assert sim.copied == [("gpu", "cpu", layout.before(32)), ("gpu", "cpu", layout.before(80) - layout.shared(32))]
+    sim.run()
+
+
+def test_idle_pages_that_another_tier_has_too_go_first():
+    sim = Samples(policy((100, 0, 50, 50, 100, 0), rows=3, prefill_tokens=1000), pages(gpu=40, cpu=40))
+    admission = sim.scheduler.admission
+    twice = [sim.submit((1,) * 64 + (at,), 1, prefix_ends=(64,))[0] for at in range(4)]
+    once = [sim.submit((2,) * 32 + (at,), 1, prefix_ends=(32,))[0] for at in range(2)]
+    order = {twice[1]: ["cpu"]}
+    admission._tiers = lambda row: order.get(row, ["gpu"])
+    admission.waiting.clear()
+    admission.waiting.extend([twice[0], twice[1], once[0]])
+    for _ in range(3):
+        sim.sweep()
+    assert sim.used("gpu") == 4 + 2 and sim.used("cpu") == 4 and not admission.running
+    assert admission.prefixes.evict("gpu")
+    assert set(twice[0].prefix.copies) == {"cpu"} and set(once[0].prefix.copies) == {"gpu"}
+    admission.waiting.extend([twice[2], twice[3], once[1]])
+    sim.scheduler.drop(twice[3])
+    sim.run()
+    assert twice[2].found_tokens == 64
+
+
 def test_unlike_prompts_with_the_same_ends_share_nothing():
     sim = Samples(policy(rows=8, prefill_tokens=1000), pages(gpu=60))
     for token in range(4):
@@ -405,6 +507,9 @@ def churn(seed, operations, tmp_path):
         groups=groups,
         expected_end=rng.choice((None, lambda row: row.prompt)),
     )
+    if rng.random() < 0.5:  # what is shared is copied far more often
+        usable = [tier for tier in TIERS if tiers[tier]]
+        sim.scheduler.admission._tiers = lambda row: rng.sample(usable, len(usable))
     longest = min(count for count in tiers.values() if count) * B - 40
     done = 0
     while done < operations:
@@ -429,6 +534,12 @@ def churn(seed, operations, tmp_path):
 @pytest.mark.parametrize("seed", range(6))
 def test_no_page_is_lost_or_given_twice_whatever_comes_and_goes(seed, tmp_path):
     churn(seed, 400, tmp_path)
+
+
+def test_beginnings_are_copied_between_all_tiers_whatever_comes_and_goes(tmp_path):
+    sims = [churn(seed, 400, tmp_path) for seed in range(200, 212)]
+    ways = {copied[:2] for sim in sims for copied in sim.copied}
+    assert ways == set(permutations(TIERS, 2))
 
 
 @pytest.mark.slow

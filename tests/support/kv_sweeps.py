@@ -51,6 +51,8 @@ class Bench:
         batch_rows=3,
         device=None,
         compressed=False,
+        staging_pages=None,
+        write_pages=60,
     ):
         self.recorder, self.batch_rows = Recorder(), batch_rows
         device = device or Device("cpu")
@@ -59,7 +61,7 @@ class Bench:
         groups = groups or (LayerGroup(window, tuple(range(LAYERS))),)
         shape = replace(SHAPE, groups=groups, compressed=compressed)
         self.cache = KVCache(device, shape, counts, tails if counts["disk"] else 0, directory)
-        buffers = KVBuffers(staging_pages=sum(pages), batch_tokens=600, write_pages=60)
+        buffers = KVBuffers(staging_pages=staging_pages or sum(pages), batch_tokens=600, write_pages=write_pages)
         self.lanes = KVLanes(device, self.recorder, self.cache, buffers, HEADS)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -70,6 +72,14 @@ class Bench:
         twin = History(row.kind, self.cache.fork(row.kv))
         twin.k, twin.v = list(row.k), list(row.v)
         return twin
+
+    def copy(self, row, pages, kind, begun=None):
+        """Copy pages of the row that are shared to another tier; returns them, and a row that begins after them there."""
+        target, copy = self.cache.copy_shared(pages, TIER[kind], begun)
+        self.lanes.copy([copy])
+        twin = History(kind, self.cache.fork(target))
+        twin.k, twin.v = ([x[: pages.length] for x in side] for side in (row.k, row.v))
+        return target, twin
 
     def close(self):
         self.lanes.close()

@@ -41,6 +41,7 @@ class Simulation:
         """One sweep; returns its runs."""
         scheduler = self.scheduler
         runs = scheduler.plan_sweep()
+        self.compute(runs, scheduler.take_copies())
         assert runs or not (scheduler.running or scheduler.waiting), "rows wait although nothing is in flight"
         prompt = sum(scheduler.commit(run.owner, 2 if run.logits else None) for run in runs)
         ended = [run.owner for run in runs if run.logits and run.owner.generated >= self.ends[run.owner]]
@@ -51,6 +52,9 @@ class Simulation:
             self.done.append(row)
         scheduler.end_sweep()
         return runs
+
+    def compute(self, runs, copies):
+        """What a sweep does to the pages."""
 
     def run(self, most=20_000):
         while (self.scheduler.running or self.scheduler.waiting) and len(self.sweeps) < most:

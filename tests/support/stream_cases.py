@@ -45,6 +45,7 @@ class StreamCase:
         restarts: rows lose their KV and are computed again.
         broken_off: a sweep fails while experts are being loaded, and then the engine is used again.
         second_gpu: compute on a GPU that is not the current one of the thread that asks for the sweeps.
+        samples: of each prompt; with several, rows of one prompt lie in several tiers.
     """
 
     case: Case
@@ -55,6 +56,7 @@ class StreamCase:
     restarts: bool = False
     broken_off: bool = False
     second_gpu: bool = False
+    samples: int = 1
 
 
 def _streamed(*placement, batches=(3, 3), **more) -> Case:
@@ -99,6 +101,11 @@ CASES = {
         restarts=True,
     ),
     "a second GPU": StreamCase(_streamed(20, 40, 30, 70, 0, 50), second_gpu=True),
+    "prompts from tier to tier": StreamCase(
+        _streamed(100, 0, 30, 30, 100, 0, variant="window", batches=(4, 3), cpu_attention=50),
+        rows=(5, 8, 9, 12),
+        samples=6,
+    ),
     "a static block": StreamCase(_streamed(0, 50, 0, 100, 0, 100, schedule="static", batches=(4, 2))),
     "two half-blocks": StreamCase(_streamed(30, 30, 30, 30, 30, 30, variant="window", batches=(2, 5), half_blocks=2)),
     "two half-blocks of pinned weights": StreamCase(_streamed(20, 80, 0, 100, 100, 0, batches=(2, 4), half_blocks=2)),
@@ -174,18 +181,25 @@ def _compare(stream_case: StreamCase, model: Variant, expected: list) -> dict:
         for row, output, same in zip(stream_case.rows, _generate(llm, stream_case, model), expected, strict=True):
             ids = list(output.outputs[0].token_ids)
             if same is None:
-                assert_greedy(model, row, ids, model.expected(row, _GEN_LEN))
+                for each in output.outputs:
+                    assert_greedy(model, row, list(each.token_ids), model.expected(row, _GEN_LEN))
             else:
                 assert ids == list(same.outputs[0].token_ids), f"row {row}: sampled {ids}"
                 _same_logprobs(output, same)
         metrics = llm.metrics()
+        if stream_case.samples > 1:
+            copied = {lane for lane in llm.engine.recorder.totals(by_worker=True) if lane.endswith("/prefix")}
+            assert copied == {"h2d/prefix", "d2h/prefix"}, (
+                "nothing was copied from tier to tier: the case shows nothing"
+            )
         assert not stream_case.restarts or metrics["restarts"] > 0, "no row was computed again: the case shows nothing"
         return metrics
 
 
 def _generate(llm, stream_case: StreamCase, model: Variant) -> list:
     prompts = [model.prompts[row] for row in stream_case.rows]
-    params = _SAMPLED if stream_case.sampled else SamplingParams(max_tokens=_GEN_LEN, ignore_eos=True)
+    greedy = SamplingParams(n=stream_case.samples, max_tokens=_GEN_LEN, ignore_eos=True)
+    params = _SAMPLED if stream_case.sampled else greedy
     if not stream_case.second_gpu:
         return llm.generate(prompts, params)
     with ThreadPoolExecutor(1) as other:  # the thread that made the engine has set its device

@@ -78,6 +78,7 @@ CAUGHT = {
     Mutant("synchronize", "kv/transfers._bring_down"): ("fetched KV", 0),
     Mutant("synchronize", "engine/hidden_states._store"): ("hidden states on disk", 0),
     Mutant("synchronize", "kernels/expert_dispatch.route"): ("weights from pinned memory", 0),
+    Mutant("synchronize", "kv/transfers._wait_for_copies"): ("prompts from tier to tier", 0),
     # A copy takes what has not been computed yet.
     Mutant("wait", "kv/transfers._bring_down"): ("fetched KV", 0),
     Mutant("record", "kv/transfers.store"): ("fetched KV", 0),

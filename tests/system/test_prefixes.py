@@ -10,6 +10,7 @@ from flexmoe.params import Resumed
 from flexmoe.prefixes.digests import page_digests
 from flexmoe.prefixes.finder import find_prefixes
 from policies import Policy
+from policies.placement import TIERS
 from tests.support.engines import RESIDENT, is_clean
 from tests.support.exactness import Case, check, make_llm
 from tests.support.tiny import GEN_LEN, LONGEST_ROW, Variant, assert_greedy, offload, transformers_greedy
@@ -78,6 +79,68 @@ def test_with_int8_pages_the_ids_are_those_without_prefix_caching(alike, tmp_pat
         assert (llm.metrics()["prefix_cache"]["saved_tokens"] > 0) == caching and is_clean(llm)
         llm.close()
     assert found[0] == found[1]
+
+
+def tree_of_prompts(rng, count):
+    """Prompts of a small tree: nested and diverging beginnings, now and then of whole prompts."""
+    branches = [[random_ids(rng, rng.choice((16, 32, 40))) for _ in range(2)] for _ in range(3)]
+    prompts = []
+    for _ in range(count):
+        path = [rng.choice(branches[level]) for level in range(rng.randint(1, 3))]
+        prompts.append([*(token for part in path for token in part), *random_ids(rng, rng.choice((1, 5, 12)))])
+    return prompts
+
+
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.slow if seed > 3 else ()) for seed in range(16)])
+def test_a_prefix_from_another_tier_gives_the_ids_of_one_that_is_computed(seed, tiny, tmp_path, monkeypatch):
+    """Drawn tiers, pages and orders; requests are aborted, rows restart, and a killed start is resumed."""
+    rng, base = random.Random(seed), tiny(("gqa-8-to-2", "window")[seed % 2])
+    case = Case(
+        placement=(100, 0, *rng.choice(((30, 30), (50, 50), (50, 0), (0, 50), (20, 50))), 100, 0),
+        batches=rng.choice(((3, 4), (6, 2), (2, 8))),
+        cpu_attention=rng.choice((0, 50, 100)),
+        prefill_tokens=rng.choice((40, 90, 400)),
+        kv_tokens=rng.choice((480, 800)),
+        overlap=rng.random() < 0.7,
+        half_blocks=rng.choice((1, 2)),
+    )
+    prompts = tree_of_prompts(rng, 24)
+    alone = make_llm(base, case, "cpu", tmp_path, monkeypatch, prefix_caching=False)
+    params = SamplingParams(max_tokens=GEN_LEN, ignore_eos=True)
+    wanted = [list(output.outputs[0].token_ids) for output in alone.generate(prompts, params)]
+    alone.close()
+    llm = make_llm(base, case, "cpu", tmp_path, monkeypatch)
+    engine, copied = llm.engine, []
+    copy, tiers = engine.kv.copy, [tier for tier in TIERS if engine.cache.total(tier)]
+    monkeypatch.setattr(engine.scheduler.admission, "_tiers", lambda row: rng.sample(tiers, len(tiers)))
+    monkeypatch.setattr(engine.kv, "copy", lambda copies: copied.extend(copies) or copy(copies))
+    variant = replace(base, prompts=prompts, greedy=wanted)
+    requests = {request.request_id: request for request in requests_of(variant)}
+    waiting, outputs, aborted, killed = list(requests), {}, set(), False
+    generated = {}
+    while waiting or engine.unfinished:
+        for _ in range(min(len(waiting), rng.randrange(2, 9))):
+            chosen = waiting.pop()
+            resumed = (Resumed(token_ids=generated.get(chosen, ())),)
+            engine.submit(replace(requests[chosen], resumed=resumed))
+        running = engine.scheduler.running
+        if running and rng.random() < 0.1:
+            engine.scheduler.preempt(rng.choice(running))
+        if running and rng.random() < 0.05:
+            aborted.add(chosen := rng.choice(running).request.request_id)
+            engine.abort(chosen)
+        if len(outputs) > 6 and not killed:  # and started again
+            killed, generated = True, {state.request_id: tuple(state.token_ids) for state in engine.in_flight()}
+            engine.clear()
+            assert is_clean(llm)
+            waiting = [name for name in requests if name not in outputs and name not in aborted]
+        outputs |= {output.request_id: output for output in engine.step()}
+    assert set(outputs) | aborted == set(requests)
+    for name, output in outputs.items():
+        assert_greedy(variant, int(name), list(output.outputs[0].token_ids), wanted[int(name)])
+    assert copied and killed, "the case shows nothing"
+    assert is_clean(llm) and llm.metrics()["prefix_cache"]["saved_tokens"] > 0
+    llm.close()
 
 
 def requests_of(variant, **params):

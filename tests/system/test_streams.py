@@ -25,6 +25,7 @@ ALLOWED = {
     "engine/executor.run": "an event at the beginning of a sweep, when the device has nothing to compute: the clocks are matched",
     "system/uploads.begin": "likewise: the last sweep's uploads",
     "models/common/rotary.__call__": "the angles of positions go up, once per engine",
+    "kv/transfers._wait_for_copies": "between two sweeps: pages of a prefix from tier to tier",
     "sampling/sampler.sample": "the tokens that were chosen, once per sweep, and again while top_p sets are larger than what was sorted",
     "sampling/sampler.records": "log-probabilities that were asked for",
     "sampling/logprobs.records": "likewise",

@@ -2,15 +2,21 @@
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from cost_model.memory.allocation import PAGE_TOKENS, allocate, common_tokens
 from cost_model.simulation.job_sweeps import job_sweeps
+from cost_model.simulation.replay import Replayer
 from cost_model.simulation.simulate import simulate
 from cost_model.timing.evaluate import evaluate
+from cost_model.timing.job_phases import job_phases
 from cost_model.timing.job_rows import followed_rows, waiting_rows
+from cost_model.timing.op_costs import Costs
 from cost_model.timing.row_flow import flow
+from cost_model.timing.sweep_bounds import sweep_time
+from cost_model.timing.sweep_load import COPY_LANES, RowGroup, SweepLoad
 from policies import Workload
 from policies.admission.order import WINDOW_BLOCKS
 from tests.support.small_jobs import MACHINE, SMALL, policy_of
@@ -28,9 +34,9 @@ def followed(workload, policy, allocation):
     )
 
 
-def policy_and_allocation(workload, rows, schedule, prefill_tokens=None):
+def policy_and_allocation(workload, rows, schedule, prefill_tokens=None, percent=(100, 0, 100, 0, 100, 0)):
     policy = policy_of(
-        (100, 0, 100, 0, 100, 0),
+        percent,
         rows=rows,
         batches=1,
         prompt_len=workload.prompt_len,
@@ -209,3 +215,45 @@ def test_prompts_that_begin_alike_compute_their_beginning_once(prefix, rows, sch
     assert whole.groups[:, :, 1].min() >= 0 and whole.groups[:, :, 4].min() >= 0
     predicted = evaluate(SMALL, MACHINE, workload, policy).job_s
     assert predicted == pytest.approx(simulate(SMALL, MACHINE, workload, policy, full=True).job_s, rel=0.2)
+
+
+@pytest.mark.parametrize("samples, prefix, prompts", [(4.0, 0, 1.0), (1.0, 64, 8.0), (1.0, 64, 24.0)])
+def test_prefixes_are_copied_to_the_tiers_of_their_rows(samples, prefix, prompts):
+    """Of about as many pages as the admission copies; a prompt without company is copied nowhere."""
+    workload = replace(
+        Workload.of_lengths([(s, 12) for s in (80, 100, 170, 260) for _ in range(60)]),
+        rows_per_prompt=samples,
+        prefix_len=prefix,
+        rows_per_prefix=prompts,
+    )
+    tiers = (100, 0, 30, 30, 100, 0)
+    policy, allocation = policy_and_allocation(workload, 24, "rolling", prefill_tokens=500, percent=tiers)
+    whole = job_sweeps(policy, allocation, workload, whole=True)
+    phases = job_phases(policy, allocation, workload).phases
+    predicted = {lane: sum(p.sweeps * p.load.copied.get(lane, 0.0) for p in phases) for lane in COPY_LANES}
+    assert sum(predicted.values()) == pytest.approx(whole.copied.sum(), rel=0.5) != 0
+    alone = replace(workload, rows_per_prompt=1.0, rows_per_prefix=1.0)
+    assert not job_sweeps(policy, allocation, alone, whole=True).copied.any()
+    assert not any(phase.load.copied for phase in job_phases(policy, allocation, alone).phases)
+
+
+def test_copies_take_their_time_on_their_lanes():
+    policy, allocation = policy_and_allocation(SHORT_AND_LONG, 24, "rolling")
+    costs = Costs(SMALL, MACHINE, policy, allocation, SMALL.dtype_bytes)
+    load = SweepLoad(groups={"gpu": RowGroup(decode_rows=24, decode_context=2400)}, logits=24)
+    moving = replace(load, copied={"h2d": 5000.0, "disk_read": 100.0})
+    own_s = costs.copied_s(moving)
+    assert own_s["h2d"] == pytest.approx(
+        5000 * SMALL.kv_page_bytes(16, SMALL.dtype_bytes) / MACHINE.gpu.h2d_bytes_per_s
+    )
+    for seconds in (
+        [sweep_time(costs, each, 8) for each in (load, moving)],
+        [
+            SimpleNamespace(total_s=s, lanes_s=lanes)
+            for s, lanes in (Replayer(costs, 8).steady(x) for x in (load, moving))
+        ],
+    ):
+        without, beside = seconds
+        assert beside.total_s - without.total_s == pytest.approx(sum(own_s.values()), rel=0.05)
+        for lane in ("h2d", "disk_read"):
+            assert beside.lanes_s[lane] - without.lanes_s[lane] == pytest.approx(own_s[lane], rel=0.05)

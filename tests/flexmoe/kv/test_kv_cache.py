@@ -16,7 +16,7 @@ from flexmoe.kv.cache import KVCache, KVExhausted, PageAllocator
 from flexmoe.system.device import Device
 from policies.admission.row_state import AttentionMode
 from policies.common.memory_units import SYSTEM_PAGE_BYTES
-from tests.support.kv_sweeps import LAYERS, SHAPE, Bench
+from tests.support.kv_sweeps import LAYERS, SHAPE, TIER, Bench, History
 from tests.support.pretend_cuda import Event, PretendCuda
 
 B = 16
@@ -365,6 +365,92 @@ def test_forked_rows_grow_apart_and_both_come_back_equal(bench, kind, compressed
     b.sweep([new, twin], [1, 1])
 
 
+GROUPS = {
+    "full": (),
+    "windowed": (LayerGroup(None, (1,)), LayerGroup(20, (0,))),
+    "all windowed": (LayerGroup(20, (0, 1)),),
+}
+
+
+@pytest.mark.parametrize("source", KINDS)
+@pytest.mark.parametrize("target", KINDS)
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "int8"])
+def test_a_beginning_is_copied_from_tier_to_tier(bench, source, target, groups, compressed):
+    if TIER[source] == TIER[target]:
+        return
+    b = bench(
+        (60, 60, 60),
+        groups=GROUPS[groups],
+        compressed=compressed,
+        device=PretendCuda(),
+        staging_pages=40,
+        write_pages=12,
+        batch_rows=4,
+    )
+    first_page = b.open(target)
+    b.sweep([first_page], [16])  # the pages have other numbers there
+    row = b.open(source)
+    b.sweep([row], [32])
+    short = b.cache.share(row.kv, 32)
+    b.sweep([row], [64])
+    long = b.cache.share(row.kv, 96)
+    before = b.cache.free(TIER[target])
+    there, first = b.copy(row, short, target)
+    assert before - b.cache.free(TIER[target]) == b.cache.layout.before(32)
+    further, second = b.copy(row, long, target, there)
+    assert before - b.cache.free(TIER[target]) == b.cache.layout.before(32) + b.cache.layout.before(
+        96
+    ) - b.cache.layout.shared(32)
+    assert [end for end, _ in further.shared] == [32, 96] and further.shared[:1] == there.shared
+    assert not set(further.shared) & set(long.shared), "rows of different tiers share no page"
+    for held in (row.kv, short, long):
+        b.cache.close(held)
+    assert b.cache.free(TIER[source]) == 60
+    other = b.open(source)  # where the pages were
+    for lengths in ([120, 1, 17], [1, 40, 1], [1, 1, 1]):
+        b.sweep([other, first, second], lengths)
+    for held in (first_page.kv, other.kv, there, further, first.kv, second.kv):
+        b.cache.close(held)
+    assert all(b.cache.free(tier) == 60 for tier in TIERS) and b.cache.free_tails == b.cache.tails
+
+
+def test_a_copy_without_room_changes_nothing(tmp_path):
+    cache = cache_of(tmp_path, gpu=4, cpu=3)
+    pages = cache.share(filled(cache, "gpu", 64), 64)
+    with pytest.raises(KVExhausted):
+        cache.copy_shared(pages, "cpu")
+    assert free(cache, "cpu") == 3
+
+
+def test_what_crosses_the_link_or_the_disk_for_a_copy_is_counted_on_its_lane(bench):
+    moved = {}
+    for source, target in (
+        ("gpu", "cpu"),
+        ("cpu", "gpu"),
+        ("cpu", "disk"),
+        ("disk", "cpu"),
+        ("disk", "gpu"),
+        ("gpu", "disk"),
+    ):
+        b = bench((20, 20, 20))
+        row = b.open(source)
+        b.sweep([row], [64])
+        lanes = ("h2d", "d2h", "disk_read", "disk_write")
+        before = [b.moved(lane) for lane in lanes]
+        b.copy(row, b.cache.share(row.kv, 64), target)
+        moved[source, target] = [b.moved(lane) - had for lane, had in zip(lanes, before)]
+    tokens, pages = LAYERS * 64 * TOKEN_BYTES, LAYERS * 4 * b.cache.disk_page_bytes
+    assert moved == {
+        ("gpu", "cpu"): [0, tokens, 0, 0],
+        ("cpu", "gpu"): [tokens, 0, 0, 0],
+        ("cpu", "disk"): [0, 0, 0, pages],
+        ("disk", "cpu"): [0, 0, pages, 0],
+        ("disk", "gpu"): [tokens, 0, pages, 0],
+        ("gpu", "disk"): [0, tokens, 0, pages],
+    }
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_truncated_row_continues_from_its_new_end(bench, kind):
     b = bench((60, 60, 60))
@@ -392,6 +478,25 @@ def test_only_used_tokens_are_fetched_and_stored(bench):
     assert b.moved("h2d") == LAYERS * (1 + 17 + 33 + 5) * TOKEN_BYTES
     assert b.moved("d2h") == LAYERS * (56 + 5) * TOKEN_BYTES
     assert b.moved("disk_read") == b.moved("disk_write") == b.moved("cpu") == 0
+
+
+@pytest.mark.parametrize("kind", ["fetch", "disk"])
+@pytest.mark.parametrize("batch_rows, fetched", [(8, 2), (3, 2), (2, 4)])
+def test_rows_of_a_gpu_batch_fetch_what_they_share_once(bench, kind, batch_rows, fetched):
+    """Six rows of two prefixes come in turns; a batch has rows of one prefix as far as that goes."""
+    b = bench((0, 60, 60), batch_rows=batch_rows)
+    first = [b.open(kind) for _ in range(2)]
+    b.sweep(first, [64, 64])
+    shared = [b.cache.share(row.kv, 64) for row in first]
+    rows = [History(kind, b.cache.fork(shared[at % 2])) for at in range(6)]
+    for at, row in enumerate(rows):
+        row.k, row.v = list(first[at % 2].k), list(first[at % 2].v)
+    for own in range(2):
+        lanes = {lane: b.moved(lane) for lane in ("h2d", "disk_read")}
+        b.sweep(rows, [1] * 6)
+        assert b.moved("h2d") - lanes["h2d"] == LAYERS * TOKEN_BYTES * (64 * fetched + 6 * own)
+        pages = LAYERS * 4 * fetched if kind == "disk" else 0
+        assert b.moved("disk_read") - lanes["disk_read"] == pages * b.cache.disk_page_bytes
 
 
 def test_compressed_kv_moves_as_it_is_stored(bench):
