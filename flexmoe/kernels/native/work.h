@@ -14,6 +14,7 @@
 #include "decode.h"
 #include "decode_amx.h"
 #include "decode_amx_int8.h"
+#include "decode_avx2.h"
 #include "numbers.h"
 #include "prefill.h"
 #include "prefill_amx.h"
@@ -63,6 +64,11 @@ template <class T, class E> bool run_item(const Call& c, const Item& item, const
       if (memory) run_amx_tiles<E>(c, item, memory);
       return memory;
     }
+#endif
+#if defined(HAS_AVX2_STREAM)
+  if constexpr (std::is_same<T, bf16>::value)
+    if (item.tile < 0 && (std::is_same<E, bf16>::value || c.D <= LARGEST_INT8_HEAD))
+      return run_stream<Avx2Stream<E>>(c, item, following, scratch);
 #endif
   if (item.tile < 0) return run_stream<Stream<T, E>>(c, item, following, scratch);
   float* memory = scratch.get(Tile<T, E, 1>::scratch_floats(c));

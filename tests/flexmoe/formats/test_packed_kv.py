@@ -65,21 +65,21 @@ def test_a_head_with_a_value_that_is_not_finite_becomes_nan_and_the_others_do_no
 class Rows:
     """Ragged rows over compressed pools of permuted pages, and the same pools unpacked."""
 
-    def __init__(self, *, heads, kv_heads, size, dtype, seed=0):
+    def __init__(self, *, heads, kv_heads, size, dtype, seed=0, rows=MIXED):
         generator = torch.Generator().manual_seed(seed)
-        lengths = [q + past for q, past in MIXED]
+        lengths = [q + past for q, past in rows]
         pages = [-(-n // PAGE) for n in lengths]
         order = torch.randperm(sum(pages), generator=generator).split(pages)
         x = torch.randn(2, sum(pages), PAGE, kv_heads, size, generator=generator).to(dtype)
         x[:, 3, 5] = 0  # a token of zeros
         self.pools = pack(x)
         self.plain = values(self.pools, size)
-        self.q = torch.randn(sum(q for q, _ in MIXED), heads, size, generator=generator).to(dtype)
-        self.ragged = Ragged.of([q for q, _ in MIXED], lengths, [table.tolist() for table in order])
+        self.q = torch.randn(sum(q for q, _ in rows), heads, size, generator=generator).to(dtype)
+        self.ragged = Ragged.of([q for q, _ in rows], lengths, [table.tolist() for table in order])
 
-    def expected(self, window):
+    def expected(self, window, sinks=None):
         """Over the unpacked values in float32."""
-        return masked_paged_attention(self.q.float(), *self.plain, self.ragged, window=window)
+        return masked_paged_attention(self.q.float(), *self.plain, self.ragged, window=window, sinks=sinks)
 
 
 @pytest.mark.parametrize("attend", PATHS)
@@ -172,6 +172,41 @@ def test_a_nan_reaches_the_outputs_of_its_head_and_no_other(where, heads):
     assert found[token, [*wrong]].isnan().all()
     found[token, [*wrong]] = clean[token, [*wrong]]
     torch.testing.assert_close(found, clean, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.skipif(not native.available(), reason="no native library on this machine")
+@pytest.mark.parametrize("queries, heads, kv_heads", [(1, 8, 2), (1, 8, 1), (1, 3, 3), (2, 4, 2), (3, 2, 1), (4, 4, 2)])
+@pytest.mark.parametrize("window", [0, 1, 20])
+@pytest.mark.parametrize("size", [64, 24])
+def test_contexts_at_the_ends_of_pages_and_chunks_are_attended_as_their_values(queries, heads, kv_heads, window, size):
+    pasts = [0, 1, 2, 13, 14, 15, 16, 28, 30, 31, 32, 33, 47, 60, 62, 63, 64, 65, 95, 96, 97, 640]
+    rows = [(queries, past) for past in pasts]
+    case = Rows(heads=heads, kv_heads=kv_heads, size=size, dtype=torch.bfloat16, rows=rows)
+    for threads in (1, 16):  # all heads of a row together, and each by itself
+        out = native_out(case, case.pools, window=window, num_threads=threads)
+        torch.testing.assert_close(out.float(), case.expected(window or None), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.skipif(not native.available(), reason="no native library on this machine")
+@pytest.mark.parametrize("heads, kv_heads", [(8, 2), (8, 1), (3, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sinks_count_beside_compressed_keys(heads, kv_heads, dtype):
+    case, sinks = Rows(heads=heads, kv_heads=kv_heads, size=64, dtype=dtype), torch.linspace(-20, 8, heads)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    out = native_out(case, case.pools, sinks=sinks).float()
+    torch.testing.assert_close(out, case.expected(None, sinks), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.skipif(not native.available(), reason="no native library on this machine")
+@pytest.mark.parametrize("size", [256, 512, 528])
+def test_the_largest_numbers_of_large_heads_do_not_overflow(size):
+    """Every other key is the query's opposite, and all numbers are the largest that there are."""
+    case = Rows(heads=8, kv_heads=2, size=size, dtype=torch.bfloat16, rows=[(1, 99), (2, 64)])
+    pools = torch.ones(*case.plain.shape)
+    pools[:, :, ::2] = -1
+    case.q, case.pools = torch.ones_like(case.q), pack(pools)
+    assert case.pools[..., :-1].view(torch.int8).abs().min() == 127
+    torch.testing.assert_close(native_out(case, case.pools).float(), torch.ones(case.q.shape), atol=1e-2, rtol=0)
 
 
 @pytest.mark.skipif(not native.available(), reason="no native library on this machine")

@@ -145,6 +145,19 @@ def test_native_attention_shares_in_16_bits(dtype, error):
 
 
 @needs_native
+@pytest.mark.parametrize("size", [64, 24])
+@pytest.mark.parametrize("heads", [8, 16, 6])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_native_attention_shares_compressed_pages_with_bf16_queries(size, heads, sinks):
+    rows = Shared(sorted_rows(CASES["many"]), heads=heads, kv_heads=2, size=size, dtype=torch.bfloat16)
+    k_pool, v_pool = pack(rows.k_pool), pack(rows.v_pool)
+    rows.k_pool, rows.v_pool = (unpack(pool, torch.empty(rows.k_pool.shape)) for pool in (k_pool, v_pool))
+    scores = torch.linspace(-2, 3, heads) if sinks else None
+    out = paged_attention(rows.q, k_pool, v_pool, rows.ragged(), window=None, sinks=scores)
+    torch.testing.assert_close(out.double(), rows.reference(scores), atol=2e-2, rtol=2e-2)
+
+
+@needs_native
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_result_of_a_row_depends_neither_on_threads_nor_on_how_many_share(threads):
     rows = Shared(sorted_rows(CASES["many"]), heads=8, kv_heads=2, size=64)
