@@ -65,8 +65,8 @@ class Resources:
         self._wait_speed = min(1.0, self._hardware.disk_latency_s / busy_s) if busy_s else 1.0
         self.kv_speed = costs.kv_speed_beside_weights
         self._computing = _COMPUTING[self._hardware.device]
-        both = self.speeds([self._computing[0], "disk_read"])
-        self._read_speed_beside, self._compute_speed_beside = both["disk_read"], both[self._computing[0]]
+        reading = self.speeds([self._computing[0], "disk_read"])
+        self._read_speed_beside, self._compute_speed_beside = reading["disk_read"], reading[self._computing[0]]
 
     def speeds(self, active: Collection[str]) -> dict[str, float]:
         """How fast each of the active users gets on, 1 being its speed when it is alone."""
