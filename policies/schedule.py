@@ -8,12 +8,13 @@ whole block (module batching). A column-by-column ("zig-zag") walk would re-read
 
 A block may march as two half-blocks, half a layer apart: while the experts of one half compute, the attention of the other
 goes on, on the CPU and with KV that comes over the link. A layer's units stay in their slots until both have used them, so
-weights still cross the link once a sweep.
+weights still cross the link once a sweep. The first half gets its logits before the last experts of the second one: while the
+GPU computes those, the host chooses and books its tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from typing import Any
@@ -80,6 +81,8 @@ class SweepShape:
         disk_batches: GPU batches that have rows whose KV home is the disk.
         on_demand: layers whose streamed experts are moved on demand: only those routed to, once that is known.
         half_blocks: as in `policies.policy.Policy`; `first_half` says whether this sweep marches so.
+        head_in_halves: the slots beside those that hold a layer have room for the streamed units of the head, so that they can
+            stay there until both half-blocks have used them.
     """
 
     units: SweepUnits
@@ -90,6 +93,7 @@ class SweepShape:
     disk_batches: frozenset[int] = frozenset()
     on_demand: frozenset[int] = frozenset()
     half_blocks: int = 1
+    head_in_halves: bool = False
 
     @property
     def first_half(self) -> int:
@@ -103,6 +107,12 @@ class SweepShape:
             return 0
         return in_first_half(batches)
 
+    @property
+    def first_part(self) -> int:
+        """GPU batches of the first half-block, if its rows get their tokens before those of the second one; 0 where all rows get
+        them together."""
+        return self.first_half if self.head_in_halves else 0
+
 
 def in_first_half(batches: int) -> int:
     """GPU batches of the first half-block, of so many of the block; the second one has no more."""
@@ -113,8 +123,9 @@ def in_first_half(batches: int) -> int:
 class Op:
     """One operation: ``kind`` on ``lane`` after the operations whose ids are in ``deps``.
 
-    ``batch`` is a GPU batch and ``unit`` a weight unit, where the kind has one; ``half`` is the half-block of ``route`` and
-    ``expert``, 0 where the block marches as one. After the operation no other one of the sweep uses the unit ``releases``.
+    ``batch`` is a GPU batch and ``unit`` a weight unit, where the kind has one; ``half`` is the half-block of ``route``,
+    ``expert`` and what follows the layers, 0 where that is done for the whole block. After the operation no other one of the
+    sweep uses the unit ``releases``.
     """
 
     id: int
@@ -155,8 +166,8 @@ def sweep(shape: SweepShape, *, overlap: bool = True) -> Iterator[Op]:
     Kinds, with their lanes: ``read`` (disk_read) and ``copy`` (h2d) of a weight unit; ``embed``, ``load_act`` and
     ``store_act`` of a GPU batch's hidden states; ``project`` (norm, QKV, rope, new KV); ``load_kv`` (h2d),
     ``store_kv`` (d2h), ``write_kv`` (disk_write); ``cpu_attend`` (cpu); ``attend`` (gpu; includes the output
-    projection); ``route`` once per layer and half-block; ``expert`` once per unit and half-block; ``head`` once per head unit;
-    ``sample``. In a layer on demand the streamed experts are one operation: ``read_routed`` (disk_read), ``copy_routed`` (h2d), ``routed``.
+    projection); ``route`` once per layer and half-block; ``expert`` once per unit and half-block; ``collect``, ``head`` once per
+    head unit, and ``sample``, once for all rows or for those of each half-block (`SweepShape.first_part`). In a layer on demand the streamed experts are one operation: ``read_routed`` (disk_read), ``copy_routed`` (h2d), ``routed``.
 
     Args:
         shape: the units, tiers and GPU batches of the sweep.
@@ -167,9 +178,7 @@ def sweep(shape: SweepShape, *, overlap: bool = True) -> Iterator[Op]:
     """
     build = _Builder(overlap)
     if shape.first_half:
-        march = _HalfBlocks(build, shape)
-        yield from march.layers()
-        yield from _head(build, shape, march.ready)
+        yield from _HalfBlocks(build, shape).operations()
         return
     count = len(shape.activation_tiers)
     ready: list[tuple[int, ...]] = [(-1,)] * count
@@ -186,18 +195,35 @@ def sweep(shape: SweepShape, *, overlap: bool = True) -> Iterator[Op]:
                 last = build.add("expert", "gpu", layer, (arrived, route), unit=step.unit, releases=step.unit)
         ready = [(last, home) for home in stored]
         yield from build.drain()
-    yield from _head(build, shape, ready)
+    _head(build, shape, range(count), ready, _fetch_head(build, shape))
+    yield from build.drain()
 
 
-def _head(build: _Builder, shape: SweepShape, ready: Sequence[tuple[int, ...]]) -> list[Op]:
-    last = len(shape.units.attention)
-    gathered = [_load_act(build, shape, last, j, ready[j]) for j in range(len(shape.activation_tiers))]
-    done = [build.add("collect", "gpu", last, gathered)]
-    for step in shape.units.head:
-        deps = _fetch(build, last, step), done[-1]
-        done.append(build.add("head", "gpu", last, deps, unit=step.unit, releases=step.unit))
-    build.add("sample", "gpu", last, done)
-    return build.drain()
+def _fetch_head(build: _Builder, shape: SweepShape) -> Iterator[int]:
+    """The transfer of each unit of the head, asked for when it is needed."""
+    return (_fetch(build, len(shape.units.attention), step) for step in shape.units.head)
+
+
+def _head(
+    build: _Builder,
+    shape: SweepShape,
+    batches: Sequence[int],
+    ready: Sequence[tuple[int, ...]],
+    arrived: Iterable[int],
+    half: int = 0,
+) -> list[int]:
+    """From the hidden states of some batches to their tokens. ``arrived`` are the transfers of the head's units, which the last
+    batches of the block need last. Returns those transfers."""
+    last, used = len(shape.units.attention), []
+    gathered = [_load_act(build, shape, last, j, ready[j]) for j in batches]
+    done = [build.add("collect", "gpu", last, gathered, half=half)]
+    frees = batches[-1] == len(shape.activation_tiers) - 1
+    for step, copied in zip(shape.units.head, arrived):
+        used.append(copied)
+        unit = step.unit if frees else None
+        done.append(build.add("head", "gpu", last, (copied, done[-1]), unit=step.unit, half=half, releases=unit))
+    build.add("sample", "gpu", last, done, half=half)
+    return used
 
 
 def _fetch(build: _Builder, layer: int, step: UnitStep) -> int:
@@ -304,23 +330,22 @@ class _HalfBlocks:
     The first half takes a layer's units as they arrive, the resident ones first. The second one starts with the streamed
     ones, which are all there then, so that their slots are soon free.
 
-    Attributes:
-        ready: of each batch, what its next load waits for.
+    The first half gets its logits before the last experts of the second one.
     """
 
     def __init__(self, build: _Builder, shape: SweepShape):
         self._build, self._shape = build, shape
         count, first = len(shape.activation_tiers), shape.first_half
         self._batches = (range(first), range(first, count))
-        self.ready: list[tuple[int, ...]] = [(-1,)] * count
+        self._ready: list[tuple[int, ...]] = [(-1,)] * count
         self._pending = (_Pending(0), _Pending(1))
         self._weights = -1  # the copy of the attention unit of the layer that was projected last
         self._arrived: dict[UnitId, int] = {}
         self._to_load = product(range(len(shape.units.attention)), sorted(shape.fetched_batches))
         self._loads: dict[tuple[int, int], int] = {}  # by layer and batch, those that have been requested
 
-    def layers(self) -> Iterator[Op]:
-        """The operations of all layers."""
+    def operations(self) -> Iterator[Op]:
+        """Those of the sweep."""
         turns = [(layer, half) for layer in range(len(self._shape.units.attention)) for half in range(2)]
         for _ in range(KV_BUFFERS):
             self._load_next()
@@ -328,8 +353,15 @@ class _HalfBlocks:
         for turn, following in zip(turns, [*turns[1:], None]):
             ahead = self._turn(*turn, following, ahead)
             yield from self._build.drain()
-        self._experts(self._pending[1], 1, 1)
-        yield from self._build.drain()
+        build, shape, ready = self._build, self._shape, self._ready
+        if shape.first_part:
+            arrived = _head(build, shape, self._batches[0], ready, _fetch_head(build, shape))
+            self._experts(self._pending[1], 1, 1)
+            _head(build, shape, self._batches[1], ready, arrived, half=1)
+        else:
+            self._experts(self._pending[1], 1, 1)
+            _head(build, shape, range(len(ready)), ready, _fetch_head(build, shape))
+        yield from build.drain()
 
     def _turn(
         self, layer: int, half: int, following: tuple[int, int] | None, ahead: tuple[int, ...]
@@ -348,7 +380,7 @@ class _HalfBlocks:
             if j in self._shape.fetched_batches:
                 self._load_next()
             ends.append(end)
-            self.ready[j] = (-1, home)
+            self._ready[j] = (-1, home)
             ahead = after
         self._route(layer, half, ends)
         return ahead
@@ -363,7 +395,7 @@ class _HalfBlocks:
         if j == 0:
             self._weights = _fetch(self._build, layer, self._shape.units.attention[layer])
         weights, loaded = self._weights, self._loads.pop((layer, j), -1)
-        return (*_project(self._build, self._shape, layer, j, weights, self.ready[j], loaded), weights)
+        return (*_project(self._build, self._shape, layer, j, weights, self._ready[j], loaded), weights)
 
     def _route(self, layer: int, half: int, ends: Sequence[int]) -> None:
         pending = self._pending[half]
@@ -390,4 +422,4 @@ class _HalfBlocks:
         pending.issued = upto
         if part == parts and pending.units:
             for j in self._batches[pending.half]:
-                self.ready[j] = (pending.last, *self.ready[j][1:])
+                self._ready[j] = (pending.last, *self._ready[j][1:])

@@ -73,6 +73,13 @@ class Allocation:
     held_slots: int = 0
 
     @property
+    def head_in_halves(self) -> bool:
+        """Whether the streamed units of the head have room in the slots beside those that hold a layer, so that the first of two
+        half-blocks can use them before the second one does."""
+        streamed = self.placement.count_of("cpu", "head") + self.placement.count_of("disk", "head")
+        return streamed <= self.slots - self.held_slots
+
+    @property
     def shares_disk(self) -> bool:
         """KV or hidden states live on disk, in small transfers, beside what else is read there."""
         return self.kv_pages["disk"] > 0 or "disk" in self.activation_tiers

@@ -16,6 +16,7 @@ from policies.common.memory_units import GIB, MIB, SYSTEM_PAGE_BYTES, align_up, 
 from policies.common.option_names import option
 from policies.placement import TIERS
 from policies.policy import Policy
+from policies.schedule import in_first_half
 
 #: Host buffers that the runtime makes beside those of hidden states; each takes whole pages, an empty one too.
 HOST_BUFFERS = 24
@@ -261,6 +262,8 @@ def _workspaces(arch: ModelArch, policy: Policy, allocation: Allocation, device:
     heads, kv_heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     # While the experts of one half compute, two GPU batches of the other one wait: queries, keys and values, and what the CPU attended.
     waiting = 2 * batch * (2 * heads + 2 * kv_heads) * b if policy.halves > 1 else 0
+    if policy.halves > 1 and allocation.head_in_halves:  # in the last layer, the logits of the first half
+        waiting = max(waiting, in_first_half(policy.num_gpu_batches) * policy.gpu_batch_size * arch.vocab_size * b)
     chunk, step = (min(n, allocation.max_tokens) for n in (expert_chunk(policy, device), EXPERT_CHUNK_TOKENS[device]))
     width = max(arch.ffn, arch.dense_ffn)
     # Widened, or padded (`flexmoe.kernels.linear`).

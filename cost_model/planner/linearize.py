@@ -18,6 +18,7 @@ from cost_model.timing.job_phases import job_phases
 from cost_model.timing.problem import Problem
 from cost_model.timing.sweep_load import MODES, BatchLoad, RowGroup
 from policies.placement import TIERS
+from policies.schedule import in_first_half
 
 _PRICED_APART = ("weights", "slots", "workspace")
 #: Where the workspace is met, in nominal blocks: it is the largest of several buffers.
@@ -25,6 +26,8 @@ _POINTS = (0.25, 0.5, 1, 2, 4)
 #: Operations that the main thread hands to others with a GPU batch's projection, by mode (`cost_model.timing.attention_phase`).
 _HANDED_ON = {"gpu": 0, "fetch": 2, "disk": 3, "cpu": 2}
 _FEW_BATCHES = 3
+#: Of a block's rows, those that the first half-block has at most: of three GPU batches two.
+_MOST_IN_FIRST = in_first_half(3) / 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ class PhaseSlopes:
         rows: rows that take part.
         tokens, logits: tokens that advance; rows that get a token.
         outside_s: embedding and sampling, of the sweep.
-        host_s: bookkeeping of the sweep.
+        host_s: bookkeeping of the sweep, at least.
         project_s, attend_s: dense parts before and after attention in any mode, dispatch included.
         experts_s: of a mean layer with all its experts; the largest of these lines. How many are touched is that of the
             nominal block.
@@ -147,7 +150,7 @@ class Slopes:
             tokens=group.tokens / rows,
             logits=logits / rows,
             outside_s=batches * costs.embed_s(hidden) / rows + op_s + costs.sample_s(logits) / rows,
-            host_s=(costs.host_s(group.rows) - costs.host_s(0)) / rows,
+            host_s=(costs.host_s(group.rows) - costs.host_s(0) - self._booked_s(group.rows)) / rows,
             project_s=project_s / rows + (1 + away) * op_s,
             attend_s=attend_s / rows + (1 + away) * op_s,
             experts_s=self._experts(group.tokens),
@@ -161,6 +164,10 @@ class Slopes:
             write_s=by_mode(costs.write_kv_s),
             act_s={user: seconds * batches / rows for user, seconds in self._hidden_states(hidden).items()},
         )
+
+    def _booked_s(self, rows: float) -> float:
+        """What the host does beside the device for the rows of the first of two half-blocks, at most."""
+        return self.costs.booked_s(_MOST_IN_FIRST * rows) if self.choice.half_blocks > 1 else 0.0
 
     def _experts(self, tokens: float) -> tuple[Line, ...]:
         """The pieces below the curve of an expert, times the experts touched; dense layers by the piece that decides. Two

@@ -15,7 +15,19 @@ from operator import attrgetter
 from cost_model.model.arch import ModelArch
 from cost_model.model.weight_units import head_chunks
 from cost_model.simulation.op_tables import batch_place, head_place, sweep_place
-from cost_model.simulation.threads import ACT, ATTENDED, BROUGHT, COUNT, CPU, DEMANDED, KV, NOT_DISPATCHED, STORE, WRITE
+from cost_model.simulation.threads import (
+    ACT,
+    ATTENDED,
+    BOOKS,
+    BROUGHT,
+    COUNT,
+    CPU,
+    DEMANDED,
+    KV,
+    NOT_DISPATCHED,
+    STORE,
+    WRITE,
+)
 from cost_model.simulation.weight_queues import WeightQueues
 from policies.schedule import Op, SweepShape, sweep
 
@@ -110,7 +122,7 @@ def _joined(steps: Sequence[Step]) -> Iterator[Step]:
 class _Compiler:
     def __init__(self, arch: ModelArch, shape: SweepShape, queues: WeightQueues):
         self._arch, self._shape, self._brought_by = arch, shape, queues.brought_by
-        self._chunks = head_chunks(arch)
+        self._chunks, self._last = head_chunks(arch), len(shape.units.attention) - 1
         self._steps: list[Step] = []
         self._tasks: list[list[Task]] = [[] for _ in range(COUNT)]
         #: By operation, (thread, how many it has done when that is done).
@@ -123,9 +135,9 @@ class _Compiler:
                 self._compute(op)
             elif op.kind not in ("read", "copy"):  # of these the weight stream is ahead
                 self._hand_on(op)
-        home = tuple((thread, len(self._tasks[thread])) for thread in (STORE, WRITE) if self._tasks[thread])
+        before = tuple((thread, len(self._tasks[thread])) for thread in (STORE, WRITE, BOOKS) if self._tasks[thread])
         self._steps.append(
-            Step(op=None, user="host", seconds=sweep_place("host"), handed_on=(), dispatched=0, after=home)
+            Step(op=None, user="host", seconds=sweep_place("host"), handed_on=(), dispatched=0, after=before)
         )
         return Program(steps=tuple(self._steps), tasks=tuple(map(tuple, self._tasks)))
 
@@ -139,6 +151,9 @@ class _Compiler:
         frees = int(op.releases is not None and op.releases in self._brought_by)
         arrived = () if unit is None else ((unit[0], unit[1] + 1),)
         self._step(op, self._place(op), after=(*self._latest(op.deps), *arrived), unit=unit, frees=frees)
+        if op.kind == "route" and op.half and op.layer == self._last and self._shape.first_part:
+            self._tasks[BOOKS].append(Task(name="book", parts=(("host", sweep_place("booked")),), after=()))
+            self._handed.append(BOOKS)
 
     def _step(
         self, op: Op, seconds: int, *, after: _After, unit: tuple[int, int] | None = None, frees: int = 0
@@ -163,9 +178,9 @@ class _Compiler:
         if op.batch >= 0:
             return batch_place(self._chunks, op.batch, op.kind)
         if op.kind == "head" and op.unit is not None:
-            return head_place(op.unit.first)
+            return head_place(self._chunks, op.half, op.unit.first)
         kind = "dense" if op.kind == "expert" and self._arch.is_dense(op.layer) else op.kind
-        return sweep_place(f"second_{kind}" if op.kind == "expert" and op.half else kind)
+        return sweep_place(f"second_{kind}" if op.kind in ("expert", "sample") and op.half else kind)
 
     def _hand_on(self, op: Op) -> None:
         thread, parts = _HANDED_ON[op.kind]

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+#: Part of a row's host work that comes after its logits: its token is chosen, kept and looked at. The rest is admission and the
+#: index tensors of the next sweep. Measured with 500 to 6,000 rows that decode without stop strings: 0.3 to 0.5.
+BOOKED_SHARE = 0.3
 #: Kinds of units that pass through slots where they do not live on the compute device; the embedding stays where it is.
 STREAMED = ("attention", "expert", "head")
 
@@ -120,6 +124,14 @@ class Costs:
         moves = self._streams or any(group.rows > 0 for mode, group in load.groups.items() if mode != "gpu")
         fetched_rows = self._fetched_share * gpu_batch_size
         return half_batches(load, gpu_batch_size, fetched_rows) if moves else [batches(load, gpu_batch_size)]
+
+    def part_shares(self, halves: Sequence[Sequence[BatchLoad]]) -> list[float]:
+        """The rows of a sweep that get their tokens together, as parts of all: of each half-block, or all at once
+        (`SweepShape.first_part`)."""
+        if len(halves) == 1 or not self.allocation.head_in_halves:
+            return [1.0]
+        rows = [sum(batch.rows for batch in cut) for cut in halves]
+        return [each / sum(rows) for each in rows]
 
     def unpack_s(self, kind: str, weights: float) -> float:
         """So many weights of units of a kind, as each product unpacks them; 0 where they are not packed."""
@@ -379,6 +391,10 @@ class Costs:
     def host_s(self, rows: float) -> float:
         """Admission, index tensors and bookkeeping of a sweep, during which only the links work."""
         return self.hardware.sweep_s + rows * self.hardware.row_s
+
+    def booked_s(self, rows: float) -> float:
+        """Of this, what may be done for so many rows of the first half-block while a GPU computes."""
+        return BOOKED_SHARE * rows * self.hardware.row_s if self.hardware.device == "cuda" else 0.0
 
     @property
     def op_s(self) -> float:

@@ -12,7 +12,8 @@ sweep takes the largest of
 
 Of a block that marches as two halves, the chain is `cost_model.timing.attention_phase.HalfBlocks`. A layer's units keep their slots
 until the second half has used them, so only the others are there for what comes ahead, and no slot is freed from the last
-expert of the first half to the first one of the second.
+expert of the first half to the first one of the second. The tokens of the first half are booked while the device computes the last
+experts of the second, and its head.
 
 `cost_model.simulation.replay` is the same event by event; where two bounds are near each other it takes longer than either.
 """
@@ -108,8 +109,9 @@ class SweepForm:
         stream = self._stream_beside(demand, len(halves))
         experts = [_experts(costs, sum(batch.tokens for batch in cut), demand, stream) for cut in halves]
         embed_s = costs.embed_s(BatchLoad(tokens=load.tokens)) + sum(map(len, halves)) * costs.op_s
-        head_s = _head_s(costs, load)
-        computed_s = embed_s + head_s + costs.sample_s(load.logits)
+        shares = costs.part_shares(halves)
+        heads_s = [_head_s(costs, load, share) for share in shares]
+        computed_s = embed_s + sum(heads_s) + costs.sample_s(load.logits)
         busy = {user: layers * seconds for user, seconds in _summed(part.moved_s for part in attention).items()}
         busy |= stream.busy_s
         busy |= {user: layers * seconds for user, seconds in _summed(part.moved_s for part in experts).items()}
@@ -120,10 +122,12 @@ class SweepForm:
         for lane, seconds in copied.items():
             busy[_COPIES[lane]] += seconds
         if costs.overlap:
+            if len(shares) > 1:
+                busy["host"] -= min(costs.booked_s(shares[0] * load.rows), experts[1].chain_s + heads_s[1])
             shared = self._shared(busy)
             outside = _Outside(
                 total_s=computed_s + busy["host"] + copied_s,
-                standing_s=computed_s + busy["host"] + copied_s - stream.head_share * head_s,
+                standing_s=computed_s + busy["host"] + copied_s - stream.head_share * heads_s[-1],
                 beside_s={name: max(0.0, shared[name] - busy[user]) for name, user in _LINKS if name in shared},
                 late_s={"disk_read": self._resources.read_lost_s(busy)},
             )
@@ -418,8 +422,9 @@ def _lanes_s(busy: Mapping[str, float], total_s: float) -> dict[str, float]:
     return {lane: min(seconds, total_s) for lane, seconds in lanes.items()}
 
 
-def _head_s(costs: Costs, load: SweepLoad) -> float:
-    """Seconds of all chunks of the head, and of the operations before and after them."""
+def _head_s(costs: Costs, load: SweepLoad, share: float) -> float:
+    """Seconds of all chunks of the head over a part of the rows, and of the operations before and after them."""
     chunks = head_chunks(costs.arch)
     elements = costs.arch.embed_params / chunks
-    return chunks * (costs.head_s(load.logits, elements, load.prompt_tokens) + costs.op_s) + 2 * costs.op_s
+    each_s = costs.head_s(share * load.logits, elements, share * load.prompt_tokens)
+    return chunks * (each_s + costs.op_s) + 2 * costs.op_s

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from flexmoe.kv.batch import Block, Run
+from flexmoe.kv.batch import Block, BlockPart, Run
 from flexmoe.params import EngineRequest
 
 
@@ -26,17 +26,16 @@ class BlockTokens:
 
     Args:
         block: of the sweep.
+        parts: of it, which get their tokens one after the other.
+
+    Attributes:
+        head: of each part, the tokens that the head gets: those that want logits, then those that are scored.
     """
 
-    def __init__(self, block: Block):
+    def __init__(self, block: Block, parts: Sequence[BlockPart]):
         self._runs = block.runs
         self._stops = np.cumsum([len(run.tokens) for run in block.runs])
-        rows, scored = [], []
-        for batch in block.batches:
-            rows.append(batch.start + batch.logit_rows.cpu().numpy())
-            scored.append(batch.start + batch.score_rows.cpu().numpy())
-        #: Tokens that the head gets: those that want logits, then those that are scored.
-        self.head = np.concatenate([*rows, *scored])
+        self.head = [_of_head(part) for part in parts]
 
     def describe(self, token: int) -> str:
         """The row and the position of a token, in words."""
@@ -49,6 +48,12 @@ class BlockTokens:
     def records(self) -> list[dict[str, Any]]:
         """Every row in the order of the block, as `steps.jsonl` has it."""
         return [_row_record(run) for run in self._runs]
+
+
+def _of_head(part: BlockPart) -> np.ndarray:
+    rows = [batch.start + batch.logit_rows.cpu().numpy() for batch in part.batches]
+    scored = [batch.start + batch.score_rows.cpu().numpy() for batch in part.batches]
+    return np.concatenate([*rows, *scored])
 
 
 def row_name(run: Run) -> tuple[str | None, int]:

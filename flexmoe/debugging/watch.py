@@ -21,7 +21,7 @@ from flexmoe.debugging.places import BlockTokens, RoutedTokens
 from flexmoe.debugging.ranges import Range
 from flexmoe.debugging.records import DebugRecords, RangeKey
 from flexmoe.kernels.family import Weights
-from flexmoe.kv.batch import Block
+from flexmoe.kv.batch import Block, BlockPart
 from policies.schedule import Op
 from policies.units import UnitId
 
@@ -45,15 +45,18 @@ class Watch:
         self._weights: list[Weights] = []  # of those that are computed now
         self._pairs = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
 
-    def operations(self, operations: Iterator[Op], block: Block, halves: Sequence[slice]) -> Iterator[Op]:
+    def operations(
+        self, operations: Iterator[Op], block: Block, halves: Sequence[slice], parts: Sequence[BlockPart]
+    ) -> Iterator[Op]:
         """The operations of a sweep; each is the one that tensors belong to until the next one is asked for.
 
         Args:
             operations: in issue order.
             block: of the sweep.
             halves: tokens of its half-blocks.
+            parts: what gets its tokens together.
         """
-        self._begin(block, halves)
+        self._begin(block, halves, parts)
         for op in operations:
             self._op = op
             self._taken.clear()
@@ -117,9 +120,9 @@ class Watch:
         self._weights, self._loaded = self._loaded, []
         self._taken.clear()
 
-    def _begin(self, block: Block, halves: Sequence[slice]) -> None:
+    def _begin(self, block: Block, halves: Sequence[slice], parts: Sequence[BlockPart]) -> None:
         self._end(finished=False)  # one that failed
-        self._block, self._halves, self._of_block = block, halves, BlockTokens(block)
+        self._block, self._halves, self._of_block = block, halves, BlockTokens(block, parts)
         self._sweep, self._start_s, self._open, self._ranges = self._sweep + 1, time.perf_counter(), True, {}
         if self._records is not None:
             self._records.begin(self._start_s)
@@ -162,7 +165,7 @@ class Watch:
     def _tokens(self, tensor: str, count: int) -> np.ndarray:
         """Tokens of the block that a tensor of the operation has a row for; the head's come in several tensors."""
         if self._op.kind == "head":
-            return self._of_block.head[self._next(tensor, count)]
+            return self._of_block.head[self._op.half][self._next(tensor, count)]
         in_batch = self._op.batch >= 0
         start = self._block.batches[self._op.batch].start if in_batch else self._halves[self._op.half].start
         return np.arange(start, start + count)

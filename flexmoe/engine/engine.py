@@ -6,8 +6,8 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -19,11 +19,11 @@ from flexmoe.engine.engine_plan import EnginePlan
 from flexmoe.engine.requests import Detokenizer, RefusedError, RequestRules, RequestState
 from flexmoe.engine.sweep_log import Sweep, SweepLog
 from flexmoe.errors import InfeasibleError, UsageError
-from flexmoe.kv.batch import Block, Run
+from flexmoe.kv.batch import Block, BlockPart, Run
 from flexmoe.models.loader import Model
 from flexmoe.outputs import RequestOutput
 from flexmoe.params import EngineRequest, InFlight, Resumed
-from flexmoe.sampling.sampler import NOT_FINITE, Chosen, RowSampler, sample
+from flexmoe.sampling.sampler import NOT_FINITE, Chosen, Sampling
 from flexmoe.structured.grammars import Grammars
 from flexmoe.structured.masks import MaskMaker
 from flexmoe.system.memory_watch import MemoryWatch, lacks_memory
@@ -172,7 +172,7 @@ class Engine:
         try:
             policy = self.config.policy
             block = Block(runs, policy.gpu_batch_size, policy.halves, policy.fetched_rows)
-            chosen = self._chosen(block, [row.sampler for row in block.logit_owners])
+            sampled = self._sampled(block)
         except NonFiniteError:
             self.executor.abandon()
             raise
@@ -183,27 +183,41 @@ class Engine:
             if not self._memory.recovers(error):
                 raise
             return self._take_complete()
-        tokens = dict(zip(block.logit_owners, chosen.tokens))
-        prompt = sum(self.scheduler.commit(run.owner, tokens.get(run.owner)) for run in block.runs)
-        self._end_sweep(block, chosen)
+        booked = _Booked()
+        for part, sampling in sampled:  # while the first half-block is booked, a GPU still computes the second one
+            self._book(part, sampling.chosen(), booked)
+        self._fail(booked)
+        self.scheduler.end_sweep()
         self.sweeps.add(
             Sweep(
                 wall_s=time.perf_counter() - start,
                 rows=len(runs),
                 tokens=sum(len(run.tokens) for run in runs),
                 computed_tokens=block.tokens,
-                prompt_tokens=prompt,
-                generated_tokens=len(block.logit_owners),
+                prompt_tokens=booked.prompt_tokens,
+                generated_tokens=booked.generated_tokens,
             )
         )
         return self._take_complete()
 
-    def _chosen(self, block: Block, samplers: Sequence[RowSampler]) -> Chosen:
-        """Compute a sweep, and beside it the masks of its grammars; then choose tokens."""
-        with self._masks.making([row.grammar for row in samplers if row.grammar is not None]) as masks:
-            logits = self.executor.run(block)
-            masks.wait()
-        return sample(logits, samplers, workspace_bytes=self._sampling_bytes, upload=self.executor.uploads)
+    def _sampled(self, block: Block) -> list[tuple[BlockPart, Sampling]]:
+        """Compute a sweep, and beside it the masks of its grammars; then have tokens chosen."""
+        grammars = (run.owner.sampler.grammar for run in block.runs if run.logits)
+        sampled = []
+        with self._masks.making([grammar for grammar in grammars if grammar is not None]) as masks:
+            for part, logits in self.executor.run(block):
+                masks.wait()
+                sampled.append((part, self._sampling(part, logits)))
+        return sampled
+
+    def _sampling(self, part: BlockPart, logits: torch.Tensor) -> Sampling:
+        return Sampling(
+            logits,
+            [row.sampler for row in part.logit_owners],
+            workspace_bytes=self._sampling_bytes,
+            upload=self.executor.uploads,
+            download=self.executor.downloads.bring,
+        )
 
     def abort(self, request_id: str) -> bool:
         """Drop a request that waits or is in flight; its places and KV are free for the next sweep."""
@@ -256,7 +270,8 @@ class Engine:
                 tokens = token_ids[i : i + step]
                 self.cache.reserve(kv, len(tokens))
                 run = Run(kv, tokens, mode, len(tokens), row_tokens=len(token_ids))
-                pieces.append(self.executor.run(Block([run], 1)).float().cpu())
+                [(_, logits)] = self.executor.run(Block([run], 1))
+                pieces.append(logits.float().cpu())
                 kv.length += len(tokens)
             return torch.cat(pieces)
         finally:
@@ -285,23 +300,16 @@ class Engine:
             raise RefusedError(request.request_id, reason)
         return RequestState(request, self._rules)
 
-    def _end_sweep(self, block: Block, chosen: Chosen) -> None:
-        """Give rows what the sweep found for them, and drop those that have ended."""
-        without_token = (row for row, token in zip(block.logit_owners, chosen.tokens) if token == NOT_FINITE)
-        broken: dict[RequestState, None] = {row.state: None for row in without_token}
-        if block.scores is not None:
-            found = iter(block.scores.records([run.top for run in block.scored for _ in run.targets]))
-            for run in block.scored:
-                records = [next(found) for _ in run.targets]
-                run.owner.state.prompt_logprobs += records
-                if any(math.isnan(record.logprob) for record in records):
-                    broken[run.owner.state] = None
-        self._fail(broken)
-        broken |= self._fail_ungrammatical(block, broken)
-        running = (run.owner for run in block.runs if run.owner.state not in broken)
-        ended = [row for row in running if row.index < 0 and row.state.end(row)]
-        for row, token, logprob in zip(block.logit_owners, chosen.tokens, chosen.logprobs):
-            if row.state in broken:
+    def _book(self, part: BlockPart, chosen: Chosen, booked: _Booked) -> None:
+        """Give rows what the sweep found for them, and take those out of flight that have ended."""
+        tokens = {row: token for row, token in zip(part.logit_owners, chosen.tokens) if token != NOT_FINITE}
+        booked.prompt_tokens += sum(self.scheduler.commit(run.owner, tokens.get(run.owner)) for run in part.runs)
+        booked.generated_tokens += len(part.logit_owners)
+        self._find_failed(part, chosen, booked.failed)
+        ended = [run.owner for run in part.runs if run.owner.index < 0 and run.owner.state not in booked.failed]
+        ended = [row for row in ended if row.state.end(row)]
+        for row, token, logprob in zip(part.logit_owners, chosen.tokens, chosen.logprobs):
+            if row.state in booked.failed:
                 continue
             row.append_token(token, logprob)
             if row.state.end(row):
@@ -312,33 +320,36 @@ class Engine:
             if row.state.complete and row.state in self._requests:  # several of its rows may have ended
                 del self._requests[row.state]
                 self._complete.append(row.state.result())
-        self.scheduler.end_sweep()
 
-    def _fail(self, broken: Collection[RequestState]) -> None:
-        """End requests whose logits are not finite."""
-        if not broken:
-            return
+    def _find_failed(self, part: BlockPart, chosen: Chosen, failed: dict[RequestState, RequestOutput]) -> None:
+        """Add requests that cannot go on, each with its result: their logits are not finite, or their grammar cannot be followed."""
+        broken = [row.state for row, token in zip(part.logit_owners, chosen.tokens) if token == NOT_FINITE]
+        if part.scores is not None:
+            found = iter(part.scores.records([run.top for run in part.scored for _ in run.targets]))
+            for run in part.scored:
+                records = [next(found) for _ in run.targets]
+                run.owner.state.prompt_logprobs += records
+                if any(math.isnan(record.logprob) for record in records):
+                    broken.append(run.owner.state)
+        for state in broken:
+            failed.setdefault(state, self._not_finite(state.request))
+        for row in part.logit_owners:
+            grammar = row.sampler.grammar
+            if grammar is not None and grammar.problem is not None:
+                failed.setdefault(row.state, row.state.request.failed(grammar.problem, "structured_output_failed"))
+
+    def _not_finite(self, request: EngineRequest) -> RequestOutput:
         cause = overflow() if self.plan.dtype == torch.float16 else DAMAGED
         if not self._warned:
             self._warned = True
             log.warning("logits are not finite, so rows fail: %s", cause)
-        for state in broken:
-            self._drop(state)
-            self._complete.append(
-                state.request.failed(f"the model's logits are not finite: {cause}", "non_finite_logits")
-            )
+        return request.failed(f"the model's logits are not finite: {cause}", "non_finite_logits")
 
-    def _fail_ungrammatical(self, block: Block, broken: Collection[RequestState]) -> dict[RequestState, None]:
-        """End requests with a row whose grammar cannot be followed any further."""
-        failed: dict[RequestState, None] = {}
-        for row in block.logit_owners:
-            grammar = row.sampler.grammar
-            if grammar is None or grammar.problem is None or row.state in broken or row.state in failed:
-                continue
-            failed[row.state] = None
-            self._drop(row.state)
-            self._complete.append(row.state.request.failed(grammar.problem, "structured_output_failed"))
-        return failed
+    def _fail(self, booked: _Booked) -> None:
+        """End the requests that failed in a sweep, which is over."""
+        for state, result in booked.failed.items():
+            self._drop(state)
+            self._complete.append(result)
 
     def _drop(self, state: RequestState) -> None:
         for row in state.rows:
@@ -348,6 +359,15 @@ class Engine:
     def _take_complete(self) -> list[RequestOutput]:
         complete, self._complete = self._complete, []
         return complete
+
+
+@dataclass(slots=True)
+class _Booked:
+    """What has been booked in a sweep; ``failed``: requests that end with an error when it is over."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    failed: dict[RequestState, RequestOutput] = field(default_factory=dict)
 
 
 def _check_format(model: Model, policy: Policy) -> None:

@@ -10,7 +10,8 @@ The executor knows no model (that is ``family``), and not where weights, KV and 
 The residual stream is kept per GPU batch, by the activations; `attend` adds what attention gives. The experts run over the
 whole block, or over one of its halves, when a batch may be away in its tier: their output waits in a buffer of the block, and
 is added when the next layer (`project`) or the head (`collect`) asks for the batch. Of two half-blocks only one is routed at a
-time: its experts are all issued before the other one is.
+time: its experts are all issued before the other one is. The caller of `Executor.run` gets the logits of the first one before
+the last experts of the second one are issued, so that what chooses its tokens goes to the device before those.
 
 Legend: T tokens of the block, D hidden, E experts, R rows of logits.
 """
@@ -18,7 +19,7 @@ Legend: T tokens of the block, D hidden, E experts, R rows of logits.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -31,11 +32,11 @@ from flexmoe.engine.hidden_states import Activations
 from flexmoe.engine.router_counter import RouterCounter
 from flexmoe.kernels.expert_dispatch import ExpertDispatch
 from flexmoe.kernels.family import Family
-from flexmoe.kv.batch import Arrived, Batch, Block, Group, begun
+from flexmoe.kv.batch import Arrived, Batch, Block, BlockPart, Group, begun
 from flexmoe.kv.transfers import KVLanes
 from flexmoe.system.device import Device, Event
 from flexmoe.system.trace import Recorder
-from flexmoe.system.uploads import Uploads
+from flexmoe.system.uploads import Downloads, Uploads
 from flexmoe.weights.store import EmbeddingTable
 from flexmoe.weights.supply import WeightFeed
 from policies.admission.row_state import AttentionMode
@@ -63,10 +64,12 @@ class Executor:
         dtype: compute dtype.
         overlap: False runs every operation after the one before it.
         half_blocks: as in `policies.policy.Policy`; blocks are ordered for it.
+        head_in_halves: as in `policies.schedule.SweepShape`.
         watch: sees the operations of every sweep, in debug mode; it has wrapped ``family`` and ``experts`` then.
 
     Attributes:
         uploads: brings the small arrays of a sweep to the device.
+        downloads: brings its tokens to the host.
     """
 
     def __init__(
@@ -87,12 +90,14 @@ class Executor:
         dtype: torch.dtype,
         overlap: bool,
         half_blocks: int = 1,
+        head_in_halves: bool = False,
         watch: Watch | None = None,
     ):
         self._device, self._recorder, self._family, self._units = device, recorder, family, units
-        self.uploads = Uploads(device)
+        self.uploads, self.downloads = Uploads(device), Downloads(device)
         self._feed, self._embedding, self._kv, self._hidden = feed, embed, kv, activations
         self._overlap, self._half_blocks, self._router_counter = overlap, half_blocks, router_counter
+        self._head_in_halves = head_in_halves
         arch = family.arch
         self._experts, self._watch = experts, watch
         # Of the whole block, since the experts run over all of it: their inputs, their outputs, the router's logits.
@@ -101,47 +106,53 @@ class Executor:
         router_dtype = torch.float32 if arch.router_float32 else dtype
         self._router_TE = torch.empty(max_tokens, arch.num_experts, dtype=router_dtype, device=device.torch)
         self._correction_E: torch.Tensor | None = None  # of the layer under way
+        self._halves: list[slice] = []  # tokens of the half-blocks of the sweep
+        self._parts: list[BlockPart] = []  # of its block
         self._dtype, self._logits = dtype, Logits(device, family, scored_at_once, dtype)
         self._pending: dict[int, Future[Any]] = {}  # by the id of the operation, of lanes other than the GPU
         self._qkv: dict[int, QKV] = {}  # by GPU batch, of the layer under way
 
     @torch.inference_mode()
-    def run(self, block: Block) -> torch.Tensor:
+    def run(self, block: Block) -> Iterator[tuple[BlockPart, torch.Tensor]]:
         """Advance every row of the block by its run.
 
-        Returns:
-            torch.Tensor: logits ``[R, vocab]`` on the compute device, one row per requested position, in block order.
-                The targets' log-probabilities are in ``block.scores``.
+        Yields:
+            BlockPart, torch.Tensor: logits ``[R, vocab]`` on the compute device, one row per requested position, in block order. The
+                targets' log-probabilities are in ``scores`` of the part. With the last part all operations have been issued and
+                all new KV is home, though the device may still compute.
         """
         self._device.rebase()
         self._block = block
         self._pending.clear()
         self._qkv.clear()
+        shape = self._shape(block)
+        self._halves, self._parts = block.halves(shape.first_half), block.parts(shape.first_part)
         self._to_device(block)
         for batch in block.batches:
             batch.rope = self._family.rope(batch.positions_T, batch.lengths_T, self._dtype)
-        shape = self._shape(block)
-        self._halves = block.halves(shape.first_half)
         operations = sweep(shape, overlap=self._overlap)
         if self._watch is not None:
-            operations = self._watch.operations(operations, block, self._halves)
+            operations = self._watch.operations(operations, block, self._halves, self._parts)
+        *others, last = self._parts
         for op in operations:
             self._issue(op)
             if not self._overlap:
                 self._wait(op.id)
+            if op.kind == "sample" and op.half < len(others):
+                yield others[op.half], self._logits.take()
         self._kv.drain()
         self._feed.end()
         self._recorder.resolve()
-        return self._logits.take()
+        yield last, self._logits.take()
 
     def _to_device(self, block: Block) -> None:
         """Token ids, places and index tensors of a sweep to the compute device, in one copy."""
         names = ["positions_T", "lengths_T", "logit_rows", "score_rows"]
         names += ["ids_T"] if self._embedding.resident else []
         self.uploads.begin()
-        self._kv.begin(
-            block, self.uploads, [*((batch, name) for batch in block.batches for name in names), (block, "targets")]
-        )
+        self.downloads.begin()
+        of_batches = ((batch, name) for batch in block.batches for name in names)
+        self._kv.begin(block, self.uploads, [*of_batches, *((part, "targets") for part in self._parts)])
 
     def abandon(self) -> None:
         """Wait until the lanes are idle after a sweep that has failed; what it has computed is dropped."""
@@ -204,6 +215,7 @@ class Executor:
             disk_batches=having(lambda g: any(r.kv.tier == "disk" for r in g.runs)),
             on_demand=self._feed.begin(block.tokens),
             half_blocks=self._half_blocks,
+            head_in_halves=self._head_in_halves,
         )
 
     def _batch(self, op: Op) -> Batch:
@@ -331,12 +343,16 @@ class Executor:
 
     def _op_collect(self, op: Op) -> None:
         # The experts are done with their inputs, so the buffer of those takes what may be nearly as large.
-        self._logits.collect(self._block, self._final_hidden, self._x_TD)
-        self._hidden.clear()
+        part = self._parts[op.half]
+        self._logits.collect(part, self._final_hidden, self._x_TD[part.tokens])
+        for batch in part.batches:
+            self._hidden.forget(batch.index)
 
     def _op_head(self, op: Op) -> None:
         unit = _unit(op)
         self._logits.add(head_rows(self._family.arch, unit.first), self._feed.get(unit))
+        if op.releases is None:
+            self._feed.put_aside(unit)
         self._release(op)
 
     def _final_hidden(self, batch: Batch, places: torch.Tensor) -> torch.Tensor:
@@ -345,7 +361,7 @@ class Executor:
         return h_TD.add_(self._expert_output(batch).index_select(0, places))
 
     def _op_sample(self, op: Op) -> None:
-        """Marks the end of the sweep; the engine chooses tokens from the logits."""
+        """The caller of `run` chooses tokens from the logits."""
 
 
 def _unit(op: Op) -> UnitId:

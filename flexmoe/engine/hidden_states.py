@@ -90,8 +90,12 @@ class Activations:
         """Replace the hidden states of a batch, on the device."""
         self._on_device[batch] = h_TD
 
+    def forget(self, batch: int) -> None:
+        """A batch's hidden states are not needed any more."""
+        self._on_device.pop(batch)
+
     def clear(self) -> None:
-        """Forget what is on the device: the sweep is over."""
+        """Forget what is on the device: the sweep has failed."""
         self._on_device.clear()
 
     def store(self, batch: int) -> Future[None]:

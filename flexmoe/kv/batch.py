@@ -131,10 +131,6 @@ class Block:
         runs: the runs in block order: rows attended in one place together, so that most GPU batches hold one group, and among
             those the rows that share pages; of two half-blocks in each GPU batch.
         batches: the GPU batches.
-        logit_owners: owner of each row of the sweep's logits, in order.
-        scored: the runs that have targets, in order.
-        targets: int64, those of all of them.
-        scores: the targets' log-probabilities, in order; the executor's answer, None where there are no targets.
     """
 
     def __init__(self, runs: Sequence[Run], gpu_batch_size: int, half_blocks: int = 1, fetched_rows: int | None = None):
@@ -143,10 +139,6 @@ class Block:
         if half_blocks > 1:
             cut = _dealt(ordered, max(len(cut), _batches_to_fetch(ordered, fetched_rows)))
         self.runs = [run for batch in cut for run in batch]
-        self.logit_owners = [r.owner for r in self.runs for _ in range(r.logits)]
-        self.scored = [r for r in self.runs if r.targets]
-        self.targets = torch.tensor([t for run in self.scored for t in run.targets], dtype=torch.int64)
-        self.scores: PromptScores | None = None
         self.batches: list[Batch] = []
         for own in cut:
             self.batches.append(_batch(len(self.batches), self.tokens, own))
@@ -164,6 +156,42 @@ class Block:
         """
         middle = self.batches[first_half - 1].stop if first_half else self.tokens
         return [slice(0, middle), slice(middle, self.tokens)][: 2 if first_half else 1]
+
+    def parts(self, first_part: int) -> list[BlockPart]:
+        """What gets its tokens together, one after the other.
+
+        Args:
+            first_part: GPU batches of the first part; 0: there is one, with all of them.
+        """
+        if not first_part:
+            return [BlockPart(self.batches)]
+        return [BlockPart(self.batches[:first_part]), BlockPart(self.batches[first_part:])]
+
+
+class BlockPart:
+    """GPU batches whose rows get their tokens together: those of a block, or of one of its halves.
+
+    Attributes:
+        batches: the GPU batches.
+        runs: theirs, in order.
+        logit_owners: owner of each row of the part's logits, in order.
+        scored: the runs that have targets, in order.
+        targets: int64, those of all of them.
+        scores: the targets' log-probabilities, in order; the executor's answer, None where there are no targets.
+    """
+
+    def __init__(self, batches: Sequence[Batch]):
+        self.batches = batches
+        self.runs = [run for batch in batches for group in batch.groups for run in group.runs]
+        self.logit_owners = [r.owner for r in self.runs for _ in range(r.logits)]
+        self.scored = [r for r in self.runs if r.targets]
+        self.targets = torch.tensor([t for run in self.scored for t in run.targets], dtype=torch.int64)
+        self.scores: PromptScores | None = None
+
+    @property
+    def tokens(self) -> slice:
+        """Those of the block that are the part's."""
+        return slice(self.batches[0].start, self.batches[-1].stop)
 
 
 def _batches_to_fetch(runs: list[Run], fetched_rows: int | None) -> int:

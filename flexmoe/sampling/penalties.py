@@ -19,6 +19,8 @@ _FIRST_ROOM = 32
 
 #: Brings arrays to the device of the logits, all in one copy that nobody waits for.
 Upload = Callable[[Sequence[np.ndarray]], list[torch.Tensor]]
+#: Begins to bring a tensor to the host; what it returns waits for it.
+Download = Callable[[torch.Tensor], Callable[[], torch.Tensor]]
 
 
 class TokenCounts:

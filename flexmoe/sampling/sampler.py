@@ -28,7 +28,7 @@ from flexmoe.outputs import TokenLogprob
 from flexmoe.params import SamplingParams
 from flexmoe.sampling.grammar_masks import permit_only
 from flexmoe.sampling.logprobs import finite_rows, records, top_tokens
-from flexmoe.sampling.penalties import TokenCounts, Upload, add_bias, bar_tokens, penalize, waiting
+from flexmoe.sampling.penalties import Download, TokenCounts, Upload, add_bias, bar_tokens, penalize, waiting
 from flexmoe.sampling.random_draws import draw_keys, first_arrivals, stream_of
 from flexmoe.structured.row import RowGrammar
 
@@ -131,42 +131,63 @@ class Chosen:
     logprobs: list[TokenLogprob | None]
 
 
-@torch.inference_mode()
-def sample(
-    logits_RV: torch.Tensor, rows: Sequence[RowSampler], *, workspace_bytes: int, upload: Upload | None = None
-) -> Chosen:
-    """Choose a token for each row of logits. The host waits once, for the tokens; once more for rows that need a larger part of
-    the vocabulary sorted than most; and for the log-probabilities that are asked for.
+class Sampling:
+    """Chooses a token for each row of logits. When it is made, all that the device does for it is issued; the host waits later.
 
     Args:
         logits_RV: ``[R, V]`` in any float dtype, on the compute device; left as they are.
         rows: one per row of logits.
         workspace_bytes: how much memory may be taken beside the logits; at least one row is taken at a time.
         upload: brings arrays to the device; None: with a wait for each.
+        download: brings tokens to the host; None: with a wait for all that has been issued by then.
     """
-    special = [at for at, row in enumerate(rows) if not row.plain]
-    tokens_R = _most_probable(logits_RV) if len(special) < len(rows) else None
-    chosen = Chosen(tokens=[0] * len(rows), logprobs=[None] * len(rows))
-    upload = upload or waiting(logits_RV.device)
-    vocab = logits_RV.shape[-1]
-    step = max(1, workspace_bytes // (ROW_BYTES * vocab))
-    for nucleus in (*(size for size in NUCLEUS_TOKENS if size < vocab), vocab):
-        chunks = [_Chunk(special[at : at + step], rows, nucleus) for at in range(0, len(special), step)]
-        done = [chunk.sample(logits_RV, upload) for chunk in chunks]
-        if tokens_R is not None:
-            done.append(tokens_R)
-        tokens = torch.cat(done).tolist() if done else []
-        if tokens_R is not None:
-            chosen.tokens[:] = tokens[len(special) :]
-            tokens_R = None
-        for at, token in zip(special, tokens):
-            chosen.tokens[at] = token
-        for chunk in chunks:
-            chunk.report(chosen)
-        special = [at for at, token in zip(special, tokens) if token == _UNSURE]
-        if not special:
-            break
-    return chosen
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        logits_RV: torch.Tensor,
+        rows: Sequence[RowSampler],
+        *,
+        workspace_bytes: int,
+        upload: Upload | None = None,
+        download: Download | None = None,
+    ):
+        self._logits_RV, self._rows, self._upload = logits_RV, rows, upload or waiting(logits_RV.device)
+        vocab = logits_RV.shape[-1]
+        self._step = max(1, workspace_bytes // (ROW_BYTES * vocab))
+        self._sizes = [*(size for size in NUCLEUS_TOKENS if size < vocab), vocab]
+        self._special = [at for at, row in enumerate(rows) if not row.plain]
+        plain = [_most_probable(logits_RV)] if len(self._special) < len(rows) else []
+        self._chunks, tokens = self._sampled(self._special, self._sizes[0])
+        done = [*tokens, *plain]
+        bring: Download = download or (lambda tensor: tensor.cpu)
+        self._tokens = bring(torch.cat(done)) if done else None
+
+    @torch.inference_mode()
+    def chosen(self) -> Chosen:
+        """The tokens. The host waits for them once; once more for rows that need a larger part of the vocabulary sorted than most;
+        and for the log-probabilities that are asked for."""
+        chosen = Chosen(tokens=[0] * len(self._rows), logprobs=[None] * len(self._rows))
+        tokens = self._tokens().tolist() if self._tokens is not None else []
+        special, chunks = self._special, self._chunks
+        chosen.tokens[:] = tokens[len(special) :] or chosen.tokens
+        sizes = iter(self._sizes[1:])
+        while True:
+            for at, token in zip(special, tokens):
+                chosen.tokens[at] = token
+            for chunk in chunks:
+                chunk.report(chosen)
+            special = [at for at, token in zip(special, tokens) if token == _UNSURE]
+            if not special:  # when the whole vocabulary has been sorted at the latest
+                return chosen
+            chunks, done = self._sampled(special, next(sizes))
+            tokens = torch.cat(done).tolist()
+
+    def _sampled(self, special: Sequence[int], nucleus: int) -> tuple[list[_Chunk], list[torch.Tensor]]:
+        """Rows that do not want the most probable token: their chunks, and what these choose."""
+        places = range(0, len(special), self._step)
+        chunks = [_Chunk(special[at : at + self._step], self._rows, nucleus) for at in places]
+        return chunks, [chunk.sample(self._logits_RV, self._upload) for chunk in chunks]
 
 
 def _most_probable(logits_RV: torch.Tensor) -> torch.Tensor:
@@ -192,7 +213,7 @@ class _Chunk:
         nucleus: as in `filter_logits`.
     """
 
-    def __init__(self, places: list[int], rows: Sequence[RowSampler], nucleus: int):
+    def __init__(self, places: Sequence[int], rows: Sequence[RowSampler], nucleus: int):
         self._places, self._rows, self._nucleus = places, [rows[at] for at in places], nucleus
         self._drawn = [at for at, row in enumerate(self._rows) if not row.params.greedy]
         self._reported: _Reported | None = None

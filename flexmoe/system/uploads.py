@@ -1,11 +1,11 @@
-"""Small host arrays on their way to the compute device, through pinned memory of which every sweep uses the same.
+"""Small arrays on their way to the compute device, and back, through pinned memory of which every sweep uses the same.
 
 A copy from memory that is not pinned waits until the device has it, and with it for all that the stream has to do before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -73,6 +73,41 @@ class Uploads:
             self._buffer, self._used = self._device.host_buffer(2 * (len(self._buffer) + nbytes)), 0
         self._used += nbytes
         return self._buffer[self._used - nbytes : self._used]
+
+
+class Downloads:
+    """Copies to the host on the compute stream: whoever waits for one waits for what was issued before it, and for nothing that was
+    issued later. On device cpu there is nothing to copy.
+
+    Args:
+        device: the compute device.
+    """
+
+    def __init__(self, device: Device):
+        self._device, self._used = device, 0
+        self._buffer = device.host_buffer(_FIRST_BYTES) if device.is_cuda else torch.empty(0, dtype=torch.uint8)
+
+    def begin(self) -> None:
+        """A sweep begins; what the last one brought has been read."""
+        self._used = 0
+
+    def bring(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to bring a tensor; what is returned waits until it has come, and gives it. It is to be read before the next sweep."""
+        if not self._device.is_cuda:
+            return lambda: tensor
+        nbytes = -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+        if self._used + nbytes > len(self._buffer):  # those who wait for parts of the old one hold it
+            self._buffer, self._used = self._device.host_buffer(2 * (len(self._buffer) + nbytes)), 0
+        pinned = _as(self._buffer[self._used : self._used + nbytes], tensor)
+        self._used += nbytes
+        pinned.copy_(tensor, non_blocking=True)
+        copied = self._device.record()
+
+        def arrived() -> torch.Tensor:
+            copied.synchronize()
+            return pinned
+
+        return arrived
 
 
 def _as(raw: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,7 @@ def random_shape(rng):
         stored_batches=fetched | on_cpu,
         disk_batches=some(fetched),
         on_demand=frozenset(i for i in some(range(layers)) if any(e.tier != "gpu" for e in units.experts[i])),
+        head_in_halves=rng.random() < 0.5,
     )
 
 
@@ -149,6 +150,49 @@ def test_two_halves_march_half_a_layer_apart():
         *(("expert", 1, e1), ("collect", 2, -1), ("head", 2, UnitId("head", 2)), ("sample", 2, -1)),
     ]
     assert [op.releases for op in sweep(shape) if op.releases] == [a0, E1, E0, a1, e1, UnitId("head", 2)]
+
+
+def test_the_first_half_gets_its_logits_before_the_last_experts_of_the_second():
+    e0, e1, h0, h1 = UnitId("expert", 0, 0), UnitId("expert", 0, 1), UnitId("head", 1, 0), UnitId("head", 1, 1)
+    shape = SweepShape(
+        units=SweepUnits.of({A0: "gpu", e0: "gpu", e1: "cpu", h0: "disk", h1: "gpu"}),
+        activation_tiers=("gpu", "cpu", "gpu"),
+        half_blocks=2,
+        head_in_halves=True,
+    )
+    ops = list(sweep(shape))
+    last = [op for op in ops if op.id >= find(ops, kind="route", half=1)[0].id]
+    assert [(op.kind, op.half, op.unit or op.batch, op.releases) for op in last] == [
+        *(("route", 1, -1, None), ("load_act", 0, 1, None), ("collect", 0, -1, None)),
+        *(("read", 0, h0, None), ("copy", 0, h0, None), ("head", 0, h0, None), ("head", 0, h1, None)),
+        ("sample", 0, -1, None),
+        *(("expert", 1, e1, e1), ("expert", 1, e0, e0), ("collect", 1, -1, None)),
+        *(("head", 1, h0, h0), ("head", 1, h1, h1), ("sample", 1, -1, None)),
+    ]
+    whole = list(sweep(replace(shape, head_in_halves=False)))
+    assert [op.kind for op in whole if op.lane == "gpu"][-6:] == [
+        "expert",
+        "expert",
+        "collect",
+        "head",
+        "head",
+        "sample",
+    ]
+    assert [(op.half, op.releases) for op in find(whole, kind="head")] == [(0, h0), (0, h1)]
+
+
+def test_a_half_that_gets_its_tokens_alone_waits_for_no_expert_of_the_other_one():
+    seen = 0
+    for shape in in_halves():
+        ops = list(sweep(shape))
+        assert [op.half for op in find(ops, kind="sample")] == ([0, 1] if shape.head_in_halves else [0])
+        if shape.head_in_halves:
+            seen += 1
+            sample = find(ops, kind="sample", half=0)[0]
+            own, others = (find(ops, kind="expert", layer=len(shape.units.attention) - 1, half=half) for half in (0, 1))
+            assert own[-1].id in reaches(ops, sample) and own[-1].id < sample.id < others[0].id
+            assert not {op.id for op in others} & reaches(ops, sample)
+    assert seen > 5
 
 
 def test_a_half_is_projected_again_while_the_last_batch_of_the_other_one_is_attended():
@@ -283,7 +327,7 @@ def test_every_streamed_unit_is_read_and_copied_before_its_use():
             unit, kind = step.unit, users[step.unit.kind]
             uses = find(ops, kind=kind, **({"layer": unit.layer} if kind == "attend" else {"unit": unit}))
             copies, reads = find(ops, kind="copy", unit=unit), find(ops, kind="read", unit=unit)
-            assert uses
+            assert len(uses) >= (2 if kind == "head" and shape.first_part else 1)
             assert len(copies) == (step.tier != "gpu")
             assert len(reads) == (step.tier == "disk")
             for use in uses:
@@ -399,8 +443,9 @@ def test_two_halves_need_slots_for_a_layer_and_the_attention_of_the_next_and_no_
     for seed, shape in enumerate(in_halves(50)):
         away = [[step.tier != "gpu" for step in experts] for experts in shape.units.experts]
         attention = [step.tier != "gpu" for step in (*shape.units.attention, *shape.units.attention[-1:])]
-        last = len(away) - 1
-        held = max(sum(own) + attention[at] + (attention[at + 1] and at < last) for at, own in enumerate(away))
+        last, head = len(away) - 1, sum(step.tier != "gpu" for step in shape.units.head)
+        ahead_of = [sum(own) + attention[at] + attention[at + 1] for at, own in enumerate(away[:last])]
+        held = max(*ahead_of, sum(away[last]) + max(attention[last], head if shape.head_in_halves else 0), 0)
         ops = list(sweep(shape))
         assert len(run_on_lanes(ops, max(1, held), random.Random(seed))) == len(ops)
         assert held < 2 or len(run_on_lanes(ops, held - 1, random.Random(seed))) < len(ops)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flexmoe import EngineRequest, SamplingParams
-from flexmoe.sampling.sampler import RowSampler, sample
+from flexmoe.sampling.sampler import RowSampler, Sampling
 from tests.support.engines import RESIDENT, STREAMED
 
 #: Where KV lives and how it is attended: (percents, percent attended on the CPU).
@@ -47,6 +47,11 @@ def reference(variant, prompt, count, **asked):
         _KNOWN[about] = _computed(variant, prompt, count, **asked)
     ids, found = _KNOWN[about]
     return list(ids), list(found)
+
+
+def sample(logits_RV, rows, **more):
+    """Tokens of rows of logits, waited for."""
+    return Sampling(logits_RV, rows, **more).chosen()
 
 
 @torch.no_grad()

@@ -79,6 +79,8 @@ CAUGHT = {
     Mutant("synchronize", "engine/hidden_states._store"): ("hidden states on disk", 0),
     Mutant("synchronize", "kernels/expert_dispatch.route"): ("weights from pinned memory", 0),
     Mutant("synchronize", "kv/transfers._wait_for_copies"): ("prompts from tier to tier", 0),
+    Mutant("synchronize", "system/uploads.arrived"): ("two half-blocks of pinned weights", 0),
+    Mutant("record", "system/uploads.bring"): ("two half-blocks of pinned weights", 0),
     # A copy takes what has not been computed yet.
     Mutant("wait", "kv/transfers._bring_down"): ("fetched KV", 0),
     Mutant("record", "kv/transfers.store"): ("fetched KV", 0),

@@ -76,7 +76,13 @@ def test_the_index_tensors_of_a_sweep_travel_in_one_copy(pretend, tiny, tmp_path
     variant, calls, real, sweeps = tiny("gqa-8-to-2"), [], Uploads.__call__, []
     monkeypatch.setattr(Uploads, "__call__", lambda self, arrays: calls.append(arrays) or real(self, arrays))
     run = Executor.run
-    monkeypatch.setattr(Executor, "run", lambda *args: (calls.clear(), run(*args), sweeps.append(len(calls)))[1])
+
+    def counted(*args):
+        calls.clear()
+        yield from run(*args)
+        sweeps.append(len(calls))
+
+    monkeypatch.setattr(Executor, "run", counted)
     check(variant, CASES[1], "cuda", tmp_path, monkeypatch)
     assert set(sweeps) == {1}
 
@@ -88,11 +94,16 @@ def test_no_operation_of_a_sweep_waits_for_the_gpu_in_secret(case, tiny, tmp_pat
     run = Executor.run
 
     def watched(executor, block):
-        torch.cuda.set_sync_debug_mode("error")  # of any thread; waits for events are no operations
-        try:
-            return run(executor, block)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        parts, part = run(executor, block), None
+        while True:
+            torch.cuda.set_sync_debug_mode("error")  # of any thread; waits for events are no operations
+            try:
+                part = next(parts, None)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            if part is None:
+                return
+            yield part
 
     monkeypatch.setattr(Executor, "run", watched)
     check(tiny(case.variant), case, "cuda", tmp_path, monkeypatch)

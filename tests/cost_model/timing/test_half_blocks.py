@@ -101,6 +101,49 @@ def test_a_sweep_marches_as_one_where_nothing_can_be_hidden():
         assert len(costs.cut(load, 8, on_demand)) == halves
 
 
+def test_the_host_books_the_first_half_while_the_second_one_computes():
+    """In closed form and in the walk: what is left at the end of a sweep is less by the part of its rows."""
+    load = decoding(4096, context=100, cpu=4096)
+    costs, policy = costs_of(
+        (100, 0, 0, 100, 100, 0),
+        arch=replace(MIXTRAL, num_layers=8),
+        rows=512,
+        batches=8,
+        half_blocks=2,
+        cpu_attention_percent=100,
+        hardware={"row_s": 2e-5},
+    )
+    seconds = {}
+    for within in (True, False):
+        costs.booked_s = lambda rows, within=within: 0.3 * rows * 2e-5 * within
+        closed_s = sweep_time(costs, load, policy.gpu_batch_size).total_s
+        seconds[within] = closed_s, Replayer(costs, policy.gpu_batch_size).steady(load)[0]
+    (closed_s, walked_s), (closed_before_s, walked_before_s) = seconds[True], seconds[False]
+    booked_s = 0.3 * 2048 * 2e-5
+    assert closed_before_s - closed_s == pytest.approx(booked_s, rel=0.01)
+    assert walked_before_s - walked_s == pytest.approx(booked_s, rel=0.1)
+
+
+def test_the_head_is_computed_for_each_half_where_its_units_have_room_beside_a_layer():
+    """Twice over half of the rows; they cross the link once."""
+    load = decoding(4096, cpu=4096)
+    for slots, parts in ((2, 1), (8, 2)):
+        costs, policy = costs_of(
+            (0, 100, 0, 100, 100, 0), arch=MANY_EXPERTS, rows=1024, batches=4, half_blocks=2, weight_slots=slots
+        )
+        head = costs.streamed("cpu")[2][0]
+        assert 2 < head <= 8
+        assert costs.allocation.head_in_halves == (parts == 2)
+        halves = costs.cut(load, policy.gpu_batch_size, None)
+        assert costs.part_shares(halves) == ([0.5, 0.5] if parts == 2 else [1.0])
+        spans = Replayer(costs, policy.gpu_batch_size).replay([load], keep_spans=True).spans
+        names = [name for track, name, *_ in spans if track == "gpu"]
+        assert sum(name.startswith("head") for name in names) == parts * head
+        assert sum(name.startswith("sample") for name in names) == parts
+        copied = [name for track, name, *_ in spans if track == "h2d" and name.startswith("head")]
+        assert head <= len(copied) < 2 * head
+
+
 def random_policy(rng, halves):
     w_gpu = rng.choice([0.0, rng.uniform(0, 100)])
     return Policy.from_percent(

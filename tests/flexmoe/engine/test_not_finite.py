@@ -33,8 +33,10 @@ ASKED = (
 def make(tmp_path):
     made = []
 
-    def call(directory, percent=RESIDENT, **options):
-        policy = Policy.from_percent(percent, gpu_batch_size=3, num_gpu_batches=2, prompt_len=30, gen_len=6)
+    def call(directory, percent=RESIDENT, half_blocks=1, **options):
+        policy = Policy.from_percent(
+            percent, gpu_batch_size=3, num_gpu_batches=2, prompt_len=30, gen_len=6, half_blocks=half_blocks
+        )
         made.append(
             LLM(directory, policy=policy, workload=Workload(prompt_len=30, gen_len=6), **offload(tmp_path), **options)
         )
@@ -46,15 +48,18 @@ def make(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value, percent",
+    "value, percent, half_blocks",
     [
-        pytest.param(torch.nan, RESIDENT, id="nan-resident"),
-        pytest.param(torch.inf, STREAMED, id="inf-streamed"),
-        pytest.param(torch.inf, RESIDENT, id="inf-resident", marks=pytest.mark.slow),
-        pytest.param(torch.nan, STREAMED, id="nan-streamed", marks=pytest.mark.slow),
+        pytest.param(torch.nan, RESIDENT, 1, id="nan-resident"),
+        pytest.param(torch.inf, STREAMED, 2, id="inf-streamed-halves"),
+        pytest.param(torch.inf, STREAMED, 1, id="inf-streamed", marks=pytest.mark.slow),
+        pytest.param(torch.inf, RESIDENT, 1, id="inf-resident", marks=pytest.mark.slow),
+        pytest.param(torch.nan, STREAMED, 1, id="nan-streamed", marks=pytest.mark.slow),
     ],
 )
-def test_a_broken_embedding_fails_the_prompts_with_it_and_no_others(value, percent, tiny, make, tmp_path, caplog):
+def test_a_broken_embedding_fails_the_prompts_with_it_and_no_others(
+    value, percent, half_blocks, tiny, make, tmp_path, caplog
+):
     rng = random.Random(5)
 
     def draw(number):
@@ -70,7 +75,7 @@ def test_a_broken_embedding_fails_the_prompts_with_it_and_no_others(value, perce
 
     requests = [draw(number) for number in range(3 * len(ASKED))]
     want = run(make(edited(tiny, tmp_path / "sound", lambda tensors: None), percent), *requests)
-    llm = make(edited(tiny, tmp_path / "broken", break_it), percent)
+    llm = make(edited(tiny, tmp_path / "broken", break_it), percent, half_blocks)
     with caplog.at_level(logging.WARNING):
         got = run(llm, *requests)
     for asked in requests:

@@ -20,7 +20,8 @@ from flexmoe.params import SamplingParams
 from flexmoe.sampling.logprobs import PromptScores, top_tokens
 from flexmoe.sampling.penalties import TokenCounts, add_bias, penalize, waiting
 from flexmoe.sampling.random_draws import draw_keys, log_exponentials, philox, stream_of, token_words
-from flexmoe.sampling.sampler import NOT_FINITE, NUCLEUS_TOKENS, RowSampler, draw, filter_logits, sample
+from flexmoe.sampling.sampler import NOT_FINITE, NUCLEUS_TOKENS, RowSampler, Sampling, draw, filter_logits
+from tests.support.references import sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOMY = 1 << 24
@@ -319,6 +320,19 @@ def mixed_rows(count=40, vocab=120):
         for at in range(count)
     ]
     return logits(count, vocab, seed=9), rows
+
+
+def test_tokens_are_on_their_way_when_a_choice_is_made_and_are_waited_for_when_they_are_asked_for():
+    x, rows = mixed_rows()
+    brought, waited = [], []
+
+    def download(tensor):
+        brought.append(tensor)
+        return lambda: waited.append(tensor) or tensor
+
+    sampling = Sampling(x, rows, workspace_bytes=ROOMY, download=download)
+    assert len(brought) == 1 and not waited
+    assert sampling.chosen() == sample(x, rows, workspace_bytes=ROOMY) and len(waited) == 1
 
 
 @pytest.mark.parametrize("workspace", [0, 48 * 120 * 3, ROOMY])

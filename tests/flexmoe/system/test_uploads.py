@@ -1,12 +1,14 @@
 """Small arrays of a sweep go to the device in one copy, from memory that nobody writes to until they are there."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexmoe.system.device import Device
-from flexmoe.system.uploads import Uploads
+from flexmoe.system.uploads import Downloads, Uploads
 from tests.support.pretend_cuda import PretendCuda
 
 ARRAYS = [
@@ -66,6 +68,29 @@ def test_what_is_under_way_is_not_written_over_until_a_sweep_begins(monkeypatch)
     with Copies() as copies:
         uploads([np.full(3, 3)])
     assert inside(copies.made[-1][0], device.pinned[-1:]), "the largest buffer is used again"
+
+
+@pytest.mark.parametrize("device", [Device("cpu"), PretendCuda()], ids=["cpu", "cuda"])
+def test_what_is_brought_down_arrives_as_it_is_and_is_kept_until_the_next_sweep(device):
+    downloads = Downloads(device)
+    for _ in range(2):
+        sent = [torch.arange(size) + size for size in (3, 0, 40_000, 300_000, 5)]
+        arrived = [downloads.bring(tensor) for tensor in sent]
+        assert all(torch.equal(get(), tensor) for get, tensor in zip(arrived, sent, strict=True))
+        downloads.begin()
+
+
+def test_downloads_land_in_pinned_memory_and_wait_for_their_own_copy_only(monkeypatch):
+    device, waited = PretendCuda(), []
+    downloads = Downloads(device)
+    events = [SimpleNamespace(synchronize=lambda at=at: waited.append(at)) for at in range(2)]
+    recorded = iter(events)
+    monkeypatch.setattr(device, "record", lambda stream=None: next(recorded))
+    with Copies() as copies:
+        first, second = downloads.bring(torch.arange(4)), downloads.bring(torch.arange(6))
+    assert [inside(target, device.pinned) for _, target in copies.made] == [True, True] and not waited
+    assert torch.equal(second(), torch.arange(6)) and waited == [1]
+    assert torch.equal(first(), torch.arange(4)) and waited == [1, 0]
 
 
 def test_attributes_are_replaced():
