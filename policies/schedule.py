@@ -24,6 +24,8 @@ from policies.units import KINDS, UnitId
 LANES = ("disk_read", "disk_write", "h2d", "d2h", "gpu", "cpu")
 #: GPU batches whose fetched KV has a place on the device at a time.
 KV_BUFFERS = 2
+#: Tokens of an expert in a half-block, at least, on device cpu: so many that its products run at the rate of larger ones.
+LEAST_HALF_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +82,7 @@ class SweepShape:
         stored_batches: GPU batches that have rows whose KV home is not the GPU.
         disk_batches: GPU batches that have rows whose KV home is the disk.
         on_demand: layers whose streamed experts are moved on demand: only those routed to, once that is known.
-        half_blocks: as in `policies.policy.Policy`; `first_half` says whether this sweep marches so.
+        half_blocks: from `halves_of_sweep`; `first_half` says whether this sweep marches so.
         head_in_halves: the slots beside those that hold a layer have room for the streamed units of the head, so that they can
             stay there until both half-blocks have used them.
     """
@@ -112,6 +114,20 @@ class SweepShape:
         """GPU batches of the first half-block, if its rows get their tokens before those of the second one; 0 where all rows get
         them together."""
         return self.first_half if self.head_in_halves else 0
+
+
+def halves_of_sweep(half_blocks: int, device: str, expert_tokens: float) -> int:
+    """As how many half-blocks a sweep may march.
+
+    On device cpu as one where few tokens come to an expert: its products are bound by the weights, and over two halves take nearly
+    twice as long. A GPU reads weights much faster than they come.
+
+    Args:
+        half_blocks: as in `policies.policy.Policy`.
+        device: ``cpu`` or ``cuda``.
+        expert_tokens: tokens of the sweep that an expert gets in the mean.
+    """
+    return half_blocks if device != "cpu" or expert_tokens >= 2 * LEAST_HALF_TOKENS else 1
 
 
 def in_first_half(batches: int) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import flexmoe  # noqa: F401
+from policies import schedule
 
 ROOT = Path(__file__).parents[1]
 #: What is kept between runs of the tests (the compiled library), apart from what the user's own runs keep.
@@ -133,3 +134,9 @@ def _threads(count):
     torch.set_num_threads(count)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small_halves(monkeypatch):
+    """Two half-blocks march on device cpu with however few tokens."""
+    monkeypatch.setattr(schedule, "LEAST_HALF_TOKENS", 0)

@@ -85,7 +85,7 @@ class Replayer:
         self._costs, self._rows = costs, gpu_batch_size
         self._units = SweepUnits.of(costs.allocation.placement.tier_of)
         self._streams: dict[frozenset[int], tuple[WeightQueues, Buffers]] = {}
-        self._programs: dict[tuple[_Shapes, frozenset[int], bool], Program] = {}
+        self._programs: dict[tuple[_Shapes, int, frozenset[int], bool], Program] = {}
         self._speeds = _KnownSpeeds(costs)
 
     def replay(self, loads: Sequence[SweepLoad], *, keep_spans: bool = False) -> Replayed:
@@ -134,7 +134,7 @@ class Replayer:
                 cut = [batch for half in halves for batch in half]
                 seconds = table_of_seconds(costs, halves, load, demand)
                 nbytes = table_of_bytes(costs, cut, demand) if record else ()
-                program = self._program(cut, on_demand, one_by_one=record is not None)
+                program = self._program(cut, len(halves), on_demand, one_by_one=record is not None)
                 loop.turn_to(*self._stream(on_demand))
             loop.sweep(program, seconds, nbytes)
             lanes_s = _lanes_s(loop.active_s)
@@ -151,9 +151,9 @@ class Replayer:
             self._streams[on_demand] = weight_queues(self._costs, self._units, on_demand), buffers
         return self._streams[on_demand]
 
-    def _program(self, cut: Sequence[BatchLoad], on_demand: frozenset[int], one_by_one: bool) -> Program:
+    def _program(self, cut: Sequence[BatchLoad], halves: int, on_demand: frozenset[int], one_by_one: bool) -> Program:
         shapes = tuple((b.new["fetch"] + b.new["disk"] > 0, b.new["cpu"] > 0, b.new["disk"] > 0) for b in cut)
-        key = shapes, on_demand, one_by_one
+        key = shapes, halves, on_demand, one_by_one
         if key not in self._programs:
             tiers = self._costs.allocation.activation_tiers
             fetched, on_cpu, on_disk = (frozenset(j for j, own in enumerate(shapes) if own[k]) for k in range(3))
@@ -165,7 +165,7 @@ class Replayer:
                 stored_batches=fetched | on_cpu,
                 disk_batches=on_disk,
                 on_demand=on_demand,
-                half_blocks=self._costs.half_blocks,
+                half_blocks=halves,
                 head_in_halves=self._costs.allocation.head_in_halves,
             )
             queues = self._stream(on_demand)[0]

@@ -21,6 +21,7 @@ from cost_model.routing.demand import Demand, Routing
 from cost_model.timing.sweep_load import BatchLoad, SweepLoad, batches, half_batches
 from policies.placement import TIERS
 from policies.policy import Policy
+from policies.schedule import halves_of_sweep
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,7 +120,9 @@ class Costs:
 
     def cut(self, load: SweepLoad, gpu_batch_size: int, demand: Demand | None) -> list[list[BatchLoad]]:
         """The GPU batches of a sweep, of each half-block; of one where the block marches as one (`SweepShape.first_half`)."""
-        if self.half_blocks == 1 or demand is not None:
+        expert_tokens = load.tokens * self.arch.top_k / self.arch.num_experts
+        halves = halves_of_sweep(self.half_blocks, self.hardware.device, expert_tokens)
+        if halves == 1 or demand is not None:
             return [batches(load, gpu_batch_size)]
         moves = self._streams or any(group.rows > 0 for mode, group in load.groups.items() if mode != "gpu")
         fetched_rows = self._fetched_share * gpu_batch_size

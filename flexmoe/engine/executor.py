@@ -40,7 +40,7 @@ from flexmoe.system.uploads import Downloads, Uploads
 from flexmoe.weights.store import EmbeddingTable
 from flexmoe.weights.supply import WeightFeed
 from policies.admission.row_state import AttentionMode
-from policies.schedule import Op, SweepShape, SweepUnits, sweep
+from policies.schedule import Op, SweepShape, SweepUnits, halves_of_sweep, sweep
 from policies.units import UnitId
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -214,9 +214,13 @@ class Executor:
             stored_batches=having(lambda g: g.mode is not AttentionMode.GPU),
             disk_batches=having(lambda g: any(r.kv.tier == "disk" for r in g.runs)),
             on_demand=self._feed.begin(block.tokens),
-            half_blocks=self._half_blocks,
+            half_blocks=self._halves_of(block),
             head_in_halves=self._head_in_halves,
         )
+
+    def _halves_of(self, block: Block) -> int:
+        arch, device = self._family.arch, "cuda" if self._device.is_cuda else "cpu"
+        return halves_of_sweep(self._half_blocks, device, block.tokens * arch.top_k / arch.num_experts)
 
     def _batch(self, op: Op) -> Batch:
         return self._block.batches[op.batch]

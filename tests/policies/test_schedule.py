@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from policies.schedule import LANES, SweepShape, SweepUnits, sweep
+from policies.schedule import LANES, SweepShape, SweepUnits, halves_of_sweep, sweep
 from policies.units import EMBEDDING, UnitId
 
 TIERS = ("gpu", "cpu", "disk")
@@ -449,3 +449,11 @@ def test_two_halves_need_slots_for_a_layer_and_the_attention_of_the_next_and_no_
         ops = list(sweep(shape))
         assert len(run_on_lanes(ops, max(1, held), random.Random(seed))) == len(ops)
         assert held < 2 or len(run_on_lanes(ops, held - 1, random.Random(seed))) < len(ops)
+
+
+@pytest.mark.parametrize(
+    "half_blocks, device, tokens, found",
+    [(2, "cpu", 255, 1), (2, "cpu", 256, 2), (1, "cpu", 256, 1), (2, "cuda", 1, 2), (1, "cuda", 256, 1)],
+)
+def test_on_the_cpu_few_tokens_of_an_expert_march_as_one(half_blocks, device, tokens, found):
+    assert halves_of_sweep(half_blocks, device, tokens) == found

@@ -22,7 +22,7 @@ from tests.support import flash
 from tests.support.allocations import Allocations
 from tests.support.tiny import BASE
 
-pytestmark = pytest.mark.usefixtures("one_thread", "pretend")
+pytestmark = pytest.mark.usefixtures("small_halves", "one_thread", "pretend")
 PRESETS = sorted((Path(policies.__file__).parent / "presets").glob("[!c]*/*.json"))
 SHAPE = {"model_type": "mixtral", "dtype": "float32", "num_local_experts": 8, "num_hidden_layers": 4}
 SWEEPS = 6

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from tests.support.exactness import DEVICES, PLACEMENTS, Case, check, make_llm, quick_of, sample
 from tests.support.tiny import GEN_LEN, RECIPES, Variant, transformers_greedy
 
-pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
+pytestmark = pytest.mark.usefixtures("small_halves", "one_thread", "loads_cost_their_bytes")
 
 
 @pytest.mark.parametrize("device", DEVICES)

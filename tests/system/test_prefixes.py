@@ -15,7 +15,7 @@ from tests.support.engines import RESIDENT, is_clean
 from tests.support.exactness import Case, check, make_llm
 from tests.support.tiny import GEN_LEN, LONGEST_ROW, Variant, assert_greedy, offload, transformers_greedy
 
-pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
+pytestmark = pytest.mark.usefixtures("small_halves", "one_thread", "loads_cost_their_bytes")
 PAGE = 16
 
 

@@ -101,6 +101,16 @@ def test_a_sweep_marches_as_one_where_nothing_can_be_hidden():
         assert len(costs.cut(load, 8, on_demand)) == halves
 
 
+def test_on_the_cpu_a_sweep_of_few_tokens_marches_as_one():
+    """Experts are bound by their weights there, so over two halves they would take twice as long."""
+    costs, policy = costs_of((5, 95, 100, 0, 100, 0), machine="cpu", rows=512, batches=8, half_blocks=2)
+    few, many = decoding(1000), decoding(1024)  # of 8 experts, 2 for each token
+    assert [len(costs.cut(load, policy.gpu_batch_size, None)) for load in (few, many)] == [1, 2]
+    alone, _ = costs_of((5, 95, 100, 0, 100, 0), machine="cpu", rows=512, batches=8)
+    took = [Replayer(each, policy.gpu_batch_size).steady(few)[0] for each in (costs, alone)]
+    assert took[0] == pytest.approx(took[1])
+
+
 def test_the_host_books_the_first_half_while_the_second_one_computes():
     """In closed form and in the walk: what is left at the end of a sweep is less by the part of its rows."""
     load = decoding(4096, context=100, cpu=4096)

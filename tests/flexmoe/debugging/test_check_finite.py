@@ -14,7 +14,7 @@ from tests.support.engines import RESIDENT, STREAMED, is_clean
 from tests.support.tiny import offload
 from tests.support.tiny_gpt_oss import recipe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("small_halves", "one_thread")
 #: A token that no prompt of the tests has by chance.
 BAD = 7
 SOUND = [11 + 3 * at for at in range(40)]

@@ -20,7 +20,7 @@ from tests.support.engines import RESIDENT, STREAMED
 from tests.support.paths import ROOT
 from tests.support.tiny import offload
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("small_halves", "one_thread")
 #: None begins like another.
 PROMPTS = [[11 + count + 5 * at for at in range(count)] for count in (20, 4, 33, 1, 17)]
 

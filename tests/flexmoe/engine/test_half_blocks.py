@@ -9,12 +9,12 @@ from flexmoe import LLM
 from flexmoe.engine.engine import Engine
 from flexmoe.engine.executor import Executor
 from flexmoe.sampling.sampler import Sampling
-from policies import Policy, Workload
+from policies import Policy, Workload, schedule
 from tests.support.engines import is_clean
 from tests.support.references import HOMES, request, run
 from tests.support.tiny import offload
 
-pytestmark = pytest.mark.usefixtures("one_thread", "loads_cost_their_bytes")
+pytestmark = pytest.mark.usefixtures("small_halves", "one_thread", "loads_cost_their_bytes")
 ASKED = (
     {},
     {"temperature": 0.9, "seed": 3},
@@ -178,3 +178,13 @@ def test_where_the_head_has_no_room_in_the_slots_all_rows_get_their_tokens_at_th
     events, last = events_of(monkeypatch, llm), variant.model.config.num_hidden_layers - 1
     assert ("experts", 1, last) in events
     assert events[-3:] == [("sample", 0), ("wait", 0), ("booked", 6)]
+
+
+def test_on_the_cpu_a_sweep_of_few_tokens_marches_as_one(make, tiny, monkeypatch):
+    monkeypatch.setattr(schedule, "LEAST_HALF_TOKENS", 3)
+    variant, llm = tiny(), make("cpu", 2, rows=2, batches=3)
+    for at in range(6):
+        llm.engine.submit(request(variant.prompts[1], f"k{at}", request_id=str(at), max_tokens=4, ignore_eos=True))
+    prompts, tokens = events_of(monkeypatch, llm), events_of(monkeypatch, llm)
+    assert {half for kind, half, *_ in prompts if kind == "experts"} == {0, 1}
+    assert {half for kind, half, *_ in tokens if kind == "experts"} == {0}

@@ -15,7 +15,7 @@ from tests.support.engines import RESIDENT, STREAMED, is_clean
 from tests.support.references import request, run
 from tests.support.tiny import offload
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("small_halves", "one_thread")
 #: Its embedding is broken in the checkpoint `broken`; no row generates it.
 BAD = 7
 ASKED = (
