@@ -14,7 +14,7 @@ GPU computes those, the host chooses and books its tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from typing import Any
@@ -83,8 +83,6 @@ class SweepShape:
         disk_batches: GPU batches that have rows whose KV home is the disk.
         on_demand: layers whose streamed experts are moved on demand: only those routed to, once that is known.
         half_blocks: from `halves_of_sweep`; `first_half` says whether this sweep marches so.
-        head_in_halves: the slots beside those that hold a layer have room for the streamed units of the head, so that they can
-            stay there until both half-blocks have used them.
     """
 
     units: SweepUnits
@@ -95,7 +93,6 @@ class SweepShape:
     disk_batches: frozenset[int] = frozenset()
     on_demand: frozenset[int] = frozenset()
     half_blocks: int = 1
-    head_in_halves: bool = False
 
     @property
     def first_half(self) -> int:
@@ -112,8 +109,8 @@ class SweepShape:
     @property
     def first_part(self) -> int:
         """GPU batches of the first half-block, if its rows get their tokens before those of the second one; 0 where all rows get
-        them together."""
-        return self.first_half if self.head_in_halves else 0
+        them together: so they do where the head is streamed, which would take slots from what comes ahead until both have used it."""
+        return self.first_half if all(step.tier == "gpu" for step in self.units.head) else 0
 
 
 def halves_of_sweep(half_blocks: int, device: str, expert_tokens: float) -> int:
@@ -211,35 +208,22 @@ def sweep(shape: SweepShape, *, overlap: bool = True) -> Iterator[Op]:
                 last = build.add("expert", "gpu", layer, (arrived, route), unit=step.unit, releases=step.unit)
         ready = [(last, home) for home in stored]
         yield from build.drain()
-    _head(build, shape, range(count), ready, _fetch_head(build, shape))
+    _head(build, shape, range(count), ready)
     yield from build.drain()
 
 
-def _fetch_head(build: _Builder, shape: SweepShape) -> Iterator[int]:
-    """The transfer of each unit of the head, asked for when it is needed."""
-    return (_fetch(build, len(shape.units.attention), step) for step in shape.units.head)
-
-
 def _head(
-    build: _Builder,
-    shape: SweepShape,
-    batches: Sequence[int],
-    ready: Sequence[tuple[int, ...]],
-    arrived: Iterable[int],
-    half: int = 0,
-) -> list[int]:
-    """From the hidden states of some batches to their tokens. ``arrived`` are the transfers of the head's units, which the last
-    batches of the block need last. Returns those transfers."""
-    last, used = len(shape.units.attention), []
+    build: _Builder, shape: SweepShape, batches: Sequence[int], ready: Sequence[tuple[int, ...]], half: int = 0
+) -> None:
+    """From the hidden states of some batches to their tokens."""
+    last = len(shape.units.attention)
     gathered = [_load_act(build, shape, last, j, ready[j]) for j in batches]
     done = [build.add("collect", "gpu", last, gathered, half=half)]
-    frees = batches[-1] == len(shape.activation_tiers) - 1
-    for step, copied in zip(shape.units.head, arrived):
-        used.append(copied)
-        unit = step.unit if frees else None
-        done.append(build.add("head", "gpu", last, (copied, done[-1]), unit=step.unit, half=half, releases=unit))
+    is_last = batches[-1] == len(shape.activation_tiers) - 1
+    for step in shape.units.head:
+        deps, unit = (_fetch(build, last, step), done[-1]), step.unit if is_last else None
+        done.append(build.add("head", "gpu", last, deps, unit=step.unit, half=half, releases=unit))
     build.add("sample", "gpu", last, done, half=half)
-    return used
 
 
 def _fetch(build: _Builder, layer: int, step: UnitStep) -> int:
@@ -371,12 +355,12 @@ class _HalfBlocks:
             yield from self._build.drain()
         build, shape, ready = self._build, self._shape, self._ready
         if shape.first_part:
-            arrived = _head(build, shape, self._batches[0], ready, _fetch_head(build, shape))
-            self._experts(self._pending[1], 1, 1)
-            _head(build, shape, self._batches[1], ready, arrived, half=1)
+            _head(build, shape, self._batches[0], ready)
+        self._experts(self._pending[1], 1, 1)
+        if shape.first_part:
+            _head(build, shape, self._batches[1], ready, half=1)
         else:
-            self._experts(self._pending[1], 1, 1)
-            _head(build, shape, range(len(ready)), ready, _fetch_head(build, shape))
+            _head(build, shape, range(len(ready)), ready)
         yield from build.drain()
 
     def _turn(

@@ -74,10 +74,8 @@ class Allocation:
 
     @property
     def head_in_halves(self) -> bool:
-        """Whether the streamed units of the head have room in the slots beside those that hold a layer, so that the first of two
-        half-blocks can use them before the second one does."""
-        streamed = self.placement.count_of("cpu", "head") + self.placement.count_of("disk", "head")
-        return streamed <= self.slots - self.held_slots
+        """Whether each of two half-blocks has the head computed for itself (`policies.schedule.SweepShape.first_part`)."""
+        return not self.placement.count_of("cpu", "head") + self.placement.count_of("disk", "head")
 
     @property
     def shares_disk(self) -> bool:

@@ -166,7 +166,6 @@ class Replayer:
                 disk_batches=on_disk,
                 on_demand=on_demand,
                 half_blocks=halves,
-                head_in_halves=self._costs.allocation.head_in_halves,
             )
             queues = self._stream(on_demand)[0]
             self._programs[key] = compile_sweep(self._costs.arch, shape, queues, one_by_one=one_by_one)

@@ -225,7 +225,6 @@ class _Builder:
             dtype=plan.dtype,
             overlap=policy.overlap,
             half_blocks=policy.halves,
-            head_in_halves=allocation.head_in_halves,
             watch=self._watch,
         )
 

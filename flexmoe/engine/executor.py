@@ -64,7 +64,6 @@ class Executor:
         dtype: compute dtype.
         overlap: False runs every operation after the one before it.
         half_blocks: as in `policies.policy.Policy`; blocks are ordered for it.
-        head_in_halves: as in `policies.schedule.SweepShape`.
         watch: sees the operations of every sweep, in debug mode; it has wrapped ``family`` and ``experts`` then.
 
     Attributes:
@@ -90,14 +89,12 @@ class Executor:
         dtype: torch.dtype,
         overlap: bool,
         half_blocks: int = 1,
-        head_in_halves: bool = False,
         watch: Watch | None = None,
     ):
         self._device, self._recorder, self._family, self._units = device, recorder, family, units
         self.uploads, self.downloads = Uploads(device), Downloads(device)
         self._feed, self._embedding, self._kv, self._hidden = feed, embed, kv, activations
         self._overlap, self._half_blocks, self._router_counter = overlap, half_blocks, router_counter
-        self._head_in_halves = head_in_halves
         arch = family.arch
         self._experts, self._watch = experts, watch
         # Of the whole block, since the experts run over all of it: their inputs, their outputs, the router's logits.
@@ -215,7 +212,6 @@ class Executor:
             disk_batches=having(lambda g: any(r.kv.tier == "disk" for r in g.runs)),
             on_demand=self._feed.begin(block.tokens),
             half_blocks=self._halves_of(block),
-            head_in_halves=self._head_in_halves,
         )
 
     def _halves_of(self, block: Block) -> int:
@@ -355,8 +351,6 @@ class Executor:
     def _op_head(self, op: Op) -> None:
         unit = _unit(op)
         self._logits.add(head_rows(self._family.arch, unit.first), self._feed.get(unit))
-        if op.releases is None:
-            self._feed.put_aside(unit)
         self._release(op)
 
     def _final_hidden(self, batch: Batch, places: torch.Tensor) -> torch.Tensor:

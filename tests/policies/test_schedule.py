@@ -44,7 +44,6 @@ def random_shape(rng):
         stored_batches=fetched | on_cpu,
         disk_batches=some(fetched),
         on_demand=frozenset(i for i in some(range(layers)) if any(e.tier != "gpu" for e in units.experts[i])),
-        head_in_halves=rng.random() < 0.5,
     )
 
 
@@ -147,6 +146,7 @@ def test_two_halves_march_half_a_layer_apart():
         *(("project", 1, 1), ("expert", 0, E1), ("expert", 0, E0), ("attend", 1, 0)),
         *(("project", 1, 2), ("attend", 1, 1), ("route", 1, -1)),
         *(("project", 1, 3), ("copy", 1, e1), ("expert", 1, e1), ("attend", 1, 2), ("attend", 1, 3), ("route", 1, -1)),
+        *(("collect", 2, -1), ("head", 2, UnitId("head", 2)), ("sample", 2, -1)),
         *(("expert", 1, e1), ("collect", 2, -1), ("head", 2, UnitId("head", 2)), ("sample", 2, -1)),
     ]
     assert [op.releases for op in sweep(shape) if op.releases] == [a0, E1, E0, a1, e1, UnitId("head", 2)]
@@ -155,21 +155,24 @@ def test_two_halves_march_half_a_layer_apart():
 def test_the_first_half_gets_its_logits_before_the_last_experts_of_the_second():
     e0, e1, h0, h1 = UnitId("expert", 0, 0), UnitId("expert", 0, 1), UnitId("head", 1, 0), UnitId("head", 1, 1)
     shape = SweepShape(
-        units=SweepUnits.of({A0: "gpu", e0: "gpu", e1: "cpu", h0: "disk", h1: "gpu"}),
+        units=SweepUnits.of({A0: "gpu", e0: "gpu", e1: "cpu", h0: "gpu", h1: "gpu"}),
         activation_tiers=("gpu", "cpu", "gpu"),
         half_blocks=2,
-        head_in_halves=True,
     )
     ops = list(sweep(shape))
     last = [op for op in ops if op.id >= find(ops, kind="route", half=1)[0].id]
     assert [(op.kind, op.half, op.unit or op.batch, op.releases) for op in last] == [
         *(("route", 1, -1, None), ("load_act", 0, 1, None), ("collect", 0, -1, None)),
-        *(("read", 0, h0, None), ("copy", 0, h0, None), ("head", 0, h0, None), ("head", 0, h1, None)),
-        ("sample", 0, -1, None),
+        *(("head", 0, h0, None), ("head", 0, h1, None), ("sample", 0, -1, None)),
         *(("expert", 1, e1, e1), ("expert", 1, e0, e0), ("collect", 1, -1, None)),
         *(("head", 1, h0, h0), ("head", 1, h1, h1), ("sample", 1, -1, None)),
     ]
-    whole = list(sweep(replace(shape, head_in_halves=False)))
+
+
+def test_all_rows_get_their_tokens_at_the_end_where_the_head_is_streamed():
+    h0, h1 = UnitId("head", 1, 0), UnitId("head", 1, 1)
+    units = SweepUnits.of({A0: "gpu", E0: "gpu", E1: "cpu", h0: "disk", h1: "gpu"})
+    whole = list(sweep(SweepShape(units=units, activation_tiers=("gpu",) * 3, half_blocks=2)))
     assert [op.kind for op in whole if op.lane == "gpu"][-6:] == [
         "expert",
         "expert",
@@ -183,10 +186,10 @@ def test_the_first_half_gets_its_logits_before_the_last_experts_of_the_second():
 
 def test_a_half_that_gets_its_tokens_alone_waits_for_no_expert_of_the_other_one():
     seen = 0
-    for shape in in_halves():
+    for shape in in_halves(120):
         ops = list(sweep(shape))
-        assert [op.half for op in find(ops, kind="sample")] == ([0, 1] if shape.head_in_halves else [0])
-        if shape.head_in_halves:
+        assert [op.half for op in find(ops, kind="sample")] == ([0, 1] if shape.first_part else [0])
+        if shape.first_part:
             seen += 1
             sample = find(ops, kind="sample", half=0)[0]
             own, others = (find(ops, kind="expert", layer=len(shape.units.attention) - 1, half=half) for half in (0, 1))
@@ -443,9 +446,8 @@ def test_two_halves_need_slots_for_a_layer_and_the_attention_of_the_next_and_no_
     for seed, shape in enumerate(in_halves(50)):
         away = [[step.tier != "gpu" for step in experts] for experts in shape.units.experts]
         attention = [step.tier != "gpu" for step in (*shape.units.attention, *shape.units.attention[-1:])]
-        last, head = len(away) - 1, sum(step.tier != "gpu" for step in shape.units.head)
-        ahead_of = [sum(own) + attention[at] + attention[at + 1] for at, own in enumerate(away[:last])]
-        held = max(*ahead_of, sum(away[last]) + max(attention[last], head if shape.head_in_halves else 0), 0)
+        last = len(away) - 1
+        held = max(sum(own) + attention[at] + (attention[at + 1] and at < last) for at, own in enumerate(away))
         ops = list(sweep(shape))
         assert len(run_on_lanes(ops, max(1, held), random.Random(seed))) == len(ops)
         assert held < 2 or len(run_on_lanes(ops, held - 1, random.Random(seed))) < len(ops)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from cost_model.memory.allocation import Allocation
 from flexmoe import LLM
 from flexmoe.engine.engine import Engine
 from flexmoe.engine.executor import Executor
@@ -81,22 +80,20 @@ def found(outputs):
 
 
 @pytest.mark.parametrize(
-    "home, room, batches",
+    "home, resident, batches",
     [
         ("cpu", True, 3),
-        ("all", True, 2),
-        ("all", False, 3),
+        ("all", False, 2),
+        pytest.param("all", False, 3, marks=pytest.mark.slow),
         pytest.param("disk", True, 3, marks=pytest.mark.slow),
         pytest.param("fetch", True, 2, marks=pytest.mark.slow),
     ],
 )
-def test_rows_of_every_kind_get_the_tokens_that_they_get_in_one_block(home, room, batches, make, tiny, monkeypatch):
+def test_rows_of_every_kind_get_the_tokens_that_they_get_in_one_block(home, resident, batches, make, tiny):
     asked = requests_of(tiny())
     expected = found(run(make(home, 1, batches=batches), *asked))
-    if not room:
-        monkeypatch.setattr(Allocation, "head_in_halves", False)
     llm = make(home, 2, batches=batches)
-    assert llm.engine.plan.allocation.head_in_halves == room
+    assert llm.engine.plan.allocation.head_in_halves == resident
     got = found(run(llm, *asked))
     assert got.keys() == expected.keys()
     for name, (ended, chosen, scores) in got.items():
@@ -169,8 +166,7 @@ def test_the_first_half_is_sampled_before_the_last_experts_of_the_second_and_boo
     ]
 
 
-def test_where_the_head_has_no_room_in_the_slots_all_rows_get_their_tokens_at_the_end(make, tiny, monkeypatch):
-    monkeypatch.setattr(Allocation, "head_in_halves", False)
+def test_where_the_head_is_streamed_all_rows_get_their_tokens_at_the_end(make, tiny, monkeypatch):
     variant, llm = tiny(), make("all", 2, rows=2, batches=3)
     for at in range(6):
         llm.engine.submit(request(variant.prompts[1], f"k{at}", request_id=str(at), max_tokens=4, ignore_eos=True))
