@@ -8,8 +8,8 @@ whole block (module batching). A column-by-column ("zig-zag") walk would re-read
 
 A block may march as two half-blocks, half a layer apart: while the experts of one half compute, the attention of the other
 goes on, on the CPU and with KV that comes over the link. A layer's units stay in their slots until both have used them, so
-weights still cross the link once a sweep. The first half gets its logits before the last experts of the second one: while the
-GPU computes those, the host chooses and books its tokens.
+weights still cross the link once a sweep. Where the head lives on the GPU the first half gets its logits before the last experts of
+the second one: while the GPU computes those, the host chooses and books its tokens.
 """
 
 from __future__ import annotations
@@ -330,7 +330,7 @@ class _HalfBlocks:
     The first half takes a layer's units as they arrive, the resident ones first. The second one starts with the streamed
     ones, which are all there then, so that their slots are soon free.
 
-    The first half gets its logits before the last experts of the second one.
+    The first half gets its logits before the last experts of the second one, where `SweepShape.first_part` says so.
     """
 
     def __init__(self, build: _Builder, shape: SweepShape):

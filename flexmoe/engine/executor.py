@@ -10,8 +10,8 @@ The executor knows no model (that is ``family``), and not where weights, KV and 
 The residual stream is kept per GPU batch, by the activations; `attend` adds what attention gives. The experts run over the
 whole block, or over one of its halves, when a batch may be away in its tier: their output waits in a buffer of the block, and
 is added when the next layer (`project`) or the head (`collect`) asks for the batch. Of two half-blocks only one is routed at a
-time: its experts are all issued before the other one is. The caller of `Executor.run` gets the logits of the first one before
-the last experts of the second one are issued, so that what chooses its tokens goes to the device before those.
+time: its experts are all issued before the other one is. Where the head lives on the device, the caller of `Executor.run` gets the
+logits of the first one before the last experts of the second one are issued, so that what chooses its tokens goes there first.
 
 Legend: T tokens of the block, D hidden, E experts, R rows of logits.
 """
