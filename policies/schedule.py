@@ -127,6 +127,19 @@ def halves_of_sweep(half_blocks: int, device: str, expert_tokens: float) -> int:
     return half_blocks if device != "cpu" or expert_tokens >= 2 * LEAST_HALF_TOKENS else 1
 
 
+def is_moved_at_once(device: str, *, on_disk: bool) -> bool:
+    """Whether the thread that computes moves KV or hidden states of a GPU batch itself, and attends to what is attended on the CPU.
+
+    It does so on device cpu, where another thread would want the same cores, and each hand-over takes time of both; but it does
+    not wait for the disk.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        on_disk: KV of some of its rows, or its hidden states, live on disk.
+    """
+    return device == "cpu" and not on_disk
+
+
 def in_first_half(batches: int) -> int:
     """GPU batches of the first half-block, of so many of the block; the second one has no more."""
     return -(-batches // 2)

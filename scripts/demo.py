@@ -66,15 +66,10 @@ class Setting:
         return cls.of(model, checkpoint, args.home, device)
 
     @property
-    def device_name(self) -> str:
-        """The value of `--device`."""
-        return "cuda" if self.device.is_cuda else "cpu"
-
-    @property
     def flags(self) -> list[str]:
         """Those of the policy and of the machine."""
         budgets = [part for name, gib in self.budgets.items() for part in (f"--{name.replace('_', '-')}", f"{gib:g}")]
-        return ["--policy", "auto", "--device", self.device_name, *budgets]
+        return ["--policy", "auto", "--device", self.device.kind, *budgets]
 
 
 def demo_parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -166,7 +161,7 @@ def forecast(setting: Setting, metrics: dict) -> Simulation:
         job,
         compute_dtype("auto", model, setting.device.torch),
         hardware="auto",
-        device=setting.device_name,
+        device=setting.device.kind,
         directory=setting.home / "offload",
         budgets=setting.budgets,
     )

@@ -159,7 +159,7 @@ class Hardware:
         kv_block_write_s: the disk's seconds per KV page written, beyond its bytes at disk_write_bytes_per_s.
         disk_latency_s: what a transfer to or from disk takes that somebody waits for, beyond its bytes.
         disk_busy_latency_s: what such a transfer takes while weights are read at the full rate.
-        handoff_s: from one thread of the runtime to another: what an operation beside the compute lane takes at least.
+        handoff_s: what an operation beside the compute lane takes at least: calls, and on device cuda from thread to thread.
         cpu_attention_bytes_per_s: decode attention over KV in host memory, all cores.
         cpu_attention_flops_per_s: prefill attention on the cores.
         row_s: host work per row and sweep.

@@ -143,7 +143,7 @@ class EventLoop:
             if done[thread] < count:
                 return
         if self._record is not None:
-            self._name[MAIN], self._bytes[MAIN] = step.name, 0.0
+            self._name[MAIN], self._bytes[MAIN] = step.name, self._nbytes[step.seconds]
         self._begin(MAIN, step.user, self._seconds[step.seconds] * step.times + step.dispatched * self._op_s)
 
     def _end_step(self) -> None:

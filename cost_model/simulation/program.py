@@ -2,7 +2,8 @@
 
 Made from `policies.schedule.sweep`, once per shape of a sweep. The main thread issues the operations in order and
 computes those of the lane ``gpu``; the others it hands to the thread of their lane. An operation is thus known by its
-thread and its place there, and "after it" is "that thread has done so many".
+thread and its place there, and "after it" is "that thread has done so many". On device cpu it does some of those of other
+lanes itself (`policies.schedule.is_moved_at_once`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from cost_model.simulation.threads import (
     WRITE,
 )
 from cost_model.simulation.weight_queues import WeightQueues
-from policies.schedule import Op, SweepShape, sweep
+from policies.schedule import Op, SweepShape, is_moved_at_once, sweep
 
 #: Thread of each operation that the main thread hands on, and its parts: (user of `Resources`, seconds), in turn.
 _HANDED_ON = {
@@ -46,7 +47,8 @@ _HANDED_ON = {
 _WRITE_BUFFERS = 2
 #: What must have been done before: (thread, operations of this sweep that it must have done).
 _After = tuple[tuple[int, int], ...]
-_TASK_NAMES = {CPU: "attend", DEMANDED: "experts", BROUGHT: "experts"}
+_TASK_NAMES = {"cpu_attend": "attend", "read_routed": "experts", "copy_routed": "experts"}
+_OF_HIDDEN_STATES = ("load_act", "store_act")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,9 @@ class Step:
     @property
     def name(self) -> str:
         """As in a trace."""
-        return f"{self.op.kind} {self.op.unit or self.op.layer}" if self.op else self.user
+        if self.op is None:
+            return self.user
+        return f"{self.op.kind} {self.op.unit or self.op.layer}" if self.op.lane == "gpu" else _moved(self.op)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +102,16 @@ class Program:
     tasks: tuple[tuple[Task, ...], ...]
 
 
-def compile_sweep(arch: ModelArch, shape: SweepShape, queues: WeightQueues, *, one_by_one: bool = True) -> Program:
+def compile_sweep(
+    arch: ModelArch, shape: SweepShape, queues: WeightQueues, *, device: str, one_by_one: bool = True
+) -> Program:
     """The program of a sweep. Its last step is the host's work between two sweeps, when all new KV is home.
 
     Args:
+        device: that computes.
         one_by_one: no operations of the main thread are joined to one step.
     """
-    program = _Compiler(arch, shape, queues).program()
+    program = _Compiler(arch, shape, queues, device).program()
     return program if one_by_one else Program(steps=tuple(_joined(program.steps)), tasks=program.tasks)
 
 
@@ -120,8 +127,8 @@ def _joined(steps: Sequence[Step]) -> Iterator[Step]:
 
 
 class _Compiler:
-    def __init__(self, arch: ModelArch, shape: SweepShape, queues: WeightQueues):
-        self._arch, self._shape, self._brought_by = arch, shape, queues.brought_by
+    def __init__(self, arch: ModelArch, shape: SweepShape, queues: WeightQueues, device: str):
+        self._arch, self._shape, self._brought_by, self._device = arch, shape, queues.brought_by, device
         self._chunks, self._last = head_chunks(arch), len(shape.units.attention) - 1
         self._steps: list[Step] = []
         self._tasks: list[list[Task]] = [[] for _ in range(COUNT)]
@@ -156,14 +163,21 @@ class _Compiler:
             self._handed.append(BOOKS)
 
     def _step(
-        self, op: Op, seconds: int, *, after: _After, unit: tuple[int, int] | None = None, frees: int = 0
+        self,
+        op: Op,
+        seconds: int,
+        *,
+        after: _After,
+        unit: tuple[int, int] | None = None,
+        frees: int = 0,
+        user: str = "gpu",
     ) -> None:
         handed = tuple(self._handed)
         dispatched = 1 + sum(thread not in NOT_DISPATCHED for thread in handed)
         self._steps.append(
             Step(
                 op=op,
-                user="gpu",
+                user=user,
                 seconds=seconds,
                 handed_on=handed,
                 dispatched=dispatched,
@@ -184,12 +198,17 @@ class _Compiler:
 
     def _hand_on(self, op: Op) -> None:
         thread, parts = _HANDED_ON[op.kind]
+        parts = tuple(part for part in parts if self._takes_part(part[0], op))
+        if op.batch >= 0 and is_moved_at_once(self._device, on_disk=self._on_disk(op)):
+            for user, seconds in parts:
+                self._step(op, self._part_place(op, seconds), after=self._latest(op.deps), user=user)
+            return
         after = [] if thread == BROUGHT else list(self._latest(op.deps))
         if thread == STORE and op.batch in self._shape.disk_batches:
             buffer_free = len(self._tasks[WRITE]) - _WRITE_BUFFERS + 1
             after += [(WRITE, buffer_free)] if buffer_free > 0 else []
-        name = f"act {op.batch}" if thread == ACT else f"{_TASK_NAMES.get(thread, 'kv')} {op.layer}"
-        self._add(op, thread, name, [part for part in parts if self._takes_part(part[0], op)], after)
+        name = _moved(op)
+        self._add(op, thread, name, parts, after)
         if thread == BROUGHT:  # each is copied when it has been read, so only the last one's copy waits for all of them
             self._add(op, BROUGHT, name, [("h2d/routed", "copy_last")], self._latest(op.deps))
         if thread == CPU:
@@ -208,9 +227,14 @@ class _Compiler:
         return batch_place(self._chunks, op.batch, seconds) if of_batch else sweep_place(seconds)
 
     def _takes_part(self, user: str, op: Op) -> bool:
-        if user.startswith("disk") and op.kind in ("load_act", "store_act"):
+        of_disk = user.startswith("disk") and op.kind in _OF_HIDDEN_STATES or user == "disk_read/kv"
+        return not of_disk or self._on_disk(op)
+
+    def _on_disk(self, op: Op) -> bool:
+        """Whether what is moved of its GPU batch lives there."""
+        if op.kind in _OF_HIDDEN_STATES:
             return self._shape.activation_tiers[op.batch] == "disk"
-        return user != "disk_read/kv" or op.batch in self._shape.disk_batches
+        return op.batch in self._shape.disk_batches
 
     def _latest(self, deps: Sequence[int]) -> _After:
         """What other threads must have done; of several operations of a thread, the last."""
@@ -218,3 +242,8 @@ class _Compiler:
         for thread, count in (self._done[dep] for dep in deps if dep in self._done):
             latest[thread] = max(count, latest.get(thread, 0))
         return tuple(latest.items())
+
+
+def _moved(op: Op) -> str:
+    """The name of an operation of another lane, as in a trace."""
+    return f"act {op.batch}" if op.kind in _OF_HIDDEN_STATES else f"{_TASK_NAMES.get(op.kind, 'kv')} {op.layer}"

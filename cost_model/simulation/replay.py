@@ -168,7 +168,9 @@ class Replayer:
                 half_blocks=halves,
             )
             queues = self._stream(on_demand)[0]
-            self._programs[key] = compile_sweep(self._costs.arch, shape, queues, one_by_one=one_by_one)
+            self._programs[key] = compile_sweep(
+                self._costs.arch, shape, queues, device=self._costs.hardware.device, one_by_one=one_by_one
+            )
         return self._programs[key]
 
 

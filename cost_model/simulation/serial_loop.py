@@ -34,7 +34,8 @@ class SerialLoop:
             if step.unit is not None and step.unit not in brought:
                 brought.add(step.unit)
                 self._bring(*step.unit)
-            self._spend(step.user, step, seconds[step.seconds] * step.times + step.dispatched * self._op_s, 0.0)
+            spent_s = seconds[step.seconds] * step.times + step.dispatched * self._op_s
+            self._spend(step.user, step, spent_s, nbytes[step.seconds] if nbytes else 0.0)
 
     def turn_to(self, queues: WeightQueues, buffers: Buffers) -> None:
         """As `EventLoop.turn_to`; nothing has been moved ahead."""

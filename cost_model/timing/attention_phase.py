@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, groupby, islice
 
 from cost_model.timing.op_costs import Costs
 from cost_model.timing.sweep_load import BatchLoad
-from policies.schedule import KV_BUFFERS
+from policies.schedule import KV_BUFFERS, is_moved_at_once
 
 #: Users of `cost_model.timing.contention` that bring hidden states to the device, and home.
 UP = ("disk_read/wait", "disk_read/act", "h2d/act")
@@ -32,7 +32,8 @@ _LAPS = 3
 
 @dataclass(frozen=True, slots=True)
 class BatchTimes:
-    """Seconds of one GPU batch in one layer, by operation; dispatch is counted in ``project_s`` and ``attend_s``.
+    """Seconds of one GPU batch in one layer, by operation; dispatch is counted in ``project_s`` and ``attend_s``, and so is what the
+    thread that computes moves itself (`policies.schedule.is_moved_at_once`).
 
     ``fetch_s``: its KV to the device, from disk too; ``up_s`` and ``down_s``: its hidden states, from and to disk too.
     ``on_disk``: it has rows there, whose new KV goes home when the old has come.
@@ -48,6 +49,16 @@ class BatchTimes:
     down_s: float
     on_disk: bool
 
+    def with_kv_at_once(self) -> BatchTimes:
+        """The same where the thread that computes moves KV, and attends in host memory."""
+        moved_s = self.fetch_s + self.store_s + self.cpu_s + self.attended_s
+        return replace(self, project_s=self.project_s + moved_s, fetch_s=0.0, store_s=0.0, cpu_s=0.0, attended_s=0.0)
+
+    def with_hidden_states_at_once(self) -> BatchTimes:
+        """The same where the thread that computes moves hidden states."""
+        up_s, down_s = self.project_s + self.up_s, self.attend_s + self.down_s
+        return replace(self, project_s=up_s, attend_s=down_s, up_s=0.0, down_s=0.0)
+
 
 class AttentionPhase:
     """The attention of all GPU batches of a layer.
@@ -59,13 +70,14 @@ class AttentionPhase:
 
     Attributes:
         batches: seconds of each.
-        compute_s: seconds that the compute device is busy.
+        compute_s: seconds that the thread which computes is busy.
         moved_s: busy seconds of everybody else, by user of `cost_model.timing.contention`.
+        at_once_s: what the thread that computes moves itself, a part of ``compute_s``, by user.
     """
 
     def __init__(self, costs: Costs, cut: Sequence[BatchLoad], first: int = 0):
         tiers = [*costs.allocation.activation_tiers[first:], *["gpu"] * len(cut)][: len(cut)]
-        self.moved_s = dict.fromkeys(_BESIDE, 0.0)
+        self.moved_s, self.at_once_s = dict.fromkeys(_BESIDE, 0.0), dict.fromkeys(_BESIDE, 0.0)
         self.batches: list[BatchTimes] = []
         for (batch, tier), alike in groupby(zip(cut, tiers, strict=True)):  # most are like the one before
             count = sum(1 for _ in alike)
@@ -106,8 +118,7 @@ class AttentionPhase:
         return max(now, ready) + self.batches[-1].attend_s
 
     def _times(self, costs: Costs, batch: BatchLoad, tier: str, count: int) -> BatchTimes:
-        """Its seconds; what so many of them move is added to ``moved_s``."""
-        moved = self.moved_s
+        """Its seconds; what so many of them move is added to ``moved_s`` or ``at_once_s``."""
         fetches, on_host = batch.new["fetch"] + batch.new["disk"] > 0, batch.new["cpu"] > 0
         to_disk, away = batch.new["disk"] > 0, tier != "gpu"
         attended = costs.attended_s(batch) if on_host else 0.0
@@ -115,6 +126,8 @@ class AttentionPhase:
         read = costs.read_kv_s(batch) if to_disk else 0.0
         store = costs.store_kv_s(batch) if fetches or on_host else 0.0
         cpu = costs.cpu_attend_s(batch) if on_host else 0.0
+        at_once = is_moved_at_once(costs.hardware.device, on_disk=to_disk)
+        moved = self.at_once_s if at_once else self.moved_s
         for user, seconds in (("cpu", cpu), ("h2d/kv", load), ("h2d/attended", attended), ("d2h", store)):
             moved[user] += count * seconds
         if to_disk:
@@ -122,7 +135,7 @@ class AttentionPhase:
             moved["disk_write"] += count * costs.write_kv_s(batch)
         up, down = self._hidden_states(costs, batch, tier, count) if away else (0.0, 0.0)
         handed_on = away + fetches + (fetches or on_host) + on_host + to_disk
-        return BatchTimes(
+        times = BatchTimes(
             project_s=costs.project_s(batch) + (1 + handed_on) * costs.op_s,
             fetch_s=read + load,
             store_s=store,
@@ -133,12 +146,21 @@ class AttentionPhase:
             down_s=down,
             on_disk=to_disk,
         )
+        if at_once:
+            times = times.with_kv_at_once()
+        return (
+            times.with_hidden_states_at_once()
+            if is_moved_at_once(costs.hardware.device, on_disk=tier == "disk")
+            else times
+        )
 
     def _hidden_states(self, costs: Costs, batch: BatchLoad, tier: str, count: int) -> tuple[float, float]:
-        """Seconds in which those of a batch that live elsewhere come and go; those of so many are added to ``moved_s``."""
+        """Seconds in which those of a batch that live elsewhere come and go; those of so many are added to ``moved_s`` or
+        ``at_once_s``."""
         moved = hidden_states_s(costs, batch, tier)
+        added = self.at_once_s if is_moved_at_once(costs.hardware.device, on_disk=tier == "disk") else self.moved_s
         for user, seconds in moved.items():
-            self.moved_s[user] += count * seconds
+            added[user] += count * seconds
         return sum(moved[user] for user in UP), sum(moved[user] for user in DOWN)
 
 

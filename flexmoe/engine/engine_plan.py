@@ -71,12 +71,11 @@ class EnginePlan:
         device, policy = Device(config.device), config.policy
         arch = packed_as(model.arch, policy.compress_weight).grouped(policy.experts_per_unit)
         dtype = compute_dtype(config.dtype, model, device.torch)
-        kind = "cuda" if device.is_cuda else "cpu"
         allocation = allocate(
             arch,
             config.policy,
             config.workload,
-            device=kind,
+            device=device.kind,
             kv_tokens=config.kv_tokens,
             longest_row=config.longest_row or 0,
         )
@@ -84,7 +83,7 @@ class EnginePlan:
             config.known_usage.check_model(arch)
         if config.process_bytes is None:
             config = replace(config, process_bytes=process_bytes())
-        memory = _memory(arch, allocation, config, kind, dtype)
+        memory = _memory(arch, allocation, config, device.kind, dtype)
         stored = ("weights",) if model.checkpoint is not None else ()  # a checkpoint's weights are on disk already
         written = sum(size for item, size in memory.parts["disk"].items() if item not in stored)
         budgets = budgets_of(config, device)
@@ -92,7 +91,7 @@ class EnginePlan:
         _check_disk(config.offload_dir, written)
         if config.expert_cache != "off":
             allocation = replace(allocation, cache_experts=_cache_experts(arch, allocation, memory, budgets, config))
-            memory = _memory(arch, allocation, config, kind, dtype)
+            memory = _memory(arch, allocation, config, device.kind, dtype)
         return cls(
             device=device,
             dtype=dtype,

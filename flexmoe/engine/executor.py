@@ -209,14 +209,14 @@ class Executor:
             fetched_batches=having(lambda g: g.mode is AttentionMode.FETCH),
             cpu_batches=having(lambda g: g.mode is AttentionMode.CPU),
             stored_batches=having(lambda g: g.mode is not AttentionMode.GPU),
-            disk_batches=having(lambda g: any(r.kv.tier == "disk" for r in g.runs)),
+            disk_batches=frozenset(b.index for b in block.batches if b.on_disk),
             on_demand=self._feed.begin(block.tokens),
             half_blocks=self._halves_of(block),
         )
 
     def _halves_of(self, block: Block) -> int:
-        arch, device = self._family.arch, "cuda" if self._device.is_cuda else "cpu"
-        return halves_of_sweep(self._half_blocks, device, block.tokens * arch.top_k / arch.num_experts)
+        arch = self._family.arch
+        return halves_of_sweep(self._half_blocks, self._device.kind, block.tokens * arch.top_k / arch.num_experts)
 
     def _batch(self, op: Op) -> Batch:
         return self._block.batches[op.batch]

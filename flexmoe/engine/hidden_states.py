@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,10 @@ import torch
 
 from flexmoe.system.device import Device, Event
 from flexmoe.system.direct_io import DirectFile
+from flexmoe.system.lane import Lane
 from flexmoe.system.trace import Recorder
 from policies.common.memory_units import align_up
+from policies.schedule import is_moved_at_once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +70,7 @@ class Activations:
         self._on_device: dict[int, torch.Tensor] = {}
         self._tokens: dict[int, int] = {}
         self._stores: dict[int, Future[None]] = {}  # by batch, until it is loaded
-        self._lane = ThreadPoolExecutor(1, thread_name_prefix="act")
+        self._lane = Lane("act")
         self._stream = device.stream()
         self._bytes = max_tokens * hidden * dtype.itemsize
         self._shape, self._dtype = (-1, hidden), dtype
@@ -100,7 +102,9 @@ class Activations:
 
     def store(self, batch: int) -> Future[None]:
         """Send a batch's hidden states home and forget them on the device. What goes wrong, the next load raises too."""
-        future = self._lane.submit(self._store, batch, self._on_device.pop(batch), self._device.record())
+        future = self._lane.submit(
+            self._store, self._at_once(batch), batch, self._on_device.pop(batch), self._device.record()
+        )
         self._stores[batch] = future
         return future
 
@@ -110,13 +114,16 @@ class Activations:
         Raises (the future):
             StorageError: they could not be stored, or not be read.
         """
-        return self._lane.submit(self._load, batch, self._stores.pop(batch))
+        return self._lane.submit(self._load, self._at_once(batch), batch, self._stores.pop(batch))
 
     def close(self) -> None:
         """End the lane."""
-        self._lane.shutdown(wait=True)
+        self._lane.close()
         if self.disk is not None:
             self.disk.file.close()
+
+    def _at_once(self, batch: int) -> bool:
+        return is_moved_at_once(self._device.kind, on_disk=self.tiers[batch] == "disk")
 
     def _store(self, batch: int, h_TD: torch.Tensor, produced: Event) -> None:
         nbytes = h_TD.numel() * h_TD.element_size()

@@ -82,6 +82,7 @@ class Batch:
         ids_T: token ids.
         positions_T, lengths_T: each token's place in its row, and that row's length.
         logit_rows, score_rows: places of the batch whose hidden states the head wants.
+        on_disk: the KV of some rows lives there.
         kv: where the KV of each group lies, by group of layers (`flexmoe.kv.group_index`); like ``rope``, derived once per
             sweep.
         loaded: by layer, transfers of fetched KV that have been requested.
@@ -98,6 +99,7 @@ class Batch:
     lengths_T: torch.Tensor
     logit_rows: torch.Tensor
     score_rows: torch.Tensor
+    on_disk: bool
     kv: dict[AttentionMode, list[Any]] = field(default_factory=dict)
     rope: Any = None
     loaded: dict[int, Future[Event]] = field(default_factory=dict)
@@ -309,6 +311,7 @@ def _batch(index: int, start: int, runs: list[Run]) -> Batch:
         lengths_T=torch.from_numpy(np.repeat(np.where(lengths > 0, lengths, past + counts), counts)),
         logit_rows=torch.from_numpy(ranges(stops - logits, logits)),
         score_rows=torch.from_numpy(ranges(stops - counts + [r.score_from for r in runs], scored)),
+        on_disk=any(r.kv.tier == "disk" for r in runs),
     )
 
 

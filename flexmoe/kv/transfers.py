@@ -5,12 +5,14 @@ brought into a paged staging buffer on the device. ``cpu`` rows are attended in 
 come up. New KV of a row goes to its home: a host pool, or the row's tail page and, when that is full, the disk.
 
 Two sets of buffers alternate, so that the next batch is brought while this one is attended.
+
+On device cpu KV of batches without rows on disk is moved, and attended, by the thread that computes: the same cores do both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +25,11 @@ from flexmoe.kv.cache import KVCache, PageCopy, neighbours
 from flexmoe.kv.disk import DiskKV
 from flexmoe.kv.group_index import FetchIndex, GroupIndex, HostIndex, index_group, on_device
 from flexmoe.system.device import Device, Event
+from flexmoe.system.lane import Lane
 from flexmoe.system.trace import Recorder
 from flexmoe.system.uploads import Uploads, Wanted
 from policies.admission.row_state import AttentionMode
+from policies.schedule import is_moved_at_once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +72,7 @@ class KVLanes:
     ):
         self._device, self._recorder, self._cache = device, recorder, cache
         self._query_heads, self._has_sinks = query_heads, sinks
-        self._lanes = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("h2d", "d2h", "cpu")}
+        self._lanes = {name: Lane(name) for name in ("h2d", "d2h", "cpu")}
         # Outputs of CPU attention, which the GPU waits for, do not queue behind KV on its way up.
         self._streams = {name: device.stream(urgent=name == "up") for name in ("h2d", "d2h", "up")}
         self._stores: list[Future[None]] = []
@@ -164,7 +168,7 @@ class KVLanes:
         self._loads += 1
         index: FetchIndex = self._index(layer, batch, AttentionMode.FETCH)
         index.sides[layer] = side
-        return self._lanes["h2d"].submit(self._load, layer, index, side)
+        return self._lanes["h2d"].submit(self._load, self._at_once(batch), layer, index, side)
 
     def store(
         self,
@@ -185,7 +189,7 @@ class KVLanes:
         self._stored += 1
         produced = self._device.record()
         future = self._lanes["d2h"].submit(
-            self._store, layer, batch, side, (q_THd, k_TGw, v_TGw, sinks_H), produced, after
+            self._store, self._at_once(batch), layer, batch, side, (q_THd, k_TGw, v_TGw, sinks_H), produced, after
         )
         self._stores.append(future)
         return future
@@ -199,14 +203,14 @@ class KVLanes:
         index: FetchIndex = self._index(layer, batch, AttentionMode.FETCH)
         if index.disk is None:
             raise ValueError("no row of this batch has its KV on disk")
-        future = self._lanes["d2h"].submit(self._on_disk.write, layer, index.disk)
+        future = self._lanes["d2h"].submit(self._on_disk.write, False, layer, index.disk)
         self._stores.append(future)
         return future
 
     def cpu_attend(self, layer: int, batch: Batch, stored: Future[None]) -> Future[Arrived]:
         """Attend the batch's ``cpu`` rows on the host; the future gives `Arrived` with ``[tokens, H, Dh]``."""
         index: HostIndex = self._index(layer, batch, AttentionMode.CPU)
-        return self._lanes["cpu"].submit(self._cpu_attend, layer, index, batch.side, stored)
+        return self._lanes["cpu"].submit(self._cpu_attend, self._at_once(batch), layer, index, batch.side, stored)
 
     def attend_gpu(
         self, layer: int, batch: Batch, q_THd: torch.Tensor, sinks_H: torch.Tensor | None = None
@@ -278,7 +282,7 @@ class KVLanes:
     def close(self) -> None:
         """End the threads."""
         for lane in self._lanes.values():
-            lane.shutdown(wait=True)
+            lane.close()
         for stream in filter(None, self._streams.values()):
             stream.synchronize()  # buffers are freed after this
         if self._disk is not None:
@@ -334,6 +338,9 @@ class KVLanes:
         self._device.host_wait(copied)
 
     # What the lanes do.
+
+    def _at_once(self, batch: Batch) -> bool:
+        return is_moved_at_once(self._device.kind, on_disk=batch.on_disk)
 
     def _load(self, layer: int, index: FetchIndex, side: int) -> Event:
         """While one side's copies are under way, the other side's KV is gathered."""

@@ -187,7 +187,7 @@ class Reading:
 
 
 def handoff_s(device: Device, dtype: torch.dtype, directory: Path, effort: Effort) -> float:
-    """What a transfer of KV takes in a running engine beyond a few bytes: calls of a thread that shares the interpreter.
+    """What a transfer of KV takes in a running engine beyond a few bytes: calls, on device cuda of a thread that shares the interpreter.
 
     The lanes' own seconds per operation, with many GPU batches of short rows that fetch and store their KV.
     """

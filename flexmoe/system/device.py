@@ -91,6 +91,11 @@ class Device:
         self.compute: Stream | None = torch.cuda.default_stream(self.torch) if self.is_cuda else None
         self.rebase()
 
+    @property
+    def kind(self) -> str:
+        """``cuda`` or ``cpu``, as plans name it."""
+        return "cuda" if self.is_cuda else "cpu"
+
     def stream(self, *, urgent: bool = False) -> Stream | None:
         """A new CUDA stream; None on cpu.
 

@@ -37,6 +37,20 @@ def test_hidden_states_come_back_equal_over_several_layers(kept, tokens):
             assert torch.equal(kept[j], h_TD)
 
 
+@pytest.mark.parametrize("batch, at_once", [(1, True), (2, False)])
+def test_who_computes_on_the_cpu_moves_them_but_to_and_from_disk(kept, monkeypatch, batch, at_once):
+    threads = []
+    for work in ("_store", "_load"):
+        real = getattr(Activations, work)
+        monkeypatch.setattr(
+            Activations, work, lambda *args, real=real: (threads.append(threading.current_thread()), real(*args))[1]
+        )
+    kept.put(batch, torch.zeros(3, WIDTH))
+    kept.store(batch)
+    kept.load(batch).result()
+    assert [thread is threading.current_thread() for thread in threads] == [at_once] * 2
+
+
 def test_what_went_home_is_no_longer_on_the_device(kept):
     kept.put(1, torch.zeros(3, WIDTH))
     kept.store(1).result()

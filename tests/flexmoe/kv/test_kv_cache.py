@@ -13,6 +13,7 @@ from cost_model.model.arch import LayerGroup
 from flexmoe.errors import StorageError
 from flexmoe.kv.batch import Block, Run
 from flexmoe.kv.cache import KVCache, KVExhausted, PageAllocator
+from flexmoe.kv.transfers import KVLanes
 from flexmoe.system.device import Device
 from policies.admission.row_state import AttentionMode
 from policies.common.memory_units import SYSTEM_PAGE_BYTES
@@ -581,6 +582,36 @@ def test_a_load_is_gathered_while_the_one_before_is_on_the_link(bench, monkeypat
     finally:
         copies.held.set()
     third.result(5)
+
+
+@pytest.mark.parametrize("work", ["_load", "_store", "_cpu_attend"])
+@pytest.mark.parametrize("of_device", [lambda: Device("cpu"), PretendCuda])
+@pytest.mark.parametrize("with_disk", [False, True])
+def test_who_computes_on_the_cpu_moves_kv_and_attends_but_for_batches_with_rows_on_disk(
+    bench, monkeypatch, work, of_device, with_disk
+):
+    device, threads, real = of_device(), [], getattr(KVLanes, work)
+    monkeypatch.setattr(KVLanes, work, lambda *args: (threads.append(threading.current_thread()), real(*args))[1])
+    b = bench((0, 60, 8), device=device, batch_rows=3)
+    rows = [b.open(kind) for kind in ("fetch", "cpu", *(["disk"] if with_disk else []))]
+    for _ in range(2):
+        b.sweep(rows, [20] * len(rows))
+    assert len(threads) == 2 * LAYERS
+    at_once = not device.is_cuda and not with_disk
+    assert {thread is threading.current_thread() for thread in threads} == {at_once}
+
+
+@pytest.mark.parametrize("kind", ["fetch", "cpu", "disk"])
+def test_what_goes_wrong_in_moving_kv_surfaces_where_it_is_waited_for(bench, monkeypatch, kind):
+    def fail(*args):
+        raise StorageError("gone")
+
+    b = bench((0, 60, 8))
+    row = b.open(kind)
+    b.sweep([row], [20])
+    monkeypatch.setattr(KVLanes, "_store", fail)
+    with pytest.raises(StorageError, match="gone"):
+        b.sweep([row], [1])
 
 
 def test_a_load_waits_for_the_upload_of_its_index_tensors(bench, monkeypatch):
