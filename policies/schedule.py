@@ -127,17 +127,14 @@ def halves_of_sweep(half_blocks: int, device: str, expert_tokens: float) -> int:
     return half_blocks if device != "cpu" or expert_tokens >= 2 * LEAST_HALF_TOKENS else 1
 
 
-def is_moved_at_once(device: str, *, on_disk: bool) -> bool:
-    """Whether the thread that computes moves KV or hidden states of a GPU batch itself, and attends to what is attended on the CPU.
+def is_moved_at_once(device: str, tier: str) -> bool:
+    """Whether the thread that computes moves hidden states itself that live in a tier: on device cpu, but to and from disk.
 
-    It does so on device cpu, where another thread would want the same cores, and each hand-over takes time of both; but it does
-    not wait for the disk.
-
-    Args:
-        device: ``cpu`` or ``cuda``.
-        on_disk: KV of some of its rows, or its hidden states, live on disk.
+    There another thread would want the same cores, and each hand-over takes time of both. So the thread that computes does what
+    KV takes, too, right before a GPU batch is attended: it brings the past in, takes what is new home, and attends to what
+    is attended on the CPU; the disk alone is at work meanwhile.
     """
-    return device == "cpu" and not on_disk
+    return device == "cpu" and tier != "disk"
 
 
 def in_first_half(batches: int) -> int:

@@ -2,12 +2,13 @@
 
 Made from `policies.schedule.sweep`, once per shape of a sweep. The main thread issues the operations in order and
 computes those of the lane ``gpu``; the others it hands to the thread of their lane. An operation is thus known by its
-thread and its place there, and "after it" is "that thread has done so many". On device cpu it does some of those of other
-lanes itself (`policies.schedule.is_moved_at_once`).
+thread and its place there, and "after it" is "that thread has done so many". On device cpu it does itself what KV takes, right
+before a GPU batch is attended, and moves hidden states (`policies.schedule.is_moved_at_once`); only the disk is at work beside it.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -49,6 +50,7 @@ _WRITE_BUFFERS = 2
 _After = tuple[tuple[int, int], ...]
 _TASK_NAMES = {"cpu_attend": "attend", "read_routed": "experts", "copy_routed": "experts"}
 _OF_HIDDEN_STATES = ("load_act", "store_act")
+_OF_KV = ("load_kv", "store_kv", "write_kv", "cpu_attend")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +137,8 @@ class _Compiler:
         #: By operation, (thread, how many it has done when that is done).
         self._done: dict[int, tuple[int, int]] = {}
         self._handed: list[int] = []
+        #: By GPU batch, what the main thread does before it is attended.
+        self._deferred = defaultdict[int, list[Op]](list)
 
     def program(self) -> Program:
         for op in sweep(self._shape):
@@ -149,6 +153,9 @@ class _Compiler:
         return Program(steps=tuple(self._steps), tasks=tuple(map(tuple, self._tasks)))
 
     def _compute(self, op: Op) -> None:
+        if op.kind == "attend":
+            for moved in self._deferred.pop(op.batch, ()):
+                self._move(moved)
         if op.kind == "routed":  # what is cached, or comes earlier, is computed while the last one comes
             self._step(op, sweep_place("routed"), after=())
             self._step(op, sweep_place("routed_last"), after=self._latest(op.deps))
@@ -199,9 +206,13 @@ class _Compiler:
     def _hand_on(self, op: Op) -> None:
         thread, parts = _HANDED_ON[op.kind]
         parts = tuple(part for part in parts if self._takes_part(part[0], op))
-        if op.batch >= 0 and is_moved_at_once(self._device, on_disk=self._on_disk(op)):
-            for user, seconds in parts:
-                self._step(op, self._part_place(op, seconds), after=self._latest(op.deps), user=user)
+        if self._device == "cpu" and op.kind in _OF_KV:
+            if op.kind == "load_kv" and len(parts) > 1:  # the disk's part begins at once
+                self._add(op, thread, _moved(op), parts[:1], ())
+            self._deferred[op.batch].append(op)
+            return
+        if op.kind in _OF_HIDDEN_STATES and is_moved_at_once(self._device, self._shape.activation_tiers[op.batch]):
+            self._move(op)
             return
         after = [] if thread == BROUGHT else list(self._latest(op.deps))
         if thread == STORE and op.batch in self._shape.disk_batches:
@@ -213,6 +224,16 @@ class _Compiler:
             self._add(op, BROUGHT, name, [("h2d/routed", "copy_last")], self._latest(op.deps))
         if thread == CPU:
             self._add(op, ATTENDED, name, [("h2d/attended", "attended")], [self._done[op.id]])
+
+    def _move(self, op: Op) -> None:
+        """The main thread does what is another lane's; only writing to disk it hands on."""
+        thread, parts = _HANDED_ON[op.kind]
+        if op.kind == "write_kv":
+            self._add(op, thread, _moved(op), parts, ())
+            return
+        [(user, seconds)] = [part for part in parts if not part[0].startswith("disk")]
+        read = self._done.get(op.id)
+        self._step(op, self._part_place(op, seconds), after=(read,) if read else (), user=user)
 
     def _add(
         self, op: Op, thread: int, name: str, parts: Sequence[tuple[str, str]], after: Iterable[tuple[int, int]]
@@ -227,14 +248,9 @@ class _Compiler:
         return batch_place(self._chunks, op.batch, seconds) if of_batch else sweep_place(seconds)
 
     def _takes_part(self, user: str, op: Op) -> bool:
-        of_disk = user.startswith("disk") and op.kind in _OF_HIDDEN_STATES or user == "disk_read/kv"
-        return not of_disk or self._on_disk(op)
-
-    def _on_disk(self, op: Op) -> bool:
-        """Whether what is moved of its GPU batch lives there."""
-        if op.kind in _OF_HIDDEN_STATES:
+        if user.startswith("disk") and op.kind in ("load_act", "store_act"):
             return self._shape.activation_tiers[op.batch] == "disk"
-        return op.batch in self._shape.disk_batches
+        return user != "disk_read/kv" or op.batch in self._shape.disk_batches
 
     def _latest(self, deps: Sequence[int]) -> _After:
         """What other threads must have done; of several operations of a thread, the last."""

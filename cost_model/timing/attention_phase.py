@@ -32,8 +32,8 @@ _LAPS = 3
 
 @dataclass(frozen=True, slots=True)
 class BatchTimes:
-    """Seconds of one GPU batch in one layer, by operation; dispatch is counted in ``project_s`` and ``attend_s``, and so is what the
-    thread that computes moves itself (`policies.schedule.is_moved_at_once`).
+    """Seconds of one GPU batch in one layer, by operation; dispatch is counted in ``project_s`` and ``attend_s``, and so is, on
+    device cpu, all that the thread which computes does itself (`policies.schedule.is_moved_at_once`).
 
     ``fetch_s``: its KV to the device, from disk too; ``up_s`` and ``down_s``: its hidden states, from and to disk too.
     ``on_disk``: it has rows there, whose new KV goes home when the old has come.
@@ -49,15 +49,18 @@ class BatchTimes:
     down_s: float
     on_disk: bool
 
-    def with_kv_at_once(self) -> BatchTimes:
-        """The same where the thread that computes moves KV, and attends in host memory."""
-        moved_s = self.fetch_s + self.store_s + self.cpu_s + self.attended_s
-        return replace(self, project_s=self.project_s + moved_s, fetch_s=0.0, store_s=0.0, cpu_s=0.0, attended_s=0.0)
+    def on_cpu(self, read_s: float, moves_states: bool) -> BatchTimes:
+        """The same on device cpu, where the thread that computes does itself, before it attends, what KV takes beyond ``read_s``.
 
-    def with_hidden_states_at_once(self) -> BatchTimes:
-        """The same where the thread that computes moves hidden states."""
-        up_s, down_s = self.project_s + self.up_s, self.attend_s + self.down_s
-        return replace(self, project_s=up_s, attend_s=down_s, up_s=0.0, down_s=0.0)
+        Args:
+            moves_states: it moves hidden states, too.
+        """
+        own_s = self.fetch_s - read_s + self.store_s + self.cpu_s + self.attended_s
+        times = replace(self, attend_s=self.attend_s + own_s, fetch_s=read_s, store_s=0.0, cpu_s=0.0, attended_s=0.0)
+        if not moves_states:
+            return times
+        up_s, down_s = times.project_s + self.up_s, times.attend_s + self.down_s
+        return replace(times, project_s=up_s, attend_s=down_s, up_s=0.0, down_s=0.0)
 
 
 class AttentionPhase:
@@ -72,12 +75,12 @@ class AttentionPhase:
         batches: seconds of each.
         compute_s: seconds that the thread which computes is busy.
         moved_s: busy seconds of everybody else, by user of `cost_model.timing.contention`.
-        at_once_s: what the thread that computes moves itself, a part of ``compute_s``, by user.
+        own_s: what the thread that computes moves itself, a part of ``compute_s``, by user.
     """
 
     def __init__(self, costs: Costs, cut: Sequence[BatchLoad], first: int = 0):
         tiers = [*costs.allocation.activation_tiers[first:], *["gpu"] * len(cut)][: len(cut)]
-        self.moved_s, self.at_once_s = dict.fromkeys(_BESIDE, 0.0), dict.fromkeys(_BESIDE, 0.0)
+        self.moved_s, self.own_s = dict.fromkeys(_BESIDE, 0.0), dict.fromkeys(_BESIDE, 0.0)
         self.batches: list[BatchTimes] = []
         for (batch, tier), alike in groupby(zip(cut, tiers, strict=True)):  # most are like the one before
             count = sum(1 for _ in alike)
@@ -118,7 +121,9 @@ class AttentionPhase:
         return max(now, ready) + self.batches[-1].attend_s
 
     def _times(self, costs: Costs, batch: BatchLoad, tier: str, count: int) -> BatchTimes:
-        """Its seconds; what so many of them move is added to ``moved_s`` or ``at_once_s``."""
+        """Its seconds; what so many of them move is added to ``moved_s`` or ``own_s``."""
+        on_cpu = costs.hardware.device == "cpu"
+        moved = self.own_s if on_cpu else self.moved_s
         fetches, on_host = batch.new["fetch"] + batch.new["disk"] > 0, batch.new["cpu"] > 0
         to_disk, away = batch.new["disk"] > 0, tier != "gpu"
         attended = costs.attended_s(batch) if on_host else 0.0
@@ -126,15 +131,13 @@ class AttentionPhase:
         read = costs.read_kv_s(batch) if to_disk else 0.0
         store = costs.store_kv_s(batch) if fetches or on_host else 0.0
         cpu = costs.cpu_attend_s(batch) if on_host else 0.0
-        at_once = is_moved_at_once(costs.hardware.device, on_disk=to_disk)
-        moved = self.at_once_s if at_once else self.moved_s
         for user, seconds in (("cpu", cpu), ("h2d/kv", load), ("h2d/attended", attended), ("d2h", store)):
             moved[user] += count * seconds
         if to_disk:
-            moved["disk_read/kv"] += count * read
-            moved["disk_write"] += count * costs.write_kv_s(batch)
+            self.moved_s["disk_read/kv"] += count * read
+            self.moved_s["disk_write"] += count * costs.write_kv_s(batch)
         up, down = self._hidden_states(costs, batch, tier, count) if away else (0.0, 0.0)
-        handed_on = away + fetches + (fetches or on_host) + on_host + to_disk
+        handed_on = away + fetches + (fetches or on_host) + on_host + to_disk * (1 + on_cpu)
         times = BatchTimes(
             project_s=costs.project_s(batch) + (1 + handed_on) * costs.op_s,
             fetch_s=read + load,
@@ -146,19 +149,12 @@ class AttentionPhase:
             down_s=down,
             on_disk=to_disk,
         )
-        if at_once:
-            times = times.with_kv_at_once()
-        return (
-            times.with_hidden_states_at_once()
-            if is_moved_at_once(costs.hardware.device, on_disk=tier == "disk")
-            else times
-        )
+        return times.on_cpu(read, is_moved_at_once(costs.hardware.device, tier)) if on_cpu else times
 
     def _hidden_states(self, costs: Costs, batch: BatchLoad, tier: str, count: int) -> tuple[float, float]:
-        """Seconds in which those of a batch that live elsewhere come and go; those of so many are added to ``moved_s`` or
-        ``at_once_s``."""
+        """Seconds in which those of a batch that live elsewhere come and go; those of so many are added to ``moved_s`` or ``own_s``."""
         moved = hidden_states_s(costs, batch, tier)
-        added = self.at_once_s if is_moved_at_once(costs.hardware.device, on_disk=tier == "disk") else self.moved_s
+        added = self.own_s if is_moved_at_once(costs.hardware.device, tier) else self.moved_s
         for user, seconds in moved.items():
             added[user] += count * seconds
         return sum(moved[user] for user in UP), sum(moved[user] for user in DOWN)

@@ -172,6 +172,8 @@ class Executor:
             return
         for dep in op.deps:
             self._wait(dep)
+        if op.kind == "attend":
+            self._kv.settle(self._batch(op))
         self._await_weights(op)
         if op.kind == "routed":  # times its experts one by one, because between them it waits
             handler(op)
@@ -262,8 +264,7 @@ class Executor:
 
     def _op_store_kv(self, op: Op) -> Future[None]:
         batch, after = self._batch(op), [self._pending[dep] for dep in op.deps if dep in self._pending]
-        batch.stored = self._kv.store(op.layer, batch, *self._qkv[batch.index], after, self._sinks(op.layer))
-        return batch.stored
+        return self._kv.store(op.layer, batch, *self._qkv[batch.index], after, self._sinks(op.layer))
 
     def _op_write_kv(self, op: Op) -> Future[None]:
         return self._kv.write(op.layer, self._batch(op))

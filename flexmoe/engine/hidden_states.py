@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from flexmoe.system.deferred import Deferred
 from flexmoe.system.device import Device, Event
 from flexmoe.system.direct_io import DirectFile
-from flexmoe.system.lane import Lane
 from flexmoe.system.trace import Recorder
 from policies.common.memory_units import align_up
 from policies.schedule import is_moved_at_once
@@ -70,7 +70,7 @@ class Activations:
         self._on_device: dict[int, torch.Tensor] = {}
         self._tokens: dict[int, int] = {}
         self._stores: dict[int, Future[None]] = {}  # by batch, until it is loaded
-        self._lane = Lane("act")
+        self._lane = ThreadPoolExecutor(1, thread_name_prefix="act")
         self._stream = device.stream()
         self._bytes = max_tokens * hidden * dtype.itemsize
         self._shape, self._dtype = (-1, hidden), dtype
@@ -102,9 +102,9 @@ class Activations:
 
     def store(self, batch: int) -> Future[None]:
         """Send a batch's hidden states home and forget them on the device. What goes wrong, the next load raises too."""
-        future = self._lane.submit(
-            self._store, self._at_once(batch), batch, self._on_device.pop(batch), self._device.record()
-        )
+        args = batch, self._on_device.pop(batch), self._device.record()
+        at_once = self._at_once(batch)
+        future = Deferred(self._store, *args).do() if at_once else self._lane.submit(self._store, *args)
         self._stores[batch] = future
         return future
 
@@ -114,16 +114,19 @@ class Activations:
         Raises (the future):
             StorageError: they could not be stored, or not be read.
         """
-        return self._lane.submit(self._load, self._at_once(batch), batch, self._stores.pop(batch))
+        args = batch, self._stores.pop(batch)
+        at_once = self._at_once(batch)
+        return Deferred(self._load, *args).do() if at_once else self._lane.submit(self._load, *args)
 
     def close(self) -> None:
         """End the lane."""
-        self._lane.close()
+        self._lane.shutdown(wait=True)
         if self.disk is not None:
             self.disk.file.close()
 
     def _at_once(self, batch: int) -> bool:
-        return is_moved_at_once(self._device.kind, on_disk=self.tiers[batch] == "disk")
+        """Whether the thread that computes moves them."""
+        return is_moved_at_once(self._device.kind, self.tiers[batch])
 
     def _store(self, batch: int, h_TD: torch.Tensor, produced: Event) -> None:
         nbytes = h_TD.numel() * h_TD.element_size()

@@ -86,7 +86,7 @@ class Batch:
         kv: where the KV of each group lies, by group of layers (`flexmoe.kv.group_index`); like ``rope``, derived once per
             sweep.
         loaded: by layer, transfers of fetched KV that have been requested.
-        stored, attended: transfer and CPU attention of the current layer.
+        stored, written, attended: transfers and CPU attention of the current layer.
         side: of the two sets of buffers, that of the last store.
     """
 
@@ -104,6 +104,7 @@ class Batch:
     rope: Any = None
     loaded: dict[int, Future[Event]] = field(default_factory=dict)
     stored: Future[None] | None = None
+    written: Future[None] | None = None
     attended: Future[Arrived] | None = None
     side: int = 0
 

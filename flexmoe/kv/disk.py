@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -140,9 +140,18 @@ class DiskKV:
 
     def read(self, layer: int, pages: Sequence[int], side: int) -> torch.Tensor:
         """Read full pages; returns them, ``[pages, 2, page_tokens, G, w]``."""
+        return self.begin_read(layer, pages, side)()
+
+    def begin_read(self, layer: int, pages: Sequence[int], side: int) -> Callable[[], torch.Tensor]:
+        """Start reading full pages; what it returns waits for them and gives them as `read` does."""
         buffer = self._read_buffers[side]
-        self._reader.submit(self._transfers(layer, pages, buffer), f"kv {layer}").wait()
-        return self._pages(buffer)[: len(pages)]
+        pending = self._reader.submit(self._transfers(layer, pages, buffer), f"kv {layer}")
+
+        def arrived() -> torch.Tensor:
+            pending.wait()
+            return self._pages(buffer)[: len(pages)]
+
+        return arrived
 
     def staged(self) -> torch.Tensor:
         """The pages of a buffer, ``[pages, 2, page_tokens, G, w]``: to be filled between two sweeps and written by

@@ -6,30 +6,32 @@ come up. New KV of a row goes to its home: a host pool, or the row's tail page a
 
 Two sets of buffers alternate, so that the next batch is brought while this one is attended.
 
-On device cpu KV of batches without rows on disk is moved, and attended, by the thread that computes: the same cores do both.
+On device cpu the thread that computes does all of it when a batch is to be attended, as it would take the same cores; only the
+disk is at work meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from flexmoe.kernels.elementwise import NewKV
 from flexmoe.kernels.paged_attention import Kernel, choose_kernel, paged_attention, plan_attention
-from flexmoe.kv.batch import Arrived, Batch, Block, Group
+from flexmoe.kv.batch import Arrived, Batch, Block, Group, begun
 from flexmoe.kv.cache import KVCache, PageCopy, neighbours
-from flexmoe.kv.disk import DiskKV
+from flexmoe.kv.disk import DiskIndex, DiskKV
 from flexmoe.kv.group_index import FetchIndex, GroupIndex, HostIndex, index_group, on_device
+from flexmoe.system.deferred import Deferred
 from flexmoe.system.device import Device, Event
-from flexmoe.system.lane import Lane
 from flexmoe.system.trace import Recorder
 from flexmoe.system.uploads import Uploads, Wanted
 from policies.admission.row_state import AttentionMode
-from policies.schedule import is_moved_at_once
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +52,7 @@ class KVBuffers:
 
 
 class KVLanes:
-    """Lanes ``h2d`` (KV loads), ``d2h`` (stores) and ``cpu`` (CPU attention), one thread each.
+    """Lanes ``h2d`` (KV loads), ``d2h`` (stores) and ``cpu`` (CPU attention), one thread each on device cuda.
 
     Args:
         device: compute device.
@@ -72,7 +74,7 @@ class KVLanes:
     ):
         self._device, self._recorder, self._cache = device, recorder, cache
         self._query_heads, self._has_sinks = query_heads, sinks
-        self._lanes = {name: Lane(name) for name in ("h2d", "d2h", "cpu")}
+        self._lanes = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("h2d", "d2h", "cpu")}
         # Outputs of CPU attention, which the GPU waits for, do not queue behind KV on its way up.
         self._streams = {name: device.stream(urgent=name == "up") for name in ("h2d", "d2h", "up")}
         self._stores: list[Future[None]] = []
@@ -168,7 +170,8 @@ class KVLanes:
         self._loads += 1
         index: FetchIndex = self._index(layer, batch, AttentionMode.FETCH)
         index.sides[layer] = side
-        return self._lanes["h2d"].submit(self._load, self._at_once(batch), layer, index, side)
+        arriving = None if self._device.is_cuda else self._begin_read(layer, index, side)
+        return self._submit("h2d", self._load, layer, index, side, arriving)
 
     def store(
         self,
@@ -188,11 +191,10 @@ class KVLanes:
         side = batch.side = self._stored % 2
         self._stored += 1
         produced = self._device.record()
-        future = self._lanes["d2h"].submit(
-            self._store, self._at_once(batch), layer, batch, side, (q_THd, k_TGw, v_TGw, sinks_H), produced, after
-        )
-        self._stores.append(future)
-        return future
+        made = q_THd, k_TGw, v_TGw, sinks_H
+        batch.stored = self._submit("d2h", self._store, layer, batch, side, made, produced, after)
+        self._stores.append(batch.stored)
+        return batch.stored
 
     def write(self, layer: int, batch: Batch) -> Future[None]:
         """Write the pages that the store filled to disk.
@@ -203,14 +205,24 @@ class KVLanes:
         index: FetchIndex = self._index(layer, batch, AttentionMode.FETCH)
         if index.disk is None:
             raise ValueError("no row of this batch has its KV on disk")
-        future = self._lanes["d2h"].submit(self._on_disk.write, False, layer, index.disk)
-        self._stores.append(future)
-        return future
+        batch.written = self._submit("d2h", self._write, layer, index.disk, begun(batch.stored))
+        self._stores.append(batch.written)
+        return batch.written
 
     def cpu_attend(self, layer: int, batch: Batch, stored: Future[None]) -> Future[Arrived]:
         """Attend the batch's ``cpu`` rows on the host; the future gives `Arrived` with ``[tokens, H, Dh]``."""
         index: HostIndex = self._index(layer, batch, AttentionMode.CPU)
-        return self._lanes["cpu"].submit(self._cpu_attend, self._at_once(batch), layer, index, batch.side, stored)
+        return self._submit("cpu", self._cpu_attend, layer, index, batch.side, stored)
+
+    def settle(self, batch: Batch) -> None:
+        """The batch is to be attended: on device cpu, take its new KV home.
+
+        Raises:
+            StorageError: a disk transfer failed.
+        """
+        for future in (batch.stored, batch.written):
+            if isinstance(future, Deferred):
+                future.result()
 
     def attend_gpu(
         self, layer: int, batch: Batch, q_THd: torch.Tensor, sinks_H: torch.Tensor | None = None
@@ -282,7 +294,7 @@ class KVLanes:
     def close(self) -> None:
         """End the threads."""
         for lane in self._lanes.values():
-            lane.close()
+            lane.shutdown(wait=True)
         for stream in filter(None, self._streams.values()):
             stream.synchronize()  # buffers are freed after this
         if self._disk is not None:
@@ -337,14 +349,22 @@ class KVLanes:
         self._device.link.small(copied)
         self._device.host_wait(copied)
 
+    def _submit(self, lane: str, work: Callable[..., T], *args: Any) -> Future[T]:
+        """For a lane's thread to do; on device cpu, for whoever waits for it."""
+        return self._lanes[lane].submit(work, *args) if self._device.is_cuda else Deferred(work, *args)
+
     # What the lanes do.
 
-    def _at_once(self, batch: Batch) -> bool:
-        return is_moved_at_once(self._device.kind, on_disk=batch.on_disk)
+    def _begin_read(self, layer: int, index: FetchIndex, side: int) -> Callable[[], torch.Tensor] | None:
+        """Of what is on disk; None: nothing is."""
+        return None if index.disk is None else self._on_disk.begin_read(layer, index.disk.pages, side)
 
-    def _load(self, layer: int, index: FetchIndex, side: int) -> Event:
+    def _load(
+        self, layer: int, index: FetchIndex, side: int, arriving: Callable[[], torch.Tensor] | None = None
+    ) -> Event:
         """While one side's copies are under way, the other side's KV is gathered."""
-        raw = None if index.disk is None else self._on_disk.read(layer, index.disk.pages, side)
+        arriving = arriving or self._begin_read(layer, index, side)
+        raw = arriving() if arriving else None
         self._packed_read[side].synchronize()  # by the copies of the load before the last; on this lane's own thread
         stream = self._streams["h2d"]
         self._placed.wait(stream)
@@ -400,6 +420,10 @@ class KVLanes:
         for host in _on_host(indices):
             host.queries, *given = queries
             host.sinks = given[0] if given else None
+
+    def _write(self, layer: int, index: DiskIndex, stored: Future[None]) -> None:
+        stored.result()
+        self._on_disk.write(layer, index)
 
     def _store_group(self, layer: int, index: GroupIndex, k: torch.Tensor, v: torch.Tensor) -> None:
         """New KV of a group, on the host, to its home; rows on disk are the last of a group."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from cost_model.memory.allocation import residency
+from cost_model.memory.allocation import PAGE_TOKENS, residency
 from cost_model.model.arch import ModelArch
 from flexmoe.probing.disk import probe_directory, random_buffers
 from flexmoe.probing.effort import Effort
@@ -43,7 +43,7 @@ _LAYERS = 4
 _MOVED_LAYERS = 2
 #: The disk is to read for no longer than this part of a sweep, and at most this percentage of the weights.
 _DISK_BUSY, _DISK_PERCENT = 0.6, 50.0
-_ROUNDS = 9
+_ROUNDS, _KV_ROUNDS = 9, 3
 #: Tokens of a row whose KV takes next to no time.
 _SHORT = 8
 
@@ -218,6 +218,38 @@ def streaming_core_s_per_byte(
         for arch in moved_archs(dtype, effort)
     ]
     return {tier: statistics.fmean(each[tier] for each in found) for tier in found[0]}
+
+
+def kv_block_core_s(device: Device, dtype: torch.dtype, directory: Path, effort: Effort) -> float:
+    """Core-seconds that a read of KV takes from computing, its bytes included.
+
+    The CPU time of a read says too little: threads are woken for each, and want the interpreter. Sweeps of rows that have written
+    their first page to disk are compared with those that have it in host memory. The computation alone is, without what it waits
+    for: cores · difference / reads, the median over rounds.
+
+    Args:
+        directory: of the engine's disk tier.
+    """
+    arch, rows, batch_rows = streaming_arch(dtype, effort), moved_rows(effort), min(effort.batch_rows)
+    costs = []
+    for _ in range(_KV_ROUNDS):
+        on_host_s, on_disk_s = (
+            timed_sweeps(
+                device,
+                arch,
+                dtype,
+                rows,
+                batch_rows,
+                directory,
+                effort.sweeps,
+                cache=cache,
+                context=_SHORT,
+                warm=PAGE_TOKENS,
+            ).lanes_s["gpu"]
+            for cache in ((0, 100), (0, 0))
+        )
+        costs.append(usable_cores() * (on_disk_s - on_host_s) / (arch.num_layers * rows))
+    return max(0.0, statistics.median(costs))
 
 
 def moved_rows(effort: Effort) -> int:

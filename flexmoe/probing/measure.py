@@ -38,6 +38,7 @@ from flexmoe.probing.kv import SHAPES, kv_block_costs, kv_rates
 from flexmoe.probing.latency import (
     disk_latency,
     handoff_s,
+    kv_block_core_s,
     moved_archs,
     moved_rows,
     reading_beside_compute,
@@ -327,6 +328,19 @@ def _streaming(s: Setting, found: Found) -> None:
     found.put(source.format("in host memory"), h2d_core_s_per_byte=taken["cpu"])
     disk = source.format("on disk") + ", at least the CPU time of reads alone"
     found.put(disk, disk_read_core_s_per_byte=max(alone, taken["disk"]))
+    _kv_beside_compute(s, found)
+
+
+def _kv_beside_compute(s: Setting, found: Found) -> None:
+    arch = streaming_arch(s.dtypes[2], s.effort)
+    nbytes = PAGE_TOKENS * arch.kv_bytes_per_token_layer(s.dtypes[2].itemsize)
+    taken_s = kv_block_core_s(s.device, s.dtypes[2], s.directory, s.effort)
+    taken_s -= nbytes * found.values["disk_read_core_s_per_byte"]
+    found.put(
+        f"sweeps of {_model(s)}, {moved_rows(s.effort)} rows with KV on disk beside those with KV in host memory: cores x difference of the computation / "
+        "reads, less what their bytes take; at least the CPU time of reads alone",
+        kv_block_core_s=max(found.values["kv_block_core_s"], taken_s),
+    )
 
 
 def _model(s: Setting) -> str:

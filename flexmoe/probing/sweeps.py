@@ -146,14 +146,16 @@ def timed_sweeps(
     weights: tuple[float, float] = (100, 0),
     cache: tuple[float, float] = (100, 0),
     context: int = _CONTEXT,
+    warm: int = _WARM,
 ) -> Timed:
     """Sweeps in which every row decodes.
 
     Args:
         weights, cache: percents of weights and of KV in the compute device's and in host memory.
         context: tokens of a row at first.
+        warm: sweeps before those that are timed.
     """
-    last = context + _WARM + sweeps + 2
+    last = context + warm + sweeps + 2
     policy = Policy.from_percent(
         (*weights, *cache, 100, 0),
         gpu_batch_size=batch_rows,
@@ -188,13 +190,13 @@ def timed_sweeps(
             engine.enter_aged(
                 EngineRequest(request_id=str(row), prompt_token_ids=prompt, params=params), [row % _VOCAB]
             )
-        for _ in range(_WARM):
+        for _ in range(warm):
             engine.step()
         engine.recorder.reset_totals()
         done = _run_timed(engine, sweeps)
         totals = engine.recorder.totals()
         return Timed(
-            sweep_s=statistics.median(each.wall_s for each in engine.sweeps.since(_WARM)),
+            sweep_s=statistics.median(each.wall_s for each in engine.sweeps.since(warm)),
             lanes_s={lane: total.worker_s / done for lane, total in totals.items()},
         )
     finally:

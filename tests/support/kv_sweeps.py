@@ -130,6 +130,7 @@ class Bench:
         return q, k, v, loaded, attended
 
     def _check(self, layer, batch, q, k, v, loaded, attended):
+        self.lanes.settle(batch)
         for group in batch.groups:
             if group.mode is AttentionMode.GPU:
                 out = self.lanes.attend_gpu(layer, batch, q)

@@ -143,16 +143,18 @@ def test_tracks_are_those_of_the_recorder_and_each_works_in_order(machine):
         assert all(a[3] <= b[2] + 1e-12 for a, b in pairwise(spans))
 
 
-def test_on_the_cpu_what_does_not_wait_for_the_disk_is_done_by_the_thread_that_computes():
-    costs, policy = costs_of((100, 0, 25, 75, 0, 66), machine="cpu", cpu_attention_percent=50.0)
-    _, by_track = spans_of(costs, policy, decoding(24, gpu=8, fetch=8, cpu=8))
+def test_on_the_cpu_what_is_not_the_disks_is_done_by_the_thread_that_computes():
+    costs, policy = costs_of((100, 0, 25, 50, 0, 66), machine="cpu", cpu_attention_percent=50.0)
+    _, by_track = spans_of(costs, policy, MIXED)
     batches = costs.allocation.activation_tiers
     away = [f"act {batch}" for batch, tier in enumerate(batches) if tier == "cpu"]
     own = [*by_track["gpu"], *by_track["h2d/kv"], *by_track["d2h"], *by_track["cpu"]]
     own += [span for track in ("h2d/act", "d2h/act") for span in by_track[track] if span[1] in away]
     assert away and len(away) < len(batches)
     assert all(a[3] <= b[2] + 1e-12 for a, b in pairwise(sorted(own, key=lambda span: span[2])))
-    assert all(span[4] > 0 for span in by_track["h2d/act"])
+    assert all(span[4] > 0 for span in (*by_track["h2d/act"], *by_track["h2d/kv"], *by_track["d2h"]))
+    read = [(start, end) for _, _, start, end, _ in by_track["disk_read/kv0"]]
+    assert any(a < start < b for a, b in read for _, _, start, _, _ in by_track["gpu"]), "the disk is at work beside it"
 
 
 @pytest.mark.parametrize("machine", ["rtx4090", "cpu"])

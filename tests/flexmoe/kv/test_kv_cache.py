@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from flexmoe.kv.transfers import KVLanes
 from flexmoe.system.device import Device
 from policies.admission.row_state import AttentionMode
 from policies.common.memory_units import SYSTEM_PAGE_BYTES
-from tests.support.kv_sweeps import LAYERS, SHAPE, TIER, Bench, History
+from tests.support.kv_sweeps import HEADS, LAYERS, SHAPE, SIZE, TIER, Bench, History
 from tests.support.pretend_cuda import Event, PretendCuda
 
 B = 16
@@ -586,19 +587,37 @@ def test_a_load_is_gathered_while_the_one_before_is_on_the_link(bench, monkeypat
 
 @pytest.mark.parametrize("work", ["_load", "_store", "_cpu_attend"])
 @pytest.mark.parametrize("of_device", [lambda: Device("cpu"), PretendCuda])
-@pytest.mark.parametrize("with_disk", [False, True])
-def test_who_computes_on_the_cpu_moves_kv_and_attends_but_for_batches_with_rows_on_disk(
-    bench, monkeypatch, work, of_device, with_disk
-):
+def test_who_computes_on_the_cpu_moves_kv_and_attends(bench, monkeypatch, work, of_device):
     device, threads, real = of_device(), [], getattr(KVLanes, work)
     monkeypatch.setattr(KVLanes, work, lambda *args: (threads.append(threading.current_thread()), real(*args))[1])
     b = bench((0, 60, 8), device=device, batch_rows=3)
-    rows = [b.open(kind) for kind in ("fetch", "cpu", *(["disk"] if with_disk else []))]
+    rows = [b.open(kind) for kind in ("fetch", "cpu", "disk")]
     for _ in range(2):
         b.sweep(rows, [20] * len(rows))
     assert len(threads) == 2 * LAYERS
-    at_once = not device.is_cuda and not with_disk
-    assert {thread is threading.current_thread() for thread in threads} == {at_once}
+    assert {thread is threading.current_thread() for thread in threads} == {not device.is_cuda}
+
+
+def test_on_the_cpu_the_disk_reads_while_others_are_attended_and_new_kv_is_home_before_its_batch_is(bench):
+    b = bench((0, 0, 30), batch_rows=1)
+    rows = [b.open("disk") for _ in range(2)]
+    b.sweep(rows, [40, 40])
+    for row in rows:
+        b.cache.reserve(row.kv, 1)
+    block = Block([Run(row.kv, [0], AttentionMode.FETCH, 1) for row in rows], 1)
+    b.lanes.begin(block, b.uploads)
+    before = b.moved("disk_read"), b.moved("h2d")
+    loaded = [b.lanes.load(0, batch) for batch in block.batches]
+    deadline = time.monotonic() + 10
+    while b.moved("disk_read") - before[0] < 2 * 2 * b.cache.disk_page_bytes and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert b.moved("disk_read") - before[0] == 2 * 2 * b.cache.disk_page_bytes and b.moved("h2d") == before[1]
+    q, k, v = torch.zeros(1, HEADS, SIZE), *torch.zeros(2, 1, *SHAPE.stored_token)
+    stored = [b.lanes.store(0, batch, q, k, v, [load]) for batch, load in zip(block.batches, loaded)]
+    b.lanes.settle(block.batches[0])
+    assert [future.done() for future in (*loaded, *stored)] == [True, False, True, False]
+    b.lanes.drain()
+    assert all(future.done() for future in stored)
 
 
 @pytest.mark.parametrize("kind", ["fetch", "cpu", "disk"])
