@@ -66,6 +66,11 @@ class Setting:
         return cls.of(model, checkpoint, args.home, device)
 
     @property
+    def rates(self) -> Path:
+        """The file in which those of this machine are kept."""
+        return cache_path(self.device, (self.home / "offload").expanduser().absolute())
+
+    @property
     def flags(self) -> list[str]:
         """Those of the policy and of the machine."""
         budgets = [part for name, gib in self.budgets.items() for part in (f"--{name.replace('_', '-')}", f"{gib:g}")]
@@ -117,7 +122,7 @@ def introduction(setting: Setting) -> str:
     role = (
         "of GPU memory, its context included" if setting.device.is_cuda else "of memory in a GPU's role (there is none)"
     )
-    kept = cache_path(setting.device, (setting.home / "offload").expanduser().absolute())
+    kept = setting.rates
     how = "are known from an earlier run" if kept.exists() else "are measured first: one to four minutes, once"
     gpu_mem, cpu_mem, nvme_mem = setting.budgets.values()
     paragraphs = (
@@ -154,13 +159,14 @@ def show(setting: Setting) -> None:
 
 
 def forecast(setting: Setting, metrics: dict) -> Simulation:
-    """What the run predicted before it started, with the operations of every sweep."""
+    """What the run predicted before it started, with the operations of every sweep: by the rates that it had, even if it found them
+    changed and the next run measures again."""
     model, job = load_model(str(setting.checkpoint)), Workload(**metrics["workload"])
     planner = Forecaster.of_machine(
         model.arch,
         job,
         compute_dtype("auto", model, setting.device.torch),
-        hardware="auto",
+        hardware=setting.rates if setting.rates.exists() else "auto",
         device=setting.device.kind,
         directory=setting.home / "offload",
         budgets=setting.budgets,

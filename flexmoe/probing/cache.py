@@ -25,7 +25,7 @@ from policies.common.option_names import option
 log = logging.getLogger(__name__)
 
 #: What is measured, and how; another number makes what was kept before worthless.
-_EDITION = "11"
+_EDITION = "12"
 #: Names beside a kept measurement: what was found otherwise, and what it was for that it was measured again.
 _STALE, _MEASURED_AGAIN = ".stale", ".again"
 _FRESH_S = 86_400.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
 from cost_model.hardware.hardware import Hardware
@@ -22,6 +22,8 @@ from policies.policy import SCHEDULES
 CLASSES = {"cpu": ("disk", "compute", "balanced"), "cuda": ("disk", "link", "compute", "balanced")}
 FACTOR = 1.6
 GPU_BATCHES, BLOCKS, PROMPTS, COMPLETIONS = (4, 8, 16, 32, 64), (16, 512), (16, 512), (8, 64)
+#: Of jobs that compute little: rows of a block, and lengths.
+FEW_ROWS, SHORT_PROMPTS, SHORT_COMPLETIONS = (2, 4, 8, 12, 16), (8, 64), (4, 32)
 #: Seconds that a run may be predicted to take; shorter ones measure noise.
 SECONDS = (2.0, 10.0)
 #: The rows are drawn to fit any model's context.
@@ -103,6 +105,9 @@ def draw(
 ) -> list[Configuration]:
     """``each`` configurations of every class, the models in turn; fewer of a class that ``turns`` draws do not fill.
 
+    Once the jobs that computing bounds are found, those that compute little are drawn, as on slow cores few of the others are bound
+    by anything else.
+
     Args:
         seconds: shortest and longest time that a run may be predicted to take.
     """
@@ -112,7 +117,7 @@ def draw(
         if not +missing:
             break
         model = sorted(archs)[turn % len(archs)]
-        policy, rows = _candidate(rng)
+        policy, rows = _candidate(rng) if missing["compute"] > 0 else _lean_candidate(rng)
         try:
             prediction = evaluate(archs[model], hardware, Workload.of_lengths(rows), policy)
         except InfeasibleError:
@@ -145,6 +150,18 @@ def _candidate(rng: random.Random) -> tuple[Policy, tuple[tuple[int, int], ...]]
     mean = Workload.of_lengths(_row(rng, prompt, completion) if ragged else (prompt, completion) for _ in range(number))
     rows = tuple(islice(shuffled_rows(mean, seed=0), number))
     return drawn_policy(rng, mean, batch, count), rows
+
+
+def _lean_candidate(rng: random.Random) -> tuple[Policy, tuple[tuple[int, int], ...]]:
+    """Few short rows, and most of the weights on the disk."""
+    rows = rng.choice(FEW_ROWS)
+    count = rng.choice([n for n in (1, 2, 3, 4) if n <= rows])
+    prompt, completion = _log_uniform(rng, *SHORT_PROMPTS), _log_uniform(rng, *SHORT_COMPLETIONS)
+    number = round(rows * rng.choice((1, 1.5, 2.5)))
+    mean = Workload.of_lengths(_row(rng, prompt, completion) for _ in range(number))
+    policy = drawn_policy(rng, mean, -(-rows // count), count)
+    policy = replace(policy, w_gpu_percent=rng.choice((0.0, 0.0, 20.0)), w_cpu_percent=rng.choice((0.0, 0.0, 30.0)))
+    return policy, tuple(islice(shuffled_rows(mean, seed=0), number))
 
 
 def drawn_policy(

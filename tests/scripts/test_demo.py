@@ -1,21 +1,24 @@
 """The demo: its budgets make the planner use all three tiers, and it tells what was planned, predicted and measured."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 from transformers import MixtralConfig
 
 from cost_model import Hardware, ModelArch, Workload, solve
+from cost_model.simulation.simulate import simulate
 from flexmoe.cli.running.arguments import parser
 from flexmoe.errors import InputMissingError
+from flexmoe.probing.cache import mark_stale
 from flexmoe.system.device import Device
-from scripts.demo import Setting, command, introduction
+from policies.policy import Policy
+from scripts.demo import Setting, command, forecast, introduction
 from scripts.demonstration import models
 from scripts.demonstration.models import LARGE, REAL, SMALL, choose
 from scripts.demonstration.report import answers, compared, planned, put_beside, under_compute_percent
-from scripts.make_checkpoint import SIZES
+from scripts.make_checkpoint import SIZES, make_checkpoint
 from tests.support.pretend_cuda import PretendCuda
 
 CONTEXT_BYTES = 600 << 20
@@ -110,6 +113,24 @@ def makes(monkeypatch):
         monkeypatch.setattr(models, "SMALL", replace(SMALL, make=synthetic))
 
     return set_to
+
+
+def test_prediction_is_by_the_rates_that_the_run_had_though_it_found_them_changed(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLEXMOE_CACHE", str(tmp_path / "cache"))
+    here = setting(SMALL, Device("cpu"), tmp_path)
+    make_checkpoint(here.checkpoint, SIZES["tiny"])
+    job = Workload(prompt_len=12, gen_len=4, num_requests=6)
+    policy = Policy.from_percent(
+        (100, 0, 100, 0, 100, 0), gpu_batch_size=3, num_gpu_batches=2, prompt_len=12, gen_len=4
+    )
+    rates = Hardware.preset("cpu")
+    here.rates.parent.mkdir(parents=True)
+    rates.save(here.rates)
+    mark_stale("cpu", here.home / "offload", ["gpu"])
+    assert here.rates.with_suffix(".stale").exists()
+    metrics = {"workload": job.to_json(), "policy": asdict(policy), "sweeps": 2}
+    predicted = forecast(here, metrics)
+    assert predicted.job_s == simulate(ModelArch.from_dir(here.checkpoint), rates, job, policy).job_s
 
 
 def test_real_model_is_made_once(tmp_path, makes):
