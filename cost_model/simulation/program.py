@@ -137,8 +137,8 @@ class _Compiler:
         #: By operation, (thread, how many it has done when that is done).
         self._done: dict[int, tuple[int, int]] = {}
         self._handed: list[int] = []
-        #: By GPU batch, what the main thread does before it is attended.
-        self._deferred = defaultdict[int, list[Op]](list)
+        #: By layer and GPU batch, what the main thread does before it is attended there.
+        self._deferred = defaultdict[tuple[int, int], list[Op]](list)
 
     def program(self) -> Program:
         for op in sweep(self._shape):
@@ -154,7 +154,7 @@ class _Compiler:
 
     def _compute(self, op: Op) -> None:
         if op.kind == "attend":
-            for moved in self._deferred.pop(op.batch, ()):
+            for moved in self._deferred.pop((op.layer, op.batch), ()):
                 self._move(moved)
         if op.kind == "routed":  # what is cached, or comes earlier, is computed while the last one comes
             self._step(op, sweep_place("routed"), after=())
@@ -209,7 +209,7 @@ class _Compiler:
         if self._device == "cpu" and op.kind in _OF_KV:
             if op.kind == "load_kv" and len(parts) > 1:  # the disk's part begins at once
                 self._add(op, thread, _moved(op), parts[:1], ())
-            self._deferred[op.batch].append(op)
+            self._deferred[op.layer, op.batch].append(op)
             return
         if op.kind in _OF_HIDDEN_STATES and is_moved_at_once(self._device, self._shape.activation_tiers[op.batch]):
             self._move(op)
