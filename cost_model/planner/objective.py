@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from cost_model.memory.allocation import PAGE_TOKENS, Allocation, residency
@@ -64,6 +64,7 @@ class Objective:
         ]
         self._on_cpu = [size + count * slack for count, size in enumerate(bytes_before)]
         self._percent = [100 * size / bytes_before[-1] for size in bytes_before]
+        self._cache_is_fixed = fixed.cache_gpu_percent is not None or fixed.cache_cpu_percent is not None
         self._block_bytes = arch.kv_page_bytes(PAGE_TOKENS, problem.dtype_bytes, compressed=fixed.compress_cache)
 
     def tokens_per_s(self, policy: Policy) -> float:
@@ -99,6 +100,43 @@ class Objective:
         used = {tier: memory.total(tier) for tier in TIERS}
         budgets = self._budgets.items()
         return {name: size - sum(used[t] for t in name.split("+")) for name, size in budgets if size is not None}
+
+    def with_kv_in_spare(self, policy: Policy) -> Policy | None:
+        """The policy with as much of its host KV on the GPU as has room there; None where there is no room, or no such KV."""
+        if self._cache_is_fixed:
+            return None
+        allocation, spare = self.spare_bytes(policy)
+        pages, room = allocation.kv_pages, spare.get("gpu", 0) // self._block_bytes
+        filled, moved, beyond = policy, 0, allocation.kv_pages["cpu"] + 1
+        for _ in range(
+            _TRIES
+        ):  # what stages the KV of host memory shrinks with it; once all is gone, other buffers may grow
+            more = min(room, beyond - moved - 1)
+            if more <= 0:
+                break
+            tried = _with_kv_moved(policy, pages, moved + more)
+            left = self.spare_bytes(tried)[1]["gpu"] // self._block_bytes
+            if left < 0:
+                beyond = moved + more
+            else:
+                filled, moved, room = tried, moved + more, left
+        return filled if filled != policy else None
+
+    def with_unit_for_kv(self, policy: Policy) -> Policy | None:
+        """The policy with one more unit on the GPU in the place of as little KV as that takes; None where none would do."""
+        ends = self._ends(policy)
+        if self._cache_is_fixed or self.fixed.w_gpu_percent is not None or ends[0] == len(self._on_gpu) - 1:
+            return None
+        traded = self.with_units(policy, ends[0] + 1, max(ends[0] + 1, ends[1]))
+        for _ in range(_TRIES):  # what stages the KV of host memory grows with it
+            allocation, spare = self.spare_bytes(traded)
+            lacking = -(spare.get("gpu", 0) // self._block_bytes)
+            if lacking <= 0:
+                return self.with_kv_in_spare(traded) or traded
+            if lacking > allocation.kv_pages["gpu"]:
+                break
+            traded = _with_kv_moved(traded, allocation.kv_pages, -lacking)
+        return None
 
     def with_parts_of_units(self, policy: Policy) -> Callable[[Policy], float]:
         """What policies near the given one would give if weight units could be cut: spare bytes count as their part of the next.
@@ -215,6 +253,12 @@ class Objective:
             policy, "cache", 100 * (blocks["gpu"] - from_gpu) / total, 100 * (blocks["cpu"] - from_cpu + to_cpu) / total
         )
         return self.fixed.applied(moved)
+
+
+def _with_kv_moved(policy: Policy, pages: Mapping[str, int], moved: int) -> Policy:
+    """The policy with so many pages more on the GPU, from host memory; negative is the other way."""
+    total = sum(pages.values())
+    return with_shares(policy, "cache", 100 * (pages["gpu"] + moved) / total, 100 * (pages["cpu"] - moved) / total)
 
 
 def _part_of_next(prefix_bytes: Sequence[int], units: int, spare: int) -> float:

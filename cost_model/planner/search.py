@@ -180,7 +180,10 @@ class Climb:
     def __init__(self, objective: Objective, gain: float = _GAIN):
         self.objective, self._gain = objective, gain
         halves = (as_one_or_two,) if halves_may_pay(objective.problem, objective.fixed) else ()
-        self._moves = (*moves(objective.problem.workload), *halves)
+        by_bytes = (objective.with_kv_in_spare, objective.with_unit_for_kv)
+        trades = (lambda policy, _step, trade=trade: trade(policy) for trade in by_bytes)
+        self._kicks = (*moves(objective.problem.workload), *halves)
+        self._moves = (*self._kicks, *trades)
 
     def ranked(self, policies: Iterable[Policy]) -> list[Policy]:
         """The policies, best first, each once."""
@@ -281,7 +284,7 @@ class Climb:
         while self.objective.effort < min(last, gained + effort * _IDLE_EFFORT):
             away = best if rng.random() < _FROM_BEST else rng.choice(policies)
             for _ in range(rng.choice(_KICKS)):
-                away = rng.choice(self._moves)(away, rng.choice(_KICK_STEPS)) or away
+                away = rng.choice(self._kicks)(away, rng.choice(_KICK_STEPS)) or away
             start = self.start(away)
             self.objective.effort += 1  # a kick may lead nowhere, for ever
             if start is None:
