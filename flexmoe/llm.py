@@ -57,7 +57,7 @@ class LLM:
 
     Args:
         model: checkpoint directory, hub id, or with ``load_format="dummy"`` a known shape; or a loaded `Model`.
-        policy: ``"auto"`` has the planner choose for this machine (measured once, one to four minutes) and ``workload``; a path is a
+        policy: ``"auto"`` has the planner choose for this machine (measured once, one to seven minutes) and ``workload``; a path is a
             policy file; None keeps everything on the compute device.
         load_format: ``auto``, or ``dummy`` for random weights.
         workload: mean prompt and completion lengths, in tokens; they size the KV cache, and ``"auto"`` plans for them. Default:

@@ -2,7 +2,7 @@
 tiers; then what it answered, and how right the plan was.
 
 ``python -m scripts.demo [DIR] [--synthetic]``: everything it writes stays in DIR (default ``demo``), except two things in the
-user's cache: the rates of this machine, measured once in one to four minutes, and the file that the model is made of.
+user's cache: the rates of this machine, measured once in one to seven minutes, and the file that the model is made of.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def introduction(setting: Setting) -> str:
         "of GPU memory, its context included" if setting.device.is_cuda else "of memory in a GPU's role (there is none)"
     )
     kept = setting.rates
-    how = "are known from an earlier run" if kept.exists() else "are measured first: one to four minutes, once"
+    how = "are known from an earlier run" if kept.exists() else "are measured first: one to seven minutes, once"
     gpu_mem, cpu_mem, nvme_mem = setting.budgets.values()
     paragraphs = (
         setting.model.about,

@@ -64,7 +64,7 @@ def run_batch(
         input_file: requests: OpenAI Batch lines, plain ``{"prompt": …}`` rows, text (.txt), Parquet, or a dataset.
         output_file: completions as OpenAI Batch lines, in input order; failed rows go to ``<output>.errors.jsonl``.
         model: checkpoint directory, hub id, or with ``load_format="dummy"`` a known shape.
-        policy: a `Policy`, or the path of a policy file. None, or ``"auto"``, measures this machine (one to four minutes, once) and
+        policy: a `Policy`, or the path of a policy file. None, or ``"auto"``, measures this machine (one to seven minutes, once) and
             plans for the job; with ``percent`` among the options nothing is planned.
         use_tqdm: draw progress bars on stderr.
         **options: the other fields of `RunOptions`: ``dtype``, ``seed``, ``gen_len``, ``gpu_mem`` (GiB), ``overwrite`` …

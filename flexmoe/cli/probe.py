@@ -16,7 +16,7 @@ from policies.common.directories import OFFLOAD_DIR
 from policies.common.memory_units import MIB
 
 _DESCRIPTION = """\
-Measure this machine once, in one to four minutes, with the runtime's own disk reads, copies, GEMMs and attention.
+Measure this machine once, in one to seven minutes, with the runtime's own disk reads, copies, GEMMs and attention.
 
   python -m flexmoe.probe -o machine.json
   python -m cost_model --model DIR --hardware machine.json …

@@ -25,7 +25,7 @@ def this_machine(
     """This machine as the planner takes it.
 
     Args:
-        rates: ``"auto"``: measured now (one to four minutes) or before; else a file of `python -m flexmoe.probe`, or its content.
+        rates: ``"auto"``: measured now (one to seven minutes) or before; else a file of `python -m flexmoe.probe`, or its content.
         device: ``auto``, ``cuda`` or ``cpu``.
         directory: on the disk that the disk tier lives on.
         budgets: GiB of ``gpu_mem``, ``cpu_mem``, ``nvme_mem`` and ``memory_limit``; None is what the machine has, less a tenth.

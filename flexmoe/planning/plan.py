@@ -43,7 +43,7 @@ def plan(
     Args:
         model: a directory with a `config.json`, the name of a known shape, its hub id, or a `ModelArch`.
         hardware: a `Hardware`, the name of a preset (``"rtx4090"``), or a file of `python -m flexmoe.probe`. None: this machine,
-            measured now (one to four minutes) or before, with nine tenths of what is free of its memory.
+            measured now (one to seven minutes) or before, with nine tenths of what is free of its memory.
         workload: prompt and completion lengths, and the rows of the job; default: 512 and 128 tokens, without end.
         gpu_mem, cpu_mem, nvme_mem: most GiB of each tier; None: what the machine has.
         memory_limit: most GiB of host memory of the whole process; None: what the machine has.

@@ -34,7 +34,7 @@ _ERRORS = {kind.exit_code: kind for kind in (UsageError, InfeasibleError, Storag
 
 
 def cached_probe(device: str, directory: str | Path) -> Hardware:
-    """This machine: rates from the cache, or measured (one to four minutes) and kept; capacities as they are now.
+    """This machine: rates from the cache, or measured (one to seven minutes) and kept; capacities as they are now.
 
     A cache that cannot be read or written costs a warning and the minute, not the run. It is measured in a process of its
     own: what libraries keep (the GPU's context, compiled kernels) is then not missing from the memory of the run.
@@ -51,7 +51,7 @@ def cached_probe(device: str, directory: str | Path) -> Hardware:
     hardware, stale = _load(path), path.with_suffix(_STALE)
     if hardware is None or stale.exists():
         why = "has not been measured yet" if hardware is None else "was not as measured in the last run"
-        log.warning("this machine %s: one to four minutes, once; the result is kept in %s", why, path)
+        log.warning("this machine %s: one to seven minutes, once; the result is kept in %s", why, path)
         hardware = _measured_apart(str(dev.torch), directory)
         _save(hardware, path)
         if stale.exists():

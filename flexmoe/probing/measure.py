@@ -1,4 +1,4 @@
-"""The whole probe: every rate of `cost_model.hardware.hardware.Hardware`, by the runtime's own parts, in one to four minutes."""
+"""The whole probe: every rate of `cost_model.hardware.hardware.Hardware`, by the runtime's own parts, in one to seven minutes."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def with_server(server: subprocess.Popen[str], setting: Setting, *, once: bool) 
         return server.wait()
     url = first.removeprefix("listening on ").strip()
     print(
-        f"The page is at {url}; a machine that is not known yet is measured first, which takes one to four minutes.\n"
+        f"The page is at {url}; a machine that is not known yet is measured first, which takes one to seven minutes.\n"
     )
     completed = run_batch(url, setting.model.name, chats(setting))
     print(f"\nLook at {url} for the batch, the machine and the plan. Ctrl-C stops the server.", flush=True)

@@ -88,7 +88,7 @@ def test_introduction_says_what_the_text_is_and_whether_the_machine_is_measured_
     (about.checkpoint / "model.safetensors").write_bytes(b"x" * 2**20)
     text = " ".join(introduction(about).split())
     assert "each of the 8 experts of a layer is a copy of its dense MLP" in text and "often wrong" in text
-    assert "0.5 GiB of memory in a GPU's role" in text and "measured first: one to four minutes, once" in text
+    assert "0.5 GiB of memory in a GPU's role" in text and "measured first: one to seven minutes, once" in text
     kept = text.split("(kept in ")[1].split(")")[0]
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / kept.rsplit("/", 1)[1]).write_text("{}")
