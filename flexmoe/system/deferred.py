@@ -29,8 +29,10 @@ class Deferred(Future[T]):
             (work, args), self._work = self._work, None
             try:
                 self.set_result(work(*args))
-            except Exception as error:  # whoever waits for it meets it, as one from a thread
+            except BaseException as error:  # whoever waits for it meets it, as one from a thread
                 self.set_exception(error)
+                if not isinstance(error, Exception):  # an interrupt is the caller's, too
+                    raise
         return self
 
     def result(self, timeout: float | None = None) -> T:
