@@ -24,6 +24,7 @@ FACTOR = 1.6
 GPU_BATCHES, BLOCKS, PROMPTS, COMPLETIONS = (4, 8, 16, 32, 64), (16, 512), (16, 512), (8, 64)
 #: Of jobs that compute little: rows of a block, and lengths.
 FEW_ROWS, SHORT_PROMPTS, SHORT_COMPLETIONS = (2, 4, 8, 12, 16), (8, 64), (4, 32)
+LEAN_TURNS = 1000
 #: Seconds that a run may be predicted to take; shorter ones measure noise.
 SECONDS = (2.0, 10.0)
 #: The rows are drawn to fit any model's context.
@@ -105,19 +106,21 @@ def draw(
 ) -> list[Configuration]:
     """``each`` configurations of every class, the models in turn; fewer of a class that ``turns`` draws do not fill.
 
-    Once the jobs that computing bounds are found, those that compute little are drawn, as on slow cores few of the others are bound
-    by anything else.
+    Once the jobs that computing bounds are found, those that compute little are drawn for a while, as on slow cores few of the
+    others are bound by anything else.
 
     Args:
         seconds: shortest and longest time that a run may be predicted to take.
     """
     classes = CLASSES[hardware.device]
-    rng, found, missing = random.Random(seed), [], Counter(dict.fromkeys(classes, each))
+    rng, found, missing, lean = random.Random(seed), [], Counter(dict.fromkeys(classes, each)), 0
     for turn in range(turns):
         if not +missing:
             break
         model = sorted(archs)[turn % len(archs)]
-        policy, rows = _candidate(rng) if missing["compute"] > 0 else _lean_candidate(rng)
+        is_lean = missing["compute"] <= 0 and lean < LEAN_TURNS
+        lean += is_lean
+        policy, rows = _lean_candidate(rng) if is_lean else _candidate(rng)
         try:
             prediction = evaluate(archs[model], hardware, Workload.of_lengths(rows), policy)
         except InfeasibleError:
