@@ -108,9 +108,8 @@ class Objective:
         allocation, spare = self.spare_bytes(policy)
         pages, room = allocation.kv_pages, spare.get("gpu", 0) // self._block_bytes
         filled, moved, beyond = policy, 0, allocation.kv_pages["cpu"] + 1
-        for _ in range(
-            _TRIES
-        ):  # what stages the KV of host memory shrinks with it; once all is gone, other buffers may grow
+        # What stages the KV of host memory shrinks with it; once all is gone, other buffers may grow.
+        for _ in range(_TRIES):
             more = min(room, beyond - moved - 1)
             if more <= 0:
                 break

@@ -140,8 +140,10 @@ class SweepForm:
         else:
             bounds = {"serial": sum(busy.values())}
         total_s = max(bounds.values())
-        own = {user: layers * seconds for user, seconds in _summed(part.own_s for part in attention).items()}
-        return SweepTime(total_s=total_s, lanes_s=_lanes_s(busy, own, total_s), bounds_s=bounds)
+        if self._on_cpu:  # the thread that computes works for other lanes, too
+            own = {user: layers * seconds for user, seconds in _summed(part.own_s for part in attention).items()}
+            busy = _summed([busy, own, {"gpu": -sum(own.values())}])
+        return SweepTime(total_s=total_s, lanes_s=_lanes_s(busy, total_s), bounds_s=bounds)
 
     def _stream_beside(self, demand: Demand | None, halves: int) -> _WeightStream:
         key = demand is not None, halves
@@ -410,18 +412,14 @@ def _experts(costs: Costs, tokens: float, demand: Demand | None, stream: _Weight
     )
 
 
-def _lanes_s(busy: Mapping[str, float], own: Mapping[str, float], total_s: float) -> dict[str, float]:
+def _lanes_s(busy: Mapping[str, float], total_s: float) -> dict[str, float]:
     """Seconds of a sweep in which each lane is at work, at most all of it.
 
     Several threads of a lane share what it has, so that while they work at once each takes longer: their seconds alone
     add up, until none is left.
-
-    Args:
-        busy: seconds by user.
-        own: of the thread that computes, those that it works for other lanes.
     """
     lanes = dict.fromkeys(_LANES, 0.0)
-    for user, seconds in _summed([busy, own, {"gpu": -sum(own.values())}]).items():
+    for user, seconds in busy.items():
         if user != "stage":  # a copy within host memory is on no lane
             lanes[_LANE_OF[user]] += seconds
     return {lane: min(seconds, total_s) for lane, seconds in lanes.items()}
